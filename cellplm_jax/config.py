@@ -1,0 +1,515 @@
+"""Configuration as frozen dataclasses, built strictly from plain dictionaries.
+
+A configuration is data: it is written into every checkpoint as JSON and read back by :func:`from_dict`, which refuses
+unknown keys (naming the nearest known one), wrong types and impossible values. Programs that use
+``ml_collections.ConfigDict`` (``configs/``, ``launch/``) hand theirs to :func:`from_config_dict` once and use the
+dataclass from there on, so a misspelt key can never fall back to a default unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from cellplm_jax.errors import ConfigError, explain
+
+ConfigType = TypeVar("ConfigType")
+
+
+def _require(condition: bool, found: str, expected: str, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(explain(found, expected, remedy))
+
+
+def _fraction(value: float, name: str, *, below_one: bool = True) -> None:
+    valid = 0.0 <= value < 1.0 if below_one else 0.0 <= value <= 1.0
+    interval = "[0, 1)" if below_one else "[0, 1]"
+    _require(valid, f"{name} = {value}", f"a number in {interval}", f"Set {name} inside it")
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """Expression embedder: how counts become the input of the gene-weighted sum.
+
+    Attributes:
+        input_transform: ``"log1p"`` of the raw counts (released code, ``CellPLM/embedder/omics.py``) or
+            ``"library_log1p"``: counts scaled to ``target_sum`` a cell, then log1p (paper, section 4).
+        target_sum: Library size after scaling, in counts; used by ``"library_log1p"`` alone.
+        covariate: Add a learnt vector per batch to the input (the released ``input_covariate``).
+    """
+
+    input_transform: Literal["log1p", "library_log1p"] = "log1p"
+    target_sum: float = 1e4
+    covariate: bool = False
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    """Positional encoding of cells with 2-D coordinates.
+
+    Attributes:
+        kind: ``"sinusoidal"`` (fixed, half of the dimensions for each axis), ``"grid"`` (a learnt vector per
+            grid square), ``"mlp"`` (linear + PReLU of the coordinates), ``"laplacian"`` (linear + PReLU of
+            graph-Laplacian eigenvectors of the spatial neighbour graph) or ``"none"``. Every kind but ``"none"``
+            has one shared learnt vector for cells without coordinates.
+        grid: Squares along each axis of the grid that coordinates are scaled to.
+        eigenvectors: How many Laplacian eigenvectors are used.
+    """
+
+    kind: Literal["sinusoidal", "grid", "mlp", "laplacian", "none"] = "sinusoidal"
+    grid: int = 100
+    eigenvectors: int = 10
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Encoder over the cells of a sample.
+
+    Attributes:
+        kind: ``"flow"`` (linear flow attention), ``"softmax"``, ``"performer"`` (FAVOR+), ``"mlp"``,
+            ``"residual_mlp"`` or ``"none"``.
+        layers: Number of layers.
+        heads: Attention heads; must divide ``ModelConfig.hidden``.
+        feedforward: Width of the feed-forward block as a multiple of ``hidden``.
+        attention_dropout: Dropout after the output projection of the attention (released: 0.01).
+        random_features: FAVOR+ features a head; 0 takes ``d log d`` of the head width ``d``.
+    """
+
+    kind: Literal["flow", "softmax", "performer", "mlp", "residual_mlp", "none"] = "flow"
+    layers: int = 4
+    heads: int = 8
+    feedforward: int = 2
+    attention_dropout: float = 0.01
+    random_features: int = 0
+
+    def __post_init__(self):
+        if self.kind != "none":
+            _require(
+                self.layers >= 1,
+                f"encoder.layers = {self.layers}",
+                "at least one layer",
+                "Raise it, or set encoder.kind = 'none'",
+            )
+        if self.kind == "residual_mlp":
+            _require(
+                self.layers >= 2,
+                f"encoder.layers = {self.layers} with kind 'residual_mlp'",
+                "at least two layers",
+                "Raise it, or use kind 'mlp'",
+            )
+        _fraction(self.attention_dropout, "encoder.attention_dropout")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Latent distribution and its regularisers.
+
+    Attributes:
+        kind: ``"gaussian_mixture"``, ``"gaussian"`` (VAE), ``"deterministic"`` (one linear map, the released "ae")
+            or ``"none"`` (the encoder's output is the embedding).
+        inference: For the mixture: ``"paper"`` infers z from the cell and the component from z (q(z|x), q(y|z));
+            ``"released"`` infers the component first, then z from both (q(y|x), q(z|x,y)).
+        size: Latent dimensions.
+        clusters: Mixture components.
+        temperature: Gumbel-softmax temperature while training ("released").
+        latent_weight: Weight of the Gaussian KL term (released ``w_li``; VAE ``kl_weight``).
+        cluster_weight: Weight of the categorical KL term (released ``w_en``).
+        floor: Floor under each KL term, in nats a cell ("free bits", released ``lamda``). 0 switches it off.
+            Mixture: ``max(floor, KL)``; Gaussian: a weighted KL below the floor counts as 0. Metrics tell when it binds.
+        warmup_steps: Steps over which the KL weights rise linearly from 0 (released VAE: 10,000); 0: no warm-up.
+        adversarial_weight: Weight of a batch discriminator behind a gradient reversal; 0 leaves it out.
+        adversarial_hidden: Width of its hidden layer.
+        similarity_weight: Weight of elastic cell similarity; 0 leaves it out.
+        similarity_threshold: Cosine similarity it pushes away from.
+    """
+
+    kind: Literal["gaussian_mixture", "gaussian", "deterministic", "none"] = "gaussian_mixture"
+    inference: Literal["paper", "released"] = "paper"
+    size: int = 512
+    clusters: int = 16
+    temperature: float = 1.0
+    latent_weight: float = 1.0
+    cluster_weight: float = 1.0
+    floor: float = 0.0
+    warmup_steps: int = 0
+    adversarial_weight: float = 0.0
+    adversarial_hidden: int = 64
+    similarity_weight: float = 0.0
+    similarity_threshold: float = 0.6
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Decoder from the latent to expression.
+
+    Attributes:
+        kind: ``"negative_binomial"``, ``"zero_inflated_negative_binomial"``, ``"gaussian"`` (linear mean of
+            log-normalised expression) or ``"residual"`` (the same with all hidden layers concatenated).
+        hidden: Width of the hidden layers.
+        layers: Layers as the released code counts them: ``layers - 1`` hidden layers with covariates, then the output.
+        bottleneck: Width before the gene-wise output of the negative-binomial kinds (released: 128).
+        batches: Rows of the batch (tissue sample) embedding; 0 leaves the covariate out.
+        datasets: Rows of the dataset embedding.
+        platforms: Rows of the platform embedding.
+    """
+
+    kind: Literal[
+        "negative_binomial", "zero_inflated_negative_binomial", "gaussian", "residual"
+    ] = "negative_binomial"
+    hidden: int = 1024
+    layers: int = 2
+    bottleneck: int = 128
+    batches: int = 0
+    datasets: int = 0
+    platforms: int = 0
+
+    def __post_init__(self):
+        minimum = 2 if self.kind == "residual" else 1
+        _require(
+            self.layers >= minimum,
+            f"decoder.layers = {self.layers} with kind '{self.kind}'",
+            f"at least {minimum}",
+            "Raise it",
+        )
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Task head on the latent, used instead of the decoder when fine-tuning.
+
+    Attributes:
+        kind: ``"none"``, ``"annotation"`` (cell types), ``"imputation"``, ``"denoising"``, ``"perturbation"``
+            (expression, with an optional condition vector), ``"sample_classification"`` (one label a sample).
+        outputs: Classes or genes predicted.
+        hidden: Width of hidden layers.
+        layers: Linear layers.
+        condition: Width of the condition vector of ``"perturbation"``; 0: none.
+    """
+
+    kind: Literal[
+        "none", "annotation", "imputation", "denoising", "perturbation", "sample_classification"
+    ] = "none"
+    outputs: int = 0
+    hidden: int = 1024
+    layers: int = 1
+    condition: int = 0
+
+    def __post_init__(self):
+        if self.kind != "none":
+            _require(
+                self.outputs >= 1,
+                f"head.outputs = {self.outputs} with head.kind = '{self.kind}'",
+                "at least one output",
+                "Set it to the number of classes or genes",
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The whole architecture; with a gene list it determines every parameter's shape.
+
+    Attributes:
+        genes: Size of the gene vocabulary.
+        hidden: Width of gene embeddings and encoder.
+        norm: Normalisation of embedder, MLP encoders and decoder (released: GroupNorm over the channels of a cell).
+        norm_groups: Groups of ``"groupnorm"``.
+        dropout: Dropout rate outside the attention.
+        embedder, positions, encoder, latent, decoder, head: The parts.
+    """
+
+    genes: int
+    hidden: int = 1024
+    norm: Literal["groupnorm", "layernorm", "rmsnorm", "none"] = "groupnorm"
+    norm_groups: int = 4
+    dropout: float = 0.2
+    embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    def __post_init__(self):
+        _require(
+            self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
+        )
+        _fraction(self.dropout, "dropout")
+        if self.encoder.kind in ("flow", "softmax", "performer"):
+            _require(
+                self.hidden % self.encoder.heads == 0,
+                f"hidden = {self.hidden} with encoder.heads = {self.encoder.heads}",
+                "a hidden width that the heads divide",
+                "Change one of them",
+            )
+        if self.norm == "groupnorm":
+            for name, width in (("hidden", self.hidden), ("decoder.hidden", self.decoder.hidden)):
+                _require(
+                    width % self.norm_groups == 0,
+                    f"{name} = {width} with norm_groups = {self.norm_groups}",
+                    "a width that the groups divide",
+                    "Change one of them",
+                )
+        if self.positions.kind == "sinusoidal":
+            _require(
+                self.hidden % 4 == 0,
+                f"hidden = {self.hidden} with sinusoidal positions",
+                "a multiple of 4 (sine and cosine of two axes)",
+                "Change hidden or positions.kind",
+            )
+        for name, weight in (
+            ("latent.adversarial_weight", self.latent.adversarial_weight),
+            ("embedder.covariate", float(self.embedder.covariate)),
+        ):
+            if weight:
+                _require(
+                    self.decoder.batches > 0,
+                    f"{name} is on with decoder.batches = 0",
+                    "the number of batches",
+                    "Set decoder.batches, or switch it off",
+                )
+
+    @property
+    def latent_size(self) -> int:
+        """Width of an embedding: ``latent.size``, or ``hidden`` where there is no latent."""
+        return self.hidden if self.latent.kind == "none" else self.latent.size
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Bi-level masking of the input while training (paper section 4.3, ``CellPLM/utils/mask.py``).
+
+    The released configuration masks .25 of the genes in .75 of the cells; the authors' rebuttal words it the other way
+    round (.75 of the genes in .25 of the cells). Both are expressed by the two fractions.
+
+    Attributes:
+        cell_fraction: Fraction of the cells that are masked.
+        gene_fraction: Mean-like masking rate of the genes in a masked cell.
+        beta: Draw each cell's rate from Beta(a, 4/gene_fraction + 2 - a) instead of using ``gene_fraction`` itself.
+        beta_concentration: ``a`` above (released: 5).
+        maximum_rate: Cap of a drawn rate (released: .9).
+        drop_cells: Fraction of the cells dropped from the sentence first.
+        maximum_cells: At most this many cells are kept after dropping; 0: no limit.
+    """
+
+    cell_fraction: float = 0.75
+    gene_fraction: float = 0.25
+    beta: bool = True
+    beta_concentration: float = 5.0
+    maximum_rate: float = 0.9
+    drop_cells: float = 0.3
+    maximum_cells: int = 4000
+
+    def __post_init__(self):
+        _fraction(self.cell_fraction, "masking.cell_fraction", below_one=False)
+        _fraction(self.gene_fraction, "masking.gene_fraction", below_one=False)
+        _fraction(self.drop_cells, "masking.drop_cells")
+        if self.beta and self.gene_fraction > 0:
+            b = 4 / self.gene_fraction + 2 - self.beta_concentration
+            _require(
+                b > 0,
+                f"masking.beta_concentration = {self.beta_concentration} with gene_fraction = "
+                f"{self.gene_fraction} gives Beta(a, {b:.3g})",
+                "a positive second parameter",
+                "Lower beta_concentration or set masking.beta = False",
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What training minimises besides the latent terms.
+
+    Attributes:
+        kind: ``"negative_binomial"`` (pretraining: all measured genes of masked cells, and the masked entries once
+            more), ``"imputation"``, ``"denoising"``, ``"zero_inflated_negative_binomial"`` or
+            ``"mean_squared_error"`` (on library-size-normalised log1p values).
+        masked_part: Add the masked entries once more (the released ``dae``).
+    """
+
+    kind: Literal[
+        "negative_binomial",
+        "imputation",
+        "denoising",
+        "zero_inflated_negative_binomial",
+        "mean_squared_error",
+    ] = "negative_binomial"
+    masked_part: bool = True
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and clipping by global norm.
+
+    Attributes:
+        learning_rate: Peak learning rate (released: 2e-4).
+        weight_decay: Decoupled weight decay (released: 1e-8).
+        warmup_steps: Steps of linear warm-up.
+        final_fraction: Learning rate at the end as a fraction of the peak (cosine decay over ``TrainConfig.steps``).
+        clip_norm: Global gradient norm above which gradients are scaled down; 0: no clipping.
+    """
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-8
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How samples become batches.
+
+    Attributes:
+        samples: Sentences (rows) in a batch.
+        cells: Cells a sentence holds; a larger sample is cut into windows, a smaller one is padded.
+        heldout_fraction: Fraction of the samples held out for evaluation. With fewer than ``1 / heldout_fraction``
+            samples, that fraction of the cells of every sample is held out instead, as samples of their own.
+        minimum_cells: Samples with fewer cells are left out (reported).
+    """
+
+    samples: int = 1
+    cells: int = 1024
+    heldout_fraction: float = 0.1
+    minimum_cells: int = 2
+
+    def __post_init__(self):
+        _fraction(self.heldout_fraction, "data.heldout_fraction")
+        for name in ("samples", "cells"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name} = {value}", "at least 1", "Raise it")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pretraining run: model, data, objective, optimizer and the loop's rhythm.
+
+    Attributes:
+        model: Architecture; ``genes`` and the covariate sizes are filled in from the data when they are 0 or 1 there.
+        masking, objective, optimizer, data: The parts.
+        steps: Optimizer steps of the whole run.
+        seed: Seed of everything random: initialisation, batches, masks, noise.
+        log_every, evaluate_every, checkpoint_every: Steps between these.
+        keep_checkpoints: Most recent checkpoints kept besides the best.
+    """
+
+    model: ModelConfig
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} = {value}", "at least 1", "Raise it")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested plain dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = "") -> ConfigType:
+    """Build a configuration strictly from nested dictionaries.
+
+    Args:
+        kind: The dataclass to build.
+        values: Its fields; missing ones take their defaults, unknown ones are an error.
+        path: Where in the whole configuration this is, for messages.
+
+    Returns:
+        An instance of ``kind``.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest known key is named), a required one is missing, a value has the
+            wrong type, or the combination is impossible.
+    """
+    where = path or kind.__name__
+    if not isinstance(values, Mapping):
+        msg = explain(
+            f"{where} is {type(values).__name__} {values!r}",
+            "a mapping of its fields",
+            f"Give a dictionary for {where}",
+        )
+        raise ConfigError(msg)
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            remedy = f"Did you mean '{near[0]}'?" if near else "Remove it"
+            msg = explain(
+                f"unknown key '{key}' in {where}", f"one of {', '.join(sorted(fields))}", remedy
+            )
+            raise ConfigError(msg.replace("?.", "?"))
+    prepared = {}
+    for name, entry in fields.items():
+        if name in values:
+            dotted = f"{path}.{name}" if path else name
+            prepared[name] = _convert(hints[name], values[name], dotted)
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            msg = explain(
+                f"{where} has no '{name}'", "a value for every required field", f"Set {name}"
+            )
+            raise ConfigError(msg)
+    return kind(**prepared)
+
+
+def from_config_dict(kind: type[ConfigType], config: Any) -> ConfigType:
+    """Build a configuration from an ``ml_collections.ConfigDict`` (``config.to_dict()``), strictly.
+
+    Args:
+        kind: The dataclass to build.
+        config: An ``ml_collections.ConfigDict`` or ``FrozenConfigDict``.
+
+    Raises:
+        ConfigError: As :func:`from_dict`.
+    """
+    return from_dict(kind, config.to_dict())
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        return from_dict(typing.cast(type, hint), value, path=path)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        remedy = f"Did you mean '{near[0]}'?" if near else "Choose one of them"
+        msg = explain(f"{path} = {value!r}", "one of " + ", ".join(map(repr, choices)), remedy)
+        raise ConfigError(msg.replace("?.", "?"))
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (bool, int, float, str):
+        if type(value) is hint:
+            return value
+        msg = explain(
+            f"{path} = {value!r} ({type(value).__name__})", hint.__name__, "Correct its type"
+        )
+        raise ConfigError(msg)
+    return value

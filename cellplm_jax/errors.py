@@ -1,0 +1,71 @@
+"""Errors a user of the library can meet.
+
+Every message says three things in this order: what was found, what was expected, and what to do about it. Code that
+raises one of these builds the text with :func:`explain`, so the form is the same everywhere. The command line turns
+an :class:`CellPLMError` into exit status 2 and one message without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class CellPLMError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class InputError(CellPLMError, ValueError):
+    """The data a caller passed cannot be used as it is (counts, genes, keys, files)."""
+
+
+class ConfigError(CellPLMError, ValueError):
+    """A configuration has an unknown key, a value of the wrong type, or an impossible combination."""
+
+
+class CheckpointError(CellPLMError, ValueError):
+    """A checkpoint is missing, damaged, or does not fit the configuration beside it."""
+
+
+class MissingDependencyError(CellPLMError, ImportError):
+    """An optional dependency is needed for what was asked; the message names the extra to install."""
+
+
+def explain(found: str, expected: str, remedy: str) -> str:
+    """Return the one message form of this package.
+
+    Args:
+        found: What the library met, with the offending name or number in it.
+        expected: What it needs instead.
+        remedy: What the user can do, as an instruction.
+
+    Returns:
+        ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised.
+    """
+    return f"{found.rstrip('.;')}; expected {expected.rstrip('.')}. {remedy.rstrip('.')}."
+
+
+def require(module: str, extra: str, purpose: str):
+    """Import an optional dependency, or say which extra brings it.
+
+    Args:
+        module: Dotted module name, as given to ``import``.
+        extra: Extra of this distribution that installs it (``pip install 'cellplm-jax[extra]'``).
+        purpose: What it is needed for, as a noun phrase that can start a sentence.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingDependencyError: The module is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != module.split(".")[0]:
+            raise
+        msg = explain(
+            f"{purpose} needs the Python package '{module.split('.')[0]}', which is not installed",
+            f"an environment with the extra '{extra}'",
+            f"Run: pip install 'cellplm-jax[{extra}]'",
+        )
+        raise MissingDependencyError(msg) from error

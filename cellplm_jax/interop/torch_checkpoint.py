@@ -1,0 +1,628 @@
+"""Published CellPLM checkpoints, both ways, with every parameter accounted for.
+
+A published checkpoint is two files: ``PREFIX.config.json`` (the constructor arguments of the original ``OmicsFormer`` and
+its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose ``model_state_dict`` maps names to
+tensors). Reading uses PyTorch's weights-only loader, which builds tensors and nothing else, so a file from a stranger
+cannot run code. PyTorch is needed for these two functions alone (extra ``parity``); the mapping itself is plain numpy.
+
+What the original computes without a parameter (its positional encoding is switched off, ``embedder.norm0`` is never
+called) is kept as *unused*, by name, and written back unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cellplm_jax import config as configuration
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.errors import CheckpointError, explain, require
+
+# Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may leave them out.
+DEFAULTS: dict[str, Any] = {
+    "batch_num": 0,
+    "dataset_num": 0,
+    "platform_num": 0,
+    "mask_type": "input",
+    "model_dropout": 0.1,
+    "norm": "layernorm",
+    "enc_head": 8,
+    "pe_type": "sin",
+    "cat_pe": True,
+    "latent_mod": "vae",
+    "w_li": 1.0,
+    "w_en": 1.0,
+    "head_type": None,
+    "dsbn": False,
+    "ecs": False,
+    "dar": False,
+    "input_covariate": False,
+    "num_clusters": 16,
+    "lamda": 0.5,
+}
+REQUIRED = (
+    "gene_list",
+    "enc_mod",
+    "enc_hid",
+    "enc_layers",
+    "post_latent_dim",
+    "dec_mod",
+    "dec_hid",
+    "dec_layers",
+    "out_dim",
+)
+HEADS = {
+    "annotation": "annotation",
+    "imputation": "imputation",
+    "denoising": "denoising",
+    "perturbation_prediction": "perturbation",
+    "patient_classification": "sample_classification",
+}
+UNUSED = {
+    r"embedder\.norm0\..*": "the original never calls this norm (embedder/omics.py:99)",
+    r"embedder\.pe_enc\..*": "the original's positional encoding is switched off (embedder/omics.py:92)",
+    r"embedder\.cov_enc\..*": "the original injects covariates only beside a positional encoding",
+    r"latent\.layers\.\d+\.discriminator\..*": "the batch discriminator serves adversarial training alone",
+    r"decoder\..*": "a task head replaces the decoder",
+    r"head\.cls": "the original never uses this vector (head/downstream.py)",
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A published checkpoint in this package's form.
+
+    Attributes:
+        config: The architecture.
+        genes: Ensembl ids, one a row of the gene embedding.
+        params: Nested dictionary of numpy arrays: the ``"params"`` collection.
+        unused: Torch name -> array, for parameters that influence nothing.
+        published_config: The constructor arguments, without the gene list.
+    """
+
+    config: ModelConfig
+    genes: list[str]
+    params: dict[str, Any]
+    unused: dict[str, np.ndarray] = field(default_factory=dict)
+    published_config: dict[str, Any] = field(default_factory=dict)
+
+    def unused_reasons(self) -> dict[str, str]:
+        """Return torch name -> why it influences nothing."""
+        return {name: str(_unused_reason(name)) for name in self.unused}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One parameter: its name in the published form, its path here, and how the array changes."""
+
+    torch: str
+    path: tuple[str, ...]
+    transpose: bool = False
+    scalar: bool = False
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        array = array.T if self.transpose else array
+        array = array.reshape(()) if self.scalar else array
+        return np.array(array, order="C", copy=True)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        array = array.T if self.transpose else array
+        return np.array(array.reshape((1,)) if self.scalar else array, order="C", copy=True)
+
+
+def model_config(published: Mapping[str, Any]) -> ModelConfig:
+    """Translate the original's constructor arguments.
+
+    Args:
+        published: The contents of ``PREFIX.config.json``.
+
+    Returns:
+        The architecture here that computes the same numbers.
+
+    Raises:
+        CheckpointError: An argument is missing, or names a part that has no exact counterpart; the message says why.
+    """
+    missing = [name for name in REQUIRED if name not in published]
+    if missing:
+        msg = explain(
+            f"the published config lacks {', '.join(missing)}",
+            "the constructor arguments of the original OmicsFormer and its gene_list",
+            "Use the PREFIX.config.json that was published with the weights",
+        )
+        raise CheckpointError(msg)
+    values = {**DEFAULTS, **published}
+    _refuse_inexact(values)
+    genes = list(values["gene_list"])
+    kind = {
+        "gmvae": "gaussian_mixture",
+        "vae": "gaussian",
+        "ae": "deterministic",
+        "none": "none",
+    }[values["latent_mod"]]
+    # VAELatentLayer is built without lamda, w_li or a warm-up argument, so its own defaults hold.
+    vae = kind == "gaussian"
+    latent = configuration.LatentConfig(
+        kind=kind,
+        inference="released",
+        size=int(values["post_latent_dim"]),
+        clusters=int(values["num_clusters"]),
+        latent_weight=1.0 if vae else float(values["w_li"]),
+        cluster_weight=float(values["w_en"]),
+        floor=1.0 if vae else float(values["lamda"]),
+        warmup_steps=10000 if vae else 0,
+    )
+    head_type = values["head_type"]
+    head = configuration.HeadConfig()
+    if head_type in HEADS:
+        head = configuration.HeadConfig(
+            kind=HEADS[head_type],  # type: ignore[arg-type]
+            outputs=int(values["out_dim"]),
+            hidden=int(values["dec_hid"]),
+            layers=int(values["dec_layers"]),
+        )
+    norm = values["norm"]
+    try:
+        return ModelConfig(
+            genes=len(genes),
+            hidden=int(values["enc_hid"]),
+            norm=norm if norm in ("groupnorm", "layernorm", "rmsnorm") else "none",
+            dropout=float(values["model_dropout"]),
+            embedder=configuration.EmbedderConfig(
+                covariate=bool(values["input_covariate"]) and values["pe_type"] is not None
+            ),
+            positions=configuration.PositionsConfig(kind="none"),
+            encoder=configuration.EncoderConfig(
+                kind={"flowformer": "flow", "mlp": "mlp", "none": "none"}[values["enc_mod"]],  # type: ignore[arg-type]
+                layers=int(values["enc_layers"]),
+                heads=int(values["enc_head"]),
+            ),
+            latent=latent,
+            decoder=configuration.DecoderConfig(
+                hidden=int(values["dec_hid"]),
+                layers=int(values["dec_layers"]),
+                batches=int(values["batch_num"]),
+                datasets=int(values["dataset_num"]),
+                platforms=int(values["platform_num"]),
+            ),
+            head=head,
+        )
+    except configuration.ConfigError as error:
+        msg = explain(
+            f"the published config describes an impossible model ({error})",
+            "a config the original itself could run",
+            "Use the PREFIX.config.json that was published with the weights",
+        )
+        raise CheckpointError(msg) from error
+
+
+def _refuse_inexact(values: Mapping[str, Any]) -> None:
+    reason = None
+    encoder, latent, norm = values["enc_mod"], values["latent_mod"], values["norm"]
+    if encoder == "transformer":
+        reason = (
+            "enc_mod 'transformer' divides its weights by a spectral norm estimated at every forward "
+            "pass and attends over a single token, which has no exact counterpart here"
+        )
+    elif encoder in ("performer", "cosformer", "resmlp"):
+        reason = {
+            "performer": "enc_mod 'performer' draws its random features at construction",
+            "cosformer": "enc_mod 'cosformer' reweights by position in a sequence; a set of cells has none",
+            "resmlp": "enc_mod 'resmlp' returns a bare tensor and cannot run in the original",
+        }[encoder]
+    elif encoder not in ("flowformer", "mlp", "none"):
+        reason = f"enc_mod {encoder!r} is not an encoder of the original"
+    elif latent not in ("gmvae", "vae", "ae", "none"):
+        reason = f"latent_mod {latent!r} is outside gmvae, vae, ae and none"
+    elif values["dec_mod"] != "nbmlp":
+        reason = (
+            f"dec_mod {values['dec_mod']!r} is not the published negative-binomial decoder 'nbmlp'"
+        )
+    elif values["dsbn"]:
+        reason = "dsbn = true normalises with running batch statistics of each dataset"
+    elif norm == "batchnorm":
+        reason = "norm 'batchnorm' depends on the other cells of the batch"
+    elif values["pe_type"] is not None and values["cat_pe"]:
+        reason = "cat_pe = true concatenates a positional encoding that is the number 0., which the original cannot run"
+    elif values["head_type"] not in (None, "embedder", *HEADS):
+        reason = f"head_type {values['head_type']!r} is not a head of the original"
+    elif values["head_type"] is None and values["out_dim"] != len(values["gene_list"]):
+        reason = (
+            f"out_dim = {values['out_dim']} but the gene list has {len(values['gene_list'])} genes"
+        )
+    elif values["mask_type"] != "input":
+        reason = f"mask_type {values['mask_type']!r} masks hidden vectors instead of counts"
+    if reason:
+        msg = explain(
+            f"this checkpoint cannot be converted exactly: {reason}",
+            "flow-attention or MLP encoder, latent gmvae, vae or ae, decoder nbmlp",
+            "Run it with the original package, or retrain here",
+        )
+        raise CheckpointError(msg)
+
+
+def _entries(config: ModelConfig) -> list[_Entry]:
+    """List every parameter of a configuration with its published name."""
+    entries: list[_Entry] = []
+
+    def linear(torch: str, *path: str) -> None:
+        entries.append(_Entry(f"{torch}.weight", (*path, "kernel"), transpose=True))
+        entries.append(_Entry(f"{torch}.bias", (*path, "bias")))
+
+    def norm(torch: str, *path: str, kind: str = "layernorm") -> None:
+        if kind == "none":
+            return
+        entries.append(_Entry(f"{torch}.weight", (*path, "scale")))
+        if kind != "rmsnorm":
+            entries.append(_Entry(f"{torch}.bias", (*path, "bias")))
+
+    def copy(torch: str, *path: str, scalar: bool = False) -> None:
+        entries.append(_Entry(torch, path, scalar=scalar))
+
+    def hidden_block(torch: str, *path: str) -> None:
+        linear(f"{torch}.0", *path, "linear")
+        copy(f"{torch}.1.weight", *path, "prelu", "negative_slope", scalar=True)
+        norm(f"{torch}.3", *path, "norm", kind=config.norm)
+
+    copy("embedder.feat_enc.emb", "embedder", "gene_embedding")
+    linear("embedder.extra_linear.0", "embedder", "linear")
+    norm("embedder.extra_linear.3", "embedder", "norm", kind=config.norm)
+    if config.embedder.covariate:
+        copy("embedder.cov_enc.weight", "embedder", "batch_embedding")
+    for layer in range(config.encoder.layers):
+        torch, path = f"encoder.layers.{layer}", ("encoder", f"layer_{layer}")
+        if config.encoder.kind == "mlp":
+            hidden_block(torch, *path)
+        elif config.encoder.kind == "flow":
+            for part in ("query", "key", "value", "out"):
+                linear(f"{torch}.self_attn.{part}_projection", *path, "attention", part)
+            linear(f"{torch}._ff_block.0", *path, "feedforward_in")
+            linear(f"{torch}._ff_block.3", *path, "feedforward_out")
+            norm(f"{torch}.norm1", *path, "attention_norm")
+            norm(f"{torch}.norm2", *path, "feedforward_norm")
+    norm("pre_latent_norm.norm", "pre_latent_norm")
+    torch = "latent.layers.1"
+    if config.latent.kind == "gaussian":
+        linear(f"{torch}.hid_2mu", "latent", "mean")
+        linear(f"{torch}.hid_2sigma", "latent", "log_variance")
+    elif config.latent.kind == "deterministic":
+        linear(f"{torch}.lat_2lat.0", "latent", "linear")
+    elif config.latent.kind == "gaussian_mixture":
+        torch = f"{torch}.inference"
+        linear(f"{torch}.inference_qyx.0.logits", "latent", "cluster_logits")
+        linear(f"{torch}.inference_qzyx.0", "latent", "inference")
+        linear(f"{torch}.inference_qzyx.2.mu", "latent", "mean")
+        linear(f"{torch}.inference_qzyx.2.var", "latent", "variance")
+        linear(f"{torch}.y_mu", "latent", "prior_mean")
+        linear(f"{torch}.y_var", "latent", "prior_variance")
+    if config.head.kind == "sample_classification":
+        linear("head.output_layer", "head", "linear")
+    elif config.head.kind != "none":
+        step = 3 if config.dropout > 0 else 2
+        for layer in range(config.head.layers):
+            position = layer * step + (1 if config.dropout > 0 else 0)
+            linear(f"head.mlp.{position}", "head", "mlp", f"linear_{layer}")
+    else:
+        for layer in range(config.decoder.layers - 1):
+            hidden_block(f"decoder.layers.{layer}", "decoder", f"layer_{layer}")
+            for covariate in ("batch", "dataset", "platform"):
+                rows = {"batch": "batches", "dataset": "datasets", "platform": "platforms"}
+                if getattr(config.decoder, rows[covariate]) == 0:
+                    continue
+                torch = f"decoder.covariate_layers.{layer}.{covariate}"
+                path = ("decoder", f"{covariate}_{layer}")
+                copy(f"{torch}.0.weight", *path, "table")
+                copy(f"{torch}.1.weight", *path, "prelu", "negative_slope", scalar=True)
+                norm(f"{torch}.2", *path, "norm", kind=config.norm)
+        linear("decoder.out_layer.dec_1", "decoder", "bottleneck")
+        linear("decoder.out_layer.dec_mean.0", "decoder", "log_mean")
+        copy("decoder.out_layer.dec_disp", "decoder", "log_dispersion")
+    return entries
+
+
+def _unused_reason(name: str) -> str | None:
+    return next((why for pattern, why in UNUSED.items() if re.fullmatch(pattern, name)), None)
+
+
+def _expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    import jax
+    from flax.traverse_util import flatten_dict
+
+    from cellplm_jax.model.cellplm import init_params
+
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, np.ndarray], published: Mapping[str, Any]
+) -> Converted:
+    """Convert the original's parameters.
+
+    Args:
+        state_dict: Torch name -> array.
+        published: The contents of ``PREFIX.config.json``, gene list included.
+
+    Returns:
+        The parameters here, plus those that influence nothing, by name.
+
+    Raises:
+        CheckpointError: A parameter is missing, has another shape than the config implies, or is one that this
+            conversion does not know; or the config itself cannot be converted exactly.
+    """
+    from flax.traverse_util import unflatten_dict
+
+    config = model_config(published)
+    entries = _entries(config)
+    remaining = dict(state_dict)
+    shapes = _expected_shapes(config)
+    flat: dict[tuple[str, ...], np.ndarray] = {}
+    for entry in entries:
+        if entry.torch not in remaining:
+            msg = explain(
+                f"the checkpoint has no parameter '{entry.torch}'",
+                "one for every part its config names",
+                "Use the config that was published with these weights",
+            )
+            raise CheckpointError(msg)
+        array = entry.to_ours(np.asarray(remaining.pop(entry.torch)))
+        if array.shape != shapes[entry.path]:
+            expected = np.empty(shapes[entry.path], bool)
+            expected = entry.to_torch(expected).shape
+            found = entry.to_torch(array).shape
+            msg = explain(
+                f"parameter '{entry.torch}' has shape {found}",
+                f"{expected} from the config",
+                "Use the config that was published with these weights",
+            )
+            raise CheckpointError(msg)
+        if array.dtype != np.float32:
+            msg = explain(
+                f"parameter '{entry.torch}' is {array.dtype}",
+                "float32",
+                "Convert the checkpoint to float32 first",
+            )
+            raise CheckpointError(msg)
+        flat[entry.path] = array
+    unknown = [name for name in remaining if _unused_reason(name) is None]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        msg = explain(
+            f"the checkpoint has parameters its config does not account for: "
+            f"{', '.join(unknown[:3])}{more}",
+            "none besides those known to be unused",
+            "Use the config that was published with these weights",
+        )
+        raise CheckpointError(msg)
+    return Converted(
+        config=config,
+        genes=[str(gene) for gene in published["gene_list"]],
+        params=unflatten_dict(flat),
+        unused={name: np.array(array) for name, array in remaining.items()},
+        published_config={key: value for key, value in published.items() if key != "gene_list"},
+    )
+
+
+def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
+    """Return the parameters under their published names; the inverse of :func:`convert_state_dict`, bit for bit."""
+    from flax.traverse_util import flatten_dict
+
+    flat = flatten_dict(converted.params)
+    state_dict = {}
+    for entry in _entries(converted.config):
+        if entry.path not in flat:
+            msg = explain(
+                f"the model has no parameter '{'/'.join(entry.path)}'",
+                "one for every part its config names",
+                "Check that config and weights belong together",
+            )
+            raise CheckpointError(msg)
+        state_dict[entry.torch] = entry.to_torch(np.asarray(flat.pop(entry.path)))
+    if flat:
+        names = ", ".join("/".join(path) for path in list(flat)[:3])
+        msg = explain(
+            f"the model has parameters without a published counterpart: {names}",
+            "a model the original can express",
+            "Keep this model in its own form",
+        )
+        raise CheckpointError(msg)
+    return {**state_dict, **converted.unused}
+
+
+def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
+    """Describe a model that was trained here in the original's constructor arguments.
+
+    Args:
+        config: The architecture.
+        genes: The vocabulary.
+
+    Returns:
+        Constructor arguments without the gene list.
+
+    Raises:
+        CheckpointError: The original cannot express the model; the message names the first reason.
+    """
+    reason = None
+    if config.positions.kind != "none":
+        reason = "it uses positional encodings, which the original ignores"
+    elif config.encoder.kind not in ("flow", "mlp"):
+        reason = f"its encoder is '{config.encoder.kind}'"
+    elif config.encoder.feedforward != 2:
+        reason = "its feed-forward block is not twice the hidden width"
+    elif config.latent.kind == "none" or (
+        config.latent.kind == "gaussian_mixture" and config.latent.inference != "released"
+    ):
+        reason = "its latent follows the paper's inference, the original's follows another"
+    elif config.decoder.kind != "negative_binomial" or config.decoder.bottleneck != 128:
+        reason = "its decoder is not the published negative-binomial one"
+    elif config.embedder.input_transform != "log1p" or config.embedder.covariate:
+        reason = "its input is not log1p of counts alone"
+    elif config.head.kind != "none":
+        reason = "it has a task head"
+    elif config.norm == "groupnorm" and config.norm_groups != 4:
+        reason = "its GroupNorm does not have the original's 4 groups"
+    if reason:
+        msg = explain(
+            f"this model cannot be written in the published form: {reason}",
+            "a model the original computes identically",
+            "Keep it in its own form, which any version of this package opens",
+        )
+        raise CheckpointError(msg)
+    latent = {"gaussian_mixture": "gmvae", "gaussian": "vae", "deterministic": "ae"}
+    return {
+        "enc_mod": {"flow": "flowformer", "mlp": "mlp"}[config.encoder.kind],
+        "enc_hid": config.hidden,
+        "enc_layers": config.encoder.layers,
+        "enc_head": config.encoder.heads,
+        "latent_mod": latent[config.latent.kind],
+        "post_latent_dim": config.latent.size,
+        "num_clusters": config.latent.clusters,
+        "w_li": config.latent.latent_weight,
+        "w_en": config.latent.cluster_weight,
+        "lamda": config.latent.floor,
+        "dec_mod": "nbmlp",
+        "dec_hid": config.decoder.hidden,
+        "dec_layers": config.decoder.layers,
+        "out_dim": len(genes),
+        "batch_num": config.decoder.batches,
+        "dataset_num": config.decoder.datasets,
+        "platform_num": config.decoder.platforms,
+        "model_dropout": config.dropout,
+        "norm": config.norm,
+        "pe_type": None,
+        "cat_pe": False,
+    }
+
+
+def as_published(
+    config: ModelConfig,
+    genes: list[str],
+    params: dict[str, Any],
+    *,
+    unused: Mapping[str, np.ndarray] | None = None,
+    published: Mapping[str, Any] | None = None,
+) -> Converted:
+    """Prepare a model for :func:`write_published`.
+
+    Args:
+        config: The architecture.
+        genes: The vocabulary.
+        params: The ``"params"`` collection.
+        unused: What an earlier conversion found unused; written back unchanged.
+        published: The constructor arguments an earlier conversion kept; None describes the model anew.
+
+    Raises:
+        CheckpointError: The original cannot express the model.
+    """
+    if published is None:
+        published = published_config(config, genes)
+        width = config.hidden
+        unused = {}
+        if config.norm != "none":
+            unused["embedder.norm0.weight"] = np.ones(width, np.float32)
+            if config.norm != "rmsnorm":
+                unused["embedder.norm0.bias"] = np.zeros(width, np.float32)
+    return Converted(config, list(genes), params, dict(unused or {}), dict(published))
+
+
+def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> Converted:
+    """Read and convert a published checkpoint.
+
+    Args:
+        checkpoint: ``PREFIX.best.ckpt``.
+        config: ``PREFIX.config.json``.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, holds more than tensors, or the two do not fit.
+        MissingDependencyError: PyTorch is not installed.
+    """
+    torch = require("torch", "parity", "Reading a PyTorch checkpoint")
+    checkpoint, config = Path(checkpoint), Path(config)
+    for path in (checkpoint, config):
+        if not path.is_file():
+            msg = explain(
+                f"there is no file '{path}'",
+                "PREFIX.best.ckpt and PREFIX.config.json",
+                "Check the path",
+            )
+            raise CheckpointError(msg)
+    try:
+        published = json.loads(config.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        msg = explain(
+            f"'{config}' is not JSON ({error})", "a published config", "Download the file again"
+        )
+        raise CheckpointError(msg) from error
+    if not isinstance(published, dict):
+        msg = explain(
+            f"'{config}' holds a {type(published).__name__}",
+            "a JSON object of constructor arguments",
+            "Use the published PREFIX.config.json",
+        )
+        raise CheckpointError(msg)
+    model_config(published)
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        msg = explain(
+            f"'{checkpoint}' cannot be read as PyTorch weights ({first[:160]})",
+            "a complete file of tensors written by torch.save",
+            "Download it again; a file with other Python objects in it is never unpickled",
+        )
+        raise CheckpointError(msg) from error
+    state_dict = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
+        msg = explain(
+            f"'{checkpoint}' holds no 'model_state_dict' of tensors",
+            "a published CellPLM checkpoint",
+            "Use the published PREFIX.best.ckpt",
+        )
+        raise CheckpointError(msg)
+    prefix = "module."
+    if state_dict and all(name.startswith(prefix) for name in state_dict):
+        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    return convert_state_dict(
+        {name: value.numpy() for name, value in state_dict.items()}, published
+    )
+
+
+def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Path, Path]:
+    """Write ``PREFIX.best.ckpt`` and ``PREFIX.config.json``, each whole or not at all.
+
+    Args:
+        converted: From :func:`read_published`, :func:`convert_state_dict` or :func:`as_published`.
+        prefix: Path without the two suffixes.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        CheckpointError: The model has parts the published form cannot hold.
+        MissingDependencyError: PyTorch is not installed.
+    """
+    torch = require("torch", "parity", "Writing a PyTorch checkpoint")
+    state_dict = {
+        name: torch.from_numpy(np.array(array)) for name, array in to_state_dict(converted).items()
+    }
+    prefix = Path(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = prefix.with_name(f"{prefix.name}.best.ckpt")
+    config = prefix.with_name(f"{prefix.name}.config.json")
+    partial = [path.with_name(f"{path.name}.partial") for path in (checkpoint, config)]
+    try:
+        torch.save({"model_state_dict": state_dict}, partial[0])
+        text = json.dumps({**converted.published_config, "gene_list": converted.genes})
+        partial[1].write_text(text, encoding="utf-8")
+        os.replace(partial[0], checkpoint)
+        os.replace(partial[1], config)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return checkpoint, config

@@ -1,0 +1,1 @@
+"""Likelihoods and training objectives as pure functions in float32."""

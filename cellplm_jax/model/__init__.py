@@ -1,0 +1,1 @@
+"""The model as pure functional Flax Linen modules."""

@@ -1,0 +1,128 @@
+"""CellPLM: embedder, encoder, latent, decoder or head, as one pure Linen module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.decoder import Decoder
+from cellplm_jax.model.embedder import ExpressionEmbedder
+from cellplm_jax.model.encoder import Encoder
+from cellplm_jax.model.heads import Head
+from cellplm_jax.model.latent import Latent
+from cellplm_jax.model.layers import layer_norm
+from cellplm_jax.structs import CellBatch, LatentNoise, LatentOutput, ModelOutput, Reconstruction
+
+
+class CellPLM(nn.Module):
+    """The cell language model (paper section 4; ``CellPLM/model/cellformer.py``).
+
+    The methods are the stages, so that inference can run the embedder over a stream of cells, the encoder over a whole
+    context, and never decode: ``model.apply(variables, batch, method=CellPLM.embed_expression)``.
+
+    Attributes:
+        config: The architecture.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        """Declare the stages; their names are the top level of the parameter tree."""
+        self.embedder = ExpressionEmbedder(self.config)
+        self.encoder = Encoder(self.config)
+        self.pre_latent_norm = layer_norm("pre_latent_norm")
+        self.latent = Latent(self.config)
+        if self.config.head.kind == "none":
+            self.decoder = Decoder(self.config)
+        else:
+            self.head = Head(self.config)
+
+    def __call__(
+        self,
+        batch: CellBatch,
+        *,
+        gene_mask: jax.Array | None = None,
+        noise: LatentNoise | None = None,
+        condition: jax.Array | None = None,
+        train: bool = False,
+    ) -> ModelOutput:
+        """Run every stage.
+
+        Args:
+            batch: Padded sentences of cells.
+            gene_mask: bool [samples, cells, genes]; True hides an entry from the input.
+            noise: Random numbers of the latent while training; None draws them from the ``"latent"`` stream.
+            condition: float [samples, cells, condition] for the perturbation head.
+            train: Dropout and sampling on (needs the ``"dropout"`` and ``"latent"`` streams).
+
+        Returns:
+            A :class:`ModelOutput`.
+        """
+        hidden = self.encode(
+            self.embed_expression(batch, gene_mask=gene_mask, train=train),
+            batch.cell_mask,
+            train=train,
+        )
+        latent = self.infer(hidden, noise=noise, train=train)
+        if self.config.head.kind == "none":
+            return ModelOutput(
+                hidden=hidden,
+                latent=latent,
+                reconstruction=self.decode(latent.z, batch, train=train),
+            )
+        prediction = self.head(latent.z, batch.cell_mask, condition=condition, train=train)
+        return ModelOutput(hidden=hidden, latent=latent, prediction=prediction)
+
+    def embed_expression(
+        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Return float32 [samples, cells, hidden]: each cell on its own, before any attention."""
+        return self.embedder(batch, gene_mask=gene_mask, train=train)
+
+    def encode(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool = False) -> jax.Array:
+        """Let the cells of each sample attend to one another; [samples, cells, hidden] in and out."""
+        return self.pre_latent_norm(self.encoder(hidden, cell_mask, train=train))
+
+    def infer(
+        self, hidden: jax.Array, *, noise: LatentNoise | None = None, train: bool = False
+    ) -> LatentOutput:
+        """Infer the latent of encoded cells [samples, cells, hidden]."""
+        return self.latent(hidden, noise=noise, train=train)
+
+    def decode(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> Reconstruction:
+        """Decode latents [samples, cells, latent]; the batch gives the covariates."""
+        return self.decoder(z, batch, train=train)
+
+
+def example_batch(config: ModelConfig, *, samples: int = 1, cells: int = 2) -> CellBatch:
+    """Return the smallest batch that touches every parameter; for initialisation and shape inference."""
+    index = jnp.zeros((samples, cells), jnp.int32)
+    return CellBatch(
+        indptr=jnp.tile(jnp.arange(cells + 1, dtype=jnp.int32), (samples, 1)),
+        gene=index,
+        count=jnp.ones((samples, cells), jnp.float32),
+        cell_mask=jnp.ones((samples, cells), bool),
+        coordinates=jnp.zeros((samples, cells, 2), jnp.float32),
+        has_coordinates=jnp.ones((samples, cells), bool),
+        eigenvectors=jnp.zeros((samples, cells, config.positions.eigenvectors), jnp.float32),
+        batch=index,
+        dataset=index,
+        platform=index,
+    )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Initialise the parameters of a configuration.
+
+    Args:
+        config: The architecture.
+        key: PRNG key.
+
+    Returns:
+        The nested parameter dictionary (the ``"params"`` collection).
+    """
+    return CellPLM(config).init(key, example_batch(config))["params"]

@@ -1,0 +1,85 @@
+"""Decoders from the latent to expression, with batch, dataset and platform embeddings (``CellPLM/decoder``)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.embedder import mean_row_lookup
+from cellplm_jax.model.layers import Hidden, dense, make_norm, prelu
+from cellplm_jax.structs import CellBatch, Reconstruction
+
+MEAN_RANGE = (1e-5, 1e6)
+DISPERSION_RANGE = (1e-4, 1e4)
+
+
+class CovariateEmbedding(nn.Module):
+    """Embedding - PReLU - Norm of a categorical covariate; an unknown value takes the mean of the rows.
+
+    Attributes:
+        config: The model's configuration.
+        rows: Known values.
+    """
+
+    config: ModelConfig
+    rows: int
+
+    @nn.compact
+    def __call__(self, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+        """Return [samples, cells, decoder.hidden] for ``index`` int32 [samples, cells] or None."""
+        config = self.config
+        table = self.param("table", nn.initializers.normal(1.0), (self.rows, config.decoder.hidden))
+        x = prelu("prelu")(mean_row_lookup(table, index, shape))
+        return make_norm(config.norm, config.norm_groups, "norm")(x)
+
+
+class Decoder(nn.Module):
+    """The configured decoder.
+
+    ``layers - 1`` hidden blocks, each followed by the covariates' embeddings; then, for the negative-binomial kinds,
+    Linear(bottleneck) - ReLU - Linear(genes) with ``mean = clip(exp(.), 1e-5, 1e6)`` and one dispersion a gene,
+    ``clip(exp(.), 1e-4, 1e4)`` (``CellPLM/decoder/zinb.py``).
+
+    Attributes:
+        config: The model's configuration.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, z: jax.Array, batch: CellBatch, *, train: bool) -> Reconstruction:
+        """Map the latent [samples, cells, latent] to the parameters of [samples, cells, genes] counts."""
+        config, decoder = self.config, self.config.decoder
+        covariates = {
+            "batch": (decoder.batches, batch.batch),
+            "dataset": (decoder.datasets, batch.dataset),
+            "platform": (decoder.platforms, batch.platform),
+        }
+        x, history = z, []
+        for layer in range(decoder.layers - 1):
+            x = Hidden(
+                decoder.hidden,
+                config.norm,
+                config.norm_groups,
+                config.dropout,
+                name=f"layer_{layer}",
+            )(x, train=train)
+            for covariate, (rows, index) in covariates.items():
+                if rows > 0:
+                    embedding = CovariateEmbedding(config, rows, name=f"{covariate}_{layer}")
+                    x = x + embedding(index, x.shape[:2])
+            history.append(x)
+        if decoder.kind == "gaussian":
+            return Reconstruction(mean=dense(config.genes, "mean")(x))
+        if decoder.kind == "residual":
+            return Reconstruction(mean=dense(config.genes, "mean")(jnp.concatenate(history, -1)))
+        x = nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
+        mean = jnp.clip(jnp.exp(dense(config.genes, "log_mean")(x)), *MEAN_RANGE)
+        log_dispersion = self.param("log_dispersion", nn.initializers.normal(1.0), (config.genes,))
+        dispersion = jnp.clip(jnp.exp(log_dispersion), *DISPERSION_RANGE)
+        zero_logits = None
+        if decoder.kind == "zero_inflated_negative_binomial":
+            zero_logits = dense(config.genes, "zero_logits")(x)
+        return Reconstruction(mean=mean, dispersion=dispersion, zero_logits=zero_logits)

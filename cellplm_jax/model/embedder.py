@@ -1,0 +1,105 @@
+"""Expression embedder: a cell is the expression-weighted sum of its genes' embeddings (paper equation 1)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.layers import dense, make_norm
+from cellplm_jax.model.positions import Positions
+from cellplm_jax.structs import CellBatch
+
+
+def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """Look rows up; an unknown (negative or absent) index takes the mean of all rows.
+
+    The released code takes the SUM of all rows for an absent batch (``CellPLM/decoder/zinb.py:163``), which is far
+    outside anything seen in training; the mean is what the paper describes for new batches.
+
+    Args:
+        table: float [rows, width].
+        index: int [...], or None: unknown everywhere.
+        shape: The shape of ``index``; used where it is None.
+
+    Returns:
+        float [..., width].
+    """
+    average = table.mean(axis=0)
+    if index is None:
+        return jnp.broadcast_to(average, (*shape, table.shape[1]))
+    rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
+    return jnp.where((index < 0)[..., None], average, rows)
+
+
+def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
+    """Apply the configured input transform to the stored counts.
+
+    Args:
+        batch: Cells; ``count`` is [samples, nonzeros].
+        config: Names the transform.
+
+    Returns:
+        float32 [samples, nonzeros].
+    """
+    count = batch.count.astype(jnp.float32)
+    if config.embedder.input_transform == "log1p":
+        return jnp.log1p(count)
+    cell = batch.cell_of_nonzero()
+    samples, cells = batch.cell_mask.shape
+    row = jnp.arange(samples, dtype=jnp.int32)[:, None]
+    library = jnp.zeros((samples, cells), jnp.float32).at[row, cell].add(count, mode="drop")
+    size = jnp.take_along_axis(library, jnp.minimum(cell, cells - 1), axis=1)
+    return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
+
+
+class ExpressionEmbedder(nn.Module):
+    """Counts of any subset of the vocabulary, plus position and covariate, to one vector a cell.
+
+    ``E_i = sum_j x_ij h_j`` (+ position, + covariate), then Linear - ReLU - Dropout - Norm
+    (``CellPLM/embedder/omics.py``). Genes that are not measured contribute nothing and cost nothing.
+
+    Attributes:
+        config: The model's configuration.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Return float32 [samples, cells, hidden].
+
+        Args:
+            batch: The cells.
+            gene_mask: bool [samples, cells, genes]; True hides an entry from the input. None: nothing is hidden.
+            train: Whether dropout is on.
+        """
+        config = self.config
+        table = self.param(
+            "gene_embedding", nn.initializers.normal(0.005), (config.genes, config.hidden)
+        )
+        expression = batch.dense(transform_counts(batch, config), config.genes)
+        if gene_mask is not None:
+            expression = jnp.where(gene_mask, 0.0, expression)
+        hidden = expression @ table
+        if config.positions.kind != "none":
+            hidden = hidden + Positions(config, name="positions")(
+                batch.cell_mask,
+                batch.coordinates,
+                batch.has_coordinates,
+                batch.eigenvectors,
+                train=train,
+            )
+        if config.embedder.covariate:
+            covariate = self.param(
+                "batch_embedding",
+                nn.initializers.normal(1.0),
+                (config.decoder.batches, config.hidden),
+            )
+            hidden = hidden + mean_row_lookup(covariate, batch.batch, batch.cell_mask.shape)
+        hidden = nn.relu(dense(config.hidden, "linear")(hidden))
+        hidden = nn.Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
+        return make_norm(config.norm, config.norm_groups, "norm")(hidden)

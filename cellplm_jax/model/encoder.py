@@ -1,0 +1,76 @@
+"""Encoders: how the cells of a sample inform one another (``CellPLM/encoder``)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.attention import CellAttention
+from cellplm_jax.model.layers import Hidden, dense, exact_gelu, layer_norm
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm transformer layer: ``x + attention(norm(x))``, then ``x + feedforward(norm(x))``.
+
+    Attributes:
+        config: The model's configuration.
+        layer: Index of the layer.
+    """
+
+    config: ModelConfig
+    layer: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool) -> jax.Array:
+        """Map [samples, cells, hidden] to the same shape."""
+        config = self.config
+
+        def dropout(x, name):
+            return nn.Dropout(config.dropout, name=name)(x, deterministic=not train)
+
+        mixed = CellAttention(config, self.layer, name="attention")(
+            layer_norm("attention_norm")(hidden), cell_mask, train=train
+        )
+        hidden = hidden + dropout(mixed, "attention_dropout")
+        inner = dense(config.hidden * config.encoder.feedforward, "feedforward_in")(
+            layer_norm("feedforward_norm")(hidden)
+        )
+        inner = dropout(exact_gelu(inner), "feedforward_dropout")
+        inner = dense(config.hidden, "feedforward_out")(inner)
+        return hidden + dropout(inner, "out_dropout")
+
+
+class Encoder(nn.Module):
+    """The configured encoder over padded sentences.
+
+    Attributes:
+        config: The model's configuration.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool) -> jax.Array:
+        """Map [samples, cells, hidden] to the same shape; ``cell_mask`` is bool [samples, cells]."""
+        config, encoder = self.config, self.config.encoder
+
+        def block(name):
+            return Hidden(config.hidden, config.norm, config.norm_groups, config.dropout, name=name)
+
+        if encoder.kind in ("flow", "softmax", "performer"):
+            for layer in range(encoder.layers):
+                hidden = TransformerLayer(config, layer, name=f"layer_{layer}")(
+                    hidden, cell_mask, train=train
+                )
+        elif encoder.kind == "mlp":
+            for layer in range(encoder.layers):
+                hidden = hidden + block(f"layer_{layer}")(hidden, train=train)
+        elif encoder.kind == "residual_mlp":
+            history = []
+            for layer in range(encoder.layers - 1):
+                hidden = block(f"layer_{layer}")(hidden, train=train)
+                history.append(hidden)
+            hidden = block("out")(jnp.concatenate(history, axis=-1), train=train)
+        return hidden

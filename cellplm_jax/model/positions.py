@@ -1,0 +1,106 @@
+"""Positional encodings of cells with 2-D coordinates, and the vector shared by cells without.
+
+Paper section 4.2; formulas of the released code: ``CellPLM/utils/pe.py`` (where they were written but switched off,
+``CellPLM/embedder/omics.py:92``). Coordinates arrive scaled to [0, 1] per tissue sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.layers import dense, prelu
+
+
+def grid_square(coordinates: jax.Array, grid: int) -> jax.Array:
+    """Return int32 [..., 2]: the grid square of coordinates in [0, 1], with the released margin of one percent.
+
+    Args:
+        coordinates: float [..., 2] in [0, 1].
+        grid: Squares along each axis.
+    """
+    square = jnp.floor((coordinates * 1.02 - 0.01) * grid).astype(jnp.int32)
+    return jnp.clip(square, 0, grid - 1)
+
+
+def sinusoidal_encoding(coordinates: jax.Array, width: int, grid: int) -> jax.Array:
+    """Return the fixed 2-D sinusoidal encoding.
+
+    The first half of the dimensions encodes the second coordinate, the second half the first one; within a half, even
+    dimensions are sines and odd ones cosines of ``square * 10000^(-2i / (width / 2))``.
+
+    Args:
+        coordinates: float [..., 2] in [0, 1].
+        width: Dimensions of the encoding, a multiple of 4.
+        grid: Squares along each axis that the coordinates are rounded to.
+
+    Returns:
+        float32 [..., width].
+    """
+    half = width // 2
+    frequency = jnp.exp(jnp.arange(0.0, half, 2) * -(math.log(10000.0) / half))
+    angle = grid_square(coordinates, grid).astype(jnp.float32)[..., None] * frequency
+    wave = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    wave = wave.reshape(*angle.shape[:-1], half)
+    return jnp.concatenate([wave[..., 1, :], wave[..., 0, :]], axis=-1)
+
+
+class Positions(nn.Module):
+    """Positional encoding added to the weighted sum of gene embeddings.
+
+    Attributes:
+        config: The model's configuration.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        cell_mask: jax.Array,
+        coordinates: jax.Array | None,
+        has_coordinates: jax.Array | None,
+        eigenvectors: jax.Array | None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        """Return float32 [samples, cells, hidden].
+
+        Args:
+            cell_mask: bool [samples, cells].
+            coordinates: float32 [samples, cells, 2] in [0, 1], or None: no cell has any.
+            has_coordinates: bool [samples, cells], or None: all have where ``coordinates`` is given.
+            eigenvectors: float32 [samples, cells, eigenvectors], used by kind ``"laplacian"`` instead of coordinates.
+            train: Flip the (arbitrary) signs of the eigenvectors at random, one draw a sample.
+        """
+        config, hidden = self.config.positions, self.config.hidden
+        missing = self.param("missing", nn.initializers.normal(1e-2), (hidden,))
+        source = eigenvectors if config.kind == "laplacian" else coordinates
+        absent = source is None
+        if absent:
+            width = config.eigenvectors if config.kind == "laplacian" else 2
+            source = jnp.zeros((*cell_mask.shape, width), jnp.float32)
+        if config.kind == "sinusoidal":
+            encoded = sinusoidal_encoding(source, hidden, config.grid)
+        elif config.kind == "grid":
+            table = self.param(
+                "table", nn.initializers.normal(1.0), (config.grid * config.grid, hidden)
+            )
+            square = grid_square(source, config.grid)
+            encoded = table[square[..., 0] * config.grid + square[..., 1]]
+        else:
+            if config.kind == "laplacian" and train:
+                signs = jax.random.rademacher(
+                    self.make_rng("dropout"), (source.shape[0], 1, source.shape[2]), source.dtype
+                )
+                source = source * signs
+            encoded = prelu("prelu")(dense(hidden, "linear")(source))
+        if absent:
+            return jnp.broadcast_to(missing, encoded.shape)
+        if has_coordinates is None:
+            return encoded
+        return jnp.where(has_coordinates[..., None], encoded, missing)

@@ -1,0 +1,1 @@
+"""AnnData in, AnnData out: what a user does with a trained model."""
