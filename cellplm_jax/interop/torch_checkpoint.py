@@ -3,7 +3,7 @@
 A published checkpoint is two files: ``PREFIX.config.json`` (the constructor arguments of the original ``OmicsFormer`` and
 its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose ``model_state_dict`` maps names to
 tensors). Reading uses PyTorch's weights-only loader, which builds tensors and nothing else, so a file from a stranger
-cannot run code. PyTorch is needed for these two functions alone (extra ``parity``); the mapping itself is plain numpy.
+cannot run code. PyTorch is needed for reading and writing alone (extra ``torch``); the mapping itself is plain numpy.
 
 What the original computes without a parameter (its positional encoding is switched off, ``embedder.norm0`` is never
 called) is kept as *unused*, by name, and written back unchanged.
@@ -149,7 +149,7 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
     # VAELatentLayer is built without lamda, w_li or a warm-up argument, so its own defaults hold.
     vae = kind == "gaussian"
     latent = configuration.LatentConfig(
-        kind=kind,
+        kind=kind,  # type: ignore[arg-type]
         inference="released",
         size=int(values["post_latent_dim"]),
         clusters=int(values["num_clusters"]),
@@ -542,7 +542,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         CheckpointError: A file is missing, damaged, holds more than tensors, or the two do not fit.
         MissingDependencyError: PyTorch is not installed.
     """
-    torch = require("torch", "parity", "Reading a PyTorch checkpoint")
+    torch = require("torch", "torch", "Reading a PyTorch checkpoint")
     checkpoint, config = Path(checkpoint), Path(config)
     for path in (checkpoint, config):
         if not path.is_file():
@@ -607,7 +607,7 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
         CheckpointError: The model has parts the published form cannot hold.
         MissingDependencyError: PyTorch is not installed.
     """
-    torch = require("torch", "parity", "Writing a PyTorch checkpoint")
+    torch = require("torch", "torch", "Writing a PyTorch checkpoint")
     state_dict = {
         name: torch.from_numpy(np.array(array)) for name, array in to_state_dict(converted).items()
     }

@@ -29,10 +29,40 @@ def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Ar
         float32 [...], in nats.
     """
     counts, mean, dispersion = (jnp.asarray(x, jnp.float32) for x in (counts, mean, dispersion))
+    without_mean = negative_binomial_count_terms(counts, dispersion)
+    return without_mean + negative_binomial_mean_terms(counts, mean, dispersion)
+
+
+def negative_binomial_mean_terms(
+    counts: jax.Array, mean: jax.Array, dispersion: jax.Array
+) -> jax.Array:
+    """Return the terms of :func:`negative_binomial_nll` that the mean enters: no gamma functions.
+
+    Args:
+        counts: float [...].
+        mean: float [...].
+        dispersion: float, broadcastable.
+
+    Returns:
+        float32 [...], in nats; what is missing is :func:`negative_binomial_count_terms`.
+    """
     theta = dispersion + EPSILON
-    constant = gammaln(theta) + gammaln(counts + 1.0) - gammaln(counts + theta)
     spread = (dispersion + counts) * jnp.log(1.0 + mean / theta)
-    return constant + spread + counts * (jnp.log(theta) - jnp.log(mean + EPSILON))
+    return spread + counts * (jnp.log(theta) - jnp.log(mean + EPSILON))
+
+
+def negative_binomial_count_terms(counts: jax.Array, dispersion: jax.Array) -> jax.Array:
+    """Return the terms of :func:`negative_binomial_nll` without the mean; exactly 0 where the count is 0.
+
+    Args:
+        counts: float [...].
+        dispersion: float, broadcastable.
+
+    Returns:
+        float32 [...], in nats.
+    """
+    theta = dispersion + EPSILON
+    return gammaln(theta) + gammaln(counts + 1.0) - gammaln(counts + theta)
 
 
 def zero_inflated_negative_binomial_nll(
@@ -52,7 +82,27 @@ def zero_inflated_negative_binomial_nll(
     Returns:
         float32 [...], in nats.
     """
-    nll = negative_binomial_nll(counts, mean, dispersion)
+    without_mean = negative_binomial_count_terms(counts, dispersion)
+    return without_mean + zero_inflated_mean_terms(counts, mean, dispersion, zero_logits)
+
+
+def zero_inflated_mean_terms(
+    counts: jax.Array, mean: jax.Array, dispersion: jax.Array, zero_logits: jax.Array
+) -> jax.Array:
+    """Return :func:`zero_inflated_negative_binomial_nll` less :func:`negative_binomial_count_terms`.
+
+    The missing terms are 0 at zero counts, so the zero case needs no gamma function either.
+
+    Args:
+        counts: float [...].
+        mean: float [...].
+        dispersion: float, broadcastable.
+        zero_logits: float [...].
+
+    Returns:
+        float32 [...], in nats.
+    """
+    nll = negative_binomial_mean_terms(counts, mean, dispersion)
     log_zero = jax.nn.log_sigmoid(zero_logits)
     log_count = jax.nn.log_sigmoid(-zero_logits)
     zero_case = -jnp.logaddexp(log_zero, log_count - nll)

@@ -1,0 +1,51 @@
+# Every target sets itself up: a virtual environment in .venv (VENV=...) with Python 3.11 or newer (PYTHON=...).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo
+DEMO_FLAGS ?=
+# Tests see eight CPU devices, so that sharding is exercised on any machine.
+TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
+
+.PHONY: demo test lint types parity smoke debug-pretrain clean
+
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The original needs torch (CPU build where there is one) and none of its declared requirements to be imported.
+$(VENV)/.parity: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --no-deps 'cellplm==0.1.0.post2'
+	touch $@
+
+demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
+	$(BIN)/cellplm demo --out $(DEMO_OUT) $(DEMO_FLAGS)
+
+test: $(VENV)/.installed  ## the test suite, without torch
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not parity'
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright
+
+parity: $(VENV)/.parity  ## the original, run live beside ours
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity tests
+
+debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in seconds
+	rm -rf runs/debug
+	$(BIN)/python launch/pretrain.py --config=configs/pretrain.py:debug \
+		--corpus=cellplm_jax/resources/pbmc3k.h5ad --workdir=runs/debug
+
+smoke:  ## install, load and embed with another Python: make smoke PYTHON=python3.13 VENV=.venv313
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet .
+	cd / && $(abspath $(BIN))/python $(abspath tools/smoke.py)
+
+clean:
+	rm -rf $(VENV) demo runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+"""CellPLM in JAX: a language model of cells for single-cell and spatial transcriptomics.
+
+Importing this package imports neither jax nor anndata; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cellplm_jax.config import ModelConfig, TrainConfig
+    from cellplm_jax.data import datasets
+    from cellplm_jax.errors import (
+        CellPLMError,
+        CheckpointError,
+        ConfigError,
+        InputError,
+        MissingDependencyError,
+    )
+    from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.pretrain import pretrain
+    from cellplm_jax.tasks.pretrained import Pretrained, load
+
+_WHERE = {
+    "CellPLMError": "cellplm_jax.errors",
+    "CheckpointError": "cellplm_jax.errors",
+    "ConfigError": "cellplm_jax.errors",
+    "InputError": "cellplm_jax.errors",
+    "MissingDependencyError": "cellplm_jax.errors",
+    "ModelConfig": "cellplm_jax.config",
+    "Pretrained": "cellplm_jax.tasks.pretrained",
+    "TrainConfig": "cellplm_jax.config",
+    "embed": "cellplm_jax.tasks.embed",
+    "embed_file": "cellplm_jax.tasks.embed",
+    "load": "cellplm_jax.tasks.pretrained",
+    "pretrain": "cellplm_jax.tasks.pretrain",
+}
+_MODULES = {"datasets": "cellplm_jax.data.datasets", "plot": "cellplm_jax.plot"}
+
+__all__ = [*_WHERE, *_MODULES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        msg = f"module 'cellplm_jax' has no attribute '{name}'"
+        raise AttributeError(msg)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

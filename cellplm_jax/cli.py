@@ -1,0 +1,280 @@
+"""The ``cellplm`` command.
+
+Exit status: 0 done; 2 bad usage or bad input, one message on standard error and no traceback; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.errors import CellPLMError, InputError, explain
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    import cellplm_jax
+
+    parser = argparse.ArgumentParser(
+        prog="cellplm",
+        description="CellPLM in JAX: embed single cells and spots with a pretrained cell language model.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"cellplm-jax {cellplm_jax.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_embed(commands)
+    _add_convert(commands)
+    _add_info(commands)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        msg = f"{text!r} is not a positive whole number"
+        raise argparse.ArgumentTypeError(msg)
+    return value
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "pretrain a small model on bundled cells, embed, evaluate and draw",
+        "cellplm demo --out demo",
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (demo)")
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="training steps, for a quick check"
+    )
+    parser.add_argument(
+        "--max-cells", type=_positive, metavar="N", help="use only N of the 2,700 cells"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.demo import run_demo, verdict
+
+    table = run_demo(
+        arguments.out,
+        steps=arguments.steps,
+        max_cells=arguments.max_cells,
+        seed=arguments.seed,
+        quiet=arguments.quiet,
+    )
+    _print_scores(table)
+    out = Path(arguments.out)
+    _print(verdict(table))
+    _print(f"report: {out / 'report.html'}")
+    _print(
+        f"model:  {out / 'model'}   (cellplm embed FILE.h5ad --model {out / 'model'} --out OUT.h5ad)"
+    )
+
+
+def _print_scores(table: dict[str, dict[str, float]]) -> None:
+    columns = ("ari", "nmi", "knn_accuracy", "masked_correlation", "nb_log_likelihood")
+    width = max(map(len, table)) + 2
+    _print(" " * width + "".join(f"{name:>20}" for name in columns))
+    for method, scores in table.items():
+        values = (f"{scores[name]:20.4f}" if name in scores else f"{'-':>20}" for name in columns)
+        _print(f"{method:<{width}}" + "".join(values))
+
+
+def _add_embed(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "embed",
+        _embed,
+        "embed the cells of an .h5ad file",
+        "cellplm embed cells.h5ad --model demo/model --out embedded.h5ad --batch-key sample",
+    )
+    parser.add_argument("input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer")
+    parser.add_argument(
+        "--model", required=True, help="checkpoint directory or pretraining work directory"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="OUT.h5ad", help="the input plus the embedding"
+    )
+    parser.add_argument(
+        "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
+    )
+    parser.add_argument(
+        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
+    )
+    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
+    parser.add_argument(
+        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
+    )
+    parser.add_argument(
+        "--cells-per-context", type=_positive, metavar="N", help="cells of a context at most (all)"
+    )
+    parser.add_argument(
+        "--key-added", default="X_cellplm", metavar="K", help="key of obsm to write (X_cellplm)"
+    )
+    parser.add_argument(
+        "--values",
+        choices=("counts", "normalized", "log1p"),
+        default="counts",
+        help="what the matrix holds; anything but raw counts has to be said (counts)",
+    )
+    parser.add_argument(
+        "--minimum-genes", type=_positive, metavar="N", help="fewest known genes accepted"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no report")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output, embed_file
+    from cellplm_jax.tasks.pretrained import load
+
+    check_output(Path(arguments.out))
+    model = load(arguments.model)
+    messages = embed_file(
+        arguments.input,
+        model,
+        arguments.out,
+        batch_key=arguments.batch_key,
+        spatial_key=arguments.spatial_key or "spatial",
+        require_coordinates=arguments.spatial_key is not None,
+        layer=arguments.layer,
+        gene_key=arguments.gene_key,
+        cells_per_context=arguments.cells_per_context,
+        key_added=arguments.key_added,
+        values=arguments.values,
+        minimum_genes=arguments.minimum_genes,
+        quiet=arguments.quiet,
+    )
+    if not arguments.quiet:
+        for message in messages:
+            _print(message, sys.stderr)
+    _print(f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        _convert,
+        "convert a published PyTorch checkpoint, or write one back",
+        "cellplm convert 20230926_85M.best.ckpt --config 20230926_85M.config.json --out model\n"
+        "  cellplm convert model --to-torch back/20230926_85M",
+    )
+    parser.add_argument(
+        "input", metavar="CKPT|DIR", help="PREFIX.best.ckpt, or a checkpoint directory"
+    )
+    parser.add_argument(
+        "--config", metavar="JSON", help="PREFIX.config.json published with the weights"
+    )
+    parser.add_argument("--out", metavar="DIR", help="new checkpoint directory")
+    parser.add_argument(
+        "--to-torch", metavar="PREFIX", help="write PREFIX.best.ckpt and PREFIX.config.json"
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.interop import convert
+
+    if (arguments.to_torch is None) == (arguments.out is None):
+        msg = explain(
+            "convert was given "
+            + ("both" if arguments.out else "neither")
+            + " --out and --to-torch",
+            "exactly one of them",
+            "Give --out DIR to read a published checkpoint, or --to-torch PREFIX to write one",
+        )
+        raise InputError(msg)
+    if arguments.to_torch is not None:
+        for path in convert.to_published(arguments.input, arguments.to_torch):
+            _print(f"wrote {path}")
+        return
+    if arguments.config is None:
+        msg = explain(
+            "convert was given no --config",
+            "the PREFIX.config.json published with the weights",
+            "Add --config PREFIX.config.json",
+        )
+        raise InputError(msg)
+    for line in convert.from_published(arguments.input, arguments.config, arguments.out):
+        _print(line)
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "info",
+        _info,
+        "show a model: configuration, parameters by module, genes, training history",
+        "cellplm info demo/model",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory or pretraining work directory"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.info import describe, describe_text
+
+    facts = describe(arguments.model)
+    _print(json.dumps(facts, indent=2) if arguments.json else describe_text(facts))
+
+
+def _print(text: str, stream: Any = None) -> None:
+    stream = sys.stdout if stream is None else stream
+    stream.write(f"{text}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        Exit status.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except CellPLMError as error:
+        _print(f"cellplm {arguments.command}: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        _print(f"cellplm {arguments.command}: interrupted", sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe went away (head, less); nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1161 @@
+"""AnnData at the edge: raw counts in the columns of a vocabulary, read block by block and checked.
+
+Everything that varies between files is settled here, once: where the raw counts are (``X``, ``raw.X``
+or a layer), how they are stored (CSR, CSC, dense, on disk or in memory, any number type), what the
+genes are called, and what the values may be. What comes out is always the same: canonical CSR blocks,
+float32, one column per vocabulary gene. Nothing here builds a dense cells x genes array of a file.
+
+:func:`open_counts` is the way in, :class:`CountSource` what it returns, :func:`write_h5ad` the way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from cellplm_jax.data.genes import GeneMapping, map_genes, require_matches
+from cellplm_jax.errors import InputError, explain
+
+if TYPE_CHECKING:
+    import anndata
+    import pandas as pd
+
+Values = Literal["counts", "normalized", "log1p"]
+
+VALUES: tuple[Values, ...] = ("counts", "normalized", "log1p")
+"""What the values of a matrix may be declared to be."""
+
+INTEGER_TOLERANCE = 1e-3
+"""Distance from an integer up to which a value is a count (and is rounded to it)."""
+
+LARGEST_COUNT = 2.0**24
+"""Largest count that float32 holds exactly; anything above is damage, not a count."""
+
+LARGEST_LOG = 30.0
+"""No log1p of a count or of a normalised value reaches this (e**30 is 1e13)."""
+
+_HIGHEST: dict[Values, float] = {
+    "counts": LARGEST_COUNT,
+    "normalized": float(np.finfo(np.float32).max),
+    "log1p": LARGEST_LOG,
+}
+
+_DECLARE = (
+    "Pass layer=... (--layer) naming the matrix that holds raw counts, or declare what the values "
+    "are with values='log1p' or values='normalized' (--values)"
+)
+
+COUNT_LAYERS = ("counts", "raw_counts", "count", "raw", "umi_counts", "umis", "spliced_counts")
+"""Layers searched for raw counts, in this order, after ``X`` and ``raw.X``."""
+
+GENE_COLUMNS = (
+    "ensembl_id",
+    "ensembl_ids",
+    "ensembl",
+    "ensembl_gene_id",
+    "ensembl_gene_ids",
+    "gene_ids",
+    "gene_id",
+    "geneid",
+    "feature_id",
+    "feature_name",
+    "gene_symbols",
+    "gene_symbol",
+    "gene_names",
+    "gene_name",
+    "genes",
+    "symbol",
+    "symbols",
+    "hgnc_symbol",
+)
+"""Columns of ``var`` that may hold gene names (compared in lower case), besides ``var_names``."""
+
+PROBE_BLOCKS = 16
+PROBE_VALUES = 200_000
+"""A probe reads at most this many values, in this many places spread over the matrix."""
+
+DENSE_ENTRIES = 4_000_000
+"""Entries of a dense matrix that are looked at in one step: 16 to 32 MB."""
+
+CHUNK_CACHE = 32 * 2**20
+"""Bytes of decompressed chunks h5py keeps per array, so that scattered rows do not pay twice."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrices as they are stored
+# ---------------------------------------------------------------------------------------------
+
+
+class _Entries(NamedTuple):
+    """Stored entries of some rows in CSR form, as found: order, duplicates, number type untouched."""
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+
+
+class _SparseRows:
+    """Rows of a CSR matrix whose arrays may still be on disk (h5py or zarr)."""
+
+    kind = "CSR"
+
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
+        self.data, self.indices, self.shape = data, indices, shape
+        self.indptr = np.asarray(indptr[:], dtype=np.int64)
+        self.dtype = np.dtype(data.dtype)
+        _check_pointers(self.indptr, shape[0], int(indices.shape[0]), "row")
+
+    def read(self, start: int, stop: int) -> _Entries:
+        """Return the entries of consecutive rows."""
+        low, high = int(self.indptr[start]), int(self.indptr[stop])
+        indices = np.asarray(self.indices[low:high])
+        _check_indices(indices, self.shape[1], "column")
+        data = np.asarray(self.data[low:high])
+        return _Entries(data, indices, self.indptr[start : stop + 1] - low)
+
+    def sample(self) -> np.ndarray:
+        """Return non-zero values from places spread over the matrix."""
+        return _sample(self.data, int(self.indptr[-1]))
+
+
+class _CompressedColumns:
+    """A CSC matrix: read once, turned into CSR in memory when its rows are first asked for."""
+
+    kind = "CSC"
+
+    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
+        self.data, self.indices, self.shape = data, indices, shape
+        self.indptr = np.asarray(indptr[:])
+        self.dtype = np.dtype(data.dtype)
+        self._rows: _SparseRows | None = None
+        _check_pointers(self.indptr, shape[1], int(indices.shape[0]), "column")
+
+    def read(self, start: int, stop: int) -> _Entries:
+        """Return the entries of consecutive rows; the first call converts the whole matrix."""
+        if self._rows is None:
+            data, indices = np.asarray(self.data[:]), np.asarray(self.indices[:])
+            _check_indices(indices, self.shape[0], "row")
+            rows = sparse.csc_matrix((data, indices, self.indptr), shape=self.shape).tocsr()
+            self._rows = _SparseRows(rows.data, rows.indices, rows.indptr, self.shape)
+            self.data, self.indices = rows.data, rows.indices  # lets go of what was read
+        return self._rows.read(start, stop)
+
+    def sample(self) -> np.ndarray:
+        """Return non-zero values from places spread over the matrix."""
+        return _sample(self.data, int(self.indptr[-1]))
+
+
+class _DenseRows:
+    """Rows of a dense array: numpy, h5py, zarr, or anything that slices like them."""
+
+    kind = "dense"
+
+    def __init__(self, array: Any):
+        self.array, self.shape = array, (int(array.shape[0]), int(array.shape[1]))
+        self.dtype = np.dtype(array.dtype)
+
+    def read(self, start: int, stop: int) -> _Entries:
+        """Return the non-zero entries of consecutive rows, converted in steps of bounded size."""
+        step = max(1, DENSE_ENTRIES // max(1, self.shape[1]))
+        parts = []
+        for low in range(start, stop, step):
+            block = self.array[low : min(low + step, stop)]
+            block = block.compute() if hasattr(block, "compute") else block
+            if sparse.issparse(block):  # a dask array of sparse chunks
+                rows = block.tocsr()
+                parts.append(_Entries(rows.data, rows.indices, rows.indptr))
+                continue
+            block = np.asarray(block)
+            row, column = np.nonzero(block)
+            pointers = np.zeros(block.shape[0] + 1, dtype=np.int64)
+            np.cumsum(np.bincount(row, minlength=block.shape[0]), out=pointers[1:])
+            parts.append(_Entries(block[row, column], column.astype(np.int32), pointers))
+        return _join(parts, self.dtype)
+
+    def sample(self) -> np.ndarray:
+        """Return non-zero values of rows spread over the matrix."""
+        step = max(1, PROBE_VALUES * 10 // (PROBE_BLOCKS * max(1, self.shape[1])))
+        parts = [self.read(low, high).data for low, high in _spread(self.shape[0], step)]
+        return np.concatenate(parts)
+
+
+_Rows = _SparseRows | _CompressedColumns | _DenseRows
+
+
+def _check_pointers(indptr: np.ndarray, length: int, entries: int, axis: str) -> None:
+    """Refuse offsets that cannot belong to a compressed matrix."""
+    sound = len(indptr) == length + 1 and indptr[0] == 0 and indptr[-1] <= entries
+    if not sound or (np.diff(indptr) < 0).any():
+        msg = explain(
+            f"the {axis} offsets of a sparse matrix do not fit its {entries} entries",
+            f"{length + 1} increasing offsets from 0",
+            "The file is damaged; write it again from its source",
+        )
+        raise InputError(msg)
+
+
+def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
+    """Refuse entries that lie outside the matrix."""
+    if indices.size and (indices.max() >= length or indices.min() < 0):
+        bad = indices.max() if indices.max() >= length else indices.min()
+        msg = explain(
+            f"a sparse matrix has an entry in {axis} {bad}",
+            f"{axis}s 0 to {length - 1}",
+            "The file is damaged; write it again from its source",
+        )
+        raise InputError(msg)
+
+
+def _join(parts: Sequence[_Entries], dtype: np.dtype) -> _Entries:
+    """Stack the rows of several reads."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return _Entries(np.empty(0, dtype), np.empty(0, np.int32), np.zeros(1, np.int64))
+    offsets = np.cumsum([0, *(len(part.data) for part in parts)])
+    pointers = [part.indptr[1:] + low for part, low in zip(parts, offsets[:-1], strict=True)]
+    return _Entries(
+        np.concatenate([part.data for part in parts]),
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([np.zeros(1, np.int64), *pointers]),
+    )
+
+
+def _spread(length: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield up to ``PROBE_BLOCKS`` ranges of ``step``, the first and last touching the ends."""
+    if length <= step * PROBE_BLOCKS:
+        yield 0, length
+        return
+    for start in np.linspace(0, length - step, PROBE_BLOCKS).astype(int):
+        yield int(start), int(start) + step
+
+
+def _sample(data: Any, length: int) -> np.ndarray:
+    """Return up to ``PROBE_VALUES`` stored values from places spread over a stored vector."""
+    ranges = _spread(length, PROBE_VALUES // PROBE_BLOCKS)
+    values = np.concatenate([np.asarray(data[low:high]) for low, high in ranges])
+    return values[values != 0]
+
+
+def _as_rows(matrix: Any) -> _Rows:
+    """Wrap a matrix of any kind AnnData may hold, without reading it."""
+    import anndata.abc
+
+    if isinstance(matrix, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
+        return _stored_rows(matrix.group)
+    if sparse.issparse(matrix):
+        if matrix.format not in ("csr", "csc"):
+            matrix = matrix.tocsr()
+        form = _SparseRows if matrix.format == "csr" else _CompressedColumns
+        return form(matrix.data, matrix.indices, matrix.indptr, matrix.shape)
+    return _DenseRows(matrix)
+
+
+def _stored_rows(element: Any) -> _Rows:
+    """Wrap a matrix of an open h5ad or zarr store (a group when sparse, an array when dense)."""
+    encoding = str(element.attrs.get("encoding-type", ""))
+    if encoding in ("csr_matrix", "csc_matrix"):
+        form = _SparseRows if encoding == "csr_matrix" else _CompressedColumns
+        cells, genes = (int(size) for size in element.attrs["shape"])
+        return form(element["data"], element["indices"], element["indptr"], (cells, genes))
+    return _DenseRows(element)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files and AnnData objects seen alike
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """One matrix that may hold the counts, with the ``var`` that names its columns."""
+
+    name: str
+    rows: Callable[[], _Rows]
+    var: Callable[[], pd.DataFrame]
+
+
+class _Lazy(Mapping):
+    """A mapping that reads its values from a store when they are first asked for."""
+
+    def __init__(self, keys: Sequence[str], read: Callable[[str], Any]):
+        self._keys, self._read, self._values = list(keys), read, {}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(key)
+        if key not in self._values:
+            self._values[key] = self._read(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """The parts of an AnnData this module uses, from memory or from disk."""
+
+    label: str
+    source: str
+    obs: pd.DataFrame
+    obsm: Mapping[str, Any]
+    places: Mapping[str, _Place]
+    layers: tuple[str, ...]
+    close: Callable[[], None]
+
+
+def _open_object(adata: anndata.AnnData) -> _Opened:
+    """Look into an AnnData object: in memory, a view, or backed."""
+    places: dict[str, _Place] = {}
+    if adata.X is not None:
+        places["X"] = _Place("X", lambda: _as_rows(adata.X), lambda: adata.var)
+    raw = adata.raw
+    if raw is not None:
+        places["raw.X"] = _Place("raw.X", lambda: _as_rows(raw.X), lambda: raw.var)
+    layers = tuple(key for key in adata.layers if key is not None)  # None is X in anndata 0.13
+    for key in layers:
+        rows = lambda key=key: _as_rows(adata.layers[key])  # noqa: E731
+        places[f"layers['{key}']"] = _Place(f"layers['{key}']", rows, lambda: adata.var)
+    return _Opened(
+        label="the AnnData",
+        source="AnnData in memory",
+        obs=adata.obs,
+        obsm=adata.obsm,
+        places=places,
+        layers=layers,
+        close=lambda: None,
+    )
+
+
+def _open_path(path: Path) -> _Opened:
+    """Open an ``.h5ad`` file or a ``.zarr`` directory; matrices stay on disk."""
+    import anndata
+
+    if not path.exists():
+        msg = explain(
+            f"'{path}' does not exist", "an .h5ad file or a .zarr directory", "Check the path"
+        )
+        raise InputError(msg)
+    store, close = _open_zarr(path) if path.is_dir() else _open_hdf5(path)
+    try:
+        keys = set(store.keys())
+        if not {"obs", "var"} <= keys:
+            msg = explain(
+                f"'{path}' holds {_listing(sorted(keys))} and no 'obs' and 'var'",
+                "a file written by AnnData",
+                "Read it with scanpy (for example scanpy.read_10x_h5) and save it with write_h5ad",
+            )
+            raise InputError(msg)
+        if "encoding-type" not in store["obs"].attrs:
+            close()
+            return dataclasses.replace(
+                _open_object(anndata.read_h5ad(path)), label=f"'{path}'", source=path.name
+            )
+        return _open_store(store, path, close)
+    except InputError:
+        close()
+        raise
+    except Exception as error:
+        close()
+        raise InputError(_unreadable(path, error)) from error
+
+
+def _open_hdf5(path: Path) -> tuple[Any, Callable[[], None]]:
+    import h5py
+
+    try:
+        file = h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE)
+    except OSError as error:
+        raise InputError(_unreadable(path, error)) from error
+    return file, file.close
+
+
+def _open_zarr(path: Path) -> tuple[Any, Callable[[], None]]:
+    import zarr
+
+    try:
+        return zarr.open_group(str(path), mode="r"), lambda: None
+    except Exception as error:
+        msg = explain(
+            f"'{path}' is a directory without a zarr group in it",
+            "an .h5ad file or a .zarr directory written by AnnData",
+            "Check the path",
+        )
+        raise InputError(msg) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) <= 160 else reason[:157] + "..."
+    return explain(
+        f"'{path}' cannot be read as an AnnData file ({reason})",
+        "a complete .h5ad file",
+        "Check that it is an .h5ad file and that it was copied whole, or write it again",
+    )
+
+
+def _open_store(store: Any, path: Path, close: Callable[[], None]) -> _Opened:
+    """Look into an open h5ad file or zarr group."""
+    from anndata.io import read_elem
+
+    frames: dict[str, pd.DataFrame] = {}
+
+    def frame(key: str) -> pd.DataFrame:
+        if key not in frames:
+            frames[key] = read_elem(store[key])
+        return frames[key]
+
+    def stored(name: str, key: str, var: str) -> _Place:
+        return _Place(name, lambda: _stored_rows(store[key]), lambda: frame(var))
+
+    places: dict[str, _Place] = {}
+    if "X" in store and str(store["X"].attrs.get("encoding-type", "")) != "null":
+        places["X"] = stored("X", "X", "var")
+    if "raw" in store and "X" in store["raw"]:
+        places["raw.X"] = stored("raw.X", "raw/X", "raw/var")
+    layers = tuple(store["layers"].keys()) if "layers" in store else ()
+    for key in layers:
+        places[f"layers['{key}']"] = stored(f"layers['{key}']", f"layers/{key}", "var")
+    frame("var")
+    return _Opened(
+        label=f"'{path}'",
+        source=path.name,
+        obs=frame("obs"),
+        obsm=_Lazy(
+            tuple(store["obsm"].keys()) if "obsm" in store else (),
+            lambda key: read_elem(store[f"obsm/{key}"]),
+        ),
+        places=places,
+        layers=layers,
+        close=close,
+    )
+
+
+def _listing(names: Sequence[object], limit: int = 12) -> str:
+    """Quote names for a message, cut where there are many."""
+    shown = ", ".join(f"'{name}'" for name in names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (shown + more) if names else "none"
+
+
+# ---------------------------------------------------------------------------------------------
+# What the values are
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What a sample of the values of one matrix looks like."""
+
+    looks: Literal["counts", "zeros", "damaged counts", "other"]
+    description: str
+    largest: float
+
+
+def _probe(rows: _Rows) -> _Probe:
+    """Judge a matrix by a bounded number of its values, spread over it."""
+    if rows.dtype.kind not in "buif":
+        return _Probe("other", f"values of type {rows.dtype}", math.nan)
+    values = rows.sample().astype(np.float64)
+    if not values.size:
+        return _Probe("zeros", "zeros only", 0.0)
+    finite = values[np.isfinite(values)]
+    share = (
+        float((np.abs(finite - np.rint(finite)) > INTEGER_TOLERANCE).mean()) if finite.size else 0
+    )
+    largest = float(finite.max()) if finite.size else math.nan
+    negative = float((finite < -INTEGER_TOLERANCE).mean()) if finite.size else 0.0
+    wrong = []
+    if finite.size < values.size:
+        wrong.append("NaN or infinite values")
+    if negative:
+        wrong.append("negative values")
+    if share:
+        wrong.append("non-integer values")
+    if finite.size and not wrong and largest <= LARGEST_COUNT:
+        return _Probe("counts", f"integers up to {largest:.0f}", largest)
+    # Where most values are counts the others are damage, to be named one by one; centred, scaled
+    # and normalised matrices have hardly any integers, or as many negative values as positive.
+    if max(share, negative) < 0.5 and (wrong or not finite.size):
+        return _Probe("damaged counts", f"integers with {' and '.join(wrong)}", largest)
+    text = f"{', '.join(wrong) or 'values'}, max {largest:.3g}"
+    if negative:
+        guess = "looks centred or scaled"
+    elif not share:
+        guess = "too large for counts"
+    elif largest < 20:
+        guess = "looks log1p-normalised"
+    else:
+        guess = "looks normalised by library size"
+    return _Probe("other", f"{text}, {guess}", largest)
+
+
+def _choose_place(
+    opened: _Opened, layer: str | None, values: Values
+) -> tuple[_Place, _Rows, _Probe, str]:
+    """Find the matrix to read: the one asked for, or the first that holds raw counts.
+
+    Returns:
+        The place, its rows, their probe, and a sentence saying what was chosen and why.
+    """
+    places = opened.places
+    if layer is not None:
+        named = (f"layers['{layer}']", layer, f"{layer}.X")
+        place = next((places[name] for name in named if name in places), None)
+        if place is None:
+            present = f"layers {_listing(opened.layers)}" if opened.layers else "no layers"
+            msg = explain(
+                f"{opened.label} has no layer '{layer}'",
+                f"one of its matrices: {present}; also {_listing([p for p in places if '[' not in p])}",
+                "Pass layer=... (--layer) with one of these names",
+            )
+            raise InputError(msg)
+        candidates = [place]
+    elif values == "counts":
+        order = ["X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
+        candidates = [places[name] for name in order if name in places]
+    else:
+        candidates = [places[name] for name in ("X", "raw.X") if name in places][:1]
+    if not candidates:
+        msg = explain(
+            f"{opened.label} has no matrix X and no raw.X, and its layers are "
+            f"{_listing(opened.layers)}",
+            "raw counts in X, raw.X or a layer",
+            "Pass layer=... (--layer) naming the matrix that holds raw counts",
+        )
+        raise InputError(msg)
+
+    seen: list[tuple[_Place, _Rows, _Probe]] = []
+    for place in candidates:
+        rows = place.rows()
+        probe = _probe(rows)
+        if values != "counts":
+            _check_declared(opened, place, rows, probe, values)
+            note = f"Read {place.name} as {values} values ({probe.description})."
+            return place, rows, probe, note
+        if probe.looks == "counts":
+            passed = [f"{other.name}: {held.description}" for other, _, held in seen]
+            why = f"; passed over {'; '.join(passed)}" if passed else ""
+            note = f"Read raw counts from {place.name} ({probe.description}{why})."
+            return place, rows, probe, note
+        seen.append((place, rows, probe))
+    # Damaged counts are chosen so that reading them names the damage.
+    damaged = [found for found in seen if found[2].looks == "damaged counts"]
+    if all(probe.looks == "zeros" for _, _, probe in seen):
+        damaged = seen
+    for place, rows, probe in damaged:
+        return place, rows, probe, f"Read raw counts from {place.name} ({probe.description})."
+    found = "; ".join(f"{place.name}: {probe.description}" for place, _, probe in seen)
+    msg = explain(
+        f"no raw counts in {opened.label} ({found})",
+        "non-negative integers in X, raw.X or a layer",
+        _DECLARE,
+    )
+    raise InputError(msg)
+
+
+def _check_declared(
+    opened: _Opened, place: _Place, rows: _Rows, probe: _Probe, values: Values
+) -> None:
+    """Refuse declared values that the probe contradicts."""
+    if rows.dtype.kind not in "buif":
+        msg = explain(
+            f"{place.name} of {opened.label} holds {probe.description}",
+            "numbers",
+            "Pass layer=... (--layer) naming another matrix",
+        )
+        raise InputError(msg)
+    if probe.looks == "zeros":
+        return
+    wrong = None
+    if values == "log1p" and probe.largest > LARGEST_LOG:
+        wrong = f"{place.name} of {opened.label} has values up to {probe.largest:.4g}"
+        remedy = "Declare values='normalized' if they are not logarithms, or drop values"
+    elif values == "log1p" and probe.looks == "counts" and probe.largest > 1:
+        wrong = f"{place.name} of {opened.label} holds {probe.description}, which are raw counts"
+        remedy = "Drop values (--values): raw counts are what the model wants"
+    if wrong:
+        msg = explain(wrong, f"log1p values, none above {LARGEST_LOG:.0f}", remedy)
+        raise InputError(msg)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the genes are called
+# ---------------------------------------------------------------------------------------------
+
+
+def _texts(column: pd.Series | pd.Index) -> list[str]:
+    """Return a column as strings, missing values as ''."""
+    missing = np.asarray(column.isna())
+    values = column.astype(object).to_numpy()
+    return ["" if absent else str(v).strip() for v, absent in zip(values, missing, strict=True)]
+
+
+def _choose_genes(
+    opened: _Opened,
+    place: _Place,
+    columns: int,
+    vocabulary: Sequence[str],
+    gene_key: str | None,
+    minimum: int | None,
+) -> tuple[str, GeneMapping]:
+    """Find the gene names that match the vocabulary best, or map the column asked for."""
+    var = place.var()
+    if len(var) != columns:
+        msg = explain(
+            f"{place.name} of {opened.label} has {columns} columns for {len(var)} genes",
+            "one column per row of var",
+            "The file is damaged; write it again from its source",
+        )
+        raise InputError(msg)
+    names = _texts(var.index)
+    if gene_key is not None and gene_key not in var.columns:
+        if gene_key not in (var.index.name, "var_names", "index"):
+            msg = explain(
+                f"var of {opened.label} has no column '{gene_key}'",
+                f"one of its columns: {_listing(list(var.columns))} (or 'var_names')",
+                "Pass gene_key=... (--gene-key) with one of these names, or leave it out",
+            )
+            raise InputError(msg)
+        candidates = {"var_names": names}
+    elif gene_key is not None:
+        candidates = {str(gene_key): _texts(var[gene_key])}
+    else:
+        candidates = {"var_names": names}
+        for known in GENE_COLUMNS:
+            for column in var.columns:
+                if str(column).lower() == known and var[column].dtype.kind not in "biufc":
+                    candidates[str(column)] = _texts(var[column])
+
+    best: tuple[str, GeneMapping, list[str]] | None = None
+    for key, texts in candidates.items():
+        filled = [text or name for text, name in zip(texts, names, strict=True)]
+        mapping = map_genes(filled, vocabulary, minimum=0)
+        if best is None or mapping.genes_matched > best[1].genes_matched:
+            best = (key, mapping, filled)
+    if best is None:  # pragma: no cover - candidates are never empty
+        raise InputError(explain("no gene names", "var_names", "Name the genes"))
+    key, mapping, filled = best
+    where = f"var_names of {opened.label}" if key == "var_names" else f"var['{key}']"
+    require_matches(mapping, filled, minimum=minimum, where=where)
+    return key, mapping
+
+
+# ---------------------------------------------------------------------------------------------
+# The public part
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class InputReport:
+    """What was decided about an input, for people and for ``uns``.
+
+    Attributes:
+        source: Name of the file, or "AnnData in memory".
+        matrix: Place of the counts: "X", "raw.X" or "layers['NAME']".
+        storage: How that matrix is stored: "CSR", "CSC" or "dense", with its number type.
+        values: "counts", "normalized" or "log1p".
+        gene_key: Column of ``var`` the gene names came from, or "var_names".
+        genes: What became of every gene.
+        cells: Number of cells.
+        cells_without_counts: Cells with no count in any vocabulary gene; None until every cell has
+            been read.
+        notes: Sentences about choices that were made.
+    """
+
+    source: str
+    matrix: str
+    storage: str
+    values: Values
+    gene_key: str
+    genes: GeneMapping
+    cells: int
+    cells_without_counts: int | None
+    notes: tuple[str, ...]
+
+    def messages(self) -> list[str]:
+        """Describe the input in a few sentences, one message each.
+
+        Returns:
+            Lines to print or log, the most important first.
+        """
+        key = "var_names" if self.gene_key == "var_names" else f"var['{self.gene_key}']"
+        lines = [*self.notes, f"Gene names from {key}: {self.genes.summary()}"]
+        if self.cells_without_counts:
+            lines.append(
+                f"{self.cells_without_counts} of {self.cells} cells have no counts in the "
+                "vocabulary genes."
+            )
+        return lines
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the report as plain values, fit for JSON and for ``AnnData.uns``.
+
+        Returns:
+            Strings, numbers, lists and dicts; ``cells_without_counts`` is left out while unknown.
+        """
+        report: dict[str, object] = {
+            "source": self.source,
+            "matrix": self.matrix,
+            "storage": self.storage,
+            "values": self.values,
+            "gene_key": self.gene_key,
+            "genes": self.genes.as_dict(),
+            "cells": self.cells,
+            "notes": list(self.notes),
+        }
+        if self.cells_without_counts is not None:
+            report["cells_without_counts"] = self.cells_without_counts
+        return report
+
+
+class CountSource:
+    """Counts of one AnnData in the columns of one vocabulary, read in blocks.
+
+    Made by :func:`open_counts`. Use it as a context manager, or call :meth:`close`, so that a file it
+    opened is closed; an AnnData that was passed in stays open and unchanged.
+
+    Attributes:
+        cells: Number of cells.
+        genes: Number of vocabulary genes, the width of every block.
+        obs: The cell table, as stored.
+        obs_names: Cell names, str [cells].
+        obsm: Cell matrices by name; those of a file are read when asked for.
+        measured: bool [genes], vocabulary genes the file measures.
+    """
+
+    def __init__(
+        self, opened: _Opened, place: _Place, rows: _Rows, report: InputReport, names: list[str]
+    ):
+        """Keep the parts; :func:`open_counts` is the way to make one."""
+        self._opened, self._rows, self._report = opened, rows, report
+        self._closed = False
+        self._place, self._gene_names = place, names
+        self._column = report.genes.column
+        self._empty = np.full(report.cells, -1, dtype=np.int8)
+        self.cells: int = report.cells
+        self.genes: int = len(report.genes.measured)
+        self.obs: pd.DataFrame = opened.obs
+        self.obs_names: np.ndarray = np.asarray(opened.obs.index.astype(str), dtype=object)
+        self.obsm: Mapping[str, Any] = opened.obsm
+        self.measured: np.ndarray = report.genes.measured
+
+    def __enter__(self) -> CountSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, if this object opened one. Reading is over afterwards."""
+        self._opened.close()
+        self._closed = True
+
+    @property
+    def report(self) -> InputReport:
+        """What was decided about the input; complete once every cell has been read."""
+        if (self._empty < 0).any():
+            return self._report
+        return dataclasses.replace(self._report, cells_without_counts=int(self._empty.sum()))
+
+    def read(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Read consecutive cells.
+
+        Args:
+            start: First cell.
+            stop: One past the last cell; the range must lie within the file.
+
+        Returns:
+            float32 CSR [stop - start, genes], canonical: indices sorted, no duplicates, no zeros.
+
+        Raises:
+            InputError: A value is negative, NaN, infinite, or no count; or the file is damaged.
+            IndexError: The range is outside the file.
+        """
+        if not 0 <= start <= stop <= self.cells:
+            msg = f"cells {start} to {stop} asked for, of {self.cells}"
+            raise IndexError(msg)
+        block = self._convert(self._stored(start, stop), np.arange(start, stop))
+        self._empty[start:stop] = np.diff(block.indptr) == 0
+        return block
+
+    def read_rows(self, indices: Sequence[int] | np.ndarray) -> sparse.csr_matrix:
+        """Read any cells, in any order, with repetitions.
+
+        Cells are read in file order, neighbours together, and put into the order asked for.
+
+        Args:
+            indices: Cell numbers [n], from 0.
+
+        Returns:
+            float32 CSR [n, genes], canonical.
+
+        Raises:
+            InputError: As :meth:`read`.
+            IndexError: A number is outside the file.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if not wanted.size:
+            return self.read(0, 0)
+        order, where = np.unique(wanted, return_inverse=True)
+        if order[0] < 0 or order[-1] >= self.cells:
+            msg = f"cell {order[0] if order[0] < 0 else order[-1]} asked for, of {self.cells}"
+            raise IndexError(msg)
+        breaks = np.flatnonzero(np.diff(order) > 1) + 1
+        runs = np.split(order, breaks)
+        stored = [self._stored(int(run[0]), int(run[-1]) + 1) for run in runs]
+        block = self._convert(_join(stored, self._rows.dtype), order)
+        self._empty[order] = np.diff(block.indptr) == 0
+        if len(where) == len(order) and (np.diff(where) > 0).all():
+            return block
+        return sparse.csr_matrix(block[where])
+
+    def blocks(self, rows_per_block: int) -> Iterator[sparse.csr_matrix]:
+        """Read the whole file in order.
+
+        Args:
+            rows_per_block: Cells per block; the last may have fewer.
+
+        Yields:
+            Blocks as of :meth:`read`.
+
+        Raises:
+            InputError: As :meth:`read`, or ``rows_per_block`` is below 1.
+        """
+        if rows_per_block < 1:
+            msg = explain(
+                f"rows_per_block {rows_per_block}", "at least 1", "Pass a positive number"
+            )
+            raise InputError(msg)
+        for start in range(0, self.cells, rows_per_block):
+            yield self.read(start, min(start + rows_per_block, self.cells))
+
+    def column(self, key: str, *, missing: str | None = None) -> np.ndarray:
+        """Return a column of ``obs`` as string labels.
+
+        Args:
+            key: Name of the column (of batches, samples, cell types).
+            missing: Label for cells without one; by default they are an error.
+
+        Returns:
+            str [cells] (object array).
+
+        Raises:
+            InputError: There is no such column, or it has gaps and ``missing`` is None.
+        """
+        if key not in self.obs.columns:
+            msg = explain(
+                f"obs of {self._opened.label} has no column '{key}'",
+                f"one of its columns: {_listing(list(self.obs.columns))}",
+                "Name one of these columns, or leave the key out",
+            )
+            raise InputError(msg)
+        values = self.obs[key]
+        gaps = np.asarray(values.isna())
+        if gaps.any() and missing is None:
+            first = self.obs_names[int(np.argmax(gaps))]
+            msg = explain(
+                f"obs['{key}'] is missing for {int(gaps.sum())} of {self.cells} cells, "
+                f"the first '{first}'",
+                "a label for every cell",
+                "Fill the gaps, or leave those cells out",
+            )
+            raise InputError(msg)
+        labels = np.array(values.astype(object).map(str), dtype=object)
+        labels[gaps] = missing
+        return labels
+
+    def coordinates(self, key: str = "spatial", *, required: bool = False) -> np.ndarray | None:
+        """Return the position of every cell.
+
+        Args:
+            key: Name of the matrix in ``obsm``; its first two columns are x and y.
+            required: Whether it must be there.
+
+        Returns:
+            float64 [cells, 2] in the units of the file; NaN in both columns for cells whose position
+            is missing or infinite. None if there is no such matrix and it is not required.
+
+        Raises:
+            InputError: It is required and absent, or it is not a matrix of numbers with at least two
+                columns.
+        """
+        if key not in self.obsm:
+            if not required:
+                return None
+            msg = explain(
+                f"obsm of {self._opened.label} has no '{key}'",
+                f"one of its matrices: {_listing(list(self.obsm))}",
+                "Pass spatial_key=... (--spatial-key) with one of these names",
+            )
+            raise InputError(msg)
+        stored = self.obsm[key]
+        if sparse.issparse(stored):
+            stored = stored.toarray()
+        try:
+            positions = np.array(stored, dtype=np.float64)
+        except (TypeError, ValueError):
+            positions = np.empty((self.cells, 0))
+        if positions.ndim != 2 or positions.shape[0] != self.cells or positions.shape[1] < 2:
+            msg = explain(
+                f"obsm['{key}'] of {self._opened.label} is {np.shape(stored)}, "
+                f"of type {getattr(stored, 'dtype', type(stored).__name__)}",
+                f"numbers of shape ({self.cells}, 2)",
+                "Store x and y of every cell there",
+            )
+            raise InputError(msg)
+        positions = np.ascontiguousarray(positions[:, :2])
+        positions[~np.isfinite(positions).all(axis=1)] = np.nan
+        return positions
+
+    # -- from stored rows to vocabulary columns -------------------------------------------------
+
+    def _stored(self, start: int, stop: int) -> _Entries:
+        """Read stored entries of consecutive cells; a damaged file becomes one clear message."""
+        if self._closed:
+            msg = f"{self._opened.label} was closed; open it again to read from it"
+            raise ValueError(msg)
+        try:
+            return self._rows.read(start, stop)
+        except (OSError, KeyError) as error:
+            msg = explain(
+                f"{self._place.name} of {self._opened.label} cannot be read at cells {start} to "
+                f"{stop - 1} ({' '.join(str(error).split())[:160]})",
+                "a complete file",
+                "Check that it was copied whole, or write it again",
+            )
+            raise InputError(msg) from error
+
+    def _convert(self, stored: _Entries, cells: np.ndarray) -> sparse.csr_matrix:
+        """Check every stored value and move the values to vocabulary columns as float32.
+
+        Args:
+            stored: Entries of some rows.
+            cells: int [rows], which cells they are.
+        """
+        data = stored.data if stored.data.dtype != np.float16 else stored.data.astype(np.float32)
+        kind, values = data.dtype.kind, self._report.values
+        highest, sound = _HIGHEST[values], None
+        if kind in "ui" and data.size and (data.min() < 0 or data.max() > highest):
+            sound = (data >= 0) & (data <= highest)
+        elif kind == "f":
+            lowest = -INTEGER_TOLERANCE if values == "counts" else 0.0
+            with np.errstate(invalid="ignore"):
+                sound = (data >= lowest) & (data <= highest)
+                if values == "counts":
+                    integers = np.rint(data)
+                    sound &= np.abs(data - integers) <= INTEGER_TOLERANCE
+                    data = integers
+        if sound is not None and not sound.all():
+            raise InputError(self._damage(stored, cells, sound))
+        data = data.astype(np.float32)
+        if values == "log1p":
+            data = np.expm1(data)
+        return self._remap(data, stored)
+
+    def _damage(self, stored: _Entries, cells: np.ndarray, sound: np.ndarray) -> str:
+        """Name the worst kind of bad value, how many there are, and the first."""
+        data, counts = stored.data, self._report.values == "counts"
+        with np.errstate(invalid="ignore"):
+            above = data > _HIGHEST[self._report.values]
+            kinds = {
+                "NaN": np.isnan(data),
+                "infinite": np.isinf(data),
+                "negative": ~sound & (data < 0),
+                "non-integer": ~sound & ~above & counts,
+                "too large": above,
+            }
+        name, hits = next((name, hits) for name, hits in kinds.items() if hits.any())
+        position = int(np.argmax(hits))
+        row = int(np.searchsorted(stored.indptr, position, side="right")) - 1
+        cell, gene = self.obs_names[cells[row]], self._gene_names[int(stored.indices[position])]
+        many = f"{int(hits.sum())} {name} value" + ("s" if hits.sum() > 1 else "")
+        return explain(
+            f"{many} in {self._place.name} of {self._opened.label} (of the {len(cells)} cells from "
+            f"number {cells[0]} on); the first is {data[position]} in cell '{cell}', gene '{gene}'",
+            {
+                "counts": f"raw counts: integers from 0 to {LARGEST_COUNT:.0f}",
+                "log1p": f"log1p values: finite numbers from 0 to {LARGEST_LOG:.0f}",
+                "normalized": "normalised counts: finite numbers from 0",
+            }[self._report.values],
+            _DECLARE
+            if name == "non-integer"
+            else "Correct or remove these values, or pass layer=... (--layer) naming another matrix",
+        )
+
+    def _remap(self, data: np.ndarray, stored: _Entries) -> sparse.csr_matrix:
+        """Move entries to vocabulary columns, drop those of other genes, sum duplicates."""
+        indices, indptr = self._column[stored.indices], stored.indptr
+        kept = indices >= 0
+        if not kept.all():
+            before = np.zeros(kept.size + 1, dtype=np.int64)
+            np.cumsum(kept, out=before[1:])
+            indptr, indices, data = before[indptr], indices[kept], data[kept]
+        matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.genes))
+        matrix.sum_duplicates()  # sorts as well
+        matrix.eliminate_zeros()
+        return matrix
+
+
+def open_counts(
+    source: anndata.AnnData | str | os.PathLike[str],
+    vocabulary: Sequence[str],
+    *,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    values: Values = "counts",
+    minimum_genes: int | None = None,
+) -> CountSource:
+    """Open an AnnData for reading counts in the columns of a vocabulary.
+
+    Without ``layer``, raw counts are looked for in ``X``, then ``raw.X`` (where CELLxGENE files have
+    them), then layers with usual names; a bounded sample of each is judged, and every value is
+    checked again when it is read. Without ``gene_key``, ``var_names`` and the usual columns of
+    ``var`` compete for the most vocabulary genes. :attr:`CountSource.report` says what was chosen.
+
+    Args:
+        source: An AnnData (in memory, a view, or backed), or the path of an ``.h5ad`` file or a
+            ``.zarr`` directory, which is read block by block and not loaded.
+        vocabulary: Genes of the model [genes], normally Ensembl ids.
+        layer: Layer that holds the counts; "X" and "raw.X" name those places.
+        gene_key: Column of ``var`` with the gene names; "var_names" for the index.
+        values: What the matrix holds. "counts" insists on raw counts. "normalized" accepts values
+            normalised by library size, as they are. "log1p" accepts their logarithms and undoes
+            them with expm1, so that the model's own log1p gives the same values back.
+        minimum_genes: Fewest vocabulary genes the file must have; see
+            :func:`cellplm_jax.data.genes.map_genes`.
+
+    Returns:
+        An open source; close it, or use it in a ``with`` statement.
+
+    Raises:
+        InputError: The file is not an AnnData file, has no cells or genes or no raw counts, a key is
+            not there, or too few genes are known.
+    """
+    import anndata
+
+    if values not in VALUES:
+        msg = explain(f"values='{values}'", f"one of {_listing(VALUES)}", "Correct the spelling")
+        raise InputError(msg)
+    if isinstance(source, anndata.AnnData):
+        opened = _open_object(source)
+    elif isinstance(source, str | os.PathLike):
+        opened = _open_path(Path(source).expanduser())
+    else:
+        msg = explain(
+            f"a source of type {type(source).__name__}",
+            "an AnnData or the path of an .h5ad file",
+            "Wrap the matrix as anndata.AnnData(X, obs=..., var=...)",
+        )
+        raise InputError(msg)
+    try:
+        return _settle(opened, vocabulary, layer, gene_key, values, minimum_genes)
+    except (OSError, KeyError) as error:
+        opened.close()
+        if isinstance(source, anndata.AnnData):
+            raise
+        raise InputError(_unreadable(Path(source), error)) from error
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _settle(
+    opened: _Opened,
+    vocabulary: Sequence[str],
+    layer: str | None,
+    gene_key: str | None,
+    values: Values,
+    minimum_genes: int | None,
+) -> CountSource:
+    """Choose matrix and gene names, and build the source."""
+    cells = len(opened.obs)
+    some = next(iter(opened.places.values()), None)
+    if cells == 0 or (some is not None and len(some.var()) == 0):
+        genes = len(some.var()) if some is not None else 0
+        msg = explain(
+            f"{opened.label} is empty ({cells} cells x {genes} genes)",
+            "at least one cell and one gene",
+            "Check the filters that were applied to it",
+        )
+        raise InputError(msg)
+    place, rows, probe, note = _choose_place(opened, layer, values)
+    if rows.shape[0] != cells:
+        msg = explain(
+            f"{place.name} of {opened.label} has {rows.shape[0]} rows for {cells} cells",
+            "one row per cell",
+            "The file is damaged; write it again from its source",
+        )
+        raise InputError(msg)
+    key, mapping = _choose_genes(opened, place, rows.shape[1], vocabulary, gene_key, minimum_genes)
+    notes = [note]
+    if isinstance(rows, _CompressedColumns):
+        notes.append(f"{place.name} is stored by columns (CSC), so it is held in memory whole.")
+    if values == "counts" and probe.largest == 1:
+        notes.append("No count above 1 was seen; binarised counts tell the model little.")
+    if values == "log1p":
+        notes.append("Values were passed through expm1, which undoes their log1p.")
+    report = InputReport(
+        source=opened.source,
+        matrix=place.name,
+        storage=f"{rows.kind} {rows.dtype}",
+        values=values,
+        gene_key=key,
+        genes=mapping,
+        cells=cells,
+        cells_without_counts=None,
+        notes=tuple(notes),
+    )
+    counts = CountSource(opened, place, rows, report, _texts(place.var().index))
+    if probe.looks == "damaged counts" and values == "counts":
+        for _ in counts.blocks(1024):  # raises where the damage is, before any work is done
+            pass
+    return counts
+
+
+def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write an ``.h5ad`` file whole or not at all.
+
+    The file is written beside its destination under another name and renamed when complete, so an
+    interrupted run leaves neither half a file nor a damaged older one. Nullable strings, which files
+    of newer pandas hold, are written as such where anndata has a setting for them.
+
+    Args:
+        adata: What to write.
+        path: Destination; an existing file is replaced.
+        **options: Passed to ``AnnData.write_h5ad`` (such as ``compression="gzip"``).
+
+    Raises:
+        InputError: The folder of ``path`` does not exist, or ``path`` is a folder.
+    """
+    import anndata
+
+    target = Path(path).expanduser()
+    if not target.parent.is_dir() or target.is_dir():
+        found = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
+        msg = explain(f"'{target}' {found}", "the name of a file to write", "Check the path")
+        raise InputError(msg)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
+    with contextlib.ExitStack() as stack:
+        if hasattr(anndata.settings, "allow_write_nullable_strings"):
+            stack.enter_context(anndata.settings.override(allow_write_nullable_strings=True))
+        try:
+            adata.write_h5ad(temporary, **options)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

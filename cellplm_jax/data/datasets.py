@@ -1,0 +1,220 @@
+"""Data that comes with the package: real counts of blood cells and a tissue simulator.
+
+Both are there so that examples, tests and the demonstration run without a network. :func:`pbmc3k` is a real
+experiment, small enough to ship; :func:`simulate_tissue` makes sections of any size in which the truth (cell types,
+domains, batch effects, signalling between neighbours) is known. :func:`annotate_by_markers` is the rule that gave the
+real cells their labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cellplm_jax.data.simulate import simulate_tissue
+from cellplm_jax.errors import InputError, explain
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = [
+    "PBMC_MARKERS",
+    "UNASSIGNED",
+    "MarkerAnnotation",
+    "annotate_by_markers",
+    "pbmc3k",
+    "simulate_tissue",
+]
+
+UNASSIGNED = "unassigned"
+"""Label of a cell whose best two marker scores are too close to call."""
+
+PBMC_MARKERS: Mapping[str, tuple[str, ...]] = {
+    "CD4 T cell": ("CD3D", "CD3E", "CD4", "IL7R", "CCR7", "LDHB", "LTB"),
+    "CD8 T cell": ("CD3D", "CD3E", "CD8A", "CD8B", "CCL5", "GZMK", "NKG7"),
+    "NK cell": ("GNLY", "NKG7", "GZMB", "PRF1", "FGFBP2", "SPON2", "KLRD1"),
+    "B cell": ("MS4A1", "CD79A", "CD79B", "CD19", "TCL1A", "HLA-DRA", "CD74"),
+    "CD14+ monocyte": ("CD14", "LYZ", "S100A8", "S100A9", "S100A12", "FCN1", "LGALS2"),
+    "FCGR3A+ monocyte": ("FCGR3A", "MS4A7", "CDKN1C", "RHOC", "LST1", "AIF1", "FCER1G"),
+    "dendritic cell": ("FCER1A", "CLEC10A", "CD1C", "CST3", "HLA-DQA1", "HLA-DPB1", "HLA-DRA"),
+    "megakaryocyte": ("PPBP", "PF4", "GNG11", "SDPR", "TUBB1", "GP9", "ITGA2B"),
+}
+"""Seven textbook marker genes (symbols of the PBMC3k release) for each kind of cell in human blood."""
+
+_RESOURCE = "pbmc3k.h5ad"
+
+
+class MarkerAnnotation(NamedTuple):
+    """What :func:`annotate_by_markers` found.
+
+    Attributes:
+        labels: Cell type of each cell, or :data:`UNASSIGNED`; strings, shape ``[cells]``.
+        scores: Marker score of each cell for each type, between 0 and 1; float64, shape ``[cells, types]``.
+        margin: Best score minus second-best score; float64, shape ``[cells]``.
+        cell_types: Names of the columns of ``scores``.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    margin: np.ndarray
+    cell_types: tuple[str, ...]
+
+
+def annotate_by_markers(
+    counts: Any,
+    gene_names: Sequence[str],
+    *,
+    markers: Mapping[str, Sequence[str]] = PBMC_MARKERS,
+    margin: float = 0.05,
+    target_sum: float = 1e4,
+) -> MarkerAnnotation:
+    """Name the type of each cell from a few marker genes, without looking at the rest of the transcriptome.
+
+    Meant for evaluating embeddings: labels obtained by clustering all genes would favour whatever method resembles
+    that clustering, while this rule reads only the genes in ``markers``, cell by cell. The rule, in four steps:
+
+    1. Normalise each cell to ``target_sum`` counts and take ``log1p``.
+    2. Divide each marker gene by its 90th percentile among the cells that express it, and cap at 1. Each gene then
+       counts for at most 1, a gene that is rarely seen is not blown up as a z-score would do, and a cell in which a
+       gene was missed simply scores 0 for it.
+    3. The score of a cell type is the mean of its marker genes that were measured.
+    4. The type with the highest score is the label, unless it leads the second by less than ``margin``: then the
+       label is ``"unassigned"``.
+
+    How good is it? On the 2,700 cells of :func:`pbmc3k` with the default markers it assigns 94 % of the cells. Of the
+    cells that the Seurat guided tutorial names as well (labels from clustering; its two CD4 T clusters taken
+    together), 94 % get the same name, adjusted Rand index .89; with ``margin=0``, where every cell gets a label, 92 %
+    and .84. Most disagreements are T cells: naive CD8 T cells cluster with CD4 T cells by their whole transcriptome
+    and are told apart by ``CD8A`` and ``CD8B`` here. The number of markers, the scaling and the margin were chosen
+    while looking at this agreement; the genes are textbook ones. An outside check on which nothing was chosen, 2,140
+    bead-purified blood cells of Zheng et al. 2017 (T, B, NK and myeloid lineages; platelet markers not measured):
+    95 % assigned, 94 % of these right, adjusted Rand index .89. There the monocytes, few and purified, were mostly
+    called dendritic cells: within the myeloid lineage trust the labels less, above all in small or sorted samples,
+    because step 2 scales genes by the cells at hand.
+
+    Args:
+        counts: Raw counts, shape ``[cells, genes]``; a numpy array or any scipy sparse matrix.
+        gene_names: Name of each column of ``counts``, in the naming that ``markers`` uses.
+        markers: Cell type to its marker genes. A gene may serve several types.
+        margin: Smallest lead, on the 0 to 1 scale of the scores, that still gives a label.
+        target_sum: Counts per cell after normalisation, before ``log1p``.
+
+    Returns:
+        Labels, scores and margins; see :class:`MarkerAnnotation`.
+
+    Raises:
+        InputError: The shapes do not fit, ``counts`` holds negative or non-finite values, ``markers`` is empty, or
+            a cell type has none of its markers among ``gene_names``.
+    """
+    import scipy.sparse
+
+    names = [str(name) for name in gene_names]
+    if getattr(counts, "ndim", 0) != 2 or counts.shape[1] != len(names):
+        msg = explain(
+            f"`counts` of shape {getattr(counts, 'shape', None)} with {len(names)} gene names",
+            "a matrix [cells, genes] with one name for each column",
+            "Pass adata.X and adata.var_names of the same object",
+        )
+        raise InputError(msg)
+    if not markers:
+        msg = explain(
+            "an empty `markers`", "at least one cell type with marker genes", "Name some markers"
+        )
+        raise InputError(msg)
+    if not (np.isfinite(margin) and margin >= 0) or not (
+        np.isfinite(target_sum) and target_sum > 0
+    ):
+        msg = explain(
+            f"margin={margin!r} and target_sum={target_sum!r}",
+            "margin >= 0 and target_sum > 0",
+            "Use the defaults, margin=0.05 and target_sum=1e4",
+        )
+        raise InputError(msg)
+    matrix: Any = scipy.sparse.csr_matrix(counts, dtype=np.float64)
+    if matrix.nnz and not (np.isfinite(matrix.data).all() and matrix.data.min() >= 0):
+        msg = explain(
+            "negative or non-finite values in `counts`",
+            "raw counts, all >= 0",
+            "Pass the raw counts (often in adata.layers['counts'] or adata.raw.X)",
+        )
+        raise InputError(msg)
+    column_of: dict[str, int] = {}
+    for column, name in enumerate(names):
+        column_of.setdefault(name, column)
+
+    total = np.asarray(matrix.sum(axis=1)).ravel()
+    scale = np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0)
+    by_gene = scipy.sparse.csc_matrix(matrix)
+    scaled: dict[str, np.ndarray] = {}
+
+    def scaled_expression(gene: str) -> np.ndarray:
+        if gene not in scaled:
+            column = by_gene.getcol(column_of[gene]).toarray().ravel()
+            value = np.log1p(column * scale)
+            expressed = value[value > 0]
+            if expressed.size:
+                value = np.minimum(value / np.quantile(expressed, 0.9), 1.0)
+            scaled[gene] = value
+        return scaled[gene]
+
+    scores = np.zeros((matrix.shape[0], len(markers)), dtype=np.float64)
+    for index, (cell_type, genes) in enumerate(markers.items()):
+        present = [gene for gene in genes if gene in column_of]
+        if not present:
+            msg = explain(
+                f"none of the markers of '{cell_type}' ({', '.join(genes)}) is among the gene names",
+                "at least one measured marker for each cell type",
+                "Use the naming of the markers (gene symbols by default), or pass other `markers`",
+            )
+            raise InputError(msg)
+        scores[:, index] = np.mean([scaled_expression(gene) for gene in present], axis=0)
+
+    cell_types = tuple(str(name) for name in markers)
+    ordered = np.sort(scores, axis=1)
+    lead = ordered[:, -1] - (ordered[:, -2] if len(cell_types) > 1 else 0.0)
+    labels = np.asarray(cell_types, dtype=object)[scores.argmax(axis=1)]
+    labels[(lead < margin) | (ordered[:, -1] <= 0)] = UNASSIGNED
+    return MarkerAnnotation(labels.astype(str), scores, lead, cell_types)
+
+
+def pbmc3k() -> AnnData:
+    """Load the bundled real data: 2,700 blood cells of a healthy donor, raw counts of 13,714 genes.
+
+    The well-known 10x Genomics data set "3k PBMCs from a Healthy Donor" (CC BY 4.0; attribution and the list of
+    changes in ``uns`` and in the licence file beside the resource). Every call returns a new object, read from the
+    installed package in a fraction of a second.
+
+    Sets the following fields of the result:
+
+    - ``X``: raw counts, CSR float32, shape ``[2700, 13714]``.
+    - ``obs_names``: cell barcodes; ``var_names``: gene symbols as released (unique).
+    - ``obs["cell_type"]``: categorical, from :func:`annotate_by_markers` with its defaults. These labels rest on
+      marker genes alone, so that they can be used to judge embeddings; ambiguous cells are ``"unassigned"`` and are
+      best left out of scores.
+    - ``var["ensembl_id"]``: Ensembl gene ids, brought up to date where the released id has been retired;
+      ``var["released_ensembl_id"]``: the ids as released.
+    - ``uns``: title, source, licence, attribution, what was changed, how the labels were made.
+
+    Returns:
+        The data, ready for :func:`cellplm_jax.embed`.
+
+    Raises:
+        InputError: The resource file is missing from the installation.
+    """
+    resource = resources.files("cellplm_jax") / "resources" / _RESOURCE
+    if not resource.is_file():
+        msg = explain(
+            f"the bundled file resources/{_RESOURCE} is not part of this installation",
+            "the counts that every cellplm-jax wheel carries",
+            "Reinstall cellplm-jax, or in a source checkout run: python tools/build_pbmc3k.py",
+        )
+        raise InputError(msg)
+    import anndata
+
+    with resources.as_file(resource) as path:
+        adata = anndata.read_h5ad(path)
+    adata.X = adata.X.astype(np.float32)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    return adata

@@ -1,0 +1,346 @@
+"""How well an embedding keeps what is known about the cells, and the ordinary baseline to compare it with.
+
+The rule behind this module: clustering never sees the labels. Leiden runs once, at a fixed resolution, and the score is
+whatever comes out. The published evaluation (``CellPLM/pipeline/cell_embedding.py`` style) tries 14 resolutions and
+keeps the one that agrees best with the labels, which rewards the search and not the embedding.
+
+Cells whose label means "not known" (for example "unassigned") belong in the clustering and not in the score: cluster
+all cells, then pass the rows that have a label to :func:`clustering_scores`.
+
+scanpy, igraph and scikit-learn come with the extra ``eval`` and are imported on first use.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from cellplm_jax.errors import InputError, explain, require
+
+Metric = Literal["euclidean", "cosine"]
+
+_EXTRA = "eval"
+
+
+def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.ndarray:
+    """Return the embedding as a finite float array [cells, dimensions] with more cells than ``neighbors``."""
+    array = np.asarray(embedding)
+    if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:
+        msg = explain(
+            f"The embedding has shape {array.shape}",
+            "two axes, [cells, dimensions], with at least two cells",
+            "Pass the array itself, for example adata.obsm['X_cellplm']",
+        )
+        raise InputError(msg)
+    if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
+        msg = explain(
+            f"The embedding has dtype {array.dtype}",
+            "real numbers",
+            "Convert it with embedding.astype('float32')",
+        )
+        raise InputError(msg)
+    array = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    finite = np.asarray(np.isfinite(array).all(axis=1))
+    if not finite.all():
+        msg = explain(
+            f"The embedding holds NaN or infinity in {int((~finite).sum())} of {len(finite)} cells "
+            f"(first: row {int(np.argmin(finite))})",
+            "finite numbers",
+            "Drop those cells, or find out why the model returned them",
+        )
+        raise InputError(msg)
+    if neighbors is not None and not 1 <= neighbors < array.shape[0]:
+        msg = explain(
+            f"neighbors={neighbors} with {array.shape[0]} cells",
+            "at least one neighbour and more cells than neighbours",
+            f"Choose neighbors between 1 and {array.shape[0] - 1}",
+        )
+        raise InputError(msg)
+    return array
+
+
+def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
+    """Return labels of any type as integers 0..k-1, after checking their number and that none is missing."""
+    values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
+    if np.ndim(values) != 1:
+        msg = explain(
+            f"{name} has {np.ndim(values)} axes",
+            "one label a cell",
+            "Pass one column, for example adata.obs['cell_type']",
+        )
+        raise InputError(msg)
+    if cells is not None and len(values) != cells:
+        msg = explain(
+            f"{name} has {len(values)} entries for {cells} cells",
+            "one label a cell, in the order of the rows",
+            "Apply the same selection of cells to both",
+        )
+        raise InputError(msg)
+    codes = pd.factorize(values)[0]
+    if (codes < 0).any():
+        msg = explain(
+            f"{name} is missing (None or NaN) for {int((codes < 0).sum())} of {len(codes)} cells",
+            "a label for every cell that is scored",
+            "Select the labelled cells first, the same ones in every argument",
+        )
+        raise InputError(msg)
+    return codes
+
+
+def _neighbor_graph(embedding: np.ndarray, neighbors: int, seed: int, metric: str) -> Any:
+    """Return an AnnData that holds scanpy's neighbour graph of the embedding."""
+    scanpy = require("scanpy", _EXTRA, "The neighbour graph of an embedding")
+    cells = scanpy.AnnData(embedding)
+    scanpy.pp.neighbors(cells, n_neighbors=neighbors, use_rep="X", metric=metric, random_state=seed)
+    return cells
+
+
+def leiden_clusters(
+    embedding: Any,
+    *,
+    neighbors: int = 15,
+    resolution: float = 1.0,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+) -> np.ndarray:
+    """Cluster cells with Leiden on scanpy's neighbour graph, without looking at any label.
+
+    Use this with :func:`clustering_scores`. The resolution is fixed beforehand, so that the score measures the
+    embedding. The result depends on the arguments alone: the same seed gives the same clusters.
+
+    Args:
+        embedding: float [cells, dimensions].
+        neighbors: Size of the neighbourhood, as in ``scanpy.pp.neighbors`` (the cell itself included).
+        resolution: Of the modularity Leiden optimises; higher gives more clusters.
+        seed: For the search for neighbours (approximate where there are many cells) and for Leiden.
+        metric: Distance between cells.
+
+    Returns:
+        int32 [cells]. Clusters numbered from 0, largest first.
+
+    Raises:
+        InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
+    scanpy = require("scanpy", _EXTRA, "Leiden clustering")
+    require("igraph", _EXTRA, "Leiden clustering")
+    cells = _neighbor_graph(array, neighbors, seed, metric)
+    scanpy.tl.leiden(
+        cells,
+        resolution=resolution,
+        random_state=seed,
+        flavor="igraph",
+        n_iterations=2,
+        directed=False,
+        key_added="cluster",
+    )
+    found = cells.obs["cluster"].astype(int).to_numpy()
+    size = np.bincount(found)
+    rank = np.empty(len(size), np.int32)
+    rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
+    return rank[found]
+
+
+def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
+    """Compare clusters with known labels.
+
+    Both scores are symmetric and ignore how the groups are named or numbered. The adjusted Rand index is 0 for chance
+    agreement and can be negative; NMI (arithmetic mean of the entropies) is not corrected for chance and grows with the
+    number of clusters, so quote both.
+
+    Args:
+        labels: [cells], any type. Known groups.
+        clusters: [cells], any type. For example from :func:`leiden_clusters`.
+
+    Returns:
+        ``{"ari": ..., "nmi": ...}``. ARI: Hubert and Arabie, J. Classification 1985.
+
+    Raises:
+        InputError: The lengths differ, or a label is missing.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    metrics = require("sklearn.metrics", _EXTRA, "Scoring clusters")
+    known = _codes(labels, "labels")
+    if not len(known):
+        msg = explain("No cells to score", "at least one", "Check the selection of labelled cells")
+        raise InputError(msg)
+    found = _codes(clusters, "clusters", cells=len(known))
+    return {
+        "ari": float(metrics.adjusted_rand_score(known, found)),
+        "nmi": float(metrics.normalized_mutual_info_score(known, found)),
+    }
+
+
+def knn_accuracy(
+    embedding: Any,
+    labels: Any,
+    *,
+    neighbors: int = 15,
+    metric: Metric = "euclidean",
+) -> float:
+    """Return the share of cells whose nearest other cells agree, by majority, on the cell's own label.
+
+    Leave-one-out: a cell never votes for itself, also where several cells have the same embedding. Among labels with
+    equally many votes the one that has the nearest cell wins, so the order of the labels does not matter.
+
+    Args:
+        embedding: float [cells, dimensions].
+        labels: [cells], any type.
+        neighbors: Voters a cell, itself not counted.
+        metric: Distance between cells.
+
+    Returns:
+        Accuracy between 0 and 1.
+
+    Raises:
+        InputError: Sizes do not fit, a label is missing, or there are too few cells for ``neighbors``.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
+    codes = _codes(labels, "labels", cells=len(array))
+    search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
+    finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
+    voters = codes[finder.kneighbors(return_distance=False)]  # [cells, neighbors], nearest first
+    votes = np.zeros((len(array), codes.max() + 1), np.int32)
+    row = np.arange(len(array))
+    for place in range(neighbors):
+        votes[row, voters[:, place]] += 1
+    leading = votes == votes.max(axis=1, keepdims=True)
+    first_leader = np.argmax(np.take_along_axis(leading, voters, axis=1), axis=1)
+    return float(np.mean(voters[row, first_leader] == codes))
+
+
+def silhouette(
+    embedding: Any,
+    labels: Any,
+    *,
+    metric: Metric = "euclidean",
+    sample_cells: int | None = None,
+    seed: int = 0,
+) -> float:
+    """Return the mean silhouette width of the labelled groups: 1 well separated, 0 touching, negative mixed up.
+
+    Args:
+        embedding: float [cells, dimensions].
+        labels: [cells], any type; at least two groups, and fewer groups than cells.
+        metric: Distance between cells.
+        sample_cells: Score this many randomly chosen cells instead of all; the time grows with the square of it.
+        seed: For that choice.
+
+    Returns:
+        Silhouette width between -1 and 1. Rousseeuw, J. Comput. Appl. Math. 1987.
+
+    Raises:
+        InputError: Sizes do not fit, a label is missing, or there are fewer than two groups.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding)
+    codes = _codes(labels, "labels", cells=len(array))
+    if sample_cells is not None and sample_cells < len(array):
+        chosen = np.random.default_rng(seed).choice(len(array), sample_cells, replace=False)
+        array, codes = array[chosen], codes[chosen]
+    groups = len(np.unique(codes))
+    if not 2 <= groups < len(codes):
+        msg = explain(
+            f"{groups} label group(s) among {len(codes)} cells",
+            "at least two groups and fewer groups than cells",
+            "Pass a label with more than one cell a group",
+        )
+        raise InputError(msg)
+    metrics = require("sklearn.metrics", _EXTRA, "The silhouette width")
+    return float(metrics.silhouette_score(array, codes, metric=metric))
+
+
+def pca_baseline(
+    counts: Any, *, genes: int = 2000, components: int = 50, seed: int = 0
+) -> np.ndarray:
+    """Embed cells with the ordinary scanpy recipe, as the baseline any learned embedding has to beat.
+
+    Genes no cell expresses are dropped; every cell is scaled to 10,000 counts; log1p; highly variable genes by
+    normalised dispersion (scanpy flavor ``seurat``); each gene to mean 0 and variance 1, clipped at 10; principal
+    components.
+
+    Args:
+        counts: Raw counts [cells, genes], scipy sparse or dense. Not changed.
+        genes: Highly variable genes to keep; all of them if fewer are expressed.
+        components: Principal components; fewer if there are not enough cells or genes.
+        seed: For the start vector of the solver.
+
+    Returns:
+        float32 [cells, min(components, cells - 1, kept genes - 1)].
+
+    Raises:
+        InputError: The matrix is not one of raw counts, or too small.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    scanpy = require("scanpy", _EXTRA, "The PCA baseline")
+    matrix = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+    stored = matrix.data
+    if not np.isfinite(stored).all() or (stored < 0).any() or (stored != np.rint(stored)).any():
+        msg = explain(
+            "The matrix holds values that are negative, fractional or not finite",
+            "raw counts (whole numbers)",
+            "Pass the layer with the raw counts; normalisation happens in here",
+        )
+        raise InputError(msg)
+    matrix.eliminate_zeros()
+    expressed = np.flatnonzero(matrix.getnnz(axis=0))
+    number = len(matrix.indptr) - 1
+    if number < 3 or len(expressed) < 3 or genes < 3 or components < 1:
+        msg = explain(
+            f"{number} cells, {len(expressed)} expressed genes, genes={genes}, components={components}",
+            "at least three cells, three expressed genes, genes=3 and components=1",
+            "Pass more data or larger arguments",
+        )
+        raise InputError(msg)
+    cells: Any = scanpy.AnnData(matrix[:, expressed])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cells without counts are allowed
+        scanpy.pp.normalize_total(cells, target_sum=1e4)
+        scanpy.pp.log1p(cells)
+        if genes < cells.n_vars:
+            scanpy.pp.highly_variable_genes(cells, n_top_genes=genes, flavor="seurat")
+            cells = cells[:, cells.var["highly_variable"].to_numpy()].copy()
+        cells = scanpy.AnnData(cells.X.toarray())
+        scanpy.pp.scale(cells, max_value=10)
+        components = min(components, cells.n_obs - 1, cells.n_vars - 1)
+        scanpy.pp.pca(
+            cells, n_comps=components, svd_solver="arpack", mask_var=None, random_state=seed
+        )
+    return np.ascontiguousarray(cells.obsm["X_pca"], dtype=np.float32)
+
+
+def umap_coordinates(
+    embedding: Any,
+    *,
+    seed: int = 0,
+    neighbors: int = 15,
+    minimum_distance: float = 0.5,
+    metric: Metric = "euclidean",
+) -> np.ndarray:
+    """Lay an embedding out in two dimensions with UMAP, for looking at; no score should be computed on it.
+
+    Args:
+        embedding: float [cells, dimensions].
+        seed: Same seed, same picture (on the same machine and versions).
+        neighbors: As in :func:`leiden_clusters`; the same graph is used.
+        minimum_distance: How closely points may be packed.
+        metric: Distance between cells.
+
+    Returns:
+        float32 [cells, 2].
+
+    Raises:
+        InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
+    scanpy = require("scanpy", _EXTRA, "UMAP")
+    cells = _neighbor_graph(array, neighbors, seed, metric)
+    scanpy.tl.umap(cells, min_dist=minimum_distance, random_state=seed)
+    return np.asarray(cells.obsm["X_umap"], dtype=np.float32)

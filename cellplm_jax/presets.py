@@ -1,0 +1,157 @@
+"""Named configurations: the architectures and runs that ``configs/``, the demo and estimators start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+from cellplm_jax.config import (
+    DataConfig,
+    DecoderConfig,
+    EncoderConfig,
+    LatentConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PositionsConfig,
+    TrainConfig,
+)
+from cellplm_jax.errors import ConfigError, explain
+
+
+def published_85m(genes: int = 1) -> TrainConfig:
+    """Return the published architecture (82.4 M parameters with its 12,596 batches), with positions on.
+
+    Args:
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+    """
+    return TrainConfig(
+        model=ModelConfig(genes=genes),
+        optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=1e-8, warmup_steps=2000),
+        data=DataConfig(samples=8, cells=2048),
+        steps=200_000,
+        log_every=50,
+        evaluate_every=2000,
+        checkpoint_every=2000,
+    )
+
+
+def small(genes: int = 1) -> TrainConfig:
+    """Return a model that trains on a laptop in minutes: 2 layers, 256 hidden, 64 latent dimensions.
+
+    Args:
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+    """
+    return TrainConfig(
+        model=ModelConfig(
+            genes=genes,
+            hidden=256,
+            dropout=0.1,
+            encoder=EncoderConfig(layers=2),
+            latent=LatentConfig(size=64, warmup_steps=1000),
+            decoder=DecoderConfig(hidden=256),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50),
+        data=DataConfig(samples=1, cells=1024),
+        steps=1000,
+    )
+
+
+def debug(genes: int = 1) -> TrainConfig:
+    """Return a run of seconds that goes through every stage.
+
+    Args:
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+    """
+    return TrainConfig(
+        model=ModelConfig(
+            genes=genes,
+            hidden=32,
+            dropout=0.1,
+            encoder=EncoderConfig(layers=1, heads=4),
+            latent=LatentConfig(size=16, clusters=4),
+            decoder=DecoderConfig(hidden=32, bottleneck=16),
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
+        data=DataConfig(samples=2, cells=128),
+        steps=30,
+        log_every=5,
+        evaluate_every=15,
+        checkpoint_every=15,
+    )
+
+
+def demo(genes: int = 1) -> TrainConfig:
+    """Return the run of ``cellplm demo``: ``small``, shortened to a few minutes on two CPU cores.
+
+    Args:
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+    """
+    base = small(genes)
+    return dataclasses.replace(base, steps=250, evaluate_every=50, checkpoint_every=50)
+
+
+def _with_model(config: TrainConfig, **changes) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def gaussian(genes: int = 1) -> TrainConfig:
+    """Return ``small`` with a plain Gaussian prior (ablation of the mixture)."""
+    base = small(genes)
+    return _with_model(base, latent=dataclasses.replace(base.model.latent, kind="gaussian"))
+
+
+def no_latent(genes: int = 1) -> TrainConfig:
+    """Return ``small`` with a deterministic latent (ablation of the latent distribution)."""
+    base = small(genes)
+    return _with_model(base, latent=dataclasses.replace(base.model.latent, kind="deterministic"))
+
+
+def mlp_encoder(genes: int = 1) -> TrainConfig:
+    """Return ``small`` with an MLP encoder: cells do not see one another."""
+    base = small(genes)
+    return _with_model(base, encoder=dataclasses.replace(base.model.encoder, kind="mlp"))
+
+
+def no_positions(genes: int = 1) -> TrainConfig:
+    """Return ``small`` without positional encodings."""
+    return _with_model(small(genes), positions=PositionsConfig(kind="none"))
+
+
+def no_masks(genes: int = 1) -> TrainConfig:
+    """Return ``small`` without masking: a plain autoencoder."""
+    return dataclasses.replace(
+        small(genes), masking=MaskingConfig(cell_fraction=0.0, gene_fraction=0.0)
+    )
+
+
+PRESETS: dict[str, Callable[[int], TrainConfig]] = {
+    "85m": published_85m,
+    "small": small,
+    "debug": debug,
+    "demo": demo,
+    "gaussian": gaussian,
+    "no_latent": no_latent,
+    "mlp_encoder": mlp_encoder,
+    "no_positions": no_positions,
+    "no_masks": no_masks,
+}
+
+
+def preset(name: str, genes: int = 1) -> TrainConfig:
+    """Return a named configuration.
+
+    Args:
+        name: One of :data:`PRESETS`.
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+
+    Raises:
+        ConfigError: There is no such preset; the nearest name is given.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        remedy = f"Did you mean '{near[0]}'" if near else "Choose one of them"
+        msg = explain(f"there is no configuration '{name}'", f"one of {', '.join(PRESETS)}", remedy)
+        raise ConfigError(msg)
+    return PRESETS[name](genes)

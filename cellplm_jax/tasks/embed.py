@@ -1,0 +1,363 @@
+"""Embedding: cells of an AnnData to vectors, streamed, in contexts the caller chooses."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from cellplm_jax.data.anndata_io import CountSource, open_counts
+from cellplm_jax.data.batches import (
+    Sample,
+    bucket,
+    laplacian_eigenvectors,
+    pad_batch,
+    scale_coordinates,
+)
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train.metrics import ProgressReport
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Cells whose counts are made dense on the device at once; the context itself may be far larger.
+CHUNK_CELLS = 512
+# Stored counts a chunk may hold, per cell of the chunk; a denser chunk is cut shorter.
+CHUNK_NONZEROS = 2048
+
+
+def embed(
+    adata: AnnData,
+    model: Pretrained,
+    *,
+    batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    cells_per_context: int | None = None,
+    key_added: str = "X_cellplm",
+    values: str = "counts",
+    minimum_genes: int | None = None,
+    quiet: bool = True,
+) -> AnnData:
+    """Embed the cells of an AnnData with a pretrained model, in place.
+
+    Cells of one context attend to one another: all cells with the same ``batch_key`` value (the whole file without
+    one), or, with ``cells_per_context``, sets of about that many of them. How the file is read and cut into chunks never
+    changes a number.
+
+    Writes:
+        ``obsm[key_added]``: float32 [n_obs, latent].
+        ``uns["cellplm"]``: model id, version, context, where the counts and gene ids came from, and how many genes of
+        the vocabulary were matched, missing, ambiguous and given twice.
+
+    Args:
+        adata: Raw counts: in ``X``, ``raw.X`` or a usual layer, any storage; a backed one is streamed.
+        model: From :func:`cellplm_jax.load`.
+        batch_key: Column of ``obs`` naming the tissue sample of each cell; one context each.
+        spatial_key: Key of ``obsm`` with 2-D coordinates in any unit, scaled per tissue sample. The default is used
+            where present; another key must be present. None: no coordinates.
+        layer: Layer with the counts; None: look for them.
+        gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+        cells_per_context: Cells of a context at most; None: no limit. Cells are dealt to the contexts of their sample in
+            turn, so each context is a cross-section of it.
+        key_added: Key of ``obsm`` to write.
+        values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
+        minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
+        quiet: No progress on standard error.
+
+    Returns:
+        ``adata`` itself.
+
+    Raises:
+        InputError: The counts, genes or keys cannot be used; the message says what to do.
+    """
+    with open_counts(
+        adata,
+        model.genes,
+        layer=layer,
+        gene_key=gene_key,
+        values=values,
+        minimum_genes=minimum_genes,
+    ) as source:
+        embedding = embed_source(
+            source,
+            model,
+            batch_key=batch_key,
+            spatial_key=spatial_key,
+            cells_per_context=cells_per_context,
+            quiet=quiet,
+        )
+        provenance = _provenance(
+            source, model, batch_key, spatial_key, cells_per_context, key_added
+        )
+    adata.obsm[key_added] = embedding
+    adata.uns["cellplm"] = provenance
+    return adata
+
+
+def embed_file(
+    path: str | os.PathLike,
+    model: Pretrained,
+    out: str | os.PathLike,
+    *,
+    batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    cells_per_context: int | None = None,
+    key_added: str = "X_cellplm",
+    values: str = "counts",
+    minimum_genes: int | None = None,
+    require_coordinates: bool = False,
+    quiet: bool = False,
+) -> list[str]:
+    """Embed an ``.h5ad`` file into a copy of it, without ever holding the file in memory.
+
+    Args:
+        path: Input; never changed.
+        model: From :func:`cellplm_jax.load`.
+        out: Output, the input plus what :func:`embed` writes. It appears whole or not at all.
+        batch_key: As in :func:`embed`, and so are the rest.
+        spatial_key: See :func:`embed`.
+        layer: See :func:`embed`.
+        gene_key: See :func:`embed`.
+        cells_per_context: See :func:`embed`.
+        key_added: See :func:`embed`.
+        values: See :func:`embed`.
+        minimum_genes: See :func:`embed`.
+        require_coordinates: ``spatial_key`` must be present, also where it is the default one.
+        quiet: See :func:`embed`.
+
+    Returns:
+        What the input turned out to be, a line each: where the counts were, which genes matched.
+
+    Raises:
+        InputError: As :func:`embed`; also where ``out`` cannot be written.
+    """
+    path, out = Path(path), Path(out)
+    check_output(out)
+    if out.exists() and path.exists() and out.samefile(path):
+        msg = explain(
+            f"input and output are both '{path}'",
+            "two different files",
+            "Name another output",
+        )
+        raise InputError(msg)
+    with open_counts(
+        path,
+        model.genes,
+        layer=layer,
+        gene_key=gene_key,
+        values=values,
+        minimum_genes=minimum_genes,
+    ) as source:
+        if require_coordinates and spatial_key is not None:
+            source.coordinates(spatial_key, required=True)
+        embedding = embed_source(
+            source,
+            model,
+            batch_key=batch_key,
+            spatial_key=spatial_key,
+            cells_per_context=cells_per_context,
+            quiet=quiet,
+        )
+        provenance = _provenance(
+            source, model, batch_key, spatial_key, cells_per_context, key_added
+        )
+        messages = [*source.report.messages(), *_notes(source, model, spatial_key)]
+    _copy_with_embedding(path, out, key_added, embedding, provenance)
+    return messages
+
+
+def embed_source(
+    source: CountSource,
+    model: Pretrained,
+    *,
+    batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    cells_per_context: int | None = None,
+    quiet: bool = True,
+) -> np.ndarray:
+    """Embed an opened source of counts.
+
+    Args:
+        source: From :func:`cellplm_jax.data.anndata_io.open_counts` with the model's vocabulary.
+        model: The model.
+        batch_key: See :func:`embed`.
+        spatial_key: See :func:`embed`.
+        cells_per_context: See :func:`embed`.
+        quiet: No progress on standard error.
+
+    Returns:
+        float32 [cells, latent].
+    """
+    if cells_per_context is not None and cells_per_context < 1:
+        msg = explain(
+            f"cells_per_context = {cells_per_context}",
+            "at least 1, or None for whole samples",
+            "Raise it",
+        )
+        raise InputError(msg)
+    tissue_samples = _tissue_samples(source, batch_key)
+    coordinates = _coordinates(source, spatial_key)
+    embedding = np.empty((source.cells, model.config.latent_size), np.float32)
+    progress = ProgressReport("embedding", source.cells, unit="cells", quiet=quiet)
+    done = 0
+    try:
+        for cells in tissue_samples:
+            placed = None if coordinates is None else scale_coordinates(coordinates[cells])
+            for index in _contexts(len(cells), cells_per_context):
+                here = None if placed is None else placed[index]
+                embedding[cells[index]] = _embed_context(source, model, cells[index], here)
+                done += len(index)
+                progress.update(done)
+    finally:
+        progress.close()
+    return embedding
+
+
+def _tissue_samples(source: CountSource, batch_key: str | None) -> list[np.ndarray]:
+    if batch_key is None:
+        return [np.arange(source.cells)]
+    labels = np.asarray(source.column(batch_key))
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    # In order of first appearance, so that a sorted file is read front to back.
+    order = np.argsort(np.argsort(first))
+    return [np.flatnonzero(order[inverse] == i) for i in range(len(first))]
+
+
+def _contexts(cells: int, limit: int | None) -> Iterator[np.ndarray]:
+    count = 1 if limit is None else -(-cells // limit)
+    for start in range(count):
+        yield np.arange(start, cells, count)
+
+
+def _coordinates(source: CountSource, spatial_key: str | None) -> np.ndarray | None:
+    if spatial_key is None:
+        return None
+    return source.coordinates(spatial_key, required=spatial_key != "spatial")
+
+
+def _embed_context(
+    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+) -> np.ndarray:
+    """Embed one context: the embedder over chunks of cells, then the encoder over all of them."""
+    rows = min(CHUNK_CELLS, bucket(len(cells)))
+    capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
+    positions = model.config.positions
+    vectors = None
+    if positions.kind == "laplacian" and coordinates is not None:
+        present = np.isfinite(coordinates).all(axis=1)
+        vectors = np.zeros((len(cells), positions.eigenvectors), np.float32)
+        vectors[present] = laplacian_eigenvectors(coordinates[present], positions.eigenvectors)
+    hidden = np.zeros((1, bucket(len(cells)), model.config.hidden), np.float32)
+    for start in range(0, len(cells), rows):
+        stop = min(start + rows, len(cells))
+        counts = source.read_rows(cells[start:stop])
+        begin = 0
+        while begin < counts.shape[0]:
+            # The longest run of cells whose stored counts fit; a single cell always does.
+            fits = np.searchsorted(counts.indptr, counts.indptr[begin] + capacity, side="right") - 1
+            end = max(begin + 1, int(fits))
+            part = slice(start + begin, start + end)
+            sample = Sample(
+                name="context",
+                counts=counts[begin:end],
+                coordinates=None if coordinates is None else coordinates[part],
+                eigenvectors=None if vectors is None else vectors[part],
+            )
+            batch = pad_batch(
+                [sample],
+                cells=rows,
+                nonzeros=capacity,
+                eigenvectors=positions.eigenvectors if positions.kind == "laplacian" else None,
+            )
+            # The embedder reads counts and places alone; covariates and panels belong to the decoder.
+            batch = batch.replace(measured=None, dataset=None, platform=None)
+            chunk = model.embed_expression(model.device_params, batch)
+            hidden[0, part] = np.asarray(chunk)[0, : end - begin]
+            begin = end
+    cell_mask = np.arange(hidden.shape[1])[None, :] < len(cells)
+    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(cell_mask))
+    return np.asarray(embedding)[0, : len(cells)]
+
+
+def _notes(source: CountSource, model: Pretrained, spatial_key: str | None) -> list[str]:
+    """Say what about positions a user may not expect."""
+    present = spatial_key is not None and spatial_key in source.obsm
+    if present and model.config.positions.kind == "none":
+        return [f"obsm['{spatial_key}'] was not used: this model was trained without positions"]
+    return []
+
+
+def _provenance(
+    source: CountSource,
+    model: Pretrained,
+    batch_key: str | None,
+    spatial_key: str | None,
+    cells_per_context: int | None,
+    key_added: str,
+) -> dict[str, Any]:
+    import cellplm_jax
+
+    positions = model.config.positions.kind
+    used = positions != "none" and spatial_key is not None and spatial_key in source.obsm
+    return {
+        "model": model.id,
+        "model_source": model.source,
+        "version": cellplm_jax.__version__,
+        "key_added": key_added,
+        "context": {
+            "batch_key": batch_key or "",
+            "cells_per_context": cells_per_context or 0,
+            "coordinates": spatial_key if used else "",
+        },
+        "input": source.report.as_dict(),
+    }
+
+
+def check_output(out: Path) -> None:
+    """Raise InputError where a file cannot be written at ``out``, before any work is done."""
+    parent = out.parent
+    if not parent.is_dir():
+        msg = explain(
+            f"the directory '{parent}' of the output does not exist",
+            "an existing directory",
+            f"Create it: mkdir -p {parent}",
+        )
+        raise InputError(msg)
+    if out.is_dir() or not os.access(parent, os.W_OK):
+        msg = explain(
+            f"'{out}' cannot be written",
+            "a file name in a writable directory",
+            "Name another output",
+        )
+        raise InputError(msg)
+
+
+def _copy_with_embedding(
+    path: Path, out: Path, key_added: str, embedding: np.ndarray, provenance: dict[str, Any]
+) -> None:
+    import h5py
+    from anndata.io import write_elem
+
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        shutil.copyfile(path, partial)
+        os.chmod(partial, 0o644)
+        with h5py.File(partial, "r+") as file:
+            for group in ("obsm", "uns"):
+                if group not in file:
+                    write_elem(file, group, {})
+            write_elem(file["obsm"], key_added, embedding)
+            write_elem(file["uns"], "cellplm", provenance)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,345 @@
+"""Checkpoints: the only module that knows Orbax.
+
+A checkpoint is a directory that opens alone: ``config.json``, ``genes.txt`` and ``card.json`` at its root, and Orbax step
+directories with ``params`` and ``optimizer`` as separate items (a converted model has ``params`` and ``unused``).
+Restoring reads the stored metadata, so neither the device count nor the code that wrote it has to match.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from cellplm_jax.errors import CheckpointError, explain
+from cellplm_jax.train.state import TrainState
+
+CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
+# The held-out score by which a step is the best.
+BEST_METRIC = "nb_log_likelihood"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What lies at the root of a checkpoint directory.
+
+    Attributes:
+        model: The architecture.
+        genes: Gene vocabulary, Ensembl ids.
+        card: Where the model comes from and what it was trained on.
+        train: The whole training configuration, or None for a converted model.
+        published: The original's constructor arguments, for a converted model.
+    """
+
+    model: ModelConfig
+    genes: list[str]
+    card: dict[str, Any] = field(default_factory=dict)
+    train: TrainConfig | None = None
+    published: dict[str, Any] | None = None
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
+    """Write the root files of a checkpoint, each whole or not at all.
+
+    Args:
+        directory: Created where it does not exist.
+        files: Their contents.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"format": 1, "model": to_dict(files.model)}
+    if files.train is not None:
+        content["train"] = {k: v for k, v in to_dict(files.train).items() if k != "model"}
+    if files.published is not None:
+        content["published"] = files.published
+    _write_text(directory / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
+    _write_text(directory / CARD_FILE, json.dumps(files.card, indent=2, ensure_ascii=False) + "\n")
+    _write_text(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def read_root(directory: str | os.PathLike) -> ModelFiles:
+    """Read the root files of a checkpoint.
+
+    Args:
+        directory: A checkpoint directory or a pretraining work directory.
+
+    Raises:
+        CheckpointError: It is not a checkpoint, a file is damaged, or genes and config disagree.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        msg = explain(
+            f"there is no directory '{directory}'",
+            "a checkpoint directory",
+            "Check the path, or convert a published checkpoint first with 'cellplm convert'",
+        )
+        raise CheckpointError(msg)
+    missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (directory / n).is_file()]
+    if missing:
+        msg = explain(
+            f"'{directory}' has no {' and no '.join(missing)}",
+            f"a checkpoint directory with {CONFIG_FILE}, {GENES_FILE} and {CARD_FILE}",
+            "Copy the whole directory, or name another one",
+        )
+        raise CheckpointError(msg)
+    try:
+        content = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        card = json.loads((directory / CARD_FILE).read_text(encoding="utf-8"))
+        model = from_dict(ModelConfig, content["model"], path="model")
+        train = content.get("train")
+        if train is not None:
+            train = from_dict(TrainConfig, {**train, "model": content["model"]})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        msg = explain(
+            f"'{directory}' has a config that cannot be read ({error})",
+            "the files as this package wrote them",
+            "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
+        )
+        raise CheckpointError(msg) from error
+    genes = (directory / GENES_FILE).read_text(encoding="utf-8").split()
+    if len(genes) != model.genes:
+        msg = explain(
+            f"'{directory}' lists {len(genes)} genes in {GENES_FILE} but its config says {model.genes}",
+            "one line per row of the gene embedding",
+            "Copy the checkpoint again",
+        )
+        raise CheckpointError(msg)
+    return ModelFiles(model, genes, card, train, content.get("published"))
+
+
+def _manager(directory: Path, *, keep: int | None = None, read_only: bool = False):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+    # Orbax reports every save at INFO through absl; a training log is for the training.
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    policy = None
+    if keep is not None:
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy,
+        best_fn=lambda metrics: metrics[BEST_METRIC],
+        best_mode="max",
+        read_only=read_only,
+        create=not read_only,
+    )
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer", "unused")}
+    return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=options)
+
+
+class RunCheckpoints:
+    """The checkpoints of a training run: saved asynchronously, the latest few and the best kept.
+
+    Args:
+        directory: The run's work directory.
+        keep: Most recent checkpoints kept besides the best.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int):
+        self._manager = _manager(Path(directory), keep=keep)
+
+    def latest_step(self) -> int | None:
+        """Return the last completely saved step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, metrics: Mapping[str, float] | None = None) -> None:
+        """Save the state under its step; returns before the files are written.
+
+        Args:
+            state: The run's state.
+            metrics: Held-out scores; they decide which step is the best.
+        """
+        import orbax.checkpoint as ocp
+
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+            ),
+            metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
+        )
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """Restore a state for continuing.
+
+        Args:
+            abstract: A state of ``jax.ShapeDtypeStruct`` with the shardings wanted.
+            step: A saved step.
+
+        Raises:
+            CheckpointError: The stored state does not have the shapes of ``abstract``, or is damaged.
+        """
+        import orbax.checkpoint as ocp
+
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    optimizer=ocp.args.StandardRestore(abstract.optimizer),
+                ),
+            )
+        except Exception as error:
+            raise _damaged(self._manager.directory, step, error) from error
+        return TrainState(
+            step=jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
+            params=restored["params"],
+            optimizer=restored["optimizer"],
+        )
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines()
+    first = lines[0][:200] if lines else type(error).__name__
+    msg = explain(
+        f"step {step} of '{directory}' cannot be read ({first})",
+        "a complete checkpoint that fits its config",
+        "Copy it again, or delete the damaged step directory to fall back on an earlier one",
+    )
+    return CheckpointError(msg)
+
+
+def save_model(
+    directory: str | os.PathLike,
+    files: ModelFiles,
+    params: Mapping[str, Any],
+    *,
+    unused: Mapping[str, np.ndarray] | None = None,
+    step: int = 0,
+) -> None:
+    """Write a model as a checkpoint directory of its own.
+
+    Args:
+        directory: Must not hold a checkpoint yet.
+        files: Contents of the root files.
+        params: The ``"params"`` collection.
+        unused: Arrays that only an exact write-back to the published form needs.
+        step: Number of the step directory.
+
+    Raises:
+        CheckpointError: The directory already holds something.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        msg = explain(
+            f"'{directory}' already exists and is not empty",
+            "a new or empty directory",
+            "Choose another directory or remove this one",
+        )
+        raise CheckpointError(msg)
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    items = {"params": ocp.args.StandardSave(_as_arrays(params))}
+    if unused:
+        items["unused"] = ocp.args.StandardSave(_as_arrays(unused))
+    try:
+        write_root(partial, files)
+        manager = _manager(partial)
+        manager.save(step, args=ocp.args.Composite(**items))
+        manager.wait_until_finished()
+        manager.close()
+        if directory.exists():
+            directory.rmdir()
+        os.replace(partial, directory)
+    finally:
+        if partial.exists():
+            import shutil
+
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _as_arrays(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def has_item(directory: str | os.PathLike, item: str) -> bool:
+    """Say whether any step of a checkpoint holds an item."""
+    return any(Path(directory).glob(f"[0-9]*/{item}"))
+
+
+def restore_item(
+    directory: str | os.PathLike, *, item: str = "params", step: int | None = None
+) -> tuple[dict[str, Any], int]:
+    """Restore one item of a checkpoint as numpy arrays, without being told its tree.
+
+    Args:
+        directory: A checkpoint directory or a pretraining work directory.
+        item: ``"params"`` or ``"unused"``.
+        step: Step to read; None: the best by held-out likelihood, else the latest.
+
+    Returns:
+        The item and the step it was read from.
+
+    Raises:
+        CheckpointError: There is no such step or item, or it is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory)
+    manager = _manager(directory, read_only=True)
+    try:
+        steps = list(manager.all_steps())
+        if not steps:
+            msg = explain(
+                f"'{directory}' holds no complete checkpoint step",
+                "at least one",
+                "Let the run save once, or copy the whole directory",
+            )
+            raise CheckpointError(msg)
+        if step is None:
+            step = manager.best_step()
+            step = max(steps) if step is None else step
+        elif step not in steps:
+            msg = explain(
+                f"'{directory}' has no step {step}",
+                f"one of {', '.join(map(str, sorted(steps)))}",
+                "Name one of them",
+            )
+            raise CheckpointError(msg)
+        try:
+            metadata = manager.item_metadata(step)[item]
+            target = jax.tree.map(
+                lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray),
+                metadata.tree if hasattr(metadata, "tree") else metadata,
+            )
+            handler = ocp.PyTreeCheckpointHandler()
+            restored = ocp.Checkpointer(handler).restore(
+                directory.resolve() / str(step) / item,
+                args=ocp.args.PyTreeRestore(restore_args=target),
+            )
+        except Exception as error:
+            raise _damaged(directory, step, error) from error
+    finally:
+        manager.close()
+    return restored, step

@@ -1,0 +1,47 @@
+"""The state of a training run: everything that a resumed run needs to continue as if nothing had happened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from cellplm_jax.config import TrainConfig
+from cellplm_jax.model.cellplm import init_params
+from cellplm_jax.train.optim import make_optimizer
+
+
+class TrainState(struct.PyTreeNode):
+    """State of a run.
+
+    The KL warm-up is a function of ``step`` and the random streams of (seed, step), so neither needs a field.
+
+    Attributes:
+        step: int32 scalar. Optimizer steps taken.
+        params: The ``"params"`` collection.
+        optimizer: Optimizer state.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: optax.OptState
+
+
+def create_state(config: TrainConfig, gene_means: jax.Array | None = None) -> TrainState:
+    """Initialise a run; a pure function, so it can be traced for shapes.
+
+    Args:
+        config: The run.
+        gene_means: float [genes], mean count of each gene. The decoder's output bias starts at their logarithm, so
+            that training need not spend its first hundreds of steps on learning which genes are common.
+    """
+    params = init_params(config.model, jax.random.key(config.seed))
+    if gene_means is not None and "log_mean" in params.get("decoder", {}):
+        params["decoder"]["log_mean"]["bias"] = jnp.log(gene_means.astype(jnp.float32) + 1e-4)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer.init(params)
+    )

@@ -1,0 +1,1 @@
+"""Configurations for the programs in ``launch/``, as ml_collections expects them."""

@@ -1,0 +1,365 @@
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib", reason="needs the extra 'eval'")
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.colors import to_hex, to_rgb  # noqa: E402
+
+from cellplm_jax import plot  # noqa: E402
+from cellplm_jax.errors import InputError  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def metrics_lines(steps=200, every=50):
+    lines = []
+    for step in range(steps):
+        lines.append({"step": step, "split": "train", "loss": 10.0 - 0.01 * step, "kl_latent": 1.0})
+        if step % every == 0:
+            lines.append(
+                {"step": step, "split": "heldout", "loss": 11.0, "masked_correlation": 0.5}
+            )
+    return lines
+
+
+def curve(axes, number_of_points):
+    """Return the lines of these Axes that have so many points."""
+    return [line for line in axes.lines if len(line.get_xdata()) == number_of_points]
+
+
+def test_training_curves_draws_the_panels_that_have_values():
+    panels = plot.training_curves(metrics_lines())
+    assert [panel.get_title(loc="left") for panel in panels] == [
+        "Loss",
+        "ELBO, latent term",
+        "Masked correlation",
+    ]
+    held_out = curve(panels[0], 4)[0]
+    np.testing.assert_array_equal(held_out.get_xdata(), [0, 50, 100, 150])
+    np.testing.assert_array_equal(held_out.get_ydata(), [11.0] * 4)
+    names = [text.get_text() for text in panels[0].figure.legends[0].get_texts()]
+    assert names == ["training", "held out"]
+    assert len({panel.get_xlim() for panel in panels}) == 1
+    assert len(panels[0].figure.axes) == 3  # the unused place of the grid is gone
+
+
+def test_training_curves_smooths_the_training_values_only():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=400)
+    lines = [{"step": step, "loss": value} for step, value in enumerate(values)]  # no split: train
+    raw, smooth = plot.training_curves(lines, smoothing=11)[0].lines
+    np.testing.assert_allclose(raw.get_ydata(), values)
+    expected = pd.Series(values).rolling(11, center=True).mean().to_numpy()
+    np.testing.assert_allclose(smooth.get_ydata()[5:-5], expected[5:-5], atol=1e-12)
+    np.testing.assert_allclose(smooth.get_ydata()[[0, -1]], values[[0, -1]])
+    np.testing.assert_allclose(smooth.get_ydata()[2], values[:5].mean())
+    assert len(plot.training_curves(lines, smoothing=1)[0].lines) == 1
+
+
+def test_training_curves_reads_a_file_that_is_still_written_to(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = "\n".join(json.dumps(line) for line in metrics_lines()) + '\n{"step": 200, "lo'
+    path.write_text(text)
+    panels = plot.training_curves(path)
+    assert curve(panels[0], 200)
+    path.write_text("{broken\n" + text)
+    with pytest.raises(InputError, match="Line 1 of"):
+        plot.training_curves(str(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        plot.training_curves(tmp_path / "absent.jsonl")
+
+
+def test_training_curves_takes_the_later_of_two_lines_and_leaves_out_what_is_not_finite():
+    lines = [
+        {"step": 0, "loss": 5.0},
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": float("nan")},
+        {"step": 1, "loss": 3.0},
+        {"step": 3, "loss": None},
+    ]
+    line = plot.training_curves(lines)[0].lines[0]
+    np.testing.assert_array_equal(line.get_xdata(), [0, 1])
+    np.testing.assert_array_equal(line.get_ydata(), [5.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "without any known metric"),
+        ([{"step": 1, "accuracy": 0.5}], "masked_correlation"),
+        ([{"step": 1, "loss": float("inf")}], "without any known metric"),
+        ([{"loss": 0.5}], "line 1 has no number under 'step'"),
+        ([{"step": 1, "loss": 0.5}, 3], "line 2"),
+    ],
+)
+def test_training_curves_refuses_lines_it_cannot_draw(lines, message):
+    with pytest.raises(InputError, match=message):
+        plot.training_curves(lines)
+
+
+def example_cells(cells=300, seed=0):
+    generator = np.random.default_rng(seed)
+    labels = np.array(["B", "T", "unassigned"])[generator.integers(0, 3, cells)]
+    return generator.normal(size=(cells, 2)), labels
+
+
+def colors_at(axes, points):
+    """Return the colour each of these points was drawn with; of two the one in front."""
+    found = {}
+    for collection in sorted(axes.collections, key=lambda drawn: drawn.get_zorder()):
+        offsets, faces = np.asarray(collection.get_offsets()), collection.get_facecolors()
+        if not len(offsets):
+            continue
+        for offset, face in zip(offsets, itertools.cycle(faces), strict=False):
+            found[tuple(offset)] = to_hex(face)
+    return [found[tuple(point)] for point in points]
+
+
+def test_umap_colours_every_cell_by_its_label():
+    points, labels = example_cells()
+    axes = plot.umap(points, labels, color_label="cell type")
+    expected = {"B": plot.PALETTE[0], "T": plot.PALETTE[1], "unassigned": plot.UNKNOWN_COLOR}
+    found = colors_at(axes, points)
+    assert [color.upper() for color in found] == [expected[label] for label in labels]
+    legend = axes.get_legend()
+    assert legend.get_title().get_text() == "cell type"
+    assert [text.get_text() for text in legend.get_texts()] == ["B", "T", "unassigned"]
+
+
+def test_legend_lies_right_of_the_data_and_inside_the_figure():
+    points, _ = example_cells()
+    names = [f"a rather long cell type name {i}" for i in np.arange(len(points)) % 25]
+    for axes in (
+        plot.umap(points, names),
+        plot.spatial(points * [1, 3], names),
+        plot.comparison_bars({name: {"ARI": 0.5} for name in names[:3]}),
+    ):
+        figure = axes.figure
+        figure.draw_without_rendering()
+        box, data = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert box.x0 >= data.x1
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert box.y0 >= figure.bbox.y0 - 1
+        assert box.y1 <= figure.bbox.y1 + 1
+
+
+def test_no_group_is_always_drawn_on_top():
+    points, _ = example_cells(400)
+    labels = np.repeat(["first", "last"], 200)
+    axes = plot.umap(points, labels)
+    drawn = np.asarray(axes.collections[-1].get_offsets())
+    of_last = {tuple(point) for point in points[200:]}
+    places = [place for place, point in enumerate(drawn) if tuple(point) in of_last]
+    assert 170 < np.mean(places) < 230
+    np.testing.assert_array_equal(
+        drawn, np.asarray(plot.umap(points, labels).collections[-1].get_offsets())
+    )
+
+
+def test_umap_gives_quantities_a_colour_bar_and_whole_numbers_a_legend():
+    points, _ = example_cells(100)
+    values = np.linspace(0.0, 1.0, 100)
+    values[5] = np.nan
+    values[7] = 1e6
+    axes = plot.umap(points, values, color_label="counts")
+    assert axes.get_legend() is None
+    bar = axes.figure.axes[1]
+    assert bar.get_ylabel() == "counts"
+    assert axes.collections[-1].norm.vmax < 2  # one stray cell does not take the whole scale
+    assert colors_at(axes, points[[5]]) == [plot.UNKNOWN_COLOR.lower()]
+    limited = plot.umap(points, values, color_limits=(0.0, 2.0), color_map="magma")
+    assert limited.collections[-1].get_clim() == (0.0, 2.0)
+    assert limited.collections[-1].get_cmap().name == "magma"
+
+    groups = plot.umap(points, np.arange(100) % 12, label_groups=True)
+    texts = [text.get_text() for text in groups.get_legend().get_texts()]
+    assert texts == [str(number) for number in range(12)]  # as numbers, not as words
+    assert {text.get_text() for text in groups.texts} == set(texts)
+
+
+def test_categories_keep_their_order_and_missing_ones_are_grey():
+    points, _ = example_cells(6)
+    labels = pd.Categorical(["z", "a", None, "z", "a", "a"], categories=["z", "unused", "a"])
+    for given in (labels, pd.Series(labels)):
+        axes = plot.umap(points, given)
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert names == ["z", "a", "missing"]
+        assert colors_at(axes, points[[2]]) == [plot.UNKNOWN_COLOR.lower()]
+
+
+def test_more_groups_than_colours_get_another_marker():
+    points, _ = example_cells(90)
+    axes = plot.umap(points, np.arange(90) % 30)
+    styles = {
+        (handle.get_color(), handle.get_marker()) for handle in axes.get_legend().legend_handles
+    }
+    assert len(styles) == 30
+
+
+def test_own_palette():
+    points, labels = example_cells()
+    axes = plot.umap(points, labels, palette={"B": "#123456", "T": "#654321"})
+    assert set(colors_at(axes, points)) == {"#123456", "#654321", plot.UNKNOWN_COLOR.lower()}
+    with pytest.raises(InputError, match="no colour for"):
+        plot.umap(points, labels, palette={"B": "#123456"})
+
+
+def test_spatial_keeps_the_aspect_and_points_y_down():
+    points, labels = example_cells()
+    axes = plot.spatial(points * [10, 1], labels, unit="µm")
+    assert axes.get_aspect() == 1.0
+    assert axes.yaxis_inverted()
+    assert axes.get_xlabel() == "x (µm)"
+    assert not plot.spatial(points, labels, image_origin=False).yaxis_inverted()
+    same = plot.spatial(points, labels, ax=plot.spatial(points, labels))
+    assert same.yaxis_inverted()  # not turned back the second time
+
+
+def test_spatial_point_size_follows_the_density():
+    grid = np.stack(np.meshgrid(np.arange(15.0), np.arange(15.0)), -1).reshape(-1, 2)
+    axes = plot.spatial(grid, np.arange(225) * 1.0)
+    axes.figure.draw_without_rendering()
+    spacing = np.diff(axes.transData.transform([[0, 0], [1, 0]])[:, 0])[0]
+    diameter = np.sqrt(axes.collections[-1].get_sizes()[0]) * axes.figure.dpi / 72
+    assert 0.6 < diameter / spacing < 1.3
+
+
+def test_one_cell_and_cells_on_a_line_can_be_drawn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.umap([[0.0, 0.0]], ["a"]).figure.draw_without_rendering()
+        plot.spatial([[1.0, 5.0], [2.0, 5.0]], [0.5, 0.5]).figure.draw_without_rendering()
+        plot.umap([[0.0, 0.0]], [np.nan]).figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("draw", [plot.umap, plot.spatial])
+def test_maps_refuse_what_does_not_fit(draw):
+    points, labels = example_cells()
+    with pytest.raises(InputError, match=r"\[cells, 2\]"):
+        draw(np.zeros((5, 3)), labels[:5])
+    with pytest.raises(InputError, match="for 300 cells"):
+        draw(points, labels[:-1])
+    points[3] = np.nan
+    with pytest.raises(InputError, match="for 1 cells"):
+        draw(points, labels)
+
+
+def test_every_function_draws_on_given_axes():
+    points, labels = example_cells()
+    _, (left, middle, right) = plt.subplots(1, 3)
+    before = len(plt.get_fignums())
+    assert plot.umap(points, labels, ax=left) is left
+    assert plot.spatial(points, labels, ax=middle) is middle
+    assert plot.comparison_bars({"a": {"x": 1.0}}, ax=right) is right
+    assert len(plt.get_fignums()) == before
+
+
+def test_style_does_not_leak():
+    before = dict(plt.rcParams)
+    plot.training_curves(metrics_lines())
+    plot.comparison_bars({"a": {"x": 1.0}})
+    assert dict(plt.rcParams) == before
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_show_is_asked_for(monkeypatch, show):
+    calls = []
+    monkeypatch.setattr(plt, "show", lambda: calls.append(1))
+    points, labels = example_cells(20)
+    plot.umap(points, labels, show=show)
+    plot.spatial(points, labels, show=show)
+    plot.training_curves(metrics_lines(), show=show)
+    plot.comparison_bars({"a": {"x": 1.0}}, show=show)
+    assert len(calls) == 4 * show
+
+
+def test_comparison_bars_show_the_table():
+    table = {"ours": {"ARI": 0.7, "NMI": -0.25}, "PCA": {"ARI": 0.6, "NMI": float("nan")}}
+    errors = {"ours": {"ARI": 0.05}}
+    for given in (table, pd.DataFrame.from_dict(table, orient="index")):
+        axes = plot.comparison_bars(given, errors=errors)
+        heights = [[bar.get_height() for bar in bars.patches] for bars in axes.containers[:1]]
+        assert heights == [[0.7, -0.25]]
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == ["0.70", "\N{MINUS SIGN}0.25", "0.60", "n/a"]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["ARI", "NMI"]
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ours", "PCA"]
+        bars = [box for box in axes.containers if hasattr(box, "patches")]
+        assert len({bar.patches[0].get_hatch() for bar in bars}) == 2  # told apart in grey print
+        reach = axes.collections[0].get_segments()
+        np.testing.assert_allclose(reach[0][:, 1], [0.65, 0.75])
+
+
+@pytest.mark.parametrize("table", [{}, {"a": {"x": "high"}}, pd.DataFrame()])
+def test_comparison_bars_refuse_what_is_not_a_table_of_numbers(table):
+    with pytest.raises(InputError):
+        plot.comparison_bars(table)
+
+
+# Full dichromacy, Machado, Oliveira and Fernandes 2009, on linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def oklab(colors, vision):
+    rgb = np.array([to_rgb(color) for color in colors])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.transpose(VISION[vision]), 0, 1)
+    cones = [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+    opponents = [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+    return np.cbrt(linear @ np.transpose(cones)) @ np.transpose(opponents)
+
+
+def smallest_distance(colors, vision):
+    positions = oklab(colors, vision)
+    return min(np.linalg.norm(a - b) for a, b in itertools.combinations(positions, 2))
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_palette_can_be_told_apart(vision):
+    assert len(set(plot.PALETTE)) == 20
+    shown = [*plot.PALETTE, plot.UNKNOWN_COLOR]
+    tab20 = [to_hex(color) for color in plt.get_cmap("tab20").colors]
+    assert smallest_distance(shown[:20], vision) > 0.065
+    assert smallest_distance(shown[:20], vision) > smallest_distance(tab20, vision)
+    grey, white = oklab([plot.UNKNOWN_COLOR, "#FFFFFF"], vision)
+    for position in oklab(plot.PALETTE, vision):
+        assert np.linalg.norm(position - white) > 0.1
+        assert np.linalg.norm(position - grey) > 0.05
