@@ -40,7 +40,7 @@ _WHERE = {
 }
 _MODULES = {"datasets": "cellplm_jax.data.datasets", "plot": "cellplm_jax.plot"}
 
-__all__ = [*_WHERE, *_MODULES, "__version__"]  # noqa: PLE0604
+__all__ = [*_WHERE, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str):

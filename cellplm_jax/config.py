@@ -120,7 +120,7 @@ class LatentConfig:
         latent_weight: Weight of the Gaussian KL term (released ``w_li``; VAE ``kl_weight``).
         cluster_weight: Weight of the categorical KL term (released ``w_en``).
         floor: Floor under each KL term, in nats a cell ("free bits", released ``lamda``). 0 switches it off.
-            Mixture: ``max(floor, KL)``; Gaussian: a weighted KL below the floor counts as 0. Metrics tell when it binds.
+            Mixture: ``max(floor, KL)``; Gaussian: a weighted KL below it counts as 0. Metrics tell when it binds.
         warmup_steps: Steps over which the KL weights rise linearly from 0 (released VAE: 10,000); 0: no warm-up.
         adversarial_weight: Weight of a batch discriminator behind a gradient reversal; 0 leaves it out.
         adversarial_hidden: Width of its hidden layer.

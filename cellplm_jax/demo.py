@@ -381,9 +381,10 @@ def _write_report(
             ),
         ),
         Text(
-            "10x Genomics PBMC3k: 2,700 human blood cells, raw counts, CC BY 4.0. Cell types come from a rule on marker "
-            "genes (cellplm_jax.datasets.annotate_by_markers), not from clustering. This is a small model trained on "
-            "one small sample: it shows that the path works, not what a model pretrained on an atlas can do.",
+            "10x Genomics PBMC3k: 2,700 human blood cells, raw counts, CC BY 4.0. Cell types come from a rule on "
+            "marker genes (cellplm_jax.datasets.annotate_by_markers), not from clustering. This is a small model "
+            "trained on one small sample: it shows that the path works, not what a model pretrained on an atlas "
+            "can do.",
             heading="Data and limits",
         ),
         Code(

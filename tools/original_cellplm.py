@@ -215,7 +215,7 @@ class Cells:
     @property
     def columns(self) -> int:
         """Number of input genes."""
-        return int(np.shape(self.counts)[1])
+        return self.counts.shape[1]  # type: ignore[index]
 
 
 def _inputs(model, cells: Cells) -> dict[str, Any]:

@@ -94,14 +94,14 @@ def laplacian_eigenvectors(
         Signs are arbitrary (training flips them at random).
     """
     from scipy.sparse.linalg import eigsh
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     cells = len(coordinates)
     result = np.zeros((cells, count), np.float32)
     if cells < 3:
         return result
     neighbors = min(neighbors, cells - 1)
-    _, index = cKDTree(coordinates).query(coordinates, k=neighbors + 1)
+    _, index = KDTree(coordinates).query(coordinates, k=neighbors + 1)
     rows = np.repeat(np.arange(cells), neighbors)
     graph = sparse.csr_matrix(
         (np.ones(rows.size), (rows, index[:, 1:].ravel())), shape=(cells, cells)

@@ -1,7 +1,7 @@
 """Published CellPLM checkpoints, both ways, with every parameter accounted for.
 
-A published checkpoint is two files: ``PREFIX.config.json`` (the constructor arguments of the original ``OmicsFormer`` and
-its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose ``model_state_dict`` maps names to
+A published checkpoint is two files: ``PREFIX.config.json`` (the constructor arguments of the original ``OmicsFormer``
+and its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose ``model_state_dict`` maps names to
 tensors). Reading uses PyTorch's weights-only loader, which builds tensors and nothing else, so a file from a stranger
 cannot run code. PyTorch is needed for reading and writing alone (extra ``torch``); the mapping itself is plain numpy.
 

@@ -1,6 +1,7 @@
 """Latent distributions and the mixture-of-Gaussians ELBO terms.
 
-Two readings of the mixture are kept side by side. ``"paper"`` (section 4.1): q(z|x) is Gaussian, q(y|z) categorical, and
+Two readings of the mixture are kept side by side. ``"paper"`` (section 4.1): q(z|x) is Gaussian, q(y|z) categorical,
+and
 
     KL = sum_y q(y|z) KL(q(z|x) || p(z|y)) + KL(q(y|z) || p(y)),
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from cellplm_jax.data.anndata_io import CountSource, open_counts
+from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import (
     Sample,
     bucket,
@@ -42,15 +42,15 @@ def embed(
     gene_key: str | None = None,
     cells_per_context: int | None = None,
     key_added: str = "X_cellplm",
-    values: str = "counts",
+    values: Values = "counts",
     minimum_genes: int | None = None,
     quiet: bool = True,
 ) -> AnnData:
     """Embed the cells of an AnnData with a pretrained model, in place.
 
     Cells of one context attend to one another: all cells with the same ``batch_key`` value (the whole file without
-    one), or, with ``cells_per_context``, sets of about that many of them. How the file is read and cut into chunks never
-    changes a number.
+    one), or, with ``cells_per_context``, sets of about that many of them. How the file is read and cut into chunks
+    never changes a number.
 
     Writes:
         ``obsm[key_added]``: float32 [n_obs, latent].
@@ -65,8 +65,8 @@ def embed(
             where present; another key must be present. None: no coordinates.
         layer: Layer with the counts; None: look for them.
         gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-        cells_per_context: Cells of a context at most; None: no limit. Cells are dealt to the contexts of their sample in
-            turn, so each context is a cross-section of it.
+        cells_per_context: Cells of a context at most; None: no limit. Cells are dealt to the contexts of their sample
+            in turn, so each context is a cross-section of it.
         key_added: Key of ``obsm`` to write.
         values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
         minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
@@ -113,7 +113,7 @@ def embed_file(
     gene_key: str | None = None,
     cells_per_context: int | None = None,
     key_added: str = "X_cellplm",
-    values: str = "counts",
+    values: Values = "counts",
     minimum_genes: int | None = None,
     require_coordinates: bool = False,
     quiet: bool = False,

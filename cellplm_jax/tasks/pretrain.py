@@ -67,7 +67,7 @@ def pretrain(
     )
     model = dataclasses.replace(config.model, genes=len(vocabulary))
     config = dataclasses.replace(config, model=model)
-    return loop.pretrain(config, samples, vocabulary, workdir, card=card, quiet=quiet)
+    return loop.pretrain(config, samples, vocabulary, Path(workdir), card=card, quiet=quiet)
 
 
 def read_samples(

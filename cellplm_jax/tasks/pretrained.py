@@ -118,7 +118,7 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     """Open a trained model.
 
     Args:
-        source: A checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a pretraining work directory.
+        source: A checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory.
         step: Step to open; None: the best by held-out likelihood, else the latest.
 
     Returns:

@@ -1,7 +1,7 @@
 """Checkpoints: the only module that knows Orbax.
 
-A checkpoint is a directory that opens alone: ``config.json``, ``genes.txt`` and ``card.json`` at its root, and Orbax step
-directories with ``params`` and ``optimizer`` as separate items (a converted model has ``params`` and ``unused``).
+A checkpoint is a directory that opens alone: ``config.json``, ``genes.txt`` and ``card.json`` at its root, and Orbax
+step directories with ``params`` and ``optimizer`` as separate items (a converted model has ``params`` and ``unused``).
 Restoring reads the stored metadata, so neither the device count nor the code that wrote it has to match.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cellplm_jax.config import TrainConfig, to_dict
 from cellplm_jax.data.batches import Sample, TrainingBatches, heldout_batches, split_heldout
-from cellplm_jax.errors import CheckpointError, CellPLMError, InputError, explain
+from cellplm_jax.errors import CellPLMError, CheckpointError, InputError, explain
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.train.checkpoint import ModelFiles, RunCheckpoints, read_root, write_root
 from cellplm_jax.train.metrics import MetricsWriter, ProgressReport, heldout_scores

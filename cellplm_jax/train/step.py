@@ -18,7 +18,7 @@ from cellplm_jax.losses.likelihoods import (
 from cellplm_jax.losses.objectives import latent_loss, reconstruction_loss, warmup_factor
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
-from cellplm_jax.structs import CellBatch, LatentNoise
+from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
 from cellplm_jax.train.sharding import batch_sharding, replicated
 from cellplm_jax.train.state import TrainState
@@ -148,9 +148,11 @@ def evaluation_step(
     """
     rate, genes = heldout_rate(config), config.model.genes
     output = CellPLM(config.model).apply({"params": params}, batch, gene_mask=gene_mask)
-    reconstruction = output.reconstruction
+    reconstruction: Reconstruction = output.reconstruction
     counts = batch.dense_counts(genes)
-    usable = batch.cell_mask[..., None] & batch.measured[:, None, :]
+    usable = jnp.broadcast_to(batch.cell_mask[..., None], gene_mask.shape)
+    if batch.measured is not None:
+        usable = usable & batch.measured[:, None, :]
     hidden, visible = usable & gene_mask, usable & ~gene_mask
     mean = reconstruction.mean
     if reconstruction.dispersion is None:

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 from scipy import sparse
 
 from cellplm_jax.config import ModelConfig
+from cellplm_jax.interop.torch_checkpoint import Converted, to_state_dict
 from cellplm_jax.structs import CellBatch
 
 
@@ -113,12 +114,23 @@ def latent_quantities(output: Any) -> dict[str, Any]:
     return {name: np.asarray(value) for name, value in values.items() if value is not None}
 
 
-def gradient_errors(ours: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:
-    """Relative error of every leaf; where the reference is exactly zero, ours must be too."""
-    flat, expected = flatten_dict(dict(ours)), flatten_dict(dict(reference))
-    if flat.keys() != expected.keys():
-        message = f"different leaves: {sorted(flat.keys() ^ expected.keys())}"
+def gradient_errors(
+    converted: Converted, ours: Any, theirs: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Relative error of every gradient, by torch name.
+
+    Args:
+        converted: The model both sides computed with.
+        ours: Our gradients, a tree like its ``params``.
+        theirs: Gradients of the original; where it has none, ours must be exactly zero.
+    """
+    arrays = jax.tree.map(np.asarray, ours)
+    named = to_state_dict(dataclasses.replace(converted, params=arrays, unused={}))
+    unknown = theirs.keys() - named.keys()
+    if unknown:
+        message = f"the original trains parameters that have no counterpart here: {sorted(unknown)}"
         raise AssertionError(message)
     return {
-        "/".join(map(str, path)): relative_error(flat[path], expected[path]) for path in expected
+        name: relative_error(array, theirs.get(name, np.zeros_like(array)))
+        for name, array in named.items()
     }
