@@ -101,7 +101,7 @@ def laplacian_eigenvectors(
     if cells < 3:
         return result
     neighbors = min(neighbors, cells - 1)
-    _, index = KDTree(coordinates).query(coordinates, k=neighbors + 1)
+    index = np.asarray(KDTree(coordinates).query(coordinates, k=neighbors + 1)[1])
     rows = np.repeat(np.arange(cells), neighbors)
     graph = sparse.csr_matrix(
         (np.ones(rows.size), (rows, index[:, 1:].ravel())), shape=(cells, cells)

@@ -20,6 +20,11 @@ from cellplm_jax.model.layers import dense
 FLOW_EPSILON = 1e-6
 
 
+def nonzero(total: jax.Array) -> jax.Array:
+    """Replace 0 by 1, so that a sample without cells divides to 0 and has gradients without NaN."""
+    return jnp.where(total > 0, total, 1.0)
+
+
 def flow_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, cell_mask: jax.Array
 ) -> jax.Array:
@@ -58,7 +63,7 @@ def flow_attention(
     allocation = nn.sigmoid(conserved_sink)
     exponential = jnp.exp(conserved_source) * mask
     cells = mask.sum(axis=1, keepdims=True)
-    competition = exponential / jnp.maximum(exponential.sum(axis=1, keepdims=True), 1e-30) * cells
+    competition = exponential / nonzero(exponential.sum(axis=1, keepdims=True)) * cells
     memory = jnp.einsum("bchd,bchm->bhdm", key * mask[..., None], value * competition[..., None])
     mixed = jnp.einsum("bchd,bhdm->bchm", query * sink_incoming[..., None], memory)
     return mixed * allocation[..., None]
@@ -127,7 +132,7 @@ def performer_attention(
     memory = jnp.einsum("bchm,bchd->bhmd", key_features, value.astype(jnp.float32))
     numerator = jnp.einsum("bchm,bhmd->bchd", query_features, memory)
     denominator = jnp.einsum("bchm,bhm->bch", query_features, key_features.sum(axis=1))
-    return numerator / jnp.maximum(denominator, 1e-30)[..., None]
+    return numerator / nonzero(denominator)[..., None]
 
 
 class CellAttention(nn.Module):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import dense, prelu
+from cellplm_jax.model.layers import dense, kernel_init, prelu
 from cellplm_jax.structs import LatentNoise, LatentOutput
 
 
@@ -151,7 +151,10 @@ class Latent(nn.Module):
         """Return mean and variance of q(z|x): variance exp(clip(log_variance, -5, 5)) + 1e-4."""
         size = self.config.latent.size
         mean = dense(size, "mean")(hidden)
-        log_variance = jnp.clip(dense(size, "log_variance")(hidden), -5.0, 5.0)
+        # Starts at variance exp(-4): at variance 1 the first hundreds of steps would decode noise.
+        start = nn.initializers.constant(-4.0)
+        layer = nn.Dense(size, kernel_init=kernel_init, bias_init=start, name="log_variance")
+        log_variance = jnp.clip(layer(hidden), -5.0, 5.0)
         return mean, jnp.exp(log_variance) + 1e-4
 
     def _gaussian(self, hidden: jax.Array, noise: LatentNoise | None) -> LatentOutput:
