@@ -7,7 +7,7 @@ read into memory. Running the same command again resumes from the last checkpoin
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,18 +46,22 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"unexpected argument '{argv[1]}'; every option has the form --name=value"
         )
+    # jax reports at INFO which accelerators it did not find.
+    logging.set_verbosity(logging.WARNING)
     from cellplm_jax.tasks.pretrain import pretrain
 
     try:
         config = from_config_dict(TrainConfig, _CONFIG.value)
         genes = Path(_GENES.value).read_text(encoding="utf-8").split() if _GENES.value else None
+        files = find_files(_CORPUS.value)
         result = pretrain(
-            [str(file) for file in find_files(_CORPUS.value)],
+            [str(file) for file in files],
             config,
             _WORKDIR.value,
             genes=genes,
             batch_key=_BATCH_KEY.value,
             spatial_key=_SPATIAL_KEY.value,
+            card={"name": Path(_WORKDIR.value).name, "data": [file.name for file in files]},
         )
     except CellPLMError as error:
         sys.stderr.write(f"pretrain: {error}\n")

@@ -51,17 +51,17 @@ def describe_text(facts: dict[str, Any]) -> str:
     Args:
         facts: From :func:`describe`.
     """
-    lines = [f"model        {facts['id']}"]
+    lines = [f"{'model':<18} {facts['id']}"]
     lines += [
-        f"{name:<12} {value}"
+        f"{name:<18} {value}"
         for name, value in facts["card"].items()
         if not isinstance(value, dict) and name != "name"
     ]
     first = ", ".join(facts["genes"]["first"])
-    lines.append(f"genes        {facts['genes']['count']:,} ({first}, ...)")
-    lines.append(f"parameters   {facts['parameters']['total']:,}")
+    lines.append(f"{'genes':<18} {facts['genes']['count']:,} ({first}, ...)")
+    lines.append(f"{'parameters':<18} {facts['parameters']['total']:,}")
     lines += [
-        f"  {name:<18} {count:>12,}"
+        f"  {name:<16} {count:>12,}"
         for name, count in facts["parameters"].items()
         if name != "total"
     ]
@@ -71,11 +71,11 @@ def describe_text(facts: dict[str, Any]) -> str:
     for name, value in facts["config"].items():
         if isinstance(value, dict):
             inner = ", ".join(f"{key}={item}" for key, item in value.items())
-            lines.append(f"  {name:<10} {inner}")
+            lines.append(f"  {name:<16} {inner}")
         else:
-            lines.append(f"  {name:<10} {value}")
+            lines.append(f"  {name:<16} {value}")
     for split, rows in facts["training"].items():
         last = {k: v for k, v in rows["last"].items() if k not in ("split", "time", "step")}
         shown = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if v is not None)
-        lines.append(f"{split:<12} step {rows['last']['step']}: {shown}")
+        lines.append(f"{split:<18} step {rows['last']['step']}: {shown}")
     return "\n".join(lines)

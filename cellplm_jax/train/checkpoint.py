@@ -126,8 +126,8 @@ def _manager(directory: Path, *, keep: int | None = None, read_only: bool = Fals
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-    # Orbax reports every save at INFO through absl; a training log is for the training.
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    # Orbax reports every save, and warns that reading only reads; what matters reaches the caller as an exception.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     policy = None
     if keep is not None:
         policy = preservation_policy.AnyPreservationPolicy(

@@ -86,7 +86,6 @@ def pretrain(
 
     writer = MetricsWriter(workdir, resume_step=start)
     progress = ProgressReport("pretraining", config.steps, quiet=quiet)
-    progress.start_at(start)
     scores: dict[str, float] = {}
     timed_cells = timed_seconds = 0.0
     try:

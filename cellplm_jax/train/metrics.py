@@ -131,7 +131,7 @@ class ProgressReport:
     ):
         self.title, self.total, self.unit, self.every = title, total, unit, every
         self._start = self._last = time.monotonic()
-        self._first = self._done = 0
+        self._settled: tuple[float, int] | None = None
         self._bar = self._task = None
         self._plain = not quiet
         if not quiet and sys.stderr.isatty():
@@ -150,24 +150,21 @@ class ProgressReport:
             self._task = self._bar.add_task(title, total=total, note="")
             self._bar.start()
 
-    def start_at(self, done: int) -> None:
-        """Say how much was already done before (a resumed run)."""
-        self._first = self._done = done
-
     def update(self, done: int, note: str = "") -> None:
         """Report that ``done`` units are finished."""
-        self._done = done
+        if self._settled is None:
+            # The first unit carries the compilation; rates are taken from the second one on.
+            self._settled = (time.monotonic(), done)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
         if self._plain and (now - self._last >= self.every or done >= self.total):
             self._last = now
-            elapsed = now - self._start
-            left = elapsed / max(done - self._first, 1) * (self.total - done)
-            line = (
-                f"{self.title}: {done}/{self.total} {self.unit}, {elapsed:.0f} s, {left:.0f} s left"
-            )
+            since, before = self._settled
+            line = f"{self.title}: {done}/{self.total} {self.unit}, {now - self._start:.0f} s"
+            if before < done < self.total:
+                line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
             sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
             sys.stderr.flush()
 

@@ -1,0 +1,121 @@
+"""What several test modules share: a vocabulary, small data sets, and one tiny pretrained run.
+
+Compiled programs are kept in a cache of the test session, so that the same program met twice (a run and its resumed
+twin, say) is compiled once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="cellplm-test-cache-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("CELLPLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
+VOCABULARY = [f"ENSG{n:011d}" for n in range(40)]
+
+
+def make_counts(cells: int, *, genes: int = len(VOCABULARY), seed: int = 0) -> np.ndarray:
+    """Counts of three kinds of cell whose genes differ in a fixed way, int64 [cells, genes]."""
+    programmes = np.random.default_rng(1234).gamma(0.6, 2.0, (3, genes))
+    random = np.random.default_rng(seed)
+    counts = random.poisson(programmes[random.integers(0, 3, cells)])
+    counts[:, 0] += 2  # every cell has a count, and the matrix is never binary
+    return counts
+
+
+def make_adata(cells: int = 60, *, seed: int = 0, spatial: bool = True, matrix=None):
+    """AnnData with the vocabulary's genes in another order and three foreign ones among them."""
+    import anndata
+    import pandas as pd
+
+    random = np.random.default_rng(seed + 1)
+    counts = make_counts(cells, seed=seed) if matrix is None else np.asarray(matrix)
+    names = [*VOCABULARY, "foreign-1", "foreign-2", "foreign-3"]
+    counts = np.column_stack([counts, random.poisson(1.0, (cells, 3))])
+    order = random.permutation(len(names))
+    obs = pd.DataFrame(
+        {"batch": pd.Categorical([f"b{n % 2}" for n in range(cells)])},
+        index=[f"cell{n}" for n in range(cells)],
+    )
+    adata = anndata.AnnData(
+        X=sparse.csr_matrix(counts[:, order].astype(np.float32)),
+        obs=obs,
+        var=pd.DataFrame(index=[names[i] for i in order]),
+    )
+    if spatial:
+        adata.obsm["spatial"] = random.random((cells, 2)) * 5000
+    return adata
+
+
+def make_samples(number: int = 3, cells: int = 40, *, seed: int = 0):
+    """Tissue samples over the vocabulary; every second one has coordinates."""
+    from cellplm_jax.data.batches import Sample
+
+    random = np.random.default_rng(seed + 7)
+    return [
+        Sample(
+            name=f"sample {i}",
+            counts=sparse.csr_matrix(make_counts(cells, seed=seed + i).astype(np.float32)),
+            coordinates=random.random((cells, 2)).astype(np.float32) if i % 2 else None,
+            batch=i,
+            dataset=0,
+        )
+        for i in range(number)
+    ]
+
+
+def tiny_train_config(**changes):
+    """A run of seconds; eight sentences a batch, so that eight devices take one each."""
+    from cellplm_jax.presets import preset
+
+    config = preset("debug", len(VOCABULARY))
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, samples=8, cells=16),
+        steps=6,
+        log_every=1,
+        evaluate_every=2,
+        checkpoint_every=2,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The work directory of a finished run. Read only: copy it before damaging it."""
+    from cellplm_jax.train.loop import pretrain
+
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    pretrain(
+        tiny_train_config(), make_samples(), VOCABULARY, workdir, card={"name": "tiny"}, quiet=True
+    )
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run):
+    """The model of :func:`tiny_run`; positions are on."""
+    from cellplm_jax.tasks.pretrained import load
+
+    return load(tiny_run)
+
+
+@pytest.fixture
+def run_copy(tiny_run, tmp_path) -> Path:
+    """A copy of the finished run that a test may damage."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "copied run"))
