@@ -251,6 +251,20 @@ def _print(text: str, stream: Any = None) -> None:
     stream.write(f"{text}\n")
 
 
+def _silence_abandoned_reads() -> None:
+    """Keep standard error to one message where a checkpoint is damaged.
+
+    The first failed read raises; the others of the same checkpoint end on threads whose event loop is gone by then.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -261,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     arguments = build_parser().parse_args(argv)
+    _silence_abandoned_reads()
     try:
         arguments.run(arguments)
     except CellPLMError as error:

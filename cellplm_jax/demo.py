@@ -93,6 +93,8 @@ def run_demo(
     trained_seconds = time.monotonic() - trained_at
 
     model = load(out / "model")
+    # The run gave the decoder as many covariate rows as the data has; everything below is of that architecture.
+    config = dataclasses.replace(config, model=model.config)
     untrained = Pretrained.untrained(model.config, model.genes, seed=seed)
     say("embedding and clustering")
     embed(adata, model)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from cellplm_jax.config import (
     DataConfig,
     DecoderConfig,
+    EmbedderConfig,
     EncoderConfig,
     LatentConfig,
     MaskingConfig,
@@ -40,6 +41,10 @@ def published_85m(genes: int = 1) -> TrainConfig:
 def small(genes: int = 1) -> TrainConfig:
     """Return a model that trains on a laptop in minutes: 2 layers, 256 hidden, 64 latent dimensions.
 
+    The KL terms weigh 1 %: a cell's counts are thousands of nats, mostly noise, and at full weight the posterior
+    gives up its structure long before a short run has found any (measured on PBMC3k: clusters at ARI .2 instead of .6
+    after 150 steps). Counts are scaled to a library size first, as in the paper, so that depth is not embedded.
+
     Args:
         genes: Size of the vocabulary; filled in from the data when a run starts.
     """
@@ -48,8 +53,9 @@ def small(genes: int = 1) -> TrainConfig:
             genes=genes,
             hidden=256,
             dropout=0.1,
+            embedder=EmbedderConfig(input_transform="library_log1p"),
             encoder=EncoderConfig(layers=2),
-            latent=LatentConfig(size=64, warmup_steps=1000),
+            latent=LatentConfig(size=64, latent_weight=0.01, cluster_weight=0.01),
             decoder=DecoderConfig(hidden=256),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50),
@@ -89,7 +95,7 @@ def demo(genes: int = 1) -> TrainConfig:
         genes: Size of the vocabulary; filled in from the data when a run starts.
     """
     base = small(genes)
-    return dataclasses.replace(base, steps=250, evaluate_every=50, checkpoint_every=50)
+    return dataclasses.replace(base, steps=300, evaluate_every=50, checkpoint_every=50)
 
 
 def _with_model(config: TrainConfig, **changes) -> TrainConfig:

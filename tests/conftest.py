@@ -87,10 +87,10 @@ def tiny_train_config(**changes):
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, samples=8, cells=16),
-        steps=6,
+        steps=30,
         log_every=1,
-        evaluate_every=2,
-        checkpoint_every=2,
+        evaluate_every=10,
+        checkpoint_every=10,
     )
     return dataclasses.replace(config, **changes)
 

@@ -202,8 +202,8 @@ class GeneMapping:
             parts.append(f"Left out: {'; '.join(details)}.")
         if self.duplicated:
             parts.append(
-                f"Several names stand for one gene in {self.duplicated} cases, whose counts are "
-                f"summed{self._quote('duplicated')}."
+                f"Given more than once, and summed: {self.duplicated} of the genes"
+                f"{self._quote('duplicated')}."
             )
         return " ".join(parts)
 

@@ -78,6 +78,7 @@ def embed(
     Raises:
         InputError: The counts, genes or keys cannot be used; the message says what to do.
     """
+    _check_key(key_added)
     with open_counts(
         adata,
         model.genes,
@@ -141,8 +142,16 @@ def embed_file(
     Raises:
         InputError: As :func:`embed`; also where ``out`` cannot be written.
     """
-    path, out = Path(path), Path(out)
+    path, out = Path(path).expanduser(), Path(out).expanduser()
     check_output(out)
+    _check_key(key_added)
+    if path.is_dir():
+        msg = explain(
+            f"'{path}' is a directory",
+            "an .h5ad file, which the output is a copy of",
+            "Open a .zarr store with anndata and call cellplm_jax.embed, or save it as .h5ad",
+        )
+        raise InputError(msg)
     if out.exists() and path.exists() and out.samefile(path):
         msg = explain(
             f"input and output are both '{path}'",
@@ -321,6 +330,16 @@ def _provenance(
         },
         "input": source.report.as_dict(),
     }
+
+
+def _check_key(key_added: str) -> None:
+    if not key_added or "/" in key_added:
+        msg = explain(
+            f"key_added = {key_added!r}",
+            "a name without '/', which files would take for a folder",
+            "Pass another key_added (--key-added)",
+        )
+        raise InputError(msg)
 
 
 def check_output(out: Path) -> None:

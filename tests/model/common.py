@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,26 @@ def random_params(shapes: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
             values *= 0.4
         filled[path] = jnp.asarray(values, jnp.float32)
     return unflatten_dict(filled)
+
+
+@partial(jax.jit, static_argnames=("module", "train", "method"))
+def _apply(module, params, arguments, keywords, rngs, train, method):
+    if train is not None:
+        keywords = keywords | {"train": train}
+    return module.apply({"params": params}, *arguments, method=method, rngs=rngs, **keywords)
+
+
+def apply(
+    module: nn.Module,
+    params: Mapping[str, Any],
+    *arguments: Any,
+    train: bool | None = None,
+    rngs: Mapping[str, jax.Array] | None = None,
+    method: Any = None,
+    **keywords: Any,
+) -> Any:
+    """Run a module compiled, which is faster here than operation by operation; equal calls share the program."""
+    return _apply(module, params, arguments, keywords, rngs, train, method)
 
 
 def float64(tree: Any) -> Any:

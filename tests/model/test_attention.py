@@ -17,6 +17,7 @@ from cellplm_jax.model.attention import (
     softmax_attention,
 )
 from tests.model.common import (
+    apply,
     float64,
     linear,
     random_params,
@@ -46,7 +47,7 @@ def queries_keys_values(samples, cells, *, seed=0, scale=1.0, heads=HEADS, width
 def flowformer(query, key, value):
     """Flow-Attention of one sample and one head, [cells, width], from the Flowformer paper's equations.
 
-    Incoming flow of sink i: I_i = phi(Q_i) . sum_j phi(K_j); outgoing flow of source j: O_j = phi(K_j) . sum_i phi(Q_i).
+    Incoming flow of a sink: I_i = phi(Q_i) . sum_j phi(K_j); of a source: O_j = phi(K_j) . sum_i phi(Q_i).
     Conserved: I^_i = phi(Q_i) . sum_j phi(K_j) / O_j and O^_j = phi(K_j) . sum_i phi(Q_i) / I_i.
     Competition: V^ = softmax(O^) V (times the number of sources in the official code); aggregation
     A_i = phi(Q_i) / I_i . sum_j phi(K_j)^T V^_j; allocation: sigmoid(I^_i) A_i.
@@ -99,59 +100,66 @@ def test_equals_numpy_in_float64(kind, reference, scale):
 
 def test_flow_attention_conserves_flow_by_allocating_and_competing():
     # With identical cells every flow is the same: competition is 1 and each cell gets sigmoid(1) of the value.
-    query, key, value = (np.repeat(x[:, :1], 6, axis=1) for x in queries_keys_values(1, 6))
-    got = FORMS["flow"](query, key, value, np.ones((1, 6), bool))
+    query, key, value = (np.repeat(x[:, :1], 7, axis=1) for x in queries_keys_values(2, 7))
+    got = FORMS["flow"](query, key, value, np.ones((2, 7), bool))
     np.testing.assert_allclose(got, value * sigmoid(np.array(1.0)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_padding_never_changes_a_number(kind):
-    query, key, value = queries_keys_values(2, 5)
-    mask = np.array([[True] * 5, [True] * 3 + [False] * 2])
+    query, key, value = queries_keys_values(2, 7)
+    mask = np.arange(7)[None] < np.array([[7], [3]])
     expected = np.asarray(FORMS[kind](query, key, value, mask))
     padded = []
     for index, x in enumerate((query, key, value)):
-        nonsense = np.random.default_rng(index).standard_normal((2, 4, HEADS, WIDTH)) * 30
+        nonsense = np.random.default_rng(index).standard_normal((2, 2, HEADS, WIDTH)) * 30
         longer = np.concatenate([x, nonsense.astype(np.float32)], axis=1)
         longer[1, 3:] = 1e3 * (-1) ** index
         padded.append(longer)
-    longer_mask = np.pad(mask, ((0, 0), (0, 4)))
-    got = np.asarray(FORMS[kind](*padded, longer_mask))
-    np.testing.assert_allclose(got[:, :5][mask], expected[mask], rtol=1e-5, atol=1e-6)
+    got = np.asarray(FORMS[kind](*padded, np.pad(mask, ((0, 0), (0, 2)))))
+    np.testing.assert_allclose(got[:, :7][mask], expected[mask], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_permuting_cells_permutes_outputs(kind):
-    query, key, value = queries_keys_values(1, 9)
-    mask = np.ones((1, 9), bool)
-    order = np.random.default_rng(1).permutation(9)
+    query, key, value = queries_keys_values(2, 7)
+    mask = np.arange(7)[None] < np.array([[7], [5]])
+    order = np.random.default_rng(1).permutation(7)
     expected = np.asarray(FORMS[kind](query, key, value, mask))[:, order]
-    got = FORMS[kind](query[:, order], key[:, order], value[:, order], mask)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    permuted = mask[:, order]
+    got = np.asarray(FORMS[kind](query[:, order], key[:, order], value[:, order], permuted))
+    np.testing.assert_allclose(got[permuted], expected[permuted], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_a_cell_alone_gets_its_own_value(kind):
-    query, key, value = queries_keys_values(1, 1)
-    got = np.asarray(FORMS[kind](query, key, value, np.ones((1, 1), bool)))
+    query, key, value = queries_keys_values(2, 7)
+    mask = np.zeros((2, 7), bool)
+    mask[:, 2] = True
+    got = np.asarray(FORMS[kind](query, key, value, mask))[:, 2]
+    expected = value[:, 2]
     if kind == "flow":
         # Alone, all incoming and outgoing flow is one: the value, allocated by sigmoid(1).
-        value = value * sigmoid(np.array(1.0))
-    np.testing.assert_allclose(got, value, rtol=1e-4)
+        expected = expected * sigmoid(np.array(1.0))
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+def probed(kind, query, key, value, mask, probe):
+    mixed = FORMS[kind](query, key, value, mask)
+    return jnp.sum(jnp.where(mask[..., None, None], mixed * probe, 0.0))
+
+
+GRADIENTS = {kind: jax.jit(jax.grad(partial(probed, kind), argnums=(0, 1, 2))) for kind in FORMS}
+PROBE = np.random.default_rng(3).standard_normal((2, 7, HEADS, WIDTH)).astype(np.float32)
+
+
+@pytest.mark.parametrize("lengths", [(7, 2), (4, 0)])
 @pytest.mark.parametrize("kind", FORMS)
-def test_gradients_are_finite_with_padding_and_an_empty_sample(kind):
-    query, key, value = queries_keys_values(3, 4, scale=3.0)
-    mask = np.array([[True] * 4, [True, True, False, False], [False] * 4])
-
-    def loss(query, key, value):
-        mixed = FORMS[kind](query, key, value, mask)
-        return jnp.sum(jnp.where(mask[..., None, None], mixed, 0.0) ** 2)
-
-    got = FORMS[kind](query, key, value, mask)
-    assert np.isfinite(np.asarray(got)).all()
-    for gradient in jax.grad(loss, argnums=(0, 1, 2))(query, key, value):
+def test_gradients_are_finite_with_padding_and_an_empty_sample(kind, lengths):
+    query, key, value = queries_keys_values(2, 7, scale=3.0)
+    mask = np.arange(7)[None] < np.array(lengths)[:, None]
+    assert np.isfinite(np.asarray(FORMS[kind](query, key, value, mask))).all()
+    for gradient in GRADIENTS[kind](query, key, value, mask, PROBE):
         gradient = np.asarray(gradient)
         assert np.isfinite(gradient).all()
         assert np.abs(gradient[mask]).max() > 0
@@ -159,47 +167,47 @@ def test_gradients_are_finite_with_padding_and_an_empty_sample(kind):
 
 
 def test_flow_gradient_equals_finite_differences():
-    query, key, value = queries_keys_values(1, 4)
-    mask = np.ones((1, 4), bool)
-    probe = np.random.default_rng(3).standard_normal(query.shape)
-    direction = queries_keys_values(1, 4, seed=5)
-
-    def loss(*parts):
-        return jnp.sum(FORMS["flow"](*parts, mask) * probe)
-
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+    query, key, value = queries_keys_values(2, 7)
+    lengths = [7, 4]
+    mask = np.arange(7)[None] < np.array(lengths)[:, None]
+    direction = queries_keys_values(2, 7, seed=5)
+    gradients = GRADIENTS["flow"](query, key, value, mask, PROBE)
     got = sum(float((np.asarray(g) * d).sum()) for g, d in zip(gradients, direction, strict=True))
 
     def reference(step):
-        moved = (x + step * d for x, d in zip((query, key, value), direction, strict=True))
-        return (each_head(flowformer, *(m.astype(np.float64) for m in moved), [4]) * probe).sum()
+        parts = zip((query, key, value), direction, strict=True)
+        moved = (x.astype(np.float64) + step * d for x, d in parts)
+        return (each_head(flowformer, *moved, lengths) * PROBE).sum()
 
-    expected = (reference(1e-4) - reference(-1e-4)) / 2e-4
-    assert got == pytest.approx(expected, rel=2e-3)
+    expected = (reference(1e-5) - reference(-1e-5)) / 2e-5
+    assert got == pytest.approx(expected, rel=1e-3)
 
 
 def test_performer_approaches_softmax_attention_with_more_features():
-    query, key, value = queries_keys_values(1, 20, scale=0.7, heads=2, width=8)
+    # Fails: orthogonal_features keeps the signs that the QR decomposition happens to choose, so the rows of a block
+    # are not uniform on the sphere (their diagonal is negative) and the estimate converges to something else.
+    query, key, value = queries_keys_values(1, 20, scale=0.5, heads=2, width=8)
     mask = np.ones((1, 20), bool)
     exact = np.asarray(FORMS["softmax"](query, key, value, mask))
+    performer = jax.jit(performer_attention)
 
     def error(features):
         draws = [
-            performer_attention(query, key, value, mask, orthogonal_features(features, 8, seed=s))
-            for s in range(3)
+            performer(query, key, value, mask, orthogonal_features(features, 8, seed=seed))
+            for seed in range(4)
         ]
-        return np.mean([np.sqrt(np.mean((np.asarray(d) - exact) ** 2)) for d in draws])
+        return np.sqrt(np.mean((np.asarray(draws) - exact) ** 2)) / exact.std()
 
-    errors = [error(features) for features in (8, 64, 512, 4096)]
+    errors = [error(features) for features in (8, 128, 4096)]
     assert errors == sorted(errors, reverse=True)
-    # Monte-Carlo: eight times the features divide the error by about sqrt(8).
-    assert errors[-1] < errors[0] / 8
-    assert errors[-1] < 0.02 * exact.std()
+    # Monte-Carlo: 32 times the features divide the error by about sqrt(32) = 5.7.
+    assert errors[2] < errors[1] / 3.5
+    assert errors[2] < 0.06
 
 
 def test_performer_survives_large_queries_and_keys():
-    query, key, value = queries_keys_values(1, 6, scale=40.0)
-    mask = np.ones((1, 6), bool)
+    query, key, value = queries_keys_values(2, 7, scale=40.0)
+    mask = np.ones((2, 7), bool)
     got = np.asarray(FORMS["performer"](query, key, value, mask))
     assert np.isfinite(got).all()
     # Weights are positive and sum to one: an output lies within the values.
@@ -217,6 +225,13 @@ def test_random_features_are_orthogonal_in_blocks_with_gaussian_norms():
     # The squared norm of a Gaussian vector is chi-squared: mean 8, variance 16.
     assert squared.mean() == pytest.approx(8, rel=0.03)
     assert squared.var() == pytest.approx(16, rel=0.12)
+    # Fails, as above: the mean of the i-th row of a block has -.8 .. -.6 on its diagonal instead of 0.
+    mean = rows.astype(np.float64).reshape(-1, 8, 8).mean(axis=0)
+    assert np.abs(mean).max() < 5 / np.sqrt(500)
+
+
+def test_random_features_are_a_function_of_the_seed():
+    rows = orthogonal_features(4000, 8, seed=3)
     np.testing.assert_array_equal(rows, orthogonal_features(4000, 8, seed=3))
     assert not np.array_equal(rows, orthogonal_features(4000, 8, seed=4))
     assert orthogonal_features(5, 8, seed=0).shape == (5, 8)
@@ -226,25 +241,25 @@ def test_random_features_are_orthogonal_in_blocks_with_gaussian_norms():
 def test_module_projects_splits_heads_and_projects_back(kind):
     config = tiny(encoder={"kind": kind, "heads": 4})
     module = CellAttention(config)
-    hidden = np.random.default_rng(0).standard_normal((2, 6, 32)).astype(np.float32)
-    mask = np.array([[True] * 6, [True] * 4 + [False] * 2])
+    hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
+    mask = np.array([[True] * 7, [True] * 4 + [False] * 3])
     params = random_params(shapes_of(module, hidden, mask, train=False))
-    got = np.asarray(module.apply({"params": params}, hidden, mask, train=False))
+    got = np.asarray(apply(module, params, hidden, mask, train=False))
     p = float64(params)
-    split = [linear(hidden, p[name]).reshape(2, 6, 4, 8) for name in ("query", "key", "value")]
+    split = [linear(hidden, p[name]).reshape(2, 7, 4, 8) for name in ("query", "key", "value")]
     reference = flowformer if kind == "flow" else plain_softmax
-    mixed = each_head(reference, *split, [6, 4]).reshape(2, 6, 32)
+    mixed = each_head(reference, *split, [7, 4]).reshape(2, 7, 32)
     expected = linear(mixed, p["out"])
     np.testing.assert_allclose(got[mask], expected[mask], rtol=1e-4, atol=1e-5)
 
 
 def test_performer_module_draws_other_features_in_every_layer():
     config = tiny(encoder={"kind": "performer"})
-    hidden = np.random.default_rng(0).standard_normal((1, 6, 32)).astype(np.float32)
-    mask = np.ones((1, 6), bool)
+    hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
+    mask = np.ones((2, 7), bool)
     params = random_params(shapes_of(CellAttention(config), hidden, mask, train=False))
     first, again, second = (
-        CellAttention(config, layer).apply({"params": params}, hidden, mask, train=False)
+        apply(CellAttention(config, layer), params, hidden, mask, train=False)
         for layer in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
@@ -254,12 +269,12 @@ def test_performer_module_draws_other_features_in_every_layer():
 def test_attention_dropout_acts_while_training_alone():
     config = tiny(encoder={"attention_dropout": 0.5})
     module = CellAttention(config)
-    hidden = np.random.default_rng(0).standard_normal((1, 6, 32)).astype(np.float32)
-    mask = np.ones((1, 6), bool)
+    hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
+    mask = np.ones((2, 7), bool)
     params = random_params(shapes_of(module, hidden, mask, train=False))
-    calm = np.asarray(module.apply({"params": params}, hidden, mask, train=False))
+    calm = np.asarray(apply(module, params, hidden, mask, train=False))
     rngs = {"dropout": jax.random.key(0)}
-    noisy = np.asarray(module.apply({"params": params}, hidden, mask, train=True, rngs=rngs))
+    noisy = np.asarray(apply(module, params, hidden, mask, train=True, rngs=rngs))
     dropped = noisy == 0
     assert 0.3 < dropped.mean() < 0.7
     np.testing.assert_allclose(noisy[~dropped], 2 * calm[~dropped], rtol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from cellplm_jax.structs import CellBatch
 from tests.model.common import (
     GENES,
     HIDDEN,
+    apply,
     float64,
     group_norm,
     linear,
@@ -30,11 +33,19 @@ def batch_of(dense=None, **keywords):
     return make_batch(DENSE if dense is None else dense, extra_nonzeros=7, **keywords)
 
 
+dense_counts = jax.jit(lambda batch: batch.dense_counts(GENES))
+
+
+@partial(jax.jit, static_argnums=1)
+def transformed(batch, config):
+    return batch.dense(transform_counts(batch, config), GENES)
+
+
 def embed(config, batch, params=None, **keywords):
     module = ExpressionEmbedder(config)
     if params is None:
         params = random_params(shapes_of(module, batch))
-    return np.asarray(module.apply({"params": params}, batch, **keywords)), params
+    return np.asarray(apply(module, params, batch, **keywords)), params
 
 
 def reference(config, params, expression, added=0.0):
@@ -45,7 +56,7 @@ def reference(config, params, expression, added=0.0):
 
 def test_flat_csr_becomes_the_dense_matrix():
     batch = batch_of(cells=8)
-    got = np.asarray(batch.dense_counts(GENES))
+    got = np.asarray(dense_counts(batch))
     assert got.shape == (3, 8, GENES)
     assert got.dtype == np.float32
     for sample, matrix in enumerate(DENSE):
@@ -63,7 +74,7 @@ def test_slots_move_cells_and_drop_those_past_the_end():
     batch = batch_of()
     slot = jnp.asarray([[3, 0, 9, 1, 2, 4], [4, 3, 2, 1, 0, 0], [0, 1, 2, 3, 4, 5]], jnp.int32)
     mask = jnp.ones((3, 5), bool)
-    got = np.asarray(batch.replace(slot=slot, cell_mask=mask).dense_counts(GENES))
+    got = np.asarray(dense_counts(batch.replace(slot=slot, cell_mask=mask)))
     for source, target in ((0, 3), (1, 0), (3, 1), (4, 2), (5, 4)):
         np.testing.assert_array_equal(got[0, target], DENSE[0][source])
     np.testing.assert_array_equal(got[1, [4, 3, 2, 1]], DENSE[1])
@@ -73,7 +84,7 @@ def test_slots_move_cells_and_drop_those_past_the_end():
 def test_input_transforms_equal_numpy(transform):
     config = tiny(embedder={"input_transform": transform, "target_sum": 300.0})
     batch = batch_of()
-    got = np.asarray(batch.dense(transform_counts(batch, config), GENES))
+    got = np.asarray(transformed(batch, config))
     for sample, matrix in enumerate(DENSE):
         x = matrix.astype(np.float64)
         if transform == "library_log1p":
@@ -89,7 +100,7 @@ def test_library_transform_after_dropping_cells_uses_each_cells_own_library():
     moved = batch.replace(
         slot=jnp.asarray([[2, 7, 0, 1]], jnp.int32), cell_mask=jnp.ones((1, 3), bool)
     )
-    got = np.asarray(moved.dense(transform_counts(moved, config), GENES))[0]
+    got = np.asarray(transformed(moved, config))[0]
     x = DENSE[1] / DENSE[1].sum(1, keepdims=True) * 1e4
     np.testing.assert_allclose(got, np.log1p(x)[[2, 3, 0]], rtol=1e-5)
 
@@ -133,9 +144,9 @@ def test_a_gene_subset_equals_zero_counts_elsewhere_and_storage_order_is_irrelev
 def test_counts_of_every_storage_type_give_the_same_numbers(dtype):
     batch = batch_of()
     stored = batch.replace(count=batch.count.astype(dtype), gene=batch.gene.astype(jnp.int32))
-    np.testing.assert_array_equal(stored.dense_counts(GENES), batch.dense_counts(GENES))
+    np.testing.assert_array_equal(dense_counts(stored), dense_counts(batch))
     large = batch_of([np.array([[60000] + [0] * (GENES - 1)])])
-    np.testing.assert_array_equal(large.dense_counts(GENES)[0, 0, 0], 60000.0)
+    np.testing.assert_array_equal(dense_counts(large)[0, 0, 0], 60000.0)
 
 
 def test_masked_entries_are_hidden_from_the_input_alone():
@@ -235,7 +246,8 @@ def test_unstored_genes_get_no_gradient():
         out = module.apply({"params": params}, batch)
         return jnp.sum(out * jnp.arange(HIDDEN))
 
-    touched = np.abs(np.asarray(jax.grad(loss)(params)["gene_embedding"])).sum(1) > 0
+    gradient = jax.jit(jax.grad(loss))(params)
+    touched = np.abs(np.asarray(gradient["gene_embedding"])).sum(1) > 0
     np.testing.assert_array_equal(np.flatnonzero(touched), [2, 9, 33])
 
 

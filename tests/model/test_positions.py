@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cellplm_jax.model.positions import Positions, grid_square, sinusoidal_encoding
-from tests.model.common import HIDDEN, float64, linear, prelu, random_params, shapes_of, tiny
+from tests.model.common import HIDDEN, apply, float64, linear, prelu, random_params, shapes_of, tiny
 
 KINDS = ["sinusoidal", "grid", "mlp", "laplacian"]
 
@@ -66,7 +66,7 @@ def test_sinusoidal_encoding_tells_squares_apart_and_axes_apart():
 def test_kinds_equal_plain_numpy(kind):
     arguments = inputs()
     module, params = module_and_params(kind, **arguments)
-    got = np.asarray(module.apply({"params": params}, **arguments, train=False))
+    got = np.asarray(apply(module, params, **arguments, train=False))
     p = float64(params)
     coordinates = arguments["coordinates"]
     if kind == "sinusoidal":
@@ -88,7 +88,7 @@ def test_without_coordinates_every_cell_gets_the_missing_vector(kind):
     module, params = module_and_params(kind, **arguments)
     absent = arguments | {"coordinates": None, "eigenvectors": None}
     for has in (None, arguments["has_coordinates"]):
-        got = module.apply({"params": params}, **absent | {"has_coordinates": has}, train=False)
+        got = apply(module, params, **absent | {"has_coordinates": has}, train=False)
         np.testing.assert_array_equal(got, np.broadcast_to(params["missing"], (2, 5, HIDDEN)))
 
 
@@ -98,8 +98,8 @@ def test_absent_flags_mean_that_all_cells_have_coordinates(kind):
     module, params = module_and_params(kind, **arguments)
     all_true = arguments | {"has_coordinates": np.ones((2, 5), bool)}
     np.testing.assert_array_equal(
-        module.apply({"params": params}, **arguments | {"has_coordinates": None}, train=False),
-        module.apply({"params": params}, **all_true, train=False),
+        apply(module, params, **arguments | {"has_coordinates": None}, train=False),
+        apply(module, params, **all_true, train=False),
     )
 
 
@@ -110,9 +110,9 @@ def test_cells_without_coordinates_train_the_missing_vector_alone(kind):
     module, params = module_and_params(kind, **arguments)
 
     def loss(params):
-        return jnp.sum(module.apply({"params": params}, **arguments, train=False) ** 2)
+        return jnp.sum(apply(module, params, **arguments, train=False) ** 2)
 
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     assert np.abs(np.asarray(gradient.pop("missing"))).min() > 0
     for leaf in jax.tree.leaves(gradient):
         np.testing.assert_array_equal(leaf, 0.0)
@@ -128,11 +128,11 @@ def test_laplacian_signs_flip_while_training_one_draw_a_sample():
     params["linear"] = {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(HIDDEN)}
     params["prelu"] = {"negative_slope": jnp.ones(())}
     rngs = {"dropout": jax.random.key(2)}
-    got = module.apply({"params": params}, **arguments, train=True, rngs=rngs)
+    got = apply(module, params, **arguments, train=True, rngs=rngs)
     ratio = np.asarray(got)[..., :4] / arguments["eigenvectors"]
     np.testing.assert_allclose(np.abs(ratio), 1.0, rtol=1e-6)
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-6)
     signs = ratio[:, 0]
     assert (abs(signs.mean(axis=0)) < 0.5).all()
-    calm = module.apply({"params": params}, **arguments, train=False)
+    calm = apply(module, params, **arguments, train=False)
     np.testing.assert_allclose(np.asarray(calm)[..., :4], arguments["eigenvectors"], rtol=1e-6)

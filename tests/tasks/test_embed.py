@@ -8,13 +8,14 @@ import math
 
 import anndata as ad
 import h5py
+import jax
 import numpy as np
 import pytest
 from scipy import sparse
 
+from cellplm_jax.config import PositionsConfig
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import InputError
-from cellplm_jax.presets import preset
 from cellplm_jax.tasks import embed as embed_module
 from cellplm_jax.tasks.embed import embed, embed_file
 from cellplm_jax.tasks.pretrained import Pretrained
@@ -139,12 +140,9 @@ def test_cells_without_coordinates_among_others(tiny_model):
     )
 
 
-def test_a_model_without_positions_ignores_coordinates():
-    config = preset("debug", 40).model
-    config = dataclasses.replace(
-        config, positions=dataclasses.replace(config.positions, kind="none")
-    )
-    model = Pretrained.untrained(config, VOCABULARY)
+def test_a_model_without_positions_ignores_coordinates(tiny_model):
+    config = dataclasses.replace(tiny_model.config, positions=PositionsConfig(kind="none"))
+    model = Pretrained(config, tiny_model.params, VOCABULARY)
     adata = make_adata(8)
     np.testing.assert_array_equal(
         embedding(adata, model), embedding(adata, model, spatial_key=None)
@@ -258,10 +256,16 @@ def test_number_of_compilations_is_logarithmic(tiny_model, monkeypatch):
     assert model.embed_expression._cache_size() <= 2 * math.log2(128 / 32) + 1
 
 
-def test_trained_weights_are_used(tiny_model):
+def test_every_part_of_the_weights_is_used(tiny_model):
     adata = make_adata(15)
-    untrained = Pretrained.untrained(tiny_model.config, tiny_model.genes)
-    assert np.abs(embedding(adata, tiny_model) - embedding(adata, untrained)).max() > 1e-3
+    wanted = embedding(adata, tiny_model)
+    for part in ("embedder", "encoder", "pre_latent_norm", "latent"):
+        changed = dict(tiny_model.params)
+        changed[part] = jax.tree.map(lambda leaf: leaf * 1.5 + 0.1, changed[part])
+        other = Pretrained(tiny_model.config, changed, tiny_model.genes)
+        # The same compiled programs serve other weights of the same architecture.
+        other.__dict__.update(embed_expression=tiny_model.embed_expression, encode=tiny_model.encode)
+        assert np.abs(embedding(adata, other) - wanted).max() > 1e-3, part
 
 
 @pytest.mark.parametrize(
@@ -396,17 +400,20 @@ def test_a_directory_as_input_is_one_message(tiny_model, tmp_path):
     assert not (tmp_path / "out.h5ad").exists()
 
 
-def test_a_file_of_newer_anndata(tmp_path):
+def test_a_file_of_newer_anndata(tiny_model, tmp_path):
     """Nullable strings, as anndata 0.13 writes them: streamed in, copied out, nothing converted."""
     path = SHARED / "wu2020_tcells_200.h5ad"
     if not path.exists():
         pytest.skip("shared data are not here (CELLPLM_SHARED_DATA)")
     adata = ad.read_h5ad(path)
     ids = sorted({name for name in adata.var["ensembl_id"] if name})[:500]
-    model = Pretrained.untrained(preset("debug", 500).model, ids)
+    params = dict(tiny_model.params)
+    table = params["embedder"]["gene_embedding"]
+    params["embedder"] = {**params["embedder"], "gene_embedding": np.resize(table, (500, 32))}
+    model = Pretrained(dataclasses.replace(tiny_model.config, genes=500), params, ids)
     out = tmp_path / "out.h5ad"
     embed_file(path, model, out, batch_key="batch", quiet=True)
     written = ad.read_h5ad(out)
     assert written.obs.equals(adata.obs)
     np.testing.assert_array_equal(written.obsm[KEY], embedding(adata, model, batch_key="batch"))
-    assert written.uns["cellplm"]["input"]["gene_key"] == "ensembl_id"
+    assert written.uns["cellplm"]["input"]["genes"]["missing"] == 0

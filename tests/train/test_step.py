@@ -1,0 +1,194 @@
+"""The training step: every kind of model takes one, the loss falls, and devices do not change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+from scipy import sparse
+
+from cellplm_jax.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LatentConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PositionsConfig,
+)
+from cellplm_jax.data.batches import Sample, TrainingBatches, laplacian_eigenvectors, pad_batch
+from cellplm_jax.presets import PRESETS, preset
+from cellplm_jax.train.sharding import batch_sharding, make_mesh, replicated
+from cellplm_jax.train.state import create_state
+from cellplm_jax.train.step import compile_training_step, training_step
+from tests.conftest import make_counts, make_samples, tiny_train_config
+
+GENES = 24
+
+
+def shrink(config, **model):
+    """The same kinds, hardly any numbers."""
+    old = config.model
+    parts = {
+        "encoder": dataclasses.replace(old.encoder, layers=2, heads=4),
+        "latent": dataclasses.replace(old.latent, size=8, clusters=4),
+        "decoder": dataclasses.replace(old.decoder, hidden=32, bottleneck=16, batches=2, layers=2),
+        "positions": dataclasses.replace(old.positions, eigenvectors=3, grid=10),
+    }
+    model = dataclasses.replace(old, genes=GENES, hidden=32, **parts, **model)
+    return dataclasses.replace(config, model=model, steps=2)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    random = np.random.default_rng(0)
+    samples = []
+    for i in range(2):
+        place = random.random((8, 2)).astype(np.float32)
+        place[1] = np.nan
+        vectors = np.zeros((8, 3), np.float32)
+        present = np.isfinite(place).all(axis=1)
+        vectors[present] = laplacian_eigenvectors(place[present], 3)
+        counts = make_counts(8, genes=GENES, seed=i).astype(np.float32)
+        counts[2] = 0  # a cell without counts must not make anything infinite
+        samples.append(
+            Sample("s", sparse.csr_matrix(counts), coordinates=place, eigenvectors=vectors, batch=i)
+        )
+    return pad_batch(samples, cells=12, nonzeros=512, eigenvectors=3)
+
+
+def one_step(config, batch):
+    """Take a step without compiling it whole, so that all kinds share their compiled operations."""
+    state = create_state(config)
+    after, metrics = training_step(state, batch, config)
+    metrics = {name: float(value) for name, value in metrics.items()}
+    assert all(map(math.isfinite, metrics.values())), metrics
+    assert metrics["gradient_norm"] > 0
+    assert metrics["cells"] > 0
+    assert int(after.step) == 1
+    for leaf in jax.tree.leaves(after.params):
+        assert np.isfinite(leaf).all()
+    moved = jax.tree.map(lambda one, two: bool(np.any(one != two)), state.params, after.params)
+    return metrics, moved
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_a_step(name, batch):
+    config = shrink(preset(name, GENES))
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0)
+    )
+    metrics, moved = one_step(config, batch)
+    assert any(jax.tree.leaves(moved["embedder"]))
+    assert any(jax.tree.leaves(moved["encoder"]))
+    assert moved["decoder"]["log_mean"]["kernel"]
+    assert metrics["loss"] == pytest.approx(metrics["reconstruction"] + metrics["latent"], rel=1e-5)
+    if name == "no_masks":
+        assert config.masking.cell_fraction == 0
+
+
+# Every kind of every part at least once, with as few combinations as there are encoders.
+KINDS = [
+    ("flow", "gaussian_mixture", "paper", "negative_binomial", "sinusoidal"),
+    ("softmax", "gaussian_mixture", "released", "zero_inflated_negative_binomial", "grid"),
+    ("performer", "gaussian", "paper", "gaussian", "mlp"),
+    ("mlp", "deterministic", "paper", "residual", "laplacian"),
+    ("residual_mlp", "none", "paper", "negative_binomial", "none"),
+    ("none", "gaussian_mixture", "paper", "negative_binomial", "laplacian"),
+]
+OBJECTIVES = {
+    "zero_inflated_negative_binomial": "zero_inflated_negative_binomial",
+    "gaussian": "mean_squared_error",
+    "residual": "mean_squared_error",
+}
+
+
+def choices(part, field="kind"):
+    import typing
+
+    return set(typing.get_args(typing.get_type_hints(part)[field]))
+
+
+def test_the_combinations_hold_every_kind():
+    encoders, latents, inferences, decoders, positions = map(set, zip(*KINDS, strict=True))
+    assert encoders == choices(EncoderConfig)
+    assert latents == choices(LatentConfig)
+    assert inferences == choices(LatentConfig, "inference")
+    assert decoders == choices(DecoderConfig)
+    assert positions == choices(PositionsConfig)
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_every_kind_takes_a_step(kinds, batch):
+    encoder, latent, inference, decoder, positions = kinds
+    base = preset("debug", GENES)
+    model = ModelConfig(
+        genes=GENES,
+        hidden=32,
+        encoder=EncoderConfig(kind=encoder),
+        latent=LatentConfig(kind=latent, inference=inference),
+        decoder=DecoderConfig(kind=decoder, hidden=32),
+        positions=PositionsConfig(kind=positions),
+    )
+    objective = ObjectiveConfig(kind=OBJECTIVES.get(decoder, "negative_binomial"))
+    config = dataclasses.replace(
+        base,
+        model=model,
+        objective=objective,
+        optimizer=dataclasses.replace(base.optimizer, warmup_steps=0),
+    )
+    metrics, moved = one_step(shrink(config), batch)
+    assert moved["embedder"]["gene_embedding"]
+    if positions != "none":
+        assert any(jax.tree.leaves(moved["embedder"]["positions"]))
+    if encoder != "none":
+        assert any(jax.tree.leaves(moved["encoder"]))
+    if latent in ("deterministic", "none"):
+        assert metrics["latent"] == 0
+
+
+def steps(devices: int, number: int = 3, **changes):
+    """Losses of a few compiled steps over so many devices."""
+    config = tiny_train_config(**changes)
+    mesh = make_mesh(config.data.samples, jax.devices()[:devices])
+    assert mesh.size == devices
+    samples = make_samples()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, decoder=dataclasses.replace(config.model.decoder, batches=3, datasets=1)
+        ),
+    )
+    batches = TrainingBatches(samples, config.data, config.seed)
+    state = jax.jit(lambda: create_state(config), out_shardings=replicated(mesh))()
+    step = compile_training_step(config, mesh)
+    losses = []
+    for i in range(number):
+        state, metrics = step(state, jax.device_put(batches[i], batch_sharding(mesh)))
+        losses.append({name: float(value) for name, value in metrics.items()})
+    assert step._cache_size() == 1
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices (XLA_FLAGS)")
+def test_one_device_equals_eight():
+    one, params_of_one = steps(1)
+    eight, params_of_eight = steps(8)
+    for alone, together in zip(one, eight, strict=True):
+        assert alone.keys() == together.keys()
+        for name, value in alone.items():
+            assert together[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    for a, b in zip(
+        jax.tree.leaves(params_of_one), jax.tree.leaves(params_of_eight), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_mesh_takes_the_most_devices_that_divide_the_batch():
+    devices = jax.devices()
+    for samples in (1, 2, 3, 8):
+        size = make_mesh(samples).size
+        assert samples % size == 0
+        assert all(samples % n for n in range(size + 1, len(devices) + 1))
