@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         InputError,
         MissingDependencyError,
     )
+    from cellplm_jax.presets import preset
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
@@ -36,6 +37,7 @@ _WHERE = {
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
     "load": "cellplm_jax.tasks.pretrained",
+    "preset": "cellplm_jax.presets",
     "pretrain": "cellplm_jax.tasks.pretrain",
 }
 _MODULES = {"datasets": "cellplm_jax.data.datasets", "plot": "cellplm_jax.plot"}

@@ -94,7 +94,7 @@ def training_step(
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     metrics = {
         **metrics,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
         "cells": batch.cell_mask.sum().astype(jnp.float32),
         "kl_warmup": warmup,
     }
