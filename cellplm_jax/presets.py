@@ -52,7 +52,6 @@ def small(genes: int = 1) -> TrainConfig:
         model=ModelConfig(
             genes=genes,
             hidden=256,
-            dropout=0.1,
             embedder=EmbedderConfig(input_transform="library_log1p"),
             encoder=EncoderConfig(layers=2),
             latent=LatentConfig(size=64, latent_weight=0.01, cluster_weight=0.01),
@@ -95,7 +94,7 @@ def demo(genes: int = 1) -> TrainConfig:
         genes: Size of the vocabulary; filled in from the data when a run starts.
     """
     base = small(genes)
-    return dataclasses.replace(base, steps=300, evaluate_every=50, checkpoint_every=50)
+    return dataclasses.replace(base, steps=400, evaluate_every=50, checkpoint_every=50)
 
 
 def _with_model(config: TrainConfig, **changes) -> TrainConfig:

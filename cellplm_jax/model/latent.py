@@ -180,17 +180,8 @@ class Latent(nn.Module):
         z = mean if noise is None else mean + noise.gaussian * jnp.sqrt(variance + 1e-10)
         kl_latent = normal_log_density(z, mean, variance)
         kl_latent = kl_latent - normal_log_density(z, prior_mean, prior_variance)
-        return LatentOutput(
-            z=z,
-            mean=mean,
-            variance=variance,
-            cluster_logits=logits,
-            cluster_weights=weights,
-            prior_mean=prior_mean,
-            prior_variance=prior_variance,
-            kl_latent=kl_latent,
-            kl_cluster=categorical_kl_from_uniform(logits),
-        )
+        posterior = LatentOutput(z=z, mean=mean, variance=variance, kl_latent=kl_latent)
+        return _with_clusters(posterior, logits, weights, prior_mean, prior_variance)
 
     def _paper_mixture(self, hidden: jax.Array, noise: LatentNoise | None) -> LatentOutput:
         config = self.config.latent
@@ -203,14 +194,22 @@ class Latent(nn.Module):
         logits = dense(config.clusters, "cluster_logits")(z)
         weights = nn.softmax(logits, axis=-1)
         kl_latent = jnp.sum(weights * mixture_kl(mean, variance, prior_mean, prior_variance), -1)
-        return LatentOutput(
-            z=z,
-            mean=mean,
-            variance=variance,
-            cluster_logits=logits,
-            cluster_weights=weights,
-            prior_mean=prior_mean,
-            prior_variance=prior_variance,
-            kl_latent=kl_latent,
-            kl_cluster=categorical_kl_from_uniform(logits),
-        )
+        posterior = LatentOutput(z=z, mean=mean, variance=variance, kl_latent=kl_latent)
+        return _with_clusters(posterior, logits, weights, prior_mean, prior_variance)
+
+
+def _with_clusters(
+    posterior: LatentOutput,
+    logits: jax.Array,
+    weights: jax.Array,
+    prior_mean: jax.Array,
+    prior_variance: jax.Array,
+) -> LatentOutput:
+    """Add what a mixture knows beyond the posterior of z."""
+    return posterior.replace(
+        cluster_logits=logits,
+        cluster_weights=weights,
+        prior_mean=prior_mean,
+        prior_variance=prior_variance,
+        kl_cluster=categorical_kl_from_uniform(logits),
+    )

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,25 +79,9 @@ def embed(
         InputError: The counts, genes or keys cannot be used; the message says what to do.
     """
     _check_key(key_added)
-    with open_counts(
-        adata,
-        model.genes,
-        layer=layer,
-        gene_key=gene_key,
-        values=values,
-        minimum_genes=minimum_genes,
-    ) as source:
-        embedding = embed_source(
-            source,
-            model,
-            batch_key=batch_key,
-            spatial_key=spatial_key,
-            cells_per_context=cells_per_context,
-            quiet=quiet,
-        )
-        provenance = _provenance(
-            source, model, batch_key, spatial_key, cells_per_context, key_added
-        )
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    context = _Context(batch_key, spatial_key, cells_per_context)
+    embedding, provenance, _ = _read_and_embed(adata, model, read, context, key_added, quiet)
     adata.obsm[key_added] = embedding
     adata.uns["cellplm"] = provenance
     return adata
@@ -159,30 +143,63 @@ def embed_file(
             "Name another output",
         )
         raise InputError(msg)
-    with open_counts(
-        path,
-        model.genes,
-        layer=layer,
-        gene_key=gene_key,
-        values=values,
-        minimum_genes=minimum_genes,
-    ) as source:
-        if require_coordinates and spatial_key is not None:
-            source.coordinates(spatial_key, required=True)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    context = _Context(batch_key, spatial_key, cells_per_context, require_coordinates)
+    embedding, provenance, messages = _read_and_embed(path, model, read, context, key_added, quiet)
+    _copy_with_embedding(path, out, key_added, embedding, provenance)
+    return messages
+
+
+class _Context(NamedTuple):
+    """Which cells attend to one another, and where they are."""
+
+    batch_key: str | None
+    spatial_key: str | None
+    cells_per_context: int | None
+    require_coordinates: bool = False
+
+
+def _read_and_embed(
+    data: AnnData | Path,
+    model: Pretrained,
+    read: dict[str, Any],
+    context: _Context,
+    key_added: str,
+    quiet: bool,
+) -> tuple[np.ndarray, dict[str, Any], list[str]]:
+    """Open the counts, embed them, and say what the input turned out to be."""
+    import cellplm_jax
+
+    with open_counts(data, model.genes, **read) as source:
+        if context.require_coordinates and context.spatial_key is not None:
+            source.coordinates(context.spatial_key, required=True)
         embedding = embed_source(
             source,
             model,
-            batch_key=batch_key,
-            spatial_key=spatial_key,
-            cells_per_context=cells_per_context,
+            batch_key=context.batch_key,
+            spatial_key=context.spatial_key,
+            cells_per_context=context.cells_per_context,
             quiet=quiet,
         )
-        provenance = _provenance(
-            source, model, batch_key, spatial_key, cells_per_context, key_added
-        )
-        messages = [*source.report.messages(), *_notes(source, model, spatial_key)]
-    _copy_with_embedding(path, out, key_added, embedding, provenance)
-    return messages
+        messages = source.report.messages()
+        key = context.spatial_key
+        located = key is not None and key in source.obsm
+        if located and model.config.positions.kind == "none":
+            located = False
+            messages.append(f"obsm['{key}'] was not used: this model was trained without positions")
+        provenance = {
+            "model": model.id,
+            "model_source": model.source,
+            "version": cellplm_jax.__version__,
+            "key_added": key_added,
+            "context": {
+                "batch_key": context.batch_key or "",
+                "cells_per_context": context.cells_per_context or 0,
+                "coordinates": key if located else "",
+            },
+            "input": source.report.as_dict(),
+        }
+    return embedding, provenance, messages
 
 
 def embed_source(
@@ -296,40 +313,6 @@ def _embed_context(
     cell_mask = np.arange(hidden.shape[1])[None, :] < len(cells)
     embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(cell_mask))
     return np.asarray(embedding)[0, : len(cells)]
-
-
-def _notes(source: CountSource, model: Pretrained, spatial_key: str | None) -> list[str]:
-    """Say what about positions a user may not expect."""
-    present = spatial_key is not None and spatial_key in source.obsm
-    if present and model.config.positions.kind == "none":
-        return [f"obsm['{spatial_key}'] was not used: this model was trained without positions"]
-    return []
-
-
-def _provenance(
-    source: CountSource,
-    model: Pretrained,
-    batch_key: str | None,
-    spatial_key: str | None,
-    cells_per_context: int | None,
-    key_added: str,
-) -> dict[str, Any]:
-    import cellplm_jax
-
-    positions = model.config.positions.kind
-    used = positions != "none" and spatial_key is not None and spatial_key in source.obsm
-    return {
-        "model": model.id,
-        "model_source": model.source,
-        "version": cellplm_jax.__version__,
-        "key_added": key_added,
-        "context": {
-            "batch_key": batch_key or "",
-            "cells_per_context": cells_per_context or 0,
-            "coordinates": spatial_key if used else "",
-        },
-        "input": source.report.as_dict(),
-    }
 
 
 def _check_key(key_added: str) -> None:

@@ -156,7 +156,16 @@ def _manager(directory: Path, *, keep: int | None = None, read_only: bool = Fals
         create=not read_only,
     )
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer", "unused")}
-    return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=options)
+    try:
+        return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=options)
+    except ValueError as error:
+        # Opening reads the scores of every step.
+        msg = explain(
+            f"the scores of a step of '{directory}' cannot be read ({error})",
+            "complete step directories with 'metrics/metrics' in them",
+            "Copy the directory again, or delete the damaged step to fall back on an earlier one",
+        )
+        raise CheckpointError(msg) from error
 
 
 class RunCheckpoints:

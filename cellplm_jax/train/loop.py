@@ -284,7 +284,8 @@ def _diverged(step: int, metrics: dict[str, float]) -> CellPLMError:
     msg = explain(
         f"step {step}: {', '.join(bad)} not finite",
         "finite loss and gradients",
-        "Lower optimizer.learning_rate or optimizer.clip_norm and resume: the last checkpoint is intact",
+        "Start anew in another directory with a lower optimizer.learning_rate or optimizer.clip_norm; the last "
+        "checkpoint of this one is intact",
     )
     return CellPLMError(msg)
 

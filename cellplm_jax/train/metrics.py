@@ -78,7 +78,9 @@ class MetricsWriter:
         self.path = Path(workdir) / "metrics.jsonl"
         kept = []
         if self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= resume_step]
+            # A run that starts over writes its step 0 again.
+            last = resume_step if resume_step > 0 else -1
+            kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= last]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         partial.replace(self.path)

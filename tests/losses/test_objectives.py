@@ -1,0 +1,502 @@
+"""Training objectives against loops in float64 numpy; masks of genes and cells; latent terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import log_loss
+from sklearn.metrics.pairwise import cosine_similarity
+
+from cellplm_jax.config import LatentConfig, ObjectiveConfig
+from cellplm_jax.errors import ConfigError
+from cellplm_jax.losses.objectives import (
+    average_over,
+    classification_loss,
+    count_nll,
+    count_nll_reference,
+    elastic_cell_similarity,
+    latent_loss,
+    reconstruction_loss,
+    regression_loss,
+    scale_to_total,
+    spread_over_cells,
+    warmup_factor,
+)
+from cellplm_jax.structs import LatentOutput, Reconstruction
+from tests.model.common import GENES, make_batch, random_counts
+
+DENSE = [random_counts(6, seed=1), random_counts(3, seed=2)]
+DENSE[0][4] = 0  # a cell without counts
+CELLS = 7
+MEASURED = np.random.default_rng(5).random((2, GENES)) < 0.7
+GENE_MASK = np.random.default_rng(6).random((2, CELLS, GENES)) < 0.3
+GENE_MASK[:, 1] = False  # cells that are not masked
+GENE_MASK[1, 3:] = GENE_MASK[0, 6:] = False  # padding
+TARGETS = np.random.default_rng(7).random((2, GENES)) < 0.5
+
+loss = jax.jit(reconstruction_loss, static_argnums=2)
+
+
+def truth(measured=None, dense=None, cells=CELLS, seed=99):
+    return make_batch(
+        DENSE if dense is None else dense,
+        cells=cells,
+        extra_nonzeros=11,
+        measured=measured,
+        seed=seed,
+    )
+
+
+def decoded(*, inflated=True, cells=CELLS, dispersion=True):
+    """A decoder's output with nonsense at the padding."""
+    generator = np.random.default_rng(3)
+    mean = np.exp(generator.standard_normal((2, CELLS, GENES)))
+    logits = generator.standard_normal((2, CELLS, GENES))
+    theta = np.exp(generator.standard_normal(GENES))
+    extra = cells - CELLS
+    mean = np.pad(mean, ((0, 0), (0, extra), (0, 0)), constant_values=7e5)
+    logits = np.pad(logits, ((0, 0), (0, extra), (0, 0)), constant_values=40.0)
+    return Reconstruction(
+        mean=jnp.asarray(mean, jnp.float32),
+        dispersion=jnp.asarray(theta, jnp.float32) if dispersion else None,
+        zero_logits=jnp.asarray(logits, jnp.float32) if inflated else None,
+    )
+
+
+def cell_nll(output, sample, cell, entries):
+    """NLL in nats of one cell's counts over some genes, the mean rescaled to their total; float64."""
+    counts = DENSE[sample][cell][entries].astype(np.float64)
+    mean = np.asarray(output.mean, np.float64)[sample, cell][entries]
+    if not entries.any():
+        return 0.0
+    mean = mean / mean.sum() * counts.sum()
+    theta = np.asarray(output.dispersion, np.float64)[entries]
+    nll = -stats.nbinom(theta, theta / (theta + mean)).logpmf(counts)
+    if output.zero_logits is not None:
+        pi = 1 / (1 + np.exp(-np.asarray(output.zero_logits, np.float64)[sample, cell][entries]))
+        nll = -np.log(pi * (counts == 0) + (1 - pi) * np.exp(-nll))
+    return nll.sum()
+
+
+def numpy_objective(output, kind, *, measured=None, gene_mask=None, target_genes=None, part=True):
+    """Return (full, masked) by loops over cells, from the docstring."""
+    full, masked, errors = [], [], []
+    for sample, matrix in enumerate(DENSE):
+        known = np.ones(GENES, bool) if measured is None else measured[sample]
+        for cell in range(len(matrix)):
+            hidden = None if gene_mask is None else gene_mask[sample, cell]
+            if kind == "mean_squared_error":
+                library = matrix[cell][known].sum()
+                target = np.log1p(matrix[cell] / max(library, 1) * 1e4)
+                entries = known if hidden is None else known & hidden
+                difference = np.asarray(output.mean, np.float64)[sample, cell] - target
+                errors.extend(difference[entries] ** 2)
+            elif kind in ("imputation", "denoising"):
+                entries = known if target_genes is None else known & target_genes[sample]
+                full.append(cell_nll(output, sample, cell, entries))
+            elif hidden is None or hidden.any():
+                full.append(cell_nll(output, sample, cell, known))
+                if hidden is not None and part:
+                    masked.append(cell_nll(output, sample, cell, known & hidden))
+    if kind == "mean_squared_error":
+        return np.mean(errors), 0.0
+    return np.mean(full), np.mean(masked) if masked else 0.0
+
+
+ENTRIES = {
+    "all": np.ones((2, 1, GENES), bool),
+    "measured": MEASURED[:, None],
+    "masked": MEASURED[:, None] & GENE_MASK,
+}
+
+
+def total(function, entries, valid, output, *arguments):
+    per_cell = function(output, *arguments, entries)
+    weight = jnp.where(valid, jnp.cos(jnp.arange(valid.size).reshape(valid.shape)) + 1.5, 0.0)
+    return jnp.sum(per_cell * weight), per_cell
+
+
+@pytest.mark.parametrize("inflated", [False, True])
+def test_count_nll_equals_the_plain_form_in_value_and_gradient(inflated):
+    batch = truth()
+    counts = batch.dense_counts(GENES)
+    valid = batch.cell_mask
+    output = decoded(inflated=inflated)
+
+    @jax.jit
+    def both(output, entries):
+        results = []
+        for function, arguments in ((count_nll, (batch, counts)), (count_nll_reference, (batch,))):
+            value = partial(total, function, entries, valid)
+            results.append(jax.grad(value, has_aux=True)(output, *arguments))
+        return results
+
+    for name, entries in ENTRIES.items():
+        entries = np.broadcast_to(entries, (2, CELLS, GENES))
+        (gradient, fast), (expected_gradient, plain) = both(output, entries)
+        plain = np.asarray(plain)
+        assert np.abs(plain[np.asarray(valid)]).max() > 10
+        np.testing.assert_allclose(fast, plain, rtol=2e-5, atol=1e-4, err_msg=name)
+        for field in ("mean", "dispersion") + ("zero_logits",) * inflated:
+            got, expected = (np.asarray(getattr(g, field)) for g in (gradient, expected_gradient))
+            assert np.abs(expected).max() > 1e-2
+            assert np.isfinite(got).all()
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=2e-6 * scale, err_msg=field)
+
+
+@pytest.mark.parametrize("inflated", [False, True])
+def test_count_nll_equals_scipy_cell_by_cell(inflated):
+    batch, output = truth(), decoded(inflated=inflated)
+    function = jax.jit(count_nll)
+    for entries in ENTRIES.values():
+        whole = np.broadcast_to(entries, (2, CELLS, GENES))
+        got = np.asarray(function(output, batch, batch.dense_counts(GENES), whole))
+        for sample, matrix in enumerate(DENSE):
+            expected = [cell_nll(output, sample, c, whole[sample, c]) for c in range(len(matrix))]
+            np.testing.assert_allclose(got[sample, : len(matrix)], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_count_nll_ignores_explicit_zeros_and_follows_dropped_cells():
+    batch = truth(dense=[DENSE[1]], cells=3)
+    output = jax.tree.map(lambda x: x[:1, :3], decoded(inflated=False).replace(dispersion=None))
+    output = output.replace(dispersion=decoded().dispersion)
+    entries = np.ones((1, 3, GENES), bool)
+    expected = count_nll(output, batch, batch.dense_counts(GENES), entries)
+    # Cells 0, 1, 2 now sit at 1, past the end, 0.
+    moved = batch.replace(
+        slot=jnp.asarray([[1, 2, 0]], jnp.int32), cell_mask=jnp.ones((1, 2), bool)
+    )
+    swapped = output.replace(mean=output.mean[:, jnp.asarray([2, 0])])
+    got = count_nll(swapped, moved, moved.dense_counts(GENES), entries[:, :2])
+    np.testing.assert_allclose(got[0], np.asarray(expected)[0, [2, 0]], rtol=1e-5)
+    zeroed = batch.replace(count=jnp.zeros_like(batch.count))
+    counts = zeroed.dense_counts(GENES)
+    assert not np.asarray(counts).any()
+    np.testing.assert_allclose(count_nll(output, zeroed, counts, entries), 0.0, atol=1e-6)
+
+
+CASES = {
+    "negative_binomial": [{}, {"gene_mask": GENE_MASK}],
+    "zero_inflated_negative_binomial": [{"gene_mask": GENE_MASK}],
+    "imputation": [{"target_genes": TARGETS}, {}],
+    "denoising": [{"gene_mask": GENE_MASK, "target_genes": TARGETS}],
+    "mean_squared_error": [{}, {"gene_mask": GENE_MASK}],
+}
+
+
+@pytest.mark.parametrize("measured", [None, MEASURED], ids=["all", "measured"])
+@pytest.mark.parametrize(
+    ("kind", "masks"), [(kind, masks) for kind, cases in CASES.items() for masks in cases]
+)
+def test_objectives_equal_loops_in_numpy(kind, masks, measured):
+    output = decoded(inflated=kind.startswith("zero"))
+    got = loss(output, truth(measured), ObjectiveConfig(kind=kind), **masks)
+    full, masked = numpy_objective(output, kind, measured=measured, **masks)
+    assert full > 0.5
+    assert float(got["reconstruction_full"]) == pytest.approx(full, rel=2e-5)
+    assert float(got["reconstruction_masked"]) == pytest.approx(masked, rel=2e-5)
+    assert float(got["reconstruction"]) == pytest.approx(full + masked, rel=2e-5)
+    assert (masked > 0) == (kind.endswith("binomial") and "gene_mask" in masks)
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in got.values())
+
+
+def test_the_masked_part_can_be_left_out():
+    config = ObjectiveConfig(masked_part=False)
+    output = decoded(inflated=False)
+    got = loss(output, truth(MEASURED), config, gene_mask=GENE_MASK)
+    full, _ = numpy_objective(
+        output, "negative_binomial", measured=MEASURED, gene_mask=GENE_MASK, part=False
+    )
+    assert float(got["reconstruction"]) == pytest.approx(full, rel=2e-5)
+    assert float(got["reconstruction_masked"]) == 0
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_unmeasured_genes_have_no_influence_on_value_or_gradient(kind):
+    config = ObjectiveConfig(kind=kind)
+    output = decoded(inflated=kind.startswith("zero"))
+
+    @jax.jit
+    def value(output, batch):
+        terms = reconstruction_loss(
+            output, batch, config, gene_mask=GENE_MASK, target_genes=TARGETS
+        )
+        return terms["reconstruction"]
+
+    gradient = jax.jit(jax.value_and_grad(value))
+    expected, slope = gradient(output, truth(MEASURED))
+    never = ~MEASURED.any(0)
+    assert never.any()
+    hidden = ~np.broadcast_to(MEASURED[:, None], GENE_MASK.shape)
+    np.testing.assert_array_equal(np.asarray(slope.mean)[hidden], 0)
+    if kind != "mean_squared_error":
+        np.testing.assert_array_equal(np.asarray(slope.dispersion)[never], 0)
+        assert np.abs(np.asarray(slope.dispersion)[~never]).max() > 1e-4
+    if output.zero_logits is not None:
+        np.testing.assert_array_equal(np.asarray(slope.zero_logits)[hidden], 0)
+    # Other counts, means, dispersions and logits there leave the value as it is.
+    other = output.replace(mean=jnp.where(hidden, 3e4, output.mean))
+    other = other.replace(dispersion=jnp.where(never, 77.0, output.dispersion))
+    if output.zero_logits is not None:
+        other = other.replace(zero_logits=jnp.where(hidden, 9.0, output.zero_logits))
+    counted = [np.where(MEASURED[s], d, 500 + d) for s, d in enumerate(DENSE)]
+    got, same = gradient(other, truth(MEASURED, dense=counted))
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(same.mean, slope.mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_padding_has_no_influence_on_value_or_gradient(kind):
+    config = ObjectiveConfig(kind=kind)
+
+    @partial(jax.jit, static_argnums=2)
+    def gradient(output, batch, cells):
+        mask = np.pad(GENE_MASK, ((0, 0), (0, cells - CELLS), (0, 0)))
+
+        def value(output):
+            return reconstruction_loss(output, batch, config, gene_mask=mask)["reconstruction"]
+
+        return jax.value_and_grad(value)(output)
+
+    inflated = kind.startswith("zero")
+    short, slope = gradient(decoded(inflated=inflated), truth(MEASURED), CELLS)
+    long, longer = gradient(
+        decoded(inflated=inflated, cells=10), truth(MEASURED, cells=10, seed=4), 10
+    )
+    assert float(long) == pytest.approx(float(short), rel=1e-5)
+    np.testing.assert_allclose(longer.mean[:, :CELLS], slope.mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(longer.mean[:, CELLS:], 0)
+    padding = ~np.asarray(truth().cell_mask)
+    np.testing.assert_array_equal(np.asarray(slope.mean)[padding], 0)
+    if kind != "mean_squared_error":
+        np.testing.assert_allclose(longer.dispersion, slope.dispersion, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_masked_is_a_loss_of_zero_with_a_gradient_of_zero():
+    nothing = np.zeros_like(GENE_MASK)
+    output = decoded(inflated=False)
+
+    def value(output):
+        return loss(output, truth(MEASURED), ObjectiveConfig(), gene_mask=nothing)["reconstruction"]
+
+    got, slope = jax.value_and_grad(value)(output)
+    assert float(got) == 0
+    for leaf in jax.tree.leaves(slope):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_a_sample_that_measures_nothing_is_worth_nothing():
+    measured = MEASURED.copy()
+    measured[1] = False
+    output = decoded(inflated=False)
+    got = loss(output, truth(measured), ObjectiveConfig())
+    expected = [cell_nll(output, 0, cell, measured[0]) for cell in range(6)]
+    assert float(got["reconstruction"]) == pytest.approx(np.sum(expected) / 9, rel=2e-5)
+
+
+def test_objectives_refuse_decoders_that_lack_what_they_need():
+    with pytest.raises(ConfigError, match="dispersion.*negative-binomial decoder"):
+        reconstruction_loss(
+            decoded(inflated=False, dispersion=False), truth(), ObjectiveConfig(kind="imputation")
+        )
+    config = ObjectiveConfig(kind="zero_inflated_negative_binomial")
+    with pytest.raises(ConfigError, match=r"zero inflation.*decoder\.kind"):
+        reconstruction_loss(decoded(inflated=False), truth(), config)
+
+
+def test_scale_to_total_sums_to_the_total_over_the_entries():
+    mean = decoded().mean
+    wanted = jnp.asarray(np.random.default_rng(0).random((2, CELLS)) * 100)
+    got = np.asarray(scale_to_total(mean, wanted, GENE_MASK))
+    some = GENE_MASK.any(-1)
+    np.testing.assert_allclose(got.sum(-1)[some], np.asarray(wanted)[some], rtol=1e-5)
+    np.testing.assert_array_equal(got[~GENE_MASK], 0)
+    zero = jax.grad(lambda m: scale_to_total(m, wanted * 0, GENE_MASK).sum())(mean)
+    assert np.isfinite(np.asarray(zero)).all()
+
+
+def test_spread_over_cells_broadcasts_and_sums_its_gradient():
+    per_gene = jnp.arange(4.0)
+    like = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)), jnp.float32)
+    np.testing.assert_array_equal(spread_over_cells(per_gene, like)[1, 2], per_gene)
+    slope = jax.grad(lambda p, x: (spread_over_cells(p, x) * like).sum(), argnums=(0, 1))
+    of_gene, of_like = slope(per_gene, like)
+    np.testing.assert_allclose(of_gene, like.sum((0, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(of_like, 0)
+
+
+def test_average_over_ignores_what_it_excludes_even_nan():
+    values = jnp.asarray([[1.0, 2.0, np.nan]])
+    assert float(average_over(values, jnp.asarray([[True, True, False]]))) == 1.5
+    assert float(average_over(values, jnp.zeros((1, 3), bool))) == 0.0
+
+
+# ---------------------------------------------------------------------------------------- latent terms
+
+CELL_MASK = np.arange(5)[None] < np.array([[5], [3]])
+
+
+def latent_output(*, batch_logits=None, cluster=True, seed=0):
+    generator = np.random.default_rng(seed)
+    z = generator.standard_normal((2, 5, 4))
+    kl = generator.random((2, 5)) * 4
+    kl[~CELL_MASK] = 1e6
+    return LatentOutput(
+        z=jnp.asarray(z, jnp.float32),
+        mean=jnp.asarray(z, jnp.float32),
+        kl_latent=jnp.asarray(kl, jnp.float32),
+        kl_cluster=jnp.asarray(kl / 8, jnp.float32) if cluster else None,
+        batch_logits=batch_logits,
+    )
+
+
+def means():
+    kl = np.asarray(latent_output().kl_latent, np.float64)[CELL_MASK].mean()
+    return kl, kl / 8
+
+
+def test_kl_terms_are_averaged_over_cells_and_weighted():
+    config = LatentConfig(latent_weight=0.5, cluster_weight=3.0)
+    got = latent_loss(latent_output(), CELL_MASK, config, warmup=0.25)
+    kl_latent, kl_cluster = means()
+    assert float(got["kl_latent"]) == pytest.approx(kl_latent, rel=1e-5)
+    assert float(got["kl_cluster"]) == pytest.approx(kl_cluster, rel=1e-5)
+    expected = 0.25 * (0.5 * kl_latent + 3 * kl_cluster)
+    assert float(got["latent"]) == pytest.approx(expected, rel=1e-5)
+    assert float(got["floor_binds_latent"]) == float(got["floor_binds_cluster"]) == 0
+
+
+def test_the_floor_of_a_mixture_replaces_the_term_stops_its_gradient_and_is_reported():
+    kl_latent, kl_cluster = means()
+    floor = (kl_latent + kl_cluster) / 2  # between the two
+    config = LatentConfig(floor=floor)
+
+    def value(output):
+        terms = latent_loss(output, CELL_MASK, config)
+        return terms["latent"], terms
+
+    slope, got = jax.grad(value, has_aux=True)(latent_output())
+    assert float(got["latent"]) == pytest.approx(kl_latent + floor, rel=1e-5)
+    assert float(got["kl_cluster"]) == pytest.approx(kl_cluster, rel=1e-5)
+    assert (float(got["floor_binds_latent"]), float(got["floor_binds_cluster"])) == (0, 1)
+    np.testing.assert_array_equal(slope.kl_cluster, 0)
+    np.testing.assert_allclose(slope.kl_latent, CELL_MASK / 8, rtol=1e-5)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_floor_of_a_gaussian_switches_a_weighted_kl_below_it_off(above):
+    kl_latent, _ = means()
+    floor = 0.1 * kl_latent * (0.99 if above else 1.01)
+    config = LatentConfig(kind="gaussian", latent_weight=0.2, floor=floor)
+    output = latent_output(cluster=False)
+    got = latent_loss(output, CELL_MASK, config, warmup=0.5)
+    expected = 0.1 * kl_latent if above else 0.0
+    assert float(got["latent"]) == pytest.approx(expected, rel=1e-5)
+    assert float(got["floor_binds_latent"]) == (not above)
+    assert float(got["kl_latent"]) == pytest.approx(kl_latent, rel=1e-5)
+    assert float(got["kl_cluster"]) == 0
+    assert "floor_binds_cluster" not in got
+
+
+def test_a_floor_of_zero_is_no_floor():
+    # Fails: "0 switches it off", but the one-sample estimate of the "released" mixture can be negative, and
+    # max(0, estimate) then replaces it and stops its gradient.
+    output = latent_output().replace(kl_latent=jnp.full((2, 5), -0.7))
+    got = latent_loss(output, CELL_MASK, LatentConfig(inference="released", floor=0.0))
+    assert float(got["floor_binds_latent"]) == 0
+    assert float(got["latent"]) == pytest.approx(-0.7 + means()[1], rel=1e-5)
+
+
+def test_warmup_rises_linearly_and_stays_just_below_one():
+    config = LatentConfig(warmup_steps=4)
+    got = [float(warmup_factor(step, config)) for step in (0, 1, 2, 3, 4, 1000)]
+    assert got == [0, 0.25, 0.5, 0.75, 0.75, 0.75]
+    assert float(warmup_factor(0, LatentConfig())) == 1.0
+    assert float(jax.jit(lambda step: warmup_factor(step, config))(2)) == 0.5
+
+
+def test_latents_without_distribution_have_no_terms():
+    output = LatentOutput(z=jnp.ones((2, 5, 4)), mean=jnp.ones((2, 5, 4)))
+    got = latent_loss(output, CELL_MASK, LatentConfig(kind="deterministic"))
+    assert {name: float(value) for name, value in got.items()} == {
+        "kl_latent": 0,
+        "kl_cluster": 0,
+        "latent": 0,
+    }
+
+
+def test_adversarial_term_is_the_cross_entropy_of_known_batches():
+    logits = np.random.default_rng(0).standard_normal((2, 5, 3))
+    batch = np.array([[0, 2, -1, 1, 1], [2, 0, 1, 7, 7]])
+    config = LatentConfig(latent_weight=0, cluster_weight=0, adversarial_weight=0.3)
+    output = latent_output(batch_logits=jnp.asarray(logits, jnp.float32))
+    got = latent_loss(output, CELL_MASK, config, batch=jnp.asarray(batch))
+    known = CELL_MASK & (batch >= 0)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = log_loss(batch[known], p[known], labels=[0, 1, 2])
+    assert float(got["adversarial"]) == pytest.approx(expected, rel=1e-5)
+    assert float(got["latent"]) == pytest.approx(0.3 * expected, rel=1e-5)
+    assert "adversarial" not in latent_loss(output, CELL_MASK, LatentConfig())
+
+
+def test_elastic_similarity_equals_sklearn_cosines_over_pairs():
+    z = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+    expected = []
+    for sample, n in enumerate((5, 3)):
+        cosine = cosine_similarity(z[sample, :n].astype(np.float64))
+        np.fill_diagonal(cosine, 0)
+        expected.extend((1 - (np.maximum(cosine, 0) - 0.6) ** 2).ravel())
+    got = elastic_cell_similarity(jnp.asarray(z), jnp.asarray(CELL_MASK), 0.6)
+    assert float(got) == pytest.approx(np.mean(expected), rel=1e-5)
+    nonsense = jnp.asarray(np.where(CELL_MASK[..., None], z, 1e5))
+    assert float(elastic_cell_similarity(nonsense, jnp.asarray(CELL_MASK), 0.6)) == pytest.approx(
+        np.mean(expected), rel=1e-5
+    )
+    config = LatentConfig(latent_weight=0, cluster_weight=0, similarity_weight=2.0)
+    output = dataclasses.replace(latent_output(), z=jnp.asarray(z))
+    terms = latent_loss(output, CELL_MASK, config)
+    assert float(terms["similarity"]) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert float(terms["latent"]) == pytest.approx(2 * np.mean(expected), rel=1e-5)
+
+
+def test_elastic_similarity_is_scale_free_and_differentiable_at_zero():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
+    z = z.at[0, 1].set(0.0)
+    slope = jax.grad(lambda z: elastic_cell_similarity(z, jnp.asarray(CELL_MASK), 0.6))(z)
+    assert np.isfinite(np.asarray(slope)).all()
+    np.testing.assert_array_equal(np.asarray(slope)[~CELL_MASK], 0)
+    one, thousand = (
+        float(elastic_cell_similarity(z * scale, jnp.asarray(CELL_MASK), 0.6))
+        for scale in (1, 1000)
+    )
+    assert one == pytest.approx(thousand, rel=1e-5)
+
+
+def test_classification_loss_equals_sklearn_over_known_labels():
+    logits = np.random.default_rng(0).standard_normal((2, 5, 3))
+    labels = np.array([[0, 2, -1, 1, 1], [2, 0, 1, 2, 2]])
+    known = CELL_MASK & (labels >= 0)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = log_loss(labels[known], p[known], labels=[0, 1, 2])
+    got = classification_loss(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(CELL_MASK))
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+    nobody = jnp.zeros_like(jnp.asarray(CELL_MASK))
+    assert float(classification_loss(jnp.asarray(logits), jnp.asarray(labels), nobody)) == 0
+    extreme = classification_loss(jnp.asarray([[1e4, -1e4]]), jnp.asarray([1]), jnp.ones(1, bool))
+    assert float(extreme) == pytest.approx(2e4)
+
+
+def test_regression_loss_is_the_mean_over_entries():
+    generator = np.random.default_rng(0)
+    prediction, target = generator.standard_normal((2, 2, 5, 3)).astype(np.float32)
+    expected = ((prediction - target) ** 2)[CELL_MASK].mean()
+    got = regression_loss(prediction, target, jnp.asarray(CELL_MASK)[..., None])
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+    assert float(regression_loss(prediction, target, jnp.zeros((2, 5, 1), bool))) == 0
