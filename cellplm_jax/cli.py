@@ -99,7 +99,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _print_scores(table: dict[str, dict[str, float]]) -> None:
-    columns = ("ari", "nmi", "knn_accuracy", "masked_correlation", "nb_log_likelihood")
+    columns = (
+        "ari",
+        "ari_coarse",
+        "nmi",
+        "knn_accuracy",
+        "masked_correlation",
+        "nb_log_likelihood",
+    )
     width = max(map(len, table)) + 2
     _print(" " * width + "".join(f"{name:>20}" for name in columns))
     for method, scores in table.items():

@@ -29,7 +29,9 @@ from cellplm_jax.train.loop import heldout_evaluation, heldout_masks, pretrain
 from cellplm_jax.train.metrics import heldout_scores
 from cellplm_jax.train.step import heldout_rate
 
-RESOLUTION = 1.0
+# Leiden resolutions, fixed before anything is looked at: scanpy's default, and a coarser one beside it, since
+# agreement with any labels depends on how finely cells are cut.
+RESOLUTION, COARSE_RESOLUTION = 1.0, 0.5
 TRAINED, UNTRAINED, COMPONENTS, MEANS = (
     "CellPLM, trained",
     "CellPLM, untrained",
@@ -76,6 +78,7 @@ def run_demo(
     samples, genes = read_samples(adata)
     config = preset("demo", len(genes))
     config = dataclasses.replace(config, seed=seed, steps=steps or config.steps)
+    config = dataclasses.replace(config, checkpoint_every=config.steps)
     say(f"pretraining on {adata.n_obs} cells, {len(genes)} genes, {config.steps} steps")
     trained_at = time.monotonic()
     result = pretrain(
@@ -159,8 +162,10 @@ def _scores(
     table = {}
     for method, embedding in embeddings.items():
         clusters = leiden_clusters(embedding, resolution=RESOLUTION, seed=seed)
+        coarse = leiden_clusters(embedding, resolution=COARSE_RESOLUTION, seed=seed)
         table[method] = {
             **clustering_scores(labels[known], clusters[known]),
+            "ari_coarse": clustering_scores(labels[known], coarse[known])["ari"],
             "clusters": float(len(np.unique(clusters))),
             "knn_accuracy": knn_accuracy(embedding[known], labels[known]),
         }
@@ -325,8 +330,9 @@ def verdict(table: dict[str, dict[str, float]]) -> str:
     likelihood = table[TRAINED]["nb_log_likelihood"] - table[COMPONENTS]["nb_log_likelihood"]
     return (
         f"Clusters of the trained embedding agree with the marker-gene cell types at ARI {trained:.3f}: {better} the "
-        f"untrained network ({untrained:.3f}) and {relation} 50 principal components ({components:.3f}). On held-out "
-        f"cells its hidden counts are {'more' if likelihood > 0 else 'less'} likely than under the components "
+        f"untrained network ({untrained:.3f}) and {relation} 50 principal components ({components:.3f}). At the coarser "
+        f"resolution {COARSE_RESOLUTION} it is {table[TRAINED]['ari_coarse']:.3f} against "
+        f"{table[COMPONENTS]['ari_coarse']:.3f} for the components. On held-out cells its hidden counts are {'more' if likelihood > 0 else 'less'} likely than under the components "
         f"({likelihood:+.4f} nats an entry)."
     )
 
@@ -347,6 +353,7 @@ def _write_report(
         "ARI": "ari",
         "NMI": "nmi",
         "clusters": "clusters",
+        f"ARI at {COARSE_RESOLUTION}": "ari_coarse",
         "kNN": "knn_accuracy",
         "masked genes r": "masked_correlation",
         "r per gene": "masked_correlation_per_gene",
@@ -364,12 +371,12 @@ def _write_report(
             rows,
             heading="What came out",
             caption=(
-                f"ARI and NMI: Leiden at the fixed resolution {RESOLUTION} against marker-gene cell types, cells the "
-                f"rule leaves unassigned not counted. kNN: accuracy of 15 nearest neighbours. Masked genes: "
-                f"{facts['hidden']:.0%} of the genes hidden in {facts['heldout_cells']:.0f} held-out cells that no "
-                f"method was fitted on; correlation r of log1p counts over all hidden entries, its mean per gene, and "
-                f"the negative-binomial log-likelihood of a hidden entry in nats. Embeddings and clusters are of all "
-                f"cells; no method sees a label."
+                f"ARI and NMI: Leiden at the fixed resolution {RESOLUTION} against marker-gene cell types (ARI also "
+                f"at {COARSE_RESOLUTION}); cells the rule leaves unassigned are not counted. kNN: accuracy of 15 "
+                f"nearest neighbours. Masked genes: {facts['hidden']:.0%} of the genes hidden in "
+                f"{facts['heldout_cells']:.0f} held-out cells that no method was fitted on; correlation r of log1p "
+                f"counts over all hidden entries, its mean per gene, and the negative-binomial log-likelihood of a "
+                f"hidden entry in nats. Embeddings and clusters are of all cells; no method sees a label."
             ),
         ),
         Figure(
@@ -384,8 +391,7 @@ def _write_report(
             heading="Training",
             caption=(
                 f"{facts['steps']:.0f} steps in {facts['training_seconds']:.0f} s, "
-                f"{facts['cells_per_second']:.0f} cells/s. The model shown is that of step {facts['best_step']:.0f}, "
-                f"the best by held-out likelihood."
+                f"{facts['cells_per_second']:.0f} cells/s. The model shown is that of step {facts['best_step']:.0f}."
             ),
         ),
         Text(

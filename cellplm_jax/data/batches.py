@@ -226,16 +226,17 @@ def split_heldout(
     if fraction == 0:
         return list(samples), []
     generator = np.random.default_rng([seed, 1])
-    if len(samples) >= round(1 / fraction):
+    if len(samples) > 1 and len(samples) * fraction > 1 - 1e-9:
         order = generator.permutation(len(samples))
-        held = set(order[: max(1, round(len(samples) * fraction))].tolist())
+        number = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
+        held = set(order[:number].tolist())
         train = [sample for i, sample in enumerate(samples) if i not in held]
         return train, [samples[i] for i in sorted(held)]
     train, heldout = [], []
     for sample in samples:
         order = generator.permutation(sample.cells)
-        cut = round(sample.cells * fraction)
-        if 0 < cut < sample.cells:
+        cut = max(0, min(round(sample.cells * fraction), sample.cells - 1))
+        if cut:
             heldout.append(sample.take(np.sort(order[:cut]), f"{sample.name} (held-out cells)"))
         train.append(sample.take(np.sort(order[cut:])) if cut else sample)
     return train, heldout

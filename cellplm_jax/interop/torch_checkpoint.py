@@ -95,7 +95,7 @@ class Converted:
 
     def unused_reasons(self) -> dict[str, str]:
         """Return torch name -> why it influences nothing."""
-        return {name: str(_unused_reason(name)) for name in self.unused}
+        return {name: str(_unused_reason(name, self.config)) for name in self.unused}
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,26 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
         )
         raise CheckpointError(msg)
     values = {**DEFAULTS, **published}
-    _refuse_inexact(values)
-    genes = list(values["gene_list"])
+    try:
+        _refuse_inexact(values)
+        return _translate(values)
+    except CheckpointError:
+        raise
+    except (configuration.ConfigError, TypeError, ValueError) as error:
+        msg = explain(
+            f"the published config describes an impossible model ({error})",
+            "a config the original itself could run",
+            "Use the PREFIX.config.json that was published with the weights",
+        )
+        raise CheckpointError(msg) from error
+
+
+def _translate(values: Mapping[str, Any]) -> ModelConfig:
+    """Build the architecture from constructor arguments that have an exact counterpart."""
+    genes = values["gene_list"]
+    if not isinstance(genes, list):
+        msg = f"gene_list is a {type(genes).__name__}"
+        raise TypeError(msg)
     kind = {
         "gmvae": "gaussian_mixture",
         "vae": "gaussian",
@@ -168,38 +186,30 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
             layers=int(values["dec_layers"]),
         )
     norm = values["norm"]
-    try:
-        return ModelConfig(
-            genes=len(genes),
-            hidden=int(values["enc_hid"]),
-            norm=norm if norm in ("groupnorm", "layernorm", "rmsnorm") else "none",
-            dropout=float(values["model_dropout"]),
-            embedder=configuration.EmbedderConfig(
-                covariate=bool(values["input_covariate"]) and values["pe_type"] is not None
-            ),
-            positions=configuration.PositionsConfig(kind="none"),
-            encoder=configuration.EncoderConfig(
-                kind={"flowformer": "flow", "mlp": "mlp", "none": "none"}[values["enc_mod"]],  # type: ignore[arg-type]
-                layers=int(values["enc_layers"]),
-                heads=int(values["enc_head"]),
-            ),
-            latent=latent,
-            decoder=configuration.DecoderConfig(
-                hidden=int(values["dec_hid"]),
-                layers=int(values["dec_layers"]),
-                batches=int(values["batch_num"]),
-                datasets=int(values["dataset_num"]),
-                platforms=int(values["platform_num"]),
-            ),
-            head=head,
-        )
-    except configuration.ConfigError as error:
-        msg = explain(
-            f"the published config describes an impossible model ({error})",
-            "a config the original itself could run",
-            "Use the PREFIX.config.json that was published with the weights",
-        )
-        raise CheckpointError(msg) from error
+    return ModelConfig(
+        genes=len(genes),
+        hidden=int(values["enc_hid"]),
+        norm=norm if norm in ("groupnorm", "layernorm", "rmsnorm") else "none",
+        dropout=float(values["model_dropout"]),
+        embedder=configuration.EmbedderConfig(
+            covariate=bool(values["input_covariate"]) and values["pe_type"] is not None
+        ),
+        positions=configuration.PositionsConfig(kind="none"),
+        encoder=configuration.EncoderConfig(
+            kind={"flowformer": "flow", "mlp": "mlp", "none": "none"}[values["enc_mod"]],  # type: ignore[arg-type]
+            layers=int(values["enc_layers"]),
+            heads=int(values["enc_head"]),
+        ),
+        latent=latent,
+        decoder=configuration.DecoderConfig(
+            hidden=int(values["dec_hid"]),
+            layers=int(values["dec_layers"]),
+            batches=int(values["batch_num"]),
+            datasets=int(values["dataset_num"]),
+            platforms=int(values["platform_num"]),
+        ),
+        head=head,
+    )
 
 
 def _refuse_inexact(values: Mapping[str, Any]) -> None:
@@ -326,7 +336,9 @@ def _entries(config: ModelConfig) -> list[_Entry]:
     return entries
 
 
-def _unused_reason(name: str) -> str | None:
+def _unused_reason(name: str, config: ModelConfig) -> str | None:
+    if name.startswith("decoder.") and config.head.kind == "none":
+        return None
     return next((why for pattern, why in UNUSED.items() if re.fullmatch(pattern, name)), None)
 
 
@@ -371,13 +383,11 @@ def convert_state_dict(
                 "Use the config that was published with these weights",
             )
             raise CheckpointError(msg)
-        array = entry.to_ours(np.asarray(remaining.pop(entry.torch)))
-        if array.shape != shapes[entry.path]:
-            expected = np.empty(shapes[entry.path], bool)
-            expected = entry.to_torch(expected).shape
-            found = entry.to_torch(array).shape
+        array = np.asarray(remaining.pop(entry.torch))
+        expected = entry.to_torch(np.empty(shapes[entry.path], bool)).shape
+        if array.shape != expected:
             msg = explain(
-                f"parameter '{entry.torch}' has shape {found}",
+                f"parameter '{entry.torch}' has shape {array.shape}",
                 f"{expected} from the config",
                 "Use the config that was published with these weights",
             )
@@ -389,8 +399,8 @@ def convert_state_dict(
                 "Convert the checkpoint to float32 first",
             )
             raise CheckpointError(msg)
-        flat[entry.path] = array
-    unknown = [name for name in remaining if _unused_reason(name) is None]
+        flat[entry.path] = entry.to_ours(array)
+    unknown = [name for name in remaining if _unused_reason(name, config) is None]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         msg = explain(
@@ -455,9 +465,9 @@ def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
         reason = f"its encoder is '{config.encoder.kind}'"
     elif config.encoder.feedforward != 2:
         reason = "its feed-forward block is not twice the hidden width"
-    elif config.latent.kind == "none" or (
-        config.latent.kind == "gaussian_mixture" and config.latent.inference != "released"
-    ):
+    elif config.latent.kind == "none":
+        reason = "it has no latent"
+    elif config.latent.kind == "gaussian_mixture" and config.latent.inference != "released":
         reason = "its latent follows the paper's inference, the original's follows another"
     elif config.decoder.kind != "negative_binomial" or config.decoder.bottleneck != 128:
         reason = "its decoder is not the published negative-binomial one"
@@ -588,9 +598,18 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return convert_state_dict(
-        {name: value.numpy() for name, value in state_dict.items()}, published
-    )
+    arrays = {}
+    for name, value in state_dict.items():
+        try:
+            arrays[name] = value.detach().numpy()
+        except (TypeError, RuntimeError) as error:  # bfloat16, sparse or quantised
+            msg = explain(
+                f"parameter '{name}' is {value.dtype}, {value.layout}",
+                "dense float32",
+                "Convert the checkpoint to float32 first",
+            )
+            raise CheckpointError(msg) from error
+    return convert_state_dict(arrays, published)
 
 
 def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Path, Path]:
