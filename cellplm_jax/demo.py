@@ -328,11 +328,13 @@ def verdict(table: dict[str, dict[str, float]]) -> str:
         relation = "below"
     better = "above" if trained > untrained + 0.05 else "NOT clearly above"
     likelihood = table[TRAINED]["nb_log_likelihood"] - table[COMPONENTS]["nb_log_likelihood"]
+    coarse = {method: table[method]["ari_coarse"] for method in (TRAINED, COMPONENTS)}
+    likely = "more" if likelihood > 0 else "less"
     return (
         f"Clusters of the trained embedding agree with the marker-gene cell types at ARI {trained:.3f}: {better} the "
-        f"untrained network ({untrained:.3f}) and {relation} 50 principal components ({components:.3f}). At the coarser "
-        f"resolution {COARSE_RESOLUTION} it is {table[TRAINED]['ari_coarse']:.3f} against "
-        f"{table[COMPONENTS]['ari_coarse']:.3f} for the components. On held-out cells its hidden counts are {'more' if likelihood > 0 else 'less'} likely than under the components "
+        f"untrained network ({untrained:.3f}) and {relation} 50 principal components ({components:.3f}). At the "
+        f"coarser resolution {COARSE_RESOLUTION} it is {coarse[TRAINED]:.3f} against {coarse[COMPONENTS]:.3f} for the "
+        f"components. On held-out cells its hidden counts are {likely} likely than under the components "
         f"({likelihood:+.4f} nats an entry)."
     )
 
