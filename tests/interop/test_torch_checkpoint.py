@@ -204,7 +204,7 @@ def test_known_unused_parameters_are_kept():
     assert set(extra) < set(to_state_dict(converted))
 
 
-@pytest.mark.parametrize("name", NAMES[::5] + ["decoder.layers.0.1.weight"])
+@pytest.mark.parametrize("name", [*NAMES[::5], "decoder.layers.0.1.weight"])
 def test_wrong_shape(name):
     if name.startswith("embedder.norm0"):
         pytest.skip("influences nothing")

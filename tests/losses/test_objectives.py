@@ -302,7 +302,7 @@ def test_a_sample_that_measures_nothing_is_worth_nothing():
 
 
 def test_objectives_refuse_decoders_that_lack_what_they_need():
-    with pytest.raises(ConfigError, match="dispersion.*negative-binomial decoder"):
+    with pytest.raises(ConfigError, match=r"dispersion.*negative-binomial decoder"):
         reconstruction_loss(
             decoded(inflated=False, dispersion=False), truth(), ObjectiveConfig(kind="imputation")
         )

@@ -264,7 +264,9 @@ def test_every_part_of_the_weights_is_used(tiny_model):
         changed[part] = jax.tree.map(lambda leaf: leaf * 1.5 + 0.1, changed[part])
         other = Pretrained(tiny_model.config, changed, tiny_model.genes)
         # The same compiled programs serve other weights of the same architecture.
-        other.__dict__.update(embed_expression=tiny_model.embed_expression, encode=tiny_model.encode)
+        other.__dict__.update(
+            embed_expression=tiny_model.embed_expression, encode=tiny_model.encode
+        )
         assert np.abs(embedding(adata, other) - wanted).max() > 1e-3, part
 
 

@@ -187,7 +187,9 @@ def test_damaged_step_is_named(tmp_path):
     assert "step 2" in text_of(lambda: restore_item(tmp_path))
     assert restore_item(tmp_path, step=1)[1] == 1
     checkpoints = RunCheckpoints(tmp_path, keep=2)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), small_state(2))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), small_state(2)
+    )
     sharding = replicated(make_mesh(1))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), small_state(2)

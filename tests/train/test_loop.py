@@ -171,7 +171,10 @@ def test_resuming_on_another_number_of_devices(tiny_run, tmp_path, monkeypatch):
         ),
         (
             lambda c: dataclasses.replace(
-                c, model=dataclasses.replace(c.model, latent=dataclasses.replace(c.model.latent, size=8))
+                c,
+                model=dataclasses.replace(
+                    c.model, latent=dataclasses.replace(c.model.latent, size=8)
+                ),
             ),
             "model.latent.size",
         ),
@@ -212,7 +215,9 @@ def test_a_damaged_checkpoint_is_named(run_copy, tiny_run):
 
 @pytest.mark.parametrize(("name", "value"), [("loss", math.nan), ("gradient_norm", math.inf)])
 def test_divergence_is_one_message_and_keeps_what_was_saved(tmp_path, monkeypatch, name, value):
-    fake_step(monkeypatch, lambda step, metrics: {**metrics, **({name: value} if step == 15 else {})})
+    fake_step(
+        monkeypatch, lambda step, metrics: {**metrics, **({name: value} if step == 15 else {})}
+    )
     with pytest.raises(CellPLMError, match=f"step 15: {name} not finite") as error:
         run(tmp_path / "run")
     assert "learning_rate" in str(error.value)
@@ -230,7 +235,9 @@ def test_unusable_samples():
     refuse([sample.take(np.arange(1)) for sample in make_samples()], "samples has 2 cells")
     refuse(make_samples(), "vocabulary 39", genes=VOCABULARY[:39])
     config = tiny_train_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.99))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, heldout_fraction=0.99)
+    )
     refuse([make_samples()[0].take(np.arange(2))], "no training sample", config=config)
 
 

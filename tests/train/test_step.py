@@ -180,9 +180,7 @@ def test_one_device_equals_eight():
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             assert together[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    for a, b in zip(
-        jax.tree.leaves(params_of_one), jax.tree.leaves(params_of_eight), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(params_of_one), jax.tree.leaves(params_of_eight), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
