@@ -47,12 +47,12 @@ def negative_binomial_mean_terms(
         float32 [...], in nats; what is missing is :func:`negative_binomial_count_terms`.
     """
     theta = dispersion + EPSILON
-    spread = (dispersion + counts) * jnp.log(1.0 + mean / theta)
+    spread = (dispersion + counts) * jnp.log1p(mean / theta)
     return spread + counts * (jnp.log(theta) - jnp.log(mean + EPSILON))
 
 
 def negative_binomial_count_terms(counts: jax.Array, dispersion: jax.Array) -> jax.Array:
-    """Return the terms of :func:`negative_binomial_nll` without the mean; exactly 0 where the count is 0.
+    """Return the terms of :func:`negative_binomial_nll` without the mean; 0 (to rounding) where the count is 0.
 
     Args:
         counts: float [...].

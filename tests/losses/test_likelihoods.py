@@ -97,9 +97,10 @@ def test_negative_binomial_gradients_equal_the_derivatives():
 def test_dispersion_gradient_of_weakly_expressed_genes_has_its_digits():
     # Fails: log(1 + u) rounds u = mean / theta to a multiple of 6e-8, while the gradient at a zero count is
     # log1p(u) - u / (1 + u), about u^2 / 2. Most entries of a matrix are such zeros. jnp.log1p(u) keeps the digits
-    # down to u of about 1e-4 (below, the subtraction itself cancels).
+    # (until the subtraction itself cancels, at u of about 1e-4).
     u = np.array([1e-3, 3e-3, 1e-2])
-    _, got = nb_gradient(*single(np.zeros(3), u, np.ones(3)))
+    gradient = jax.grad(lambda *a: negative_binomial_mean_terms(*a).sum(), argnums=2)
+    got = jax.jit(gradient)(*single(np.zeros(3), u, np.ones(3)))
     expected = np.log1p(u) - u / (1 + u)
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
@@ -128,7 +129,8 @@ def test_everything_stays_finite_at_the_ends_of_the_ranges(dispersion):
 def test_a_mean_of_zero_explains_a_count_of_zero():
     # Cells without counts have their mean rescaled to 0.
     got = nb(*single([0.0, 0.0], [0.0, 0.0], [0.5, 20.0]))
-    np.testing.assert_array_equal(got, 0.0)
+    # Not exactly: lgamma(1) is 5e-7 in float32.
+    np.testing.assert_allclose(got, 0.0, atol=1e-6)
 
 
 def direct_zinb(counts, mean, dispersion, logits):
@@ -153,7 +155,8 @@ def test_zero_inflated_equals_the_definition():
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-4)
     naive = 1 / (1 + np.exp(-grid[3]))
     p = naive * (grid[0] == 0) + (1 - naive) * np.exp(-scipy_nll(*grid[:3]))
-    moderate = np.abs(grid[3]) < 5
+    moderate = (np.abs(grid[3]) < 5) & (p > 0)
+    assert moderate.sum() > 100
     np.testing.assert_allclose(expected[moderate], -np.log(p[moderate]), rtol=1e-9)
 
 
@@ -185,7 +188,7 @@ def test_the_two_parts_add_up_and_the_count_part_vanishes_at_zero():
     counts, mean, dispersion, logits = single(*zinb_grid())
     count_terms = negative_binomial_count_terms(counts, dispersion)
     zeros = np.asarray(counts) == 0
-    np.testing.assert_array_equal(np.asarray(count_terms)[zeros], 0.0)
+    np.testing.assert_allclose(np.asarray(count_terms)[zeros], 0.0, atol=1e-6)
     np.testing.assert_allclose(
         count_terms + negative_binomial_mean_terms(counts, mean, dispersion),
         nb(counts, mean, dispersion),

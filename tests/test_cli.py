@@ -1,0 +1,437 @@
+"""The command: what it prints, and that everything wrong ends in one message, status 2 and no output."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import cellplm_jax
+from cellplm_jax import cli
+from cellplm_jax.cli import build_parser, main
+from tests.conftest import make_adata, make_counts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command; return status, standard output and standard error."""
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def place(tmp_path):
+    """An input file of eight cells; ``place(change)`` changes it first."""
+
+    def write(change=None):
+        adata = make_adata(8)
+        replaced = change(adata) if change else None
+        path = tmp_path / "in.h5ad"
+        (adata if replaced is None else replaced).write_h5ad(path)
+        return path
+
+    return write
+
+
+# What works
+
+
+def test_embed(command, place, tiny_run, tiny_model, tmp_path):
+    path, out = place(), tmp_path / "out.h5ad"
+    status, printed, err = command("embed", path, "--model", tiny_run, "--out", out)
+    assert status == 0
+    assert printed == f"wrote {out}: obsm['X_cellplm'] by {tiny_model.id}\n"
+    assert "embedding: 8/8 cells" in err
+    assert "Read raw counts from X" in err
+    assert "Gene names from var_names" in err
+    wanted = cellplm_jax.embed(make_adata(8), tiny_model).obsm["X_cellplm"]
+    np.testing.assert_allclose(ad.read_h5ad(out).obsm["X_cellplm"], wanted, atol=1e-6)
+
+
+def test_embed_options(command, place, tiny_run, tiny_model, tmp_path):
+    def change(adata):
+        adata.layers["umi"] = adata.X.copy()
+        adata.X = np.log1p(adata.X.toarray() / 3.3)
+        adata.var["ids"] = adata.var_names
+        adata.var_names = [f"row-{i}" for i in range(adata.n_vars)]
+        adata.obsm["where"] = adata.obsm.pop("spatial")
+
+    path, out = place(change), tmp_path / "out.h5ad"
+    arguments = ["--batch-key", "batch", "--spatial-key", "where", "--layer", "umi", "--gene-key"]
+    arguments += ["ids", "--cells-per-context", "3", "--key-added", "Z", "--minimum-genes", "40"]
+    status, _, err = command(
+        "embed", path, "--model", tiny_run, "--out", out, *arguments, "--quiet"
+    )
+    assert (status, err) == (0, "")
+    written = ad.read_h5ad(out)
+    wanted = make_adata(8)
+    cellplm_jax.embed(wanted, tiny_model, batch_key="batch", cells_per_context=3)
+    np.testing.assert_allclose(written.obsm["Z"], wanted.obsm["X_cellplm"], atol=1e-6)
+    context = written.uns["cellplm"]["context"]
+    assert (context["batch_key"], int(context["cells_per_context"])) == ("batch", 3)
+    assert context["coordinates"] == "where"
+
+
+def test_embed_declared_values(command, place, tiny_run, tmp_path):
+    def change(adata):
+        adata.X = np.log1p(adata.X.toarray())
+        del adata.obsm["spatial"]
+
+    path, out = place(change), tmp_path / "out.h5ad"
+    common = ["embed", path, "--model", tiny_run, "--out", out]
+    assert command(*common, "--values", "log1p")[0] == 0
+    back = ad.read_h5ad(out).obsm["X_cellplm"]
+    path = place()
+    assert command("embed", path, "--model", tiny_run, "--out", out, "--quiet")[0] == 0
+    with_places = ad.read_h5ad(out).obsm["X_cellplm"]
+    assert back.shape == with_places.shape
+    assert np.isfinite(back).all()
+
+
+def test_info(command, tiny_run, tiny_model):
+    status, out, err = command("info", tiny_run)
+    assert (status, err) == (0, "")
+    assert tiny_model.id in out
+    status, out, err = command("info", tiny_run, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["parameters"]["total"] == tiny_model.parameters
+
+
+def test_version_and_help(command):
+    status, out, _ = command("--version")
+    assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
+    assert set(cli_commands()) == {"demo", "embed", "convert", "info"}
+    for name in cli_commands():
+        status, out, _ = command(name, "--help")
+        assert status == 0
+        assert "example:" in out
+    status, out, _ = command("embed", "--help")
+    for option in ("--model", "--out", "--batch-key", "--spatial-key", "--layer", "--gene-key",
+                   "--cells-per-context", "--key-added"):  # fmt: skip
+        assert option in out
+
+
+def cli_commands():
+    actions = [action for action in build_parser()._actions if action.choices]
+    return actions[0].choices
+
+
+def test_the_demo_is_called_with_its_options(command, monkeypatch, tmp_path):
+    from cellplm_jax import demo
+
+    row = {
+        "ari": 0.5,
+        "ari_coarse": 0.4,
+        "nmi": 0.5,
+        "knn_accuracy": 0.9,
+        "nb_log_likelihood": -0.25,
+    }
+    table = {name: row for name in (demo.TRAINED, demo.UNTRAINED, demo.COMPONENTS)}
+    called = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, **o: called.append((out, o)) or table)
+    out = tmp_path / "here"
+    status, printed, _ = command("demo", "--out", out, "--steps", 3, "--max-cells", 9, "--seed", 4)
+    assert status == 0
+    (where, options) = called[0]
+    assert str(where) == str(out)
+    assert options == {"steps": 3, "max_cells": 9, "seed": 4, "quiet": False}
+    for text in (demo.TRAINED, "ari", "-0.2500", f"{out / 'report.html'}", f"{out / 'model'}"):
+        assert text in printed
+
+
+# What does not
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["paint"],
+        ["embed"],
+        ["embed", "in.h5ad", "--model", "m"],
+        ["embed", "in.h5ad", "--model", "m", "--out", "o", "--cells-per-context", "0"],
+        ["embed", "in.h5ad", "--model", "m", "--out", "o", "--cells-per-context", "many"],
+        ["embed", "in.h5ad", "--model", "m", "--out", "o", "--values", "guess"],
+        ["demo", "--steps", "-1"],
+        ["info"],
+    ],
+)
+def test_bad_usage(command, arguments):
+    status, out, err = command(*arguments)
+    assert status == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert "error:" in err
+
+
+def refused(command, tmp_path, *arguments, name="embed"):
+    """Run; check that it is one clear message, and that the folder is as it was."""
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    status, out, err = command(name, *arguments, "--quiet") if name == "embed" else command(
+        name, *arguments
+    )  # fmt: skip
+    assert status == 2, err
+    assert out == ""
+    assert err.startswith(f"cellplm {name}: ")
+    assert err.count("\n") == 1
+    assert err.endswith(".\n")
+    assert "; expected " in err
+    assert "Traceback" not in err
+    assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
+    return err
+
+
+def spoil(value, where=(3, 5)):
+    def change(adata):
+        adata.X = adata.X.toarray()
+        adata.X[where] = value
+
+    return change
+
+
+def log_normalise(adata):
+    counts = adata.X.toarray()
+    adata.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+
+
+def halve(adata):
+    adata.X = adata.X * np.float32(0.3)
+
+
+def scale(adata):
+    counts = adata.X.toarray()
+    adata.X = (counts - counts.mean(axis=0)) / 3
+
+
+def rename(adata):
+    adata.var_names = [f"unknown-{i}" for i in range(adata.n_vars)]
+
+
+def keep_few(adata):
+    adata.var_names = [
+        name if i < 12 else f"unknown-{i}" for i, name in enumerate(adata.var_names)
+    ][: adata.n_vars]
+    known = [name for name in adata.var_names if name.startswith("ENSG")][5:]
+    adata.var_names = [f"x-{name}" if name in known else name for name in adata.var_names]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (spoil(-4), ["negative", "cell3"]),
+        (spoil(np.nan), ["NaN", "cell3"]),
+        (spoil(np.inf), ["infinite", "cell3"]),
+        (spoil(2.5), ["non-integer", "2.5", "cell3"]),
+        (log_normalise, ["log1p-normalised", "--values", "--layer"]),
+        (halve, ["no raw counts", "--values"]),
+        (scale, ["no raw counts", "scaled"]),
+        (rename, ["0 of the model's 40 genes", "unknown-", "--gene-key"]),
+        (keep_few, ["of the model's 40 genes", "at least 10"]),
+        (lambda adata: adata[:0].copy(), ["empty", "0 cells"]),
+        (lambda adata: adata[:, :0].copy(), ["empty", "0 genes"]),
+    ],
+    ids=["negative", "nan", "infinite", "non-integer", "log-normalised", "fractions", "scaled",
+         "no-known-genes", "few-known-genes", "no-cells", "no-genes"],
+)  # fmt: skip
+def test_bad_data(command, place, tiny_run, tmp_path, change, words):
+    path = place(change)
+    err = refused(command, tmp_path, path, "--model", tiny_run, "--out", tmp_path / "out.h5ad")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("where", [(0, 0), (699, 30)])
+def test_damage_far_from_the_start(command, tiny_run, tmp_path, where):
+    counts = make_counts(700).astype(float)
+    counts[where] = -1
+    path = tmp_path / "in.h5ad"
+    make_adata(700, matrix=counts).write_h5ad(path)
+    err = refused(command, tmp_path, path, "--model", tiny_run, "--out", tmp_path / "out.h5ad")
+    assert f"'cell{where[0]}'" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--batch-key", ["donor", "'batch'"]),
+        ("--layer", ["donor", "layer"]),
+        ("--spatial-key", ["donor", "'spatial'"]),
+        ("--gene-key", ["donor", "var"]),
+    ],
+)
+def test_missing_keys(command, place, tiny_run, tmp_path, option, words):
+    common = [place(), "--model", tiny_run, "--out", tmp_path / "out.h5ad"]
+    err = refused(command, tmp_path, *common, option, "donor")
+    for word in words:
+        assert word in err
+
+
+def test_coordinates_that_were_asked_for_by_the_default_name(command, place, tiny_run, tmp_path):
+    def change(adata):
+        del adata.obsm["spatial"]
+
+    common = [place(change), "--model", tiny_run, "--out", tmp_path / "out.h5ad"]
+    assert "'spatial'" in refused(command, tmp_path, *common, "--spatial-key", "spatial")
+    assert command("embed", *common)[0] == 0
+
+
+def test_batch_with_gaps(command, place, tiny_run, tmp_path):
+    def change(adata):
+        adata.obs["batch"] = ["a", None, *("b" * 6)]
+
+    common = [place(change), "--model", tiny_run, "--out", tmp_path / "out.h5ad"]
+    assert "cell1" in refused(command, tmp_path, *common, "--batch-key", "batch")
+
+
+def test_other_files(command, tiny_run, tmp_path, place):
+    common = ["--model", tiny_run, "--out", tmp_path / "out.h5ad"]
+    text = tmp_path / "text.h5ad"
+    text.write_text("cells,genes\n")
+    assert "text.h5ad" in refused(command, tmp_path, text, *common)
+    assert "absent.h5ad" in refused(command, tmp_path, tmp_path / "absent.h5ad", *common)
+    assert "directory" in refused(command, tmp_path, tmp_path, *common)
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["matrix"] = np.zeros(3)
+    assert "obs" in refused(command, tmp_path, tmp_path / "other.h5ad", *common)
+    whole = place().read_bytes()
+    for share in (0.3, 0.7, 0.95):
+        (tmp_path / "cut.h5ad").write_bytes(whole[: int(len(whole) * share)])
+        assert "cut.h5ad" in refused(command, tmp_path, tmp_path / "cut.h5ad", *common)
+
+
+def test_output_places(command, place, tiny_run, tmp_path):
+    path = place()
+    common = [path, "--model", tiny_run, "--out"]
+    assert "mkdir" in refused(command, tmp_path, *common, tmp_path / "no" / "out.h5ad")
+    (tmp_path / "folder").mkdir()
+    assert "folder" in refused(command, tmp_path, *common, tmp_path / "folder")
+    assert "input and output" in refused(command, tmp_path, *common, path)
+    out = tmp_path / "out.h5ad"
+    assert "key_added" in refused(command, tmp_path, *common, out, "--key-added", "a/b")
+    assert "key_added" in refused(command, tmp_path, *common, out, "--key-added", "")
+
+
+def test_output_is_checked_before_the_model_is_read(command, tmp_path):
+    err = refused(
+        command, tmp_path, "in.h5ad", "--model", "absent", "--out", tmp_path / "no" / "out.h5ad"
+    )
+    assert "mkdir" in err
+
+
+def damage_config(run):
+    content = json.loads((run / "config.json").read_text())
+    content["model"]["latent"]["size"] = 12
+    (run / "config.json").write_text(json.dumps(content))
+
+
+def damage_steps(run):
+    for path in run.glob("[0-9]*/params/**/*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_files(run):
+    for path in run.glob("[0-9]*/params/manifest.ocdbt"):
+        path.unlink()
+
+
+def damage_scores(run):
+    for path in run.glob("[0-9]*/metrics/metrics"):
+        path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (damage_config, "config.json"),
+        (damage_steps, "cannot be read"),
+        (lose_files, "cannot be read"),
+        (damage_scores, "cannot be read"),
+        (lambda run: (run / "genes.txt").unlink(), "genes.txt"),
+        (lambda run: shutil.rmtree(run), "no directory"),
+        (lambda run: [shutil.rmtree(path) for path in run.glob("[0-9]*")], "no complete"),
+    ],
+    ids=["config", "cut", "lost", "scores", "genes", "gone", "no-steps"],
+)
+@pytest.mark.parametrize("name", ["embed", "info"])
+def test_damaged_models(command, place, run_copy, tmp_path, damage, word, name):
+    damage(run_copy)
+    if name == "info":
+        assert word in refused(command, tmp_path, run_copy, name="info")
+        return
+    common = [place(), "--model", run_copy, "--out", tmp_path / "out.h5ad"]
+    assert word in refused(command, tmp_path, *common)
+
+
+@pytest.mark.parametrize("damage", [lose_files, damage_steps])
+def test_a_damaged_model_is_one_line_in_a_process_of_its_own(run_copy, damage):
+    """Also after the message: threads of abandoned reads and the interpreter's end must stay silent."""
+    damage(run_copy)
+    result = subprocess.run(
+        [sys.executable, "-m", "cellplm_jax.cli", "info", str(run_copy)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("cellplm info: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_interruption_and_defects(command, monkeypatch, tmp_path):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cellplm_jax.tasks.info.describe", interrupt)
+    status, out, err = command("info", tmp_path)
+    assert (status, out, err) == (1, "", "cellplm info: interrupted\n")
+
+    def fail(*arguments):
+        raise RuntimeError("a defect")
+
+    # A defect is not dressed up as bad input.
+    monkeypatch.setattr("cellplm_jax.tasks.info.describe", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["info", str(tmp_path)])
+
+
+def test_interrupted_embedding_leaves_nothing(command, place, tiny_run, tmp_path, monkeypatch):
+    path = place()
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anndata.io.write_elem", interrupt)
+    status, _, err = command(
+        "embed", path, "--model", tiny_run, "--out", tmp_path / "out.h5ad", "--quiet"
+    )
+    assert (status, err) == (1, "cellplm embed: interrupted\n")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.h5ad"]
+
+
+def test_module_runs_as_a_program():
+    assert cli.__name__ == "cellplm_jax.cli"
+    text = (ROOT / "setup.py").read_text()
+    assert "cellplm=cellplm_jax.cli:main" in text
