@@ -341,10 +341,17 @@ def test_overridden_config_dicts_are_strict():
         from_config_dict(TrainConfig, values)
 
     values = get_config("debug")
-    with pytest.raises(AttributeError, match="stepz"):
-        values.stepz = 3  # a locked ConfigDict refuses it before we can
+    values.stepz = 3
+    with pytest.raises(ConfigError, match=r"unknown key 'stepz'.*Did you mean 'steps'\?"):
+        from_config_dict(TrainConfig, values)
+
+    values = get_config("debug")
     with pytest.raises(TypeError):
         values.steps = "many"
+    del values.steps
+    values.steps = "many"
+    with pytest.raises(ConfigError, match=r"steps = 'many' \(str\); expected int"):
+        from_config_dict(TrainConfig, values)
 
 
 def test_references_inside_config_dicts_are_resolved():

@@ -173,7 +173,8 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
         clusters=int(values["num_clusters"]),
         latent_weight=1.0 if vae else float(values["w_li"]),
         cluster_weight=float(values["w_en"]),
-        floor=1.0 if vae else float(values["lamda"]),
+        # The original's max(lamda, .) also floors at 0, where a floor of 0 here is none.
+        floor=1.0 if vae else (float(values["lamda"]) or 1e-9),
         warmup_steps=10000 if vae else 0,
     )
     head_type = values["head_type"]

@@ -245,8 +245,9 @@ def latent_loss(
             binds = weighted < config.floor
             total = total + jnp.where(binds, 0.0, weighted)
         else:
-            binds = divergence < config.floor
-            total = total + weight * warmup * jnp.maximum(divergence, config.floor)
+            # A floor of 0 is none: the one-sample estimate of the "released" mixture may well be negative.
+            binds = (divergence < config.floor) & (config.floor > 0)
+            total = total + weight * warmup * jnp.where(binds, config.floor, divergence)
         terms[f"kl_{name}"] = divergence
         terms[f"floor_binds_{name}"] = binds.astype(jnp.float32)
     if config.adversarial_weight > 0 and latent.batch_logits is not None and batch is not None:

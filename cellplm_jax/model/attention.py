@@ -87,8 +87,9 @@ def orthogonal_features(features: int, width: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     blocks = []
     for _ in range(-(-features // width)):
-        orthogonal, _ = np.linalg.qr(generator.standard_normal((width, width)))
-        blocks.append(orthogonal.T)
+        orthogonal, triangular = np.linalg.qr(generator.standard_normal((width, width)))
+        # QR fixes the signs of its columns; undoing that makes the directions uniform.
+        blocks.append((orthogonal * np.sign(np.diag(triangular))).T)
     rows = np.concatenate(blocks)[:features]
     norms = np.linalg.norm(generator.standard_normal((features, width)), axis=1, keepdims=True)
     return (rows * norms).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,11 @@ from cellplm_jax.structs import CellBatch, Reconstruction
 
 MEAN_RANGE = (1e-5, 1e6)
 DISPERSION_RANGE = (1e-4, 1e4)
+
+
+def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
+    """Return ``clip(exp(x), *bounds)`` without the overflow of the exponential, which makes its gradient NaN."""
+    return jnp.clip(jnp.exp(jnp.minimum(x, math.log(bounds[1]) + 1.0)), *bounds)
 
 
 class CovariateEmbedding(nn.Module):
@@ -76,9 +83,9 @@ class Decoder(nn.Module):
         if decoder.kind == "residual":
             return Reconstruction(mean=dense(config.genes, "mean")(jnp.concatenate(history, -1)))
         x = nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
-        mean = jnp.clip(jnp.exp(dense(config.genes, "log_mean")(x)), *MEAN_RANGE)
+        mean = exponential_within(dense(config.genes, "log_mean")(x), MEAN_RANGE)
         log_dispersion = self.param("log_dispersion", nn.initializers.normal(1.0), (config.genes,))
-        dispersion = jnp.clip(jnp.exp(log_dispersion), *DISPERSION_RANGE)
+        dispersion = exponential_within(log_dispersion, DISPERSION_RANGE)
         zero_logits = None
         if decoder.kind == "zero_inflated_negative_binomial":
             zero_logits = dense(config.genes, "zero_logits")(x)
