@@ -108,7 +108,8 @@ class MetricsWriter:
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
-                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close every sink."""

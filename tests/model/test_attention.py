@@ -184,8 +184,8 @@ def test_flow_gradient_equals_finite_differences():
 
 
 def test_performer_approaches_softmax_attention_with_more_features():
-    # Fails: orthogonal_features keeps the signs that the QR decomposition happens to choose, so the rows of a block
-    # are not uniform on the sphere (their diagonal is negative) and the estimate converges to something else.
+    # With the signs that the QR decomposition happens to choose, the rows of a block are not uniform on the sphere
+    # (their diagonal is negative) and the estimate converges to something else.
     query, key, value = queries_keys_values(1, 20, scale=0.5, heads=2, width=8)
     mask = np.ones((1, 20), bool)
     exact = np.asarray(FORMS["softmax"](query, key, value, mask))
@@ -225,7 +225,7 @@ def test_random_features_are_orthogonal_in_blocks_with_gaussian_norms():
     # The squared norm of a Gaussian vector is chi-squared: mean 8, variance 16.
     assert squared.mean() == pytest.approx(8, rel=0.03)
     assert squared.var() == pytest.approx(16, rel=0.12)
-    # Fails, as above: the mean of the i-th row of a block has -.8 .. -.6 on its diagonal instead of 0.
+    # No direction is preferred; with the signs of QR the diagonal of this mean is -.8 .. -.6.
     mean = rows.astype(np.float64).reshape(-1, 8, 8).mean(axis=0)
     assert np.abs(mean).max() < 5 / np.sqrt(500)
 

@@ -234,11 +234,6 @@ def test_unusable_samples():
 
     refuse([sample.take(np.arange(1)) for sample in make_samples()], "samples has 2 cells")
     refuse(make_samples(), "vocabulary 39", genes=VOCABULARY[:39])
-    config = tiny_train_config()
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, heldout_fraction=0.99)
-    )
-    refuse([make_samples()[0].take(np.arange(2))], "no training sample", config=config)
 
 
 def test_heldout_masks_are_fixed_and_hide_a_quarter():
