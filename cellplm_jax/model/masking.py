@@ -15,6 +15,11 @@ def _random_rank(key: jax.Array, cell_mask: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.argsort(noise, axis=1), axis=1).astype(jnp.int32)
 
 
+def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
+    """Return ``floor(fraction * count)`` as int32, without losing one where float32 lands just under a whole number."""
+    return jnp.floor(count * (fraction * (1.0 + 2.5e-7))).astype(jnp.int32)
+
+
 def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellBatch:
     """Drop a random fraction of every sample's cells, and shorten the ``cells`` axis accordingly.
 
@@ -36,9 +41,16 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         return batch
     rank = _random_rank(key, batch.cell_mask)
     present = batch.cell_mask.sum(axis=1)
-    kept = jnp.floor(present * keep_fraction + 1e-4).astype(jnp.int32)
+    kept = floor_of_fraction(present, keep_fraction)
     kept = jnp.clip(kept, jnp.minimum(1, present), width)
     slot = jnp.where(rank < kept[:, None], rank, width)
+    if batch.slot is not None:
+        # Cells were dropped before: follow each from where it sits now.
+        gone = jnp.full((slot.shape[0], 1), width, slot.dtype)
+        now = jnp.minimum(batch.slot, cells)
+        moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=1), now, axis=1)
+    else:
+        moved = slot
     source = jnp.argsort(rank, axis=1)[:, :width]
 
     def gather(values):
@@ -55,7 +67,7 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         batch=gather(batch.batch),
         dataset=gather(batch.dataset),
         platform=gather(batch.platform),
-        slot=slot,
+        slot=moved,
     )
 
 
@@ -95,7 +107,7 @@ def sample_gene_mask(
     """
     cell_key, rate_key, gene_key = jax.random.split(key, 3)
     rank = _random_rank(cell_key, cell_mask)
-    chosen = jnp.floor(cell_mask.sum(axis=1) * config.cell_fraction + 1e-4).astype(jnp.int32)
+    chosen = floor_of_fraction(cell_mask.sum(axis=1), config.cell_fraction)
     masked_cells = (rank < chosen[:, None]) & cell_mask
     rates = jnp.where(masked_cells, masking_rates(rate_key, cell_mask.shape, config), 0.0)
     # Half the random bits of a float32 draw; a rate is rounded to a multiple of 2^-16. The barrier keeps the compiler

@@ -227,10 +227,11 @@ def test_divergence_is_one_message_and_keeps_what_was_saved(tmp_path, monkeypatc
     assert load(tmp_path / "run").step == 10
 
 
-def test_unusable_samples():
+def test_unusable_samples(tmp_path):
     def refuse(samples, words, **options):
         with pytest.raises(InputError, match=words):
-            run("never-made", samples=samples, **options)
+            run(tmp_path / "run", samples=samples, **options)
+        assert not (tmp_path / "run").exists()
 
     refuse([sample.take(np.arange(1)) for sample in make_samples()], "samples has 2 cells")
     refuse(make_samples(), "vocabulary 39", genes=VOCABULARY[:39])

@@ -16,6 +16,7 @@ from cellplm_jax.config import (
     LatentConfig,
     ModelConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     PositionsConfig,
 )
 from cellplm_jax.data.batches import Sample, TrainingBatches, laplacian_eigenvectors, pad_batch
@@ -28,17 +29,27 @@ from tests.conftest import make_counts, make_samples, tiny_train_config
 GENES = 24
 
 
-def shrink(config, **model):
-    """The same kinds, hardly any numbers."""
+def shrink(config):
+    """The same kinds, hardly any numbers, and equal wherever kinds do not differ: equal programs compile once."""
     old = config.model
-    parts = {
-        "encoder": dataclasses.replace(old.encoder, layers=2, heads=4),
-        "latent": dataclasses.replace(old.latent, size=8, clusters=4),
-        "decoder": dataclasses.replace(old.decoder, hidden=32, bottleneck=16, batches=2, layers=2),
-        "positions": dataclasses.replace(old.positions, eigenvectors=3, grid=10),
-    }
-    model = dataclasses.replace(old, genes=GENES, hidden=32, **parts, **model)
-    return dataclasses.replace(config, model=model, steps=2)
+    model = dataclasses.replace(
+        old,
+        genes=GENES,
+        hidden=32,
+        dropout=0.0,
+        encoder=dataclasses.replace(
+            old.encoder,
+            layers=2 if old.encoder.kind == "residual_mlp" else 1,
+            heads=4,
+            attention_dropout=0.0,
+        ),
+        latent=dataclasses.replace(old.latent, size=8, clusters=4, warmup_steps=0),
+        decoder=dataclasses.replace(old.decoder, hidden=32, bottleneck=16, batches=2, layers=2),
+        positions=dataclasses.replace(old.positions, eigenvectors=3, grid=10),
+    )
+    return dataclasses.replace(
+        config, model=model, optimizer=OptimizerConfig(warmup_steps=0), steps=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +70,23 @@ def batch():
     return pad_batch(samples, cells=12, nonzeros=512, eigenvectors=3)
 
 
+def random_state(config):
+    """A state of the right shapes, without compiling an initialisation."""
+    random = np.random.default_rng(0)
+    state = jax.eval_shape(lambda: create_state(config))
+    params = jax.tree.map(
+        lambda leaf: random.normal(0, 0.1, leaf.shape).astype(leaf.dtype), state.params
+    )
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+    return zeros.replace(params=params)
+
+
 def one_step(config, batch):
-    """Take a step without compiling it whole, so that all kinds share their compiled operations."""
-    state = create_state(config)
-    after, metrics = training_step(state, batch, config)
+    """Trace the configuration as it is, dropout and all; take a step of the shrunk one."""
+    jax.eval_shape(lambda: training_step(create_state(config), batch, config))
+    config = shrink(config)
+    state = random_state(config)
+    after, metrics = jax.jit(lambda state, batch: training_step(state, batch, config))(state, batch)
     metrics = {name: float(value) for name, value in metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
     assert metrics["gradient_norm"] > 0
@@ -76,10 +100,7 @@ def one_step(config, batch):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_takes_a_step(name, batch):
-    config = shrink(preset(name, GENES))
-    config = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0)
-    )
+    config = preset(name, GENES)
     metrics, moved = one_step(config, batch)
     assert any(jax.tree.leaves(moved["embedder"]))
     assert any(jax.tree.leaves(moved["encoder"]))
@@ -123,23 +144,17 @@ def test_the_combinations_hold_every_kind():
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_every_kind_takes_a_step(kinds, batch):
     encoder, latent, inference, decoder, positions = kinds
-    base = preset("debug", GENES)
     model = ModelConfig(
         genes=GENES,
         hidden=32,
         encoder=EncoderConfig(kind=encoder),
-        latent=LatentConfig(kind=latent, inference=inference),
-        decoder=DecoderConfig(kind=decoder, hidden=32),
-        positions=PositionsConfig(kind=positions),
+        latent=LatentConfig(kind=latent, inference=inference, size=8),
+        decoder=DecoderConfig(kind=decoder, hidden=32, batches=2),
+        positions=PositionsConfig(kind=positions, eigenvectors=3),
     )
     objective = ObjectiveConfig(kind=OBJECTIVES.get(decoder, "negative_binomial"))
-    config = dataclasses.replace(
-        base,
-        model=model,
-        objective=objective,
-        optimizer=dataclasses.replace(base.optimizer, warmup_steps=0),
-    )
-    metrics, moved = one_step(shrink(config), batch)
+    config = dataclasses.replace(preset("debug", GENES), model=model, objective=objective)
+    metrics, moved = one_step(config, batch)
     assert moved["embedder"]["gene_embedding"]
     if positions != "none":
         assert any(jax.tree.leaves(moved["embedder"]["positions"]))
@@ -147,6 +162,17 @@ def test_every_kind_takes_a_step(kinds, batch):
         assert any(jax.tree.leaves(moved["encoder"]))
     if latent in ("deterministic", "none"):
         assert metrics["latent"] == 0
+
+
+def test_every_step_draws_anew(batch):
+    """Same parameters, same batch, another step: other cells are dropped and other genes masked."""
+    config = shrink(preset("small", GENES))
+    step = jax.jit(lambda state, batch: training_step(state, batch, config))
+    state = random_state(config)
+    first, again = (float(step(state, batch)[1]["loss"]) for _ in range(2))
+    later = float(step(state.replace(step=np.int32(1)), batch)[1]["loss"])
+    assert first == again
+    assert first != later
 
 
 def steps(devices: int, number: int = 3, **changes):
