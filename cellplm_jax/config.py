@@ -26,6 +26,22 @@ def _require(condition: bool, found: str, expected: str, remedy: str) -> None:
         raise ConfigError(explain(found, expected, remedy))
 
 
+def _at_least(config: Any, part: str, minimum: int, *names: str) -> None:
+    """Check that fields are numbers of at least ``minimum``; NaN never is."""
+    for name in names:
+        value = getattr(config, name)
+        path = f"{part}.{name}" if part else name
+        _require(value >= minimum, f"{path} = {value}", f"at least {minimum}", f"Raise {path}")
+
+
+def _positive(config: Any, part: str, *names: str) -> None:
+    """Check that fields are numbers above 0; NaN never is."""
+    for name in names:
+        value = getattr(config, name)
+        path = f"{part}.{name}" if part else name
+        _require(value > 0, f"{path} = {value}", "a number above 0", f"Raise {path}")
+
+
 def _fraction(value: float, name: str, *, below_one: bool = True) -> None:
     valid = 0.0 <= value < 1.0 if below_one else 0.0 <= value <= 1.0
     interval = "[0, 1)" if below_one else "[0, 1]"
@@ -47,6 +63,9 @@ class EmbedderConfig:
     target_sum: float = 1e4
     covariate: bool = False
 
+    def __post_init__(self):
+        _positive(self, "embedder", "target_sum")
+
 
 @dataclass(frozen=True)
 class PositionsConfig:
@@ -64,6 +83,9 @@ class PositionsConfig:
     kind: Literal["sinusoidal", "grid", "mlp", "laplacian", "none"] = "sinusoidal"
     grid: int = 100
     eigenvectors: int = 10
+
+    def __post_init__(self):
+        _at_least(self, "positions", 1, "grid", "eigenvectors")
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,8 @@ class EncoderConfig:
     random_features: int = 0
 
     def __post_init__(self):
+        _at_least(self, "encoder", 1, "heads", "feedforward")
+        _at_least(self, "encoder", 0, "random_features")
         if self.kind != "none":
             _require(
                 self.layers >= 1,
@@ -142,6 +166,12 @@ class LatentConfig:
     similarity_weight: float = 0.0
     similarity_threshold: float = 0.6
 
+    def __post_init__(self):
+        _at_least(self, "latent", 1, "size", "clusters", "adversarial_hidden")
+        _positive(self, "latent", "temperature")
+        _at_least(self, "latent", 0, "latent_weight", "cluster_weight", "floor", "warmup_steps")
+        _at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -169,6 +199,8 @@ class DecoderConfig:
     platforms: int = 0
 
     def __post_init__(self):
+        _at_least(self, "decoder", 1, "hidden", "bottleneck")
+        _at_least(self, "decoder", 0, "batches", "datasets", "platforms")
         minimum = 2 if self.kind == "residual" else 1
         _require(
             self.layers >= minimum,
@@ -200,6 +232,8 @@ class HeadConfig:
     condition: int = 0
 
     def __post_init__(self):
+        _at_least(self, "head", 1, "hidden", "layers")
+        _at_least(self, "head", 0, "condition")
         if self.kind != "none":
             _require(
                 self.outputs >= 1,
@@ -238,6 +272,7 @@ class ModelConfig:
         _require(
             self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
         )
+        _at_least(self, "", 1, "hidden", "norm_groups")
         _fraction(self.dropout, "dropout")
         if self.encoder.kind in ("flow", "softmax", "performer"):
             _require(
@@ -308,6 +343,9 @@ class MaskingConfig:
         _fraction(self.cell_fraction, "masking.cell_fraction", below_one=False)
         _fraction(self.gene_fraction, "masking.gene_fraction", below_one=False)
         _fraction(self.drop_cells, "masking.drop_cells")
+        _fraction(self.maximum_rate, "masking.maximum_rate", below_one=False)
+        _positive(self, "masking", "beta_concentration")
+        _at_least(self, "masking", 0, "maximum_cells")
         if self.beta and self.gene_fraction > 0:
             b = 4 / self.gene_fraction + 2 - self.beta_concentration
             _require(
@@ -358,6 +396,12 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     clip_norm: float = 1.0
 
+    def __post_init__(self):
+        _positive(self, "optimizer", "learning_rate")
+        _at_least(
+            self, "optimizer", 0, "weight_decay", "warmup_steps", "final_fraction", "clip_norm"
+        )
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -378,9 +422,7 @@ class DataConfig:
 
     def __post_init__(self):
         _fraction(self.heldout_fraction, "data.heldout_fraction")
-        for name in ("samples", "cells"):
-            value = getattr(self, name)
-            _require(value >= 1, f"data.{name} = {value}", "at least 1", "Raise it")
+        _at_least(self, "data", 1, "samples", "cells", "minimum_cells")
 
 
 @dataclass(frozen=True)
@@ -409,15 +451,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in (
-            "steps",
-            "log_every",
-            "evaluate_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name} = {value}", "at least 1", "Raise it")
+        _at_least(self, "", 1, "steps", "log_every", "evaluate_every", "checkpoint_every")
+        _at_least(self, "", 1, "keep_checkpoints")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from cellplm_jax.errors import ConfigError, explain
 
 
 def published_85m(genes: int = 1) -> TrainConfig:
-    """Return the published architecture (82.4 M parameters with its 12,596 batches), with positions on.
+    """Return the published architecture, with positions on: 72.1 M parameters at 19,374 genes and 12,596 batches.
 
     Args:
         genes: Size of the vocabulary; filled in from the data when a run starts.

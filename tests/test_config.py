@@ -252,8 +252,8 @@ def test_impossible_values_are_errors(kind, values, message):
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        # Fails: heads = 0 and norm_groups = 0 reach a modulo and end as ZeroDivisionError, and every other value
-        # here is taken without a word and fails later, inside Flax or with NaN, or trains something meaningless.
+        # Unchecked, heads = 0 and norm_groups = 0 would reach a modulo, and every other value here would fail later,
+        # inside Flax or with NaN, or train something meaningless.
         (ModelConfig, {"genes": 5, "encoder": {"heads": 0}}),
         (ModelConfig, {"genes": 5, "norm_groups": 0}),
         (ModelConfig, {"genes": 5, "hidden": 0}),
