@@ -35,7 +35,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright
 
 parity: $(VENV)/.parity  ## the original, run live beside ours
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity tests
+	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m parity tests
 
 debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in seconds
 	rm -rf runs/debug

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import importlib.util
-import mmap
 import os
 import shutil
 import tempfile
@@ -27,29 +25,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _known_to_xla(flag: str) -> bool:
-    """Say whether this jaxlib has a flag; an unknown one in XLA_FLAGS ends the process."""
-    spec = importlib.util.find_spec("jaxlib")
-    for library in Path(str(spec and spec.origin)).parent.glob("libjax*.so"):
-        with (
-            library.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
-            if text.find(flag.encode()) >= 0:
-                return True
-    return False
-
-
-for _flag, _value in (
-    ("xla_force_host_platform_device_count", "8"),
-    ("xla_backend_optimization_level", "0"),
-    ("xla_cpu_use_fusion_emitters", "false"),
-):
+for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
     _flags = os.environ.get("XLA_FLAGS", "")
-    if os.environ["JAX_PLATFORMS"] == "cpu" and _flag not in _flags and _known_to_xla(_flag):
-        os.environ["XLA_FLAGS"] = f"{_flags} --{_flag}={_value}".strip()
+    if os.environ["JAX_PLATFORMS"] == "cpu" and _flag.split("=")[0] not in _flags:
+        os.environ["XLA_FLAGS"] = f"{_flags} {_flag}".strip()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CELLPLM_SHARED_DATA", ROOT.parent / "shared" / "data"))
