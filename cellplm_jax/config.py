@@ -407,22 +407,53 @@ class OptimizerConfig:
 class DataConfig:
     """How samples become batches.
 
+    A sample larger than a row is cut into windows (random cells, or a spatial neighbourhood where there are
+    coordinates); smaller ones are packed several to a row and attend only within themselves.
+
     Attributes:
-        samples: Sentences (rows) in a batch.
-        cells: Cells a sentence holds; a larger sample is cut into windows, a smaller one is padded.
+        rows: Rows of a batch, all devices together; one row is one context of the model.
+        cells: Cells a row holds.
+        segments: Samples packed into one row at most; 1 switches packing off.
         heldout_fraction: Fraction of the samples held out for evaluation. With fewer than ``1 / heldout_fraction``
             samples, that fraction of the cells of every sample is held out instead, as samples of their own.
         minimum_cells: Samples with fewer cells are left out (reported).
+        threads: Threads of this process that read and lay out rows.
+        prefetch: Batches made ahead of the step that needs them.
     """
 
-    samples: int = 1
+    rows: int = 1
     cells: int = 1024
+    segments: int = 16
     heldout_fraction: float = 0.1
     minimum_cells: int = 2
+    threads: int = 4
+    prefetch: int = 2
 
     def __post_init__(self):
         _fraction(self.heldout_fraction, "data.heldout_fraction")
-        _at_least(self, "data", 1, "samples", "cells", "minimum_cells")
+        _at_least(self, "data", 1, "rows", "cells", "segments", "minimum_cells", "threads")
+        _at_least(self, "data", 1, "prefetch")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes are arranged; which array lies along which axis is in ``train/sharding.py``.
+
+    Attributes:
+        data: Devices along the rows of a batch; 0: all that the other axes leave.
+        cells: Devices along the cells of a row, for contexts too large for one device. It is also the number of
+            pieces a row is laid out in, within which cells are dropped and masked: changing it changes the random
+            draws of a run, and nothing else does.
+        genes: Devices along the vocabulary: gene embeddings, masks, decoder output, likelihood.
+    """
+
+    data: int = 0
+    cells: int = 1
+    genes: int = 1
+
+    def __post_init__(self):
+        _at_least(self, "mesh", 0, "data")
+        _at_least(self, "mesh", 1, "cells", "genes")
 
 
 @dataclass(frozen=True)
@@ -431,10 +462,18 @@ class TrainConfig:
 
     Attributes:
         model: Architecture; ``genes`` and the covariate sizes are filled in from the data when they are 0 or 1 there.
-        masking, objective, optimizer, data: The parts.
+        masking, objective, optimizer, data, mesh: The parts.
         steps: Optimizer steps of the whole run.
         seed: Seed of everything random: initialisation, batches, masks, noise.
+        accumulate: Batches whose gradients are averaged before one optimizer step.
+        precision: What matrix products are computed in. Parameters, sums over cells, latent and likelihood are
+            float32 in either case.
+        rematerialize: Compute the activations of encoder layers and decoder again in the backward pass instead of
+            keeping them: less memory, about a third more arithmetic.
+        maximum_skipped: A step whose loss or gradients are not finite changes nothing and is counted; after so many
+            in a row the run stops with a diagnosis.
         log_every, evaluate_every, checkpoint_every: Steps between these.
+        probe_every: Steps between probes of the embedding on held-out cells with labels; 0: none.
         keep_checkpoints: Most recent checkpoints kept besides the best.
     """
 
@@ -443,16 +482,36 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     steps: int = 1000
     seed: int = 0
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    rematerialize: bool = False
+    maximum_skipped: int = 10
     log_every: int = 10
     evaluate_every: int = 100
     checkpoint_every: int = 100
+    probe_every: int = 0
     keep_checkpoints: int = 2
 
     def __post_init__(self):
         _at_least(self, "", 1, "steps", "log_every", "evaluate_every", "checkpoint_every")
-        _at_least(self, "", 1, "keep_checkpoints")
+        _at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
+        _at_least(self, "", 0, "probe_every")
+        _require(
+            self.data.cells % self.mesh.cells == 0,
+            f"data.cells = {self.data.cells} with mesh.cells = {self.mesh.cells}",
+            "a context that the devices along the cells divide",
+            "Change one of them",
+        )
+        if self.mesh.data:
+            _require(
+                self.data.rows % self.mesh.data == 0,
+                f"data.rows = {self.data.rows} with mesh.data = {self.mesh.data}",
+                "rows that the devices along the data axis divide",
+                "Change one of them",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def published_85m(genes: int = 1) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(genes=genes),
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=1e-8, warmup_steps=2000),
-        data=DataConfig(samples=8, cells=2048),
+        data=DataConfig(rows=8, cells=2048),
         steps=200_000,
         log_every=50,
         evaluate_every=2000,
@@ -60,7 +60,7 @@ def small(genes: int = 1) -> TrainConfig:
             decoder=DecoderConfig(hidden=256),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50),
-        data=DataConfig(samples=1, cells=1024),
+        data=DataConfig(rows=1, cells=1024),
         steps=1000,
     )
 
@@ -81,7 +81,7 @@ def debug(genes: int = 1) -> TrainConfig:
             decoder=DecoderConfig(hidden=32, bottleneck=16),
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
-        data=DataConfig(samples=2, cells=128),
+        data=DataConfig(rows=2, cells=128),
         steps=30,
         log_every=5,
         evaluate_every=15,

@@ -1,0 +1,166 @@
+"""What training reads cells from: one interface for samples in memory and for a corpus on disk.
+
+A store lists its tissue samples and reads runs of consecutive cells. The order of the cells inside a sample is chosen
+when the store is made (:func:`storage_order`), so that a run of neighbours on disk is what training wants to see
+together: random cells of a dissociated sample, a neighbourhood of a spatial one. Reading is then always contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+LARGEST_STORED_COUNT = 65_535
+"""Counts travel as uint16; a larger one is stored as this, and whoever stores it counts and reports it."""
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One row of the sample table.
+
+    Attributes:
+        name: What the user calls the sample; unique within its dataset.
+        dataset_name: The dataset it belongs to, normally the stem of a file.
+        platform_name: How it was measured; "" where nobody said.
+        cells: Number of cells.
+        nonzeros: Stored counts of all of them.
+        spatial: Whether its cells have coordinates.
+        batch: Row of the batch embedding: the position of the sample in the store.
+        dataset: Row of the dataset embedding; -1: unknown.
+        platform: Row of the platform embedding; -1: unknown.
+    """
+
+    name: str
+    dataset_name: str
+    platform_name: str
+    cells: int
+    nonzeros: int
+    spatial: bool
+    batch: int
+    dataset: int = -1
+    platform: int = -1
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """Consecutive cells of one sample.
+
+    Attributes:
+        indptr: int64 [cells + 1], from 0.
+        gene: uint16 (uint32 with more than 65,536 genes) [nonzeros]. Index into the vocabulary, rising in each cell.
+        count: uint16 [nonzeros].
+        coordinates: float32 [cells, 2] scaled to [0, 1] over the WHOLE sample; NaN for a cell without; None: no cell
+            of the sample has any.
+        labels: int32 [cells], index into the store's ``label_names``, -1 for none; None: the store has no labels.
+    """
+
+    indptr: np.ndarray
+    gene: np.ndarray
+    count: np.ndarray
+    coordinates: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return len(self.indptr) - 1
+
+
+class CellStore(Protocol):
+    """Tissue samples that training reads; safe to read from several threads at once.
+
+    Attributes:
+        genes: Vocabulary, Ensembl ids.
+        samples: The sample table; the position in it is the sample's number everywhere.
+        label_names: Names of the labels in :attr:`CellRun.labels`; empty where cells have none.
+    """
+
+    genes: list[str]
+    samples: Sequence[SampleRecord]
+    label_names: list[str]
+
+    def indptr(self, sample: int) -> np.ndarray:
+        """Return int64 [cells + 1]: where each cell's stored counts begin, from 0 at the sample's first cell."""
+        ...
+
+    def read(self, sample: int, start: int, stop: int) -> CellRun:
+        """Read cells ``start`` to ``stop`` (exclusive) of a sample."""
+        ...
+
+    def measured(self, sample: int) -> np.ndarray | None:
+        """Return bool [genes], the genes measured in a sample; None: all."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the vocabulary and of the sample table: equal means the same data in the same order."""
+        ...
+
+
+def moore_curve(coordinates: np.ndarray, order: int = 10) -> np.ndarray:
+    """Return each point's place along a Moore curve (a closed Hilbert curve) over the unit square.
+
+    Points near each other on the curve are near each other in the plane, and the curve's end meets its start, so that a
+    run that wraps around is a neighbourhood too.
+
+    Args:
+        coordinates: float [cells, 2] in [0, 1].
+        order: The square is divided into ``2^order`` by ``2^order`` places.
+
+    Returns:
+        int64 [cells].
+    """
+    side = 1 << order
+    half = side // 2
+    x, y = np.clip((np.asarray(coordinates, np.float64) * side).astype(np.int64), 0, side - 1).T
+    # Four Hilbert curves, turned so that each begins where the last one ends: up the left half, down the right one.
+    left = x < half
+    upper = y >= half
+    quadrant = np.where(left, np.where(upper, 1, 0), np.where(upper, 2, 3))
+    u, v = x % half, y % half
+    # A Hilbert curve runs from (0, 0) to (half - 1, 0); on the left it must run upwards along the inner edge, on the
+    # right downwards along it.
+    along = np.where(left, v, half - 1 - v)
+    across = np.where(left, half - 1 - u, u)
+    return quadrant.astype(np.int64) * half * half + _hilbert(along, across, half)
+
+
+def _hilbert(x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
+    """Return the distance along the Hilbert curve from (0, 0) to (side - 1, 0)."""
+    x, y = x.copy(), y.copy()
+    distance = np.zeros(x.shape, np.int64)
+    step = side // 2
+    while step > 0:
+        right, top = (x & step) > 0, (y & step) > 0
+        distance += step * step * ((3 * right) ^ top)
+        # Turn the quarter that was entered so that its own curve starts at its origin.
+        flip = ~top & right
+        x, y = np.where(flip, side - 1 - x, x), np.where(flip, side - 1 - y, y)
+        x, y = np.where(~top, y, x), np.where(~top, x, y)
+        step //= 2
+    return distance
+
+
+def storage_order(
+    cells: int, coordinates: np.ndarray | None, generator: np.random.Generator
+) -> np.ndarray:
+    """Return the order in which the cells of a sample are stored.
+
+    Args:
+        cells: Number of cells.
+        coordinates: float [cells, 2] scaled to [0, 1], NaN where a cell has none; None: dissociated cells.
+        generator: Decides the order of dissociated cells.
+
+    Returns:
+        int64 [cells], a permutation: random without coordinates; along a Moore curve with them, cells that lack
+        coordinates last, in random order.
+    """
+    order = generator.permutation(cells)
+    if coordinates is None:
+        return order
+    present = np.isfinite(coordinates).all(axis=1)
+    place = np.full(cells, np.iinfo(np.int64).max)
+    place[present] = moore_curve(coordinates[present])
+    return order[np.argsort(place[order], kind="stable")]
