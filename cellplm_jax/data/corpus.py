@@ -1,0 +1,981 @@
+"""A corpus on disk: many data sets in one form, read by runs of consecutive cells.
+
+A corpus is a folder, or a gs:// prefix to read from::
+
+    corpus.json       format, parts in order with checksums, totals, platforms, label names, counters
+    genes.txt         the vocabulary, one Ensembl id a line
+    parts/NAME.zarr   one AnnData-encoded zarr v3 store a data set (``anndata.read_zarr`` opens it)
+    parts/NAME.json   its sample table, measured genes and checksums; written last, so a part without it is unfinished
+
+Counts are compressed sparse rows: uint16 counts and gene indices (uint32 beyond 65,536 genes), sharded, lz4, each chunk
+with its CRC-32C. The cells of a sample lie together, in the order of :func:`cellplm_jax.data.store.storage_order`, so that what
+training wants to see together is one contiguous read. TensorStore does the reading, from any number of threads.
+
+:class:`PartWriter` and :func:`write_index` make a corpus, :func:`open_corpus` reads one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from cellplm_jax.data.store import CellRun, SampleRecord
+from cellplm_jax.errors import CellPLMError, InputError, explain
+
+FORMAT = 1
+"""Version of the corpus format; a reader refuses others."""
+
+CHUNK_VALUES = 2**17
+"""Values of a compressed chunk, what one read decodes at least: about 90 cells of 1,500 stored counts."""
+
+SHARD_VALUES = 2**23
+"""Values of a shard, one file: 16 MB of counts before compression."""
+
+CACHE_BYTES = 256 * 2**20
+"""Bytes of decoded chunks a :class:`Corpus` keeps, and as much again of cell offsets."""
+
+LABEL_COLUMN = "label"
+"""Column of ``obs`` in a part that holds the labels."""
+
+_INDEX = "corpus.json"
+_GENES = "genes.txt"
+_FULL = ("no space left", "enospc", "file too large", "disk quota", "quota exceeded")
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PartSample:
+    """One sample of a part that is being written.
+
+    Attributes:
+        name: Unique within the data set.
+        cells: Number of cells, consecutive in the part.
+        platform_name: How it was measured; "" where nobody said.
+        spatial: Whether any of its cells has coordinates.
+    """
+
+    name: str
+    cells: int
+    platform_name: str = ""
+    spatial: bool = False
+
+
+def vocabulary_hash(genes: Sequence[str]) -> str:
+    """Return the SHA-256 of a vocabulary, the same as that of its ``genes.txt``."""
+    return hashlib.sha256(_gene_text(genes).encode()).hexdigest()
+
+
+def write_genes(folder: str | os.PathLike, genes: Sequence[str]) -> None:
+    """Write the vocabulary of a new corpus, making its folders.
+
+    Args:
+        folder: The corpus.
+        genes: Ensembl ids, in the order of the columns.
+
+    Raises:
+        InputError: The disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    with explain_write_errors(f"the corpus '{folder}'"):
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        write_text_whole(folder / _GENES, _gene_text(genes))
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it, so that it appears whole or not at all."""
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def explain_write_errors(what: str) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into one clear message.
+
+    Args:
+        what: What is being written, for the message.
+
+    Raises:
+        InputError: Instead of the error of the operating system or of TensorStore.
+    """
+    try:
+        yield
+    except CellPLMError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(sign in text.lower() for sign in _FULL):
+            msg = explain(
+                f"{what} could not be written because the disk is full ({text[-160:]})",
+                "room for about 3 bytes a stored count",
+                "Free some space or choose another folder, and run the same command again; finished "
+                "parts are kept",
+            )
+            raise InputError(msg) from error
+        if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            msg = explain(
+                f"{what} could not be written ({text[-160:]})",
+                "a folder that may be written",
+                "Choose another folder, or correct its permissions",
+            )
+            raise InputError(msg) from error
+        raise
+
+
+def index_type(genes: int) -> np.dtype:
+    """Return the type gene indices are stored in: uint16, or uint32 with more than 65,536 genes."""
+    return np.dtype(np.uint16 if genes <= 65_536 else np.uint32)
+
+
+class PartWriter:
+    """Writes one part of a corpus: counts first, sequentially and in bounded memory, then everything about them.
+
+    Nothing of the part is visible before :meth:`finish`; as a context manager, leaving early removes what was written.
+
+    Args:
+        folder: The corpus; ``genes.txt`` and ``parts/`` are there already (:func:`write_genes`).
+        name: Name of the part, normally the stem of its file. An existing part of that name is replaced at the end.
+        genes: The vocabulary of the corpus.
+        cell_nonzeros: int [cells]. Stored counts of each cell, in the order of the part.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        name: str,
+        genes: Sequence[str],
+        cell_nonzeros: np.ndarray,
+    ):
+        self.folder, self.name, self.genes = Path(folder), name, genes
+        self.cells = len(cell_nonzeros)
+        self._indptr = np.zeros(self.cells + 1, np.int64)
+        np.cumsum(cell_nonzeros, out=self._indptr[1:])
+        self._partial = self.folder / "parts" / f".{name}.partial"
+        self._checksums: dict[str, list[int]] = {}
+        self._streams: tuple[_Stream, ...] = ()
+        with self._explained():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._start()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    @property
+    def nonzeros(self) -> int:
+        """Stored counts of the whole part."""
+        return int(self._indptr[-1])
+
+    def append(self, gene: np.ndarray, count: np.ndarray) -> None:
+        """Add the stored counts of the next cells.
+
+        Args:
+            gene: Index into the vocabulary [nonzeros], rising within each cell.
+            count: Count [nonzeros], 1 to 65,535.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        with self._explained():
+            indices, data = self._streams
+            indices.append(gene)
+            data.append(count)
+
+    def finish(
+        self,
+        samples: Sequence[PartSample],
+        *,
+        dataset_name: str,
+        cell_names: Sequence[str],
+        source_rows: np.ndarray | None = None,
+        coordinates: np.ndarray | None = None,
+        labels: Sequence[str | None] | None = None,
+        measured: np.ndarray | None = None,
+        source: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        counters: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Write everything else and make the part visible.
+
+        Args:
+            samples: The samples in order; their cells add up to those of the part.
+            dataset_name: The data set the samples belong to.
+            cell_names: Original names [cells].
+            source_rows: int [cells]. Row of each cell in its source; None: the order of the part.
+            coordinates: float32 [cells, 2] scaled to [0, 1] by sample, NaN for cells without; None: none has any.
+            labels: A label for each cell, None for cells without; None: no labels.
+            measured: bool [genes]; None: all.
+            source: What the part was made from (``name``, ``size``, ``signature``).
+            settings: How it was made; a part made with others is made again.
+            counters: What was clipped, left out or unknown.
+
+        Returns:
+            The record written as ``parts/NAME.json``.
+
+        Raises:
+            InputError: The disk is full.
+            ValueError: Fewer or more counts were appended than announced, or the arguments disagree.
+        """
+        lengths = {"samples": sum(s.cells for s in samples), "cell_names": len(cell_names)}
+        for name, values in (
+            ("source_rows", source_rows),
+            ("coordinates", coordinates),
+            ("labels", labels),
+        ):
+            if values is not None:
+                lengths[name] = len(values)
+        if set(lengths.values()) != {self.cells}:
+            msg = f"a part of {self.cells} cells was given {lengths}"
+            raise ValueError(msg)
+        with self._explained():
+            for stream in self._streams:
+                stream.close()
+            categories = self._write_cells(
+                samples, cell_names, source_rows, coordinates, labels, measured
+            )
+            record = self._record(samples, dataset_name, categories, measured)
+            record["source"] = dict(source or {})
+            record["settings"] = dict(settings or {})
+            record["counters"] = dict(counters or {})
+            self._publish(record)
+        return record
+
+    def abort(self) -> None:
+        """Remove what was written, unless the part is finished."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    # -- parts of the above ----------------------------------------------------------------------
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explain_write_errors(f"part '{self.name}' of the corpus '{self.folder}'")
+
+    def _start(self) -> None:
+        """Lay out the store and the arrays of the counts."""
+        import anndata
+        import zarr
+
+        root = zarr.open_group(str(self._partial), mode="w", zarr_format=3)
+        root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        group = root.create_group("X")
+        group.attrs.update(
+            {
+                "encoding-type": "csr_matrix",
+                "encoding-version": "0.1.0",
+                "shape": [self.cells, len(self.genes)],
+            }
+        )
+        with _anndata_settings():
+            for name in ("layers", "obsp", "varm", "varp", "uns"):
+                anndata.io.write_elem(root, name, {})
+        types = (index_type(len(self.genes)), np.dtype(np.uint16))
+        self._streams = tuple(
+            self._stream(f"X/{name}", dtype, self.nonzeros)
+            for name, dtype in zip(("indices", "data"), types, strict=True)
+        )
+        offsets = self._stream("X/indptr", np.dtype(np.int64), self.cells + 1)
+        offsets.append(self._indptr)
+        offsets.close()
+
+    def _stream(self, array: str, dtype: np.dtype, length: int) -> _Stream:
+        checksums = self._checksums[array] = []
+        return _Stream(self._partial / array, dtype, length, checksums)
+
+    def _write_cells(
+        self,
+        samples: Sequence[PartSample],
+        cell_names: Sequence[str],
+        source_rows: np.ndarray | None,
+        coordinates: np.ndarray | None,
+        labels: Sequence[str | None] | None,
+        measured: np.ndarray | None,
+    ) -> list[str]:
+        """Write obs, var and obsm; return the categories of the labels."""
+        import anndata
+        import pandas as pd
+        import zarr
+
+        root = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
+        names = list(dict.fromkeys(sample.name for sample in samples))
+        codes = np.repeat(
+            [names.index(sample.name) for sample in samples], [sample.cells for sample in samples]
+        )
+        rows = np.arange(self.cells) if source_rows is None else source_rows
+        obs = pd.DataFrame(
+            {
+                "sample": pd.Categorical.from_codes(codes.astype(np.int64), categories=names),
+                "source_row": np.asarray(rows, np.int64),
+            },
+            index=pd.Index(np.asarray(cell_names, dtype=object)),
+        )
+        categories: list[str] = []
+        if labels is not None:
+            categories = sorted({label for label in labels if label is not None})
+            obs[LABEL_COLUMN] = pd.Categorical(list(labels), categories=categories)
+        known = np.ones(len(self.genes), bool) if measured is None else np.asarray(measured, bool)
+        var = pd.DataFrame(
+            {"measured": known}, index=pd.Index(np.asarray(self.genes, dtype=object))
+        )
+        with _anndata_settings():
+            anndata.io.write_elem(root, "obs", obs)
+            anndata.io.write_elem(root, "var", var)
+            anndata.io.write_elem(root, "obsm", {})
+        if coordinates is not None:
+            stream = self._stream("obsm/spatial", np.dtype(np.float32), 2 * self.cells)
+            stream.close_pairs(np.asarray(coordinates, np.float32))
+        if labels is not None:
+            stored = np.asarray(obs[LABEL_COLUMN].cat.codes)
+            self._checksums[f"obs/{LABEL_COLUMN}/codes"] = [_crc(stored)]
+        return categories
+
+    def _record(
+        self,
+        samples: Sequence[PartSample],
+        dataset_name: str,
+        categories: list[str],
+        measured: np.ndarray | None,
+    ) -> dict[str, Any]:
+        table, first = [], 0
+        for sample in samples:
+            low, high = self._indptr[first], self._indptr[first + sample.cells]
+            table.append(
+                {
+                    "name": sample.name,
+                    "platform": sample.platform_name,
+                    "cells": sample.cells,
+                    "nonzeros": int(high - low),
+                    "first_cell": first,
+                    "first_nonzero": int(low),
+                    "spatial": sample.spatial,
+                }
+            )
+            first += sample.cells
+        known = np.ones(len(self.genes), bool) if measured is None else np.asarray(measured, bool)
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "dataset": dataset_name,
+            "vocabulary": vocabulary_hash(self.genes),
+            "cells": self.cells,
+            "nonzeros": self.nonzeros,
+            "genes_measured": int(known.sum()),
+            "measured": np.packbits(known).tobytes().hex(),
+            "labels": categories,
+            "samples": table,
+            "checksums": self._checksums,
+        }
+
+    def _publish(self, record: dict[str, Any]) -> None:
+        """Replace an older part of the same name; the record comes last."""
+        parts = self.folder / "parts"
+        marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
+        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        marker.unlink(missing_ok=True)
+        shutil.rmtree(store, ignore_errors=True)
+        self._partial.replace(store)
+        write_text_whole(marker, text)
+
+
+class _Stream:
+    """One array written from its beginning to its end, a whole shard at a time."""
+
+    def __init__(self, path: Path, dtype: np.dtype, length: int, checksums: list[int]):
+        self.dtype, self.length, self.checksums = dtype, length, checksums
+        self._path = path
+        self._held: list[np.ndarray] = []
+        self._waiting = self._written = 0
+        self._pending: collections.deque[Any] = collections.deque()
+        self._array: Any = None
+
+    def append(self, values: np.ndarray) -> None:
+        """Take values; full shards are written in the background, two at a time."""
+        self._held.append(np.asarray(values).astype(self.dtype, copy=False).reshape(-1))
+        self._waiting += len(self._held[-1])
+        if self._waiting >= SHARD_VALUES:
+            joined = np.concatenate(self._held)
+            whole = len(joined) // SHARD_VALUES * SHARD_VALUES
+            for start in range(0, whole, SHARD_VALUES):
+                self._write(joined[start : start + SHARD_VALUES])
+            self._held = [joined[whole:].copy()]
+            self._waiting = len(self._held[0])
+
+    def close(self) -> None:
+        """Write what is left and wait for all of it."""
+        if self._array is None:
+            self._array = _create(self._path, self.dtype, (self.length,))
+        if self._waiting:
+            self._write(np.concatenate(self._held))
+            self._held, self._waiting = [], 0
+        while self._pending:
+            self._pending.popleft().result()
+        if self._written != self.length:
+            msg = f"{self._path.name}: {self._written} values were written, {self.length} announced"
+            raise ValueError(msg)
+
+    def close_pairs(self, values: np.ndarray) -> None:
+        """Write an array [length / 2, 2] at once; small beside the counts."""
+        array = _create(self._path, self.dtype, values.shape)
+        step = SHARD_VALUES // 2
+        for start in range(0, len(values), step):
+            block = np.ascontiguousarray(values[start : start + step])
+            self.checksums.append(_crc(block))
+            array[start : start + len(block)].write(block).result()
+
+    def _write(self, values: np.ndarray) -> None:
+        if self._array is None:
+            self._array = _create(self._path, self.dtype, (self.length,))
+        stop = self._written + len(values)
+        if stop > self.length:
+            msg = f"{self._path.name}: more than the {self.length} values announced"
+            raise ValueError(msg)
+        self.checksums.append(_crc(values))
+        self._pending.append(self._array[self._written : stop].write(values))
+        self._written = stop
+        while len(self._pending) > 1:
+            self._pending.popleft().result()
+
+
+def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
+    """Create a sharded, checksummed zarr v3 array; what a missing shard would read as can be no value."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    blosc = {
+        "cname": "lz4",
+        "clevel": 5,
+        "shuffle": "shuffle",
+        "typesize": dtype.itemsize,
+        "blocksize": 0,
+    }
+    wide = list(shape[1:])
+    per_row = int(np.prod(wide, dtype=np.int64))
+    sharding = {
+        "chunk_shape": [CHUNK_VALUES // per_row, *wide],
+        "codecs": [little, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    attributes: dict[str, Any] = {}
+    if wide:
+        attributes = {"encoding-type": "array", "encoding-version": "0.2.0"}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": {
+            "shape": list(shape),
+            "data_type": dtype.name,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [SHARD_VALUES // per_row, *wide]},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "fill_value": {"i": -1, "u": 0, "f": "NaN"}[dtype.kind],
+            "attributes": attributes,
+        },
+    }
+    return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+
+def _crc(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+
+
+@contextlib.contextmanager
+def _anndata_settings() -> Iterator[None]:
+    """Write zarr v3, and nullable strings where this anndata has a setting for them."""
+    import anndata
+
+    wanted: dict[str, Any] = {"zarr_write_format": 3}
+    for name, value in (("allow_write_nullable_strings", True), ("auto_shard_zarr_v3", False)):
+        if hasattr(anndata.settings, name):
+            wanted[name] = value
+    with anndata.settings.override(**wanted):
+        yield
+
+
+def _gene_text(genes: Sequence[str]) -> str:
+    return "".join(f"{gene}\n" for gene in genes)
+
+
+def write_index(
+    folder: str | os.PathLike,
+    parts: Sequence[str],
+    *,
+    vocabulary: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write ``corpus.json`` from finished parts, which completes a corpus.
+
+    Args:
+        folder: The corpus.
+        parts: Names of the parts, in the order that numbers their samples.
+        vocabulary: How the vocabulary was chosen, kept as it is.
+
+    Returns:
+        The index.
+
+    Raises:
+        InputError: A part has another vocabulary, two samples of a data set share a name, or the disk is full.
+    """
+    folder = Path(folder)
+    genes = (folder / _GENES).read_text(encoding="utf-8").splitlines()
+    index = build_index(
+        genes, {name: (folder / "parts" / f"{name}.json").read_bytes() for name in parts}
+    )
+    index["vocabulary"]["chosen"] = dict(vocabulary or {})
+    with explain_write_errors(f"the index of the corpus '{folder}'"):
+        write_text_whole(folder / _INDEX, json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str, Any]:
+    """Put the records of parts together.
+
+    Args:
+        genes: The vocabulary.
+        records: The bytes of each ``parts/NAME.json``, in order.
+
+    Returns:
+        What stands in ``corpus.json``.
+
+    Raises:
+        InputError: A part has another vocabulary, or two samples of a data set share a name.
+    """
+    entries, labels, datasets, platforms = [], [], [], []
+    totals = collections.Counter(samples=0, cells=0, nonzeros=0, spatial_samples=0)
+    counters: collections.Counter[str] = collections.Counter()
+    seen: dict[tuple[str, str], str] = {}
+    digest = vocabulary_hash(genes)
+    for name, text in records.items():
+        record = json.loads(text)
+        if record["vocabulary"] != digest:
+            msg = explain(
+                f"part '{name}' was made with another vocabulary",
+                f"the {len(genes)} genes of genes.txt",
+                f"Delete parts/{name}.json and run cellplm prepare again with its file",
+            )
+            raise InputError(msg)
+        for sample in record["samples"]:
+            key = (record["dataset"], sample["name"])
+            if key in seen:
+                msg = explain(
+                    f"sample '{key[1]}' of data set '{key[0]}' is both in part '{seen[key]}' and in "
+                    f"part '{name}'",
+                    "sample names that are unique within a data set",
+                    "Rename it in one of the files, or prepare without --dataset-key",
+                )
+                raise InputError(msg)
+            seen[key] = name
+            totals["spatial_samples"] += sample["spatial"]
+            if sample["platform"]:
+                platforms.append(sample["platform"])
+        datasets.append(record["dataset"])
+        labels += record["labels"]
+        totals.update(
+            samples=len(record["samples"]), cells=record["cells"], nonzeros=record["nonzeros"]
+        )
+        counters.update({k: v for k, v in record["counters"].items() if isinstance(v, int)})
+        entries.append(
+            {
+                "name": name,
+                "dataset": record["dataset"],
+                "source": record["source"],
+                "samples": len(record["samples"]),
+                "cells": record["cells"],
+                "nonzeros": record["nonzeros"],
+                "genes_measured": record["genes_measured"],
+                "sha256": hashlib.sha256(text).hexdigest(),
+            }
+        )
+    return {
+        "format": FORMAT,
+        "complete": True,
+        "vocabulary": {"genes": len(genes), "sha256": digest},
+        "totals": dict(totals),
+        "counters": dict(counters),
+        "datasets": list(dict.fromkeys(datasets)),
+        "platforms": list(dict.fromkeys(platforms)),
+        "label_names": list(dict.fromkeys(labels)),
+        "parts": entries,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """A local folder or gs:// prefix seen through TensorStore."""
+
+    def __init__(self, path: str | os.PathLike, context: Any):
+        text = os.fspath(path)
+        self.path, self.context = text.rstrip("/"), context
+        if text.startswith("gs://"):
+            bucket, _, prefix = self.path.removeprefix("gs://").partition("/")
+            self._driver = {"driver": "gcs", "bucket": bucket}
+            self._prefix = f"{prefix}/" if prefix else ""
+        else:
+            self._driver = {"driver": "file"}
+            self._prefix = f"{Path(text).expanduser().resolve()}/"
+        self._store: Any = None
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """Return the TensorStore specification of a folder inside."""
+        return {**self._driver, "path": f"{self._prefix}{name}/"}
+
+    def request(self, name: str) -> Callable[[], bytes | None]:
+        """Start reading a small file; call the result for its bytes, None where there is no such file."""
+        try:
+            if self._store is None:
+                kvstore = {**self._driver, "path": self._prefix}
+                self._store = tensorstore.KvStore.open(kvstore, context=self.context).result()
+            pending = self._store.read(name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(self._unreachable(name, error)) from error
+
+        def wait() -> bytes | None:
+            try:
+                found = pending.result()
+            except (ValueError, RuntimeError, OSError) as error:
+                raise InputError(self._unreachable(name, error)) from error
+            return bytes(found.value) if found.state == "value" else None
+
+        return wait
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a small file; None where there is no such file."""
+        return self.request(name)()
+
+    def _unreachable(self, name: str, error: Exception) -> str:
+        reason = " ".join(str(error).split())[:240]
+        return explain(
+            f"'{self.path}/{name}' cannot be read ({reason})",
+            "a corpus that this machine may read",
+            "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of an open corpus.
+
+    Attributes:
+        name: Its name.
+        record: What stands in ``parts/NAME.json``.
+        measured: bool [genes]; None: all.
+        label_codes: int32 [labels + 1], from the part's label codes (-1 last) to those of the corpus; None: no labels.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    measured: np.ndarray | None
+    label_codes: np.ndarray | None
+
+
+class Corpus:
+    """An open corpus, a :class:`cellplm_jax.data.store.CellStore`. Made by :func:`open_corpus`.
+
+    Attributes:
+        path: Where it is.
+        genes: Vocabulary, Ensembl ids.
+        samples: The sample table.
+        label_names: Names of the labels of all parts together.
+        index: What stands in ``corpus.json``.
+        parts: The parts in order.
+    """
+
+    def __init__(
+        self,
+        folder: _Folder,
+        context: Any,
+        genes: list[str],
+        index: dict[str, Any],
+        records: Mapping[str, Mapping[str, Any]],
+    ):
+        """Keep what :func:`open_corpus` read."""
+        self.path, self.genes, self.index = folder.path, genes, index
+        self.label_names: list[str] = list(index["label_names"])
+        self.parts = [self._part(name, record) for name, record in records.items()]
+        datasets = {name: number for number, name in enumerate(index["datasets"])}
+        platforms = {name: number for number, name in enumerate(index["platforms"])}
+        self.samples: list[SampleRecord] = []
+        self._where: list[tuple[int, int, int]] = []
+        for number, part in enumerate(self.parts):
+            for row in part.record["samples"]:
+                self.samples.append(
+                    SampleRecord(
+                        name=row["name"],
+                        dataset_name=part.record["dataset"],
+                        platform_name=row["platform"],
+                        cells=row["cells"],
+                        nonzeros=row["nonzeros"],
+                        spatial=row["spatial"],
+                        batch=len(self.samples),
+                        dataset=datasets[part.record["dataset"]],
+                        platform=platforms.get(row["platform"], -1),
+                    )
+                )
+                self._where.append((number, row["first_cell"], row["first_nonzero"]))
+        self._folder, self._context = folder, context
+        self._arrays: dict[tuple[int, str], Any] = {}
+        self._offsets: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._offset_bytes = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> str:
+        return self.path
+
+    def __setstate__(self, path: str) -> None:
+        self.__dict__.update(open_corpus(path).__dict__)
+
+    def indptr(self, sample: int) -> np.ndarray:
+        """Return int64 [cells + 1]: where each cell's stored counts begin, from 0 at the sample's first cell.
+
+        Raises:
+            InputError: The part is damaged.
+        """
+        with self._lock:
+            if sample in self._offsets:
+                self._offsets.move_to_end(sample)
+                return self._offsets[sample]
+        number, first, base = self._where[sample]
+        row = self.samples[sample]
+        (stored,) = self._read(number, {"X/indptr": (first, first + row.cells + 1)})
+        offsets = stored.astype(np.int64) - base
+        sound = offsets[0] == 0 and offsets[-1] == row.nonzeros
+        if not sound or (np.diff(offsets) < 0).any():
+            raise InputError(
+                self._damaged(number, f"cell offsets of sample '{row.name}' are wrong")
+            )
+        offsets.flags.writeable = False
+        with self._lock:
+            if sample not in self._offsets:
+                self._offsets[sample] = offsets
+                self._offset_bytes += offsets.nbytes
+            while self._offset_bytes > CACHE_BYTES and len(self._offsets) > 1:
+                self._offset_bytes -= self._offsets.popitem(last=False)[1].nbytes
+        return offsets
+
+    def read(self, sample: int, start: int, stop: int) -> CellRun:
+        """Read cells ``start`` to ``stop`` (exclusive) of a sample.
+
+        Raises:
+            InputError: The part is damaged; the message names it.
+            IndexError: The sample has no such cells.
+        """
+        row = self.samples[sample]
+        if not 0 <= start <= stop <= row.cells:
+            msg = f"cells {start} to {stop} asked for, of the {row.cells} of sample '{row.name}'"
+            raise IndexError(msg)
+        number, first, base = self._where[sample]
+        part = self.parts[number]
+        offsets = self.indptr(sample)
+        low, high = base + int(offsets[start]), base + int(offsets[stop])
+        wanted = {"X/indices": (low, high), "X/data": (low, high)}
+        if row.spatial:
+            wanted["obsm/spatial"] = (first + start, first + stop)
+        if part.label_codes is not None:
+            wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
+        found = dict(zip(wanted, self._read(number, wanted), strict=True))
+        gene, count = found["X/indices"], found["X/data"]
+        # A shard that is gone reads as zeros, and no stored count is zero.
+        if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
+            what = f"counts of sample '{row.name}' are missing or out of range"
+            raise InputError(self._damaged(number, what))
+        labels = None
+        if self.label_names:
+            labels = np.full(stop - start, -1, np.int32)
+            if part.label_codes is not None:
+                codes = found[f"obs/{LABEL_COLUMN}/codes"].astype(np.int64)
+                if codes.size and not -1 <= codes.min() <= codes.max() < len(part.label_codes) - 1:
+                    what = f"labels of sample '{row.name}' are out of range"
+                    raise InputError(self._damaged(number, what))
+                labels = part.label_codes[codes]
+        return CellRun(
+            indptr=offsets[start : stop + 1] - offsets[start],
+            gene=gene,
+            count=count,
+            coordinates=found.get("obsm/spatial"),
+            labels=labels,
+        )
+
+    def measured(self, sample: int) -> np.ndarray | None:
+        """Return bool [genes], the genes measured in a sample; None: all."""
+        return self.parts[self._where[sample][0]].measured
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the vocabulary and of the sample table."""
+        table = [
+            (s.dataset_name, s.name, s.platform_name, s.cells, s.nonzeros, s.spatial)
+            for s in self.samples
+        ]
+        text = json.dumps([vocabulary_hash(self.genes), table])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def part_of(self, sample: int) -> str:
+        """Return the name of the part that holds a sample."""
+        return self.parts[self._where[sample][0]].name
+
+    # -- parts of the above ----------------------------------------------------------------------
+
+    def _part(self, name: str, record: Mapping[str, Any]) -> Part:
+        bits = np.frombuffer(bytes.fromhex(record["measured"]), np.uint8)
+        measured = np.unpackbits(bits, count=len(self.genes)).astype(bool)
+        codes = None
+        if record["labels"]:
+            numbers = [self.label_names.index(label) for label in record["labels"]]
+            codes = np.array([*numbers, -1], np.int32)
+        return Part(name, record, None if measured.all() else measured, codes)
+
+    def _open(self, number: int, array: str) -> Any:
+        """Return the handle of an array, opened once."""
+        key = (number, array)
+        with self._lock:
+            if key in self._arrays:
+                return self._arrays[key]
+        spec = {
+            "driver": "zarr3",
+            "kvstore": self._folder.spec(f"parts/{self.parts[number].name}.zarr/{array}"),
+            "recheck_cached_metadata": False,
+            "recheck_cached_data": False,
+        }
+        handle = tensorstore.open(spec, read=True, context=self._context).result()
+        with self._lock:
+            return self._arrays.setdefault(key, handle)
+
+    def _read(self, number: int, wanted: Mapping[str, tuple[int, int]]) -> list[np.ndarray]:
+        """Read ranges of several arrays of a part at the same time."""
+        try:
+            pending = []
+            for array, (low, high) in wanted.items():
+                handle = self._open(number, array)
+                if high > handle.shape[0]:
+                    what = f"{array} ends at {handle.shape[0]} of {high}"
+                    raise InputError(self._damaged(number, what))
+                pending.append(handle[low:high].read())
+            return [future.result() for future in pending]
+        except (ValueError, RuntimeError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = " ".join(str(error).split())[:240]
+            raise InputError(self._damaged(number, reason)) from error
+
+    def _damaged(self, number: int, what: str) -> str:
+        part = self.parts[number]
+        source = part.record["source"].get("name", "its file")
+        return explain(
+            f"part '{part.name}' of the corpus '{self.path}' is damaged ({what})",
+            "the arrays that parts/NAME.json describes",
+            f"Copy parts/{part.name}.zarr again, or delete parts/{part.name}.json and run cellplm "
+            f"prepare again with {source}",
+        )
+
+
+def is_corpus(path: str | os.PathLike) -> bool:
+    """Say whether a folder or gs:// prefix holds a corpus."""
+    if not os.fspath(path).startswith("gs://"):
+        return (Path(path).expanduser() / _INDEX).is_file()
+    return _Folder(path, tensorstore.Context()).read(_INDEX) is not None
+
+
+def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> Corpus:
+    """Open a corpus and check that all of it is there.
+
+    Args:
+        path: Local folder, or ``gs://BUCKET/FOLDER``.
+        cache_bytes: Bytes of decoded chunks kept in memory.
+
+    Returns:
+        The corpus; its arrays are opened when they are first read.
+
+    Raises:
+        InputError: There is no complete corpus, it has another format, or its vocabulary or a part is missing or not
+            the one the index describes.
+    """
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    folder = _Folder(path, context)
+    text = folder.read(_INDEX)
+    if text is None:
+        msg = explain(
+            f"'{folder.path}' holds no corpus.json",
+            "a corpus made by cellplm prepare",
+            "Check the path, or run: cellplm prepare FILE.h5ad ... --out CORPUS",
+        )
+        raise InputError(msg)
+    index = _parse(folder, _INDEX, text)
+    if index.get("format") != FORMAT:
+        msg = explain(
+            f"the corpus '{folder.path}' has format {index.get('format')}",
+            f"format {FORMAT}",
+            "Use the version of cellplm-jax that wrote it, or prepare it again",
+        )
+        raise InputError(msg)
+    if not index.get("complete"):
+        msg = explain(
+            f"the corpus '{folder.path}' is unfinished",
+            "one whose preparation ended",
+            "Run the same cellplm prepare command again; finished parts are kept",
+        )
+        raise InputError(msg)
+    genes = (folder.read(_GENES) or b"").decode().splitlines()
+    if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
+        msg = explain(
+            f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "
+            "vocabulary",
+            f"the {index['vocabulary']['genes']} genes the corpus was made with",
+            "Put the original genes.txt back, or prepare the corpus again",
+        )
+        raise InputError(msg)
+    waiting = {
+        entry["name"]: folder.request(f"parts/{entry['name']}.json") for entry in index["parts"]
+    }
+    records = {}
+    for entry in index["parts"]:
+        name = entry["name"]
+        text = waiting[name]()
+        if text is None or hashlib.sha256(text).hexdigest() != entry["sha256"]:
+            found = "is missing" if text is None else "is not the one corpus.json describes"
+            msg = explain(
+                f"parts/{name}.json of the corpus '{folder.path}' {found}",
+                "every part that the corpus lists",
+                f"Copy the part again, or run cellplm prepare again with "
+                f"{entry['source'].get('name', 'its file')}",
+            )
+            raise InputError(msg)
+        records[name] = json.loads(text)
+    return Corpus(folder, context, genes, index, records)
+
+
+def _parse(folder: _Folder, name: str, text: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        msg = explain(
+            f"'{folder.path}/{name}' is not JSON ({error})",
+            "the file that cellplm prepare wrote",
+            "Copy the corpus again, or prepare it again",
+        )
+        raise InputError(msg) from error
