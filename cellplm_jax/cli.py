@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_prepare(commands)
     _add_embed(commands)
     _add_convert(commands)
     _add_info(commands)
@@ -112,6 +113,107 @@ def _print_scores(table: dict[str, dict[str, float]]) -> None:
     for method, scores in table.items():
         values = (f"{scores[name]:20.4f}" if name in scores else f"{'-':>20}" for name in columns)
         _print(f"{method:<{width}}" + "".join(values))
+
+
+def _add_prepare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "prepare",
+        _prepare,
+        "turn AnnData files into a corpus for pretraining, or add files to one",
+        "cellplm prepare data/*.h5ad --out corpus --sample-key batch --label-key cell_type",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IN.h5ad", help=".h5ad files, .zarr stores, or folders of them"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="CORPUS",
+        help="folder of the corpus; the same one continues",
+    )
+    parser.add_argument(
+        "--sample-key",
+        metavar="K",
+        help="column of obs naming the tissue sample; a file without it is one sample",
+    )
+    parser.add_argument(
+        "--dataset-key", metavar="K", help="column of obs naming the data set (the file's name)"
+    )
+    parser.add_argument(
+        "--platform-key", metavar="K", help="column of obs naming how a sample was measured"
+    )
+    parser.add_argument(
+        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
+    )
+    parser.add_argument(
+        "--label-key", metavar="K", help="column of obs with labels of cells, for the probe"
+    )
+    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
+    parser.add_argument(
+        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
+    )
+    parser.add_argument(
+        "--genes", metavar="FILE", help="vocabulary, one gene a line (chosen from the files)"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        choices=("union", "intersection"),
+        help="which of the genes that files measure are chosen (union)",
+    )
+    parser.add_argument(
+        "--minimum-cells",
+        type=_positive,
+        metavar="N",
+        help="cells that must express a gene for it to be chosen (10)",
+    )
+    parser.add_argument(
+        "--minimum-prevalence",
+        type=float,
+        metavar="F",
+        help="share of the cells measuring a gene that must express it (0)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="running dask scheduler; its workers see the same paths",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="local worker processes; 0: none but this one (a core each, at most one a file)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.prepare import prepare, summary_text
+
+    summary = prepare(
+        arguments.inputs,
+        arguments.out,
+        sample_key=arguments.sample_key,
+        dataset_key=arguments.dataset_key,
+        platform_key=arguments.platform_key,
+        spatial_key=arguments.spatial_key,
+        label_key=arguments.label_key,
+        layer=arguments.layer,
+        gene_key=arguments.gene_key,
+        genes=arguments.genes,
+        vocabulary=arguments.vocabulary,
+        minimum_cells=arguments.minimum_cells,
+        minimum_prevalence=arguments.minimum_prevalence,
+        scheduler=arguments.scheduler,
+        workers=arguments.workers,
+        quiet=arguments.quiet,
+    )
+    if arguments.json:
+        _print(json.dumps(summary, indent=2))
+        return
+    _print(summary_text(summary))
+    _print(f"wrote {arguments.out} in {summary['seconds']:.0f} s   (cellplm info {arguments.out})")
 
 
 def _add_embed(commands: Any) -> None:

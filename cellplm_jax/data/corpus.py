@@ -8,8 +8,8 @@ A corpus is a folder, or a gs:// prefix to read from::
     parts/NAME.json   its sample table, measured genes and checksums; written last, so a part without it is unfinished
 
 Counts are compressed sparse rows: uint16 counts and gene indices (uint32 beyond 65,536 genes), sharded, lz4, each chunk
-with its CRC-32C. The cells of a sample lie together, in the order of :func:`cellplm_jax.data.store.storage_order`, so that what
-training wants to see together is one contiguous read. TensorStore does the reading, from any number of threads.
+with its CRC-32C. The cells of a sample lie together, in the order of :func:`cellplm_jax.data.store.storage_order`, so
+that what training wants to see together is one contiguous read. TensorStore reads, from any number of threads.
 
 :class:`PartWriter` and :func:`write_index` make a corpus, :func:`open_corpus` reads one.
 """
