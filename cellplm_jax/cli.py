@@ -339,18 +339,40 @@ def _add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "show a model: configuration, parameters by module, genes, training history",
-        "cellplm info demo/model",
+        "show a model (configuration, parameters by module, genes, training history) or a corpus",
+        "cellplm info demo/model\n  cellplm info corpus --verify",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint directory or pretraining work directory"
+        "model",
+        metavar="MODEL|CORPUS",
+        help="checkpoint directory, pretraining work directory, or corpus",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read a whole corpus and compare its checksums"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.info import describe, describe_text
+    from cellplm_jax.data.corpus import is_corpus
+    from cellplm_jax.tasks.info import (
+        describe,
+        describe_corpus,
+        describe_corpus_text,
+        describe_text,
+    )
 
+    if is_corpus(arguments.model):
+        facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=arguments.json)
+        _print(json.dumps(facts, indent=2) if arguments.json else describe_corpus_text(facts))
+        return
+    if arguments.verify:
+        msg = explain(
+            f"--verify was given for '{arguments.model}', which is not a corpus",
+            "a corpus made by cellplm prepare",
+            "Leave out --verify, or check the path",
+        )
+        raise InputError(msg)
     facts = describe(arguments.model)
     _print(json.dumps(facts, indent=2) if arguments.json else describe_text(facts))
 

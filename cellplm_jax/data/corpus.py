@@ -20,6 +20,7 @@ import collections
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -839,7 +840,59 @@ class Corpus:
         """Return the name of the part that holds a sample."""
         return self.parts[self._where[sample][0]].name
 
+    def verify(self, advance: Callable[[int], None] | None = None) -> list[str]:
+        """Read everything and compare it with the checksums of the parts.
+
+        Args:
+            advance: Told the number of stored counts checked so far.
+
+        Returns:
+            One message for each damaged part; empty where all is well.
+        """
+        problems: list[str] = []
+        done = 0
+        for number, part in enumerate(self.parts):
+            try:
+                for checked in self._verify_part(number):
+                    if advance is not None:
+                        advance(done + checked)
+            except InputError as error:
+                problems.append(str(error))
+            done += part.record["nonzeros"]
+        return problems
+
     # -- parts of the above ----------------------------------------------------------------------
+
+    def _verify_part(self, number: int) -> Iterator[int]:
+        """Yield the stored counts checked so far; raises at the first piece that differs."""
+        record = self.parts[number].record
+        cells, nonzeros = record["cells"], record["nonzeros"]
+        lengths = {
+            "X/indices": (nonzeros, SHARD_VALUES),
+            "X/data": (nonzeros, SHARD_VALUES),
+            "X/indptr": (cells + 1, SHARD_VALUES),
+            "obsm/spatial": (cells, SHARD_VALUES // 2),
+            f"obs/{LABEL_COLUMN}/codes": (cells, max(1, cells)),
+        }
+        checked = 0
+        for array, expected in record["checksums"].items():
+            length, step = lengths[array]
+            found = []
+            for start in range(0, length, step):
+                stop = min(start + step, length)
+                (values,) = self._read(number, {array: (start, stop)})
+                found.append(_crc(values))
+                if array.startswith("X/") and array != "X/indptr":
+                    checked += (stop - start) // 2
+                    yield checked
+            if found != expected:
+                wrong = [
+                    i
+                    for i, pair in enumerate(itertools.zip_longest(found, expected))
+                    if pair[0] != pair[1]
+                ]
+                what = f"shard {wrong[0]} of {array} is not what was written"
+                raise InputError(self._damaged(number, what))
 
     def _part(self, name: str, record: Mapping[str, Any]) -> Part:
         bits = np.frombuffer(bytes.fromhex(record["measured"]), np.uint8)

@@ -1,4 +1,4 @@
-"""What a model is: the facts behind ``cellplm info``."""
+"""What a model or a corpus is: the facts behind ``cellplm info``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import jax
 import numpy as np
 
 from cellplm_jax.config import to_dict
+from cellplm_jax.data.corpus import open_corpus
+from cellplm_jax.errors import InputError
 from cellplm_jax.tasks.pretrained import load
-from cellplm_jax.train.metrics import read_metrics
+from cellplm_jax.train.metrics import ProgressReport, read_metrics
 
 
 def describe(source: str | os.PathLike) -> dict[str, Any]:
@@ -78,4 +80,107 @@ def describe_text(facts: dict[str, Any]) -> str:
         last = {k: v for k, v in rows["last"].items() if k not in ("split", "time", "step")}
         shown = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if v is not None)
         lines.append(f"{split:<18} step {rows['last']['step']}: {shown}")
+    return "\n".join(lines)
+
+
+def describe_corpus(
+    path: str | os.PathLike, *, verify: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Collect the facts about a corpus.
+
+    Args:
+        path: Folder or gs:// prefix made by ``cellplm prepare``.
+        verify: Read all of it and compare it with its checksums.
+        quiet: No progress while verifying.
+
+    Returns:
+        A JSON-ready dictionary: ``path``, ``fingerprint``, ``totals``, ``vocabulary``, ``platforms``, ``label_names``,
+        ``counters``, ``bytes`` (None for gs://), ``datasets`` (one row a part), ``verified``.
+
+    Raises:
+        InputError: It is no complete corpus, or verifying found damage.
+    """
+    corpus = open_corpus(path)
+    if verify:
+        total = corpus.index["totals"]["nonzeros"]
+        report = ProgressReport("verifying", total, unit="counts", quiet=quiet)
+        try:
+            problems = corpus.verify(report.update)
+        finally:
+            report.close()
+        if problems:
+            raise InputError("\n".join(problems))
+    rows = []
+    for part in corpus.parts:
+        samples = part.record["samples"]
+        rows.append(
+            {
+                "part": part.name,
+                "dataset": part.record["dataset"],
+                "samples": len(samples),
+                "cells": part.record["cells"],
+                "genes_measured": part.record["genes_measured"],
+                "nonzeros": part.record["nonzeros"],
+                "platforms": sorted({row["platform"] for row in samples} - {""}),
+                "spatial_samples": sum(row["spatial"] for row in samples),
+                "labels": len(part.record["labels"]),
+                "source": part.record["source"].get("name"),
+                "notes": part.record["counters"].get("notes", []),
+            }
+        )
+    size = None
+    if not os.fspath(path).startswith("gs://"):
+        folder = Path(path).expanduser()
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {
+        "path": corpus.path,
+        "fingerprint": corpus.fingerprint(),
+        "totals": corpus.index["totals"],
+        "vocabulary": corpus.index["vocabulary"],
+        "platforms": corpus.index["platforms"],
+        "label_names": corpus.label_names,
+        "counters": corpus.index["counters"],
+        "bytes": size,
+        "datasets": rows,
+        "verified": verify,
+    }
+
+
+def describe_corpus_text(facts: dict[str, Any]) -> str:
+    """Write the facts of :func:`describe_corpus` for reading.
+
+    Args:
+        facts: From :func:`describe_corpus`.
+    """
+    totals, chosen = facts["totals"], facts["vocabulary"].get("chosen") or {"mode": "given"}
+    how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
+    lines = [
+        f"{'corpus':<12} {facts['path']}",
+        f"{'fingerprint':<12} {facts['fingerprint']}",
+        f"{'samples':<12} {totals['samples']:,} ({totals['spatial_samples']:,} spatial)",
+        f"{'cells':<12} {totals['cells']:,}",
+        f"{'counts':<12} {totals['nonzeros']:,}",
+        f"{'genes':<12} {facts['vocabulary']['genes']:,} ({how})",
+        f"{'labels':<12} {len(facts['label_names']):,}",
+        f"{'platforms':<12} {', '.join(facts['platforms']) or 'not stated'}",
+    ]
+    if facts["bytes"] is not None:
+        lines.append(f"{'size':<12} {facts['bytes'] / 1e6:,.1f} MB")
+    reported = [f"{name.replace('_', ' ')} {n:,}" for name, n in facts["counters"].items() if n]
+    lines.append(f"{'reported':<12} {', '.join(reported) or 'nothing out of the ordinary'}")
+    if facts["verified"]:
+        lines.append(f"{'verified':<12} every checksum agrees")
+    width = max([len(row["dataset"]) for row in facts["datasets"]] + [7]) + 2
+    lines += [
+        "",
+        f"{'dataset':<{width}}{'samples':>8}{'cells':>11}{'genes':>8}{'counts/cell':>13}"
+        f"{'spatial':>9}{'labels':>8}  platform",
+    ]
+    for row in facts["datasets"]:
+        density = row["nonzeros"] / max(1, row["cells"])
+        lines.append(
+            f"{row['dataset']:<{width}}{row['samples']:>8,}{row['cells']:>11,}"
+            f"{row['genes_measured']:>8,}{density:>13,.0f}{row['spatial_samples']:>9,}"
+            f"{row['labels']:>8,}  {', '.join(row['platforms']) or '-'}"
+        )
     return "\n".join(lines)
