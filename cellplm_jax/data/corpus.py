@@ -493,11 +493,18 @@ def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
                 "configuration": {"chunk_shape": [SHARD_VALUES // per_row, *wide]},
             },
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "fill_value": {"i": -1, "u": 0, "f": "NaN"}[dtype.kind],
+            "fill_value": _impossible_value(path.name, dtype),
             "attributes": attributes,
         },
     }
     return tensorstore.open(spec, create=True, delete_existing=True).result()
+
+
+def _impossible_value(array: str, dtype: np.dtype) -> int | str:
+    """Return what a missing shard reads as: no count is 0, no gene has the last index, no offset is negative."""
+    if array == "indices":
+        return int(np.iinfo(dtype).max)
+    return {"i": -1, "u": 0, "f": "NaN"}[dtype.kind]
 
 
 def _crc(values: np.ndarray) -> int:
@@ -802,7 +809,7 @@ class Corpus:
             wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
         found = dict(zip(wanted, self._read(number, wanted), strict=True))
         gene, count = found["X/indices"], found["X/data"]
-        # A shard that is gone reads as zeros, and no stored count is zero.
+        # A shard that is gone reads as impossible values.
         if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
             what = f"counts of sample '{row.name}' are missing or out of range"
             raise InputError(self._damaged(number, what))
