@@ -1,10 +1,23 @@
 """Pretrain CellPLM: ``python launch/pretrain.py --config=configs/pretrain.py:small --corpus=... --workdir=...``.
 
-One process, all of its devices. ``--corpus`` takes ``.h5ad`` files or folders of them, separated by commas; the data is
-read into memory. Running the same command again resumes from the last checkpoint.
+``--corpus`` takes a folder (or ``gs://`` address) made by ``cellplm prepare``, or ``.h5ad`` files and folders of them,
+separated by commas, which are read into memory. All devices of all processes train one model. Processes find one
+another by themselves on TPU pods, under SLURM and Open MPI and in Kubernetes; elsewhere each is told with
+``--coordinator_address``, ``--num_processes`` and ``--process_id``, as ``launch/local_multiprocess.sh`` does.
+
+Running the same command again resumes from the last checkpoint, on any number of processes. SIGTERM, SIGINT or SIGUSR1
+to any process saves after the current step and ends all of them. Exit status: 0 done; 2 bad configuration, data or
+work directory; 143 stopped and saved, run it again; 1 anything else.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import difflib
 import sys
+import traceback
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -13,65 +26,225 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import TrainConfig, from_config_dict
-from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain
+from launch import cluster
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain.py:small", "Configuration.")
-_CORPUS = flags.DEFINE_list("corpus", None, ".h5ad files or folders of them.", required=True)
+_CORPUS = flags.DEFINE_list(
+    "corpus", None, "A prepared corpus, or .h5ad files and folders of them.", required=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-_GENES = flags.DEFINE_string("genes", None, "File with the vocabulary, one Ensembl id a line.")
-_BATCH_KEY = flags.DEFINE_string("batch_key", None, "Column of obs naming the tissue sample.")
-_SPATIAL_KEY = flags.DEFINE_string("spatial_key", "spatial", "Key of obsm with coordinates.")
+_GENES = flags.DEFINE_string(
+    "genes", None, "File with the vocabulary of .h5ad files, one Ensembl id a line."
+)
+_BATCH_KEY = flags.DEFINE_string(
+    "batch_key", None, "Column of obs naming the tissue sample, for .h5ad files."
+)
+_SPATIAL_KEY = flags.DEFINE_string(
+    "spatial_key", "spatial", "Key of obsm with coordinates, for .h5ad files."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port where process 0 listens; normally found by itself."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Processes of the run; normally found by itself."
+)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Number of this process, from 0; normally found by itself."
+)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
+)
 
 
-def find_files(entries: list[str]) -> list[Path]:
-    """Return the ``.h5ad`` files named by files and folders, in a stable order."""
-    files: list[Path] = []
+def config_keys(kind: type = TrainConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of every part and every value of a configuration."""
+    names = []
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name = f"{prefix}{field.name}"
+        names.append(name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            names += config_keys(hints[field.name], f"{name}.")
+    return names
+
+
+def check_config_keys(arguments: Sequence[str]) -> None:
+    """Refuse a misspelt ``--config.`` key by naming the nearest one.
+
+    Args:
+        arguments: The command line.
+
+    Raises:
+        ConfigError: A key does not exist.
+    """
+    known = config_keys()
+    for argument in arguments:
+        name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
+        if not argument.startswith("-") or not name.startswith("config."):
+            continue
+        key = name.removeprefix("config.")
+        if key in known:
+            continue
+        # A value that exists under another part is nearer than any other spelling.
+        leaf = key.rsplit(".", 1)[-1]
+        near = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        parent = key.rpartition(".")[0]
+        siblings = [other for other in known if other.rpartition(".")[0] == parent]
+        msg = explain(
+            f"unknown key '--config.{key}'",
+            f"one of {', '.join(siblings)}" if siblings else "a key of the configuration",
+            f"Did you mean '--config.{near[0]}'?" if near else "Remove it",
+        )
+        raise ConfigError(msg.replace("?.", "?"))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; whatever is wrong with it becomes one message and exit status 2."""
+    try:
+        check_config_keys(argv)
+        return flags.FLAGS(argv)
+    except ConfigError as error:
+        message = str(error)
+    except flags.Error as error:
+        # A configuration file that fails to load brings its traceback along; its last line says what is wrong.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        message = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+        message = message.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
+    except OSError as error:
+        message = explain(
+            f"the file that --config names cannot be loaded ({str(error).splitlines()[-1].strip()})",
+            "a configuration file and a variant, such as configs/pretrain.py:small",
+            "Check the path; it starts from the current directory",
+        )
+    except (AttributeError, KeyError) as error:
+        message = " ".join(str(error).split())
+    sys.stderr.write(f"pretrain: {message}\n")
+    sys.exit(cluster.EXIT_BAD_INPUT)
+
+
+def find_data(entries: Sequence[str]) -> list[str]:
+    """Return what ``--corpus`` names: one prepared corpus, or ``.h5ad`` files in a stable order.
+
+    Args:
+        entries: Files and folders, or one folder or address of a prepared corpus.
+
+    Raises:
+        InputError: There is nothing to read, or a corpus among other entries.
+    """
+    found: list[str] = []
     for entry in entries:
         path = Path(entry)
-        found = sorted(path.glob("*.h5ad")) if path.is_dir() else [path]
-        if not found or not all(file.is_file() for file in found):
+        corpus = "://" in entry or (path / "corpus.json").is_file()
+        if corpus and len(entries) > 1:
             msg = explain(
-                f"--corpus names '{entry}', where there is no .h5ad file",
-                ".h5ad files or folders of them",
+                f"--corpus names the prepared corpus '{entry}' and {len(entries) - 1} more",
+                "one prepared corpus, or .h5ad files",
+                "Add the other files to the corpus with 'cellplm prepare', or leave them out",
+            )
+            raise InputError(msg)
+        if corpus:
+            return [entry]
+        files = sorted(path.glob("*.h5ad")) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
+            msg = explain(
+                f"--corpus names '{entry}', where there is no corpus.json and no .h5ad file",
+                "a folder made by 'cellplm prepare', or .h5ad files or folders of them",
                 "Check the path",
             )
             raise InputError(msg)
-        files += found
-    return files
+        found += [str(file) for file in files]
+    return found
+
+
+def read_genes(path: str | None) -> list[str] | None:
+    """Read a vocabulary file, one Ensembl id a line; None stays None."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        msg = explain(
+            f"--genes={path} cannot be read ({error})", "a text file of Ensembl ids", "Check it"
+        )
+        raise InputError(msg) from error
+
+
+def run(joined: bool) -> int:
+    """Train, and return the exit status.
+
+    Args:
+        joined: Whether this process is connected with others.
+
+    Raises:
+        CellPLMError: Configuration, data or work directory cannot be used.
+    """
+    import jax
+
+    from cellplm_jax.tasks.pretrain import pretrain
+
+    config = from_config_dict(TrainConfig, _CONFIG.value)
+    data = find_data(_CORPUS.value)
+    first = jax.process_index() == 0
+    result = pretrain(
+        data,
+        config,
+        _WORKDIR.value,
+        genes=read_genes(_GENES.value),
+        batch_key=_BATCH_KEY.value,
+        spatial_key=_SPATIAL_KEY.value,
+        card={
+            "name": _WORKDIR.value.rstrip("/").rsplit("/", 1)[-1],
+            "data": [entry.rstrip("/").rsplit("/", 1)[-1] for entry in data],
+        },
+        quiet=not first,
+        preempted=cluster.StopRequest(jax.process_count()),
+    )
+    if first and result.preempted:
+        sys.stdout.write(
+            f"stopped and saved at step {result.step}; the same command continues from there\n"
+        )
+    elif first:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in result.heldout.items())
+        sys.stdout.write(
+            f"{result.step} steps, {result.cells_per_second:.0f} cells/s; held-out: "
+            f"{scores or 'none'}\nmodel: cellplm_jax.load({str(result.workdir)!r})\n"
+        )
+    return cluster.EXIT_PREEMPTED if result.preempted else cluster.EXIT_DONE
 
 
 def main(argv: list[str]) -> None:
     """Run the program."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unexpected argument '{argv[1]}'; every option has the form --name=value"
-        )
     # jax reports at INFO which accelerators it did not find.
     logging.set_verbosity(logging.WARNING)
-    from cellplm_jax.tasks.pretrain import pretrain
-
+    joined = False
     try:
-        config = from_config_dict(TrainConfig, _CONFIG.value)
-        genes = Path(_GENES.value).read_text(encoding="utf-8").split() if _GENES.value else None
-        files = find_files(_CORPUS.value)
-        result = pretrain(
-            [str(file) for file in files],
-            config,
-            _WORKDIR.value,
-            genes=genes,
-            batch_key=_BATCH_KEY.value,
-            spatial_key=_SPATIAL_KEY.value,
-            card={"name": Path(_WORKDIR.value).name, "data": [file.name for file in files]},
+        if len(argv) > 1:
+            msg = explain(
+                f"unexpected argument '{argv[1]}'",
+                "options of the form --name=value",
+                "Put an equals sign between an option and its value",
+            )
+            raise InputError(msg)
+        # What can be refused before the processes are connected is refused by each on its own.
+        from_config_dict(TrainConfig, _CONFIG.value)
+        find_data(_CORPUS.value)
+        joined = cluster.join(
+            _COORDINATOR.value,
+            _PROCESSES.value,
+            _PROCESS.value,
+            heartbeat_timeout=_HEARTBEAT.value,
         )
+        status = run(joined)
     except CellPLMError as error:
         sys.stderr.write(f"pretrain: {error}\n")
-        sys.exit(2)
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in result.heldout.items())
-    sys.stdout.write(
-        f"{result.step} steps, {result.cells_per_second:.0f} cells/s; held-out: {scores or 'none'}\n"
-        f"model: cellplm_jax.load({str(result.workdir)!r})\n"
-    )
+        status = cluster.EXIT_BAD_INPUT
+    except Exception:
+        traceback.print_exc()
+        status = cluster.EXIT_FAILED
+    cluster.leave(status, joined=joined)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
