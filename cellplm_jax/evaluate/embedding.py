@@ -215,6 +215,73 @@ def knn_accuracy(
     return float(np.mean(voters[row, first_leader] == codes))
 
 
+def batch_mixing(
+    embedding: Any, batches: Any, *, perplexity: float = 30.0, metric: Metric = "euclidean"
+) -> float:
+    """Return how well the batches of an embedding mix: 0 side by side, 1 evenly mixed around every cell.
+
+    The local inverse Simpson index of Harmony ("iLISI"): neighbours of a cell are weighted by a Gaussian kernel of
+    given perplexity; the index is how many batches they effectively come from, between 1 and the number of batches. The
+    mean over cells is scaled to between 0 and 1. Batches of unequal sizes cannot reach 1, and batches that hold
+    different kinds of cells should not: compare the values of one data set with one another.
+
+    Args:
+        embedding: float [cells, dimensions].
+        batches: [cells], any type; at least two.
+        perplexity: Effective number of neighbours; three times as many are looked at. Lowered where cells are few.
+        metric: Distance between cells.
+
+    Returns:
+        Mixing between 0 and 1. Korsunsky et al., Nature Methods 2019.
+
+    Raises:
+        InputError: Sizes do not fit, a batch is missing, or there is only one.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding)
+    codes = _codes(batches, "batches", cells=len(array))
+    number = int(codes.max()) + 1
+    if number < 2:
+        msg = explain(
+            f"{number} batch among {len(codes)} cells",
+            "at least two batches",
+            "Pass the cells of several samples",
+        )
+        raise InputError(msg)
+    neighbors = int(min(3 * perplexity, len(array) - 1))
+    search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
+    finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
+    distance, index = finder.kneighbors()  # the cell itself is left out
+    weights = _perplexity_weights(np.asarray(distance, np.float64), min(perplexity, neighbors / 3))
+    share = np.zeros((len(array), number))
+    for place in range(neighbors):
+        share[np.arange(len(array)), codes[index[:, place]]] += weights[:, place]
+    effective = 1.0 / (share**2).sum(axis=1)
+    return float((effective.mean() - 1.0) / (number - 1))
+
+
+def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
+    """Return weights ``exp(-beta distance)`` of each row, summing to 1, with ``beta`` set to give the perplexity.
+
+    Args:
+        distance: float [cells, neighbors].
+        perplexity: Exponential of the entropy of a row's weights.
+    """
+    distance = distance - distance[:, :1]
+    spread = np.maximum(distance.mean(axis=1, keepdims=True), 1e-12)
+    low, high = np.full_like(spread, -30.0), np.full_like(spread, 30.0)  # log(beta * spread)
+    weights = np.full_like(distance, 1.0 / distance.shape[1])
+    for _ in range(60):
+        middle = (low + high) / 2
+        kernel = np.exp(-np.exp(middle) * distance / spread)
+        weights = kernel / kernel.sum(axis=1, keepdims=True)
+        entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1, keepdims=True)
+        # A larger beta concentrates the weights.
+        wide = entropy > np.log(max(perplexity, 1.0))
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    return weights
+
+
 def silhouette(
     embedding: Any,
     labels: Any,

@@ -130,6 +130,45 @@ def test_knn_accuracy_does_not_let_duplicates_vote_for_themselves():
     assert embedding.knn_accuracy(array, list("abcdef"), neighbors=2) == 0.0
 
 
+def test_batch_mixing_against_cell_by_cell_computation():
+    """Every cell on its own: all distances, the kernel's width by root finding, the inverse Simpson index."""
+    from scipy.optimize import brentq
+
+    array, _ = blobs(groups=2, each=50, spread=1.0)
+    batches = np.random.default_rng(3).integers(0, 3, len(array))
+    indices = []
+    for cell in range(len(array)):
+        others = np.delete(np.arange(len(array)), cell)
+        distance = np.linalg.norm(array[others].astype(float) - array[cell], axis=1)
+        nearest = np.argsort(distance)[:30]
+
+        def weights(log_beta, distance=distance[nearest]):
+            kernel = np.exp(-np.exp(log_beta) * (distance - distance.min()))
+            return kernel / kernel.sum()
+
+        def excess(log_beta):
+            w = weights(log_beta)
+            return -(w * np.log(np.maximum(w, 1e-300))).sum() - np.log(10.0)
+
+        w = weights(brentq(excess, -12, 12))
+        share = np.bincount(batches[others[nearest]], weights=w, minlength=3)
+        indices.append(1 / (share**2).sum())
+    found = embedding.batch_mixing(array, batches, perplexity=10)
+    assert found == pytest.approx((np.mean(indices) - 1) / 2, abs=1e-4)
+
+
+def test_batch_mixing_between_its_ends():
+    array, _ = blobs(groups=2, each=150, spread=0.3)
+    side_by_side = np.repeat(["a", "b"], 150)
+    random = np.random.default_rng(0).permutation(side_by_side)
+    assert embedding.batch_mixing(array, side_by_side) < 1e-6
+    assert 0.85 < embedding.batch_mixing(array, random) <= 1.0
+    with pytest.raises(InputError, match="at least two batches"):
+        embedding.batch_mixing(array, np.zeros(300))
+    same = np.zeros((40, 3))
+    assert 0 < embedding.batch_mixing(same, np.arange(40) % 2) <= 1
+
+
 def test_silhouette_against_the_definition():
     array, labels = blobs(groups=3, spread=1.5, each=15)
     distance = np.linalg.norm(array[:, None] - array[None], axis=-1).astype(float)
