@@ -59,6 +59,9 @@ NONZEROS_IN_MEMORY = 2**28
 BLOCK_NONZEROS = 2**22
 """Stored counts read from a file at a time, about."""
 
+SCHEDULER_SECONDS = 30
+"""How long a dask scheduler may take to answer."""
+
 _TOPIC = "cellplm-prepare"
 
 
@@ -457,7 +460,7 @@ def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[
             client = stack.enter_context(dask.Client(cluster))
         else:
             try:
-                client = stack.enter_context(dask.Client(scheduler, timeout=30))
+                client = stack.enter_context(dask.Client(scheduler, timeout=SCHEDULER_SECONDS))
             except (OSError, ValueError) as error:
                 msg = explain(
                     f"no dask scheduler answers at '{scheduler}' ({error})",
