@@ -1,6 +1,7 @@
 """The ``cellplm`` command.
 
-Exit status: 0 done; 2 bad usage or bad input, one message on standard error and no traceback; 1 anything else.
+Exit status: 0 done; 2 bad usage or bad input, one message on standard error and no traceback; 3 ``plan`` found that the
+run does not fit; 1 anything else.
 """
 
 from __future__ import annotations
@@ -33,11 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_convert(commands)
     _add_info(commands)
+    _add_plan(commands)
     return parser
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    help: str,
+    example: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -377,6 +383,89 @@ def _info(arguments: argparse.Namespace) -> None:
     _print(json.dumps(facts, indent=2) if arguments.json else describe_text(facts))
 
 
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "compile the training step for a TPU slice without one: memory, arithmetic, communication, time",
+        "cellplm plan --config configs/pretrain.py:85m --topology v5e:16x16\n"
+        "  cellplm plan --config 85m --topology v5p-256 --mesh data=128 --set precision=bfloat16 --json\n"
+        "\nexit status: 0 it fits; 3 nothing that was tried does",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="configuration, Python or JSON, or a preset's name",
+    )
+    parser.add_argument(
+        "--topology", required=True, metavar="T", help="slice, such as v5e:16x16 or v5p-256"
+    )
+    parser.add_argument(
+        "--mesh", metavar="M", help="the mesh, such as data=64,cells=4 (the best of some)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=_positive,
+        metavar="N",
+        help="rows of a batch (the configuration's, raised to a multiple of data)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a value of the configuration, such as rematerialize=true; may be repeated",
+    )
+    parser.add_argument(
+        "--genes", type=_positive, metavar="N", help="size of the vocabulary (19374)"
+    )
+    parser.add_argument(
+        "--nonzeros-per-cell", type=_positive, metavar="N", help="stored counts of a cell (1500)"
+    )
+    parser.add_argument(
+        "--batches", type=_positive, metavar="N", help="tissue samples in the corpus (12596)"
+    )
+    parser.add_argument(
+        "--datasets", type=_positive, metavar="N", help="datasets in the corpus (484)"
+    )
+    parser.add_argument(
+        "--tries", type=_positive, default=3, metavar="N", help="meshes compiled at most (3)"
+    )
+    parser.add_argument(
+        "--timeout", type=_positive, metavar="S", help="seconds a compilation may take"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cellplm_jax.plan import search
+
+    config = search.complete(
+        search.change(search.load_config(arguments.config), arguments.set),
+        genes=arguments.genes,
+        batches=arguments.batches,
+        datasets=arguments.datasets,
+    )
+    report = search.plan(
+        config,
+        arguments.topology,
+        mesh=arguments.mesh,
+        rows=arguments.rows,
+        nonzeros_per_cell=arguments.nonzeros_per_cell or search.NONZEROS_PER_CELL,
+        tries=arguments.tries,
+        timeout=arguments.timeout,
+        say=None if arguments.quiet else lambda text: _print(f"plan: {text}", sys.stderr),
+    )
+    _print(json.dumps(report, indent=2) if arguments.json else search.plan_text(report))
+    if report["best"] is None:
+        _print(f"cellplm plan: {report['reason']}", sys.stderr)
+        return 3
+    return 0
+
+
 def _print(text: str, stream: Any = None) -> None:
     stream = sys.stdout if stream is None else stream
     stream.write(f"{text}\n")
@@ -408,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _silence_abandoned_reads()
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except CellPLMError as error:
         _print(f"cellplm {arguments.command}: {error}", sys.stderr)
         return 2
@@ -419,7 +508,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe went away (head, less); nothing is wrong here.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 if __name__ == "__main__":

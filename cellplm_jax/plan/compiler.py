@@ -1,0 +1,314 @@
+"""Compiling one training step for one mesh of a TPU slice that is not there.
+
+The compiler is ``libtpu``, the same library that runs on TPU machines. It reads its settings from the environment when
+it is first loaded, writes to standard error as it likes, and ends the process where it meets something it cannot
+handle; so it runs in a process of its own, which :func:`compile_apart` starts and in which :func:`compile_step` runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.config import TrainConfig, from_dict, to_dict
+from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain, require
+from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
+from cellplm_jax.plan.hlo import cost
+from cellplm_jax.plan.roofline import estimate
+
+# What libtpu must be told on a machine without a TPU: not to look for one, nor for the metadata server of a cloud.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def require_compiler() -> None:
+    """Check that the compiler is installed.
+
+    Raises:
+        MissingDependencyError: It is not; the message says what to install.
+    """
+    require("libtpu", "tpu", "Compiling for a TPU")
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Count the operations of the matrix products of a traced function, all devices together.
+
+    A multiplication and an addition each; the body of a scan as often as it runs, that of a data-dependent loop once,
+    of a conditional the costliest branch. Recomputation in the backward pass is in the trace, so it is counted.
+
+    Args:
+        jaxpr: A jaxpr, open or closed.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = 1
+            for axis in contracted:
+                inner *= left[axis]
+            total += 2.0 * equation.outvars[0].aval.size * inner
+            continue
+        parts = [product_flops(part) for part in _jaxprs(equation.params.values())]
+        if name == "scan":
+            total += equation.params["length"] * sum(parts)
+        elif name == "cond":
+            total += max(parts, default=0.0)
+        else:
+            total += sum(parts)
+    return total
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+    for value in values:
+        if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)
+
+
+def parse_shortage(message: str) -> tuple[float, float] | None:
+    """Read from the compiler's message how much memory a program would need and how much there is, in bytes.
+
+    Args:
+        message: Text of the exception.
+
+    Returns:
+        (needed, available), or None where the message is about something else.
+    """
+    number = r"([\d.]+)([KMGT]?)i?B?"
+    patterns = (
+        rf"Used {number} of {number} hbm",
+        rf"\({number}\) exceeds available HBM \({number}\)",
+        rf"Used {number} of {number}",
+        rf"requires {number}.*?(?:available|capacity)[^\d]*{number}",
+    )
+    for pattern in patterns:
+        match = re.search(pattern, message, re.IGNORECASE | re.DOTALL)
+        if match:
+            needed, unit, available, other = match.groups()
+            return (
+                float(needed.rstrip(".")) * UNITS.get(unit.upper(), 1),
+                float(available.rstrip(".")) * UNITS.get(other.upper(), 1),
+            )
+    return None
+
+
+def describe_devices(topology: Topology) -> list[Any]:
+    """Return the devices of a slice as JAX sees them when it compiles for it.
+
+    Args:
+        topology: The slice.
+
+    Raises:
+        InputError: The compiler does not know the slice.
+    """
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
+        )
+    except Exception as error:
+        msg = explain(
+            f"the compiler refuses the topology '{topology.name}' ({str(error).splitlines()[0]})",
+            "a shape that exists",
+            "Choose another one",
+        )
+        raise InputError(msg) from error
+    devices = list(description.devices)
+    if len(devices) != topology.devices:
+        msg = explain(
+            f"the compiler sees {len(devices)} devices in '{topology.name}'",
+            f"{topology.devices}, one a chip",
+            "Install another version of libtpu",
+        )
+        raise InputError(msg)
+    return devices
+
+
+def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict[str, Any]:
+    """Compile the training step of a run and say what it takes; see :mod:`cellplm_jax.plan.search` for the keys.
+
+    Args:
+        config: The run, with its mesh and all sizes.
+        topology: The slice.
+        nonzeros: Stored counts a piece of a row can hold.
+
+    Raises:
+        ConfigError: The mesh does not fit the slice or the run's sizes.
+        InputError: The compiler does not know the slice.
+    """
+    require_compiler()
+    from cellplm_jax.train.sharding import check_divides, make_mesh
+    from cellplm_jax.train.step import abstract_batch, abstract_state, compile_training_step
+
+    mesh = make_mesh(config.mesh, devices=describe_devices(topology))
+    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    start = time.monotonic()
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, nonzeros)
+    traced = compile_training_step(config, mesh).trace(state, batch)
+    flops = product_flops(traced.jaxpr)
+    lowered = traced.lower()
+    traced_at = time.monotonic()
+    result: dict[str, Any] = {
+        "parameters": _size(state.params),
+        "step_product_flops": flops,
+        "trace_seconds": traced_at - start,
+    }
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        shortage = parse_shortage(str(error))
+        if shortage is None:
+            raise
+        needed, available = shortage
+        return {
+            **result,
+            "compile_seconds": time.monotonic() - traced_at,
+            "fits": False,
+            "memory": {"total": needed, "available": available},
+            "shortage": needed - available,
+            "reason": str(error).splitlines()[0],
+        }
+    result["compile_seconds"] = time.monotonic() - traced_at
+    analysis = compiled.memory_analysis()
+    memory = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "code": analysis.generated_code_size_in_bytes,
+    }
+    total = sum(memory.values()) - 2 * memory["aliased"]
+    work = cost(compiled.as_text())
+    times = estimate(work, topology)
+    stated = compiled.cost_analysis() or {}
+    return {
+        **result,
+        "fits": total <= topology.chip.memory,
+        "memory": {**memory, "total": total, "available": topology.chip.memory},
+        "shortage": max(0.0, total - topology.chip.memory),
+        "device": dataclasses.asdict(work),
+        "compiler": {
+            "flops": stated.get("flops"),
+            "bytes_accessed": stated.get("bytes accessed"),
+            "optimal_seconds": stated.get("optimal_seconds"),
+        },
+        "seconds": {
+            **dataclasses.asdict(times),
+            "floor": times.floor,
+            "serial": times.serial,
+        },
+        "binds": times.binds,
+    }
+
+
+def _size(tree: Any) -> int:
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def compile_apart(
+    config: TrainConfig, topology: Topology, nonzeros: int, *, timeout: float | None = None
+) -> dict[str, Any]:
+    """Run :func:`compile_step` in a process of its own.
+
+    Args:
+        config: The run, with its mesh and all sizes.
+        topology: The slice.
+        nonzeros: Stored counts a piece of a row can hold.
+        timeout: Seconds after which the compiler is stopped; None: never.
+
+    Raises:
+        ConfigError: The mesh does not fit the slice or the run's sizes.
+        InputError: The compiler does not know the slice, was stopped, or failed for another reason.
+        MissingDependencyError: The compiler is not installed.
+    """
+    require_compiler()
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment.update(ENVIRONMENT)
+    package = str(Path(__file__).resolve().parents[2])
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([package, *([inherited] if inherited else [])])
+    with tempfile.TemporaryDirectory(prefix="cellplm-plan-") as directory:
+        request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
+        request.write_text(
+            json.dumps(
+                {"config": to_dict(config), "topology": topology.name, "nonzeros": nonzeros}
+            ),
+            encoding="utf-8",
+        )
+        command = [sys.executable, "-m", __name__, str(request), str(answer)]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired as error:
+            msg = explain(
+                f"the compiler had not finished after {timeout:.0f} s",
+                "an answer by then",
+                "Give it more time with --timeout, or a smaller configuration",
+            )
+            raise InputError(msg) from error
+        if not answer.exists():
+            last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
+            msg = explain(
+                f"the compiler ended with status {done.returncode} ({' | '.join(last) or 'no message'})",
+                "a compiled step",
+                "Try another mesh or another version of libtpu; with too little memory on this machine the system "
+                "ends it too",
+            )
+            raise InputError(msg)
+        result = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in result:
+        kind = {"ConfigError": ConfigError}.get(result["error"]["kind"], InputError)
+        raise kind(result["error"]["message"])
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Answer one request: ``python -m cellplm_jax.plan.compiler REQUEST.json ANSWER.json``."""
+    request = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    try:
+        result = compile_step(
+            from_dict(TrainConfig, request["config"]),
+            parse_topology(request["topology"]),
+            request["nonzeros"],
+        )
+    except CellPLMError as error:
+        result = {"error": {"kind": type(error).__name__, "message": str(error)}}
+    part = Path(argv[1]).with_suffix(".partial")
+    part.write_text(json.dumps(result), encoding="utf-8")
+    part.rename(argv[1])
+    return 0
+
+
+def in_gibibytes(size: float) -> str:
+    """Return a number of bytes as text in GiB."""
+    return f"{size / GIBIBYTE:.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

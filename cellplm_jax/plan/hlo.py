@@ -1,0 +1,618 @@
+"""Reading a compiled program: what one device computes, moves and sends in one run of it.
+
+The compiler's own cost analysis counts the body of a loop once, and a scatter as if it touched its whole operand. The
+text of the compiled program has all that is needed to do better: every instruction with its shapes and the memory
+each lies in, which computation a loop repeats and how often. This module reads that text and knows no JAX.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cellplm_jax.errors import InputError, explain
+
+BITS = {"pred": 8, "bf16": 16, "tuple": 0, "token": 0, "opaque": 0}
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# Instructions that move nothing: they name values, or stand for computations that are counted where they are defined.
+FREE = frozenset(
+    (
+        *(
+            "parameter",
+            "constant",
+            "get-tuple-element",
+            "tuple",
+            "bitcast",
+            "domain",
+            "opt-barrier",
+        ),
+        *(
+            "while",
+            "conditional",
+            "call",
+            "after-all",
+            "add-dependency",
+            "partition-id",
+            "replica-id",
+        ),
+        *("copy-done", "slice-done", "async-start", "async-update", "async-done"),
+        *("all-reduce-done", "all-gather-done", "collective-permute-done"),
+        *("send", "send-done", "recv", "recv-done"),
+    )
+)
+# A gather or scatter of at least so many values at a time moves rows, as a copy does; below, single elements.
+ROW = 64
+
+_SHAPE = re.compile(r"(\w+)\[([\d,<= ]*)\](\{[^{}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array.
+
+    Attributes:
+        kind: Element type, such as ``bf16``.
+        extents: Its dimensions.
+        space: Memory it lies in: 0 is the device's main memory, others are on the chip or on the host.
+    """
+
+    kind: str
+    extents: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.extents)
+
+    @property
+    def size(self) -> int:
+        """Bytes, without the padding of the layout."""
+        bits = BITS.get(self.kind)
+        if bits is None:
+            digits = re.search(r"\d+", self.kind)
+            bits = int(digits.group()) if digits else 0
+        return -(-self.elements * bits // 8)
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Read the arrays of a shape: one, or those of a tuple in order."""
+    shapes = []
+    for kind, extents, layout in _SHAPE.findall(text):
+        space = _SPACE.search(layout or "")
+        numbers = tuple(int(n.strip().lstrip("<=")) for n in extents.split(",") if n.strip())
+        shapes.append(Shape(kind, numbers, int(space.group(1)) if space else 0))
+    return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: Name of its value.
+        opcode: What it does.
+        shapes: The arrays it makes.
+        operands: Names of its inputs.
+        attributes: The rest of the line.
+        literal: What stands between its parentheses (the value of a constant, the number of a parameter).
+        root: Whether it is the result of its computation.
+    """
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    literal: str
+    root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """Return the name of the computation an attribute refers to."""
+        match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return match.group(1) if match else None
+
+    def numbers(self, attribute: str) -> tuple[int, ...]:
+        """Return the numbers in braces of an attribute, such as ``dimensions={0,2}``."""
+        match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(n) for n in match.group(1).split(",") if n) if match else ()
+
+
+@dataclass
+class Program:
+    """A compiled program.
+
+    Attributes:
+        computations: Instructions of each computation, by its name.
+        entry: Name of the one that runs.
+        devices: Devices it runs on.
+    """
+
+    computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
+    entry: str = ""
+    devices: int = 1
+
+
+def _closing(text: str, start: int) -> int:
+    """Return the index of the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text)
+
+
+def _instruction(line: str) -> Instruction | None:
+    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if match is None:
+        return None
+    start = match.end()
+    end = _closing(line, start) + 1 if line[start] == "(" else line.find(" ", start)
+    shape = line[start:end]
+    opcode = re.match(r"\s*([a-z][\w\-]*)\(", line[end:])
+    if opcode is None:
+        return None
+    opening = end + opcode.end() - 1
+    closing = _closing(line, opening)
+    inside = line[opening + 1 : closing]
+    return Instruction(
+        name=match.group(2),
+        opcode=opcode.group(1),
+        shapes=parse_shapes(shape),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        attributes=line[closing + 1 :],
+        literal=inside,
+        root=match.group(1) is not None,
+    )
+
+
+def parse(text: str) -> Program:
+    """Read the text of a compiled program (``compiled.as_text()``).
+
+    Raises:
+        InputError: There is no entry computation in it.
+    """
+    program = Program()
+    current: dict[str, Instruction] | None = None
+    for line in text.splitlines():
+        if line.startswith("HloModule"):
+            count = re.search(r"num_partitions=(\d+)", line)
+            program.devices = int(count.group(1)) if count else 1
+        elif line.startswith("}"):
+            current = None
+        elif line.endswith("{") and not line.startswith(" "):
+            match = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+            if match:
+                current = program.computations.setdefault(match.group(2), {})
+                program.entry = match.group(2) if match.group(1) else program.entry
+        elif current is not None:
+            instruction = _instruction(line)
+            if instruction is not None:
+                current[instruction.name] = instruction
+    if not program.entry:
+        msg = explain(
+            "the text of a compiled program has no entry computation",
+            "what compiled.as_text() returns",
+            "Report this: the compiler may have changed its format",
+        )
+        raise InputError(msg)
+    return program
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Communication of one kind among groups of one size, over a whole run of the program, as one device sees it.
+
+    Attributes:
+        kind: One of :data:`COLLECTIVES`.
+        group: Devices that take part together.
+        count: How many of them run.
+        payload: Bytes of the arrays they make.
+        sent: Bytes a device sends in the best case, a ring: ``2 (n - 1) / n`` of the payload of an all-reduce,
+            ``(n - 1) / n`` of that of an all-gather or all-to-all, ``n - 1`` times that of a reduce-scatter, all of a
+            permutation's.
+    """
+
+    kind: str
+    group: int
+    count: int
+    payload: int
+    sent: float
+
+
+@dataclass
+class Cost:
+    """What one device does in one run of a program, loops counted as often as they run.
+
+    Attributes:
+        flops: Operations of matrix products and convolutions (a multiplication and an addition each).
+        passes_flops: The same, a product counted as often as the units pass over it to reach the precision asked for
+            (3 times for "high", 6 times for "highest").
+        memory_bytes: Bytes that instructions read from and write to main memory.
+        elements: Single elements gathered or scattered.
+        sorted_elements: Elements of arrays that are sorted.
+        cycles: The compiler's estimate of its schedule; without scatters, gathers, sorts and communication, for which
+            it gives none.
+        collectives: Communication.
+        unknown_loops: Loops whose number of rounds depends on the data; they are counted as running once.
+        unknown_loop_collectives: Collectives inside of such loops.
+    """
+
+    flops: float = 0.0
+    passes_flops: float = 0.0
+    memory_bytes: float = 0.0
+    elements: float = 0.0
+    sorted_elements: float = 0.0
+    cycles: float = 0.0
+    collectives: list[Collective] = field(default_factory=list)
+    unknown_loops: int = 0
+    unknown_loop_collectives: int = 0
+
+
+def group_size(attributes: str, devices: int) -> int:
+    """Return how many devices take part in a collective together.
+
+    Args:
+        attributes: The instruction's attributes; ``replica_groups`` may be a list, an iota (``[32,8]<=[256]``), or axes
+            of a mesh (``mesh['a'=32,'b'=8] {'b'}``).
+        devices: Devices of the program, the group where none is named.
+    """
+    match = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if match:
+        axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
+        # An axis may be used in part, as in 'a':(2)4, a stride and a size.
+        total = 1
+        for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2)):
+            total *= int(part) if part else axes[name]
+        return total
+    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
+    if match:
+        return int(match.group(2))
+    match = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if match:
+        return len(match.group(1).split(","))
+    if "source_target_pairs" in attributes:
+        return 2
+    return devices
+
+
+def _sent(kind: str, group: int, payload: float) -> float:
+    if group <= 1:
+        return 0.0
+    if kind == "all-reduce":
+        return 2 * (group - 1) / group * payload
+    if kind == "reduce-scatter":
+        return (group - 1) * payload
+    if kind in ("collective-permute", "collective-broadcast"):
+        return payload
+    return (group - 1) / group * payload
+
+
+def trip_count(program: Program, loop: Instruction) -> int | None:
+    """Return how often a loop runs its body; None where that depends on the data.
+
+    Counting loops compare a counter, which starts at 0 and rises by 1, with a constant.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    if known:
+        return int(known.group(1))
+    condition = program.computations.get(loop.called("condition") or "", {})
+    root = next((entry for entry in condition.values() if entry.root), None)
+    if root is None:
+        return None
+    compare, inner = root, condition
+    if root.opcode == "fusion":
+        # On a CPU the comparison is wrapped; its parameters are the operands, in order.
+        inner = program.computations.get(root.called("calls") or "", {})
+        compare = next((entry for entry in inner.values() if entry.root), root)
+    if compare.opcode != "compare" or len(compare.operands) != 2:
+        return None
+
+    def source(name: str) -> Instruction | None:
+        entry = inner.get(name)
+        while entry is not None and entry.opcode in ("copy", "bitcast", "convert"):
+            entry = inner.get(entry.operands[0])
+        if entry is not None and entry.opcode == "parameter" and inner is not condition:
+            entry = condition.get(root.operands[int(entry.literal)])
+        return entry
+
+    counter, limit = (source(name) for name in compare.operands)
+    if counter is None or limit is None or counter.opcode != "get-tuple-element":
+        return None
+    if limit.opcode != "constant" or not limit.literal.lstrip("-").isdigit():
+        return None
+    if "direction=LT" in compare.attributes:
+        return max(0, int(limit.literal))
+    if "direction=LE" in compare.attributes:
+        return max(0, int(limit.literal) + 1)
+    return None
+
+
+def _window(instruction: Instruction, spatial: int) -> dict[str, list[int]]:
+    match = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    values = dict(re.findall(r"(\w+)=(\S+)", match.group(1))) if match else {}
+
+    def numbers(name: str, default: int) -> list[int]:
+        return [int(n) for n in values[name].split("x")] if name in values else [default] * spatial
+
+    low = [0] * spatial
+    if "pad" in values:
+        low = [int(part.split("_")[0]) for part in values["pad"].split("x")]
+    return {
+        "size": numbers("size", 1),
+        "stride": numbers("stride", 1),
+        "low": low,
+        "base": numbers("lhs_dilate", 1),
+        "dilation": numbers("rhs_dilate", 1),
+    }
+
+
+def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> float:
+    """Return the operations of a ``dot`` or ``convolution``.
+
+    A convolution counts the pairs of an output and an input place that the window really joins, as the compiler does:
+    batched products are compiled to convolutions over a diluted batch axis, most of whose places hold no input.
+
+    Args:
+        instruction: The product.
+        operands: Shapes of its two inputs.
+    """
+    left, right = operands
+    out = instruction.shapes[0]
+    if instruction.opcode == "dot":
+        contracted = math.prod(left.extents[n] for n in instruction.numbers("lhs_contracting_dims"))
+        return 2.0 * out.elements * contracted
+    match = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if match is None:
+        return 0.0
+    inputs, kernel, outputs = match.groups()
+    spatial = sum(label.isdigit() for label in outputs)
+    window = _window(instruction, spatial)
+    pairs = 1.0
+    for dimension in range(spatial):
+        label = str(dimension)
+        output = np.arange(out.extents[outputs.index(label)])
+        offset = np.arange(window["size"][dimension]) * window["dilation"][dimension]
+        extent = left.extents[inputs.index(label)]
+        place = output[:, None] * window["stride"][dimension] + offset - window["low"][dimension]
+        valid = (place >= 0) & (place % window["base"][dimension] == 0)
+        valid &= place // window["base"][dimension] < extent
+        pairs *= float(valid.sum())
+
+    def attribute(name: str) -> int:
+        found = re.search(rf"\b{name}=(\d+)", instruction.attributes)
+        return int(found.group(1)) if found else 1
+
+    # The kernel already has the input features of one group alone.
+    features_in = right.extents[kernel.index("i")]
+    features_out = out.extents[outputs.index("f")]
+    batch = out.extents[outputs.index("b")] / attribute("batch_group_count")
+    return 2.0 * pairs * features_in * features_out * batch
+
+
+def _passes(instruction: Instruction) -> int:
+    """Return how often the matrix units pass over a product to reach its precision."""
+    match = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
+    return {"high": 3, "highest": 6}.get(match.group(1) if match else "", 1)
+
+
+class _Reader:
+    """Adds up the cost of a program."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.cost = Cost()
+        self.collectives: dict[tuple[str, int], list[float]] = {}
+
+    def shapes(self, computation: dict[str, Instruction], name: str) -> tuple[Shape, ...]:
+        entry = computation.get(name)
+        return entry.shapes if entry is not None else ()
+
+    def visit(self, name: str, times: int, *, fused: bool = False, unknown: bool = False) -> None:
+        """Add a computation that runs ``times`` times; inside of a fusion nothing touches memory."""
+        computation = self.program.computations.get(name, {})
+        for entry in computation.values():
+            self.arithmetic(computation, entry, times)
+            self.communication(computation, entry, times, unknown)
+            if not fused:
+                self.cost.memory_bytes += times * self.traffic(computation, entry)
+                cycles = _CYCLES.search(entry.attributes)
+                self.cost.cycles += times * int(cycles.group(1)) if cycles else 0
+            if entry.opcode == "while":
+                rounds = trip_count(self.program, entry)
+                self.cost.unknown_loops += rounds is None
+                inside = unknown or rounds is None
+                for part in ("body", "condition"):
+                    self.visit(
+                        entry.called(part) or "",
+                        times * (1 if rounds is None else rounds),
+                        fused=fused,
+                        unknown=inside,
+                    )
+            elif entry.opcode == "fusion":
+                self.visit(entry.called("calls") or "", times, fused=True, unknown=unknown)
+            elif entry.opcode == "async-start":
+                self.visit(entry.called("calls") or "", times, fused=fused, unknown=unknown)
+            elif entry.opcode == "call":
+                self.visit(entry.called("to_apply") or "", times, fused=fused, unknown=unknown)
+            elif entry.opcode == "conditional":
+                for branch in self.branches(entry):
+                    self.visit(branch, times, fused=fused, unknown=unknown)
+
+    @staticmethod
+    def branches(entry: Instruction) -> Iterator[str]:
+        listed = re.search(r"branch_computations=\{([^}]*)\}", entry.attributes)
+        if listed:
+            yield from re.findall(r"%?([\w.\-]+)", listed.group(1))
+        for part in ("true_computation", "false_computation"):
+            called = entry.called(part)
+            if called:
+                yield called
+
+    def arithmetic(
+        self, computation: dict[str, Instruction], entry: Instruction, times: int
+    ) -> None:
+        if entry.opcode in ("dot", "convolution") and len(entry.operands) >= 2:
+            operands = [self.shapes(computation, name) for name in entry.operands[:2]]
+            if all(operands):
+                flops = product_flops(entry, (operands[0][0], operands[1][0]))
+                self.cost.flops += times * flops
+                self.cost.passes_flops += times * flops * _passes(entry)
+        elif entry.opcode == "sort":
+            self.cost.sorted_elements += times * max(shape.elements for shape in entry.shapes)
+        elif entry.opcode in ("gather", "scatter"):
+            count, width = self.accesses(computation, entry)
+            if width < ROW:
+                self.cost.elements += times * count
+
+    def accesses(
+        self, computation: dict[str, Instruction], entry: Instruction
+    ) -> tuple[float, float]:
+        """Return how many places a gather or scatter goes to, and how many elements it moves at each."""
+        if entry.opcode == "gather":
+            match = re.search(r"slice_sizes=\{([\d,]*)\}", entry.attributes)
+            width = math.prod(int(n) for n in match.group(1).split(",") if n) if match else 1
+            return entry.shapes[0].elements / max(width, 1), width
+        arrays = len(entry.operands) // 2
+        updates = self.shapes(computation, entry.operands[-1])
+        if not updates:
+            return 0.0, 1
+        window = entry.numbers("update_window_dims")
+        width = math.prod(updates[0].extents[n] for n in window)
+        return arrays * updates[0].elements / max(width, 1), width
+
+    def communication(
+        self,
+        computation: dict[str, Instruction],
+        entry: Instruction,
+        times: int,
+        unknown: bool,
+    ) -> None:
+        kind = entry.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return
+        group = group_size(entry.attributes, self.program.devices)
+        shapes = entry.shapes
+        if entry.opcode.endswith("-start") and kind != "all-reduce" and len(shapes) >= 2:
+            # (operands, results, ...): the results alone.
+            shapes = shapes[len(entry.operands) : 2 * len(entry.operands)]
+        payload = sum(shape.size for shape in shapes)
+        total = self.collectives.setdefault((kind, group), [0, 0, 0.0])
+        total[0] += times
+        total[1] += times * payload
+        total[2] += times * _sent(kind, group, payload)
+        self.cost.unknown_loop_collectives += unknown
+
+    def traffic(self, computation: dict[str, Instruction], entry: Instruction) -> float:
+        """Return the bytes that an instruction outside of fusions reads from and writes to main memory."""
+        if entry.opcode in FREE:
+            return 0.0
+        made = [shape for shape in entry.shapes]
+        if entry.opcode == "copy-start":
+            return _main(made[:2])
+        if entry.opcode == "slice-start":
+            source, result = made[0], made[1]
+            return result.size * ((source.space == 0) + (result.space == 0))
+        if entry.opcode.endswith("-start"):
+            return _main(made)
+        read = [self.shapes(computation, name) for name in entry.operands]
+        if entry.opcode in ("dynamic-slice", "slice", "gather"):
+            source = read[0][0] if read and read[0] else None
+            inside = _main(made)
+            return inside + (entry.shapes[0].size if source and source.space == 0 else 0)
+        if entry.opcode == "dynamic-update-slice":
+            update = read[1] if len(read) > 1 else ()
+            return 2 * _main(update)
+        if entry.opcode == "fusion":
+            return self.fusion_traffic(entry, read)
+        return _main(made) + sum(map(_main, read))
+
+    def fusion_traffic(self, entry: Instruction, read: list[tuple[Shape, ...]]) -> float:
+        """Return what a fusion moves: of an operand that it only slices or gathers from, what it takes."""
+        body = self.program.computations.get(entry.called("calls") or "", {})
+        users: dict[str, list[Instruction]] = {}
+        for inner in body.values():
+            for name in inner.operands:
+                users.setdefault(name, []).append(inner)
+        total = 0.0
+        for inner in body.values():
+            if inner.opcode != "parameter" or not inner.literal.isdigit():
+                continue
+            number = int(inner.literal)
+            if number >= len(read) or not any(shape.space == 0 for shape in read[number]):
+                continue
+            takes = [self.taken(inner.name, user, users) for user in users.get(inner.name, [])]
+            whole = _main(read[number])
+            total += min(whole, sum(whole if part is None else part for part in takes))
+        root = next((inner for inner in body.values() if inner.root), None)
+        if root is None:
+            return total + _main(entry.shapes)
+        results = (
+            [body[name] for name in root.operands if name in body]
+            if root.opcode == "tuple"
+            else [root]
+        )
+        for shape, result in zip(entry.shapes, results, strict=False):
+            if shape.space != 0:
+                continue
+            while result.opcode == "bitcast" and result.operands[0] in body:
+                result = body[result.operands[0]]
+            place = {"dynamic-update-slice": 1, "scatter": -1}.get(result.opcode)
+            update = body.get(result.operands[place]) if place is not None else None
+            if update is not None and update.shapes:
+                # In place: what is written, and read before it is added to.
+                total += 2 * update.shapes[0].size
+            else:
+                total += shape.size
+        return total
+
+    def taken(
+        self, name: str, user: Instruction, users: dict[str, list[Instruction]]
+    ) -> float | None:
+        """Return the bytes a use takes of an operand; None: all of it."""
+        if user.opcode in ("dynamic-slice", "slice"):
+            return user.shapes[0].size if user.operands[0] == name else 0.0
+        if user.opcode == "gather" and user.operands[0] == name:
+            return user.shapes[0].size
+        if user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
+            return 0.0
+        if user.opcode in ("bitcast", "reshape"):
+            parts = [self.taken(user.name, further, users) for further in users.get(user.name, [])]
+            return None if any(part is None for part in parts) or not parts else sum(parts)  # type: ignore[arg-type]
+        return None
+
+
+def _main(shapes: Iterable[Shape]) -> float:
+    """Return the bytes of those arrays that lie in main memory."""
+    return float(sum(shape.size for shape in shapes if shape.space == 0))
+
+
+def cost(text: str) -> Cost:
+    """Add up what one device does in one run of a compiled program.
+
+    Args:
+        text: ``compiled.as_text()``.
+    """
+    program = parse(text)
+    reader = _Reader(program)
+    reader.visit(program.entry, 1)
+    reader.cost.collectives = [
+        Collective(kind, group, int(count), int(payload), sent)
+        for (kind, group), (count, payload, sent) in sorted(reader.collectives.items())
+    ]
+    return reader.cost

@@ -1,0 +1,502 @@
+"""Which mesh to run on: tries some, compiles the real step for each, and reports what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.config import MeshConfig, TrainConfig, from_config_dict, from_dict, to_dict
+from cellplm_jax.errors import ConfigError, InputError, explain
+from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
+from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compiler
+from cellplm_jax.plan.roofline import RESOURCES
+from cellplm_jax.presets import PRESETS, preset
+
+# What is assumed of the data where nobody says: the vocabulary and the sample tables of the published checkpoint, and
+# stored counts a cell as in the atlases it was trained on.
+GENES = 19_374
+BATCHES = 12_596
+DATASETS = 484
+PLATFORMS = 8
+NONZEROS_PER_CELL = 1_500
+
+AXES = ("data", "cells", "genes")
+# Fewest cells of a row that one device is given, and most devices along the vocabulary.
+FEWEST_CELLS = 64
+MOST_GENE_DEVICES = 16
+
+
+def load_config(source: str) -> TrainConfig:
+    """Read a training configuration.
+
+    Args:
+        source: ``FILE.py:variant`` with a ``get_config(variant)`` as the launch programs take it, a ``.json`` file with
+            a configuration in it (that of a work directory, say), or the name of a preset.
+
+    Raises:
+        ConfigError: There is no such file or variant, or it holds no valid configuration.
+    """
+    name, _, variant = source.partition(":")
+    path = Path(name)
+    if not name or (not path.suffix and not path.exists()):
+        return preset(name or variant)
+    if not path.is_file():
+        msg = explain(
+            f"there is no configuration file '{name}'",
+            f"a Python or JSON file, or a preset: {', '.join(PRESETS)}",
+            "Check the path",
+        )
+        raise ConfigError(msg)
+    if path.suffix == ".json":
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            msg = explain(f"'{name}' is not JSON ({error})", "a configuration", "Check the file")
+            raise ConfigError(msg) from error
+        # A work directory keeps more than the configuration in its file.
+        for key in ("train", "config"):
+            if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
+                values = values[key]
+        return from_dict(TrainConfig, values)
+    specification = importlib.util.spec_from_file_location("_cellplm_plan_config", path)
+    get_config = None
+    if specification is not None and specification.loader is not None:
+        module = importlib.util.module_from_spec(specification)
+        try:
+            specification.loader.exec_module(module)
+        except Exception as error:
+            msg = explain(
+                f"'{name}' cannot be run as Python ({type(error).__name__}: {error})",
+                "a file with get_config(variant)",
+                "Check the file",
+            )
+            raise ConfigError(msg) from error
+        get_config = getattr(module, "get_config", None)
+    if get_config is None:
+        msg = explain(
+            f"'{name}' has no get_config",
+            "a function get_config(variant) that returns a ConfigDict",
+            "Give a file such as configs/pretrain.py",
+        )
+        raise ConfigError(msg)
+    values = get_config(variant) if variant else get_config()
+    return from_config_dict(TrainConfig, values)
+
+
+def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    """Change values of a configuration by their dotted names.
+
+    Args:
+        config: The configuration.
+        settings: ``name=value``, such as ``data.rows=512`` or ``precision=bfloat16``; values are JSON where they can be
+            read so, and text otherwise.
+
+    Raises:
+        ConfigError: A name is unknown or a value impossible.
+    """
+    values = to_dict(config)
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not name:
+            msg = explain(
+                f"--set was given '{setting}'", "name=value", "Write for example data.rows=512"
+            )
+            raise ConfigError(msg)
+        try:
+            value = json.loads(text.lower() if text in ("True", "False") else text)
+        except json.JSONDecodeError:
+            value = text
+        place = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                msg = explain(
+                    f"--set was given '{name}', where '{parent}' is a value",
+                    "the dotted name of a value",
+                    "Check the name",
+                )
+                raise ConfigError(msg)
+        place[last] = value
+    return from_dict(TrainConfig, values)
+
+
+def complete(
+    config: TrainConfig,
+    *,
+    genes: int | None = None,
+    batches: int | None = None,
+    datasets: int | None = None,
+    platforms: int | None = None,
+) -> TrainConfig:
+    """Fill in what a run takes from its data: the vocabulary and the rows of the covariates' tables.
+
+    Args:
+        config: The configuration; values it already has are kept where none is given here.
+        genes, batches, datasets, platforms: Sizes; None: the configuration's, or else those of the published model.
+    """
+    decoder = config.model.decoder
+    decoder = dataclasses.replace(
+        decoder,
+        batches=decoder.batches or BATCHES if batches is None else batches,
+        datasets=decoder.datasets or DATASETS if datasets is None else datasets,
+        platforms=decoder.platforms or PLATFORMS if platforms is None else platforms,
+    )
+    if genes is None:
+        genes = config.model.genes if config.model.genes > 1 else GENES
+    model = dataclasses.replace(config.model, genes=genes, decoder=decoder)
+    return dataclasses.replace(config, model=model)
+
+
+def parse_mesh(text: str, devices: int) -> MeshConfig:
+    """Read a mesh such as ``data=64,cells=4``; an axis that is not named has one device, ``data`` all that are left.
+
+    Raises:
+        InputError: An axis is unknown, or the axes do not multiply to the number of devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.replace(" ", "").split(","):
+        name, _, number = part.partition("=")
+        if name not in AXES:
+            near = difflib.get_close_matches(name, AXES, n=1)
+            msg = explain(
+                f"--mesh names an axis '{name}'",
+                f"one of {', '.join(AXES)}",
+                f"Did you mean '{near[0]}'" if near else "Write for example data=64,cells=4",
+            )
+            raise InputError(msg.replace("'.", "'?") if near else msg)
+        if not number.isdigit() or int(number) < 1 or name in sizes:
+            msg = explain(
+                f"--mesh was given '{part}'",
+                "each axis once, with a positive whole number",
+                "Write for example data=64,cells=4",
+            )
+            raise InputError(msg)
+        sizes[name] = int(number)
+    inner = sizes.get("cells", 1) * sizes.get("genes", 1)
+    data = sizes.get("data", max(1, devices // inner))
+    if data * inner != devices:
+        msg = explain(
+            f"--mesh {text} makes {data} x {sizes.get('cells', 1)} x {sizes.get('genes', 1)} = {data * inner} devices",
+            f"the {devices} of the topology",
+            "Change one of the axes",
+        )
+        raise InputError(msg)
+    return MeshConfig(data=data, cells=sizes.get("cells", 1), genes=sizes.get("genes", 1))
+
+
+def with_mesh(config: TrainConfig, mesh: MeshConfig, rows: int | None) -> TrainConfig:
+    """Return the configuration on a mesh, with as many rows as the mesh can split.
+
+    Args:
+        config: The configuration.
+        mesh: The mesh.
+        rows: Rows of a batch; None: the configuration's, raised to the next multiple of ``mesh.data``.
+
+    Raises:
+        ConfigError: The rows given, or the cells of a row, cannot be split over the mesh.
+    """
+    wanted = rows or -(-config.data.rows // mesh.data) * mesh.data
+    data = dataclasses.replace(config.data, rows=wanted)
+    return dataclasses.replace(config, data=data, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh worth trying, with rough figures to order it by; what is reported comes from the compiler.
+
+    Attributes:
+        config: The configuration on the mesh.
+        memory: Bytes a device needs, roughly.
+        cells_per_second: Cells a second, roughly.
+    """
+
+    config: TrainConfig
+    memory: float
+    cells_per_second: float
+
+
+def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> Candidate:
+    """Estimate a mesh roughly, from the sizes of the large arrays alone."""
+    model, mesh, data = config.model, config.mesh, config.data
+    rows = data.rows / mesh.data
+    cells = data.cells * (1 - config.masking.drop_cells) / mesh.cells
+    genes, hidden = model.genes / mesh.genes, model.hidden
+    by_gene = genes * (hidden + model.decoder.bottleneck + 3)
+    layer = (4 + 2 * model.encoder.feedforward) * hidden**2
+    tables = model.decoder.hidden * (
+        model.decoder.batches + model.decoder.datasets + model.decoder.platforms
+    )
+    others = model.encoder.layers * layer + tables + 2 * hidden * model.latent.size
+    dense = rows * cells * genes
+    width = 1.0 if config.rematerialize else model.encoder.layers
+    activations = rows * cells * hidden * 4 * (12 * width + 20)
+    wire = rows * data.cells / mesh.cells * nonzeros_per_cell * (4 * config.accumulate + 16)
+    memory = 16 * (by_gene + others) + 10 * dense + activations + wire
+    flops = 6 * rows * cells * (by_gene + model.encoder.layers * layer)
+    flops *= 4 / 3 if config.rematerialize else 1
+    sent = 8 * (by_gene + others) + 16 * rows * cells * hidden * (mesh.genes > 1)
+    chip = topology.chip
+    # Elementwise work on dense arrays and accesses to single elements outweigh the products.
+    seconds = config.accumulate * (flops / chip.flops + 30 * dense * 4 / chip.memory_bandwidth)
+    seconds += config.accumulate * 12 * rows * cells * nonzeros_per_cell / mesh.genes / chip.clock
+    seconds += sent / chip.link_bandwidth
+    seconds += 0.0005 * (mesh.cells > 1) + 0.0005 * (mesh.genes > 1)
+    return Candidate(config, memory, config.accumulate * data.rows * data.cells / seconds)
+
+
+def candidates(
+    config: TrainConfig, topology: Topology, nonzeros_per_cell: int, *, rows: int | None = None
+) -> list[Candidate]:
+    """Return the meshes worth trying, the most promising first.
+
+    Args:
+        config: The configuration; its own mesh is one of them.
+        topology: The slice.
+        nonzeros_per_cell: Stored counts of a cell.
+        rows: Rows of a batch; None: at least the configuration's, see :func:`with_mesh`.
+
+    Returns:
+        Every way to write the number of devices as data x cells x genes that splits rows, cells and vocabulary evenly
+        and leaves each device a fair number of cells: those that seem to fit by falling speed, then the others by
+        rising memory.
+    """
+    found = []
+    devices = topology.devices
+    for cells in (n for n in range(1, devices + 1) if devices % n == 0):
+        if config.data.cells % cells or (cells > 1 and config.data.cells // cells < FEWEST_CELLS):
+            continue
+        for genes in (n for n in range(1, devices // cells + 1) if (devices // cells) % n == 0):
+            if config.model.genes % genes or genes > MOST_GENE_DEVICES:
+                continue
+            mesh = MeshConfig(data=devices // cells // genes, cells=cells, genes=genes)
+            if rows is not None and rows % mesh.data:
+                continue
+            found.append(_guess(with_mesh(config, mesh, rows), topology, nonzeros_per_cell))
+    fits = [entry for entry in found if entry.memory <= topology.chip.memory]
+    rest = [entry for entry in found if entry.memory > topology.chip.memory]
+    return sorted(fits, key=lambda entry: -entry.cells_per_second) + sorted(
+        rest, key=lambda entry: entry.memory
+    )
+
+
+def plan(
+    config: TrainConfig,
+    topology: str,
+    *,
+    mesh: str | None = None,
+    rows: int | None = None,
+    nonzeros_per_cell: int = NONZEROS_PER_CELL,
+    tries: int = 3,
+    timeout: float | None = None,
+    say: Callable[[str], None] | None = None,
+    compile_with: Callable[..., dict[str, Any]] = compile_apart,
+) -> dict[str, Any]:
+    """Compile a run's training step for a slice, on the mesh given or on some, and say what it takes.
+
+    Args:
+        config: The run, with all sizes filled in (:func:`complete`).
+        topology: Name of the slice.
+        mesh: Such as ``data=64,cells=4``; None: the most promising ones are tried.
+        rows: Rows of a batch; None: the configuration's, raised to a multiple of the devices along ``data``.
+        nonzeros_per_cell: Stored counts of a cell; their number decides the size of what is sent to the devices.
+        tries: Meshes compiled at most; where none of them fits, one more: that which should need the least memory.
+        timeout: Seconds one compilation may take; None: any.
+        say: Told of each mesh before and after it is compiled.
+        compile_with: Compiles one step; tests put something quicker in its place.
+
+    Returns:
+        Plain values, ready for JSON: ``topology``, ``accelerator``, ``devices``, ``chip``, ``tried`` (one dictionary a
+        mesh: ``mesh``, ``rows``, ``fits``, ``memory`` and ``shortage`` in bytes a device, ``device`` (work of one device
+        in a step), ``compiler`` (its own figures), ``seconds``, ``binds``, ``cells_per_second`` and so on), ``best``
+        (position in ``tried`` of the fastest that fits, or None) and ``reason`` (why there is none).
+
+    Raises:
+        InputError: The topology or the mesh is impossible, or the compiler failed.
+        ConfigError: Rows, cells or vocabulary cannot be split over the mesh.
+    """
+    require_compiler()
+    place = parse_topology(topology)
+    if mesh is not None:
+        chosen = [
+            _guess(
+                with_mesh(config, parse_mesh(mesh, place.devices), rows), place, nonzeros_per_cell
+            )
+        ]
+        spare: list[Candidate] = []
+    else:
+        possible = candidates(config, place, nonzeros_per_cell, rows=rows)
+        if not possible:
+            msg = explain(
+                f"no mesh of {place.devices} devices splits {rows or config.data.rows} rows of {config.data.cells} "
+                f"cells evenly",
+                "rows or cells with enough factors in common with the number of devices",
+                "Change --rows, or data.cells",
+            )
+            raise ConfigError(msg)
+        chosen = possible[:tries]
+        spare = sorted(possible[tries:], key=lambda entry: entry.memory)[:1]
+    tried: list[dict[str, Any]] = []
+    for number, candidate in enumerate([*chosen, *spare], start=1):
+        if number > len(chosen) and any(entry["fits"] for entry in tried):
+            break
+        run = candidate.config
+        name = mesh_text(run.mesh)
+        if say is not None:
+            say(f"{number}/{len(chosen)} {name}, {run.data.rows} rows: compiling for {place.name}")
+        pieces = run.mesh.cells
+        nonzeros = math.ceil(run.data.cells / pieces * nonzeros_per_cell)
+        result = compile_with(run, place, nonzeros, timeout=timeout)
+        entry = {
+            "mesh": {axis: getattr(run.mesh, axis) for axis in AXES},
+            "rows": run.data.rows,
+            "rows_of_configuration": config.data.rows,
+            "nonzeros": nonzeros,
+            **result,
+        }
+        if entry["fits"]:
+            cells = run.accumulate * run.data.rows * run.data.cells
+            entry["cells_per_step"] = cells
+            entry["cells_per_second"] = {
+                "floor": cells / entry["seconds"]["floor"],
+                "serial": cells / entry["seconds"]["serial"],
+            }
+        tried.append(entry)
+        if say is not None:
+            say(f"{number}/{len(chosen)} {name}: {_verdict(entry)}")
+    best = max(
+        (n for n, entry in enumerate(tried) if entry["fits"]),
+        key=lambda n: tried[n]["cells_per_second"]["serial"],
+        default=None,
+    )
+    report: dict[str, Any] = {
+        "topology": place.name,
+        "accelerator": place.accelerator,
+        "devices": place.devices,
+        "chip": dataclasses.asdict(place.chip),
+        "config": to_dict(config),
+        "nonzeros_per_cell": nonzeros_per_cell,
+        "tried": tried,
+        "best": best,
+        "reason": None,
+    }
+    if best is None:
+        nearest = min(tried, key=lambda entry: entry["shortage"])
+        report["reason"] = (
+            f"{'it does' if len(tried) == 1 else f'none of {len(tried)} meshes does'} not fit: "
+            f"{mesh_text(nearest['mesh'])} needs {in_gibibytes(nearest['memory']['total'])} a device of "
+            f"{in_gibibytes(nearest['memory']['available'])}, {in_gibibytes(nearest['shortage'])} too much"
+        )
+    return report
+
+
+def mesh_text(mesh: MeshConfig | Mapping[str, int]) -> str:
+    """Return a mesh as ``--mesh`` takes it."""
+    sizes = mesh if isinstance(mesh, Mapping) else {axis: getattr(mesh, axis) for axis in AXES}
+    return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if axis == "data" or sizes[axis] > 1)
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    if not entry["fits"]:
+        return f"does not fit, {in_gibibytes(entry['shortage'])} too much ({entry['compile_seconds']:.0f} s)"
+    return (
+        f"fits, {in_gibibytes(entry['memory']['total'])} a device, {entry['cells_per_second']['serial']:,.0f} cells/s "
+        f"({entry['compile_seconds']:.0f} s)"
+    )
+
+
+def _amount(value: float, unit: str = "") -> str:
+    """Return a number with three digits and a prefix, such as ``2.35 GB``."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms"
+
+
+def plan_text(report: Mapping[str, Any]) -> str:
+    """Return a report of :func:`plan` as text for a terminal."""
+    chip = report["chip"]
+    lines = [
+        f"{report['topology']} ({report['accelerator']}): {report['devices']} chips, each "
+        f"{chip['flops'] / 1e12:.0f} TFLOP/s (bf16), {in_gibibytes(chip['memory'])} usable HBM at "
+        f"{chip['memory_bandwidth'] / 1e9:,.0f} GB/s, links {chip['link_bandwidth'] / 1e9:.0f} GB/s one way",
+        "Estimates of a compiler and of arithmetic; nothing was run on a TPU.",
+    ]
+    for number, entry in enumerate(report["tried"]):
+        mark = " <- best" if number == report["best"] else ""
+        lines += ["", f"mesh {mesh_text(entry['mesh'])}{mark}", *_entry_lines(entry)]
+    if report["best"] is None:
+        lines += ["", report["reason"]]
+    return "\n".join(lines)
+
+
+def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
+    rows = f"{entry['rows']} ({entry['rows'] // entry['mesh']['data']} along each of data)"
+    if entry["rows"] != entry["rows_of_configuration"]:
+        rows += f"; the configuration has {entry['rows_of_configuration']}: set data.rows"
+    memory = entry["memory"]
+    lines = [
+        f"  rows a batch      {rows}",
+        f"  parameters        {entry['parameters'] / 1e6:,.1f} M",
+    ]
+    if not entry["fits"] and "device" not in entry:
+        return [
+            *lines,
+            f"  does not fit      {in_gibibytes(memory['total'])} of {in_gibibytes(memory['available'])}: "
+            f"{in_gibibytes(entry['shortage'])} too much",
+            f"  compiled in       {entry['compile_seconds']:.0f} s",
+        ]
+    device, seconds = entry["device"], entry["seconds"]
+    parts = ("arguments", "outputs", "aliased", "temporaries", "code")
+    sizes = ", ".join(f"{part} {_amount(memory[part], 'B')}" for part in parts)
+    lines += [
+        f"  memory a device   {in_gibibytes(memory['total'])} of {in_gibibytes(memory['available'])} "
+        f"({100 * memory['total'] / memory['available']:.0f} %): {sizes}",
+    ]
+    if not entry["fits"]:
+        lines.append(f"  does not fit      {in_gibibytes(entry['shortage'])} too much")
+    stated = entry["compiler"]["flops"]
+    lines += [
+        f"  FLOPs a device    {_amount(device['flops'])} in products, loops counted as often as they run"
+        + (f"; {_amount(stated)} in all by the compiler, loops once" if stated else ""),
+        f"  FLOPs a step      {_amount(entry['step_product_flops'])} in products, all devices",
+        f"  HBM traffic       {_amount(device['memory_bytes'], 'B')} a device",
+        f"  single elements   {_amount(device['elements'])} gathered or scattered, "
+        f"{_amount(device['sorted_elements'])} sorted a device",
+    ]
+    for part in device["collectives"]:
+        lines.append(
+            f"  {part['kind']:<17} {part['count']:,} among {part['group']}: {_amount(part['payload'], 'B')}, "
+            f"{_amount(part['sent'], 'B')} sent a device"
+        )
+    if device["unknown_loop_collectives"]:
+        lines.append(
+            f"  in loops whose rounds depend on the data: {device['unknown_loop_collectives']} of these, counted once"
+        )
+    lines.append("  time a step, if each resource were alone:")
+    for name, meaning in RESOURCES.items():
+        binds = "  <- binds" if name == entry["binds"] else ""
+        lines.append(f"    {_milliseconds(seconds[name]):>14}  {meaning}{binds}")
+    lines.append(
+        f"    {_milliseconds(seconds['schedule']):>14}  the compiler's schedule, without elements, sorts, communication"
+    )
+    if entry["fits"]:
+        rate = entry["cells_per_second"]
+        lines.append(
+            f"  step              {_milliseconds(seconds['floor'])} (everything overlaps) to "
+            f"{_milliseconds(seconds['serial'])} (nothing does): {rate['serial']:,.0f} to {rate['floor']:,.0f} cells/s"
+        )
+    lines.append(
+        f"  compiled in       {entry['compile_seconds']:.0f} s, traced in {entry['trace_seconds']:.0f} s"
+    )
+    return lines
