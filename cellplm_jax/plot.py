@@ -145,6 +145,25 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def _metrics_rows(
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+) -> list[Mapping[str, Any]]:
+    """Return the lines of a run's metrics, after checking that each has a step."""
+    rows: list[Mapping[str, Any]]
+    rows = (
+        list(_read_json_lines(metrics)) if isinstance(metrics, str | os.PathLike) else list(metrics)
+    )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not isinstance(row.get("step"), int | float):
+            msg = explain(
+                f"Metrics line {number} has no number under 'step'",
+                "an object such as {'step': 10, 'split': 'train', 'loss': 3.2}",
+                "Write the step into every line",
+            )
+            raise InputError(msg)
+    return rows
+
+
 def _series(
     rows: Sequence[Mapping[str, Any]], split: str, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -228,15 +247,7 @@ def training_curves(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     pyplot = _pyplot()
-    rows = _read_json_lines(metrics) if isinstance(metrics, str | os.PathLike) else list(metrics)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or not isinstance(row.get("step"), int | float):
-            msg = explain(
-                f"Metrics line {number} has no number under 'step'",
-                "an object such as {'step': 10, 'split': 'train', 'loss': 3.2}",
-                "Write the step into every line",
-            )
-            raise InputError(msg)
+    rows = _metrics_rows(metrics)
     drawn = []
     for key, heading, unit in _PANELS:
         curves = {split: _series(rows, split, key) for split in _SPLITS}
@@ -294,6 +305,161 @@ def training_curves(
     if show:
         pyplot.show()
     return panels
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+_RUN_PANELS: tuple[
+    tuple[str, str, str, tuple[tuple[str, str], ...]], ...
+] = (  # heading, unit, split, key and name
+    ("Loss", "nats a cell", "train", (("loss", "loss"),)),
+    (
+        "Reconstruction",
+        "nats a cell",
+        "train",
+        (("reconstruction_full", "all genes"), ("reconstruction_masked", "masked genes")),
+    ),
+    (
+        "Divergence from the prior",
+        "nats a cell",
+        "train",
+        (("kl_latent", "latent"), ("kl_cluster", "clusters")),
+    ),
+    ("Held-out likelihood", "nats an entry", "heldout", (("nb_log_likelihood", "NB"),)),
+    (
+        "Held-out correlation",
+        "Pearson r",
+        "heldout",
+        (("masked_correlation", "all entries"), ("masked_correlation_per_gene", "mean per gene")),
+    ),
+    (
+        "Probe on held-out labels",
+        "score",
+        "probe",
+        (
+            ("knn_accuracy", "kNN accuracy"),
+            ("ari", "ARI of clusters"),
+            ("batch_mixing", "batch mixing"),
+        ),
+    ),
+    ("Gradient norm", "before clipping", "train", (("gradient_norm", "norm"),)),
+    ("Speed", "cells/s", "train", (("cells_per_second", "cells/s"),)),
+    (
+        "Shares",
+        "of slots, time, peak",
+        "train",
+        (
+            ("padding", "padding"),
+            ("data_wait", "waiting for data"),
+            ("model_flop_utilisation", "model FLOPs"),
+        ),
+    ),
+)
+_LINES = ("-", (0, (4, 1.2)), (0, (1, 1)))
+
+
+def run_picture(
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str], *, title: str | None = None
+) -> Any:
+    """Draw a whole run on one page, as it is left in its work directory.
+
+    Loss and its terms, held-out scores with the best step marked, the probe, gradient norm with skipped steps marked,
+    speed, and the shares of padding, of time waiting for data and of the arithmetic peak. Panels without values are
+    left out. Training values are running means over their faint raw values.
+
+    Args:
+        metrics: As for :func:`training_curves`; ``split`` may also be "probe".
+        title: Above all panels.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window.
+
+    Raises:
+        InputError: The file cannot be read, a line has no step, or no known metric occurs.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    matplotlib = require("matplotlib", "eval", "Plotting")
+    figures = require("matplotlib.figure", "eval", "Plotting")
+    rows = _metrics_rows(metrics)
+    panels = []
+    for heading, unit, split, names in _RUN_PANELS:
+        curves = [(name, *_series(rows, split, key)) for key, name in names]
+        curves = [curve for curve in curves if len(curve[1])]
+        if curves:
+            panels.append((heading, unit, split, curves))
+    if not panels:
+        msg = explain(
+            f"{len(rows)} metrics lines without any known metric",
+            "those of a pretraining run",
+            "Check that this is the metrics file of a training run",
+        )
+        raise InputError(msg)
+    steps, skipped = _series(rows, "train", "skipped")
+    skipped_at = steps[np.flatnonzero(np.diff(skipped, prepend=0.0) > 0)]
+    every_step = np.concatenate([curve[1] for *_, curves in panels for curve in curves])
+    first, last = float(every_step.min()), float(every_step.max())
+    margin = 0.03 * (last - first) or 0.5
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(4.0 * columns, 2.5 * lines + 0.4), layout="constrained")
+        grid = np.asarray(figure.subplots(lines, columns, squeeze=False)).ravel()
+        for panel in grid[len(panels) :]:
+            panel.remove()
+        for panel, (heading, unit, split, curves) in zip(grid, panels, strict=False):
+            _run_panel(panel, split, curves)
+            if heading == "Gradient norm" and len(skipped_at):
+                bottom = np.full(len(skipped_at), 0.02)
+                panel.plot(
+                    skipped_at,
+                    bottom,
+                    "x",
+                    color=PALETTE[3],
+                    transform=panel.get_xaxis_transform(),
+                    label="skipped step",
+                )
+                panel.legend(frameon=False)
+            panel.set_title(heading, loc="left")
+            panel.set_ylabel(unit)
+            panel.set_xlabel("step")
+            panel.set_xlim(first - margin, last + margin)
+            panel.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+            panel.set_axisbelow(True)
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def _run_panel(
+    panel: Axes, split: str, curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
+) -> None:
+    """Draw the curves of one panel of a run's picture."""
+    for place, (name, steps, values) in enumerate(curves):
+        style: dict[str, Any] = {"color": PALETTE[place], "linestyle": _LINES[place], "label": name}
+        if split == "train":
+            window = 2 * (len(values) // 80) + 1
+            if window > 1:
+                panel.plot(steps, values, color=PALETTE[place], alpha=0.3, linewidth=0.7)
+            values = _smooth(values, window)
+        if split != "train" or len(values) == 1:
+            style |= {"marker": "o", "markersize": 3.5, "markevery": max(1, len(values) // 25)}
+        panel.plot(steps, values, **style)
+    if curves[0][0] == "NB":
+        _, steps, values = curves[0]
+        best = int(np.argmax(values))
+        panel.plot(
+            steps[best],
+            values[best],
+            "*",
+            color=PALETTE[3],
+            markersize=11,
+            label=f"best: step {steps[best]:.0f}",
+        )
+    everything = np.concatenate([values for _, _, values in curves])
+    if everything.min() > 0 and everything.max() > 50 * everything.min():
+        panel.set_yscale("log")
+    if len(curves) > 1 or curves[0][0] == "NB":
+        panel.legend(frameon=False)
 
 
 # --- maps of cells ---------------------------------------------------------------------------------------------------

@@ -69,6 +69,56 @@ def test_training_curves_smooths_the_training_values_only():
     assert len(plot.training_curves(lines, smoothing=1)[0].lines) == 1
 
 
+def run_lines():
+    lines = []
+    for step in range(1, 101):
+        lines.append(
+            {
+                "step": step,
+                "split": "train",
+                "loss": 1000 / step,
+                "reconstruction_full": 900 / step,
+                "reconstruction_masked": 100 / step,
+                "gradient_norm": None if step == 40 else 1.0,
+                "skipped": float(step >= 40),
+                "padding": 0.08,
+                "data_wait": 0.01,
+            }
+        )
+        if step % 25 == 0:
+            score = -0.5 + 0.1 * (step == 75)
+            lines.append({"step": step, "split": "heldout", "nb_log_likelihood": score})
+            lines.append({"step": step, "split": "probe", "knn_accuracy": 0.5, "ari": 0.1})
+    return lines
+
+
+def test_run_picture_draws_what_there_is():
+    figure = plot.run_picture(run_lines(), title="a run")
+    panels = {panel.get_title(loc="left"): panel for panel in figure.axes}
+    assert list(panels) == [
+        "Loss",
+        "Reconstruction",
+        "Held-out likelihood",
+        "Probe on held-out labels",
+        "Gradient norm",
+        "Shares",
+    ]
+    assert not plt.get_fignums()  # it belongs to no window
+    labels = {
+        name: [text.get_text() for text in panel.get_legend().get_texts()]
+        for name, panel in panels.items()
+        if panel.get_legend() is not None
+    }
+    assert labels["Held-out likelihood"][-1] == "best: step 75"
+    assert labels["Gradient norm"] == ["norm", "skipped step"]
+    assert labels["Shares"] == ["padding", "waiting for data"]
+    assert panels["Loss"].get_yscale() == "log"
+    [mark] = [line for line in panels["Gradient norm"].lines if line.get_label() == "skipped step"]
+    np.testing.assert_array_equal(mark.get_xdata(), [40])
+    with pytest.raises(InputError, match="without any known metric"):
+        plot.run_picture([{"step": 1, "accuracy": 0.5}])
+
+
 def test_training_curves_reads_a_file_that_is_still_written_to(tmp_path):
     path = tmp_path / "metrics.jsonl"
     text = "\n".join(json.dumps(line) for line in metrics_lines()) + '\n{"step": 200, "lo'

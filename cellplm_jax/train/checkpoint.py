@@ -1,16 +1,19 @@
 """Checkpoints: the only module that knows Orbax.
 
-A checkpoint is a directory that opens alone: ``config.json``, ``genes.txt`` and ``card.json`` at its root, and Orbax
-step directories with ``params`` and ``optimizer`` as separate items (a converted model has ``params`` and ``unused``).
-Restoring reads the stored metadata, so neither the device count nor the code that wrote it has to match.
+A checkpoint is a directory, or a ``gs://`` address, that opens alone: ``config.json``, ``genes.txt`` and ``card.json``
+at its root, and Orbax step directories with ``params``, ``optimizer`` and ``run`` (step, skipped steps, seed, number of
+covariate rows) as separate items; a converted model has ``params`` and ``unused``. Restoring reads the stored metadata:
+neither the device count, nor the number of processes, nor the code that wrote it has to match.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain
@@ -38,6 +42,7 @@ class ModelFiles:
         card: Where the model comes from and what it was trained on.
         train: The whole training configuration, or None for a converted model.
         published: The original's constructor arguments, for a converted model.
+        store: What identifies the data of a run (:func:`cellplm_jax.train.workdir.store_facts`).
     """
 
     model: ModelConfig
@@ -45,12 +50,26 @@ class ModelFiles:
     card: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig | None = None
     published: dict[str, Any] | None = None
+    store: dict[str, Any] | None = None
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def write_text_whole(path: epath.Path, text: str) -> None:
+    """Write a small file whole or not at all; objects of a store are whole by nature.
+
+    Args:
+        path: The file.
+        text: Its contents.
+    """
+    if _remote(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    partial = Path(path).with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
@@ -60,16 +79,29 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
         directory: Created where it does not exist.
         files: Their contents.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"format": 1, "model": to_dict(files.model)}
     if files.train is not None:
         content["train"] = {k: v for k, v in to_dict(files.train).items() if k != "model"}
     if files.published is not None:
         content["published"] = files.published
-    _write_text(directory / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
-    _write_text(directory / CARD_FILE, json.dumps(files.card, indent=2, ensure_ascii=False) + "\n")
-    _write_text(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    if files.store is not None:
+        content["store"] = files.store
+    write_text_whole(directory / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
+    write_card(directory, files.card)
+    write_text_whole(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
+    """Write ``card.json`` alone.
+
+    Args:
+        directory: A checkpoint directory.
+        card: Its contents.
+    """
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    write_text_whole(epath.Path(directory) / CARD_FILE, text)
 
 
 def read_root(directory: str | os.PathLike) -> ModelFiles:
@@ -81,7 +113,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
     Raises:
         CheckpointError: It is not a checkpoint, a file is damaged, or genes and config disagree.
     """
-    directory = Path(directory)
+    directory = epath.Path(directory)
     if not directory.is_dir():
         msg = explain(
             f"there is no directory '{directory}'",
@@ -122,7 +154,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             "Copy the checkpoint again",
         )
         raise CheckpointError(msg)
-    return ModelFiles(model, genes, card, train, content.get("published"))
+    return ModelFiles(model, genes, card, train, content.get("published"), content.get("store"))
 
 
 def _is_not_a_read_error(record: logging.LogRecord) -> bool:
@@ -130,7 +162,18 @@ def _is_not_a_read_error(record: logging.LogRecord) -> bool:
     return "OCDBT" not in record.getMessage()
 
 
-def _manager(directory: Path, *, keep: int | None = None, read_only: bool = False):
+_TRASH = ".deleted"
+"""Checkpoints that are no longer kept are renamed into this folder before they are removed, so that a process killed
+meanwhile leaves no step with half of its files."""
+
+_ITEMS = ("params", "optimizer", "unused")
+
+
+def _remote(directory: epath.Path) -> bool:
+    return "://" in os.fspath(directory)
+
+
+def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool = False):
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -154,8 +197,12 @@ def _manager(directory: Path, *, keep: int | None = None, read_only: bool = Fals
         best_mode="max",
         read_only=read_only,
         create=not read_only,
+        # An object store has no rename: there an unfinished step is known by its missing commit file.
+        cleanup_tmp_directories=not read_only and _remote(directory),
+        todelete_subdir=None if read_only else _TRASH,
     )
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer", "unused")}
+    handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+    handlers["run"] = ocp.JsonCheckpointHandler()
     try:
         return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=options)
     except ValueError as error:
@@ -171,38 +218,85 @@ def _manager(directory: Path, *, keep: int | None = None, read_only: bool = Fals
 class RunCheckpoints:
     """The checkpoints of a training run: saved asynchronously, the latest few and the best kept.
 
+    With several processes all of them call every method, in the same order.
+
     Args:
-        directory: The run's work directory.
+        directory: The run's work directory, here or at a ``gs://`` address.
         keep: Most recent checkpoints kept besides the best.
+
+    Raises:
+        CheckpointError: A step that is there is damaged (opening), cannot be read or cannot be written (methods).
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
-        self._manager = _manager(Path(directory), keep=keep)
+        self.directory = epath.Path(directory)
+        with self._explained("the folder"):
+            self._manager = _manager(self.directory, keep=keep)
+        self._last = self._manager.latest_step()
+        self._remove("*.orbax-checkpoint-tmp*")  # saves that were cut off
+        self._remove(_TRASH)
 
     def latest_step(self) -> int | None:
         """Return the last completely saved step, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, *, metrics: Mapping[str, float] | None = None) -> None:
-        """Save the state under its step; returns before the files are written.
+    def save(
+        self,
+        state: TrainState,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save the state under its step; returns before the files are written. A step is saved once.
 
         Args:
             state: The run's state.
             metrics: Held-out scores; they decide which step is the best.
+            facts: What else a later run has to know of this one, as JSON: the ``run`` item holds it beside the step,
+                ``skipped`` and ``skipped_in_a_row``.
         """
         import orbax.checkpoint as ocp
 
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.optimizer),
-            ),
-            metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
-        )
+        step = int(state.step)
+        if step == self._last:
+            return
+        run = {
+            "step": step,
+            "skipped": int(state.skipped),
+            "skipped_in_a_row": int(state.skipped_in_a_row),
+            **(facts or {}),
+        }
+        self.wait()
+        self._last = step
+        with self._explained(f"step {step}"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(state.optimizer),
+                    run=ocp.args.JsonSave(run),
+                ),
+                metrics=None if metrics is None else {k: float(v) for k, v in metrics.items()},
+            )
+
+    def run_facts(self, step: int) -> dict[str, Any]:
+        """Return the ``run`` item of a step.
+
+        Args:
+            step: A saved step.
+        """
+        import orbax.checkpoint as ocp
+
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
+            )
+            return dict(restored["run"])
+        except Exception as error:
+            raise _damaged(self.directory, step, error) from error
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Restore a state for continuing.
+        """Restore a state for continuing, on any mesh and any number of processes.
 
         Args:
             abstract: A state of ``jax.ShapeDtypeStruct`` with the shardings wanted.
@@ -213,6 +307,7 @@ class RunCheckpoints:
         """
         import orbax.checkpoint as ocp
 
+        run = self.run_facts(step)
         try:
             restored = self._manager.restore(
                 step,
@@ -222,24 +317,100 @@ class RunCheckpoints:
                 ),
             )
         except Exception as error:
-            raise _damaged(self._manager.directory, step, error) from error
+            raise _damaged(self.directory, step, error) from error
+
+        def number(name: str) -> jax.Array:
+            return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
+
         return TrainState(
-            step=jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
+            step=number("step"),
             params=restored["params"],
             optimizer=restored["optimizer"],
+            skipped=number("skipped"),
+            skipped_in_a_row=number("skipped_in_a_row"),
         )
 
+    def wait(self) -> None:
+        """Wait until everything saved so far is on disk."""
+        with self._explained(f"step {self._last}"):
+            self._manager.wait_until_finished()
+        self._remove(_TRASH)
+
     def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until everything is on disk, and let go of it."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _remove(self, pattern: str) -> None:
+        if jax.process_index() == 0 and not _remote(self.directory):
+            for path in self.directory.glob(pattern):
+                with contextlib.suppress(OSError):
+                    path.rmtree()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            msg = explain(
+                f"{what} of '{self.directory}' cannot be saved ({_first_line(error)})",
+                "a work directory that may be written, with room for another checkpoint",
+                "Free some space or correct its permissions, and run the same command again: checkpoints saved before "
+                "are intact, and it continues from the latest of them",
+            )
+            raise CheckpointError(msg) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what an exception says in one line; a full disk is named, however deep its error lies."""
+    text = f"{error} {error.__cause__ or ''}"
+    if re.search(r"no space left|ENOSPC|disk quota|RESOURCE_EXHAUSTED", text, re.IGNORECASE):
+        return "no space left on the disk"
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+_COVARIATE = re.compile(r"(batch|dataset|platform)_(\d+|embedding)|discriminator")
+
+
+def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
+    """Give covariates the rows that samples added later need.
+
+    Args:
+        tree: Parameters, or optimizer moments of the same paths, stored with fewer batches, datasets or platforms.
+        shapes: The same tree with the shapes wanted.
+        new: What new rows start as: ``"mean"`` of the old ones, which is what the model took for an unknown batch all
+            along, or ``"zero"``.
+
+    Returns:
+        The tree, larger where ``shapes`` asks for more rows of a covariate and untouched elsewhere.
+    """
+
+    def grown(path: tuple, leaf: Any, wanted: Any) -> Any:
+        names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        old, shape = np.shape(leaf), np.shape(wanted)
+        if old == shape or len(old) != len(shape) or not _COVARIATE.search(names):
+            return leaf
+        axes = [axis for axis in range(len(old)) if old[axis] != shape[axis]]
+        if len(axes) != 1 or shape[axes[0]] < old[axes[0]]:
+            return leaf
+        (axis,) = axes
+        numpy = np if isinstance(leaf, np.ndarray) else jnp
+        row = leaf.mean(axis=axis, keepdims=True) * (1 if new == "mean" else 0)
+        return numpy.concatenate([leaf, row.repeat(shape[axis] - old[axis], axis=axis)], axis=axis)
+
+    return jax.tree_util.tree_map_with_path(grown, tree, shapes)
 
 
 def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:
-    lines = str(error).strip().splitlines()
-    first = lines[0][:200] if lines else type(error).__name__
+    if isinstance(error, CheckpointError):
+        return error
     msg = explain(
-        f"step {step} of '{directory}' cannot be read ({first})",
+        f"step {step} of '{directory}' cannot be read ({_first_line(error)})",
         "a complete checkpoint that fits its config",
         "Copy it again, or delete the damaged step directory to fall back on an earlier one",
     )
@@ -282,7 +453,7 @@ def save_model(
         items["unused"] = ocp.args.StandardSave(_as_arrays(unused))
     try:
         write_root(partial, files)
-        manager = _manager(partial)
+        manager = _manager(epath.Path(partial))
         manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
         manager.close()
@@ -302,7 +473,7 @@ def _as_arrays(tree: Any) -> Any:
 
 def has_item(directory: str | os.PathLike, item: str) -> bool:
     """Say whether any step of a checkpoint holds an item."""
-    return any(Path(directory).glob(f"[0-9]*/{item}"))
+    return any(True for _ in epath.Path(directory).glob(f"[0-9]*/{item}"))
 
 
 def restore_item(
@@ -323,7 +494,7 @@ def restore_item(
     """
     import orbax.checkpoint as ocp
 
-    directory = Path(directory)
+    directory = epath.Path(directory)
     manager = _manager(directory, read_only=True)
     try:
         steps = list(manager.all_steps())

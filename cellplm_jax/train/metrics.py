@@ -4,13 +4,206 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from cellplm_jax.config import TrainConfig
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.model.cellplm import init_params
+
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("tpu v2", 22.5e12),
+    ("tpu v3", 61.5e12),
+    ("tpu v4", 275e12),
+    ("tpu v5 lite", 197e12),
+    ("tpu v5e", 197e12),
+    ("tpu v5", 459e12),
+    ("tpu v6", 918e12),
+    ("tpu7", 2307e12),
+    ("tpu v7", 2307e12),
+    ("b200", 2250e12),
+    ("gh200", 989e12),
+    ("h200", 989e12),
+    ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h100", 989e12),
+    ("a100", 312e12),
+    ("l40s", 362e12),
+    ("l4", 121e12),
+    ("a10g", 70e12),
+    ("a10", 125e12),
+    ("v100", 125e12),
+    ("t4", 65e12),
+)
+"""Vendors' dense bfloat16 peak of one jax device in FLOP/s (float16 for V100 and T4; v2 and v3: one core), by what the
+device kind contains; the first match counts."""
+
+
+def model_flops(config: TrainConfig, cells: float, nonzeros: float) -> float:
+    """Return the floating-point operations that training on some cells asks for, forward and backward.
+
+    A count of the mathematics, whatever the hardware really does: padding, densified zeros and recomputed activations
+    are not in it, so a model-FLOP utilisation made from it cannot be raised by wasting arithmetic. Forward, in
+    multiplications and additions::
+
+        each stored count         2 hidden                 (its row of the gene embedding, scaled and added)
+        each cell                 2 in out                 summed over every linear layer [in, out]
+          flow attention          4 hidden hidden/heads    a layer (the two products around the flow)
+          performer               8 hidden features        a layer
+          softmax                 4 hidden data.cells      a layer
+
+    Backward takes twice the forward of the cells (gradients of the inputs and of the weights) and once that of the
+    stored counts, whose inputs need no gradient. Left out: element-wise work, sums over cells, the likelihood, AdamW.
+
+    Args:
+        config: The run.
+        cells: Cells that pass through the network.
+        nonzeros: Their stored counts.
+    """
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    leaves = flatten_dict(shapes)
+    linear = sum(
+        2.0 * math.prod(leaf.shape) for path, leaf in leaves.items() if path[-1] == "kernel"
+    )
+    encoder, hidden = config.model.encoder, config.model.hidden
+    width = hidden // encoder.heads
+    features = encoder.random_features or int(width * math.log(max(width, 2)))
+    attention = {
+        "flow": 4.0 * hidden * width,
+        "performer": 8.0 * hidden * features,
+        "softmax": 4.0 * hidden * config.data.cells,
+    }.get(encoder.kind, 0.0)
+    forward = cells * (linear + encoder.layers * attention)
+    return 3.0 * forward + 2.0 * nonzeros * 2.0 * hidden
+
+
+def peak_flops() -> tuple[float, str]:
+    """Return the arithmetic peak of all devices together, and where the number comes from.
+
+    Returns:
+        FLOP/s (NaN for an accelerator that is not in :data:`PEAK_FLOPS`), and ``"table"``, ``"measured"`` or
+        ``"unknown"``. A CPU has no entry in a table: a float32 matrix product is timed instead, on this machine, of
+        which all CPU devices are shares.
+    """
+    device = jax.local_devices()[0]
+    kind = device.device_kind.lower()
+    for name, peak in PEAK_FLOPS:
+        if name in kind:
+            return peak * jax.device_count(), "table"
+    if device.platform != "cpu":
+        return math.nan, "unknown"
+    size = 1024
+    matrix = jax.device_put(np.ones((size, size), np.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * size**3 / min(seconds), "measured"
+
+
+class StepRates:
+    """Rates of training between two log lines: time spent on evaluating, saving and compiling is not counted.
+
+    Args:
+        config: The run.
+        peak: FLOP/s of all devices, from :func:`peak_flops`; NaN leaves the utilisation out.
+    """
+
+    def __init__(self, config: TrainConfig, peak: float):
+        self._flops_per_cell = model_flops(config, 1.0, 0.0)
+        self._flops_per_nonzero = model_flops(config, 0.0, 1.0)
+        self._peak = peak
+        self._mark: float | None = None
+        self._began, self._steps = 0.0, 0
+        self._lap = dict.fromkeys(
+            ("seconds", "waited", "cells", "read_cells", "slots", "nonzeros"), 0.0
+        )
+        self.total = dict(self._lap)
+
+    def resume(self) -> None:
+        """Start the clock anew after an interruption; the first step starts it by itself."""
+        if self._mark is not None:
+            self._mark = time.monotonic()
+
+    def step(self, metrics: Mapping[str, float], waited: float) -> None:
+        """Count a step that has just ended.
+
+        Args:
+            metrics: Of the step; its ``cells``, ``read_cells``, ``slots`` and ``nonzeros`` are counted.
+            waited: Seconds for which its batch was late.
+        """
+        now = time.monotonic()
+        if self._mark is not None:
+            passed = {"seconds": now - self._mark, "waited": min(waited, now - self._mark)}
+            for name in ("cells", "read_cells", "slots", "nonzeros"):
+                passed[name] = metrics[name]
+            for name, value in passed.items():
+                self._lap[name] += value
+                self.total[name] += value
+            self._steps += 1
+        else:
+            self._began = now
+        self._mark = now
+
+    @property
+    def cells_per_second(self) -> float:
+        """Cells the loss saw a second, over all steps counted; NaN before the second one."""
+        seconds = self.total["seconds"]
+        return self.total["cells"] / seconds if seconds > 0 else math.nan
+
+    @property
+    def utilisation(self) -> float:
+        """Model-FLOP utilisation over all steps counted; NaN before the second one or without a known peak."""
+        seconds = self.total["seconds"]
+        return self._flops(self.total) / seconds / self._peak if seconds > 0 else math.nan
+
+    def _flops(self, counted: Mapping[str, float]) -> float:
+        return self._flops_per_cell * counted["cells"] + self._flops_per_nonzero * _seen(counted)
+
+    def lap(self, remaining_steps: int) -> dict[str, float]:
+        """Return the rates since the last call and start counting anew.
+
+        Args:
+            remaining_steps: Steps to go.
+
+        Returns:
+            ``cells_per_second`` and ``nonzeros_per_second`` (of what the loss saw: dropped cells are not counted),
+            ``data_wait`` (share of the time for which a device had nothing to do because the next batch was late),
+            ``model_flop_utilisation``, and ``eta_seconds``, in which evaluating and saving have their usual share.
+            Empty before the second step.
+        """
+        lap, seconds = self._lap, self._lap["seconds"]
+        if seconds <= 0:
+            return {}
+        rates = {
+            "cells_per_second": lap["cells"] / seconds,
+            "nonzeros_per_second": _seen(lap) / seconds,
+            "data_wait": lap["waited"] / seconds,
+            "eta_seconds": (time.monotonic() - self._began) / self._steps * remaining_steps,
+        }
+        if math.isfinite(self._peak):
+            rates["model_flop_utilisation"] = self._flops(lap) / seconds / self._peak
+        self._lap = dict.fromkeys(lap, 0.0)
+        return rates
+
+
+def _seen(counted: Mapping[str, float]) -> float:
+    """Return the stored counts of the cells that were not dropped, taken in proportion."""
+    return counted["nonzeros"] * counted["cells"] / max(counted["read_cells"], 1.0)
 
 
 def heldout_scores(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -50,17 +243,17 @@ def heldout_scores(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read a ``metrics.jsonl`` file; a line cut off by a crash is left out.
 
     Args:
-        path: The file.
+        path: The file, here or at a ``gs://`` address.
 
     Returns:
         One dictionary a line.
     """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -71,51 +264,99 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Writes metrics as JSON lines, and to TensorBoard where ``tensorboardX`` (extra ``train``) is installed.
 
-    Lines are appended; on resuming, lines past the restored step are removed first, so a step never stands twice.
+    Lines are appended; on resuming, lines past the restored step are removed first, so a step never stands twice. An
+    object store cannot append: for a ``gs://`` address everything is written on this machine and copied there whole by
+    :meth:`flush`, which the loop calls before every checkpoint, and otherwise once a minute.
+
+    Args:
+        workdir: Work directory of the run.
+        resume_step: The step the run continues from.
+
+    Raises:
+        InputError: The file cannot be written (also from :meth:`write` and :meth:`flush`).
     """
 
-    def __init__(self, workdir: str | Path, *, resume_step: int = 0):
-        self.path = Path(workdir) / "metrics.jsonl"
+    def __init__(self, workdir: str | os.PathLike, *, resume_step: int = 0):
+        self._remote = epath.Path(workdir) if "://" in os.fspath(workdir) else None
+        self._scratch = tempfile.TemporaryDirectory() if self._remote is not None else None
+        self._folder = Path(workdir if self._scratch is None else self._scratch.name)
+        self._copied = time.monotonic()
+        self.path = self._folder / "metrics.jsonl"
+        self._tensorboard = None
         kept = []
-        if self.path.exists():
+        source = (self._remote or epath.Path(self._folder)) / "metrics.jsonl"
+        if source.exists():
             # A run that starts over writes its step 0 again.
             last = resume_step if resume_step > 0 else -1
-            kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= last]
+            kept = [row for row in read_metrics(source) if row.get("step", 0) <= last]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = None
+        try:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            partial.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._not_written(error) from error
         try:
             from tensorboardX import SummaryWriter
         except ModuleNotFoundError:
             pass
         else:
-            self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"))
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one line.
 
         Args:
             step: Optimizer steps taken.
-            split: ``"train"`` or ``"heldout"``.
+            split: ``"train"``, ``"heldout"`` or ``"probe"``.
             values: Scalars; non-finite ones are written as null.
         """
         row: dict[str, Any] = {"step": step, "split": split, "time": round(time.time(), 3)}
         for name, value in values.items():
-            row[name] = float(f"{value:.7g}") if math.isfinite(value) else None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+            whole = isinstance(value, int) or float(value).is_integer()
+            number = int(value) if whole else float(f"{value:.7g}")
+            row[name] = number if math.isfinite(value) else None
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._not_written(error) from error
         if self._tensorboard is not None:
             for name, value in values.items():
                 if math.isfinite(value):
                     self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        if self._remote is not None and time.monotonic() - self._copied > 60:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make sure that every line so far survives the process."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._remote is None:
+            return
+        for path in (self.path, *(self._folder / "tensorboard").glob("events.*")):
+            target = self._remote / path.relative_to(self._folder).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        self._copied = time.monotonic()
 
     def close(self) -> None:
         """Flush and close every sink."""
+        self.flush()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _not_written(self, error: OSError) -> InputError:
+        msg = explain(
+            f"'{self.path}' cannot be written ({error.strerror})",
+            "a work directory with room that may be written",
+            "Free some space or correct its permissions, and run the same command again: it continues from the last "
+            "checkpoint",
+        )
+        return InputError(msg)
 
 
 class ProgressReport:
@@ -169,6 +410,14 @@ class ProgressReport:
             if before < done < self.total:
                 line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
             sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
+            sys.stderr.flush()
+
+    def say(self, text: str) -> None:
+        """Write a line of its own, unless the report is quiet."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif self._plain:
+            sys.stderr.write(f"{self.title}: {text}\n")
             sys.stderr.flush()
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -10,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from cellplm_jax.config import MeshConfig
 from cellplm_jax.errors import CheckpointError
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     RunCheckpoints,
+    grow_rows,
     has_item,
     read_root,
     restore_item,
@@ -34,6 +37,16 @@ def small_state(step: int, scale: float = 1.0) -> TrainState:
         step=np.int32(step),
         params=jax.tree.map(jax.numpy.asarray, params),
         optimizer={"moment": jax.numpy.arange(4.0) + step},
+        skipped=np.int32(step // 2),
+        skipped_in_a_row=np.int32(step % 2),
+    )
+
+
+def abstract(state: TrainState, devices: int = 1) -> TrainState:
+    """Shapes of a state, to lie whole on each of some devices."""
+    sharding = replicated(make_mesh(MeshConfig(), jax.devices()[:devices]))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), state
     )
 
 
@@ -131,25 +144,104 @@ def test_a_failed_save_leaves_nothing(tmp_path):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices (XLA_FLAGS)")
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 4)])
 def test_another_number_of_devices(tmp_path, before, after):
-    devices = jax.devices()
-    state = jax.device_put(small_state(3, 0.1), replicated(make_mesh(8, devices[:before])))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:before])
+    state = jax.device_put(small_state(3, 0.1), replicated(mesh))
     checkpoints = RunCheckpoints(tmp_path, keep=1)
     checkpoints.save(state)
     checkpoints.close()
-    sharding = replicated(make_mesh(8, devices[:after]))
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
-    )
     checkpoints = RunCheckpoints(tmp_path, keep=1)
-    restored = checkpoints.restore(abstract, 3)
+    restored = checkpoints.restore(abstract(state, after), 3)
     checkpoints.close()
-    assert int(restored.step) == 3
+    assert (int(restored.step), int(restored.skipped), int(restored.skipped_in_a_row)) == (3, 1, 1)
     for one, two in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         assert one.sharding.num_devices == after
         assert one.dtype == two.dtype
         np.testing.assert_array_equal(one, two)
     params, _ = restore_item(tmp_path)
     np.testing.assert_array_equal(params["a"]["kernel"], state.params["a"]["kernel"])
+
+
+def test_a_step_is_saved_once_and_carries_the_facts_of_the_run(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    checkpoints.save(small_state(3), facts={"seed": 7, "rows": {"batches": 2}})
+    checkpoints.save(small_state(3, 5.0))
+    checkpoints.wait()
+    checkpoints.save(small_state(3, 5.0))
+    checkpoints.close()
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    checkpoints.save(small_state(3, 5.0))
+    assert checkpoints.run_facts(3) == {
+        "step": 3,
+        "skipped": 1,
+        "skipped_in_a_row": 1,
+        "seed": 7,
+        "rows": {"batches": 2},
+    }
+    checkpoints.close()
+    np.testing.assert_array_equal(restore_item(tmp_path)[0]["a"]["kernel"], np.full((3, 4), 3.0))
+
+
+def test_a_step_that_is_no_longer_kept_disappears_at_once(tmp_path, monkeypatch):
+    """A process killed while files are removed must not leave a step with half of them."""
+    monkeypatch.setattr(RunCheckpoints, "_remove", lambda self, pattern: None)
+    save_steps(tmp_path, {1: None, 2: None, 3: None}, keep=1)
+    assert kept_steps(tmp_path) == [3]
+    [trash] = [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.isdigit()]
+    assert trash.name.startswith(".")
+    shutil.rmtree(trash / "1" / "params")
+    monkeypatch.undo()
+    checkpoints = RunCheckpoints(tmp_path, keep=1)
+    assert checkpoints.latest_step() == 3
+    checkpoints.close()
+    assert not trash.exists()
+
+
+def test_covariates_grow_by_the_mean_and_their_moments_by_zero():
+    old = {
+        "decoder": {
+            "batch_0": {"table": np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)},
+            "dataset_0": {"table": np.ones((1, 2), np.float32)},
+            "layer_0": {"kernel": np.ones((2, 2), np.float32)},
+        },
+        "latent": {"discriminator": {"logits": {"bias": np.array([0.0, 4.0], np.float32)}}},
+    }
+    wanted = jax.tree.map(lambda leaf: leaf, old)
+    wanted["decoder"]["batch_0"] = {"table": jax.ShapeDtypeStruct((4, 2), np.float32)}
+    wanted["latent"] = {
+        "discriminator": {"logits": {"bias": jax.ShapeDtypeStruct((4,), np.float32)}}
+    }
+    wanted["decoder"]["layer_0"] = {"kernel": jax.ShapeDtypeStruct((3, 2), np.float32)}
+    grown = grow_rows(old, wanted)
+    np.testing.assert_array_equal(
+        grown["decoder"]["batch_0"]["table"], [[1, 2], [3, 6], [2, 4], [2, 4]]
+    )
+    np.testing.assert_array_equal(grown["latent"]["discriminator"]["logits"]["bias"], [0, 4, 2, 2])
+    assert grown["decoder"]["layer_0"]["kernel"].shape == (2, 2)  # whatever is no covariate stays
+    assert grown["decoder"]["dataset_0"]["table"] is old["decoder"]["dataset_0"]["table"]
+    moments = grow_rows({"mu": old}, {"mu": wanted}, new="zero")["mu"]
+    np.testing.assert_array_equal(moments["decoder"]["batch_0"]["table"][2:], np.zeros((2, 2)))
+    traced = jax.eval_shape(lambda tree: grow_rows(tree, wanted), old)
+    assert traced["decoder"]["batch_0"]["table"].shape == (4, 2)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_full_disk_is_one_message_and_earlier_steps_are_intact(tmp_path, monkeypatch, late):
+    """Whether the disk is full when the save begins, or while files are written in the background."""
+    save_steps(tmp_path, {1: None})
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manager = checkpoints._manager
+    monkeypatch.setattr(manager, "wait_until_finished" if late else "save", full)
+    with pytest.raises(CheckpointError, match="no space left on the disk") as error:
+        checkpoints.save(small_state(2))
+    assert "intact" in str(error.value)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    checkpoints.close()
+    assert restore_item(tmp_path)[1] == 1
 
 
 def test_optimizer_state_of_a_run_comes_back(tiny_run):
@@ -187,14 +279,7 @@ def test_damaged_step_is_named(tmp_path):
     assert "step 2" in text_of(lambda: restore_item(tmp_path))
     assert restore_item(tmp_path, step=1)[1] == 1
     checkpoints = RunCheckpoints(tmp_path, keep=2)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), small_state(2)
-    )
-    sharding = replicated(make_mesh(1))
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), small_state(2)
-    )
-    assert "step 2" in text_of(lambda: checkpoints.restore(abstract, 2))
+    assert "step 2" in text_of(lambda: checkpoints.restore(abstract(small_state(2)), 2))
     checkpoints.close()
     shutil.rmtree(tmp_path / "2")  # the remedy of the message
     assert restore_item(tmp_path)[1] == 1
@@ -202,15 +287,11 @@ def test_damaged_step_is_named(tmp_path):
 
 def test_another_shape_is_refused(tmp_path):
     save_steps(tmp_path, {1: None})
-    sharding = replicated(make_mesh(1))
     state = small_state(1)
     params = {**state.params, "a": {"kernel": np.zeros((3, 5), np.float32)}}
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        dataclasses.replace(state, params=params),
-    )
     checkpoints = RunCheckpoints(tmp_path, keep=1)
-    text_of(lambda: checkpoints.restore(abstract, 1))
+    wanted = abstract(dataclasses.replace(state, params=params))
+    text_of(lambda: checkpoints.restore(wanted, 1))
     checkpoints.close()
 
 
@@ -222,11 +303,14 @@ def test_a_save_that_was_cut_off_is_not_a_step(tmp_path):
     checkpoints = RunCheckpoints(tmp_path, keep=2)
     assert checkpoints.latest_step() == 1
     checkpoints.close()
+    assert kept_steps(tmp_path) == [1]
+    assert not list(tmp_path.glob("*tmp*"))  # what it left takes no room for long
 
 
 def test_config_json_is_plain(tiny_run):
     content = json.loads((tiny_run / "config.json").read_text())
-    assert set(content) == {"format", "model", "train"}
+    assert set(content) == {"format", "model", "train", "store"}
+    assert content["store"]["samples"] == 3
     assert content["model"]["encoder"]["kind"] == "flow"
     assert content["train"]["steps"] == 30
     assert (tiny_run / "genes.txt").read_text().split() == VOCABULARY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cellplm_jax.train.metrics import MetricsWriter, ProgressReport, heldout_scores, read_metrics
+from cellplm_jax.config import EncoderConfig
+from cellplm_jax.errors import InputError
+from cellplm_jax.train import metrics as metrics_module
+from cellplm_jax.train.metrics import (
+    MetricsWriter,
+    ProgressReport,
+    StepRates,
+    heldout_scores,
+    model_flops,
+    peak_flops,
+    read_metrics,
+)
+from tests.conftest import tiny_train_config
 
 
 def sums_of(x, y, hidden, nll):
@@ -48,17 +61,15 @@ def test_evaluation_step_against_numpy(tiny_model):
     """The whole evaluation of one batch: scaled means, likelihood and correlations, entry by entry."""
     from cellplm_jax.data.batches import pad_batch
     from cellplm_jax.model.cellplm import CellPLM
-    from cellplm_jax.train.loop import heldout_masks
-    from cellplm_jax.train.step import evaluation_step
-    from tests.conftest import make_samples, tiny_train_config
+    from cellplm_jax.train.step import evaluation_step, heldout_gene_mask
+    from tests.conftest import make_samples
 
     config = tiny_train_config(model=tiny_model.config)
-    sample = make_samples(2, 12, seed=9)[1]
     measured = np.ones(40, bool)
     measured[[2, 30]] = False
-    sample = sample.take(np.arange(12))
-    object.__setattr__(sample, "measured", measured)
-    [(batch, mask)] = heldout_masks(config, [sample])
+    sample = dataclasses.replace(make_samples(2, 12, seed=9)[1], measured=measured)
+    batch = pad_batch([sample], cells=32)
+    mask = heldout_gene_mask(jax.random.key(5), batch, config)
     assert np.asarray(mask)[0, 12:].sum() == 0
     params = jax.device_put(tiny_model.params)
     output = jax.jit(
@@ -80,10 +91,110 @@ def test_evaluation_step_against_numpy(tiny_model):
     x, y = np.log1p(counts), np.log1p(mean)
     wanted = stats.pearsonr(x[hidden], y[hidden]).statistic
     assert scores["masked_correlation"] == pytest.approx(wanted, abs=1e-4)
-    padded = pad_batch([sample], cells=batch.cell_mask.shape[1], nonzeros=2048)
+    padded = pad_batch([sample], cells=32, nonzeros=2048)
     again = jax.jit(lambda b, m: evaluation_step(params, b, m, config))(padded, mask)
     for name, value in sums.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_model_flops_of_the_tiny_model_by_hand():
+    """The debug architecture with no covariates: every matrix written out."""
+    config = tiny_train_config()
+    genes, hidden, latent, clusters, width, bottleneck = 40, 32, 16, 4, 32, 16
+    linear = hidden * hidden  # the embedder's
+    linear += 4 * hidden * hidden + 2 * hidden * 2 * hidden  # query, key, value, out; feed-forward
+    linear += 2 * hidden * latent + latent * clusters  # mean, log-variance, clusters
+    linear += latent * width + width * bottleneck + bottleneck * genes
+    attention = 4 * hidden * (hidden // 4)
+    assert model_flops(config, 1, 0) == 3 * (2 * linear + attention)
+    assert model_flops(config, 0, 1) == 2 * 2 * hidden
+    assert model_flops(config, 7, 9) == 7 * model_flops(config, 1, 0) + 9 * 2 * 2 * hidden
+    for kind, cell in (("softmax", 4 * hidden * config.data.cells), ("performer", 8 * hidden * 10)):
+        encoder = EncoderConfig(kind=kind, layers=1, heads=4, random_features=10)
+        model = dataclasses.replace(config.model, encoder=encoder)
+        found = model_flops(dataclasses.replace(config, model=model), 1, 0)
+        assert found == 3 * (2 * linear + cell), kind
+
+
+def test_model_flops_agree_with_the_compiler():
+    """XLA counts what it executes, masks and likelihood too, over dense counts: a little more, and not twice."""
+    from cellplm_jax.data.batches import pad_batch
+    from cellplm_jax.model.cellplm import CellPLM, init_params
+    from tests.conftest import make_samples
+
+    config = tiny_train_config()
+    model = dataclasses.replace(
+        config.model,
+        hidden=256,
+        dropout=0.0,
+        decoder=dataclasses.replace(config.model.decoder, hidden=256, bottleneck=128),
+        latent=dataclasses.replace(config.model.latent, size=64),
+    )
+    config = dataclasses.replace(config, model=model)
+    batch = pad_batch(make_samples(1, 64), cells=64)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+    def loss(params):
+        output = CellPLM(model).apply({"params": params}, batch)
+        return output.reconstruction.mean.sum() + output.latent.z.sum()
+
+    counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"]
+    dense = model_flops(config, 64, 64 * 40)
+    assert 0.8 < counted / dense < 1.25
+
+
+def test_peak_of_known_and_unknown_devices(monkeypatch):
+    def pretend(kind, platform="tpu"):
+        device = type("Device", (), {"device_kind": kind, "platform": platform})()
+        monkeypatch.setattr(metrics_module.jax, "local_devices", lambda: [device])
+        monkeypatch.setattr(metrics_module.jax, "device_count", lambda: 4)
+        return peak_flops()
+
+    assert pretend("TPU v5 lite") == (4 * 197e12, "table")
+    assert pretend("TPU v5p") == (4 * 459e12, "table")
+    assert pretend("TPU v6 lite") == (4 * 918e12, "table")
+    assert pretend("NVIDIA H100 80GB HBM3", "gpu") == (4 * 989e12, "table")
+    assert pretend("NVIDIA A100-SXM4-40GB", "gpu") == (4 * 312e12, "table")
+    peak, source = pretend("Some new thing", "gpu")
+    assert math.isnan(peak)
+    assert source == "unknown"
+    monkeypatch.undo()
+    peak, source = peak_flops()
+    assert source == "measured"
+    assert 1e8 < peak < 1e14
+
+
+def test_rates_leave_out_the_first_step_and_interruptions(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: clock[0])
+    config = tiny_train_config()
+    rates = StepRates(config, 1e6)
+    counts = {"cells": 70.0, "read_cells": 100.0, "slots": 128.0, "nonzeros": 1000.0}
+    assert math.isnan(rates.cells_per_second)
+
+    def step(seconds, waited=0.0):
+        clock[0] += seconds
+        rates.step(counts, waited)
+
+    step(50.0)  # compilation
+    assert rates.lap(9) == {}
+    step(1.0, waited=0.25)
+    clock[0] += 30.0  # evaluation
+    rates.resume()
+    step(1.0, waited=3.0)  # a wait cannot be longer than its step
+    lap = rates.lap(7)
+    assert lap["cells_per_second"] == pytest.approx(70.0)
+    assert lap["nonzeros_per_second"] == pytest.approx(700.0)
+    assert lap["data_wait"] == pytest.approx(1.25 / 2)
+    assert lap["eta_seconds"] == pytest.approx(32.0 / 2 * 7)  # evaluations come again
+    flops = model_flops(config, 140, 1400)
+    assert lap["model_flop_utilisation"] == pytest.approx(flops / 2.0 / 1e6)
+    assert rates.lap(7) == {}
+    step(3.0)
+    assert rates.lap(6)["cells_per_second"] == pytest.approx(70 / 3)
+    assert rates.cells_per_second == pytest.approx(210 / 5)
+    assert rates.utilisation == pytest.approx(1.5 * flops / 5.0 / 1e6)
+    assert "model_flop_utilisation" not in StepRates(config, math.nan).lap(1)
 
 
 def test_metrics_file(tmp_path):
@@ -96,6 +207,7 @@ def test_metrics_file(tmp_path):
     assert rows[0]["loss"] == pytest.approx(1 / 3, rel=1e-6)
     assert rows[0]["bad"] is None
     assert rows[0]["worse"] is None
+    assert rows[1]["score"] == -2
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
 
@@ -115,6 +227,22 @@ def test_resuming_removes_later_lines_and_a_cut_one(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_full_disk_is_one_message(tmp_path):
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    writer = MetricsWriter(tmp_path)
+    writer._file.close()
+    writer._file = Full()
+    with pytest.raises(InputError, match="No space left on device"):
+        writer.write(1, "train", {"loss": 1.0})
+    writer.close()
+
+
 def test_progress_lines_go_to_standard_error(capsys):
     progress = ProgressReport("work", 10, unit="cells", every=0.0)
     progress.update(6, "half")
@@ -132,7 +260,10 @@ def test_progress_lines_go_to_standard_error(capsys):
     assert capsys.readouterr().err == ""
     progress.update(10)
     assert "10/10" in capsys.readouterr().err
+    progress.say("skipped")
+    assert capsys.readouterr().err == "work: skipped\n"
     ProgressReport("work", 10, quiet=True, every=0.0).update(10)
+    ProgressReport("work", 10, quiet=True, every=0.0).say("skipped")
     assert capsys.readouterr().err == ""
 
 
