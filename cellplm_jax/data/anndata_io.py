@@ -1006,7 +1006,10 @@ class CountSource:
             np.cumsum(kept, out=before[1:])
             indptr, indices, data = before[indptr], indices[kept], data[kept]
         matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.genes))
-        matrix.sum_duplicates()  # sorts as well
+        if not matrix.has_sorted_indices:
+            # Two counting sorts: half the time of sorting row by row, and entries of a cell end up in order.
+            matrix = matrix.tocsc().tocsr()
+        matrix.sum_duplicates()
         matrix.eliminate_zeros()
         return matrix
 

@@ -30,7 +30,6 @@ import pandas as pd
 import scipy.sparse as sparse
 
 from cellplm_jax.data.anndata_io import CountSource, open_counts
-from cellplm_jax.data.batches import scale_coordinates
 from cellplm_jax.data.corpus import (
     FORMAT,
     PartSample,
@@ -56,8 +55,8 @@ MINIMUM_CELLS = 10
 NONZEROS_IN_MEMORY = 2**28
 """Stored counts a task holds at most: 1 GiB. A larger file is spooled to disk beside its part."""
 
-BLOCK_NONZEROS = 2**22
-"""Stored counts read from a file at a time, about."""
+BLOCK_NONZEROS = 2**19
+"""Stored counts read from a file at a time, about: what a processor cache holds, sorting them is most of the work."""
 
 SCHEDULER_SECONDS = 30
 """How long a dask scheduler may take to answer."""
@@ -735,7 +734,7 @@ def choose_genes(
             "Lower --minimum-cells or --minimum-prevalence, or use --vocabulary union",
         )
         raise InputError(msg)
-    return [candidates[i] for i in np.flatnonzero(kept)]
+    return [candidates[i] for i in np.flatnonzero(kept).tolist()]
 
 
 def _count_file(
@@ -878,7 +877,7 @@ def _write_file(
             return writer.finish(
                 layout.samples,
                 dataset_name=layout.dataset_name,
-                cell_names=source.obs_names[order],
+                cell_names=source.obs_names[order].tolist(),
                 source_rows=order,
                 coordinates=layout.coordinates,
                 labels=layout.labels,
@@ -950,6 +949,9 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
             continue
         scaled = None
         if positions is not None and np.isfinite(positions[cells]).all(axis=1).any():
+            # Batches bring jax, which workers on dissociated cells need not wait for.
+            from cellplm_jax.data.batches import scale_coordinates
+
             scaled = scale_coordinates(positions[cells])
         # Fixed by names, so that a part made again is the same.
         seed = zlib.crc32(f"{dataset}/{names[number]}".encode())
@@ -1098,7 +1100,7 @@ class Spool:
 
     def _store(self, block: tuple[np.ndarray, np.ndarray]) -> None:
         for array in block:
-            data = memoryview(array).cast("B")
+            data = memoryview(array.tobytes())
             while data:
                 data = data[self._file.write(data) :]  # type: ignore[union-attr]
 
