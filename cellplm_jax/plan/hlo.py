@@ -545,10 +545,6 @@ class _Reader:
     def fusion_traffic(self, entry: Instruction, read: list[tuple[Shape, ...]]) -> float:
         """Return what a fusion moves: of an operand that it only slices or gathers from, what it takes."""
         body = self.program.computations.get(entry.called("calls") or "", {})
-        users: dict[str, list[Instruction]] = {}
-        for inner in body.values():
-            for name in inner.operands:
-                users.setdefault(name, []).append(inner)
         total = 0.0
         for inner in body.values():
             if inner.opcode != "parameter" or not inner.literal.isdigit():
@@ -556,9 +552,8 @@ class _Reader:
             number = int(inner.literal)
             if number >= len(read) or not any(shape.space == 0 for shape in read[number]):
                 continue
-            takes = [self.taken(inner.name, user, users) for user in users.get(inner.name, [])]
-            whole = _main(read[number])
-            total += min(whole, sum(whole if part is None else part for part in takes))
+            whole, part = _main(read[number]), self.taken(body, inner.name)
+            total += whole if part is None else min(whole, part)
         root = next((inner for inner in body.values() if inner.root), None)
         if root is None:
             return total + _main(entry.shapes)
@@ -581,20 +576,42 @@ class _Reader:
                 total += shape.size
         return total
 
-    def taken(
-        self, name: str, user: Instruction, users: dict[str, list[Instruction]]
-    ) -> float | None:
-        """Return the bytes a use takes of an operand; None: all of it."""
-        if user.opcode in ("dynamic-slice", "slice"):
-            return user.shapes[0].size if user.operands[0] == name else 0.0
-        if user.opcode == "gather" and user.operands[0] == name:
-            return user.shapes[0].size
-        if user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
-            return 0.0
-        if user.opcode in ("bitcast", "reshape"):
-            parts = [self.taken(user.name, further, users) for further in users.get(user.name, [])]
-            return None if any(part is None for part in parts) or not parts else sum(parts)  # type: ignore[arg-type]
-        return None
+    def taken(self, body: dict[str, Instruction], name: str) -> float | None:
+        """Return the bytes that the instructions of a fusion take of a value; None: all of it."""
+        total = 0.0
+        for user in body.values():
+            if name not in user.operands:
+                continue
+            first = user.operands[0] == name
+            part: float | None = None
+            if user.opcode in ("dynamic-slice", "slice"):
+                part = user.shapes[0].size if first else 0.0
+            elif user.opcode == "gather" and first:
+                part = user.shapes[0].size
+            elif user.opcode in ("dynamic-update-slice", "scatter") and first:
+                part = 0.0
+            elif user.opcode in ("bitcast", "reshape"):
+                part = self.taken(body, user.name)
+            elif user.opcode == "fusion":
+                part = self.taken_inside(user, name)
+            if part is None:
+                return None
+            total += part
+        return total
+
+    def taken_inside(self, fusion: Instruction, name: str) -> float | None:
+        """Return the bytes that a fusion within a fusion takes of one of its operands; None: all of it."""
+        body = self.program.computations.get(fusion.called("calls") or "", {})
+        total = 0.0
+        for inner in body.values():
+            if inner.opcode == "parameter" and inner.literal.isdigit():
+                number = int(inner.literal)
+                if number < len(fusion.operands) and fusion.operands[number] == name:
+                    part = self.taken(body, inner.name)
+                    if part is None:
+                        return None
+                    total += part
+        return total
 
 
 def _main(shapes: Iterable[Shape]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cellplm_jax.config import MeshConfig, TrainConfig, from_config_dict, from_dict, to_dict
 from cellplm_jax.errors import ConfigError, InputError, explain
-from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
+from cellplm_jax.plan.chips import Topology, parse_topology
 from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compiler
 from cellplm_jax.plan.roofline import RESOURCES
 from cellplm_jax.presets import PRESETS, preset
@@ -312,9 +312,9 @@ def plan(
         compile_with: Compiles one step; tests put something quicker in its place.
 
     Returns:
-        Plain values, ready for JSON: ``topology``, ``accelerator``, ``devices``, ``chip``, ``tried`` (one dictionary a
-        mesh: ``mesh``, ``rows``, ``fits``, ``memory`` and ``shortage`` in bytes a device, ``device`` (work of one device
-        in a step), ``compiler`` (its own figures), ``seconds``, ``binds``, ``cells_per_second`` and so on), ``best``
+        Plain values, ready for JSON: ``topology``, ``accelerator``, ``devices``, ``chip``, ``tried`` (a dictionary for
+        each mesh: ``mesh``, ``rows``, ``fits``, ``memory`` and ``shortage`` in bytes a device, ``device`` (its work in
+        a step), ``compiler`` (its own figures), ``seconds``, ``binds``, ``cells_per_second`` and so on), ``best``
         (position in ``tried`` of the fastest that fits, or None) and ``reason`` (why there is none).
 
     Raises:
