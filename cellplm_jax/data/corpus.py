@@ -269,6 +269,8 @@ class PartWriter:
 
     def abort(self) -> None:
         """Remove what was written, unless the part is finished."""
+        for stream in self._streams:
+            stream.settle()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     # -- parts of the above ----------------------------------------------------------------------
@@ -437,6 +439,12 @@ class _Stream:
         if self._written != self.length:
             msg = f"{self._path.name}: {self._written} values were written, {self.length} announced"
             raise ValueError(msg)
+
+    def settle(self) -> None:
+        """Wait for writes that are under way, whatever becomes of them."""
+        while self._pending:
+            with contextlib.suppress(ValueError, RuntimeError, OSError):
+                self._pending.popleft().result()
 
     def close_pairs(self, values: np.ndarray) -> None:
         """Write an array [length / 2, 2] at once; small beside the counts."""

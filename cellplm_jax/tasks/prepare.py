@@ -499,8 +499,6 @@ def _run_on_dask(
             error = future.exception()
             if error is None:
                 yield names[future], future.result()
-            elif isinstance(error, CellPLMError):
-                yield names[future], error
             elif type(error).__name__ == "KilledWorker":
                 msg = explain(
                     f"the processes that worked on '{names[future]}' died, most often for want of memory",
@@ -517,7 +515,7 @@ def _run_on_dask(
 
 
 def _remote(function: Callable[..., Any], name: str, arguments: tuple) -> Any:
-    """Run a task on a worker, sending its progress once a second."""
+    """Run a task on a worker, sending its progress once a second; our own errors are results, so dask logs none."""
     from dask.distributed import get_worker
 
     worker, last = get_worker(), [time.monotonic()]
@@ -527,7 +525,10 @@ def _remote(function: Callable[..., Any], name: str, arguments: tuple) -> Any:
             last[0] = time.monotonic()
             worker.log_event(_TOPIC, (name, done))
 
-    return function(*arguments, advance)
+    try:
+        return function(*arguments, advance)
+    except CellPLMError as error:
+        return error
 
 
 def _run_stage(
@@ -576,10 +577,11 @@ def _run_stage(
         text = "\n  ".join(messages)
         if len(errors) > 1:
             text = f"{len(errors)} of {len(tasks)} files cannot be used:\n  {text}"
-        msg = (
-            f"{text}\nLeave such files out or correct them, and run again; finished parts are kept."
-        )
-        raise InputError(msg)
+        if "finished parts are kept" not in text:
+            text += (
+                "\nRun again without such files, or with them corrected; finished parts are kept."
+            )
+        raise InputError(text)
     return {name: results[name] for name in tasks}
 
 
