@@ -47,7 +47,7 @@ def test_debug_variant_trains_and_opens(corpus, tmp_path):
         "--batch_key=batch",
         "--config.steps=2",
         "--config.data.cells=8",
-        "--config.data.samples=1",
+        "--config.data.rows=1",
         "--config.model.positions.kind=none",
         "--config.masking.beta=False",
         "--config.optimizer.learning_rate=1e-4",
@@ -63,21 +63,79 @@ def test_debug_variant_trains_and_opens(corpus, tmp_path):
     assert set(model.genes) <= set(load_human_table().symbols)
 
 
-def test_misspelt_key_value_and_corpus(corpus, tmp_path):
-    common = ["--config=configs/pretrain.py:debug", f"--workdir={tmp_path / 'run'}"]
-    here = f"--corpus={corpus}"
-    result = launch(*common, here, "--config.optimizer.learning_rat=1e-4")
-    assert result.returncode != 0
-    assert "learning_rat" in result.stderr
-    result = launch(*common, here, "--config.model.encoder.kind=flwo")
+def test_a_prepared_corpus_is_read_from_disk(corpus, tmp_path):
+    from cellplm_jax.tasks.prepare import prepare
+
+    prepare([corpus], tmp_path / "prepared", sample_key="batch", quiet=True)
+    command = [
+        "--config=configs/pretrain.py:debug",
+        f"--corpus={tmp_path / 'prepared'}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.steps=2",
+        "--config.data.cells=8",
+        "--config.data.rows=1",
+    ]
+    result = launch(*command)
+    assert result.returncode == 0, result.stderr
+    assert load(tmp_path / "run").step == 2
+    # The same command on a finished run is done at once.
+    again = launch(*command)
+    assert again.returncode == 0, again.stderr
+
+
+COMMON = ["--config=configs/pretrain.py:debug", "--workdir=run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            [*COMMON, "--corpus=C", "--config.optimizer.learning_rat=1e-4"],
+            "Did you mean '--config.optimizer.learning_rate'?",
+        ),
+        (
+            [*COMMON, "--corpus=C", "--config.learning_rate=1e-4"],
+            "Did you mean '--config.optimizer.learning_rate'?",
+        ),
+        (
+            [*COMMON, "--corpus=C", "--config.optimiser.clip_norm=1"],
+            "Did you mean '--config.optimizer.clip_norm'?",
+        ),
+        ([*COMMON, "--corpus=C", "--config.model.encoder.kind=flwo"], "Did you mean 'flow'?"),
+        ([*COMMON, "--corpus=C", "--config.steps=many"], "--config.steps=many"),
+        ([*COMMON, "--corpus=C", "--config.steps=0"], "steps = 0"),
+        ([*COMMON, "--corpus=C", "--workdri=x"], "Did you mean: workdir"),
+        ([*COMMON, "--corpus=C", "value"], "unexpected argument 'value'"),
+        ([*COMMON, "--corpus=absent"], "--corpus names 'absent'"),
+        ([*COMMON, "--corpus=C,gs://bucket/corpus"], "the prepared corpus 'gs://bucket/corpus'"),
+        ([*COMMON], "corpus"),
+        (["--config=configs/pretrain.py:debgu", "--workdir=r", "--corpus=C"], "mean 'debug'"),
+        (["--config=configs/pretrian.py", "--workdir=r", "--corpus=C"], "configs/pretrian.py"),
+        ([*COMMON, "--corpus=C", "--genes=absent.txt"], "--genes=absent.txt cannot be read"),
+        ([*COMMON, "--corpus=C", "--num_processes=2"], "only --num_processes=2 was given"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(corpus, arguments, said):
+    result = launch(*[argument.replace("=C", f"={corpus}", 1) for argument in arguments])
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr
+    assert result.stderr.startswith("pretrain: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (ROOT / "run").exists()
+
+
+def test_another_configuration_in_the_same_directory(corpus, tmp_path):
+    command = [
+        "--config=configs/pretrain.py:debug",
+        f"--corpus={corpus}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.steps=1",
+        "--config.data.cells=8",
+        "--config.data.rows=1",
+    ]
+    assert launch(*command).returncode == 0
+    result = launch(*command, "--config.model.hidden=64")
     assert result.returncode == 2
-    assert "'flow'" in result.stderr
+    assert "model.hidden" in result.stderr
     assert "Traceback" not in result.stderr
-    result = launch(*common, f"--corpus={tmp_path / 'absent'}")
-    assert result.returncode == 2
-    assert "absent" in result.stderr
-    assert "Traceback" not in result.stderr
-    result = launch("--config=configs/pretrain.py:debgu", f"--workdir={tmp_path}", here)
-    assert result.returncode != 0
-    assert "Did you mean 'debug'" in result.stderr
-    assert not (tmp_path / "run").exists()
+    assert load(tmp_path / "run").config.hidden == 32
