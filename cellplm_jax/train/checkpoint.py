@@ -173,6 +173,10 @@ def _remote(directory: epath.Path) -> bool:
     return "://" in os.fspath(directory)
 
 
+def _absolute(directory: epath.Path) -> epath.Path:
+    return directory if _remote(directory) else directory.resolve()
+
+
 def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool = False):
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -204,7 +208,7 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     handlers["run"] = ocp.JsonCheckpointHandler()
     try:
-        return ocp.CheckpointManager(directory.resolve(), item_handlers=handlers, options=options)
+        return ocp.CheckpointManager(_absolute(directory), item_handlers=handlers, options=options)
     except ValueError as error:
         # Opening reads the scores of every step.
         msg = explain(
@@ -523,7 +527,7 @@ def restore_item(
             )
             handler = ocp.PyTreeCheckpointHandler()
             restored = ocp.Checkpointer(handler).restore(
-                directory.resolve() / str(step) / item,
+                _absolute(directory) / str(step) / item,
                 args=ocp.args.PyTreeRestore(restore_args=target),
             )
         except Exception as error:

@@ -86,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if path.startswith("/batch/"):
             return self._batch(body)
+        if "upload_id" in query:
+            return self._continue(query, body)
         if match := _COPY.fullmatch(path):
             return self._copy(match)
         if match := _UPLOAD.fullmatch(path):
@@ -94,7 +96,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         _, query = self._parse()
-        body = self._body()
+        return self._continue(query, self._body())
+
+    def _continue(self, query, body):
+        """Take the next bytes of an upload in parts."""
         bucket, name, held = self.server.uploads[query["upload_id"]]
         held += body
         asked = self.headers.get("Content-Range", "")
