@@ -46,8 +46,11 @@ CHUNK_VALUES = 2**17
 SHARD_VALUES = 2**23
 """Values of a shard, one file: 16 MB of counts before compression."""
 
-CACHE_BYTES = 256 * 2**20
-"""Bytes of decoded chunks a :class:`Corpus` keeps, and as much again of cell offsets."""
+CACHE_BYTES = 64 * 2**20
+"""Bytes of decoded chunks a :class:`Corpus` keeps: shard indices and edges of runs; what was read is rarely read again."""
+
+OFFSET_BYTES = 256 * 2**20
+"""Bytes of cell offsets it keeps, those of 32 M cells."""
 
 LABEL_COLUMN = "label"
 """Column of ``obs`` in a part that holds the labels."""
@@ -131,7 +134,7 @@ def explain_write_errors(what: str) -> Iterator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or any(sign in text.lower() for sign in _FULL):
             msg = explain(
-                f"{what} could not be written because the disk is full ({text[-160:]})",
+                f"{what} could not be written because the disk is full ({_shortened(text)})",
                 "room for about 3 bytes a stored count",
                 "Free some space or choose another folder, and run the same command again; finished "
                 "parts are kept",
@@ -139,12 +142,17 @@ def explain_write_errors(what: str) -> Iterator[None]:
             raise InputError(msg) from error
         if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
             msg = explain(
-                f"{what} could not be written ({text[-160:]})",
+                f"{what} could not be written ({_shortened(text)})",
                 "a folder that may be written",
                 "Choose another folder, or correct its permissions",
             )
             raise InputError(msg) from error
         raise
+
+
+def _shortened(text: str) -> str:
+    """Cut a long text of the operating system from its beginning, at a word."""
+    return text if len(text) <= 160 else f"... {text[-160:].partition(' ')[2]}"
 
 
 def index_type(genes: int) -> np.dtype:
@@ -791,7 +799,7 @@ class Corpus:
             if sample not in self._offsets:
                 self._offsets[sample] = offsets
                 self._offset_bytes += offsets.nbytes
-            while self._offset_bytes > CACHE_BYTES and len(self._offsets) > 1:
+            while self._offset_bytes > OFFSET_BYTES and len(self._offsets) > 1:
                 self._offset_bytes -= self._offsets.popitem(last=False)[1].nbytes
         return offsets
 

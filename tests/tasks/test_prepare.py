@@ -335,6 +335,7 @@ def test_kill_and_continue(files, tmp_path):
     assert not list((out / "parts").glob(".*"))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # anndata, on what it will write by default
 def test_files_are_added_at_the_end(files, tmp_path):
     folder, *_ = files
     out = tmp_path / "corpus"
