@@ -47,7 +47,7 @@ SHARD_VALUES = 2**23
 """Values of a shard, one file: 16 MB of counts before compression."""
 
 CACHE_BYTES = 64 * 2**20
-"""Bytes of decoded chunks a :class:`Corpus` keeps: shard indices and edges of runs; what was read is rarely read again."""
+"""Bytes of decoded chunks a :class:`Corpus` keeps: shard indices and the edges of runs; little is read twice soon."""
 
 OFFSET_BYTES = 256 * 2**20
 """Bytes of cell offsets it keeps, those of 32 M cells."""
