@@ -52,6 +52,9 @@ _PROCESSES = flags.DEFINE_integer(
 _PROCESS = flags.DEFINE_integer(
     "process_id", None, "Number of this process, from 0; normally found by itself."
 )
+_INITIALIZATION = flags.DEFINE_integer(
+    "initialization_timeout", 300, "Seconds within which all processes have to be there."
+)
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
 )
@@ -234,6 +237,7 @@ def main(argv: list[str]) -> None:
             _COORDINATOR.value,
             _PROCESSES.value,
             _PROCESS.value,
+            initialization_timeout=_INITIALIZATION.value,
             heartbeat_timeout=_HEARTBEAT.value,
         )
         status = run(joined)

@@ -328,7 +328,7 @@ watch_slice() {
         if [ "$mixed_since" = 0 ]; then mixed_since=$SECONDS; fi
         if [ $((SECONDS - mixed_since)) -ge "${MIXED:-600}" ]; then
           mixed_since=0
-          on_all_workers "pkill -KILL -F cellplm-run/pid; sleep 5" || true
+          on_all_workers 'bash cellplm-jax/launch/tpu_worker.sh kill' || true
         fi
         sleep "$poll"
         ;;

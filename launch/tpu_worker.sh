@@ -6,6 +6,7 @@
 #   tpu_worker.sh run FLAGS...          what 'start' puts in the background: runs it, keeps its log and exit status
 #   tpu_worker.sh status                one line: cellplm-worker HOST absent|idle|running|finished STATUS
 #   tpu_worker.sh stop                  SIGTERM: save and end
+#   tpu_worker.sh kill                  SIGKILL, for a process whose peers are gone
 #
 # Files: ~/cellplm-run/log, pid, status; the environment is ~/cellplm-venv (CELLPLM_HOME instead of ~ for tests).
 set -euo pipefail
@@ -15,8 +16,9 @@ code="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 directory="$home/cellplm-run"
 environment="$home/cellplm-venv"
 
+# A pid is this run's only until its status is known.
 alive() {
-  [ -s "$directory/pid" ] && kill -0 "$(cat "$directory/pid")" 2>/dev/null
+  ! [ -e "$directory/status" ] && [ -s "$directory/pid" ] && kill -0 "$(cat "$directory/pid")" 2>/dev/null
 }
 
 setup() {
@@ -38,11 +40,11 @@ start() {
     return
   fi
   mkdir -p "$directory"
-  rm -f "$directory/status"
+  rm -f "$directory/status" "$directory/pid"
   # A new session: it outlives the ssh connection. 'run' writes the pid, so that there is one before this returns.
   setsid nohup bash "${BASH_SOURCE[0]}" run "$@" > "$directory/runner.log" 2>&1 < /dev/null &
   for _ in $(seq 50); do
-    if alive || [ -e "$directory/status" ]; then break; fi
+    if [ -s "$directory/pid" ]; then break; fi
     sleep 0.1
   done
   echo "cellplm-worker $(hostname) running"
@@ -90,14 +92,20 @@ stop() {
   echo "cellplm-worker $(hostname) told to save and end"
 }
 
+end_now() {
+  if alive; then kill -KILL "$(cat "$directory/pid")"; fi
+  echo "cellplm-worker $(hostname) ended"
+}
+
 verb="${1:-}"
 case "$verb" in
   setup | start | run | status | stop)
     shift
     "$verb" "$@"
     ;;
+  kill) end_now ;;
   *)
-    echo "tpu_worker: unknown command '$verb'; expected setup, start, run, status or stop" >&2
+    echo "tpu_worker: unknown command '$verb'; expected setup, start, run, status, stop or kill" >&2
     exit 2
     ;;
 esac

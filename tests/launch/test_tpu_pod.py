@@ -39,14 +39,11 @@ def story(scene) -> list[str]:
         elif "status; else" in line:
             continue
         else:
-            for word in (
-                "tpu_worker.sh setup",
-                "tpu_worker.sh start",
-                "tpu_worker.sh stop",
-                "cat ",
-            ):
-                if word in line:
-                    short.append(word.split()[-1] if word != "cat " else "logs")
+            for verb in ("setup", "start", "stop", "kill"):
+                if f"tpu_worker.sh {verb}" in line:
+                    short.append(verb)
+            if "cat cellplm-run/log" in line:
+                short.append("logs")
     return short
 
 
@@ -129,6 +126,21 @@ def test_a_crash_is_started_again_on_the_same_slice(scene, pod):
     assert result.returncode == 0, result.stdout
     assert story(scene) == ["logs", "start", "logs", "delete"]
     assert "ended with status 1;" in result.stdout
+
+
+def test_workers_that_hang_after_others_ended_are_killed_and_all_start_again(scene, pod):
+    scene.answers(
+        "workers", "running;finished 1", "finished 137;finished 1", "running;running", "finished 0;finished 0"
+    )  # fmt: skip
+    result = pod("up", MIXED="0")
+    assert result.returncode == 0, result.stdout
+    assert story(scene) == ["kill", "logs", "start", "logs", "delete"]
+
+
+def test_a_worker_that_did_not_start_with_the_others_is_started(scene, pod):
+    scene.answers("workers", "running;idle", "running;running", "finished 0;finished 0")
+    assert pod("up").returncode == 0
+    assert story(scene) == ["start", "logs", "delete"]
 
 
 def test_refused_input_ends_it_with_2_and_deletes(scene, pod):

@@ -77,7 +77,17 @@ def test_a_worker_whose_shell_was_ended_too_is_not_running(scene, worker):
     assert worker("status") == "finished 137"
 
 
-def test_it_notes_signals_and_statuses(scene, worker):
+def test_a_process_that_hangs_is_ended(scene, worker):
+    worker("setup", "3.12", "tpu")
+    scene.answers("process", "trap '' TERM; exec sleep 300")
+    worker("start", "--workdir=w")
+    assert worker("kill") == "ended"
+    wait_for(lambda: worker("status") == "finished 137")
+    # Whoever has its number by now is left alone.
+    assert worker("kill") == "ended"
+
+
+def test_it_notes_the_status(scene, worker):
     worker("setup", "3.12", "tpu")
     scene.answers("process", "exit 2")
     worker("start", "--workdir=w")
