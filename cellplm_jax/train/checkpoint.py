@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,8 +201,6 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
         best_mode="max",
         read_only=read_only,
         create=not read_only,
-        # An object store has no rename: there an unfinished step is known by its missing commit file.
-        cleanup_tmp_directories=not read_only and _remote(directory),
         todelete_subdir=None if read_only else _TRASH,
     )
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
@@ -237,8 +235,7 @@ class RunCheckpoints:
         with self._explained("the folder"):
             self._manager = _manager(self.directory, keep=keep)
         self._last = self._manager.latest_step()
-        self._remove("*.orbax-checkpoint-tmp*")  # saves that were cut off
-        self._remove(_TRASH)
+        self._remove_unfinished()
 
     def latest_step(self) -> int | None:
         """Return the last completely saved step, or None."""
@@ -338,7 +335,8 @@ class RunCheckpoints:
         """Wait until everything saved so far is on disk."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
-        self._remove(_TRASH)
+        if not _remote(self.directory):
+            self._remove(self.directory.glob(_TRASH))
 
     def close(self) -> None:
         """Wait until everything is on disk, and let go of it."""
@@ -347,11 +345,21 @@ class RunCheckpoints:
         finally:
             self._manager.close()
 
-    def _remove(self, pattern: str) -> None:
-        if jax.process_index() == 0 and not _remote(self.directory):
-            for path in self.directory.glob(pattern):
+    def _remove_unfinished(self) -> None:
+        """Remove what saves and removals that were cut off left behind. Orbax would also remove foreign folders."""
+        if _remote(self.directory):
+            # An object store has no rename: there an unfinished step is known by its missing commit file.
+            steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
+            self._remove([step for step in steps if not (step / "commit_success.txt").exists()])
+            return
+        self._remove(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        self._remove(self.directory.glob(_TRASH))
+
+    def _remove(self, folders: Iterable[epath.Path]) -> None:
+        if jax.process_index() == 0:
+            for folder in folders:
                 with contextlib.suppress(OSError):
-                    path.rmtree()
+                    folder.rmtree()
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:

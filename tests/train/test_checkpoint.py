@@ -183,7 +183,7 @@ def test_a_step_is_saved_once_and_carries_the_facts_of_the_run(tmp_path):
 
 def test_a_step_that_is_no_longer_kept_disappears_at_once(tmp_path, monkeypatch):
     """A process killed while files are removed must not leave a step with half of them."""
-    monkeypatch.setattr(RunCheckpoints, "_remove", lambda self, pattern: None)
+    monkeypatch.setattr(RunCheckpoints, "_remove", lambda self, folders: None)
     save_steps(tmp_path, {1: None, 2: None, 3: None}, keep=1)
     assert kept_steps(tmp_path) == [3]
     [trash] = [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.isdigit()]
@@ -305,6 +305,31 @@ def test_a_save_that_was_cut_off_is_not_a_step(tmp_path):
     checkpoints.close()
     assert kept_steps(tmp_path) == [1]
     assert not list(tmp_path.glob("*tmp*"))  # what it left takes no room for long
+
+
+def test_cloud_storage(tmp_path):
+    """Root files, steps with their best one, and removal of old and of unfinished ones, at an address."""
+    pytest.importorskip("gcsfs", reason="needs the extra 'gcp'")
+    from tests.stand_ins.gcs import cloud_storage
+
+    with cloud_storage() as storage:
+        address = "gs://bucket/runs/one"
+        config = tiny_train_config()
+        files = ModelFiles(config.model, VOCABULARY, {"name": "x"}, config, store={"samples": 1})
+        write_root(address, files)
+        assert read_root(address) == files
+        storage.put("bucket", "runs/one/tensorboard/events.out", b"kept")
+        storage.put("bucket", "runs/one/9/params/half", b"cut off")
+        save_steps(address, {1: -3.0, 2: -1.0, 3: -2.0}, keep=1)
+        found = {name.split("/")[2] for _, name in storage.objects}
+        assert found == {"2", "3", "config.json", "genes.txt", "card.json", "tensorboard"}
+        assert restore_item(address)[1] == 2
+        checkpoints = RunCheckpoints(address, keep=1)
+        restored = checkpoints.restore(abstract(small_state(3), jax.device_count()), 3)
+        assert (checkpoints.latest_step(), int(restored.step)) == (3, 3)
+        checkpoints.close()
+        assert has_item(address, "optimizer")
+        assert not has_item(address, "unused")
 
 
 def test_config_json_is_plain(tiny_run):
