@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -57,7 +58,9 @@ def environment(**more: str) -> dict[str, str]:
     kept = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith(("SLURM_", "OMPI_", "PMI_", "TPU_", "KUBERNETES_", "XLA_FLAGS"))
+        if not k.startswith(
+            ("SLURM_", "OMPI_", "PMI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "XLA_FLAGS")
+        )
     }
     return {**kept, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
@@ -129,6 +132,23 @@ def test_processes_find_one_another_under_open_mpi():
         )
         for k in range(2)
     ]  # fmt: skip
+    check_joined([end(process) for process in processes])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')"
+)
+def test_processes_find_one_another_on_tpu_nodes_of_gke():
+    """jax is told that this is a TPU machine; the rest is what GKE puts into the environment."""
+    common = {
+        "JAX_FORCE_TPU_INIT": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    processes = [start("-", "-", "-", "", **common, TPU_WORKER_ID=str(k)) for k in range(2)]
     check_joined([end(process) for process in processes])
 
 
