@@ -1,8 +1,12 @@
 """Arrays that travel together: batches of cells in, model outputs out.
 
-Axis words, used in every docstring of the package: ``samples`` (sentences, one row each), ``cells`` (tokens of a
-sentence, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts of a sample, padded), ``hidden``,
-``latent``, ``clusters`` (mixture components), ``heads``.
+Axis words, used in every docstring of the package: ``samples`` (rows of a batch: one context each, normally one tissue
+sample), ``cells`` (tokens of a row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
+``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
+
+Rows are laid out in ``pieces``, one unless a row is spread over devices: piece ``p`` of a row holds the cells
+``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Arrays with a leading axis ``samples * pieces``
+are called folded; folding costs nothing and lets each device handle its own cells alone.
 """
 
 from __future__ import annotations
@@ -13,24 +17,25 @@ from flax import struct
 
 
 class CellBatch(struct.PyTreeNode):
-    """A batch of padded sentences; counts travel as one flat CSR a sample and become dense on the device.
-
-    Every field has the leading axis ``samples``, so a batch is sharded over devices by that axis alone.
+    """A batch of padded rows of cells; counts travel as one flat CSR a piece and become dense on the device.
 
     Attributes:
-        indptr: int32 [samples, source_cells + 1]. Start of each cell's run in ``gene`` and ``count``; what lies behind
-            the last entry is padding.
-        gene: integer [samples, nonzeros]. Index into the gene vocabulary.
-        count: number [samples, nonzeros]. Raw count.
-        cell_mask: bool [samples, cells]. True for cells, False for padding.
+        indptr: int32 [samples * pieces, source_cells + 1]. Start of each cell's run in ``gene`` and ``count``; what
+            lies behind the last entry is padding.
+        gene: integer [samples * pieces, nonzeros]. Index into the gene vocabulary.
+        count: number [samples * pieces, nonzeros]. Raw count.
+        cell_mask: bool [samples, cells]. True for cells, False for padding, which comes last in each piece.
+        segment: int32 [samples, cells] or None. Which of the samples packed into the row a cell belongs to; rising
+            within each piece, any value on padding. Cells attend only within their segment. None: one sample a row.
         coordinates: float32 [samples, cells, 2] or None. Scaled to [0, 1] per tissue sample.
         has_coordinates: bool [samples, cells] or None. False takes the shared vector for dissociated cells.
         eigenvectors: float32 [samples, cells, eigenvectors] or None. For Laplacian positions.
-        measured: bool [samples, genes] or None. Genes measured in the sample; None: all.
+        measured: bool [samples, genes], or [samples, segments, genes] with ``segment``, or None. Genes measured in the
+            sample; None: all.
         batch: int32 [samples, cells] or None. Row of the batch embedding; negative: unknown (mean of the rows).
         dataset: int32 [samples, cells] or None. Likewise for datasets.
         platform: int32 [samples, cells] or None. Likewise for platforms.
-        slot: int32 [samples, source_cells] or None. Where each cell of ``indptr`` sits on the ``cells`` axis after
+        slot: int32 [samples * pieces, source_cells] or None. Where each cell of ``indptr`` sits in its piece after
             cells were dropped; an index past the end drops the cell. None: cell i sits at i.
     """
 
@@ -38,6 +43,7 @@ class CellBatch(struct.PyTreeNode):
     gene: jax.Array
     count: jax.Array
     cell_mask: jax.Array
+    segment: jax.Array | None = None
     coordinates: jax.Array | None = None
     has_coordinates: jax.Array | None = None
     eigenvectors: jax.Array | None = None
@@ -47,43 +53,107 @@ class CellBatch(struct.PyTreeNode):
     platform: jax.Array | None = None
     slot: jax.Array | None = None
 
+    @property
+    def pieces(self) -> int:
+        """Pieces a row is laid out in."""
+        return self.indptr.shape[0] // self.cell_mask.shape[0]
+
+    @property
+    def segments(self) -> int:
+        """Samples a row may hold."""
+        if self.segment is None or self.measured is None:
+            return 1
+        return self.measured.shape[1]
+
+    def fold(self, values: jax.Array) -> jax.Array:
+        """Reshape [samples, cells, ...] to [samples * pieces, cells / pieces, ...]."""
+        return values.reshape(self.indptr.shape[0], -1, *values.shape[2:])
+
+    def unfold(self, values: jax.Array) -> jax.Array:
+        """Reshape [samples * pieces, cells / pieces, ...] to [samples, cells, ...]."""
+        return values.reshape(self.cell_mask.shape[0], -1, *values.shape[2:])
+
+    def measured_entries(self) -> jax.Array | None:
+        """Return bool [samples, cells or 1, genes]: the genes measured in each cell's sample; None: all."""
+        if self.measured is None or self.measured.ndim == 2:
+            return None if self.measured is None else self.measured[:, None, :]
+        if self.segment is None:
+            return self.measured
+        return jax.vmap(lambda table, index: table[index])(self.measured, self.segment)
+
     def cell_of_nonzero(self) -> jax.Array:
-        """Return int32 [samples, nonzeros]: the position on ``cells`` of each stored count; past the end if none."""
-        samples, nonzeros = self.gene.shape
+        """Return int32 [samples * pieces, nonzeros]: each stored count's cell in its piece; past the end if none."""
+        folded, nonzeros = self.gene.shape
         source_cells = self.indptr.shape[1] - 1
         lengths = jnp.diff(self.indptr, axis=1)
         tail = nonzeros - self.indptr[:, -1:]
         lengths = jnp.concatenate([lengths, tail], axis=1)
 
-        def repeat(lengths_of_sample):
+        def repeat(lengths_of_piece):
             return jnp.repeat(
                 jnp.arange(source_cells + 1, dtype=jnp.int32),
-                lengths_of_sample,
+                lengths_of_piece,
                 total_repeat_length=nonzeros,
             )
 
         cell = jax.vmap(repeat)(lengths)
         if self.slot is None:
             return cell
-        past_the_end = jnp.full((samples, 1), self.cell_mask.shape[1], jnp.int32)
+        past_the_end = jnp.full((folded, 1), self.cell_mask.shape[1] // self.pieces, jnp.int32)
         slot = jnp.concatenate([self.slot, past_the_end], axis=1)
-        return jnp.take_along_axis(slot, cell, axis=1)
+        return jax.vmap(lambda table, index: table[index])(slot, cell)
 
     def dense(self, values: jax.Array, genes: int) -> jax.Array:
         """Scatter one value per stored count into an array with a column a gene.
 
         Args:
-            values: float [samples, nonzeros].
+            values: float [samples * pieces, nonzeros].
             genes: Size of the vocabulary.
 
         Returns:
             [samples, cells, genes] of the values' dtype; zero where nothing is stored.
         """
-        samples, cells = self.cell_mask.shape
-        cell = self.cell_of_nonzero()
-        row = jnp.arange(samples, dtype=jnp.int32)[:, None]
-        empty = jnp.zeros((samples, cells, genes), values.dtype)
-        return empty.at[row, cell, self.gene.astype(jnp.int32)].add(values, mode="drop")
+        cells = self.cell_mask.shape[1] // self.pieces
+
+        def scatter(cell, gene, value):
+            empty = jnp.zeros((cells, genes), value.dtype)
+            return empty.at[cell, gene].add(value, mode="drop")
+
+        # One scatter a piece: a batched one, which is split over devices by its batch axis without communication.
+        gene = self.gene.astype(jnp.int32)
+        return self.unfold(jax.vmap(scatter)(self.cell_of_nonzero(), gene, values))
+
+    def at_nonzeros(self, entries: jax.Array) -> jax.Array:
+        """Return what an array holds where counts are stored.
+
+        Args:
+            entries: [samples, cells, genes].
+
+        Returns:
+            [samples * pieces, nonzeros]; 0 or False for padding and dropped cells.
+        """
+
+        def gather(table, cell, gene):
+            return table.at[cell, gene].get(mode="fill", fill_value=0)
+
+        gene = self.gene.astype(jnp.int32)
+        return jax.vmap(gather)(self.fold(entries), self.cell_of_nonzero(), gene)
+
+    def sum_over_nonzeros(self, values: jax.Array) -> jax.Array:
+        """Sum one value per stored count over each cell.
+
+        Args:
+            values: float [samples * pieces, nonzeros].
+
+        Returns:
+            float [samples, cells].
+        """
+        cells = self.cell_mask.shape[1] // self.pieces
+
+        def scatter(cell, value):
+            return jnp.zeros((cells,), value.dtype).at[cell].add(value, mode="drop")
+
+        return self.unfold(jax.vmap(scatter)(self.cell_of_nonzero(), values))
 
     def dense_counts(self, genes: int) -> jax.Array:
         """Return the counts as float32 [samples, cells, genes]."""

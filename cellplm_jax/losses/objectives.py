@@ -113,11 +113,10 @@ def count_nll(
         nll = zero_inflated_mean_terms(counts, mean, theta, reconstruction.zero_logits)
     nll = jnp.where(entries, nll, 0.0).sum(axis=-1)
 
-    sample = jnp.arange(shape[0], dtype=jnp.int32)[:, None]
-    cell, gene = truth.cell_of_nonzero(), truth.gene.astype(jnp.int32)
-    chosen = entries.at[sample, cell, gene].get(mode="fill", fill_value=False)
+    chosen = truth.at_nonzeros(entries)
+    gene = truth.gene.astype(jnp.int32)
     stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
-    return nll.at[sample, cell].add(jnp.where(chosen, stored, 0.0), mode="drop")
+    return nll + truth.sum_over_nonzeros(jnp.where(chosen, stored, 0.0))
 
 
 def reconstruction_loss(
@@ -152,9 +151,9 @@ def reconstruction_loss(
     cell_mask = truth.cell_mask
     samples, _, genes = reconstruction.mean.shape
     counts = truth.dense_counts(genes)
-    everything = jnp.ones((samples, 1, genes), bool)
-    if truth.measured is not None:
-        everything = truth.measured[:, None, :]
+    everything = truth.measured_entries()
+    if everything is None:
+        everything = jnp.ones((samples, 1, genes), bool)
     zero = jnp.zeros((), jnp.float32)
     if config.kind == "mean_squared_error":
         entries = everything if gene_mask is None else everything & gene_mask

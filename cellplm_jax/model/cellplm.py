@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
+from cellplm_jax.model.attention import CellGroups
 from cellplm_jax.model.decoder import Decoder
 from cellplm_jax.model.embedder import ExpressionEmbedder
 from cellplm_jax.model.encoder import Encoder
@@ -26,14 +27,16 @@ class CellPLM(nn.Module):
 
     Attributes:
         config: The architecture.
+        rematerialize: Compute the activations of encoder layers again in the backward pass: less memory, more time.
     """
 
     config: ModelConfig
+    rematerialize: bool = False
 
     def setup(self):
         """Declare the stages; their names are the top level of the parameter tree."""
         self.embedder = ExpressionEmbedder(self.config)
-        self.encoder = Encoder(self.config)
+        self.encoder = Encoder(self.config, self.rematerialize)
         self.pre_latent_norm = layer_norm("pre_latent_norm")
         self.latent = Latent(self.config)
         if self.config.head.kind == "none":
@@ -62,11 +65,7 @@ class CellPLM(nn.Module):
         Returns:
             A :class:`ModelOutput`.
         """
-        hidden = self.encode(
-            self.embed_expression(batch, gene_mask=gene_mask, train=train),
-            batch.cell_mask,
-            train=train,
-        )
+        hidden = self.represent(batch, gene_mask=gene_mask, train=train)
         latent = self.infer(hidden, noise=noise, train=train)
         if self.config.head.kind == "none":
             return ModelOutput(
@@ -83,9 +82,17 @@ class CellPLM(nn.Module):
         """Return float32 [samples, cells, hidden]: each cell on its own, before any attention."""
         return self.embedder(batch, gene_mask=gene_mask, train=train)
 
+    def represent(
+        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Return [samples, cells, hidden]: cells embedded, and then aware of the others of their sample."""
+        hidden = self.embed_expression(batch, gene_mask=gene_mask, train=train)
+        groups = CellGroups(batch.cell_mask, batch.segment, batch.segments, batch.pieces)
+        return self.pre_latent_norm(self.encoder(hidden, groups, train=train))
+
     def encode(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool = False) -> jax.Array:
-        """Let the cells of each sample attend to one another; [samples, cells, hidden] in and out."""
-        return self.pre_latent_norm(self.encoder(hidden, cell_mask, train=train))
+        """Let the cells of each row attend to one another; [samples, cells, hidden] in and out."""
+        return self.pre_latent_norm(self.encoder(hidden, CellGroups(cell_mask), train=train))
 
     def infer(
         self, hidden: jax.Array, *, noise: LatentNoise | None = None, train: bool = False

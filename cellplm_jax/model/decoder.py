@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.embedder import mean_row_lookup
-from cellplm_jax.model.layers import Hidden, dense, make_norm, prelu
+from cellplm_jax.model.layers import ENTRIES, Hidden, along, dense, make_norm, output_dense, prelu
 from cellplm_jax.structs import CellBatch, Reconstruction
 
 MEAN_RANGE = (1e-5, 1e6)
@@ -78,15 +78,19 @@ class Decoder(nn.Module):
                     embedding = CovariateEmbedding(config, rows, name=f"{covariate}_{layer}")
                     x = x + embedding(index, x.shape[:2])
             history.append(x)
+
+        def by_gene(name, x):
+            return along(output_dense(config.genes, name)(x), ENTRIES)
+
         if decoder.kind == "gaussian":
-            return Reconstruction(mean=dense(config.genes, "mean")(x))
+            return Reconstruction(mean=by_gene("mean", x))
         if decoder.kind == "residual":
-            return Reconstruction(mean=dense(config.genes, "mean")(jnp.concatenate(history, -1)))
+            return Reconstruction(mean=by_gene("mean", jnp.concatenate(history, -1)))
         x = nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
-        mean = exponential_within(dense(config.genes, "log_mean")(x), MEAN_RANGE)
+        mean = exponential_within(by_gene("log_mean", x), MEAN_RANGE)
         log_dispersion = self.param("log_dispersion", nn.initializers.normal(1.0), (config.genes,))
         dispersion = exponential_within(log_dispersion, DISPERSION_RANGE)
         zero_logits = None
         if decoder.kind == "zero_inflated_negative_binomial":
-            zero_logits = dense(config.genes, "zero_logits")(x)
+            zero_logits = by_gene("zero_logits", x)
         return Reconstruction(mean=mean, dispersion=dispersion, zero_logits=zero_logits)

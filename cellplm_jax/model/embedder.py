@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import dense, make_norm
+from cellplm_jax.model.layers import CELLS, ENTRIES, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
 from cellplm_jax.structs import CellBatch
 
@@ -37,20 +37,18 @@ def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
     """Apply the configured input transform to the stored counts.
 
     Args:
-        batch: Cells; ``count`` is [samples, nonzeros].
+        batch: Cells; ``count`` is [samples * pieces, nonzeros].
         config: Names the transform.
 
     Returns:
-        float32 [samples, nonzeros].
+        float32 [samples * pieces, nonzeros].
     """
     count = batch.count.astype(jnp.float32)
     if config.embedder.input_transform == "log1p":
         return jnp.log1p(count)
-    cell = batch.cell_of_nonzero()
-    samples, cells = batch.cell_mask.shape
-    row = jnp.arange(samples, dtype=jnp.int32)[:, None]
-    library = jnp.zeros((samples, cells), jnp.float32).at[row, cell].add(count, mode="drop")
-    size = jnp.take_along_axis(library, jnp.minimum(cell, cells - 1), axis=1)
+    library = batch.fold(batch.sum_over_nonzeros(count))
+    cell = jnp.minimum(batch.cell_of_nonzero(), library.shape[1] - 1)
+    size = jax.vmap(lambda table, index: table[index])(library, cell)
     return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
 
 
@@ -81,10 +79,12 @@ class ExpressionEmbedder(nn.Module):
         table = self.param(
             "gene_embedding", nn.initializers.normal(0.005), (config.genes, config.hidden)
         )
-        expression = batch.dense(transform_counts(batch, config), config.genes)
+        # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
+        values = transform_counts(batch, config).astype(table.dtype)
+        expression = along(batch.dense(values, config.genes), ENTRIES)
         if gene_mask is not None:
-            expression = jnp.where(gene_mask, 0.0, expression)
-        hidden = expression @ table
+            expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
+        hidden = along(expression @ table, CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
                 batch.cell_mask,
@@ -92,7 +92,7 @@ class ExpressionEmbedder(nn.Module):
                 batch.has_coordinates,
                 batch.eigenvectors,
                 train=train,
-            )
+            ).astype(hidden.dtype)
         if config.embedder.covariate:
             covariate = self.param(
                 "batch_embedding",

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.attention import CellAttention
-from cellplm_jax.model.layers import Hidden, dense, exact_gelu, layer_norm
+from cellplm_jax.model.attention import CellAttention, CellGroups
+from cellplm_jax.model.layers import CELLS, Hidden, along, dense, exact_gelu, layer_norm
 
 
 class TransformerLayer(nn.Module):
@@ -23,7 +23,7 @@ class TransformerLayer(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, hidden: jax.Array, groups: CellGroups, train: bool) -> jax.Array:
         """Map [samples, cells, hidden] to the same shape."""
         config = self.config
 
@@ -31,7 +31,7 @@ class TransformerLayer(nn.Module):
             return nn.Dropout(config.dropout, name=name)(x, deterministic=not train)
 
         mixed = CellAttention(config, self.layer, name="attention")(
-            layer_norm("attention_norm")(hidden), cell_mask, train=train
+            layer_norm("attention_norm")(hidden), groups, train=train
         )
         hidden = hidden + dropout(mixed, "attention_dropout")
         inner = dense(config.hidden * config.encoder.feedforward, "feedforward_in")(
@@ -39,7 +39,7 @@ class TransformerLayer(nn.Module):
         )
         inner = dropout(exact_gelu(inner), "feedforward_dropout")
         inner = dense(config.hidden, "feedforward_out")(inner)
-        return hidden + dropout(inner, "out_dropout")
+        return along(hidden + dropout(inner, "out_dropout"), CELLS)
 
 
 class Encoder(nn.Module):
@@ -47,23 +47,26 @@ class Encoder(nn.Module):
 
     Attributes:
         config: The model's configuration.
+        rematerialize: Compute the activations of transformer layers again in the backward pass.
     """
 
     config: ModelConfig
+    rematerialize: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape; ``cell_mask`` is bool [samples, cells]."""
+    def __call__(self, hidden: jax.Array, groups: CellGroups, *, train: bool) -> jax.Array:
+        """Map [samples, cells, hidden] to the same shape; ``groups`` says which cells see one another."""
         config, encoder = self.config, self.config.encoder
 
         def block(name):
             return Hidden(config.hidden, config.norm, config.norm_groups, config.dropout, name=name)
 
         if encoder.kind in ("flow", "softmax", "performer"):
+            kind = TransformerLayer
+            if self.rematerialize:
+                kind = nn.remat(TransformerLayer, static_argnums=(3,))
             for layer in range(encoder.layers):
-                hidden = TransformerLayer(config, layer, name=f"layer_{layer}")(
-                    hidden, cell_mask, train=train
-                )
+                hidden = kind(config, layer, name=f"layer_{layer}")(hidden, groups, train)
         elif encoder.kind == "mlp":
             for layer in range(encoder.layers):
                 hidden = hidden + block(f"layer_{layer}")(hidden, train=train)

@@ -8,18 +8,36 @@ approximation against exact). The functions here pin the PyTorch side once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 EPSILON = 1e-5
 # PyTorch draws Linear weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the variance of that is 1 / (3 fan_in).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+# Logical names of the axes of activations; which devices each is split over stands in ``train/sharding.py``.
+CELLS = ("samples", "cells", None)
+ENTRIES = ("samples", "cells", "genes")
+
+
+def along(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Say along which logical axes an activation lies; without a mesh this does nothing."""
+    return nn.with_logical_constraint(values, axes)
+
+
 def dense(features: int, name: str) -> nn.Dense:
     """Return a linear layer initialised like ``torch.nn.Linear`` (zero bias)."""
     return nn.Dense(features, kernel_init=kernel_init, name=name)
+
+
+def output_dense(features: int, name: str) -> nn.Dense:
+    """Return a linear layer whose result is float32, however narrow the numbers it multiplies."""
+    product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    return nn.Dense(features, kernel_init=kernel_init, dot_general=product, name=name)
 
 
 def prelu(name: str) -> nn.PReLU:

@@ -6,13 +6,42 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import MaskingConfig
+from cellplm_jax.model.layers import ENTRIES, along
 from cellplm_jax.structs import CellBatch
 
 
-def _random_rank(key: jax.Array, cell_mask: jax.Array) -> jax.Array:
-    """Return int32 [samples, cells]: a random permutation of each sample's cells, padding ranked last."""
-    noise = jnp.where(cell_mask, jax.random.uniform(key, cell_mask.shape), jnp.inf)
+def _rank(noise: jax.Array) -> jax.Array:
+    """Return int32 [folded, cells]: the place of each cell in rising order of ``noise``."""
     return jnp.argsort(jnp.argsort(noise, axis=1), axis=1).astype(jnp.int32)
+
+
+def _rank_in_sample(
+    noise: jax.Array, cell_mask: jax.Array, segment: jax.Array | None, segments: int
+) -> tuple[jax.Array, jax.Array]:
+    """Rank the cells of each sample by noise.
+
+    Args:
+        noise: float32 [folded, cells]; infinite on padding.
+        cell_mask: bool [folded, cells].
+        segment: int32 [folded, cells] or None.
+        segments: Samples a row may hold.
+
+    Returns:
+        int32 [folded, cells], the rank among the cells of the same sample in the same piece (meaningless on padding),
+        and how many those are.
+    """
+    rank = _rank(noise)
+    present = cell_mask.sum(axis=1, keepdims=True)
+    if segment is None:
+        return rank, jnp.broadcast_to(present, rank.shape)
+    # Sorted by segment and then by noise, a cell's rank is its place less where its segment begins.
+    key = jnp.where(cell_mask, segment, segments) * noise.shape[1] + rank
+    place = _rank(key)
+    label = jnp.where(cell_mask, segment, segments)
+    size = jnp.sum(jax.nn.one_hot(label, segments + 1, dtype=jnp.int32), axis=1)
+    begin = jnp.cumsum(size, axis=1) - size
+    lookup = jax.vmap(lambda table, index: table[index])
+    return place - lookup(begin, label), lookup(size, label)
 
 
 def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
@@ -29,21 +58,34 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         config: ``drop_cells`` and ``maximum_cells``.
 
     Returns:
-        A batch whose sentences hold ``floor((1 - drop_cells) n)`` of their ``n`` cells (at least one, at most
-        ``maximum_cells``) in random order. Counts stay where they are; ``slot`` says where each cell went.
+        A batch whose rows hold ``floor((1 - drop_cells) n)`` of their ``n`` cells (at least one, at most
+        ``maximum_cells``) in random order; in packed rows the same of every sample (none of a very small one), and in
+        rows of several pieces of every sample in each piece. Counts stay where they are; ``slot`` says where each cell
+        went.
     """
-    cells = batch.cell_mask.shape[1]
-    limit = config.maximum_cells or cells
+    cells = batch.cell_mask.shape[1] // batch.pieces
+    limit = -(-config.maximum_cells // batch.pieces) if config.maximum_cells else cells
     # In float32 (1 - .3) * 10 is 7.0000005 or 6.9999995 depending on the path; the small term makes it 7.
     keep_fraction = 1.0 - config.drop_cells
     width = max(1, min(limit, int(cells * keep_fraction + 1e-6)))
     if config.drop_cells == 0.0 and limit >= cells:
         return batch
-    rank = _random_rank(key, batch.cell_mask)
-    present = batch.cell_mask.sum(axis=1)
+    cell_mask = batch.fold(batch.cell_mask)
+    segment = None if batch.segment is None else batch.fold(batch.segment)
+    noise = jnp.where(
+        cell_mask, batch.fold(jax.random.uniform(key, batch.cell_mask.shape)), jnp.inf
+    )
+    rank, present = _rank_in_sample(noise, cell_mask, segment, batch.segments)
     kept = floor_of_fraction(present, keep_fraction)
-    kept = jnp.clip(kept, jnp.minimum(1, present), width)
-    slot = jnp.where(rank < kept[:, None], rank, width)
+    if segment is None:
+        kept = jnp.clip(kept, jnp.minimum(1, present), width)
+    keep = cell_mask & (rank < kept)
+    # Kept cells move to the front of their piece: in random order, those of one sample together.
+    order = jnp.where(keep, noise, jnp.inf)
+    if segment is not None:
+        order = jnp.where(keep, segment * cells + _rank(order), batch.segments * cells)
+    place = _rank(order)
+    slot = jnp.where(keep & (place < width), place, width)
     if batch.slot is not None:
         # Cells were dropped before: follow each from where it sits now.
         gone = jnp.full((slot.shape[0], 1), width, slot.dtype)
@@ -51,16 +93,19 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=1), now, axis=1)
     else:
         moved = slot
-    source = jnp.argsort(rank, axis=1)[:, :width]
+    source = jnp.argsort(place, axis=1)[:, :width]
+    number = jnp.minimum(keep.sum(axis=1, keepdims=True), width)
 
     def gather(values):
         if values is None:
             return None
-        index = source.reshape(*source.shape, *(1,) * (values.ndim - 2))
-        return jnp.take_along_axis(values, index, axis=1)
+        # Batched over pieces, so that each device moves its own cells alone.
+        picked = jax.vmap(lambda table, index: table[index])(batch.fold(values), source)
+        return batch.unfold(picked)
 
     return batch.replace(
-        cell_mask=jnp.arange(width)[None, :] < kept[:, None],
+        cell_mask=batch.unfold(jnp.arange(width)[None, :] < number),
+        segment=gather(batch.segment),
         coordinates=gather(batch.coordinates),
         has_coordinates=gather(batch.has_coordinates),
         eigenvectors=gather(batch.eigenvectors),
@@ -92,13 +137,13 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
 
 
 def sample_gene_mask(
-    key: jax.Array, cell_mask: jax.Array, genes: int, config: MaskingConfig
+    key: jax.Array, batch: CellBatch, genes: int, config: MaskingConfig
 ) -> jax.Array:
     """Choose which entries are hidden: first which cells, then which genes in each of them.
 
     Args:
         key: PRNG key.
-        cell_mask: bool [samples, cells].
+        batch: The cells; a packed row is masked sample by sample, a row of several pieces piece by piece.
         genes: Size of the vocabulary.
         config: ``floor(cell_fraction n)`` of each sample's ``n`` cells are masked, each at its own rate.
 
@@ -106,12 +151,17 @@ def sample_gene_mask(
         bool [samples, cells, genes]; True is hidden. Padding is never masked.
     """
     cell_key, rate_key, gene_key = jax.random.split(key, 3)
-    rank = _random_rank(cell_key, cell_mask)
-    chosen = floor_of_fraction(cell_mask.sum(axis=1), config.cell_fraction)
-    masked_cells = (rank < chosen[:, None]) & cell_mask
+    cell_mask = batch.cell_mask
+    folded = batch.fold(cell_mask)
+    noise = batch.fold(jax.random.uniform(cell_key, cell_mask.shape))
+    noise = jnp.where(folded, noise, jnp.inf)
+    segment = None if batch.segment is None else batch.fold(batch.segment)
+    rank, present = _rank_in_sample(noise, folded, segment, batch.segments)
+    chosen = floor_of_fraction(present, config.cell_fraction)
+    masked_cells = batch.unfold((rank < chosen) & folded)
     rates = jnp.where(masked_cells, masking_rates(rate_key, cell_mask.shape, config), 0.0)
     # Half the random bits of a float32 draw; a rate is rounded to a multiple of 2^-16. The barrier keeps the compiler
     # from drawing them again in every place that reads the mask.
     threshold = jnp.round(rates * 65536).astype(jnp.uint32)
     bits = jax.random.bits(gene_key, (*cell_mask.shape, genes), jnp.uint16)
-    return jax.lax.optimization_barrier(bits < threshold[..., None])
+    return jax.lax.optimization_barrier(along(bits < threshold[..., None], ENTRIES))

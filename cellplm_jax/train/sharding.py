@@ -1,37 +1,268 @@
 """Which array lies where: the only module that knows meshes and partition specs.
 
-Today the rule is one line: batches are split over devices by their leading ``samples`` axis, everything else is
-replicated. Further axes (cells, genes) are rows to add here; no other module names a device.
+One mesh with three axes - ``data`` (rows of a batch), ``cells`` (the cells of a row too large for one device) and
+``genes`` (the vocabulary) - and one table, :data:`LOGICAL_AXES`, that says along which of them each axis of an array is
+split. The compiler derives the communication: every use of the cell axis in flow attention is a sum, and so is every
+use of the gene axis in embedder and likelihood, so what crosses devices are sums, never cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-SAMPLES_AXIS = "data"
+from cellplm_jax.config import MeshConfig
+from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.structs import CellBatch
+
+MESH_AXES = ("data", "cells", "genes")
+
+# The table: an axis of an array, by its name, and the axes of the mesh it is split over. Any other axis is not split.
+LOGICAL_AXES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+    ("samples", "data"),
+    ("folded", ("data", "cells")),
+    ("cells", "cells"),
+    ("genes", "genes"),
+)
+
+# The axes of the fields of a batch, in order; fields are arrays of at most so many axes.
+BATCH_AXES: dict[str, tuple[str | None, ...]] = {
+    "indptr": ("folded", None),
+    "gene": ("folded", None),
+    "count": ("folded", None),
+    "slot": ("folded", None),
+    "cell_mask": ("samples", "cells"),
+    "segment": ("samples", "cells"),
+    "coordinates": ("samples", "cells", None),
+    "has_coordinates": ("samples", "cells"),
+    "eigenvectors": ("samples", "cells", None),
+    "measured": ("samples", None, None),
+    "batch": ("samples", "cells"),
+    "dataset": ("samples", "cells"),
+    "platform": ("samples", "cells"),
+}
+
+# The parameters that have a gene axis, by the end of their path; optimizer moments follow their parameter. All other
+# parameters are held whole by every device.
+PARAMETER_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embedder", "gene_embedding"): ("genes", None),
+    ("decoder", "log_mean", "kernel"): (None, "genes"),
+    ("decoder", "log_mean", "bias"): ("genes",),
+    ("decoder", "mean", "kernel"): (None, "genes"),
+    ("decoder", "mean", "bias"): ("genes",),
+    ("decoder", "zero_logits", "kernel"): (None, "genes"),
+    ("decoder", "zero_logits", "bias"): ("genes",),
+    ("decoder", "log_dispersion"): ("genes",),
+}
 
 
-def make_mesh(samples: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return a mesh over the most devices that divide the number of samples in a batch.
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arrange devices as the run wants them.
+
+    Devices are laid out by process and number, ``data`` outermost: a process holds neighbouring rows of the batch, and
+    the chatty axes run over neighbouring devices.
 
     Args:
-        samples: Sentences in a batch.
-        devices: Devices to use; None: all of this process.
+        config: Devices along each axis; None: all along ``data``.
+        devices: Devices to use; None: those of all processes.
+
+    Raises:
+        ConfigError: The axes do not multiply to the number of devices.
     """
-    devices = list(jax.local_devices() if devices is None else devices)
-    count = max(n for n in range(1, len(devices) + 1) if samples % n == 0)
-    return Mesh(np.array(devices[:count]), (SAMPLES_AXIS,), axis_types=(AxisType.Auto,))
+    config = MeshConfig() if config is None else config
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
+    )
+    inner = config.cells * config.genes
+    data = config.data or len(devices) // inner
+    if data * inner != len(devices):
+        msg = explain(
+            f"a mesh of {data or 'any number'} (data) x {config.cells} (cells) x {config.genes} (genes) for "
+            f"{len(devices)} devices",
+            "a product equal to the number of devices",
+            "Change config.mesh; mesh.data = 0 takes all devices that the other two axes leave",
+        )
+        raise ConfigError(msg)
+    grid = np.array(devices).reshape(data, config.cells, config.genes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of every array of a batch."""
-    return NamedSharding(mesh, PartitionSpec(SAMPLES_AXIS))
+def check_divides(mesh: Mesh, *, rows: int, genes: int, cells: int) -> None:
+    """Check that a run's shapes can be split over a mesh.
+
+    Args:
+        mesh: From :func:`make_mesh`.
+        rows: Rows of a batch.
+        genes: Size of the vocabulary.
+        cells: Cells of a row.
+
+    Raises:
+        ConfigError: An axis is not a multiple of its devices; the message lists numbers that are.
+    """
+    for what, size, axis in (
+        ("data.rows", rows, "data"),
+        ("data.cells", cells, "cells"),
+        ("the vocabulary's number of genes", genes, "genes"),
+    ):
+        devices = mesh.shape[axis]
+        if size % devices:
+            possible = [n for n in range(1, 65) if size % n == 0]
+            msg = explain(
+                f"{what} is {size}, to be split over {devices} devices (mesh.{axis})",
+                f"a multiple of {devices}, or a mesh.{axis} that divides it: {', '.join(map(str, possible))}",
+                f"Change config.mesh.{axis}"
+                if axis == "genes"
+                else f"Change {what} or config.mesh",
+            )
+            raise ConfigError(msg)
+
+
+def one_device_mesh() -> Mesh:
+    """Return a mesh of this process's first device, on which every sharding is trivial."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
+def _spec(axes: Sequence[str | None]) -> PartitionSpec:
+    table = dict(LOGICAL_AXES)
+    return PartitionSpec(*(table.get(axis) if axis else None for axis in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shardings(mesh: Mesh, batch: CellBatch, *, accumulated: bool = True) -> CellBatch:
+    """Return the shardings of a batch's fields.
+
+    Args:
+        mesh: From :func:`make_mesh`.
+        batch: Arrays or their shapes; tells which fields there are.
+        accumulated: Whether the fields have a leading axis of batches whose gradients are averaged.
+
+    Returns:
+        A batch with a sharding in place of each array.
+    """
+    lead: tuple[str | None, ...] = (None,) if accumulated else ()
+
+    def of(name: str, leaf: Any) -> NamedSharding | None:
+        if leaf is None:
+            return None
+        axes = (*lead, *BATCH_AXES[name])
+        return NamedSharding(mesh, _spec(axes[: np.ndim(leaf)] if hasattr(leaf, "ndim") else axes))
+
+    return CellBatch(**{name: of(name, getattr(batch, name)) for name in BATCH_AXES})  # type: ignore[arg-type]
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Return the shardings of a state or of parameters: those with a gene axis are split over ``genes``.
+
+    Args:
+        mesh: From :func:`make_mesh`.
+        state: A tree of arrays or shapes with the parameters' paths in it.
+    """
+
+    def of(path: tuple, leaf: Any) -> NamedSharding:
+        names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        for end, axes in PARAMETER_AXES.items():
+            if names[-len(end) :] == end and np.ndim(leaf) == len(axes):
+                return NamedSharding(mesh, _spec(axes))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Return which rows of a batch this process has to load.
+
+    Args:
+        mesh: From :func:`make_mesh`.
+        rows: Rows of the whole batch.
+
+    Returns:
+        The first row, and how many.
+    """
+    mine = [
+        place
+        for place, device in np.ndenumerate(mesh.devices)
+        if device.process_index == jax.process_index()
+    ]
+    each = rows // mesh.shape["data"]
+    if not mine:
+        return 0, each  # a mesh of other machines' devices, for compilation only
+    first = min(place[0] for place in mine)
+    last = max(place[0] for place in mine)
+    return first * each, (last - first + 1) * each
+
+
+def to_global(mesh: Mesh, batch: CellBatch, rows: int, *, accumulated: bool = True) -> CellBatch:
+    """Put this process's rows of a batch on its devices, as its part of one global batch.
+
+    Args:
+        mesh: From :func:`make_mesh`.
+        batch: numpy arrays with the rows of :func:`local_rows`.
+        rows: Rows of the whole batch.
+        accumulated: Whether the fields have a leading axis of batches whose gradients are averaged.
+
+    Returns:
+        A batch of global ``jax.Array``.
+    """
+    shardings = batch_shardings(mesh, batch, accumulated=accumulated)
+    first, count = local_rows(mesh, rows)
+    axis = 1 if accumulated else 0
+    if count == rows:
+        return jax.device_put(batch, shardings)
+
+    def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        # Folded arrays have as many rows a row of the batch as there are pieces.
+        fold = local.shape[axis] // count
+        shape = (*local.shape[:axis], rows * fold, *local.shape[axis + 1 :])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[axis].indices(shape[axis])
+            inside = slice(start - first * fold, stop - first * fold)
+            return local[(*index[:axis], inside, *index[axis + 1 :])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch, shardings)
+
+
+class MeshFunction:
+    """A jitted function that is always traced, lowered and called with its mesh and the table of logical axes.
+
+    Args:
+        function: What to compile.
+        mesh: From :func:`make_mesh`.
+        options: Passed to ``jax.jit``.
+    """
+
+    def __init__(self, function: Callable, mesh: Mesh, **options: Any):
+        def with_axes(*arguments):
+            with nn.logical_axis_rules(LOGICAL_AXES):
+                return function(*arguments)
+
+        self.mesh = mesh
+        self.jitted = jax.jit(with_axes, **options)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run the function."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """Lower the function for arguments or their shapes."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*arguments)
+
+    def trace(self, *arguments: Any) -> Any:
+        """Trace the function for arguments or their shapes."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.trace(*arguments)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.typing import ArrayLike
 
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.model.cellplm import init_params
@@ -20,17 +21,21 @@ class TrainState(struct.PyTreeNode):
     The KL warm-up is a function of ``step`` and the random streams of (seed, step), so neither needs a field.
 
     Attributes:
-        step: int32 scalar. Optimizer steps taken.
-        params: The ``"params"`` collection.
+        step: int32 scalar. Steps taken, skipped ones included.
+        params: The ``"params"`` collection, float32.
         optimizer: Optimizer state.
+        skipped: int32 scalar. Steps that changed nothing because the loss or a gradient was not finite.
+        skipped_in_a_row: int32 scalar. How many of the latest steps those were.
     """
 
     step: jax.Array
     params: Any
     optimizer: optax.OptState
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
-def create_state(config: TrainConfig, gene_means: jax.Array | None = None) -> TrainState:
+def create_state(config: TrainConfig, gene_means: ArrayLike | None = None) -> TrainState:
     """Initialise a run; a pure function, so it can be traced for shapes.
 
     Args:
@@ -40,8 +45,14 @@ def create_state(config: TrainConfig, gene_means: jax.Array | None = None) -> Tr
     """
     params = init_params(config.model, jax.random.key(config.seed))
     if gene_means is not None and "log_mean" in params.get("decoder", {}):
-        params["decoder"]["log_mean"]["bias"] = jnp.log(gene_means.astype(jnp.float32) + 1e-4)
+        means = jnp.asarray(gene_means, jnp.float32)
+        params["decoder"]["log_mean"]["bias"] = jnp.log(means + 1e-4)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, optimizer=optimizer.init(params)
+        step=zero,
+        params=params,
+        optimizer=optimizer.init(params),
+        skipped=zero,
+        skipped_in_a_row=zero,
     )

@@ -1,12 +1,12 @@
-"""The training step and the evaluation step, as functions of (state, batch) that are compiled once."""
+"""The training step and the steps that evaluate, as pure functions that are compiled once, for any mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,10 +20,43 @@ from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
 from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
-from cellplm_jax.train.sharding import batch_sharding, replicated
-from cellplm_jax.train.state import TrainState
+from cellplm_jax.train.sharding import (
+    MeshFunction,
+    batch_shardings,
+    check_divides,
+    replicated,
+    state_shardings,
+)
+from cellplm_jax.train.state import TrainState, create_state
 
 Metrics = dict[str, jax.Array]
+
+
+# Parts of the parameter tree whose matrix products a run may compute in bfloat16; the latent and the likelihood's own
+# parameters stay float32.
+NARROW_PARTS = ("embedder", "encoder", "pre_latent_norm", "decoder")
+
+
+def compute_params(params: Any, config: TrainConfig) -> Any:
+    """Cast the parameters of large matrix products to the run's precision; gradients come back in float32.
+
+    Args:
+        params: The ``"params"`` collection, float32.
+        config: Names the precision.
+    """
+    if config.precision == "float32":
+        return params
+
+    def cast(path, leaf):
+        names = [entry.key for entry in path]
+        if names[0] not in NARROW_PARTS or names[-1] == "log_dispersion":
+            return leaf
+        # The output layer's bias is the log of each gene's mean: added in float32, after the product.
+        if names[:2] == ["decoder", "log_mean"] and names[-1] == "bias":
+            return leaf
+        return leaf.astype(jnp.bfloat16)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def loss_terms(
@@ -40,7 +73,7 @@ def loss_terms(
 
     Args:
         params: The ``"params"`` collection.
-        batch: Padded sentences.
+        batch: Padded rows of cells.
         config: The run's configuration.
         gene_mask: bool [samples, cells, genes]; True is hidden from the input.
         warmup: KL warm-up factor.
@@ -50,15 +83,33 @@ def loss_terms(
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
     """
-    output = CellPLM(config.model).apply(
-        {"params": params}, batch, gene_mask=gene_mask, noise=noise, train=True, rngs=rngs
+    model = CellPLM(config.model, rematerialize=config.rematerialize)
+    variables = {"params": compute_params(params, config)}
+    hidden = model.apply(
+        variables, batch, gene_mask=gene_mask, train=True, rngs=rngs, method=CellPLM.represent
     )
-    terms = reconstruction_loss(output.reconstruction, batch, config.objective, gene_mask=gene_mask)
+    inferred = model.apply(
+        variables, hidden, noise=noise, train=True, rngs=rngs, method=CellPLM.infer
+    )
+
+    def decode_and_score(variables, z, gene_mask):
+        reconstruction = model.apply(
+            variables, _narrow(z, config), batch, train=True, rngs=rngs, method=CellPLM.decode
+        )
+        return reconstruction_loss(reconstruction, batch, config.objective, gene_mask=gene_mask)
+
+    if config.rematerialize:
+        decode_and_score = jax.checkpoint(decode_and_score)
+    terms = decode_and_score(variables, inferred.z, gene_mask)
     latent = latent_loss(
-        output.latent, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
+        inferred, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
     )
     loss = terms["reconstruction"] + latent["latent"]
     return loss, {"loss": loss, **terms, **latent}
+
+
+def _narrow(z: jax.Array, config: TrainConfig) -> jax.Array:
+    return z.astype(jnp.dtype(config.precision))
 
 
 def training_step(
@@ -66,52 +117,126 @@ def training_step(
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step: drop cells, mask, forward, backward, AdamW.
 
+    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were.
+
     Args:
         state: State before the step.
-        batch: Padded sentences, fields [samples, ...].
+        batch: Padded rows of cells; every field has a leading axis of ``config.accumulate`` batches.
         config: The run's configuration.
 
     Returns:
-        State after the step, and float32 scalars: the loss terms, ``gradient_norm`` (before clipping), ``cells``
-        (cells the loss saw) and ``kl_warmup``.
+        State after the step, and scalars: the loss terms, ``gradient_norm`` (before clipping), ``kl_warmup``, ``cells``
+        (cells the loss saw), ``read_cells`` (before dropping), ``slots`` (places for cells), ``nonzeros``, ``skipped``,
+        ``skipped_in_a_row``, and ``batch_checksum`` (uint32), see :func:`batch_checksum`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+    warmup = warmup_factor(state.step, config.model.latent)
+    gradient = jax.value_and_grad(_masked_loss, has_aux=True)
+
+    if config.accumulate == 1:
+        (_, metrics), gradients = gradient(
+            state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+        )
+    else:
+        # The first batch gives the shapes of what is summed; the rest are added one at a time.
+        def add(total, part):
+            number, batch = part
+            inner = jax.random.fold_in(key, number)
+            (_, metrics), gradients = gradient(state.params, batch, inner, warmup, config)
+            return jax.tree.map(jnp.add, total, (metrics, gradients)), None
+
+        shapes = jax.eval_shape(
+            lambda: gradient(
+                state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+            )
+        )
+        (_, metrics), gradients = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes
+        )
+        numbers = jnp.arange(config.accumulate)
+        (metrics, gradients), _ = jax.lax.scan(add, (metrics, gradients), (numbers, batch))
+        average = lambda leaf: leaf / config.accumulate  # noqa: E731
+        gradients = jax.tree.map(average, gradients)
+        metrics = {k: v if k == "cells" else average(v) for k, v in metrics.items()}
+
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+    def chosen(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
+    state = TrainState(
+        step=state.step + 1,
+        params=chosen(optax.apply_updates(state.params, updates), state.params),
+        optimizer=chosen(optimizer_state, state.optimizer),
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + skipped) * skipped,
+    )
+    metrics = {
+        **metrics,
+        "gradient_norm": norm,
+        "kl_warmup": warmup,
+        "read_cells": batch.cell_mask.sum().astype(jnp.float32),
+        "slots": jnp.asarray(batch.cell_mask.size, jnp.float32),
+        "nonzeros": batch.indptr[..., -1].sum().astype(jnp.float32),
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+        "batch_checksum": batch_checksum(batch),
+    }
+    return state, metrics
+
+
+def _masked_loss(
+    params: Any, batch: CellBatch, key: jax.Array, warmup: jax.Array, config: TrainConfig
+) -> tuple[jax.Array, Metrics]:
+    """Drop cells, draw masks, and compute the loss."""
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     batch = drop_cells(drop_key, batch, config.masking)
     gene_mask = None
     if config.masking.cell_fraction > 0 and config.masking.gene_fraction > 0:
-        gene_mask = sample_gene_mask(mask_key, batch.cell_mask, config.model.genes, config.masking)
-    warmup = warmup_factor(state.step, config.model.latent)
-    (_, metrics), gradients = jax.value_and_grad(loss_terms, has_aux=True)(
-        state.params,
+        gene_mask = sample_gene_mask(mask_key, batch, config.model.genes, config.masking)
+    loss, metrics = loss_terms(
+        params,
         batch,
         config,
         gene_mask=gene_mask,
         warmup=warmup,
         rngs={"dropout": dropout_key, "latent": latent_key},
     )
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    metrics = {
-        **metrics,
-        "gradient_norm": optax.tree.norm(gradients),
-        "cells": batch.cell_mask.sum().astype(jnp.float32),
-        "kl_warmup": warmup,
-    }
-    state = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        optimizer=optimizer_state,
-    )
-    return state, metrics
+    return loss, {**metrics, "cells": batch.cell_mask.sum().astype(jnp.float32)}
 
 
-def heldout_gene_mask(key: jax.Array, cell_mask: jax.Array, config: TrainConfig) -> jax.Array:
+def batch_checksum(batch: CellBatch) -> jax.Array:
+    """Return a uint32 that depends on every stored count of a batch and on where it stands.
+
+    Integers wrap around and sums of them do not depend on their order, so the number is the same however the batch is
+    spread over devices and processes: runs that print the same numbers saw the same batches in the same order.
+
+    Args:
+        batch: With or without a leading axis of accumulated batches.
+    """
+
+    def numbered(shape):
+        return jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape) * jnp.uint32(2) + 1
+
+    rows = numbered((*batch.gene.shape[:-1], 1)) * jnp.uint32(0x9E3779B1)
+    place = numbered((batch.gene.shape[-1],)) * jnp.uint32(0x85EBCA77)
+    entry = (batch.gene.astype(jnp.uint32) + 1) * (batch.count.astype(jnp.uint32) + 7)
+    stored = jnp.arange(batch.gene.shape[-1]) < batch.indptr[..., -1:]
+    total = jnp.sum(jnp.where(stored, entry * (rows ^ place), 0), dtype=jnp.uint32)
+    ends = batch.indptr.astype(jnp.uint32)
+    return total + jnp.sum(ends * (rows ^ numbered((ends.shape[-1],))), dtype=jnp.uint32)
+
+
+def heldout_gene_mask(key: jax.Array, batch: CellBatch, config: TrainConfig) -> jax.Array:
     """Hide ``masking.gene_fraction`` of the genes (a quarter where that is 0) in every held-out cell.
 
     Args:
         key: PRNG key; the same key gives the same mask.
-        cell_mask: bool [samples, cells].
+        batch: Held-out cells.
         config: The run's configuration.
 
     Returns:
@@ -120,7 +245,7 @@ def heldout_gene_mask(key: jax.Array, cell_mask: jax.Array, config: TrainConfig)
     masking = MaskingConfig(
         cell_fraction=1.0, gene_fraction=heldout_rate(config), beta=False, drop_cells=0.0
     )
-    return sample_gene_mask(key, cell_mask, config.model.genes, masking)
+    return sample_gene_mask(key, batch, config.model.genes, masking)
 
 
 def heldout_rate(config: TrainConfig) -> float:
@@ -147,12 +272,17 @@ def evaluation_step(
         :func:`cellplm_jax.train.metrics.heldout_scores`.
     """
     rate, genes = heldout_rate(config), config.model.genes
-    output = CellPLM(config.model).apply({"params": params}, batch, gene_mask=gene_mask)
-    reconstruction: Reconstruction = output.reconstruction
+    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    hidden = model.apply(variables, batch, gene_mask=gene_mask, method=CellPLM.represent)
+    z = model.apply(variables, hidden, method=CellPLM.infer).z
+    reconstruction: Reconstruction = model.apply(
+        variables, _narrow(z, config), batch, method=CellPLM.decode
+    )
     counts = batch.dense_counts(genes)
     usable = jnp.broadcast_to(batch.cell_mask[..., None], gene_mask.shape)
-    if batch.measured is not None:
-        usable = usable & batch.measured[:, None, :]
+    measured = batch.measured_entries()
+    if measured is not None:
+        usable = usable & measured
     hidden, visible = usable & gene_mask, usable & ~gene_mask
     mean = reconstruction.mean
     if reconstruction.dispersion is None:
@@ -180,13 +310,118 @@ def evaluation_step(
     return result
 
 
-def compile_training_step(
-    config: TrainConfig, mesh: Mesh
-) -> Callable[[TrainState, CellBatch], tuple[TrainState, Metrics]]:
-    """Return the jitted training step: batch split over the mesh, state replicated and donated."""
-    return jax.jit(
+def embedding_step(params: Any, batch: CellBatch, config: TrainConfig) -> jax.Array:
+    """Embed cells as inference does: float32 [samples, cells, latent], nothing hidden and nothing random.
+
+    Args:
+        params: The ``"params"`` collection.
+        batch: The cells.
+        config: The run's configuration.
+    """
+    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    hidden = model.apply(variables, batch, method=CellPLM.represent)
+    return model.apply(variables, hidden, method=CellPLM.infer).mean
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Return the shapes, types and shardings of a run's state."""
+    shapes = jax.eval_shape(lambda: create_state(config))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
+    """Return the shapes, types and shardings of a training batch.
+
+    Args:
+        config: The run's configuration.
+        mesh: Its mesh.
+        nonzeros: Stored counts a piece can hold.
+    """
+    data, pieces, genes = config.data, config.mesh.cells, config.model.genes
+    index = np.uint16 if genes <= 65_536 else np.uint32
+    folded, cells = data.rows * pieces, (data.rows, data.cells)
+    positions = config.model.positions
+    fields = {
+        "indptr": ((folded, data.cells // pieces + 1), np.int32),
+        "gene": ((folded, nonzeros), index),
+        "count": ((folded, nonzeros), np.uint16),
+        "cell_mask": (cells, np.bool_),
+        "coordinates": ((*cells, 2), np.float32),
+        "has_coordinates": (cells, np.bool_),
+        "measured": ((data.rows, data.segments, genes), np.bool_),
+        "batch": (cells, np.int32),
+        "dataset": (cells, np.int32),
+        "platform": (cells, np.int32),
+    }
+    if data.segments > 1:
+        fields["segment"] = (cells, np.int32)
+    if positions.kind == "laplacian":
+        fields["eigenvectors"] = ((*cells, positions.eigenvectors), np.float32)
+    shapes = CellBatch(
+        **{
+            name: jax.ShapeDtypeStruct((config.accumulate, *shape), kind)
+            for name, (shape, kind) in fields.items()
+        }  # type: ignore[arg-type]
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        batch_shardings(mesh, shapes),
+    )
+
+
+def create_sharded_state(
+    config: TrainConfig, mesh: Mesh, gene_means: np.ndarray | None = None
+) -> TrainState:
+    """Initialise a run with every array born where it will live.
+
+    Args:
+        config: The run.
+        mesh: Its mesh.
+        gene_means: See :func:`cellplm_jax.train.state.create_state`.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    create = MeshFunction(lambda means: create_state(config, means), mesh, out_shardings=shardings)
+    return create(gene_means)
+
+
+def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
+    """Return the jitted training step: ``(state, batch) -> (state, metrics)``, the old state donated.
+
+    Args:
+        config: The run.
+        mesh: From :func:`cellplm_jax.train.sharding.make_mesh`; the batch is a global one of it.
+
+    Raises:
+        ConfigError: The run's shapes cannot be split over the mesh.
+    """
+    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return MeshFunction(
         lambda state, batch: training_step(state, batch, config),
-        in_shardings=(replicated(mesh), batch_sharding(mesh)),
-        out_shardings=(replicated(mesh), replicated(mesh)),
+        mesh,
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+    )
+
+
+def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
+    """Return the jitted ``(params, batch, key) -> sums`` of :func:`evaluation_step`; the key draws what is hidden."""
+
+    def run(params, batch, key):
+        return evaluation_step(params, batch, heldout_gene_mask(key, batch, config), config)
+
+    return MeshFunction(run, mesh, out_shardings=replicated(mesh))
+
+
+def compile_embedding_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
+    """Return the jitted ``(params, batch) -> embedding`` of :func:`embedding_step`, whole on every device."""
+    return MeshFunction(
+        lambda params, batch: embedding_step(params, batch, config),
+        mesh,
+        out_shardings=replicated(mesh),
     )
