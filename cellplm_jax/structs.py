@@ -4,12 +4,15 @@ Axis words, used in every docstring of the package: ``samples`` (rows of a batch
 sample), ``cells`` (tokens of a row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
 ``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
 
-Rows are laid out in ``pieces``, one unless a row is spread over devices: piece ``p`` of a row holds the cells
-``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Arrays with a leading axis ``samples * pieces``
-are called folded; folding costs nothing and lets each device handle its own cells alone.
+A row is laid out in ``pieces``, one unless rows are spread over devices: piece ``p`` of a row holds the cells
+``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Folded arrays have the cells of each piece apart,
+[samples, pieces, cells / pieces, ...], or, with one piece, just [samples, cells, ...]. Folding costs nothing and lets
+each device handle its own cells alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +23,10 @@ class CellBatch(struct.PyTreeNode):
     """A batch of padded rows of cells; counts travel as one flat CSR a piece and become dense on the device.
 
     Attributes:
-        indptr: int32 [samples * pieces, source_cells + 1]. Start of each cell's run in ``gene`` and ``count``; what
-            lies behind the last entry is padding.
-        gene: integer [samples * pieces, nonzeros]. Index into the gene vocabulary.
-        count: number [samples * pieces, nonzeros]. Raw count.
+        indptr: int32 [samples, (pieces,) source_cells + 1]; the axis in brackets is there with several pieces. Start
+            of each cell's run in ``gene`` and ``count``; what lies behind the last entry is padding.
+        gene: integer [samples, (pieces,) nonzeros]. Index into the gene vocabulary.
+        count: number [samples, (pieces,) nonzeros]. Raw count.
         cell_mask: bool [samples, cells]. True for cells, False for padding, which comes last in each piece.
         segment: int32 [samples, cells] or None. Which of the samples packed into the row a cell belongs to; rising
             within each piece, any value on padding. Cells attend only within their segment. None: one sample a row.
@@ -35,7 +38,7 @@ class CellBatch(struct.PyTreeNode):
         batch: int32 [samples, cells] or None. Row of the batch embedding; negative: unknown (mean of the rows).
         dataset: int32 [samples, cells] or None. Likewise for datasets.
         platform: int32 [samples, cells] or None. Likewise for platforms.
-        slot: int32 [samples * pieces, source_cells] or None. Where each cell of ``indptr`` sits in its piece after
+        slot: int32 [samples, (pieces,) source_cells] or None. Where each cell of ``indptr`` sits in its piece after
             cells were dropped; an index past the end drops the cell. None: cell i sits at i.
     """
 
@@ -56,7 +59,7 @@ class CellBatch(struct.PyTreeNode):
     @property
     def pieces(self) -> int:
         """Pieces a row is laid out in."""
-        return self.indptr.shape[0] // self.cell_mask.shape[0]
+        return self.indptr.shape[1] if self.indptr.ndim == 3 else 1
 
     @property
     def segments(self) -> int:
@@ -66,12 +69,21 @@ class CellBatch(struct.PyTreeNode):
         return self.measured.shape[1]
 
     def fold(self, values: jax.Array) -> jax.Array:
-        """Reshape [samples, cells, ...] to [samples * pieces, cells / pieces, ...]."""
-        return values.reshape(self.indptr.shape[0], -1, *values.shape[2:])
+        """Set the pieces of [samples, cells, ...] apart: [samples, (pieces,) cells / pieces, ...]."""
+        if self.indptr.ndim == 2:
+            return values
+        return values.reshape(values.shape[0], self.pieces, -1, *values.shape[2:])
 
     def unfold(self, values: jax.Array) -> jax.Array:
-        """Reshape [samples * pieces, cells / pieces, ...] to [samples, cells, ...]."""
-        return values.reshape(self.cell_mask.shape[0], -1, *values.shape[2:])
+        """Put the pieces of a folded array together: [samples, cells, ...]."""
+        if self.indptr.ndim == 2:
+            return values
+        return values.reshape(values.shape[0], -1, *values.shape[3:])
+
+    def over_pieces(self, function: Callable) -> Callable:
+        """Map a function of one piece over all pieces of all rows, each by itself."""
+        mapped = jax.vmap(function)
+        return mapped if self.indptr.ndim == 2 else jax.vmap(mapped)
 
     def measured_entries(self) -> jax.Array | None:
         """Return bool [samples, cells or 1, genes]: the genes measured in each cell's sample; None: all."""
@@ -82,12 +94,11 @@ class CellBatch(struct.PyTreeNode):
         return jax.vmap(lambda table, index: table[index])(self.measured, self.segment)
 
     def cell_of_nonzero(self) -> jax.Array:
-        """Return int32 [samples * pieces, nonzeros]: each stored count's cell in its piece; past the end if none."""
-        folded, nonzeros = self.gene.shape
-        source_cells = self.indptr.shape[1] - 1
-        lengths = jnp.diff(self.indptr, axis=1)
-        tail = nonzeros - self.indptr[:, -1:]
-        lengths = jnp.concatenate([lengths, tail], axis=1)
+        """Return int32 [samples, (pieces,) nonzeros]: each stored count's cell in its piece; past the end if none."""
+        nonzeros, source_cells = self.gene.shape[-1], self.indptr.shape[-1] - 1
+        lengths = jnp.diff(self.indptr, axis=-1)
+        tail = nonzeros - self.indptr[..., -1:]
+        lengths = jnp.concatenate([lengths, tail], axis=-1)
 
         def repeat(lengths_of_piece):
             return jnp.repeat(
@@ -96,18 +107,19 @@ class CellBatch(struct.PyTreeNode):
                 total_repeat_length=nonzeros,
             )
 
-        cell = jax.vmap(repeat)(lengths)
+        cell = self.over_pieces(repeat)(lengths)
         if self.slot is None:
             return cell
-        past_the_end = jnp.full((folded, 1), self.cell_mask.shape[1] // self.pieces, jnp.int32)
-        slot = jnp.concatenate([self.slot, past_the_end], axis=1)
-        return jax.vmap(lambda table, index: table[index])(slot, cell)
+        past_the_end = self.cell_mask.shape[1] // self.pieces
+        past_the_end = jnp.full((*self.slot.shape[:-1], 1), past_the_end, jnp.int32)
+        slot = jnp.concatenate([self.slot, past_the_end], axis=-1)
+        return self.over_pieces(lambda table, index: table[index])(slot, cell)
 
     def dense(self, values: jax.Array, genes: int) -> jax.Array:
         """Scatter one value per stored count into an array with a column a gene.
 
         Args:
-            values: float [samples * pieces, nonzeros].
+            values: float [samples, (pieces,) nonzeros].
             genes: Size of the vocabulary.
 
         Returns:
@@ -121,7 +133,7 @@ class CellBatch(struct.PyTreeNode):
 
         # One scatter a piece: a batched one, which is split over devices by its batch axis without communication.
         gene = self.gene.astype(jnp.int32)
-        return self.unfold(jax.vmap(scatter)(self.cell_of_nonzero(), gene, values))
+        return self.unfold(self.over_pieces(scatter)(self.cell_of_nonzero(), gene, values))
 
     def at_nonzeros(self, entries: jax.Array) -> jax.Array:
         """Return what an array holds where counts are stored.
@@ -130,20 +142,20 @@ class CellBatch(struct.PyTreeNode):
             entries: [samples, cells, genes].
 
         Returns:
-            [samples * pieces, nonzeros]; 0 or False for padding and dropped cells.
+            [samples, (pieces,) nonzeros]; 0 or False for padding and dropped cells.
         """
 
         def gather(table, cell, gene):
             return table.at[cell, gene].get(mode="fill", fill_value=0)
 
         gene = self.gene.astype(jnp.int32)
-        return jax.vmap(gather)(self.fold(entries), self.cell_of_nonzero(), gene)
+        return self.over_pieces(gather)(self.fold(entries), self.cell_of_nonzero(), gene)
 
     def sum_over_nonzeros(self, values: jax.Array) -> jax.Array:
         """Sum one value per stored count over each cell.
 
         Args:
-            values: float [samples * pieces, nonzeros].
+            values: float [samples, (pieces,) nonzeros].
 
         Returns:
             float [samples, cells].
@@ -153,7 +165,7 @@ class CellBatch(struct.PyTreeNode):
         def scatter(cell, value):
             return jnp.zeros((cells,), value.dtype).at[cell].add(value, mode="drop")
 
-        return self.unfold(jax.vmap(scatter)(self.cell_of_nonzero(), values))
+        return self.unfold(self.over_pieces(scatter)(self.cell_of_nonzero(), values))
 
     def dense_counts(self, genes: int) -> jax.Array:
         """Return the counts as float32 [samples, cells, genes]."""

@@ -1,18 +1,16 @@
-"""Tissue samples in memory, and the padded batches of sentences made from them.
-
-Everything random is a function of (seed, step), so a batch can be made again at any time and a run resumes exactly.
-"""
+"""Tissue samples in memory: as arrays, as a store that training reads from, and padded for the device."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sparse
 
-from cellplm_jax.config import DataConfig
+from cellplm_jax.data.store import LARGEST_STORED_COUNT, CellRun, SampleRecord, storage_order
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.structs import CellBatch
 
@@ -209,121 +207,86 @@ def pad_batch(
     )
 
 
-def split_heldout(
-    samples: Sequence[Sample], fraction: float, seed: int
-) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into training and held-out ones.
+class MemoryStore:
+    """Samples in memory as a :class:`cellplm_jax.data.store.CellStore`.
 
     Args:
-        samples: All samples.
-        fraction: Fraction held out; 0 holds nothing out.
-        seed: Seed of the choice.
-
-    Returns:
-        Training and held-out samples. With at least ``1 / fraction`` samples, whole samples are held out; with fewer,
-        that fraction of every sample's cells, so that there is always something to evaluate on.
-    """
-    if fraction == 0:
-        return list(samples), []
-    generator = np.random.default_rng([seed, 1])
-    if len(samples) > 1 and len(samples) * fraction > 1 - 1e-9:
-        order = generator.permutation(len(samples))
-        number = min(max(1, round(len(samples) * fraction)), len(samples) - 1)
-        held = set(order[:number].tolist())
-        train = [sample for i, sample in enumerate(samples) if i not in held]
-        return train, [samples[i] for i in sorted(held)]
-    train, heldout = [], []
-    for sample in samples:
-        order = generator.permutation(sample.cells)
-        cut = max(0, min(round(sample.cells * fraction), sample.cells - 1))
-        if cut:
-            heldout.append(sample.take(np.sort(order[:cut]), f"{sample.name} (held-out cells)"))
-        train.append(sample.take(np.sort(order[cut:])) if cut else sample)
-    return train, heldout
-
-
-def window(sample: Sample, cells: int, generator: np.random.Generator) -> Sample:
-    """Cut a random window of at most ``cells`` cells out of a sample.
-
-    Random cells of a dissociated sample; the neighbourhood of a random cell where cells have coordinates, so that
-    neighbours stay together.
-    """
-    if sample.cells <= cells:
-        return sample
-    if sample.coordinates is not None:
-        present = np.isfinite(sample.coordinates).all(axis=1)
-        if present.sum() >= cells:
-            centre = sample.coordinates[generator.choice(np.flatnonzero(present))]
-            distance = ((sample.coordinates - centre) ** 2).sum(axis=1)
-            distance[~present] = np.inf
-            return sample.take(np.sort(np.argpartition(distance, cells - 1)[:cells]))
-    return sample.take(np.sort(generator.choice(sample.cells, cells, replace=False)))
-
-
-@dataclass
-class TrainingBatches:
-    """Random access to the batches of a run: ``batches[step]`` depends on (seed, step) alone.
-
-    Samples are drawn in proportion to the number of windows they hold, then a window is cut from each.
+        samples: Tissue samples, counts in the order of ``genes``.
+        genes: Vocabulary, Ensembl ids.
+        seed: Decides the order in which dissociated cells are stored.
 
     Attributes:
-        samples: Training samples.
-        config: Batch shape.
-        seed: Seed of the run.
-        eigenvectors: Width of Laplacian eigenvectors; None leaves them out.
+        genes: Vocabulary.
+        samples: The sample table.
+        label_names: Empty: samples in memory carry no labels.
+        clipped: Counts above 65,535, stored as that.
+
+    Raises:
+        InputError: A sample has another number of genes than the vocabulary.
     """
 
-    samples: Sequence[Sample]
-    config: DataConfig
-    seed: int
-    eigenvectors: int | None = None
-    _weights: np.ndarray = field(init=False, repr=False)
-    _nonzeros: int = field(init=False, repr=False)
-
-    def __post_init__(self):
-        if not self.samples:
-            msg = explain(
-                "there is no training sample left",
-                f"one with at least {self.config.minimum_cells} cells",
-                "Lower data.minimum_cells or data.heldout_fraction, or give more data",
+    def __init__(self, samples: Sequence[Sample], genes: Sequence[str], *, seed: int = 0):
+        self.genes, self.label_names = list(genes), []
+        self.samples: list[SampleRecord] = []
+        self.clipped = 0
+        self._runs: list[CellRun] = []
+        self._measured = [sample.measured for sample in samples]
+        index = np.uint16 if len(self.genes) <= 65_536 else np.uint32
+        for number, sample in enumerate(samples):
+            if sample.counts.shape[1] != len(self.genes):
+                msg = explain(
+                    f"sample '{sample.name}' has {sample.counts.shape[1]} genes, the vocabulary {len(self.genes)}",
+                    "the same number in both",
+                    "Map the counts to the vocabulary first",
+                )
+                raise InputError(msg)
+            generator = np.random.default_rng([seed, number])
+            order = storage_order(sample.cells, sample.coordinates, generator)
+            placed = sample.take(order)
+            counts, largest = placed.counts, LARGEST_STORED_COUNT
+            self.clipped += int((counts.data > largest).sum())
+            self._runs.append(
+                CellRun(
+                    indptr=counts.indptr.astype(np.int64),
+                    gene=counts.indices.astype(index),
+                    count=np.minimum(counts.data, largest).astype(np.uint16),
+                    coordinates=placed.coordinates,
+                )
             )
-            raise InputError(msg)
-        windows = np.array([max(1.0, s.cells / self.config.cells) for s in self.samples])
-        self._weights = windows / windows.sum()
-        # One nonzero capacity for the whole run, so the step compiles once; denser draws take the next bucket.
-        density = max(s.counts.nnz / max(s.cells, 1) for s in self.samples)
-        largest = max(min(s.cells, self.config.cells) for s in self.samples)
-        self._nonzeros = bucket(int(density * largest * 1.05), 1024)
+            self.samples.append(
+                SampleRecord(
+                    name=sample.name,
+                    dataset_name=f"dataset {sample.dataset}",
+                    platform_name="",
+                    cells=sample.cells,
+                    nonzeros=int(counts.nnz),
+                    spatial=sample.coordinates is not None,
+                    batch=number,
+                    dataset=sample.dataset,
+                    platform=sample.platform,
+                )
+            )
 
-    def __getitem__(self, step: int) -> CellBatch:
-        """Return the batch of one step as numpy arrays."""
-        generator = np.random.default_rng([self.seed, 2, step])
-        chosen = generator.choice(len(self.samples), self.config.samples, p=self._weights)
-        windows = [window(self.samples[i], self.config.cells, generator) for i in chosen]
-        most = max(sample.counts.nnz for sample in windows)
-        return pad_batch(
-            windows,
-            cells=self.config.cells,
-            nonzeros=self._nonzeros if most <= self._nonzeros else bucket(most, 1024),
-            eigenvectors=self.eigenvectors,
+    def indptr(self, sample: int) -> np.ndarray:
+        """Return int64 [cells + 1]: where each cell's stored counts begin."""
+        return self._runs[sample].indptr
+
+    def read(self, sample: int, start: int, stop: int) -> CellRun:
+        """Read cells ``start`` to ``stop`` (exclusive) of a sample."""
+        whole = self._runs[sample]
+        low, high = int(whole.indptr[start]), int(whole.indptr[stop])
+        return CellRun(
+            indptr=whole.indptr[start : stop + 1] - low,
+            gene=whole.gene[low:high],
+            count=whole.count[low:high],
+            coordinates=None if whole.coordinates is None else whole.coordinates[start:stop],
         )
 
+    def measured(self, sample: int) -> np.ndarray | None:
+        """Return bool [genes], the genes measured in a sample; None: all."""
+        return self._measured[sample]
 
-def heldout_batches(
-    samples: Sequence[Sample],
-    config: DataConfig,
-    *,
-    eigenvectors: int | None = None,
-    maximum: int = 16,
-) -> Iterator[CellBatch]:
-    """Yield fixed batches for evaluation: the same windows every time.
-
-    Args:
-        samples: Held-out samples.
-        config: Batch shape.
-        eigenvectors: Width of Laplacian eigenvectors; None leaves them out.
-        maximum: At most this many windows, spread over the samples.
-    """
-    for sample in list(samples)[:maximum]:
-        cut = window(sample, config.cells, np.random.default_rng(0))
-        yield pad_batch([cut], cells=bucket(cut.cells), eigenvectors=eigenvectors)
+    def fingerprint(self) -> str:
+        """Return a short hash of the vocabulary and of the sample table."""
+        table = [(s.name, s.dataset_name, s.cells, s.nonzeros) for s in self.samples]
+        return hashlib.sha256(repr((self.genes, table)).encode()).hexdigest()[:16]

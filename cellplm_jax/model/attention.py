@@ -91,16 +91,14 @@ class CellGroups(struct.PyTreeNode):
         if self.segment is None:
             left = left * self.cell_mask[:, :, None, None]
             return jnp.einsum("bchd,bchm->bhdm", left, right)[:, None]
-        samples = self.cell_mask.shape[0]
-        left, right = self._blocks(left), self._blocks(right)
 
         def of_piece(tiles, left, right):
             cut = left[tiles.block] * tiles.inside[..., None, None]
             product = jnp.einsum("tchd,tchm->thdm", cut, right[tiles.block])
             return jax.ops.segment_sum(product, tiles.segment, self.segments)
 
-        summed = jax.vmap(of_piece)(self._tiles(), left, right)
-        return summed.reshape(samples, self.pieces, *summed.shape[1:]).sum(axis=1)
+        over_pieces = jax.vmap(jax.vmap(of_piece))
+        return over_pieces(self._tiles(), self._blocks(left), self._blocks(right)).sum(axis=1)
 
     def apply(self, values: jax.Array, memory: jax.Array) -> jax.Array:
         """Multiply each cell's vector with its segment's matrix.
@@ -114,27 +112,27 @@ class CellGroups(struct.PyTreeNode):
         """
         if self.segment is None:
             return jnp.einsum("bchd,bhdm->bchm", values, memory[:, 0])
-        samples, cells = self.cell_mask.shape
-        blocks = self._blocks(values)
-        memory = jnp.repeat(memory, self.pieces, axis=0)
 
         def of_piece(tiles, values, memory):
             cut = values[tiles.block] * tiles.inside[..., None, None]
             product = jnp.einsum("tchd,thdm->tchm", cut, memory[tiles.segment])
             return jax.ops.segment_sum(product, tiles.block, values.shape[0])
 
-        mixed = jax.vmap(of_piece)(self._tiles(), blocks, memory)
-        mixed = mixed.reshape(mixed.shape[0], -1, *mixed.shape[3:])[:, : cells // self.pieces]
-        return mixed.reshape(samples, cells, *mixed.shape[2:])
+        over_pieces = jax.vmap(jax.vmap(of_piece, in_axes=(0, 0, None)))
+        mixed = over_pieces(self._tiles(), self._blocks(values), memory)
+        mixed = mixed.reshape(*mixed.shape[:2], -1, *mixed.shape[4:])
+        mixed = mixed[:, :, : self.cell_mask.shape[1] // self.pieces]
+        return mixed.reshape(*self.cell_mask.shape, *mixed.shape[3:])
 
     def _blocks(self, values: jax.Array) -> jax.Array:
-        """Cut [samples, cells, ...] into [samples * pieces, blocks, TILE, ...], zero past the last cell."""
+        """Cut [samples, cells, ...] into [samples, pieces, blocks, TILE, ...], zero past the last cell of a piece."""
         samples, cells = self.cell_mask.shape
         per_piece = cells // self.pieces
         blocks = -(-per_piece // TILE)
-        folded = values.reshape(samples * self.pieces, per_piece, *values.shape[2:])
-        spare = [(0, 0), (0, blocks * TILE - per_piece)] + [(0, 0)] * (values.ndim - 2)
-        return jnp.pad(folded, spare).reshape(-1, blocks, TILE, *values.shape[2:])
+        folded = values.reshape(samples, self.pieces, per_piece, *values.shape[2:])
+        spare = [(0, 0), (0, 0), (0, blocks * TILE - per_piece)] + [(0, 0)] * (values.ndim - 2)
+        padded = jnp.pad(folded, spare)
+        return padded.reshape(samples, self.pieces, blocks, TILE, *values.shape[2:])
 
     def _tiles(self) -> _Tiles:
         samples, cells = self.cell_mask.shape
@@ -142,7 +140,7 @@ class CellGroups(struct.PyTreeNode):
         blocks = -(-per_piece // TILE)
         # Padding counts as a segment past the last one.
         label = jnp.where(self.cell_mask, self.segment, self.segments)
-        label = label.reshape(samples * self.pieces, per_piece)
+        label = label.reshape(samples, self.pieces, per_piece)
 
         def of_piece(label):
             first = jnp.searchsorted(label, jnp.arange(self.segments + 1, dtype=label.dtype))
@@ -157,7 +155,7 @@ class CellGroups(struct.PyTreeNode):
             inside &= (segment < self.segments)[:, None]
             return _Tiles(block, jnp.minimum(segment, self.segments - 1), inside)
 
-        return jax.vmap(of_piece)(label)
+        return jax.vmap(jax.vmap(of_piece))(label)
 
 
 class _Tiles(struct.PyTreeNode):

@@ -37,18 +37,18 @@ def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
     """Apply the configured input transform to the stored counts.
 
     Args:
-        batch: Cells; ``count`` is [samples * pieces, nonzeros].
+        batch: Cells; ``count`` is [samples, (pieces,) nonzeros].
         config: Names the transform.
 
     Returns:
-        float32 [samples * pieces, nonzeros].
+        float32 [samples, (pieces,) nonzeros].
     """
     count = batch.count.astype(jnp.float32)
     if config.embedder.input_transform == "log1p":
         return jnp.log1p(count)
     library = batch.fold(batch.sum_over_nonzeros(count))
-    cell = jnp.minimum(batch.cell_of_nonzero(), library.shape[1] - 1)
-    size = jax.vmap(lambda table, index: table[index])(library, cell)
+    cell = jnp.minimum(batch.cell_of_nonzero(), library.shape[-1] - 1)
+    size = batch.over_pieces(lambda table, index: table[index])(library, cell)
     return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from scipy.special import betaincinv
 
 from cellplm_jax.config import MaskingConfig
 from cellplm_jax.model.layers import ENTRIES, along
@@ -11,8 +15,8 @@ from cellplm_jax.structs import CellBatch
 
 
 def _rank(noise: jax.Array) -> jax.Array:
-    """Return int32 [folded, cells]: the place of each cell in rising order of ``noise``."""
-    return jnp.argsort(jnp.argsort(noise, axis=1), axis=1).astype(jnp.int32)
+    """Return int32 [..., cells]: the place of each cell in rising order of ``noise``."""
+    return jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1).astype(jnp.int32)
 
 
 def _rank_in_sample(
@@ -21,27 +25,29 @@ def _rank_in_sample(
     """Rank the cells of each sample by noise.
 
     Args:
-        noise: float32 [folded, cells]; infinite on padding.
-        cell_mask: bool [folded, cells].
-        segment: int32 [folded, cells] or None.
+        noise: float32 [..., cells]; infinite on padding.
+        cell_mask: bool [..., cells].
+        segment: int32 [..., cells] or None.
         segments: Samples a row may hold.
 
     Returns:
-        int32 [folded, cells], the rank among the cells of the same sample in the same piece (meaningless on padding),
+        int32 [..., cells], the rank among the cells of the same sample in the same piece (meaningless on padding),
         and how many those are.
     """
     rank = _rank(noise)
-    present = cell_mask.sum(axis=1, keepdims=True)
+    present = cell_mask.sum(axis=-1, keepdims=True)
     if segment is None:
         return rank, jnp.broadcast_to(present, rank.shape)
     # Sorted by segment and then by noise, a cell's rank is its place less where its segment begins.
-    key = jnp.where(cell_mask, segment, segments) * noise.shape[1] + rank
+    key = jnp.where(cell_mask, segment, segments) * noise.shape[-1] + rank
     place = _rank(key)
     label = jnp.where(cell_mask, segment, segments)
-    size = jnp.sum(jax.nn.one_hot(label, segments + 1, dtype=jnp.int32), axis=1)
-    begin = jnp.cumsum(size, axis=1) - size
-    lookup = jax.vmap(lambda table, index: table[index])
-    return place - lookup(begin, label), lookup(size, label)
+    size = jnp.sum(jax.nn.one_hot(label, segments + 1, dtype=jnp.int32), axis=-2)
+    begin = jnp.cumsum(size, axis=-1) - size
+    return (
+        place - jnp.take_along_axis(begin, label, axis=-1),
+        jnp.take_along_axis(size, label, axis=-1),
+    )
 
 
 def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
@@ -88,23 +94,23 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     slot = jnp.where(keep & (place < width), place, width)
     if batch.slot is not None:
         # Cells were dropped before: follow each from where it sits now.
-        gone = jnp.full((slot.shape[0], 1), width, slot.dtype)
+        gone = jnp.full((*slot.shape[:-1], 1), width, slot.dtype)
         now = jnp.minimum(batch.slot, cells)
-        moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=1), now, axis=1)
+        moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=-1), now, axis=-1)
     else:
         moved = slot
-    source = jnp.argsort(place, axis=1)[:, :width]
-    number = jnp.minimum(keep.sum(axis=1, keepdims=True), width)
+    source = jnp.argsort(place, axis=-1)[..., :width]
+    number = jnp.minimum(keep.sum(axis=-1, keepdims=True), width)
 
     def gather(values):
         if values is None:
             return None
         # Batched over pieces, so that each device moves its own cells alone.
-        picked = jax.vmap(lambda table, index: table[index])(batch.fold(values), source)
+        picked = batch.over_pieces(lambda table, index: table[index])(batch.fold(values), source)
         return batch.unfold(picked)
 
     return batch.replace(
-        cell_mask=batch.unfold(jnp.arange(width)[None, :] < number),
+        cell_mask=batch.unfold(jnp.arange(width) < number),
         segment=gather(batch.segment),
         coordinates=gather(batch.coordinates),
         has_coordinates=gather(batch.has_coordinates),
@@ -114,6 +120,12 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         platform=gather(batch.platform),
         slot=moved,
     )
+
+
+@lru_cache
+def _beta_quantiles(a: float, b: float) -> np.ndarray:
+    """Return float32 [4097]: quantiles of Beta(a, b) at equal steps of probability."""
+    return betaincinv(a, b, np.linspace(0.0, 1.0, 4097)).astype(np.float32)
 
 
 def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig) -> jax.Array:
@@ -132,7 +144,11 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
     if not config.beta or rate == 0.0:
         return jnp.full(shape, rate, jnp.float32)
     a = config.beta_concentration
-    drawn = jax.random.beta(key, a, 4 / rate + 2 - a, shape, jnp.float32)
+    # By inversion: a rejection sampler would loop until the last cell of all devices is done, one exchange a round.
+    table = jnp.asarray(_beta_quantiles(a, 4 / rate + 2 - a))
+    place = jax.random.uniform(key, shape) * (len(table) - 1)
+    below = jnp.minimum(place.astype(jnp.int32), len(table) - 2)
+    drawn = table[below] + (place - below) * (table[below + 1] - table[below])
     return jnp.minimum(drawn, config.maximum_rate)
 
 

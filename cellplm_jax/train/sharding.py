@@ -22,20 +22,20 @@ from cellplm_jax.structs import CellBatch
 
 MESH_AXES = ("data", "cells", "genes")
 
-# The table: an axis of an array, by its name, and the axes of the mesh it is split over. Any other axis is not split.
-LOGICAL_AXES: tuple[tuple[str, str | tuple[str, ...]], ...] = (
+# The table: an axis of an array, by its name, and the axis of the mesh it is split over. Any other axis is not split.
+LOGICAL_AXES: tuple[tuple[str, str], ...] = (
     ("samples", "data"),
-    ("folded", ("data", "cells")),
     ("cells", "cells"),
     ("genes", "genes"),
 )
 
-# The axes of the fields of a batch, in order; fields are arrays of at most so many axes.
+# The axes of the fields of a batch, in order. The CSR arrays have an axis of pieces, split like cells, where there are
+# several, and ``measured`` one of segments.
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
-    "indptr": ("folded", None),
-    "gene": ("folded", None),
-    "count": ("folded", None),
-    "slot": ("folded", None),
+    "indptr": ("samples", "cells", None),
+    "gene": ("samples", "cells", None),
+    "count": ("samples", "cells", None),
+    "slot": ("samples", "cells", None),
     "cell_mask": ("samples", "cells"),
     "segment": ("samples", "cells"),
     "coordinates": ("samples", "cells", None),
@@ -155,8 +155,10 @@ def batch_shardings(mesh: Mesh, batch: CellBatch, *, accumulated: bool = True) -
     def of(name: str, leaf: Any) -> NamedSharding | None:
         if leaf is None:
             return None
-        axes = (*lead, *BATCH_AXES[name])
-        return NamedSharding(mesh, _spec(axes[: np.ndim(leaf)] if hasattr(leaf, "ndim") else axes))
+        axes = BATCH_AXES[name]
+        if name in ("indptr", "gene", "count", "slot") and leaf.ndim - len(lead) == 2:
+            axes = ("samples", None)
+        return NamedSharding(mesh, _spec((*lead, *axes)[: leaf.ndim]))
 
     return CellBatch(**{name: of(name, getattr(batch, name)) for name in BATCH_AXES})  # type: ignore[arg-type]
 
@@ -221,13 +223,11 @@ def to_global(mesh: Mesh, batch: CellBatch, rows: int, *, accumulated: bool = Tr
         return jax.device_put(batch, shardings)
 
     def place(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        # Folded arrays have as many rows a row of the batch as there are pieces.
-        fold = local.shape[axis] // count
-        shape = (*local.shape[:axis], rows * fold, *local.shape[axis + 1 :])
+        shape = (*local.shape[:axis], rows, *local.shape[axis + 1 :])
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[axis].indices(shape[axis])
-            inside = slice(start - first * fold, stop - first * fold)
+            start, stop, _ = index[axis].indices(rows)
+            inside = slice(start - first, stop - first)
             return local[(*index[:axis], inside, *index[axis + 1 :])]
 
         return jax.make_array_from_callback(shape, sharding, part)

@@ -343,12 +343,13 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
     """
     data, pieces, genes = config.data, config.mesh.cells, config.model.genes
     index = np.uint16 if genes <= 65_536 else np.uint32
-    folded, cells = data.rows * pieces, (data.rows, data.cells)
+    cells = (data.rows, data.cells)
+    folded = (data.rows, pieces) if pieces > 1 else (data.rows,)
     positions = config.model.positions
     fields = {
-        "indptr": ((folded, data.cells // pieces + 1), np.int32),
-        "gene": ((folded, nonzeros), index),
-        "count": ((folded, nonzeros), np.uint16),
+        "indptr": ((*folded, data.cells // pieces + 1), np.int32),
+        "gene": ((*folded, nonzeros), index),
+        "count": ((*folded, nonzeros), np.uint16),
         "cell_mask": (cells, np.bool_),
         "coordinates": ((*cells, 2), np.float32),
         "has_coordinates": (cells, np.bool_),

@@ -85,6 +85,9 @@ def packed_batch(
         "dataset": np.where(batch < 0, -1, 0).astype(np.int32),
         "platform": np.full((rows, cells), -1, np.int32),
     }
+    if pieces > 1:
+        for name in ("indptr", "gene", "count"):
+            fields[name] = fields[name].reshape(rows, pieces, -1)
     if accumulate is not None:
         fields = {
             name: values.reshape(accumulate, -1, *values.shape[1:])

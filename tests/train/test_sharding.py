@@ -218,15 +218,16 @@ def test_packed_samples_have_no_influence_on_each_other(kind, pieces):
 
 def compact(batch, row):
     """One row as a batch of its own, a single piece without segments, cells of its mask first."""
-    folded = batch.pieces
-    per_piece = batch.cell_mask.shape[1] // folded
+    pieces = batch.pieces
+    per_piece = batch.cell_mask.shape[1] // pieces
+    csr = {n: getattr(batch, n)[row].reshape(pieces, -1) for n in ("indptr", "gene", "count")}
     keep = np.flatnonzero(batch.cell_mask[row])
     gene, count, lengths = [], [], []
     for cell in keep:
         piece, place = divmod(int(cell), per_piece)
-        start, stop = batch.indptr[row * folded + piece, place : place + 2]
-        gene.append(batch.gene[row * folded + piece, start:stop])
-        count.append(batch.count[row * folded + piece, start:stop])
+        start, stop = csr["indptr"][piece, place : place + 2]
+        gene.append(csr["gene"][piece, start:stop])
+        count.append(csr["count"][piece, start:stop])
         lengths.append(stop - start)
     take = lambda values: values[row : row + 1, keep]  # noqa: E731
     return batch.replace(
