@@ -44,7 +44,6 @@ from cellplm_jax.data.corpus import (
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.data.store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.errors import CellPLMError, InputError, explain, require
-from cellplm_jax.train.metrics import ProgressReport
 
 Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
@@ -446,6 +445,8 @@ def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[
     dask = require("dask.distributed", "train", "Preparing files on several processes")
     with contextlib.ExitStack() as stack:
         if scheduler is None:
+            settings = require("dask.config", "train", "Preparing files on several processes")
+            stack.enter_context(settings.set({"distributed.worker.profile.enabled": False}))
             # Memory is bounded by the task itself; dask's own limits would count the file cache.
             cluster = stack.enter_context(
                 dask.LocalCluster(
@@ -548,6 +549,10 @@ def _run_stage(
     Raises:
         InputError: It failed for a file; every such file is named.
     """
+    from cellplm_jax.train.metrics import (
+        ProgressReport,
+    )  # brings jax, which workers need not wait for
+
     total = sum(sizes[name] for name in tasks)
     report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
     lock = threading.Lock()  # dask reports progress from a thread of its own
