@@ -1,22 +1,28 @@
-"""From a store of samples to padded batches: windows, packing, order, and the threads that read ahead.
+"""From a store of tissue samples to padded batches: what is held out, how rows are packed, who reads which row.
 
-Everything is a function of (seed, step). The layout - which windows there are, how large, and which share a row - is
-fixed when a run starts, from bounds that hold in every epoch, so a run has one shape and compiles once. What varies
-from epoch to epoch is which cells a window of a large sample holds, and the order of the rows.
+A row is one context of the model. A sample larger than a row is cut into windows, smaller ones are packed several to a
+row, where each attends only within itself. How windows share rows is settled once, before the first step, from sizes
+alone; which cells a window holds changes with every epoch:
 
-A large sample is divided into blocks of about 256 cells that lie together in the store; a window is a set of blocks. In
-each epoch the blocks of a dissociated sample are dealt to its windows at random, and those of a spatial one are taken
-along its curve from a random start, so a window is a neighbourhood. Reading stays contiguous either way.
+- the cells of a large dissociated sample lie in blocks of about 256; an epoch permutes the blocks and cuts the
+  sequence anew,
+- those of a large spatial sample lie along a closed curve; an epoch turns it and cuts it, so that a window is a
+  neighbourhood.
+
+Every window therefore has the same number of cells in every epoch, at most a known number of stored counts
+(:class:`_Source`), and a few contiguous reads. Shapes never change during a run, and every cell of the training ranges
+appears exactly once an epoch. Everything is a function of (seed, step): a run resumes at any step, on any number of
+processes, each of which reads its own rows alone.
 """
 
 from __future__ import annotations
 
-import bisect
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,29 +33,28 @@ from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.structs import CellBatch
 
 BLOCK_CELLS = 256
-"""Cells of a block at most: long enough to be read at full speed, short enough to be shuffled."""
+"""Cells of a block at most: what is read in one piece, and what an epoch permutes."""
 
-DENSE_SHARE = 0.95
-"""A piece holds what this share of the cells needs, filled to the brim; denser samples get smaller windows."""
-
-SPARE_NONZEROS = 1.1
-"""How much more than the mean of that sample's density a piece holds: blocks differ."""
-
-CANDIDATES = 64
-"""How many part-filled rows are tried for a window before a new row is opened."""
+NONZEROS_MULTIPLE = 128
+"""The nonzero axis is a multiple of this."""
 
 HELDOUT_WINDOWS = 32
 """Windows that a run is scored on at most."""
 
+_TRIED_ROWS = 256
+"""Packing looks at about so many open rows that a window would fit into by its cells."""
+
+_Run = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Consecutive stored cells of one sample that play one part in a run.
+    """Consecutive stored cells of a sample that have one role in a run.
 
     Attributes:
         sample: Number of the sample in the store.
         start: First cell.
-        stop: One past the last cell.
+        stop: Cell after the last.
     """
 
     sample: int
@@ -65,24 +70,29 @@ class SampleRange:
 def split_heldout(
     store: CellStore, config: DataConfig, seed: int
 ) -> tuple[list[SampleRange], list[SampleRange]]:
-    """Split samples into training and held-out ones.
+    """Split the cells of a store into those trained on and those held out.
 
-    A sample's part is decided by a hash of the seed and of its names, so it keeps it when samples are added.
+    With at least ``1 / heldout_fraction`` samples whole samples are held out, each decided by a hash of the seed and of
+    its name, so that samples added to the store later never turn a training sample into a held-out one. With fewer, the
+    last stored cells of every sample are held out: random cells, or a neighbourhood where there are coordinates.
 
     Args:
         store: The data.
-        config: ``heldout_fraction`` and ``minimum_cells``; smaller samples are left out of both.
-        seed: Seed of the run.
+        config: ``heldout_fraction``, and ``minimum_cells``: samples with fewer cells are left out of both.
+        seed: Seed of the choice.
 
     Returns:
-        Training and held-out cells. With at least ``1 / heldout_fraction`` samples, whole samples are held out (at
-        least one); with fewer, the last stored cells of each, so that there is always something to be judged by: random
-        ones of a dissociated sample, a region of a spatial one.
+        Training and held-out ranges, in the order of the store. There is a training range wherever there is a usable
+        sample, and a held-out one wherever the fraction allows.
 
     Raises:
         InputError: No sample has ``minimum_cells`` cells.
     """
-    usable = [i for i, sample in enumerate(store.samples) if sample.cells >= config.minimum_cells]
+    usable = [
+        number
+        for number, record in enumerate(store.samples)
+        if record.cells >= config.minimum_cells
+    ]
     if not usable:
         msg = explain(
             f"none of {len(store.samples)} samples has {config.minimum_cells} cells",
@@ -90,307 +100,652 @@ def split_heldout(
             "Lower data.minimum_cells or give more data",
         )
         raise InputError(msg)
-    whole = {i: SampleRange(i, 0, store.samples[i].cells) for i in usable}
+    whole = {number: SampleRange(number, 0, store.samples[number].cells) for number in usable}
     fraction = config.heldout_fraction
     if fraction == 0:
         return list(whole.values()), []
     if len(usable) > 1 and len(usable) * fraction > 1 - 1e-9:
-        draws = {
-            i: _draw(seed, store.samples[i].dataset_name, store.samples[i].name) for i in usable
-        }
-        order = sorted(usable, key=draws.__getitem__)
-        number = sum(draw < fraction for draw in draws.values())
-        held = set(order[: min(max(number, 1), len(usable) - 1)])
-        return (
-            [whole[i] for i in usable if i not in held],
-            [whole[i] for i in usable if i in held],
-        )
+        chances = _chances(store, seed)
+        held = {number for number in usable if chances[number] < fraction}
+        if not held:
+            held = {min(usable, key=chances.__getitem__)}
+        if len(held) == len(usable):
+            held.remove(max(usable, key=chances.__getitem__))
+        train = [part for number, part in whole.items() if number not in held]
+        return train, [whole[number] for number in sorted(held)]
     train, heldout = [], []
-    for i in usable:
-        cells = store.samples[i].cells
-        cut = min(round(cells * fraction), cells - 1)
-        train.append(SampleRange(i, 0, cells - cut))
+    for number in usable:
+        cells = store.samples[number].cells
+        cut = min(round(cells * fraction), cells - max(1, config.minimum_cells))
+        train.append(SampleRange(number, 0, cells - cut))
         if cut:
-            heldout.append(SampleRange(i, cells - cut, cells))
+            heldout.append(SampleRange(number, cells - cut, cells))
     return train, heldout
 
 
-def _draw(seed: int, *names: str) -> float:
-    digest = hashlib.sha256("\0".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
+def _chances(store: CellStore, seed: int) -> list[float]:
+    """Return a number in [0, 1) for each sample that depends on the seed and its name; equal names are told apart."""
+    seen: dict[tuple[str, str], int] = {}
+    chances = []
+    for record in store.samples:
+        name = (record.dataset_name, record.name)
+        seen[name] = seen.get(name, -1) + 1
+        text = "\0".join((str(seed), *name, str(seen[name])))
+        digest = hashlib.sha256(text.encode()).digest()
+        chances.append(int.from_bytes(digest[:6], "big") / 2**48)
+    return chances
+
+
+def gene_means(
+    store: CellStore, ranges: Sequence[SampleRange], maximum_cells: int = 100_000
+) -> np.ndarray:
+    """Return the mean count of each gene over the cells in whose sample it is measured.
+
+    Args:
+        store: The data.
+        ranges: Cells to look at.
+        maximum_cells: At most about this many are read, in runs spread evenly over the ranges.
+
+    Returns:
+        float32 [genes]; 0 for a gene that none of them measures.
+    """
+    ends = np.cumsum([part.cells for part in ranges])
+    total = int(ends[-1]) if len(ends) else 0
+    number = max(1, maximum_cells // BLOCK_CELLS)
+    if total <= maximum_cells:
+        starts, length = np.arange(0, total, 16 * BLOCK_CELLS), 16 * BLOCK_CELLS
+    else:
+        starts, length = (np.arange(number) * (total / number)).astype(np.int64), BLOCK_CELLS
+    genes = len(store.genes)
+    sums, cells = np.zeros(genes), np.zeros(genes)
+    for start in starts:
+        position, stop = int(start), min(int(start) + length, total)
+        while position < stop:
+            index = int(np.searchsorted(ends, position, side="right"))
+            part = ranges[index]
+            first = part.start + position - (int(ends[index]) - part.cells)
+            last = min(part.stop, first + stop - position)
+            run = store.read(part.sample, first, last)
+            sums += np.bincount(run.gene, weights=run.count, minlength=genes)
+            measured = store.measured(part.sample)
+            cells += run.cells if measured is None else run.cells * measured
+            position += last - first
+    return (sums / np.maximum(cells, 1)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Windows: which cells, how many, and how many stored counts at most
+# ---------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """A range of cells that windows are cut from.
+
+    Positions count along the sequence an epoch arranges the cells in: blocks permuted, or the curve turned. Where only
+    a part of a spatial sample is trained on, its curve is open; a window across its ends is then two segments.
+
+    Args:
+        store: The data.
+        part: The range.
+        capacity: Cells of a row.
+        pieces: Pieces of a row.
+        segments: Samples a row may hold.
+    """
+
+    def __init__(
+        self, store: CellStore, part: SampleRange, capacity: int, pieces: int, segments: int
+    ):
+        record = store.samples[part.sample]
+        self.part, self.cells, self._store = part, part.cells, store
+        self._piece_cells = capacity // pieces
+        self.spatial = record.spatial
+        self.closed = part.cells == record.cells
+        self.turns = self.spatial and (self.closed or (pieces == 1 and segments > 1))
+        self.window_segments = 2 if self.turns and not self.closed else 1
+        target = max(1, min(BLOCK_CELLS, capacity // 4))
+        blocks = max(1, -(-self.cells // target))
+        self.edges = np.arange(blocks + 1, dtype=np.int64) * self.cells // blocks
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """Cells of a piece, int64 [sizes], rising, for which :attr:`bounds` are known."""
+        steps = min(32, self._piece_cells)
+        return -(-np.arange(1, steps + 1) * self._piece_cells // steps)
+
+    @functools.cached_property
+    def bounds(self) -> np.ndarray:
+        """Stored counts that any so many consecutive cells of any epoch's sequence hold at most, int64 [sizes]."""
+        offsets = self._offsets()
+        if self.spatial:
+            return np.array([self._longest_run(offsets, int(size)) for size in self.sizes])
+        return self._permuted_bounds(offsets)
+
+    def bound(self, cells: int) -> int:
+        """Return an upper bound of the stored counts of ``cells`` consecutive cells of a sequence, in one piece."""
+        return int(self.bounds[np.searchsorted(self.sizes, cells)])
+
+    def whole(self, pieces: int) -> int:
+        """Return how many stored counts the fullest piece holds where the range is dealt whole, in stored order."""
+        if pieces == 1 and self.closed:
+            return self._store.samples[self.part.sample].nonzeros
+        offsets, share = self._offsets(), -(-self.cells // pieces)
+        cuts = np.minimum(np.arange(pieces + 1) * share, self.cells)
+        return int(np.diff(offsets[cuts]).max())
+
+    def largest(self, nonzeros: int) -> int:
+        """Return how many cells a piece may hold so that it never holds more than ``nonzeros``; 0: not even few."""
+        index = int(np.searchsorted(self.bounds, nonzeros, side="right"))
+        return int(self.sizes[index - 1]) if index else 0
+
+    def runs(self, begin: int, cells: int, seed: int, epoch: int) -> list[list[_Run]]:
+        """Return the cells at positions ``begin`` to ``begin + cells`` of an epoch's sequence.
+
+        Returns:
+            For each segment the runs of stored cells, in the order of the sequence.
+        """
+        start, stop = self.part.start, self.part.stop
+        if begin == 0 and cells == self.cells:
+            return [[(start, stop)]]
+        generator = np.random.default_rng([seed, 4, epoch, self.part.sample])
+        if self.spatial:
+            turn = int(generator.integers(self.cells)) if self.turns else 0
+            first = start + (begin + turn) % self.cells
+            if first + cells <= stop:
+                return [[(first, first + cells)]]
+            head, tail = (first, stop), (start, start + first + cells - stop)
+            return [[head, tail]] if self.closed else [[head], [tail]]
+        order = generator.permutation(len(self.edges) - 1)
+        lengths = np.diff(self.edges)[order]
+        ends = np.cumsum(lengths)
+        found, position = [], begin
+        while position < begin + cells:
+            index = int(np.searchsorted(ends, position, side="right"))
+            inside = position - int(ends[index] - lengths[index])
+            take = min(int(lengths[index]) - inside, begin + cells - position)
+            first = start + int(self.edges[order[index]]) + inside
+            found.append((first, first + take))
+            position += take
+        return [found]
+
+    def _offsets(self) -> np.ndarray:
+        stored = self._store.indptr(self.part.sample)[self.part.start : self.part.stop + 1]
+        return stored - stored[0]
+
+    def _longest_run(self, offsets: np.ndarray, size: int) -> int:
+        """Return the most stored counts of ``size`` cells in a row, around the end too where the curve turns."""
+        if size >= self.cells:
+            return int(offsets[-1])
+        most = int((offsets[size:] - offsets[:-size]).max())
+        if self.turns:
+            around = offsets[1:size] + (offsets[-1] - offsets[-size:-1])
+            most = max(most, int(around.max(initial=0)))
+        return most
+
+    def _permuted_bounds(self, offsets: np.ndarray) -> np.ndarray:
+        """Bound the stored counts of consecutive cells of permuted blocks.
+
+        They are the end of one block, whole blocks, and the beginning of another; or they lie inside one block. The
+        whole ones are at most the fullest ones, and an end or beginning is at most the fullest of its length.
+        """
+        edges = self.edges
+        lengths = np.diff(edges)
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        fullest = np.concatenate([[0], np.cumsum(np.sort(np.diff(offsets[edges]))[::-1])])
+        reach = np.arange(longest + 1)
+        from_start = offsets[np.minimum(edges[:-1, None] + reach, edges[1:, None])]
+        from_start = (from_start - offsets[edges[:-1], None]).max(axis=0)
+        to_end = offsets[np.maximum(edges[1:, None] - reach, edges[:-1, None])]
+        to_end = (offsets[edges[1:], None] - to_end).max(axis=0)
+        # Both ends together, by their cells: to_end[i] + from_start[j] for i + j cells.
+        ends = np.zeros(2 * longest + 1, np.int64)
+        for i in reach:
+            np.maximum(
+                ends[i : i + longest + 1],
+                to_end[i] + from_start,
+                out=ends[i : i + longest + 1],
+            )
+        bounds = []
+        for size in map(int, self.sizes):
+            number = np.arange(
+                max(0, -(-size // longest) - 2), min(size // shortest, len(edges) - 1) + 1
+            )
+            rest = np.minimum(size - number * shortest, 2 * longest)
+            most = int((fullest[number] + ends[rest]).max())
+            if size <= longest:
+                most = max(most, self._longest_run(offsets, size))
+            bounds.append(min(most, int(offsets[-1])))
+        return np.maximum.accumulate(bounds)
+
+
+def window_sizes(cells: int, largest: int) -> list[int]:
+    """Return the sizes of the windows that a sample is cut into.
+
+    All are full but the last, which holds what is left; where that is less than a quarter of a window, the one before
+    gives some of its cells. Full windows waste nothing, and what is left is small enough to share a row.
+
+    Args:
+        cells: Cells of the sample.
+        largest: Cells of a window at most.
+    """
+    if cells <= largest:
+        return [cells]
+    full, rest = divmod(cells, largest)
+    sizes = [largest] * full
+    if rest:
+        least = min(-(-largest // 4), (rest + largest) // 2)
+        given = max(0, least - rest)
+        sizes[-1] -= given
+        sizes.append(rest + given)
+    return sizes
+
+
+def _deal(runs: Sequence[_Run], pieces: int) -> list[list[_Run]]:
+    """Deal the cells of a segment evenly over pieces, consecutive ones to each; its runs in stored order, joined."""
+    share = -(-sum(stop - start for start, stop in runs) // pieces)
+    dealt: list[list[_Run]] = [[] for _ in range(pieces)]
+    piece = filled = 0
+    for start, stop in runs:
+        while start < stop:
+            if filled == share:
+                piece, filled = piece + 1, 0
+            take = min(stop - start, share - filled)
+            dealt[piece].append((start, start + take))
+            start, filled = start + take, filled + take
+    for part in dealt:
+        part.sort()
+        joined: list[_Run] = []
+        for start, stop in part:
+            if joined and joined[-1][1] == start:
+                joined[-1] = (joined[-1][0], stop)
+            else:
+                joined.append((start, stop))
+        part[:] = joined
+    return dealt
+
+
+# ---------------------------------------------------------------------------------------------
+# Packing: which windows share a row
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Window:
-    """A set of blocks of one range that go into a row together.
+    """A window that has a place in every epoch.
 
     Attributes:
-        part: Number of the range.
-        first: Its first place among the blocks of the range, in the order of the epoch.
-        blocks: How many blocks it has.
-        cells: Cells in each piece of a row, at most.
-        nonzeros: Stored counts in each piece, at most.
+        source: Number of its source.
+        begin: Its first position in the sequence of its source.
+        cells: Its cells.
+        share: Cells it puts into a piece at most.
+        nonzeros: Stored counts it puts into a piece at most.
+        segments: Segments it may become.
     """
 
-    part: int
-    first: int
-    blocks: int
+    source: int
+    begin: int
     cells: int
+    share: int
+    nonzeros: int
+    segments: int
+
+
+def _windows(
+    sources: Sequence[_Source], cells: int, pieces: int, nonzeros: int
+) -> list[_Window] | None:
+    """Cut all sources into windows of at most ``nonzeros`` stored counts a piece; None: that is impossible."""
+    windows = []
+    for number, source in enumerate(sources):
+        if source.cells <= cells:
+            most = source.whole(pieces)
+            if most <= nonzeros:
+                windows.append(
+                    _Window(number, 0, source.cells, -(-source.cells // pieces), most, 1)
+                )
+                continue
+        largest = min(cells // pieces, source.largest(nonzeros)) * pieces
+        if not largest:
+            return None
+        begin = 0
+        for size in window_sizes(source.cells, largest):
+            share = -(-size // pieces)
+            windows.append(
+                _Window(number, begin, size, share, source.bound(share), source.window_segments)
+            )
+            begin += size
+    return windows
+
+
+def _pack(windows: Sequence[_Window], cells: int, nonzeros: int, segments: int) -> list[list[int]]:
+    """Pack windows into rows: the largest first, each into the row it fills best.
+
+    Args:
+        windows: What to pack; each fits a row alone.
+        cells: Cells of a piece.
+        nonzeros: Stored counts of a piece.
+        segments: Segments of a row.
+
+    Returns:
+        The numbers of the windows in each row.
+    """
+    size = [max(w.share / cells, w.nonzeros / max(nonzeros, 1)) for w in windows]
+    order = sorted(range(len(windows)), key=lambda i: (-size[i], i))
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # nonzeros and segments left in each row
+    by_cells: list[list[int]] = [[] for _ in range(cells + 1)]  # open rows by cells left
+    occupied = 0  # bit c: by_cells[c] is not empty
+    for index in order:
+        window = windows[index]
+        chosen, left, tried = -1, cells, 0
+        candidates = occupied >> window.share << window.share
+        while candidates and chosen < 0 and tried < _TRIED_ROWS:
+            lowest = candidates & -candidates
+            at = lowest.bit_length() - 1
+            for row in by_cells[at][-_TRIED_ROWS:]:
+                tried += 1
+                if room[row][0] >= window.nonzeros and room[row][1] >= window.segments:
+                    chosen, left = row, at
+                    by_cells[at].remove(row)
+                    if not by_cells[at]:
+                        occupied ^= lowest
+                    break
+            candidates ^= lowest
+        if chosen < 0:
+            chosen = len(rows)
+            rows.append([])
+            room.append((nonzeros, segments))
+        rows[chosen].append(index)
+        room[chosen] = (room[chosen][0] - window.nonzeros, room[chosen][1] - window.segments)
+        left -= window.share
+        if left and room[chosen][1]:
+            by_cells[left].append(chosen)
+            occupied |= 1 << left
+    return rows
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Windows in rows, with a nonzero axis that holds any of them in any epoch."""
+
+    windows: list[_Window]
+    rows: list[list[int]]
     nonzeros: int
 
 
-class _Layout:
-    """The windows of some ranges and the rows they are packed into: sizes that hold in every epoch.
+def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
+    """Choose the length of the nonzero axis, then cut and pack.
+
+    Every row pays for the whole axis. It is the shortest with which an epoch has at most 2 % more rows than without a
+    limit: dense samples get windows of fewer cells, or share rows with sparse ones, before all others pay for them.
+    """
+    pieces, segments = config.mesh.cells, config.data.segments
+    cells = config.data.cells
+
+    def attempt(nonzeros: int) -> _Packing | None:
+        windows = _windows(sources, cells, pieces, nonzeros)
+        if windows is None:
+            return None
+        rows = _pack(windows, cells // pieces, nonzeros, segments)
+        return _Packing(windows, rows, nonzeros)
+
+    free = attempt(np.iinfo(np.int64).max)
+    if free is None:  # without a limit everything fits
+        msg = "an unlimited row did not hold a window"
+        raise RuntimeError(msg)
+
+    def rounded(nonzeros: int) -> int:
+        return max(1, -(-nonzeros // NONZEROS_MULTIPLE)) * NONZEROS_MULTIPLE
+
+    number = len(free.rows)
+    allowed = -(-number * 51 // 50) if number >= 10 else number
+    highest = rounded(max(sum(free.windows[i].nonzeros for i in row) for row in free.rows))
+    lowest = rounded(sum(window.nonzeros for window in free.windows) // number)
+    best = _Packing(free.windows, free.rows, highest)
+    while highest - lowest > max(NONZEROS_MULTIPLE, highest // 100):
+        middle = rounded((lowest + highest) // 2)
+        found = attempt(middle)
+        if found is not None and len(found.rows) <= allowed:
+            best, highest = found, middle
+        else:
+            lowest = middle
+    return best
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows: reading and laying out
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A sample's cells in a row, which attend to one another.
+
+    Attributes:
+        sample: Number of the sample in the store.
+        name: Data set and sample, for messages.
+        pieces: Runs (first cell, cell after the last) of each piece of the row, in order.
+    """
+
+    sample: int
+    name: str
+    pieces: tuple[tuple[_Run, ...], ...]
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return sum(stop - start for runs in self.pieces for start, stop in runs)
+
+    def __str__(self) -> str:
+        runs = [f"{start}-{stop}" for runs in self.pieces for start, stop in runs]
+        more = f" and {len(runs) - 4} more runs" if len(runs) > 4 else ""
+        return f"{self.name} cells {', '.join(runs[:4])}{more}"
+
+
+@dataclass(frozen=True)
+class RowContents:
+    """What a row of a batch holds.
+
+    Attributes:
+        epoch: Epoch it belongs to, from 0.
+        row: Its number among the packed rows of an epoch.
+        segments: Its samples.
+    """
+
+    epoch: int
+    row: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return sum(segment.cells for segment in self.segments)
+
+    def __str__(self) -> str:
+        return "[" + "; ".join(map(str, self.segments)) + "]"
+
+
+def _segment(store: CellStore, sample: int, runs: Sequence[_Run], pieces: int) -> Segment:
+    record = store.samples[sample]
+    name = "/".join(part for part in (record.dataset_name, record.name) if part)
+    return Segment(sample, name, tuple(tuple(part) for part in _deal(runs, pieces)))
+
+
+@dataclass
+class _Eigenvectors:
+    """Laplacian eigenvectors of spatial samples, computed when first asked for and kept.
+
+    Attributes:
+        store: The data.
+        count: How many.
+    """
+
+    store: CellStore
+    count: int
+    _known: dict[int, np.ndarray] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, sample: int) -> np.ndarray:
+        """Return float32 [cells, count] of a spatial sample; 0 for cells without coordinates."""
+        with self._lock:
+            if sample not in self._known:
+                cells = self.store.samples[sample].cells
+                step = 16 * BLOCK_CELLS
+                runs = [
+                    self.store.read(sample, first, min(first + step, cells)).coordinates
+                    for first in range(0, cells, step)
+                ]
+                places = np.concatenate([run for run in runs if run is not None])
+                present = np.isfinite(places).all(axis=1)
+                vectors = np.zeros((cells, self.count), np.float32)
+                vectors[present] = laplacian_eigenvectors(places[present], self.count)
+                self._known[sample] = vectors
+            return self._known[sample]
+
+
+class _Rows:
+    """Lays rows out in the arrays of a batch.
 
     Args:
         store: The data.
-        ranges: Cells to lay out.
-        config: The run.
+        config: Shapes.
+        nonzeros: Length of the nonzero axis.
     """
 
-    def __init__(self, store: CellStore, ranges: Sequence[SampleRange], config: TrainConfig):
-        self.store, self.ranges, self.config = store, list(ranges), config
-        self.pieces = config.mesh.cells
-        self.piece_cells = config.data.cells // self.pieces
-        self.edges: list[np.ndarray] = []
-        stored = [np.diff(store.indptr(r.sample)[r.start : r.stop + 1]) for r in self.ranges]
-        capacity = self._capacity(stored)
-        self.windows = [
-            window
-            for number, counts in enumerate(stored)
-            for window in self._windows(number, counts, capacity)
-        ]
-        self.rows = self._pack(self.windows, capacity)
-        most = max(sum(self.windows[w].nonzeros for w in row) for row in self.rows)
-        # Rounded up, so that nearly equal runs share a compiled program.
-        self.nonzeros = -(-max(most, 1) // 1024) * 1024
+    def __init__(self, store: CellStore, config: TrainConfig, nonzeros: int):
+        self.store, self.nonzeros = store, nonzeros
+        self.cells, self.pieces = config.data.cells, config.mesh.cells
+        self.segments = config.data.segments
+        positions = config.model.positions
+        self._eigenvectors = (
+            _Eigenvectors(store, positions.eigenvectors) if positions.kind == "laplacian" else None
+        )
 
-    def _capacity(self, stored: Sequence[np.ndarray]) -> int:
-        """Choose how many stored counts a piece may hold: enough for most cells, and for any one."""
-        cells = np.array([len(counts) for counts in stored])
-        density = np.array([counts.mean() for counts in stored])
-        order = np.argsort(density)
-        share = np.cumsum(cells[order]) / cells.sum()
-        usual = density[order][np.searchsorted(share, DENSE_SHARE).clip(0, len(order) - 1)]
-        largest = max(int(counts.max()) for counts in stored)
-        return max(int(self.piece_cells * usual * SPARE_NONZEROS), largest, 1)
-
-    def _windows(self, number: int, counts: np.ndarray, capacity: int) -> Iterator[_Window]:
-        """Cut one range into windows, and note the edges of its blocks."""
-        cells = len(counts)
-        total = np.concatenate([[0], np.cumsum(counts)])
-        share = -(-cells // self.pieces)
-        if share <= self.piece_cells:
-            cuts = np.minimum(np.arange(self.pieces + 1) * share, cells)
-            exact = int(np.diff(total[cuts]).max())
-            if exact <= capacity:
-                self.edges.append(np.array([0, cells]))
-                yield _Window(number, 0, 1, share, exact)
-                return
-        densest = np.concatenate([[0], np.cumsum(np.sort(counts)[::-1])])
-        limit = min(BLOCK_CELLS, self.config.data.cells)
-        while True:
-            blocks = -(-cells // limit)
-            edges = np.linspace(0, cells, blocks + 1).round().astype(np.int64)
-            size = int(np.diff(edges).max())
-            block_counts = np.diff(total[edges])
-            heaviest = np.concatenate([[0], np.cumsum(np.sort(block_counts)[::-1])])
-            smallest = max(int(np.diff(edges).min()), 1)
-
-            def bound(number_of_blocks, size=size, heaviest=heaviest, smallest=smallest):
-                """Return the cells and counts of a piece of so many blocks, at most."""
-                share = -(-number_of_blocks * size // self.pieces)
-                if self.pieces == 1:
-                    touched = number_of_blocks
-                else:
-                    # A piece of the window may begin and end inside a block.
-                    touched = min(number_of_blocks, share // smallest + 2)
-                by_cells = densest[min(share, len(densest) - 1)]
-                return share, int(min(heaviest[min(touched, len(heaviest) - 1)], by_cells))
-
-            fits = 0
-            while fits < blocks:
-                share, most = bound(fits + 1)
-                if share > self.piece_cells or most > capacity:
-                    break
-                fits += 1
-            if fits or limit == 1:
-                break
-            limit = max(1, limit // 2)
-        self.edges.append(edges)
-        for first in range(0, blocks, max(fits, 1)):
-            here = min(max(fits, 1), blocks - first)
-            yield _Window(number, first, here, *bound(here))
-
-    def _pack(self, windows: Sequence[_Window], capacity: int) -> list[list[int]]:
-        """Pack windows into rows: the largest first, each into the fullest row that has room for it."""
-        rows: list[list[int]] = []
-        spare: list[int] = []
-        # Rows that may still take something, by free cells.
-        open_rows: list[tuple[int, int]] = []
-        order = sorted(range(len(windows)), key=lambda i: (-windows[i].cells, i))
-        for i in order:
-            window = windows[i]
-            at = bisect.bisect_left(open_rows, (window.cells, -1))
-            for place in range(at, min(at + CANDIDATES, len(open_rows))):
-                free, row = open_rows[place]
-                if spare[row] >= window.nonzeros:
-                    del open_rows[place]
-                    break
-            else:
-                free, row = self.piece_cells, len(rows)
-                rows.append([])
-                spare.append(capacity)
-            rows[row].append(i)
-            spare[row] -= window.nonzeros
-            free -= window.cells
-            if free > 0 and len(rows[row]) < self.config.data.segments:
-                bisect.insort(open_rows, (free, row))
-        return rows
-
-    @lru_cache(maxsize=4096)  # noqa: B019 - a layout lives as long as its run
-    def order(self, part: int, epoch: int) -> np.ndarray:
-        """Return the order of a range's blocks in an epoch."""
-        blocks = len(self.edges[part]) - 1
-        where = self.ranges[part]
-        generator = np.random.default_rng([self.config.seed, 3, epoch, where.sample, where.start])
-        if self.store.samples[where.sample].spatial:
-            return np.roll(np.arange(blocks), -int(generator.integers(blocks)))
-        return generator.permutation(blocks)
-
-    def runs(self, window: _Window, epoch: int) -> list[tuple[int, int]]:
-        """Return the stored cells of a window in an epoch, as (start, stop) in the sample, neighbours joined."""
-        chosen = self.order(window.part, epoch)[window.first : window.first + window.blocks]
-        edges, begin = self.edges[window.part], self.ranges[window.part].start
-        runs: list[tuple[int, int]] = []
-        for block in np.sort(chosen):
-            start, stop = begin + int(edges[block]), begin + int(edges[block + 1])
-            if runs and runs[-1][1] == start:
-                runs[-1] = (runs[-1][0], stop)
-            else:
-                runs.append((start, stop))
-        return runs
-
-    @lru_cache(maxsize=256)  # noqa: B019
-    def eigenvectors(self, sample: int) -> np.ndarray:
-        """Return float32 [cells, eigenvectors] of a sample, computed when first needed."""
-        number = self.config.model.positions.eigenvectors
-        cells = self.store.samples[sample].cells
-        vectors = np.zeros((cells, number), np.float32)
-        coordinates = self.store.read(sample, 0, cells).coordinates
-        if coordinates is not None:
-            present = np.isfinite(coordinates).all(axis=1)
-            vectors[present] = laplacian_eigenvectors(coordinates[present], number)
-        return vectors
-
-    def empty(self, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """Return the fields of a batch of ``shape`` rows with nothing in them."""
-        data, genes = self.config.data, len(self.store.genes)
-        cells, piece = (*shape, data.cells), (*shape, self.pieces)
-        index = np.uint16 if genes <= 65_536 else np.uint32
-        fields = {
-            "indptr": np.zeros((*piece, self.piece_cells + 1), np.int32),
-            "gene": np.zeros((*piece, self.nonzeros), index),
-            "count": np.zeros((*piece, self.nonzeros), np.uint16),
+    def empty(self, rows: int) -> dict[str, np.ndarray]:
+        """Return the arrays of a batch of padding, by field of :class:`CellBatch`; ``gene`` and ``count`` unset."""
+        cells, genes = (rows, self.cells), len(self.store.genes)
+        folded = (rows, self.pieces, self.nonzeros)
+        arrays = {
+            "indptr": np.zeros((rows, self.pieces, self.cells // self.pieces + 1), np.int32),
+            "gene": np.empty(folded, np.uint16 if genes <= 65_536 else np.uint32),
+            "count": np.empty(folded, np.uint16),
             "cell_mask": np.zeros(cells, bool),
             "segment": np.zeros(cells, np.int32),
             "coordinates": np.zeros((*cells, 2), np.float32),
             "has_coordinates": np.zeros(cells, bool),
-            "measured": np.ones((*shape, data.segments, genes), bool),
+            "measured": np.ones((rows, self.segments, genes), bool),
             "batch": np.full(cells, -1, np.int32),
             "dataset": np.full(cells, -1, np.int32),
             "platform": np.full(cells, -1, np.int32),
-            "labels": np.full(cells, -1, np.int32),
-            "sample": np.full(cells, -1, np.int32),
         }
-        positions = self.config.model.positions
-        if positions.kind == "laplacian":
-            fields["eigenvectors"] = np.zeros((*cells, positions.eigenvectors), np.float32)
-        return fields
+        if self._eigenvectors is not None:
+            arrays["eigenvectors"] = np.zeros((*cells, self._eigenvectors.count), np.float32)
+        return arrays
 
     def fill(
-        self, row: int, epoch: int, fields: dict[str, np.ndarray], at: tuple[int, ...]
+        self,
+        arrays: dict[str, np.ndarray],
+        row: int,
+        segments: Sequence[Segment],
+        labels: np.ndarray | None = None,
+        samples: np.ndarray | None = None,
     ) -> None:
-        """Read the cells of a row into place ``at`` of a batch's fields."""
-        filled, stored = [0] * self.pieces, [0] * self.pieces
-        indptr, gene, count = fields["indptr"][at], fields["gene"][at], fields["count"][at]
-        for segment, number in enumerate(self.rows[row]):
-            window = self.windows[number]
-            sample = self.ranges[window.part].sample
-            record = self.store.samples[sample]
-            measured = self.store.measured(sample)
-            if measured is not None:
-                fields["measured"][at][segment] = measured
-            runs = self.runs(window, epoch)
-            share = -(-sum(stop - start for start, stop in runs) // self.pieces)
-            done = 0
-            for start, stop in runs:
-                run = self.store.read(sample, start, stop)
-                begin = 0
-                while begin < run.cells:
-                    piece, inside = divmod(done, share)
-                    end = min(run.cells, begin + share - inside)
-                    cells, low, high = end - begin, int(run.indptr[begin]), int(run.indptr[end])
-                    first, offset = filled[piece], stored[piece]
-                    indptr[piece, first + 1 : first + cells + 1] = (
-                        run.indptr[begin + 1 : end + 1] - low + offset
-                    )
-                    gene[piece, offset : offset + high - low] = run.gene[low:high]
-                    count[piece, offset : offset + high - low] = run.count[low:high]
-                    place = piece * self.piece_cells + first
-                    here = (*at, slice(place, place + cells))
-                    fields["cell_mask"][here] = True
-                    fields["segment"][here] = segment
-                    fields["batch"][here] = record.batch
-                    fields["dataset"][here] = record.dataset
-                    fields["platform"][here] = record.platform
-                    fields["sample"][here] = sample
-                    if run.labels is not None:
-                        fields["labels"][here] = run.labels[begin:end]
-                    if run.coordinates is not None:
-                        present = np.isfinite(run.coordinates[begin:end]).all(axis=1)
-                        fields["has_coordinates"][here] = present
-                        fields["coordinates"][here] = np.where(
-                            present[:, None], run.coordinates[begin:end], 0.0
-                        )
-                        if "eigenvectors" in fields:
-                            fields["eigenvectors"][here] = self.eigenvectors(sample)[
-                                start + begin : start + end
-                            ]
-                    filled[piece] += cells
-                    stored[piece] += high - low
-                    done += cells
-                    begin = end
-        for piece in range(self.pieces):
-            indptr[piece, filled[piece] + 1 :] = stored[piece]
+        """Read the cells of one row into its place.
 
-    def batch(self, fields: dict[str, np.ndarray]) -> CellBatch:
-        """Return the fields as a batch: without an axis of pieces where there is one, of segments likewise."""
-        fields = {k: v for k, v in fields.items() if k not in ("labels", "sample")}
+        Args:
+            arrays: From :meth:`empty`.
+            row: Which row.
+            segments: What it holds.
+            labels: int32 [rows, cells], receives the labels of the cells; None: not wanted.
+            samples: int32 [rows, cells], receives the number of each cell's sample; None: not wanted.
+
+        Raises:
+            InputError: What is read disagrees with the cell offsets that the shapes were made from.
+        """
+        store, width = self.store, self.cells // self.pieces
+        for place, segment in enumerate(segments):
+            known = store.measured(segment.sample)
+            if known is not None:
+                arrays["measured"][row, place] = known
+        for piece in range(self.pieces):
+            indptr = arrays["indptr"][row, piece]
+            gene, count = arrays["gene"][row, piece], arrays["count"][row, piece]
+            cell = stored = 0
+            for place, segment in enumerate(segments):
+                record = store.samples[segment.sample]
+                first = cell
+                for start, stop in segment.pieces[piece]:
+                    run = store.read(segment.sample, start, stop)
+                    end = stored + len(run.gene)
+                    if end > self.nonzeros:
+                        msg = explain(
+                            f"sample '{segment.name}' has more stored counts in its cells {start} to {stop} than "
+                            "its table of offsets says",
+                            "data that stays as it is during a run",
+                            "Check it with 'cellplm info CORPUS --verify', and start again",
+                        )
+                        raise InputError(msg)
+                    gene[stored:end], count[stored:end] = run.gene, run.count
+                    np.add(
+                        run.indptr[1:],
+                        stored,
+                        out=indptr[cell + 1 : cell + 1 + run.cells],
+                        casting="unsafe",
+                    )
+                    at = slice(piece * width + cell, piece * width + cell + run.cells)
+                    if run.coordinates is not None:
+                        present = np.isfinite(run.coordinates).all(axis=1)
+                        arrays["has_coordinates"][row, at] = present
+                        arrays["coordinates"][row, at] = np.where(
+                            present[:, None], run.coordinates, 0
+                        )
+                        if self._eigenvectors is not None:
+                            vectors = self._eigenvectors(segment.sample)
+                            arrays["eigenvectors"][row, at] = vectors[start:stop]
+                    if labels is not None and run.labels is not None:
+                        labels[row, at] = run.labels
+                    cell, stored = cell + run.cells, end
+                at = slice(piece * width + first, piece * width + cell)
+                arrays["segment"][row, at] = place
+                for name in ("batch", "dataset", "platform"):
+                    arrays[name][row, at] = getattr(record, name)
+                if samples is not None:
+                    samples[row, at] = segment.sample
+            arrays["cell_mask"][row, piece * width : piece * width + cell] = True
+            indptr[cell + 1 :] = stored
+            gene[stored:], count[stored:] = 0, 0
+
+    def batch(self, arrays: dict[str, np.ndarray], lead: tuple[int, ...]) -> CellBatch:
+        """Return the arrays as a batch whose leading axes are ``lead`` instead of rows."""
+        fields = dict(arrays)
         if self.pieces == 1:
-            for name in ("indptr", "gene", "count"):
-                fields[name] = fields[name].reshape(*fields[name].shape[:-2], -1)
-        if self.config.data.segments == 1:
+            fields |= {name: arrays[name][:, 0] for name in ("indptr", "gene", "count")}
+        if self.segments == 1:
             del fields["segment"]
-        return CellBatch(**fields)  # type: ignore[arg-type]
+        return CellBatch(**{name: a.reshape(*lead, *a.shape[1:]) for name, a in fields.items()})  # type: ignore[arg-type]
 
 
 class TrainingBatches:
-    """Random access to the batches of a run, and an iterator that reads them ahead.
+    """The batches of a run; each depends on the data, the configuration, the seed and its step alone.
+
+    The rows of an epoch are shuffled, epochs follow one another, and batch ``s``, counted from 0, takes the rows from
+    ``s * accumulate * rows`` on.
 
     Args:
         store: The data.
-        ranges: Training cells, from :func:`split_heldout`.
-        config: The run.
+        ranges: The cells to train on.
+        config: Shapes, seed, threads.
 
     Attributes:
-        rows_per_epoch: Rows that hold every training cell once.
+        rows_per_epoch: Packed rows that hold every cell of the ranges once.
+        nonzeros: Length of the nonzero axis: stored counts that a piece of a row can hold.
+        padding: Share of the cell places of an epoch that stay empty.
         steps_per_epoch: Steps an epoch takes, rounded up.
-        nonzeros: Stored counts a piece of a row can hold; exceeded by none in any epoch.
-        padding: Share of the places for cells that stay empty.
+
+    Raises:
+        InputError: There is nothing to train on.
     """
 
     def __init__(self, store: CellStore, ranges: Sequence[SampleRange], config: TrainConfig):
+        ranges = [part for part in ranges if part.cells]
         if not ranges:
             msg = explain(
                 "there is no training sample left",
@@ -398,84 +753,100 @@ class TrainingBatches:
                 "Lower data.minimum_cells or data.heldout_fraction, or give more data",
             )
             raise InputError(msg)
-        self._grain: Any = require("grain", "train", "Pretraining")
-        self._layout = _Layout(store, ranges, config)
-        self._config = config
-        self.rows_per_epoch = len(self._layout.rows)
-        self.steps_per_epoch = -(-self.rows_per_epoch // (config.accumulate * config.data.rows))
-        self.nonzeros = self._layout.nonzeros
-        cells = sum(r.cells for r in ranges)
-        self.padding = 1.0 - cells / (self.rows_per_epoch * config.data.cells)
-        # Position n of the run: some row, every row once an epoch, in an order of the epoch's own.
-        rows = self._grain.MapDataset.range(self.rows_per_epoch)
-        self._order = rows.seed(config.seed).shuffle().repeat()
+        self.store, self.config = store, config
+        data, pieces = config.data, config.mesh.cells
+        self._sources = [_Source(store, part, data.cells, pieces, data.segments) for part in ranges]
+        with ThreadPoolExecutor(data.threads) as pool:
+            # Offsets of large samples are read here, several at a time.
+            large = [source for source in self._sources if source.cells > data.cells]
+            for _ in pool.map(lambda source: source.bounds, large):
+                pass
+        self._packing = _plan(self._sources, config)
+        self.rows_per_epoch = len(self._packing.rows)
+        self.nonzeros = self._packing.nonzeros
+        self.padding = 1.0 - sum(part.cells for part in ranges) / (self.rows_per_epoch * data.cells)
+        self.steps_per_epoch = -(-self.rows_per_epoch // (config.accumulate * data.rows))
+        self._rows = _Rows(store, config, self.nonzeros)
+        self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
-    def _row(self, position: int) -> tuple[int, int]:
-        """Return the row at a position of the run, and its epoch."""
-        return int(self._order[position]), position // self.rows_per_epoch
-
-    def describe(self, step: int) -> list[list[tuple[int, int, int]]]:
-        """Return what each row of a step holds: (sample, start, stop) of every run of stored cells in it.
+    def describe(self, step: int) -> list[RowContents]:
+        """Return what the rows of a batch hold, those of accumulated batches one after another.
 
         Args:
-            step: Steps taken before it.
-
-        Returns:
-            One list a row, all accumulated batches one after another.
+            step: Number of the batch, from 0.
         """
-        layout, described = self._layout, []
-        number = self._config.accumulate * self._config.data.rows
-        for position in range(step * number, (step + 1) * number):
-            row, epoch = self._row(position)
-            described.append(
-                [
-                    (layout.ranges[layout.windows[w].part].sample, *run)
-                    for w in layout.rows[row]
-                    for run in layout.runs(layout.windows[w], epoch)
-                ]
-            )
-        return described
+        count = self.config.accumulate * self.config.data.rows
+        return [self._contents(step * count + i) for i in range(count)]
 
     def batch(self, step: int, first: int = 0, rows: int | None = None) -> CellBatch:
-        """Return a step's batch, or some rows of it, as numpy arrays.
+        """Return rows of a batch as numpy arrays.
 
         Args:
-            step: Steps taken before it.
-            first: First row of each accumulated batch.
-            rows: How many rows; None: all from ``first`` on.
+            step: Number of the batch, from 0.
+            first: First row wanted.
+            rows: How many; None: all from ``first``.
 
         Returns:
-            A batch whose fields are [accumulated, rows, ...].
+            [accumulate, rows, ...].
         """
-        accumulate, whole = self._config.accumulate, self._config.data.rows
-        rows = whole - first if rows is None else rows
-        fields = self._layout.empty((accumulate, rows))
-        for number in range(accumulate):
-            for row in range(rows):
-                position = (step * accumulate + number) * whole + first + row
-                self._layout.fill(*self._row(position), fields, (number, row))
-        return self._layout.batch(fields)
+        return self._batch(step, first, rows, map)
 
     def iterate(
         self, start_step: int, stop_step: int, first: int = 0, rows: int | None = None
     ) -> Iterator[CellBatch]:
-        """Yield the batches of steps ``start_step`` to ``stop_step``, read ahead by threads.
+        """Yield the batches of ``start_step`` to ``stop_step`` (exclusive), made ahead by threads.
 
         Args:
-            start_step: Steps taken before the first batch.
-            stop_step: Steps taken after the last one.
-            first: First row of each accumulated batch that this process needs.
-            rows: How many rows it needs; None: all from ``first`` on.
+            start_step: Number of the first batch, from 0.
+            stop_step: Number after the last.
+            first: First row of each wanted.
+            rows: How many; None: all from ``first``.
         """
+        grain = require("grain", "train", "Reading training batches")
         if start_step >= stop_step:
             return
-        data = self._config.data
-        steps = self._grain.MapDataset.range(start_step, stop_step)
-        options = self._grain.ReadOptions(
-            num_threads=data.threads, prefetch_buffer_size=max(data.prefetch, data.threads)
-        )
-        made = steps.map(lambda step: self.batch(int(step), first, rows))
-        yield from made.to_iter_dataset(options)
+        data = self.config.data
+        with ThreadPoolExecutor(data.threads, thread_name_prefix="rows") as pool:
+            steps = grain.MapDataset.range(start_step, stop_step)
+            batches = steps.map(lambda step: self._batch(int(step), first, rows, pool.map))
+            options = grain.ReadOptions(
+                num_threads=data.prefetch, prefetch_buffer_size=data.prefetch
+            )
+            iterator = iter(batches.to_iter_dataset(options))
+            try:
+                yield from iterator
+            finally:
+                iterator.close()
+
+    def _batch(self, step: int, first: int, rows: int | None, over: Callable) -> CellBatch:
+        accumulate, all_rows = self.config.accumulate, self.config.data.rows
+        rows = all_rows - first if rows is None else rows
+        arrays = self._rows.empty(accumulate * rows)
+
+        def fill(place: int) -> None:
+            group, row = divmod(place, rows)
+            number = (step * accumulate + group) * all_rows + first + row
+            self._rows.fill(arrays, place, self._contents(number).segments)
+
+        for _ in over(fill, range(accumulate * rows)):
+            pass
+        return self._rows.batch(arrays, (accumulate, rows))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, 3, epoch]).permutation(self.rows_per_epoch)
+
+    def _contents(self, number: int) -> RowContents:
+        """Return what the row with a number, counted from the beginning of the run, holds."""
+        epoch, place = divmod(number, self.rows_per_epoch)
+        row = int(self._order(epoch)[place])
+        segments = []
+        for index in self._packing.rows[row]:
+            window = self._packing.windows[index]
+            source = self._sources[window.source]
+            for runs in source.runs(window.begin, window.cells, self.config.seed, epoch):
+                sample = source.part.sample
+                segments.append(_segment(self.store, sample, runs, self.config.mesh.cells))
+        return RowContents(epoch, row, tuple(segments))
 
 
 def heldout_batches(
@@ -484,59 +855,61 @@ def heldout_batches(
     config: TrainConfig,
     maximum: int = HELDOUT_WINDOWS,
 ) -> list[tuple[CellBatch, np.ndarray | None, np.ndarray]]:
-    """Return fixed batches for evaluation: the same windows every time, packed like training rows.
+    """Return fixed batches for evaluation: the same windows every time, packed like those of training.
 
     Args:
         store: The data.
         ranges: Held-out cells.
-        config: The run.
-        maximum: Windows at most, spread over the ranges: the first of each before the second of any.
+        config: Shapes.
+        maximum: At most this many windows, spread evenly over the ranges, and over a range that gives several.
 
     Returns:
-        For each batch its cells [samples, ...] (rows past the last are empty), int32 [samples, cells] labels (-1: none)
-        or None where the store has none, and int32 [samples, cells] sample numbers (-1: padding).
+        Batches [rows, ...] of one shape, the last one filled up with empty rows; with each the labels of its cells
+        (int32 [rows, cells], -1 for none; None: the store has no labels) and the numbers of their samples (int32 [rows,
+        cells], -1 for padding).
     """
-    if not ranges:
-        return []
-    layout = _Layout(store, ranges, config)
-    by_part: dict[int, list[_Window]] = {}
-    for window in layout.windows:
-        by_part.setdefault(window.part, []).append(window)
-    rounds = max(map(len, by_part.values()))
-    turns = [w[turn] for turn in range(rounds) for w in by_part.values() if turn < len(w)]
-    if len(by_part) > maximum:
-        picked = np.linspace(0, len(by_part) - 1, maximum).round().astype(int)
-        turns = [turns[i] for i in picked]
-    layout.windows = turns[:maximum]
-    layout.rows = layout._pack(layout.windows, layout.nonzeros)
-    number, batches = config.data.rows, []
-    for begin in range(0, len(layout.rows), number):
-        fields = layout.empty((number,))
-        for place, row in enumerate(range(begin, min(begin + number, len(layout.rows)))):
-            layout.fill(row, 0, fields, (place,))
-        labels = fields["labels"] if store.label_names else None
-        batches.append((layout.batch(fields), labels, fields["sample"]))
+    data, pieces = config.data, config.mesh.cells
+    windows, chosen = [], []
+    for number, part, begin, cells in _spread(ranges, data.cells, maximum):
+        share = -(-cells // pieces)
+        cuts = np.minimum(np.arange(pieces + 1) * share, cells) + part.start + begin
+        most = int(np.diff(store.indptr(part.sample)[cuts]).max())
+        windows.append(_Window(number, begin, cells, share, most, 1))
+        run = (part.start + begin, part.start + begin + cells)
+        chosen.append(_segment(store, part.sample, [run], pieces))
+    unlimited = np.iinfo(np.int64).max
+    packed = _pack(windows, data.cells // pieces, unlimited, data.segments)
+    most = max((sum(windows[i].nonzeros for i in row) for row in packed), default=1)
+    nonzeros = max(1, -(-most // NONZEROS_MULTIPLE)) * NONZEROS_MULTIPLE
+    layout = _Rows(store, config, nonzeros)
+    batches = []
+    for start in range(0, len(packed), data.rows):
+        arrays = layout.empty(data.rows)
+        labels = np.full((data.rows, data.cells), -1, np.int32)
+        samples = labels.copy()
+        for row in range(data.rows):
+            members = packed[start + row] if start + row < len(packed) else []
+            layout.fill(arrays, row, [chosen[i] for i in members], labels, samples)
+        batch = layout.batch(arrays, (data.rows,))
+        batches.append((batch, labels if store.label_names else None, samples))
     return batches
 
 
-def gene_means(
-    store: CellStore, ranges: Sequence[SampleRange], maximum_cells: int = 100_000
-) -> np.ndarray:
-    """Return float32 [genes]: the mean count of each gene over training cells that measure it.
-
-    Args:
-        store: The data.
-        ranges: Training cells.
-        maximum_cells: About so many cells are read, a share of each range.
-    """
-    genes, cells = len(store.genes), sum(r.cells for r in ranges)
-    share = min(1.0, maximum_cells / max(cells, 1))
-    total, seen = np.zeros(genes), np.zeros(genes)
-    for where in ranges:
-        number = max(1, int(where.cells * share))
-        for start in range(where.start, where.start + number, 4096):
-            run = store.read(where.sample, start, min(start + 4096, where.start + number))
-            total += np.bincount(run.gene, weights=run.count, minlength=genes)
-            measured = store.measured(where.sample)
-            seen += run.cells * (1.0 if measured is None else measured)
-    return (total / np.maximum(seen, 1.0)).astype(np.float32)
+def _spread(
+    ranges: Sequence[SampleRange], largest: int, maximum: int
+) -> Iterator[tuple[int, SampleRange, int, int]]:
+    """Yield the number, the range, the first cell in it and the cells of at most ``maximum`` windows."""
+    ranges = [part for part in ranges if part.cells]
+    number = min(len(ranges), maximum)
+    chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * number)] for i in range(number)]
+    sizes = [window_sizes(part.cells, largest) for part in chosen]
+    taken = [1] * number
+    while sum(taken) < min(maximum, sum(map(len, sizes))):
+        for i in range(number):
+            if taken[i] < len(sizes[i]) and sum(taken) < maximum:
+                taken[i] += 1
+    for i, part in enumerate(chosen):
+        starts = np.cumsum([0, *sizes[i]])
+        for k in range(taken[i]):
+            window = (2 * k + 1) * len(sizes[i]) // (2 * taken[i])
+            yield i, part, int(starts[window]), sizes[i][window]
