@@ -18,15 +18,19 @@ import jax
 import numpy as np
 
 from cellplm_jax.config import TrainConfig
-from cellplm_jax.data.batches import Sample, split_heldout
+from cellplm_jax.data.batches import MemoryStore
 from cellplm_jax.data.datasets import UNASSIGNED, pbmc3k
+from cellplm_jax.data.pipeline import SampleRange, split_heldout
+from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import require
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks.embed import embed
 from cellplm_jax.tasks.pretrain import read_samples
 from cellplm_jax.tasks.pretrained import Pretrained, load
-from cellplm_jax.train.loop import heldout_evaluation, heldout_masks, pretrain
+from cellplm_jax.train.heldout import HeldoutEvaluation, heldout_masks
+from cellplm_jax.train.loop import pretrain
 from cellplm_jax.train.metrics import heldout_scores
+from cellplm_jax.train.sharding import one_device_mesh
 from cellplm_jax.train.step import heldout_rate
 
 # Leiden resolutions, fixed before anything is looked at: scanpy's default, and a coarser one beside it, since
@@ -76,6 +80,7 @@ def run_demo(
         chosen = np.random.default_rng(seed).choice(adata.n_obs, max_cells, replace=False)
         adata = adata[np.sort(chosen)].copy()
     samples, genes = read_samples(adata)
+    store = MemoryStore(samples, genes, seed=seed)
     config = preset("demo", len(genes))
     config = dataclasses.replace(config, seed=seed, steps=steps or config.steps)
     config = dataclasses.replace(config, checkpoint_every=config.steps)
@@ -83,8 +88,7 @@ def run_demo(
     trained_at = time.monotonic()
     result = pretrain(
         config,
-        samples,
-        genes,
+        store,
         out / "model",
         card={
             "name": "demo",
@@ -92,6 +96,8 @@ def run_demo(
             "intended_use": "Demonstration; trained on one sample of blood.",
         },
         quiet=quiet,
+        # One sentence a batch: there is nothing to share among several devices.
+        devices=jax.local_devices()[:1],
     )
     trained_seconds = time.monotonic() - trained_at
 
@@ -109,12 +115,12 @@ def run_demo(
     del adata.obsm["X_untrained"]
     embed(adata, model)  # the provenance in uns is that of the trained model
     table = _scores(adata, embeddings, seed)
-    train, heldout = split_heldout(samples, config.data.heldout_fraction, config.seed)
-    evaluate = heldout_evaluation(config, heldout)
+    train, heldout = split_heldout(store, config.data, config.seed)
+    evaluate = HeldoutEvaluation(config, store, heldout, one_device_mesh())
     table[TRAINED].update(evaluate(model.params))
     table[UNTRAINED].update(evaluate(untrained.params))
-    table[COMPONENTS].update(_component_predictions(config, train, heldout, seed))
-    table[MEANS] = _mean_predictions(config, train, heldout)
+    table[COMPONENTS].update(_component_predictions(config, store, train, heldout, seed))
+    table[MEANS] = _mean_predictions(config, store, train, heldout)
 
     say("drawing")
     figures = _draw(out, adata, embeddings, seed)
@@ -127,7 +133,7 @@ def run_demo(
         "steps": result.step,
         "best_step": model.step,
         "hidden": heldout_rate(config),
-        "heldout_cells": sum(sample.cells for sample in heldout),
+        "heldout_cells": sum(part.stop - part.start for part in heldout),
         "training_seconds": trained_seconds,
         "cells_per_second": result.cells_per_second,
         "seconds": time.monotonic() - began,
@@ -179,10 +185,23 @@ def _log_normalised(counts: np.ndarray, library: np.ndarray) -> np.ndarray:
     return np.log1p(counts / np.maximum(library, 1.0)[:, None] * 1e4)
 
 
+def _counts(store: CellStore, ranges: Sequence[SampleRange]) -> np.ndarray:
+    """Return the counts of some cells as float64 [cells, genes]."""
+    from scipy.sparse import csr_matrix
+
+    parts = []
+    for part in ranges:
+        run = store.read(part.sample, part.start, part.stop)
+        shape = (run.cells, len(store.genes))
+        parts.append(csr_matrix((run.count, run.gene, run.indptr), shape=shape).toarray())
+    return np.concatenate(parts).astype(np.float64)
+
+
 def _prediction_sums(
     config: TrainConfig,
-    train: Sequence[Sample],
-    heldout: Sequence[Sample],
+    store: CellStore,
+    train: Sequence[SampleRange],
+    heldout: Sequence[SampleRange],
     predict: Callable[[np.ndarray, np.ndarray], np.ndarray],
     predict_train: np.ndarray,
 ) -> dict[str, float]:
@@ -190,21 +209,24 @@ def _prediction_sums(
 
     Args:
         config: The run, for the masks.
-        train: Training samples; each gene's dispersion is fitted to the residuals of ``predict_train`` on them.
-        heldout: Held-out samples.
+        store: The data.
+        train: Training cells; each gene's dispersion is fitted to the residuals of ``predict_train`` on them.
+        heldout: Held-out cells.
         predict: Takes counts [cells, genes] with hidden entries zero and the mask, returns the predicted mean.
         predict_train: Predicted mean of the training cells, [cells, genes].
     """
     from scipy.special import gammaln
 
-    truth = np.concatenate([s.counts.toarray() for s in train]).astype(np.float64)
+    truth = _counts(store, train)
     spread = ((truth - predict_train) ** 2 - predict_train).sum(axis=0)
     theta = np.clip((predict_train**2).sum(axis=0) / np.maximum(spread, 1e-8), 1e-3, 1e4)
+    dense = jax.jit(lambda batch: batch.dense_counts(config.model.genes))
     sums = []
-    for batch, mask in heldout_masks(config, heldout):
-        cells = np.asarray(batch.cell_mask)[0]
-        counts = np.asarray(batch.dense_counts(config.model.genes))[0, cells].astype(np.float64)
-        hidden = np.asarray(mask)[0, cells] & np.asarray(batch.measured)[0]
+    for batch, mask in heldout_masks(config, store, heldout):
+        cells = np.asarray(batch.cell_mask)
+        counts = np.asarray(dense(batch))[cells].astype(np.float64)
+        measured = np.broadcast_to(np.asarray(batch.measured_entries()), np.shape(mask))
+        hidden = (np.asarray(mask) & measured)[cells]
         mean = np.maximum(predict(np.where(hidden, 0.0, counts), hidden), 1e-4)
         nll = (
             gammaln(theta)
@@ -221,10 +243,13 @@ def _prediction_sums(
 
 
 def _mean_predictions(
-    config: TrainConfig, train: Sequence[Sample], heldout: Sequence[Sample]
+    config: TrainConfig,
+    store: CellStore,
+    train: Sequence[SampleRange],
+    heldout: Sequence[SampleRange],
 ) -> dict[str, float]:
     """Predict every hidden count by the gene's mean share of a cell, scaled to the cell's visible counts."""
-    truth = np.concatenate([s.counts.toarray() for s in train]).astype(np.float64)
+    truth = _counts(store, train)
     share = truth.sum(axis=0) / truth.sum()
 
     def predict(visible: np.ndarray, hidden: np.ndarray) -> np.ndarray:
@@ -232,12 +257,16 @@ def _mean_predictions(
         return share[None, :] * (visible.sum(axis=1) / seen)[:, None]
 
     return _prediction_sums(
-        config, train, heldout, predict, share[None, :] * truth.sum(axis=1)[:, None]
+        config, store, train, heldout, predict, share[None, :] * truth.sum(axis=1)[:, None]
     )
 
 
 def _component_predictions(
-    config: TrainConfig, train: Sequence[Sample], heldout: Sequence[Sample], seed: int
+    config: TrainConfig,
+    store: CellStore,
+    train: Sequence[SampleRange],
+    heldout: Sequence[SampleRange],
+    seed: int,
 ) -> dict[str, float]:
     """Predict hidden counts from 50 components of 2,000 variable genes by least squares on the training cells.
 
@@ -248,7 +277,7 @@ def _component_predictions(
     from anndata import AnnData
     from sklearn.decomposition import PCA
 
-    truth = np.concatenate([s.counts.toarray() for s in train]).astype(np.float64)
+    truth = _counts(store, train)
     library = truth.sum(axis=1)
     expression = _log_normalised(truth, library)
     table = AnnData(expression.astype(np.float32))
@@ -276,7 +305,7 @@ def _component_predictions(
         values = scaled(_log_normalised(visible, estimated))
         return to_counts(model.transform(np.where(hidden[:, variable], 0.0, values)), estimated)
 
-    return _prediction_sums(config, train, heldout, predict, to_counts(scores, library))
+    return _prediction_sums(config, store, train, heldout, predict, to_counts(scores, library))
 
 
 def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -> dict[str, bytes]:

@@ -458,6 +458,8 @@ def _run_panel(
     everything = np.concatenate([values for _, _, values in curves])
     if everything.min() > 0 and everything.max() > 50 * everything.min():
         panel.set_yscale("log")
+    if everything.min() >= 0 and everything.max() <= 1:
+        panel.set_ylim(bottom=0)
     if len(curves) > 1 or curves[0][0] == "NB":
         panel.legend(frameon=False)
 

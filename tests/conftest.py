@@ -85,6 +85,13 @@ def make_samples(number: int = 3, cells: int = 40, *, seed: int = 0):
     ]
 
 
+def make_store(samples=None, genes=None):
+    """Those samples, or :func:`make_samples`, as training reads them."""
+    from cellplm_jax.data.batches import MemoryStore
+
+    return MemoryStore(samples or make_samples(), genes or VOCABULARY)
+
+
 def tiny_train_config(**changes):
     """A run of seconds; eight sentences a batch, so that eight devices take one each."""
     from cellplm_jax.presets import preset
@@ -96,7 +103,7 @@ def tiny_train_config(**changes):
         config,
         model=dataclasses.replace(config.model, latent=latent),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2),
-        data=dataclasses.replace(config.data, samples=8, cells=16),
+        data=dataclasses.replace(config.data, rows=8, cells=16),
         steps=30,
         log_every=1,
         evaluate_every=10,
@@ -111,9 +118,7 @@ def tiny_run(tmp_path_factory) -> Path:
     from cellplm_jax.train.loop import pretrain
 
     workdir = tmp_path_factory.mktemp("tiny") / "run"
-    pretrain(
-        tiny_train_config(), make_samples(), VOCABULARY, workdir, card={"name": "tiny"}, quiet=True
-    )
+    pretrain(tiny_train_config(), make_store(), workdir, card={"name": "tiny"}, quiet=True)
     return workdir
 
 

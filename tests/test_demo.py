@@ -9,9 +9,10 @@ import pytest
 from scipy import sparse, stats
 
 from cellplm_jax import demo
-from cellplm_jax.data.batches import Sample
+from cellplm_jax.data.batches import MemoryStore, Sample
+from cellplm_jax.data.pipeline import SampleRange
 from cellplm_jax.demo import COMPONENTS, TRAINED, UNTRAINED, verdict
-from tests.conftest import make_counts, make_samples, tiny_train_config
+from tests.conftest import make_counts, make_samples, make_store, tiny_train_config
 
 
 def table(trained, untrained, components, likelihoods=(-0.2, -0.3)):
@@ -55,31 +56,41 @@ def test_verdict_on_likelihood():
     assert "-0.0500 nats" in text
 
 
+def small_config(**model):
+    config = tiny_train_config()
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **model),
+        data=dataclasses.replace(config.data, rows=1, cells=64),
+    )
+
+
 @pytest.fixture(scope="module")
 def split():
-    config = tiny_train_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cells=64))
-    samples = make_samples(3, 60)
-    return config, samples[:2], samples[2:]
+    """A run, its data, two samples to train on and one held out."""
+    store = make_store(make_samples(3, 60))
+    ranges = [SampleRange(i, 0, 60) for i in range(3)]
+    return small_config(), store, ranges[:2], ranges[2:]
 
 
-def hidden_entries(config, heldout):
+def hidden_entries(config, store, heldout):
     """Truth and mask of the held-out entries, from the masks themselves."""
     truth, hidden = [], []
-    for batch, mask in demo.heldout_masks(config, heldout):
-        cells = np.asarray(batch.cell_mask)[0]
-        truth.append(np.asarray(batch.dense_counts(40))[0, cells])
-        hidden.append(np.asarray(mask)[0, cells])
+    for batch, mask in demo.heldout_masks(config, store, heldout):
+        cells = np.asarray(batch.cell_mask)
+        truth.append(np.asarray(batch.dense_counts(40))[cells])
+        hidden.append(np.asarray(mask)[cells])
     return np.concatenate(truth).astype(float), np.concatenate(hidden)
 
 
 def test_mean_predictions_against_scipy(split):
-    config, train, heldout = split
-    scores = demo._mean_predictions(config, train, heldout)
-    counts = np.concatenate([s.counts.toarray() for s in train]).astype(float)
+    config, store, train, heldout = split
+    scores = demo._mean_predictions(config, store, train, heldout)
+    counts = demo._counts(store, train)
     share = counts.sum(0) / counts.sum()
-    truth, hidden = hidden_entries(config, heldout)
-    np.testing.assert_array_equal(truth, heldout[0].counts.toarray())
+    truth, hidden = hidden_entries(config, store, heldout)
+    held = demo._counts(store, heldout)
+    np.testing.assert_array_equal(np.sort(truth.sum(1)), np.sort(held.sum(1)))
     assert hidden.mean() == pytest.approx(0.25, abs=0.05)
     visible = np.where(hidden, 0, truth).sum(1) / np.where(hidden, 0, share).sum(1)
     mean = np.maximum(share * visible[:, None], 1e-4)
@@ -92,9 +103,17 @@ def test_mean_predictions_against_scipy(split):
     assert scores["masked_correlation"] == pytest.approx(correlation, rel=1e-6)
 
 
+def test_counts_are_those_of_the_samples(split):
+    _, store, train, _ = split
+    wanted = np.concatenate([s.counts.toarray() for s in make_samples(3, 60)[:2]])
+    found = demo._counts(store, train)
+    np.testing.assert_array_equal(found.sum(0), wanted.sum(0))
+    np.testing.assert_array_equal(np.sort(found.sum(1)), np.sort(wanted.sum(1)))
+
+
 def test_no_baseline_sees_what_is_hidden(split):
     """Changing hidden counts changes the truth and must not change any prediction."""
-    config, train, heldout = split
+    config, store, train, heldout = split
     seen = []
 
     def predict(visible, hidden):
@@ -102,44 +121,39 @@ def test_no_baseline_sees_what_is_hidden(split):
         seen.append(visible)
         return np.ones_like(visible)
 
-    ones = np.ones((sum(s.cells for s in train), 40))
-    demo._prediction_sums(config, train, heldout, predict, ones)
-    truth, hidden = hidden_entries(config, heldout)
+    demo._prediction_sums(config, store, train, heldout, predict, np.ones((120, 40)))
+    truth, hidden = hidden_entries(config, store, heldout)
     np.testing.assert_array_equal(np.concatenate(seen), np.where(hidden, 0, truth))
 
 
 def test_a_perfect_prediction_scores_best(split):
-    config, train, heldout = split
-    truth, _ = hidden_entries(config, heldout)
-    counts = np.concatenate([s.counts.toarray() for s in train]).astype(float)
-    perfect = demo._prediction_sums(config, train, heldout, lambda v, h: truth, counts)
+    config, store, train, heldout = split
+    truth, _ = hidden_entries(config, store, heldout)
+    counts = demo._counts(store, train)
+    perfect = demo._prediction_sums(config, store, train, heldout, lambda v, h: truth, counts)
     assert perfect["masked_correlation"] == pytest.approx(1, abs=1e-6)
-    means = demo._mean_predictions(config, train, heldout)
+    means = demo._mean_predictions(config, store, train, heldout)
     assert perfect["nb_log_likelihood"] > means["nb_log_likelihood"]
 
 
 def test_components_beat_means_where_cells_come_in_kinds():
     pytest.importorskip("scanpy", reason="needs the extra 'eval'")
-    config = tiny_train_config()
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, genes=120),
-        data=dataclasses.replace(config.data, cells=64),
-    )
-    train, heldout = (
-        [
-            Sample(
-                "s", sparse.csr_matrix(make_counts(cells, genes=120, seed=cells).astype(np.float32))
-            )
-        ]
+    config = small_config(genes=120)
+    samples = [
+        Sample(
+            f"s{cells}",
+            sparse.csr_matrix(make_counts(cells, genes=120, seed=cells).astype(np.float32)),
+        )
         for cells in (150, 50)
-    )
-    means = demo._mean_predictions(config, train, heldout)
-    components = demo._component_predictions(config, train, heldout, seed=0)
+    ]
+    store = MemoryStore(samples, [f"g{n}" for n in range(120)])
+    train, heldout = [SampleRange(0, 0, 150)], [SampleRange(1, 0, 50)]
+    means = demo._mean_predictions(config, store, train, heldout)
+    components = demo._component_predictions(config, store, train, heldout, seed=0)
     assert set(components) == set(means)
     gained = components["masked_correlation_per_gene"] - means["masked_correlation_per_gene"]
     assert gained > 0.1
-    assert components == demo._component_predictions(config, train, heldout, seed=0)
+    assert components == demo._component_predictions(config, store, train, heldout, seed=0)
 
 
 def test_log_normalised():

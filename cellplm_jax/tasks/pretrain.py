@@ -1,20 +1,23 @@
-"""Pretraining from AnnData: files to tissue samples to a run."""
+"""Pretraining from a prepared corpus, or from AnnData: files to tissue samples to a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.sparse as sparse
 
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.anndata_io import CountSource, open_counts
-from cellplm_jax.data.batches import Sample, laplacian_eigenvectors, scale_coordinates
+from cellplm_jax.data.batches import MemoryStore, Sample, scale_coordinates
+from cellplm_jax.data.corpus import is_corpus, open_corpus
 from cellplm_jax.data.genes import load_human_table
+from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.train import loop
 
@@ -30,21 +33,26 @@ def pretrain(
     minimum_gene_cells: int = 10,
     card: dict[str, Any] | None = None,
     quiet: bool = False,
+    preempted: Callable[[int], bool] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> loop.RunResult:
-    """Pretrain a model on AnnData objects or ``.h5ad`` files that fit in memory.
+    """Pretrain a model on a corpus, or on AnnData objects or ``.h5ad`` files that fit in memory.
 
     The same ``workdir`` resumes. ``config.model.genes`` and the covariate sizes are set from the data.
 
     Args:
-        data: One AnnData or path, or a list of them; each is one dataset.
+        data: The folder or ``gs://`` address of a corpus made by :func:`cellplm_jax.tasks.prepare.prepare`; or one
+            AnnData or path, or a list of them: each is one dataset.
         config: The run.
-        workdir: Receives everything; opens with :func:`cellplm_jax.load`.
+        workdir: Receives everything; opens with :func:`cellplm_jax.load`. A directory or a ``gs://`` address.
         genes: Gene vocabulary (Ensembl ids); None: every known human gene that enough cells express.
         batch_key: Column of ``obs`` naming the tissue sample; None: a dataset is one sample.
         spatial_key: Key of ``obsm`` with coordinates, used where present; None: none.
         minimum_gene_cells: Without ``genes``: cells that must express a gene for it to enter the vocabulary.
         card: Facts for the model card.
         quiet: No progress.
+        preempted: Asked after every step; True saves and returns. See :func:`cellplm_jax.train.loop.pretrain`.
+        devices: Devices to use; None: all.
 
     Returns:
         The run's result.
@@ -53,21 +61,46 @@ def pretrain(
         InputError: The data cannot be used.
         CheckpointError: ``workdir`` belongs to another run.
     """
-    samples, vocabulary = read_samples(
-        data,
-        genes=genes,
-        batch_key=batch_key,
-        spatial_key=spatial_key,
-        minimum_gene_cells=minimum_gene_cells,
-        eigenvectors=(
-            config.model.positions.eigenvectors
-            if config.model.positions.kind == "laplacian"
-            else None
-        ),
-    )
-    model = dataclasses.replace(config.model, genes=len(vocabulary))
+    store: CellStore
+    corpus = _corpus_path(data)
+    if corpus is not None:
+        if genes is not None or batch_key is not None:
+            msg = explain(
+                f"'{corpus}' is a corpus, and {'genes' if genes is not None else 'batch_key'} was given",
+                "the vocabulary and the samples it was prepared with",
+                "Leave it out, or prepare another corpus",
+            )
+            raise InputError(msg)
+        store = open_corpus(corpus)
+    else:
+        samples, vocabulary = read_samples(
+            data,
+            genes=genes,
+            batch_key=batch_key,
+            spatial_key=spatial_key,
+            minimum_gene_cells=minimum_gene_cells,
+        )
+        store = MemoryStore(samples, vocabulary, seed=config.seed)
+    model = dataclasses.replace(config.model, genes=len(store.genes))
     config = dataclasses.replace(config, model=model)
-    return loop.pretrain(config, samples, vocabulary, Path(workdir), card=card, quiet=quiet)
+    return loop.pretrain(
+        config, store, workdir, card=card, quiet=quiet, preempted=preempted, devices=devices
+    )
+
+
+def _corpus_path(data: Any) -> str | None:
+    """Return the path of the one corpus that ``data`` names; None: it names something else."""
+    entries = list(data) if isinstance(data, list | tuple) else [data]
+    paths = [os.fspath(entry) for entry in entries if isinstance(entry, str | os.PathLike)]
+    corpora = [path for path in paths if is_corpus(path)]
+    if corpora and len(entries) > 1:
+        msg = explain(
+            f"the corpus '{corpora[0]}' was given with {len(entries) - 1} more",
+            "one corpus, or AnnData and .h5ad files",
+            "Add the other files to the corpus with 'cellplm prepare', or leave them out",
+        )
+        raise InputError(msg)
+    return corpora[0] if corpora else None
 
 
 def read_samples(
@@ -77,7 +110,6 @@ def read_samples(
     batch_key: str | None = None,
     spatial_key: str | None = "spatial",
     minimum_gene_cells: int = 10,
-    eigenvectors: int | None = None,
 ) -> tuple[list[Sample], list[str]]:
     """Read datasets into tissue samples over one vocabulary.
 
@@ -87,7 +119,6 @@ def read_samples(
         batch_key: Column of ``obs`` naming the tissue sample; None: a dataset is one sample.
         spatial_key: Key of ``obsm`` with coordinates, used where present.
         minimum_gene_cells: See ``genes``.
-        eigenvectors: Compute this many Laplacian eigenvectors a spatial sample; None: none.
 
     Returns:
         The samples and the vocabulary.
@@ -104,9 +135,7 @@ def read_samples(
     for dataset, entry in enumerate(datasets):
         name = Path(entry).stem if isinstance(entry, str | os.PathLike) else f"dataset {dataset}"
         with open_counts(entry, wide) as source:
-            samples += _samples_of(
-                source, name, dataset, len(samples), batch_key, spatial_key, eigenvectors
-            )
+            samples += _samples_of(source, name, dataset, len(samples), batch_key, spatial_key)
     if genes is not None:
         return samples, wide
     expressed = sum(np.bincount(s.counts.indices, minlength=len(wide)) for s in samples)
@@ -136,7 +165,6 @@ def _samples_of(
     first_batch: int,
     batch_key: str | None,
     spatial_key: str | None,
-    eigenvectors: int | None,
 ) -> list[Sample]:
     counts = source.read(0, source.cells)
     labels = np.zeros(source.cells, int)
@@ -148,19 +176,14 @@ def _samples_of(
     samples = []
     for i, sample_name in enumerate(names):
         cells = np.flatnonzero(labels == i)
-        placed = vectors = None
+        placed = None
         if coordinates is not None and np.isfinite(coordinates[cells]).all(axis=1).any():
             placed = scale_coordinates(coordinates[cells])
-            if eigenvectors is not None:
-                present = np.isfinite(placed).all(axis=1)
-                vectors = np.zeros((len(cells), eigenvectors), np.float32)
-                vectors[present] = laplacian_eigenvectors(placed[present], eigenvectors)
         samples.append(
             Sample(
                 name=sample_name,
                 counts=counts[cells],
                 coordinates=placed,
-                eigenvectors=vectors,
                 measured=np.asarray(source.measured),
                 batch=first_batch + i,
                 dataset=dataset,

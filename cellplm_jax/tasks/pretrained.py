@@ -19,6 +19,7 @@ from cellplm_jax.model.cellplm import CellPLM, init_params
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
+    grow_rows,
     read_root,
     restore_item,
     save_model,
@@ -118,7 +119,8 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     """Open a trained model.
 
     Args:
-        source: A checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory.
+        source: A checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this
+            machine or at a ``gs://`` address.
         step: Step to open; None: the best by held-out likelihood, else the latest.
 
     Returns:
@@ -129,15 +131,19 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
         InputError: The kind of source is not supported.
     """
     text = os.fspath(source)
-    if "://" in text:
+    if "://" in text and not text.startswith("gs://"):
         msg = explain(
             f"'{text}' is a remote source",
-            "a directory on this machine; remote sources are not supported yet",
+            "a directory on this machine or a gs:// address",
             "Download it first",
         )
         raise InputError(msg)
     files = read_root(text)
     params, found_step = restore_item(text, step=step)
+    # A step that was saved before the data grew has fewer covariate rows than the run has now.
+    shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
+    if jax.tree.structure(shapes) == jax.tree.structure(params):
+        params = grow_rows(params, shapes)
     check_params(files.model, params, text)
     return Pretrained(
         config=files.model,

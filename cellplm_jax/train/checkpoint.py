@@ -136,7 +136,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = (directory / GENES_FILE).read_text(encoding="utf-8").split()
+        genes = (directory / GENES_FILE).read_text(encoding="utf-8").splitlines()
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} holds a {type(card).__name__}"
             raise TypeError(msg)

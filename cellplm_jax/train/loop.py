@@ -1,297 +1,443 @@
-"""The pretraining loop, to be read from top to bottom: data, state, step, evaluate, save."""
+"""The pretraining loop, to be read from top to bottom: data, work directory, state, then step, evaluate, probe, save.
+
+All processes of a run go through it in step and see the same numbers; the first one alone writes metrics, card and
+picture. It knows of the others only how many rows of a batch are its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
 
-from cellplm_jax.config import TrainConfig, to_dict
-from cellplm_jax.data.batches import Sample, TrainingBatches, heldout_batches, split_heldout
-from cellplm_jax.errors import CellPLMError, CheckpointError, InputError, explain
+from cellplm_jax.config import TrainConfig
+from cellplm_jax.data.pipeline import TrainingBatches, gene_means, split_heldout
+from cellplm_jax.data.store import CellStore
+from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
 from cellplm_jax.structs import CellBatch
-from cellplm_jax.train.checkpoint import ModelFiles, RunCheckpoints, read_root, write_root
-from cellplm_jax.train.metrics import MetricsWriter, ProgressReport, heldout_scores
-from cellplm_jax.train.sharding import batch_sharding, make_mesh, replicated
-from cellplm_jax.train.state import TrainState, create_state
-from cellplm_jax.train.step import compile_training_step, evaluation_step, heldout_gene_mask
+from cellplm_jax.train.checkpoint import (
+    BEST_METRIC,
+    ModelFiles,
+    RunCheckpoints,
+    grow_rows,
+    read_root,
+    write_card,
+    write_root,
+)
+from cellplm_jax.train.heldout import HeldoutEvaluation
+from cellplm_jax.train.metrics import (
+    MetricsWriter,
+    ProgressReport,
+    StepRates,
+    peak_flops,
+    read_metrics,
+)
+from cellplm_jax.train.sharding import MeshFunction, local_rows, make_mesh, to_global
+from cellplm_jax.train.state import TrainState
+from cellplm_jax.train.step import abstract_state, compile_training_step, create_sharded_state
+from cellplm_jax.train.workdir import (
+    added_samples,
+    check_room,
+    explained_writes,
+    machine_facts,
+    open_workdir,
+    rows_of,
+    run_card,
+    store_facts,
+    with_covariates,
+    with_rows,
+)
+
+METRICS_FILE, PICTURE_FILE = "metrics.jsonl", "run.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a finished run leaves.
+    """What a run leaves.
 
     Attributes:
         workdir: Opens with ``cellplm_jax.load``.
         step: Steps taken.
-        heldout: Held-out scores after the last step; empty where nothing was held out.
-        cells_per_second: Cells the loss saw a second, compilation and evaluation left out.
+        heldout: Held-out scores after the last step; empty where nothing was held out or the run was stopped.
+        cells_per_second: Cells the loss saw a second; compilation, evaluation and saving left out. NaN below two steps.
+        preempted: Whether the run was asked to stop before its end; everything up to ``step`` is saved.
     """
 
     workdir: Path
     step: int
     heldout: dict[str, float]
     cells_per_second: float
+    preempted: bool = False
 
 
 def pretrain(
     config: TrainConfig,
-    samples: Sequence[Sample],
-    genes: Sequence[str],
+    store: CellStore,
     workdir: str | Path,
     *,
     card: dict[str, Any] | None = None,
     quiet: bool = False,
     on_step: Callable[[int], None] | None = None,
+    preempted: Callable[[int], bool] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> RunResult:
-    """Pretrain on samples in memory; the same ``workdir`` continues where it stopped.
+    """Pretrain on the devices of all processes; the same ``workdir`` continues where it stopped.
 
     Args:
-        config: The run. ``model.genes`` must equal ``len(genes)``.
-        samples: Tissue samples, counts in the order of ``genes``.
-        genes: Gene vocabulary, Ensembl ids.
-        workdir: Receives ``config.json``, ``genes.txt``, ``card.json``, ``metrics.jsonl``, TensorBoard files and the
-            checkpoints.
+        config: The run. ``model.genes`` must equal the size of the vocabulary.
+        store: A corpus, or samples in memory.
+        workdir: Directory or ``gs://`` address. Receives ``config.json``, ``genes.txt``, ``card.json``,
+            ``metrics.jsonl``, TensorBoard files, checkpoints, and at the end ``run.png``.
         card: Facts for the model card (data, licence); completed with the run's own.
         quiet: No progress.
         on_step: Called with the step number after every step (tests interrupt a run here).
+        preempted: Asked after every step; True saves this step, waits until it is on disk and returns. All processes
+            must get the same answer.
+        devices: Devices to use; None: those of all processes.
 
     Returns:
         A :class:`RunResult`.
 
     Raises:
-        InputError: No usable sample, or genes and config disagree.
-        CheckpointError: ``workdir`` belongs to a run with another configuration or vocabulary.
-        CellPLMError: The loss is not finite.
+        InputError: No usable sample, genes and config disagree, or the work directory cannot be written.
+        CheckpointError: ``workdir`` belongs to a run with another configuration, vocabulary or data.
+        CellPLMError: Loss or gradients were not finite for ``config.maximum_skipped`` steps in a row.
     """
-    workdir = Path(workdir)
-    samples = _usable(config, samples, genes)
-    config = _with_covariates(config, samples)
-    train, heldout = split_heldout(samples, config.data.heldout_fraction, config.seed)
-    batches = TrainingBatches(train, config.data, config.seed, _eigenvectors(config))
+    began = time.monotonic()
+    workdir, first_process = epath.Path(workdir), jax.process_index() == 0
+    progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
-    _prepare_workdir(workdir, config, genes, _card(config, card, train, heldout))
+    # The run: its data, what of them is held out, and the step that is to be taken, on which devices.
+    found = open_workdir(workdir, config, store)
+    config = with_covariates(config, store, found.train if found else None)
+    train, heldout = split_heldout(store, config.data, config.seed)
+    batches = TrainingBatches(store, train, config)
+    mesh = make_mesh(config.mesh, devices)
+    take_step = compile_training_step(config, mesh)
+
+    # The work directory: writable, with room, and saying which run this is.
+    check_room(workdir, abstract_state(config, mesh), keep=config.keep_checkpoints)
+    facts = run_card(config, store, train, heldout, card)
+    _describe_run(workdir, found, config, store, facts)
+    if added := added_samples(found, store):
+        progress.say(f"the data has gained {added} samples; their batches start as the mean batch")
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
-    mesh = make_mesh(config.data.samples)
-    state, start = _initial_state(config, checkpoints, replicated(mesh), gene_means(train))
-    step_function = compile_training_step(config, mesh)
-    evaluate = heldout_evaluation(config, heldout)
 
-    writer = MetricsWriter(workdir, resume_step=start)
-    progress = ProgressReport("pretraining", config.steps, quiet=quiet)
+    # The state: restored from the latest checkpoint, or created, where it will live.
+    start = checkpoints.latest_step() or 0
+    if start:
+        state = _restored_state(checkpoints, start, config, mesh)
+    else:
+        state = create_sharded_state(config, mesh, gene_means(store, train))
+    saved_facts = {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
+    evaluate = HeldoutEvaluation(config, store, heldout, mesh)
+
     scores: dict[str, float] = {}
-    timed_cells = timed_seconds = 0.0
+    step, stopped = start, False
+    log = _StepLog(config, batches, workdir if first_process else None, start, progress)
+    rows = batches.iterate(start, config.steps, *local_rows(mesh, config.data.rows))
+    feed = _placed_ahead(rows, mesh, config.data.rows)
     try:
         if start == 0 and heldout:
-            writer.write(0, "heldout", evaluate(state.params))
-        for step in range(start + 1, config.steps + 1):
-            began = time.monotonic()
-            batch = jax.device_put(batches[step - 1], batch_sharding(mesh))
-            state, metrics = step_function(state, batch)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            seconds = time.monotonic() - began
-            if step > start + 1:
-                timed_cells, timed_seconds = timed_cells + metrics["cells"], timed_seconds + seconds
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
-                raise _diverged(step, metrics)
+            log.write(0, "heldout", evaluate(state.params))
+        while step < config.steps and not stopped:
+            step += 1
+            batch, late = log.timed(feed)
+            state, metrics = take_step(state, batch)
+            log.push(
+                step, metrics, late
+            )  # reads the numbers of the step before, while this one runs
+
             last = step == config.steps
-            if step % config.log_every == 0 or step == 1 or last:
-                metrics["cells_per_second"] = metrics["cells"] / seconds
-                writer.write(step, "train", metrics)
-            evaluated = heldout and (step % config.evaluate_every == 0 or last)
-            if evaluated:
+            stopped = not last and preempted is not None and preempted(step)
+            evaluating = bool(heldout) and (step % config.evaluate_every == 0 or last)
+            probing = config.probe_every > 0 and (step % config.probe_every == 0 or last)
+            saving = step % config.checkpoint_every == 0 or last or stopped
+            if evaluating or probing or saving:
+                log.settle()
+            if log.skipped_in_a_row >= config.maximum_skipped:
+                raise _diverged(log, batches, state)
+
+            if evaluating:
                 scores = evaluate(state.params)
-                writer.write(step, "heldout", scores)
-            if step % config.checkpoint_every == 0 or last:
-                usable = evaluated and all(map(math.isfinite, scores.values()))
-                checkpoints.save(state, metrics=scores if usable else None)
-            progress.update(step, _note(metrics, scores))
+                log.write(step, "heldout", scores)
+                log.note = f"held-out correlation {scores['masked_correlation']:.3f}"
+            if probing:
+                log.write(step, "probe", evaluate.probe(state.params))
+                if message := evaluate.missing():
+                    progress.say(message)
+            if saving:
+                log.flush()
+                usable = evaluating and all(map(math.isfinite, scores.values()))
+                checkpoints.save(state, metrics=scores if usable else None, facts=saved_facts)
+            if evaluating or probing or saving:
+                log.resume()
             if on_step is not None:
                 on_step(step)
     finally:
-        progress.close()
-        writer.close()
-        checkpoints.close()
+        with contextlib.ExitStack() as closing:
+            closing.callback(checkpoints.close)
+            closing.callback(log.close)
+            closing.callback(progress.close)
+            closing.callback(feed.close)
+
     if start >= config.steps:
         scores = evaluate(state.params)
-    rate = timed_cells / timed_seconds if timed_seconds else math.nan
-    return RunResult(workdir, max(start, config.steps), scores, rate)
+    if stopped:
+        scores = {}
+    if first_process:
+        with explained_writes(workdir):
+            _complete_card(workdir, config, step, start, state, log, time.monotonic() - began)
+            _draw(workdir)
+    return RunResult(workdir, step, scores, log.rates.cells_per_second, stopped)
 
 
-def _eigenvectors(config: TrainConfig) -> int | None:
-    positions = config.model.positions
-    return positions.eigenvectors if positions.kind == "laplacian" else None
-
-
-def heldout_masks(
-    config: TrainConfig, heldout: Sequence[Sample]
-) -> Iterator[tuple[CellBatch, jax.Array]]:
-    """Yield the fixed held-out batches and what is hidden in each: the same for every model and baseline.
-
-    Args:
-        config: The run; its seed decides the masks.
-        heldout: Held-out samples.
-
-    Yields:
-        A batch of one sample, and bool [1, cells, genes], True where an entry is hidden.
-    """
-    key = jax.random.key(config.seed + 2)
-    batches = heldout_batches(heldout, config.data, eigenvectors=_eigenvectors(config))
-    for i, batch in enumerate(batches):
-        yield batch, heldout_gene_mask(jax.random.fold_in(key, i), batch.cell_mask, config)
-
-
-def heldout_evaluation(
-    config: TrainConfig, heldout: Sequence[Sample]
-) -> Callable[[Any], dict[str, float]]:
-    """Return ``params -> scores`` on held-out samples, compiled once.
-
-    Args:
-        config: The run.
-        heldout: Held-out samples; with none, the scores are empty.
-
-    Returns:
-        A function giving the scores of :func:`cellplm_jax.train.metrics.heldout_scores`.
-    """
-    step = jax.jit(lambda params, batch, mask: evaluation_step(params, batch, mask, config))
-    pairs = list(heldout_masks(config, heldout))
-
-    def evaluate(params: Any) -> dict[str, float]:
-        return heldout_scores(step(params, *pair) for pair in pairs) if pairs else {}
-
-    return evaluate
-
-
-def gene_means(samples: Sequence[Sample]) -> np.ndarray:
-    """Return float32 [genes]: the mean count of each gene over the cells that measure it."""
-    genes = samples[0].counts.shape[1]
-    total, cells = np.zeros(genes), np.zeros(genes)
-    for sample in samples:
-        total += np.asarray(sample.counts.sum(axis=0), np.float64).ravel()
-        cells += sample.cells * (1.0 if sample.measured is None else sample.measured)
-    return (total / np.maximum(cells, 1.0)).astype(np.float32)
-
-
-def _usable(config: TrainConfig, samples: Sequence[Sample], genes: Sequence[str]) -> list[Sample]:
-    usable = [sample for sample in samples if sample.cells >= config.data.minimum_cells]
-    if not usable:
-        msg = explain(
-            f"none of {len(samples)} samples has {config.data.minimum_cells} cells",
-            "at least one",
-            "Lower data.minimum_cells or give more data",
-        )
-        raise InputError(msg)
-    for sample in usable:
-        if not sample.counts.shape[1] == len(genes) == config.model.genes:
-            msg = explain(
-                f"sample '{sample.name}' has {sample.counts.shape[1]} genes, the vocabulary {len(genes)}, "
-                f"the config {config.model.genes}",
-                "the same number everywhere",
-                "Map the counts to the vocabulary first and set model.genes to its size",
-            )
-            raise InputError(msg)
-    return usable
-
-
-def _with_covariates(config: TrainConfig, samples: Sequence[Sample]) -> TrainConfig:
-    """Give the decoder as many covariate rows as the data has values; sizes set by hand are kept."""
-    decoder = config.model.decoder
-    sizes = {}
-    for name, rows in (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms")):
-        highest = max(getattr(sample, name) for sample in samples)
-        sizes[rows] = max(getattr(decoder, rows), highest + 1)
-    decoder = dataclasses.replace(decoder, **sizes)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
-
-
-def _prepare_workdir(
-    workdir: Path, config: TrainConfig, genes: Sequence[str], card: dict[str, Any]
-) -> None:
-    """Write the root files of a new run, or check that an old one is the same run."""
-    if (workdir / "config.json").exists():
-        found = read_root(workdir)
-        # JSON turns tuples into lists; compare what a reader of the file would see.
-        old = None if found.train is None else json.loads(json.dumps(to_dict(found.train)))
-        new = json.loads(json.dumps(to_dict(config)))
-        if old is None or old != new or found.genes != list(genes):
-            difference = _first_difference(old or {}, new) or "the gene vocabulary"
-            msg = explain(
-                f"'{workdir}' belongs to another run ({difference} differs)",
-                "the same configuration and genes to resume, or a new directory",
-                "Give another --workdir, or the configuration in its config.json",
-            )
-            raise CheckpointError(msg)
-        return
-    write_root(workdir, ModelFiles(config.model, list(genes), card, config))
-
-
-def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(set(old) | set(new)):
-            inner = _first_difference(
-                old.get(name), new.get(name), f"{path}.{name}" if path else name
-            )
-            if inner:
-                return inner
-        return None
-    return None if old == new else f"{path}: {old!r} there, {new!r} now"
-
-
-def _card(
+def _describe_run(
+    workdir: epath.Path,
+    found: ModelFiles | None,
     config: TrainConfig,
-    card: dict[str, Any] | None,
-    train: Sequence[Sample],
-    heldout: Sequence[Sample],
-) -> dict[str, Any]:
-    import cellplm_jax
+    store: CellStore,
+    facts: dict[str, Any],
+) -> None:
+    """Write the root files of a new run; bring those of one that goes on up to date."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
 
-    return {
-        **(card or {}),
-        "made_by": f"cellplm-jax {cellplm_jax.__version__}",
-        "kind": "pretrained",
-        "training_samples": len(train),
-        "training_cells": sum(sample.cells for sample in train),
-        "heldout_samples": len(heldout),
-        "heldout_cells": sum(sample.cells for sample in heldout),
-        "seed": config.seed,
-    }
-
-
-def _initial_state(
-    config: TrainConfig, checkpoints: RunCheckpoints, sharding: Any, means: np.ndarray
-) -> tuple[TrainState, int]:
-    """Create the state where it will live, or restore the latest one there."""
-    create = jax.jit(lambda means: create_state(config, means), out_shardings=sharding)
-    latest = checkpoints.latest_step()
-    if latest is None:
-        return create(means), 0
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(create, means),
+        # Nobody writes before everybody has read what was there.
+        multihost_utils.sync_global_devices("cellplm_jax: work directory read")
+    if jax.process_index() != 0:
+        return
+    old_card = {} if found is None else found.card
+    if found is not None and found.store == store_facts(store):
+        facts = old_card
+    files = ModelFiles(
+        config.model,
+        list(store.genes),
+        {**old_card, **facts},
+        config,
+        store=store_facts(store),
     )
-    return checkpoints.restore(abstract, latest), latest
+    if files != found:
+        with explained_writes(workdir):
+            write_root(workdir, files)
 
 
-def _diverged(step: int, metrics: dict[str, float]) -> CellPLMError:
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+def _restored_state(
+    checkpoints: RunCheckpoints, step: int, config: TrainConfig, mesh: Any
+) -> TrainState:
+    """Restore a checkpoint onto this run's mesh, with more covariate rows where the data has grown since."""
+    rows = checkpoints.run_facts(step)["rows"]
+    state = checkpoints.restore(abstract_state(with_rows(config, rows), mesh), step)
+    if rows == rows_of(config):
+        return state
+    wanted = abstract_state(config, mesh)
+
+    def grow(state: TrainState) -> TrainState:
+        return state.replace(
+            params=grow_rows(state.params, wanted.params),
+            optimizer=grow_rows(state.optimizer, wanted.optimizer, new="zero"),
+        )
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return MeshFunction(grow, mesh, out_shardings=shardings)(state)
+
+
+def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBatch, None, None]:
+    """Yield batches on the devices; the next one is on its way there while one is computed on."""
+    ahead = None
+    with contextlib.closing(local_batches):
+        for local in local_batches:
+            placed = to_global(mesh, local, rows)
+            if ahead is not None:
+                yield ahead
+            ahead = placed
+        if ahead is not None:
+            yield ahead
+
+
+class _StepLog:
+    """Reads the numbers of each step one step late, so that the devices never wait for it, and writes them down.
+
+    Attributes:
+        step: The last step whose numbers were read.
+        metrics: Those numbers.
+        skipped_in_a_row: How many of the latest steps read changed nothing.
+        note: What the progress says besides the loss.
+        rates: The clock.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        batches: TrainingBatches,
+        workdir: epath.Path | None,
+        start: int,
+        progress: ProgressReport,
+    ):
+        self._config, self._batches, self._progress = config, batches, progress
+        self._first = start + 1
+        self._pending: tuple[int, Any, float] | None = None
+        self._writer = None if workdir is None else MetricsWriter(workdir, resume_step=start)
+        self.peak, self.peak_source = (math.nan, "unknown") if workdir is None else peak_flops()
+        self.rates = StepRates(config, self.peak)
+        self.step, self.skipped_in_a_row, self.note = start, 0, ""
+        self.metrics: dict[str, float] = {}
+
+    def timed(self, feed: Iterator[CellBatch]) -> tuple[CellBatch, float]:
+        """Take the next batch; also return for how many seconds the devices had nothing to do meanwhile.
+
+        They had where the step before was over when the batch came. It may have ended in the meantime, so that this is
+        an upper bound.
+        """
+        began = time.monotonic()
+        batch = next(feed)
+        idle = self._pending is None or self._pending[1]["loss"].is_ready()
+        return batch, time.monotonic() - began if idle else 0.0
+
+    def push(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
+        """Note that a step was started, and read the one before."""
+        before, self._pending = self._pending, (step, metrics, late)
+        if before is not None:
+            self._read(*before)
+
+    def settle(self) -> None:
+        """Read the step that was started last, too."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._read(*pending)
+
+    def _read(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
+        config = self._config
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self.rates.step(values, late)
+        self.step, self.metrics = step, values
+        skipped, self.skipped_in_a_row = self.skipped_in_a_row, int(values["skipped_in_a_row"])
+        if self.skipped_in_a_row > 0:
+            self._progress.say(
+                f"step {step} skipped: {_not_finite(values)} not finite ({self.skipped_in_a_row} in a row)"
+            )
+        due = step % config.log_every == 0 or step in (1, config.steps)
+        if due or self.skipped_in_a_row > skipped:
+            values["padding"] = 1.0 - values["read_cells"] / max(values["slots"], 1.0)
+            rows = config.data.rows * config.accumulate
+            values["epoch"] = step * rows / self._batches.rows_per_epoch
+            self.write(step, "train", {**values, **self.rates.lap(config.steps - step)})
+        note = f"loss {values['loss']:.1f}"
+        self._progress.update(step, f"{note}, {self.note}" if self.note else note)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Write a line of metrics, on the first process."""
+        if self._writer is not None and values:
+            self._writer.write(step, split, values)
+
+    def flush(self) -> None:
+        """Make sure that every line so far survives the process."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def resume(self) -> None:
+        """Start the clock again after evaluating, probing or saving."""
+        self.rates.resume()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _not_finite(metrics: Mapping[str, float]) -> str:
+    return ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+
+
+def _diverged(log: _StepLog, batches: TrainingBatches, state: TrainState) -> CellPLMError:
+    """Say what is known about why loss or gradients are not finite, step after step."""
+    named = {"/".join(path): leaf for path, leaf in flatten_dict(state.params).items()}
+    norms = {
+        name: float(norm)
+        for name, norm in zip(
+            named,
+            jax.device_get(
+                jax.jit(lambda leaves: [jnp.linalg.norm(x) for x in leaves])(list(named.values()))
+            ),
+            strict=True,
+        )
+    }
+    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    largest = max(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else -1.0)
+    parameters = (
+        f"parameter {broken[0]} is not finite"
+        if broken
+        else f"all parameters are finite (largest: {largest}, norm {norms[largest]:.3g})"
+    )
+    held = "; ".join(str(row) for row in batches.describe(log.step - 1)[:4])
     msg = explain(
-        f"step {step}: {', '.join(bad)} not finite",
+        f"{log.skipped_in_a_row} steps in a row were skipped, the last of them step {log.step}: "
+        f"{_not_finite(log.metrics) or 'gradients'} not finite; {parameters}; its batch held {held}",
         "finite loss and gradients",
-        "Start anew in another directory with a lower optimizer.learning_rate or optimizer.clip_norm; the last "
-        "checkpoint of this one is intact",
+        "Look at those samples, or start anew in another directory with a lower optimizer.learning_rate or "
+        "optimizer.clip_norm or with precision float32; the last checkpoint of this one is intact",
     )
     return CellPLMError(msg)
 
 
-def _note(metrics: dict[str, float], scores: dict[str, float]) -> str:
-    note = f"loss {metrics['loss']:.1f}"
-    if scores:
-        note += f", held-out correlation {scores['masked_correlation']:.3f}"
-    return note
+def _complete_card(
+    workdir: epath.Path,
+    config: TrainConfig,
+    step: int,
+    start: int,
+    state: TrainState,
+    log: _StepLog,
+    seconds: float,
+) -> None:
+    """Write into the model card how the run went."""
+    card = read_root(workdir).card
+    before = card.get("training", {})
+    if before.get("steps") == step and start == step:
+        return
+    heldout = [row for row in read_metrics(workdir / METRICS_FILE) if row["split"] == "heldout"]
+    scored = [row for row in heldout if row["step"] > 0 and row.get(BEST_METRIC) is not None]
+
+    def scores(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in ("split", "time")}
+
+    training = {
+        "steps": step,
+        "finished": step == config.steps,
+        "skipped_steps": int(state.skipped),
+        "seconds": round(before.get("seconds", 0.0) + seconds, 1),
+        "cells_per_second": _rounded(log.rates.cells_per_second),
+        "model_flop_utilisation": _rounded(log.rates.utilisation),
+        "peak_flops": {"all_devices": _rounded(log.peak), "source": log.peak_source},
+        "heldout_final": scores(heldout[-1]) if heldout else None,
+        "heldout_best": scores(max(scored, key=lambda row: row[BEST_METRIC])) if scored else None,
+    }
+    write_card(workdir, {**card, "training": training, **machine_facts()})
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _draw(workdir: epath.Path) -> None:
+    """Draw the run's picture, where matplotlib is installed."""
+    import io
+
+    from cellplm_jax.plot import run_picture
+
+    try:
+        figure = run_picture(read_metrics(workdir / METRICS_FILE), title=workdir.name)
+    except MissingDependencyError:
+        return
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    (workdir / PICTURE_FILE).write_bytes(picture.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -192,6 +193,27 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path}: {old!r} there, {new!r} now"
 
 
+@contextlib.contextmanager
+def explained_writes(workdir: str | os.PathLike) -> Iterator[None]:
+    """Turn what the operating system says of a directory that cannot be written into one message.
+
+    Args:
+        workdir: Work directory, for the message.
+
+    Raises:
+        InputError: Instead of the ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        msg = explain(
+            f"the work directory '{workdir}' cannot be written ({error.strerror or error})",
+            "a directory that may be written and has room",
+            "Name another one, free some space or correct its permissions",
+        )
+        raise InputError(msg) from error
+
+
 def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     """Check, before anything is computed, that a run can save; creates the directory.
 
@@ -205,19 +227,10 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     """
     workdir = epath.Path(workdir)
     probe = workdir / f".writable-{jax.process_index()}"
-    try:
+    with explained_writes(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
-    except Exception as error:
-        if not isinstance(error, OSError) and "://" not in os.fspath(workdir):
-            raise
-        msg = explain(
-            f"the work directory '{workdir}' cannot be written ({getattr(error, 'strerror', None) or error})",
-            "a directory that may be written and has room",
-            "Name another one, free some space or correct its permissions",
-        )
-        raise InputError(msg) from error
     if "://" in os.fspath(workdir):
         return
     size = sum(

@@ -5,30 +5,42 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+from contextlib import nullcontext
 
 import jax
 import numpy as np
 import pytest
-from scipy import sparse
 
-from cellplm_jax.data.batches import Sample
-from cellplm_jax.errors import CellPLMError, CheckpointError, InputError
+from cellplm_jax.config import MeshConfig
+from cellplm_jax.errors import CellPLMError, CheckpointError, InputError, MissingDependencyError
 from cellplm_jax.tasks.pretrained import load
 from cellplm_jax.train import loop
-from cellplm_jax.train.checkpoint import restore_item
-from cellplm_jax.train.loop import gene_means, heldout_evaluation, heldout_masks, pretrain
+from cellplm_jax.train import workdir as workdir_module
+from cellplm_jax.train.checkpoint import RunCheckpoints, restore_item
+from cellplm_jax.train.heldout import HeldoutEvaluation, heldout_masks
+from cellplm_jax.train.loop import pretrain
 from cellplm_jax.train.metrics import read_metrics
 from cellplm_jax.train.sharding import make_mesh
-from cellplm_jax.train.step import training_step
-from tests.conftest import VOCABULARY, make_samples, tiny_train_config
+from cellplm_jax.train.step import create_sharded_state, training_step
+from tests.conftest import VOCABULARY, make_samples, make_store, tiny_train_config
+
+CLOCK = (
+    "cells_per_second",
+    "nonzeros_per_second",
+    "data_wait",
+    "eta_seconds",
+    "model_flop_utilisation",
+)
+eight_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices (XLA_FLAGS)")
 
 
 class Interrupted(Exception):
     """What a test raises in the middle of a run."""
 
 
-def run(workdir, config=None, *, samples=None, genes=VOCABULARY, stop_after=None):
+def run(workdir, config=None, *, samples=None, genes=None, stop_after=None, **options):
     """Pretrain quietly; optionally die right after a step."""
 
     def on_step(step):
@@ -37,12 +49,12 @@ def run(workdir, config=None, *, samples=None, genes=VOCABULARY, stop_after=None
 
     return pretrain(
         config or tiny_train_config(),
-        samples or make_samples(),
-        genes,
+        make_store(samples, genes),
         workdir,
         card={"name": "tiny"},
         quiet=True,
         on_step=on_step,
+        **options,
     )
 
 
@@ -50,7 +62,8 @@ def history(workdir, split=None):
     """The metrics without what depends on the clock."""
     rows = read_metrics(workdir / "metrics.jsonl")
     for row in rows:
-        row.pop("time"), row.pop("cells_per_second", None)
+        for name in ("time", *CLOCK):
+            row.pop(name, None)
     return [row for row in rows if split in (None, row["split"])]
 
 
@@ -74,12 +87,34 @@ def test_a_finished_run(tiny_run):
     assert all(value is not None for row in train + heldout for value in row.values())
     names = {"masked_correlation", "masked_correlation_per_gene", "nb_log_likelihood"}
     assert names < set(heldout[0])
+    best = max((r for r in heldout if r["step"]), key=lambda row: row["nb_log_likelihood"])["step"]
+    assert steps_of(tiny_run) == sorted({20, 30, best})
+    assert [row["epoch"] for row in train] == sorted(row["epoch"] for row in train)
+    assert all(0 <= row["padding"] < 1 for row in train)
+    last = read_metrics(tiny_run / "metrics.jsonl")[-2]
+    assert set(CLOCK) <= set(last)
+    assert (last["step"], last["eta_seconds"]) == (30, 0)
+
+
+def test_card_and_picture(tiny_run):
     card = json.loads((tiny_run / "card.json").read_text())
     assert card["name"] == "tiny"
     assert card["training_cells"] + card["heldout_cells"] == 120
-    assert card["heldout_cells"] == 12
-    best = max((r for r in heldout if r["step"]), key=lambda row: row["nb_log_likelihood"])["step"]
-    assert steps_of(tiny_run) == sorted({20, 30, best})
+    assert 6 <= card["heldout_cells"] <= 18
+    training = card["training"]
+    rows = history(tiny_run, "heldout")
+    assert training["finished"]
+    assert training["steps"] == training["heldout_final"]["step"] == 30
+    assert training["heldout_final"]["masked_correlation"] == rows[-1]["masked_correlation"]
+    best = max(rows[1:], key=lambda row: row["nb_log_likelihood"])
+    assert training["heldout_best"] == {k: v for k, v in best.items() if k != "split"}
+    assert training["cells_per_second"] > 0
+    assert training["peak_flops"]["source"] == "measured"
+    assert card["machine"]["devices"] == jax.device_count()
+    assert card["versions"]["jax"] == jax.__version__
+    picture = (tiny_run / "run.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
 
 
 def test_the_loss_falls(tiny_run):
@@ -129,10 +164,13 @@ def fake_step(monkeypatch, change=lambda step, metrics: metrics):
 
     def compiled(config, mesh):
         def step(state, batch):
-            metrics = {"loss": 1.0, "gradient_norm": 1.0, "cells": 5.0}
+            metrics = {"loss": 1.0, "gradient_norm": 1.0, "cells": 5.0, "read_cells": 7.0}
+            metrics |= {"slots": 8.0, "nonzeros": 50.0, "skipped": 0, "skipped_in_a_row": 0}
             number = int(state.step) + 1
             state = state.replace(step=state.step + 1)
-            return state, {k: np.float32(v) for k, v in change(number, metrics).items()}
+            return state, {
+                name: jax.numpy.asarray(value) for name, value in change(number, metrics).items()
+            }
 
         return step
 
@@ -148,15 +186,32 @@ def test_another_seed_is_another_run(tiny_run, tmp_path, monkeypatch):
     assert one["masked_correlation"] != two["masked_correlation"]
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices (XLA_FLAGS)")
-def test_resuming_on_another_number_of_devices(tiny_run, tmp_path, monkeypatch):
+@eight_devices
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(genes=2)], ids=["one", "genes"])
+def test_resuming_on_another_mesh(tiny_run, tmp_path, mesh):
+    """Started on eight devices along the rows; continued on one, and on four by two."""
     workdir = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(workdir, stop_after=20)
-    monkeypatch.setattr(loop, "make_mesh", lambda samples: make_mesh(samples, jax.devices()[:1]))
-    run(workdir)
+    run(
+        workdir,
+        tiny_train_config(mesh=mesh),
+        devices=jax.devices()[:1] if mesh == MeshConfig() else None,
+    )
     for one, two in zip(history(workdir, "train"), history(tiny_run, "train"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        assert one["batch_checksum"] == two["batch_checksum"]
+    assert json.loads((workdir / "config.json").read_text())["train"]["mesh"]["genes"] == mesh.genes
+
+
+def test_what_changes_no_number_may_change(run_copy):
+    changed = tiny_train_config(
+        log_every=7, evaluate_every=9, checkpoint_every=3, keep_checkpoints=1, maximum_skipped=3
+    )
+    changed = dataclasses.replace(
+        changed, data=dataclasses.replace(changed.data, threads=1, prefetch=1), rematerialize=True
+    )
+    assert run(run_copy, changed).step == 30
 
 
 @pytest.mark.parametrize(
@@ -188,12 +243,81 @@ def test_workdir_of_another_config(run_copy, change, key):
     assert history(run_copy) == before
 
 
-def test_workdir_of_other_genes_or_a_converted_model(run_copy, tiny_model, tmp_path):
+def test_workdir_of_other_data_or_a_converted_model(run_copy, tiny_model, tmp_path):
     with pytest.raises(CheckpointError, match="gene vocabulary"):
         run(run_copy, genes=VOCABULARY[::-1])
+    for samples in (make_samples(2), make_samples(3, 41), make_samples(4)[::-1]):
+        with pytest.raises(
+            CheckpointError, match=r"another run.*data differ: 3 samples with 120 cells"
+        ):
+            run(run_copy, samples=samples)
     tiny_model.save(tmp_path / "model")
     with pytest.raises(CheckpointError, match="another run"):
         run(tmp_path / "model")
+
+
+def test_data_that_has_grown_continues_the_run(tmp_path, capsys):
+    """New batches start as the mean of the old; a process killed right after the first new start changes nothing."""
+    config = tiny_train_config()
+    workdir = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(workdir, config, stop_after=20)
+    before, _ = restore_item(workdir, step=20)
+    old_best = load(workdir, step=20)
+    assert old_best.config.decoder.batches == 3
+    for stop_after in (22, None):
+        with pytest.raises(Interrupted) if stop_after else nullcontext():
+            run(workdir, config, samples=make_samples(5), stop_after=stop_after)
+        content = json.loads((workdir / "config.json").read_text())
+        assert content["model"]["decoder"]["batches"] == 5
+        assert content["store"]["samples"] == 5
+    card = json.loads((workdir / "card.json").read_text())
+    assert card["name"] == "tiny"
+    assert card["training_cells"] + card["heldout_cells"] == 200
+    # The earlier step still opens: what it does not know is the mean of what it knows.
+    grown = load(workdir, step=20).params["decoder"]["batch_0"]["table"]
+    table = before["decoder"]["batch_0"]["table"]
+    np.testing.assert_array_equal(grown[:3], table)
+    np.testing.assert_allclose(grown[3:], np.tile(table.mean(0), (2, 1)), rtol=1e-6)
+    after = load(workdir, step=30)
+    assert after.params["decoder"]["batch_0"]["table"].shape[0] == 5
+    assert np.all(np.isfinite(after.params["decoder"]["batch_0"]["table"]))
+    assert [row["step"] for row in history(workdir, "train")] == list(range(1, 31))
+    # Going back to fewer samples is another run.
+    with pytest.raises(CheckpointError, match="data differ"):
+        run(workdir, config)
+
+
+def test_growing_keeps_what_was_learnt(tmp_path, monkeypatch):
+    """Right after growing, parameters and moments are the old ones, and new rows have none."""
+    workdir, config = tmp_path / "run", tiny_train_config()
+    with pytest.raises(Interrupted):
+        run(workdir, config, stop_after=10)
+    seen = []
+    restored = loop._restored_state
+    monkeypatch.setattr(loop, "_restored_state", lambda *a: seen.append(restored(*a)) or seen[-1])
+    monkeypatch.setattr(loop, "compile_training_step", lambda *a: None)
+    with pytest.raises(TypeError):
+        run(workdir, config, samples=make_samples(4))
+    [state] = seen
+    old_params, _ = restore_item(workdir, step=10)
+    old_moments, _ = restore_item(workdir, item="optimizer", step=10)
+    for old, new in (
+        (old_params, state.params),
+        (old_moments, state.optimizer),
+    ):
+        old = jax.tree.leaves(old)
+        new = [leaf for leaf in jax.tree.leaves(new)]
+        assert len(old) == len(new)
+        for a, b in zip(sorted(old, key=np.size), sorted(new, key=np.size), strict=True):
+            if np.shape(a) == np.shape(b):
+                continue
+            assert (np.shape(a)[0], np.shape(b)[0]) == (3, 4)
+            np.testing.assert_array_equal(a, b[:3])
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if np.shape(leaf)[:1] == (4,)]
+    tables = [leaf for leaf in moments if leaf.ndim == 2 and leaf.shape[1] == 32]
+    assert any(not np.any(np.asarray(leaf)[3]) and np.any(np.asarray(leaf)[:3]) for leaf in tables)
+    assert (int(state.step), int(state.skipped)) == (10, 0)
 
 
 def test_a_damaged_checkpoint_is_named(run_copy, tiny_run):
@@ -213,55 +337,171 @@ def test_a_damaged_checkpoint_is_named(run_copy, tiny_run):
     assert_same_state(run_copy, tiny_run, 30)
 
 
+def skip(steps, name, value):
+    """Metrics of a run in which some steps are skipped."""
+    count = {"all": 0, "row": 0}
+
+    def change(step, metrics):
+        count["row"] = count["row"] + 1 if step in steps else 0
+        count["all"] += step in steps
+        metrics |= {"skipped": count["all"], "skipped_in_a_row": count["row"]}
+        return {**metrics, **({name: value} if step in steps else {})}
+
+    return change
+
+
 @pytest.mark.parametrize(("name", "value"), [("loss", math.nan), ("gradient_norm", math.inf)])
 def test_divergence_is_one_message_and_keeps_what_was_saved(tmp_path, monkeypatch, name, value):
-    fake_step(
-        monkeypatch, lambda step, metrics: {**metrics, **({name: value} if step == 15 else {})}
-    )
-    with pytest.raises(CellPLMError, match=f"step 15: {name} not finite") as error:
-        run(tmp_path / "run")
-    assert "learning_rate" in str(error.value)
+    fake_step(monkeypatch, skip(range(15, 99), name, value))
+    with pytest.raises(CellPLMError, match=f"step 17: {name} not finite") as error:
+        run(tmp_path / "run", tiny_train_config(maximum_skipped=3))
+    text = str(error.value)
+    assert "3 steps in a row" in text
+    assert "all parameters are finite (largest: " in text
+    assert "its batch held" in text
+    assert "learning_rate" in text
     # A changed configuration is refused in the same directory, so the message must not promise that.
-    assert "and resume" not in str(error.value)
+    assert "and resume" not in text
     assert steps_of(tmp_path / "run") == [10]
     assert load(tmp_path / "run").step == 10
+    rows = history(tmp_path / "run", "train")
+    assert [row["step"] for row in rows] == list(range(1, 18))
+    assert rows[-1][name] is None
+
+
+def test_a_diverged_parameter_is_named(monkeypatch):
+    config = tiny_train_config()
+    state = create_sharded_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    state.params["encoder"]["layer_0"]["feedforward_in"]["kernel"] *= np.nan
+    log = type("Log", (), {"step": 4, "skipped_in_a_row": 2, "metrics": {"loss": math.nan}})()
+    batches = type("Batches", (), {"describe": lambda self, step: [f"rows of {step}"]})()
+    text = str(loop._diverged(log, batches, state))
+    assert "parameter encoder/layer_0/feedforward_in/kernel is not finite" in text
+    assert "rows of 3" in text
+
+
+def test_single_bad_steps_are_counted_logged_and_passed(tmp_path, monkeypatch, capsys):
+    fake_step(monkeypatch, skip({3, 4, 13}, "loss", math.nan))
+    config = tiny_train_config(maximum_skipped=3, log_every=10)
+    store = make_store()
+    result = pretrain(config, store, tmp_path / "run")
+    assert result.step == 30
+    rows = {row["step"]: row for row in history(tmp_path / "run", "train")}
+    assert list(rows) == [1, 3, 4, 10, 13, 20, 30]
+    assert rows[30]["skipped"] == 3
+    err = capsys.readouterr().err
+    assert "step 4 skipped: loss not finite (2 in a row)" in err
+
+
+def test_a_real_step_that_is_not_finite_changes_nothing(tmp_path):
+    """From the numbers to the message: a learning rate that no parameter survives."""
+    config = tiny_train_config(maximum_skipped=2)
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=1e30, warmup_steps=0, clip_norm=0.0
+    )
+    config = dataclasses.replace(config, optimizer=optimizer)
+    with pytest.raises(CellPLMError, match="2 steps in a row were skipped"):
+        run(tmp_path / "run", config)
+    rows = history(tmp_path / "run", "train")
+    assert rows[-1]["skipped_in_a_row"] == 2
+
+
+def test_preemption_saves_the_step_and_leaves(tiny_run, tmp_path):
+    asked = []
+
+    def preempted(step):
+        asked.append(step)
+        return step == 13
+
+    workdir = tmp_path / "run"
+    result = run(workdir, preempted=preempted)
+    assert (result.step, result.preempted, result.heldout) == (13, True, {})
+    assert asked == list(range(1, 14))
+    assert steps_of(workdir) == [10, 13]
+    card = json.loads((workdir / "card.json").read_text())["training"]
+    assert (card["steps"], card["finished"]) == (13, False)
+    assert (workdir / "run.png").exists()
+    result = run(workdir, preempted=lambda step: step == 20)  # a step that is saved anyway
+    assert (result.step, result.preempted) == (20, True)
+    result = run(workdir, preempted=lambda step: False)
+    assert (result.step, result.preempted) == (30, False)
+    assert history(workdir) == history(tiny_run)
+    assert_same_state(workdir, tiny_run, 30)
+    after = json.loads((workdir / "card.json").read_text())["training"]
+    assert after["finished"]
+    assert after["seconds"] > card["seconds"]
+
+
+def test_asked_to_stop_after_the_last_step_is_done(tmp_path, monkeypatch):
+    fake_step(monkeypatch)
+    result = run(tmp_path, tiny_train_config(steps=3), preempted=lambda step: step == 3)
+    assert (result.step, result.preempted) == (3, False)
 
 
 def test_unusable_samples(tmp_path):
-    def refuse(samples, words, **options):
-        with pytest.raises(InputError, match=words):
-            run(tmp_path / "run", samples=samples, **options)
-        assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError) as error:
+        run(tmp_path / "run", samples=[sample.take(np.arange(1)) for sample in make_samples()])
+    assert "expected" in str(error.value)
+    model = dataclasses.replace(tiny_train_config().model, genes=39)
+    with pytest.raises(InputError, match=r"has 40 genes, model\.genes is 39"):
+        run(tmp_path / "run", tiny_train_config(model=model))
+    assert not (tmp_path / "run").exists()
 
-    refuse([sample.take(np.arange(1)) for sample in make_samples()], "samples has 2 cells")
-    refuse(make_samples(), "vocabulary 39", genes=VOCABULARY[:39])
+
+def test_no_room_for_checkpoints(tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10_000)
+    monkeypatch.setattr(workdir_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"MiB left; expected .* and the best are kept") as error:
+        run(tmp_path / "run")
+    assert "keep_checkpoints" in str(error.value)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_work_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"):
+        run(tmp_path / "file" / "run")
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(InputError, match="cannot be written"):
+            run(tmp_path / "locked" / "run")
+
+
+def test_a_full_disk_while_saving(tmp_path, monkeypatch):
+    fake_step(monkeypatch)
+    saved = RunCheckpoints.save
+
+    def save(self, state, **options):
+        if int(state.step) == 20:
+
+            def full(*_, **__):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(self._manager, "save", full)
+        saved(self, state, **options)
+
+    monkeypatch.setattr(RunCheckpoints, "save", save)
+    with pytest.raises(CheckpointError, match=r"step 20 .* no space left on the disk"):
+        run(tmp_path / "run")
+    monkeypatch.setattr(RunCheckpoints, "save", saved)
+    assert steps_of(tmp_path / "run") == [10]
+    assert run(tmp_path / "run").step == 30
 
 
 def test_heldout_masks_are_fixed_and_hide_a_quarter():
-    config = tiny_train_config()
-    one, two = (list(heldout_masks(config, make_samples())) for _ in range(2))
-    assert len(one) == 3
+    config, store = tiny_train_config(), make_store()
+    _, heldout = loop.split_heldout(store, config.data, config.seed)
+    one, two = (list(heldout_masks(config, store, heldout)) for _ in range(2))
     for (batch, mask), (_, again) in zip(one, two, strict=True):
         np.testing.assert_array_equal(mask, again)
         cells = np.asarray(batch.cell_mask)
-        assert cells.sum() == 16
         assert not np.asarray(mask)[~cells].any()
-        assert np.asarray(mask)[cells].mean() == pytest.approx(0.25, abs=0.05)
-    assert np.any(np.asarray(one[0][1]) != np.asarray(one[1][1]))
-    assert heldout_evaluation(config, [])({}) == {}
-
-
-def test_gene_means_leave_out_cells_that_do_not_measure_a_gene():
-    counts = np.arange(12, dtype=np.float32).reshape(4, 3)
-    first = Sample("a", sparse.csr_matrix(counts))
-    measured = np.array([True, True, False])
-    second = Sample("b", sparse.csr_matrix(counts[:2] * measured), measured=measured)
-    wanted = [
-        (counts[:, 0].sum() + counts[:2, 0].sum()) / 6,
-        (counts[:, 1].sum() + counts[:2, 1].sum()) / 6,
-        counts[:, 2].mean(),
-    ]
-    np.testing.assert_allclose(gene_means([first, second]), wanted, rtol=1e-6)
+        assert np.asarray(mask)[cells].mean() == pytest.approx(0.25, abs=0.06)
+    total = sum(int(np.asarray(batch.cell_mask).sum()) for batch, _ in one)
+    assert total == sum(part.stop - part.start for part in heldout)
+    nothing = HeldoutEvaluation(config, store, [])
+    assert nothing({}) == {}
+    assert nothing.probe({}) == {}
 
 
 def test_a_run_without_heldout_data(tmp_path, monkeypatch):
@@ -275,6 +515,9 @@ def test_a_run_without_heldout_data(tmp_path, monkeypatch):
     assert {row["split"] for row in history(tmp_path / "run")} == {"train"}
     assert load(tmp_path / "run").step == 2
     assert math.isfinite(result.cells_per_second)
+    assert (
+        json.loads((tmp_path / "run" / "card.json").read_text())["training"]["heldout_best"] is None
+    )
 
 
 def test_rhythm_of_saving_and_evaluating(tmp_path, monkeypatch):
@@ -289,3 +532,48 @@ def test_rhythm_of_saving_and_evaluating(tmp_path, monkeypatch):
     assert steps_of(tmp_path) == [2, 4, 6, 8, 10, 11]
     scored = [n for n in steps_of(tmp_path) if any((tmp_path / str(n) / "metrics").glob("*"))]
     assert scored == [6, 11]
+
+
+class Labelled:
+    """A store whose cells have labels: three kinds, by whichever of three genes counts most."""
+
+    def __init__(self, store):
+        self._store = store
+        self.label_names = ["a", "b", "c"]
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def read(self, sample, start, stop):
+        found = self._store.read(sample, start, stop)
+        labels = (np.arange(start, stop) % 4 - 1).astype(np.int32)
+        return dataclasses.replace(found, labels=labels)
+
+
+def test_the_probe_scores_labelled_heldout_cells(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scanpy", reason="needs the extra 'eval'")
+    fake_step(monkeypatch)
+    config = tiny_train_config(steps=5, probe_every=2, evaluate_every=5)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, heldout_fraction=0.5)
+    )
+    pretrain(config, Labelled(make_store()), tmp_path / "run", quiet=True)
+    rows = history(tmp_path / "run", "probe")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row in rows:
+        assert set(row) == {"step", "split", "knn_accuracy", "ari", "batch_mixing"} or (
+            set(row) == {"step", "split", "knn_accuracy", "ari"}
+        )
+        assert 0 <= row["knn_accuracy"] <= 1
+
+    def absent(*_, **__):
+        msg = "Leiden clustering needs the Python package 'scanpy'"
+        raise MissingDependencyError(msg)
+
+    monkeypatch.setattr("cellplm_jax.train.heldout.leiden_clusters", absent)
+    pretrain(config, Labelled(make_store()), tmp_path / "without")
+    assert "knn_accuracy" in history(tmp_path / "without", "probe")[0]
+    assert capsys.readouterr().err.count("needs the Python package 'scanpy'") == 1
+    # Without labels there is nothing to probe.
+    run(tmp_path / "plain", config)
+    assert history(tmp_path / "plain", "probe") == []
