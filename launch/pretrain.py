@@ -107,7 +107,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; whatever is wrong with it becomes one message and exit status 2."""
     try:
         check_config_keys(argv)
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        # A file that cannot be loaded shows at the first look.
+        _CONFIG.value.to_dict()
+        return rest
     except ConfigError as error:
         message = str(error)
     except flags.Error as error:

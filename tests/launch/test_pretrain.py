@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -16,12 +17,14 @@ pytest.importorskip("ml_collections")
 
 
 def launch(*arguments):
+    # One device; the test session simulates eight.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     return subprocess.run(
         [sys.executable, str(ROOT / "launch" / "pretrain.py"), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         check=False,
     )
 
