@@ -197,6 +197,7 @@ class _Source:
     ):
         record = store.samples[part.sample]
         self.part, self.cells, self._store = part, part.cells, store
+        self.density = record.nonzeros / record.cells
         self._piece_cells = capacity // pieces
         self.spatial = record.spatial
         self.closed = part.cells == record.cells
@@ -232,10 +233,22 @@ class _Source:
         cuts = np.minimum(np.arange(pieces + 1) * share, self.cells)
         return int(np.diff(offsets[cuts]).max())
 
-    def largest(self, nonzeros: int) -> int:
-        """Return how many cells a piece may hold so that it never holds more than ``nonzeros``; 0: not even few."""
-        index = int(np.searchsorted(self.bounds, nonzeros, side="right"))
-        return int(self.sizes[index - 1]) if index else 0
+    def largest(self, nonzeros: int, spare: float = 0.0) -> int:
+        """Return how many cells of this range a piece may hold.
+
+        Args:
+            nonzeros: Stored counts of a piece.
+            spare: Stored counts a cell that should be left for the cells of others beside them, if that is possible.
+
+        Returns:
+            Cells; 0: not even few fit.
+        """
+        rest = (self._piece_cells - self.sizes) * spare
+        for room in (nonzeros - rest, np.full(len(rest), nonzeros)):
+            fitting = np.flatnonzero(self.bounds <= room)
+            if fitting.size:
+                return int(self.sizes[fitting[-1]])
+        return 0
 
     def runs(self, begin: int, cells: int, seed: int, epoch: int) -> list[list[_Run]]:
         """Return the cells at positions ``begin`` to ``begin + cells`` of an epoch's sequence.
@@ -306,6 +319,9 @@ class _Source:
             )
         bounds = []
         for size in map(int, self.sizes):
+            if size >= self.cells:
+                bounds.append(int(offsets[-1]))
+                continue
             number = np.arange(
                 max(0, -(-size // longest) - 2), min(size // shortest, len(edges) - 1) + 1
             )
@@ -390,7 +406,7 @@ class _Window:
 
 
 def _windows(
-    sources: Sequence[_Source], cells: int, pieces: int, nonzeros: int
+    sources: Sequence[_Source], cells: int, pieces: int, nonzeros: int, spare: float
 ) -> list[_Window] | None:
     """Cut all sources into windows of at most ``nonzeros`` stored counts a piece; None: that is impossible."""
     windows = []
@@ -402,7 +418,7 @@ def _windows(
                     _Window(number, 0, source.cells, -(-source.cells // pieces), most, 1)
                 )
                 continue
-        largest = min(cells // pieces, source.largest(nonzeros)) * pieces
+        largest = min(cells // pieces, source.largest(nonzeros, spare)) * pieces
         if not largest:
             return None
         begin = 0
@@ -471,17 +487,26 @@ class _Packing:
     nonzeros: int
 
 
+def _sparse_density(sources: Sequence[_Source]) -> float:
+    """Return stored counts a cell: a quarter of the cells are of samples with fewer."""
+    density = np.array([source.density for source in sources])
+    order = np.argsort(density)
+    share = np.cumsum([sources[i].cells for i in order])
+    return float(density[order[np.searchsorted(share, share[-1] / 4)]])
+
+
 def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
     """Choose the length of the nonzero axis, then cut and pack.
 
     Every row pays for the whole axis. It is the shortest with which an epoch has at most 2 % more rows than without a
-    limit: dense samples get windows of fewer cells, or share rows with sparse ones, before all others pay for them.
+    limit: dense samples get windows of fewer cells, which share rows with sparse ones, before all others pay for them.
     """
     pieces, segments = config.mesh.cells, config.data.segments
     cells = config.data.cells
+    sparse = _sparse_density(sources)
 
     def attempt(nonzeros: int) -> _Packing | None:
-        windows = _windows(sources, cells, pieces, nonzeros)
+        windows = _windows(sources, cells, pieces, nonzeros, sparse)
         if windows is None:
             return None
         rows = _pack(windows, cells // pieces, nonzeros, segments)
@@ -692,14 +717,14 @@ class _Rows:
                     )
                     at = slice(piece * width + cell, piece * width + cell + run.cells)
                     if run.coordinates is not None:
-                        present = np.isfinite(run.coordinates).all(axis=1)
+                        present = np.all(np.isfinite(run.coordinates), axis=1)
                         arrays["has_coordinates"][row, at] = present
                         arrays["coordinates"][row, at] = np.where(
                             present[:, None], run.coordinates, 0
                         )
                         if self._eigenvectors is not None:
-                            vectors = self._eigenvectors(segment.sample)
-                            arrays["eigenvectors"][row, at] = vectors[start:stop]
+                            vectors = self._eigenvectors(segment.sample)[start:stop]
+                            arrays["eigenvectors"][row, at] = vectors
                     if labels is not None and run.labels is not None:
                         labels[row, at] = run.labels
                     cell, stored = cell + run.cells, end
