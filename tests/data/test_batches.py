@@ -1,4 +1,4 @@
-"""Samples into padded batches: nothing is lost, nothing depends on anything but (seed, step)."""
+"""Samples in memory: their coordinates, padded for the device, and as a store that training reads."""
 
 from __future__ import annotations
 
@@ -10,25 +10,17 @@ import pytest
 from scipy import sparse
 from scipy.spatial.distance import cdist
 
-from cellplm_jax.config import DataConfig
 from cellplm_jax.data.batches import (
+    MemoryStore,
     Sample,
-    TrainingBatches,
     bucket,
-    heldout_batches,
     laplacian_eigenvectors,
     pad_batch,
     scale_coordinates,
-    split_heldout,
-    window,
 )
+from cellplm_jax.data.store import moore_curve
 from cellplm_jax.errors import InputError
-from tests.conftest import make_counts, make_samples
-
-
-def names(samples):
-    return [sample.name for sample in samples]
-
+from tests.conftest import VOCABULARY, make_samples
 
 # Coordinates
 
@@ -163,133 +155,141 @@ def test_what_does_not_fit_is_refused():
         pad_batch(samples, nonzeros=samples[0].counts.nnz - 1)
 
 
-# Holding out
-
-
-def cells_of(samples):
-    """Cells as rows of bytes, to be counted."""
-    return sorted(row.tobytes() for sample in samples for row in sample.counts.toarray())
-
-
-@pytest.mark.parametrize(
-    ("number", "cells", "fraction"),
-    [(3, 40, 0.1), (20, 5, 0.1), (10, 5, 0.1), (2, 10, 0.9), (1, 10, 0.7), (1, 1, 0.9), (4, 1, 0.2),
-     (3, 5, 1 / 3), (2, 2, 0.99), (1, 2, 0.99)],
-)  # fmt: skip
-def test_split_loses_nothing_and_leaves_something_to_train_on(number, cells, fraction):
-    samples = make_samples(number, cells)
-    train, heldout = split_heldout(samples, fraction, seed=0)
-    assert cells_of(train + heldout) == cells_of(samples)
-    assert all(sample.cells > 0 for sample in train + heldout)
-    assert train
-    if number * fraction >= 1 and number > 1:
-        assert not set(names(train)) & set(names(heldout))
-        assert len(heldout) == min(max(1, round(number * fraction)), number - 1)
-    elif cells > 1:
-        assert len(heldout) == number
-        assert all("held-out" in name for name in names(heldout))
-        wanted = min(round(cells * fraction), cells - 1)
-        assert {sample.cells for sample in heldout} == {wanted}
-
-
-def test_split_takes_places_along():
-    sample = make_samples(2, 40)[1]
-    [train], [heldout] = split_heldout([sample], 0.25, seed=3)
-    table = {row.tobytes(): place for row, place in
-             zip(sample.counts.toarray(), sample.coordinates, strict=True)}  # fmt: skip
-    for part in (train, heldout):
-        for row, place in zip(part.counts.toarray(), part.coordinates, strict=True):
-            np.testing.assert_array_equal(table[row.tobytes()], place)
-
-
-def test_split_depends_on_the_seed_alone():
-    samples = make_samples(20, 3)
-    once, again, other = (names(split_heldout(samples, 0.2, seed=s)[1]) for s in (0, 0, 1))
-    assert once == again
-    assert once != other
-    assert len(once) == 4
-    assert split_heldout(samples, 0.0, seed=0) == (samples, [])
-
-
-# Windows and training batches
-
-
-def test_windows_of_dissociated_cells_are_random():
-    sample = make_samples(1, 50)[0]
-    generator = np.random.default_rng(0)
-    cut = window(sample, 10, generator)
-    assert cut.cells == 10
-    assert set(cells_of([cut])) <= set(cells_of([sample]))
-    assert cells_of([window(sample, 10, generator)]) != cells_of([cut])
-    assert window(sample, 50, generator) is sample
-
-
-def test_windows_of_tissue_are_neighbourhoods():
-    sample = make_samples(2, 200)[1]
-    place = sample.coordinates.copy()
-    place[:20] = np.nan
-    sample = dataclasses.replace(sample, coordinates=place)
-    cut = window(sample, 25, np.random.default_rng(0))
-    assert cut.cells == 25
-    assert np.isfinite(cut.coordinates).all()
-    distance = cdist(cut.coordinates, place[20:])
-    # Some cell of the window has the window as its nearest neighbours.
-    inside = {tuple(row) for row in cut.coordinates.tolist()}
-    nearest = [
-        {tuple(row) for row in place[20:][np.argsort(row_of_distances)[:25]].tolist()}
-        for row_of_distances in distance
-    ]
-    assert inside in nearest
-    few = dataclasses.replace(
-        sample, coordinates=np.where(np.arange(200)[:, None] < 9, place, np.nan)
+def test_taking_cells_takes_everything_of_theirs():
+    sample = dataclasses.replace(
+        make_samples(2, 30)[1], eigenvectors=np.arange(60.0).reshape(30, 2)
     )
-    assert window(few, 25, np.random.default_rng(0)).cells == 25
+    index = np.array([7, 3, 21])
+    part = sample.take(index, "part")
+    assert (part.name, part.cells, part.batch) == ("part", 3, sample.batch)
+    np.testing.assert_array_equal(part.counts.toarray(), sample.counts.toarray()[index])
+    np.testing.assert_array_equal(part.coordinates, sample.coordinates[index])
+    np.testing.assert_array_equal(part.eigenvectors, sample.eigenvectors[index])
+    assert sample.take(index).name == sample.name
+    assert make_samples(1)[0].take(index).coordinates is None
 
 
-def test_training_batches_are_a_function_of_seed_and_step():
-    samples = make_samples(3, 40)
-    config = DataConfig(samples=4, cells=16)
-    batches = TrainingBatches(samples, config, seed=0)
-    again = TrainingBatches(samples, config, seed=0)
-    assert batches[0].cell_mask.shape == (4, 16)
-    np.testing.assert_array_equal(batches[7].count, again[7].count)
-    np.testing.assert_array_equal(batches[7].gene, batches[7].gene)
-    assert np.any(batches[7].count != batches[8].count)
-    assert np.any(batches[7].count != TrainingBatches(samples, config, seed=1)[7].count)
+# A store
 
 
-def test_samples_are_drawn_by_their_number_of_windows():
-    large, small = make_samples(2, 96)[0], make_samples(2, 8)[1]
-    config = DataConfig(samples=8, cells=16)
-    batches = TrainingBatches([large, small], config, seed=0)
-    drawn = np.concatenate([np.asarray(batches[i].batch)[:, 0] for i in range(100)])
-    assert (drawn == 0).mean() == pytest.approx(6 / 7, abs=0.04)
-    assert {batches[i].count.shape for i in range(50)} == {(8, 1024)}
+def read_all(store, number):
+    """A whole sample of a store: dense counts and its run."""
+    run = store.read(number, 0, store.samples[number].cells)
+    shape = (run.cells, len(store.genes))
+    return sparse.csr_matrix((run.count, run.gene, run.indptr), shape=shape).toarray(), run
 
 
-def test_denser_draws_take_the_next_bucket():
-    counts = np.zeros((200, 400), np.float32)
-    counts[:8] = make_counts(8, genes=400) + 1  # a few cells hold nearly everything
-    sample = Sample("uneven", sparse.csr_matrix(counts))
-    batches = TrainingBatches([sample], DataConfig(samples=1, cells=100), seed=0)
-    for step in range(10):
-        batch = batches[step]
-        dense = np.asarray(batch.dense_counts(400))[0]
-        assert {row.tobytes() for row in dense} <= {row.tobytes() for row in counts}
-        assert np.asarray(batch.indptr)[0, -1] == np.count_nonzero(dense)
+def test_a_store_keeps_every_cell_with_its_place():
+    samples = make_samples(4, 50)
+    store = MemoryStore(samples, VOCABULARY)
+    assert store.genes == VOCABULARY
+    assert store.label_names == []
+    assert store.clipped == 0
+    for number, sample in enumerate(samples):
+        counts, run = read_all(store, number)
+        record = store.samples[number]
+        place = np.zeros((50, 2)) if sample.coordinates is None else sample.coordinates
+        stored = np.zeros((50, 2)) if run.coordinates is None else run.coordinates
+        wanted = np.column_stack([sample.counts.toarray(), place])
+        found = np.column_stack([counts, stored])
+        assert sorted(map(tuple, wanted)) == sorted(map(tuple, found))
+        assert (run.gene.dtype, run.count.dtype, run.indptr.dtype) == (
+            np.uint16,
+            np.uint16,
+            np.int64,
+        )
+        assert (record.name, record.cells, record.nonzeros) == (sample.name, 50, sample.counts.nnz)
+        assert (record.batch, record.dataset, record.platform) == (number, 0, -1)
+        assert record.spatial == (sample.coordinates is not None)
+        assert run.labels is None
+        if record.spatial:
+            assert (np.diff(moore_curve(run.coordinates)) >= 0).all()
+        else:
+            assert (counts != sample.counts.toarray()).any()  # in another order
 
 
-def test_no_sample_left():
-    with pytest.raises(InputError, match="no training sample left"):
-        TrainingBatches([], DataConfig(), seed=0)
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (13, 37), (49, 50), (50, 50)])
+def test_a_run_is_a_part_of_the_whole(start, stop):
+    store = MemoryStore(make_samples(2, 50), VOCABULARY)
+    for number in range(2):
+        whole = store.read(number, 0, 50)
+        run = store.read(number, start, stop)
+        assert run.cells == stop - start
+        assert run.indptr[0] == 0
+        np.testing.assert_array_equal(np.diff(run.indptr), np.diff(whole.indptr)[start:stop])
+        low, high = whole.indptr[start], whole.indptr[stop]
+        np.testing.assert_array_equal(run.gene, whole.gene[low:high])
+        np.testing.assert_array_equal(run.count, whole.count[low:high])
+        np.testing.assert_array_equal(store.indptr(number), whole.indptr)
+        if number:
+            np.testing.assert_array_equal(run.coordinates, whole.coordinates[start:stop])
+        else:
+            assert run.coordinates is None
 
 
-def test_heldout_batches_are_the_same_every_time():
-    config = DataConfig(samples=4, cells=16)
-    samples = make_samples(5, 40)
-    one, two = (list(heldout_batches(samples, config)) for _ in range(2))
-    assert len(one) == 5
-    for a, b in zip(one, two, strict=True):
-        assert a.cell_mask.sum() == 16
-        np.testing.assert_array_equal(a.count, b.count)
-    assert len(list(heldout_batches(samples, config, maximum=2))) == 2
+def test_counts_too_large_to_store_are_clipped_and_counted():
+    counts = np.array([[0, 65_535, 65_536, 3], [0, 0, 0, 0], [1e6, 1, 0, 0]], np.float32)
+    store = MemoryStore([Sample("large", sparse.csr_matrix(counts))], ["a", "b", "c", "d"])
+    assert store.clipped == 2
+    found, _ = read_all(store, 0)
+    wanted = np.minimum(counts, 65_535)
+    assert sorted(map(tuple, found)) == sorted(map(tuple, wanted))
+
+
+def test_many_genes_need_a_wider_index():
+    genes = [str(i) for i in range(65_537)]
+    wide = sparse.csr_matrix(([1.0, 2.0], ([0, 1], [65_536, 3])), shape=(2, 65_537))
+    counts, run = read_all(MemoryStore([Sample("wide", wide)], genes), 0)
+    assert run.gene.dtype == np.uint32
+    assert sorted(counts[:, 65_536]) == [0, 1]
+    narrow = MemoryStore([Sample("narrow", wide[:, :65_536].tocsr())], genes[:65_536])
+    assert narrow.read(0, 0, 2).gene.dtype == np.uint16
+
+
+def test_measured_genes_are_those_of_the_sample():
+    panel = np.arange(40) > 3
+    one, two = make_samples(2, 5)
+    store = MemoryStore([one, dataclasses.replace(two, measured=panel)], VOCABULARY)
+    assert store.measured(0) is None
+    np.testing.assert_array_equal(store.measured(1), panel)
+
+
+def test_the_fingerprint_names_the_data_and_their_order():
+    samples = make_samples(3, 20)
+    first = MemoryStore(samples, VOCABULARY).fingerprint()
+    assert MemoryStore(make_samples(3, 20), VOCABULARY).fingerprint() == first
+    renamed = [dataclasses.replace(samples[0], name="other"), *samples[1:]]
+    shorter = [samples[0].take(np.arange(19)), *samples[1:]]
+    for other in (
+        MemoryStore(samples[::-1], VOCABULARY),
+        MemoryStore(samples[:2], VOCABULARY),
+        MemoryStore(renamed, VOCABULARY),
+        MemoryStore(shorter, VOCABULARY),
+        MemoryStore(samples, VOCABULARY[::-1]),
+    ):
+        assert other.fingerprint() != first
+
+
+def test_the_order_of_a_sample_depends_on_the_seed_and_its_number_alone():
+    samples = make_samples(3, 60)
+    runs = [
+        MemoryStore(samples, VOCABULARY, seed=0).read(0, 0, 60),
+        MemoryStore(samples[:1], VOCABULARY, seed=0).read(0, 0, 60),
+        MemoryStore(samples, VOCABULARY, seed=1).read(0, 0, 60),
+    ]
+    np.testing.assert_array_equal(runs[0].gene, runs[1].gene)
+    assert not np.array_equal(runs[0].gene, runs[2].gene)
+
+
+def test_samples_of_another_vocabulary_are_refused():
+    with pytest.raises(InputError, match="sample 'sample 0' has 40 genes, the vocabulary 39"):
+        MemoryStore(make_samples(1), VOCABULARY[:39])
+
+
+def test_an_empty_sample_is_stored():
+    store = MemoryStore(
+        [Sample("nothing", sparse.csr_matrix((0, 40), dtype=np.float32)), *make_samples(1, 3)],
+        VOCABULARY,
+    )
+    assert [record.cells for record in store.samples] == [0, 3]
+    assert store.read(0, 0, 0).cells == 0
