@@ -5,7 +5,7 @@ sample), ``cells`` (tokens of a row, padded), ``genes`` (the model's vocabulary)
 ``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
 
 A row is laid out in ``pieces``, one unless rows are spread over devices: piece ``p`` of a row holds the cells
-``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Folded arrays have the cells of each piece apart,
+``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Folded arrays set the pieces apart,
 [samples, pieces, cells / pieces, ...], or, with one piece, just [samples, cells, ...]. Folding costs nothing and lets
 each device handle its own cells alone.
 """

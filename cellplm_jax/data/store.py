@@ -95,7 +95,7 @@ class CellStore(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a short hash of the vocabulary and of the sample table: equal means the same data in the same order."""
+        """Return a short hash of vocabulary and sample table: equal means the same data in the same order."""
         ...
 
 

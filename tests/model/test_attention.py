@@ -11,6 +11,7 @@ import pytest
 
 from cellplm_jax.model.attention import (
     CellAttention,
+    CellGroups,
     flow_attention,
     orthogonal_features,
     performer_attention,
@@ -30,9 +31,11 @@ from tests.model.common import (
 HEADS, WIDTH = 3, 5
 PROJECTION = orthogonal_features(64, WIDTH, seed=0)
 FORMS = {
-    "flow": jax.jit(flow_attention),
-    "softmax": jax.jit(softmax_attention),
-    "performer": jax.jit(partial(performer_attention, projection=PROJECTION)),
+    "flow": jax.jit(lambda q, k, v, mask: flow_attention(q, k, v, CellGroups(mask))),
+    "softmax": jax.jit(lambda q, k, v, mask: softmax_attention(q, k, v, CellGroups(mask))),
+    "performer": jax.jit(
+        lambda q, k, v, mask: performer_attention(q, k, v, CellGroups(mask), PROJECTION)
+    ),
 }
 
 
@@ -189,7 +192,9 @@ def test_performer_approaches_softmax_attention_with_more_features():
     query, key, value = queries_keys_values(1, 20, scale=0.5, heads=2, width=8)
     mask = np.ones((1, 20), bool)
     exact = np.asarray(FORMS["softmax"](query, key, value, mask))
-    performer = jax.jit(performer_attention)
+    performer = jax.jit(
+        lambda q, k, v, mask, projection: performer_attention(q, k, v, CellGroups(mask), projection)
+    )
 
     def error(features):
         draws = [
@@ -243,8 +248,8 @@ def test_module_projects_splits_heads_and_projects_back(kind):
     module = CellAttention(config)
     hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
     mask = np.array([[True] * 7, [True] * 4 + [False] * 3])
-    params = random_params(shapes_of(module, hidden, mask, train=False))
-    got = np.asarray(apply(module, params, hidden, mask, train=False))
+    params = random_params(shapes_of(module, hidden, CellGroups(mask), train=False))
+    got = np.asarray(apply(module, params, hidden, CellGroups(mask), train=False))
     p = float64(params)
     split = [linear(hidden, p[name]).reshape(2, 7, 4, 8) for name in ("query", "key", "value")]
     reference = flowformer if kind == "flow" else plain_softmax
@@ -257,9 +262,9 @@ def test_performer_module_draws_other_features_in_every_layer():
     config = tiny(encoder={"kind": "performer"})
     hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
     mask = np.ones((2, 7), bool)
-    params = random_params(shapes_of(CellAttention(config), hidden, mask, train=False))
+    params = random_params(shapes_of(CellAttention(config), hidden, CellGroups(mask), train=False))
     first, again, second = (
-        apply(CellAttention(config, layer), params, hidden, mask, train=False)
+        apply(CellAttention(config, layer), params, hidden, CellGroups(mask), train=False)
         for layer in (0, 0, 1)
     )
     np.testing.assert_array_equal(first, again)
@@ -271,10 +276,10 @@ def test_attention_dropout_acts_while_training_alone():
     module = CellAttention(config)
     hidden = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
     mask = np.ones((2, 7), bool)
-    params = random_params(shapes_of(module, hidden, mask, train=False))
-    calm = np.asarray(apply(module, params, hidden, mask, train=False))
+    params = random_params(shapes_of(module, hidden, CellGroups(mask), train=False))
+    calm = np.asarray(apply(module, params, hidden, CellGroups(mask), train=False))
     rngs = {"dropout": jax.random.key(0)}
-    noisy = np.asarray(apply(module, params, hidden, mask, train=True, rngs=rngs))
+    noisy = np.asarray(apply(module, params, hidden, CellGroups(mask), train=True, rngs=rngs))
     dropped = noisy == 0
     assert 0.3 < dropped.mean() < 0.7
     np.testing.assert_allclose(noisy[~dropped], 2 * calm[~dropped], rtol=1e-5)

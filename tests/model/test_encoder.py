@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from cellplm_jax.model.attention import CellGroups
 from cellplm_jax.model.encoder import Encoder
 from tests.model.common import (
     HIDDEN,
@@ -36,13 +37,13 @@ def states(seed=0, cells=CELLS, samples=4):
 def encoder(kind, **changes):
     layers = 3 if kind == "residual_mlp" else 2
     module = Encoder(tiny(encoder={"kind": kind, "layers": layers}, **changes))
-    params = random_params(shapes_of(module, states(), MASK, train=False))
+    params = random_params(shapes_of(module, states(), CellGroups(MASK), train=False))
     return module, params
 
 
 def run(kind, hidden, mask=MASK, train=False, **keywords):
     module, params = encoder(kind)
-    return np.asarray(apply(module, params, hidden, mask, train=train, **keywords))
+    return np.asarray(apply(module, params, hidden, CellGroups(mask), train=train, **keywords))
 
 
 def flow_of_a_head(query, key, value):
@@ -154,7 +155,7 @@ def test_gradients_are_finite_with_padding_and_an_empty_sample(kind):
     module, params = encoder(kind)
 
     def loss(params, hidden):
-        out = module.apply({"params": params}, hidden, MASK, train=False)
+        out = module.apply({"params": params}, hidden, CellGroups(MASK), train=False)
         return jnp.sum(jnp.where(MASK[..., None], out, 0.0) ** 2)
 
     gradient, of_hidden = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, states())
