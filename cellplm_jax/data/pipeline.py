@@ -198,7 +198,7 @@ class _Source:
         record = store.samples[part.sample]
         self.part, self.cells, self._store = part, part.cells, store
         self.density = record.nonzeros / record.cells
-        self._piece_cells = capacity // pieces
+        self._pieces, self._piece_cells = pieces, capacity // pieces
         self.spatial = record.spatial
         self.closed = part.cells == record.cells
         self.turns = self.spatial and (self.closed or (pieces == 1 and segments > 1))
@@ -225,12 +225,13 @@ class _Source:
         """Return an upper bound of the stored counts of ``cells`` consecutive cells of a sequence, in one piece."""
         return int(self.bounds[np.searchsorted(self.sizes, cells)])
 
-    def whole(self, pieces: int) -> int:
-        """Return how many stored counts the fullest piece holds where the range is dealt whole, in stored order."""
-        if pieces == 1 and self.closed:
+    @functools.cached_property
+    def whole(self) -> int:
+        """Stored counts that the fullest piece holds where the range is dealt whole, in stored order."""
+        if self._pieces == 1 and self.closed:
             return self._store.samples[self.part.sample].nonzeros
-        offsets, share = self._offsets(), -(-self.cells // pieces)
-        cuts = np.minimum(np.arange(pieces + 1) * share, self.cells)
+        offsets, share = self._offsets(), -(-self.cells // self._pieces)
+        cuts = np.minimum(np.arange(self._pieces + 1) * share, self.cells)
         return int(np.diff(offsets[cuts]).max())
 
     def largest(self, nonzeros: int, spare: float = 0.0) -> int:
@@ -406,27 +407,45 @@ class _Window:
 
 
 def _windows(
-    sources: Sequence[_Source], cells: int, pieces: int, nonzeros: int, spare: float
+    sources: Sequence[_Source], config: TrainConfig, nonzeros: int, spare: float
 ) -> list[_Window] | None:
-    """Cut all sources into windows of at most ``nonzeros`` stored counts a piece; None: that is impossible."""
+    """Cut all sources into windows.
+
+    Args:
+        sources: What to cut.
+        config: Shapes.
+        nonzeros: Stored counts of a piece.
+        spare: See :meth:`_Source.largest`.
+
+    Returns:
+        The windows; None: a few cells alone have more stored counts.
+    """
+    cells, pieces = config.data.cells, config.mesh.cells
+    with ThreadPoolExecutor(config.data.threads) as pool:
+        # Offsets of cells are read here, once for each source that needs them, several at a time.
+        small = [source for source in sources if source.cells <= cells]
+        whole = {
+            id(source)
+            for source, most in zip(small, pool.map(lambda s: s.whole, small), strict=True)
+            if most <= nonzeros
+        }
+        cut = [source for source in sources if id(source) not in whole]
+        for _ in pool.map(lambda source: source.bounds, cut):
+            pass
     windows = []
     for number, source in enumerate(sources):
-        if source.cells <= cells:
-            most = source.whole(pieces)
-            if most <= nonzeros:
-                windows.append(
-                    _Window(number, 0, source.cells, -(-source.cells // pieces), most, 1)
-                )
-                continue
-        largest = min(cells // pieces, source.largest(nonzeros, spare)) * pieces
+        if id(source) in whole:
+            share = -(-source.cells // pieces)
+            windows.append(_Window(number, 0, source.cells, share, source.whole, 1))
+            continue
+        largest = source.largest(nonzeros, spare) * pieces
         if not largest:
             return None
         begin = 0
         for size in window_sizes(source.cells, largest):
             share = -(-size // pieces)
-            windows.append(
-                _Window(number, begin, size, share, source.bound(share), source.window_segments)
-            )
+            most, segments = source.bound(share), source.window_segments
+            windows.append(_Window(number, begin, size, share, most, segments))
             begin += size
     return windows
 
@@ -501,15 +520,14 @@ def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
     Every row pays for the whole axis. It is the shortest with which an epoch has at most 2 % more rows than without a
     limit: dense samples get windows of fewer cells, which share rows with sparse ones, before all others pay for them.
     """
-    pieces, segments = config.mesh.cells, config.data.segments
-    cells = config.data.cells
+    cells, segments = config.data.cells // config.mesh.cells, config.data.segments
     sparse = _sparse_density(sources)
 
     def attempt(nonzeros: int) -> _Packing | None:
-        windows = _windows(sources, cells, pieces, nonzeros, sparse)
+        windows = _windows(sources, config, nonzeros, sparse)
         if windows is None:
             return None
-        rows = _pack(windows, cells // pieces, nonzeros, segments)
+        rows = _pack(windows, cells, nonzeros, segments)
         return _Packing(windows, rows, nonzeros)
 
     free = attempt(np.iinfo(np.int64).max)
@@ -781,11 +799,6 @@ class TrainingBatches:
         self.store, self.config = store, config
         data, pieces = config.data, config.mesh.cells
         self._sources = [_Source(store, part, data.cells, pieces, data.segments) for part in ranges]
-        with ThreadPoolExecutor(data.threads) as pool:
-            # Offsets of large samples are read here, several at a time.
-            large = [source for source in self._sources if source.cells > data.cells]
-            for _ in pool.map(lambda source: source.bounds, large):
-                pass
         self._packing = _plan(self._sources, config)
         self.rows_per_epoch = len(self._packing.rows)
         self.nonzeros = self._packing.nonzeros
