@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -406,6 +407,14 @@ class _Window:
     segments: int
 
 
+def _know(sources: Sequence[_Source], name: str, threads: int) -> None:
+    """Compute a cached property of all sources; the offsets of cells it needs are read several at a time."""
+    unknown = [source for source in sources if name not in vars(source)]
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(operator.attrgetter(name), unknown):
+            pass
+
+
 def _windows(
     sources: Sequence[_Source], config: TrainConfig, nonzeros: int, spare: float
 ) -> list[_Window] | None:
@@ -421,17 +430,10 @@ def _windows(
         The windows; None: a few cells alone have more stored counts.
     """
     cells, pieces = config.data.cells, config.mesh.cells
-    with ThreadPoolExecutor(config.data.threads) as pool:
-        # Offsets of cells are read here, once for each source that needs them, several at a time.
-        small = [source for source in sources if source.cells <= cells]
-        whole = {
-            id(source)
-            for source, most in zip(small, pool.map(lambda s: s.whole, small), strict=True)
-            if most <= nonzeros
-        }
-        cut = [source for source in sources if id(source) not in whole]
-        for _ in pool.map(lambda source: source.bounds, cut):
-            pass
+    small = [source for source in sources if source.cells <= cells]
+    _know(small, "whole", config.data.threads)
+    whole = {id(source) for source in small if source.whole <= nonzeros}
+    _know([source for source in sources if id(source) not in whole], "bounds", config.data.threads)
     windows = []
     for number, source in enumerate(sources):
         if id(source) in whole:
