@@ -79,8 +79,8 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
         directory: Created where it does not exist.
         files: Their contents.
     """
-    directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    folder = epath.Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"format": 1, "model": to_dict(files.model)}
     if files.train is not None:
         content["train"] = {k: v for k, v in to_dict(files.train).items() if k != "model"}
@@ -88,9 +88,9 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
         content["published"] = files.published
     if files.store is not None:
         content["store"] = files.store
-    write_text_whole(directory / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
-    write_card(directory, files.card)
-    write_text_whole(directory / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    write_text_whole(folder / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
+    write_card(folder, files.card)
+    write_text_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
@@ -113,15 +113,15 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
     Raises:
         CheckpointError: It is not a checkpoint, a file is damaged, or genes and config disagree.
     """
-    directory = epath.Path(directory)
-    if not directory.is_dir():
+    folder = epath.Path(directory)
+    if not folder.is_dir():
         msg = explain(
             f"there is no directory '{directory}'",
             "a checkpoint directory",
             "Check the path, or convert a published checkpoint first with 'cellplm convert'",
         )
         raise CheckpointError(msg)
-    missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (directory / n).is_file()]
+    missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (folder / n).is_file()]
     if missing:
         msg = explain(
             f"'{directory}' has no {' and no '.join(missing)}",
@@ -130,13 +130,13 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         )
         raise CheckpointError(msg)
     try:
-        content = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        card = json.loads((directory / CARD_FILE).read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         model = from_dict(ModelConfig, content["model"], path="model")
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = (directory / GENES_FILE).read_text(encoding="utf-8").splitlines()
+        genes = (folder / GENES_FILE).read_text(encoding="utf-8").splitlines()
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} holds a {type(card).__name__}"
             raise TypeError(msg)
@@ -262,10 +262,10 @@ class RunCheckpoints:
         if step == self._last:
             return
         run = {
+            **(facts or {}),
             "step": step,
             "skipped": int(state.skipped),
             "skipped_in_a_row": int(state.skipped_in_a_row),
-            **(facts or {}),
         }
         self.wait()
         self._last = step
@@ -506,8 +506,8 @@ def restore_item(
     """
     import orbax.checkpoint as ocp
 
-    directory = epath.Path(directory)
-    manager = _manager(directory, read_only=True)
+    folder = epath.Path(directory)
+    manager = _manager(folder, read_only=True)
     try:
         steps = list(manager.all_steps())
         if not steps:
@@ -535,7 +535,7 @@ def restore_item(
             )
             handler = ocp.PyTreeCheckpointHandler()
             restored = ocp.Checkpointer(handler).restore(
-                _absolute(directory) / str(step) / item,
+                _absolute(folder) / str(step) / item,
                 args=ocp.args.PyTreeRestore(restore_args=target),
             )
         except Exception as error:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -66,14 +67,14 @@ class RunResult:
     """What a run leaves.
 
     Attributes:
-        workdir: Opens with ``cellplm_jax.load``.
+        workdir: Opens with ``cellplm_jax.load``; a path of etils, which works like one of pathlib.
         step: Steps taken.
         heldout: Held-out scores after the last step; empty where nothing was held out or the run was stopped.
         cells_per_second: Cells the loss saw a second; compilation, evaluation and saving left out. NaN below two steps.
         preempted: Whether the run was asked to stop before its end; everything up to ``step`` is saved.
     """
 
-    workdir: Path
+    workdir: epath.Path
     step: int
     heldout: dict[str, float]
     cells_per_second: float
@@ -83,7 +84,7 @@ class RunResult:
 def pretrain(
     config: TrainConfig,
     store: CellStore,
-    workdir: str | Path,
+    workdir: str | os.PathLike,
     *,
     card: dict[str, Any] | None = None,
     quiet: bool = False,
@@ -114,55 +115,55 @@ def pretrain(
         CellPLMError: Loss or gradients were not finite for ``config.maximum_skipped`` steps in a row.
     """
     began = time.monotonic()
-    workdir, first_process = epath.Path(workdir), jax.process_index() == 0
+    folder, first_process = epath.Path(workdir), jax.process_index() == 0
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
     # The run: its data, what of them is held out, and the step that is to be taken, on which devices.
-    found = open_workdir(workdir, config, store)
+    found = open_workdir(folder, config, store)
     config = with_covariates(config, store, found.train if found else None)
     train, heldout = split_heldout(store, config.data, config.seed)
     batches = TrainingBatches(store, train, config)
     mesh = make_mesh(config.mesh, devices)
     take_step = compile_training_step(config, mesh)
+    evaluate = HeldoutEvaluation(config, store, heldout, mesh)
 
     # The work directory: writable, with room, and saying which run this is.
-    check_room(workdir, abstract_state(config, mesh), keep=config.keep_checkpoints)
-    facts = run_card(config, store, train, heldout, card)
-    _describe_run(workdir, found, config, store, facts)
+    check_room(folder, abstract_state(config, mesh), keep=config.keep_checkpoints)
+    _describe_run(folder, found, config, store, run_card(config, store, train, heldout, card))
     if added := added_samples(found, store):
         progress.say(f"the data has gained {added} samples; their batches start as the mean batch")
-    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = RunCheckpoints(folder, keep=config.keep_checkpoints)
 
     # The state: restored from the latest checkpoint, or created, where it will live.
     start = checkpoints.latest_step() or 0
     if start:
-        state = _restored_state(checkpoints, start, config, mesh)
+        state, facts = _restored_state(checkpoints, start, config, mesh)
     else:
         state = create_sharded_state(config, mesh, gene_means(store, train))
-    saved_facts = {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
-    evaluate = HeldoutEvaluation(config, store, heldout, mesh)
+        facts = {"evaluated": False}
+    facts |= {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
 
-    scores: dict[str, float] = {}
-    step, stopped = start, False
-    log = _StepLog(config, batches, workdir if first_process else None, start, progress)
+    log = _StepLog(config, batches, folder if first_process else None, start, progress)
     rows = batches.iterate(start, config.steps, *local_rows(mesh, config.data.rows))
     feed = _placed_ahead(rows, mesh, config.data.rows)
+    scores: dict[str, float] = {}
+    step, stopped = start, False
     try:
-        if start == 0 and heldout:
-            log.write(0, "heldout", evaluate(state.params))
+        if heldout and start % config.evaluate_every == 0 and not facts["evaluated"]:
+            # Before the first step; or where the run was stopped, for which it did not wait then.
+            log.write(start, "heldout", evaluate(state.params))
         while step < config.steps and not stopped:
             step += 1
             batch, late = log.timed(feed)
             state, metrics = take_step(state, batch)
-            log.push(
-                step, metrics, late
-            )  # reads the numbers of the step before, while this one runs
+            # This reads the numbers of the step before, while this one runs.
+            log.push(step, metrics, late)
 
             last = step == config.steps
             stopped = not last and preempted is not None and preempted(step)
-            evaluating = bool(heldout) and (step % config.evaluate_every == 0 or last)
-            probing = config.probe_every > 0 and (step % config.probe_every == 0 or last)
-            saving = step % config.checkpoint_every == 0 or last or stopped
+            evaluating = bool(heldout) and _due(step, config.evaluate_every, last, stopped)
+            probing = bool(config.probe_every) and _due(step, config.probe_every, last, stopped)
+            saving = _due(step, config.checkpoint_every, last, False) or stopped
             if evaluating or probing or saving:
                 log.settle()
             if log.skipped_in_a_row >= config.maximum_skipped:
@@ -179,7 +180,8 @@ def pretrain(
             if saving:
                 log.flush()
                 usable = evaluating and all(map(math.isfinite, scores.values()))
-                checkpoints.save(state, metrics=scores if usable else None, facts=saved_facts)
+                facts["evaluated"] = evaluating
+                checkpoints.save(state, metrics=scores if usable else None, facts=facts)
             if evaluating or probing or saving:
                 log.resume()
             if on_step is not None:
@@ -193,13 +195,17 @@ def pretrain(
 
     if start >= config.steps:
         scores = evaluate(state.params)
-    if stopped:
-        scores = {}
     if first_process:
-        with explained_writes(workdir):
-            _complete_card(workdir, config, step, start, state, log, time.monotonic() - began)
-            _draw(workdir)
-    return RunResult(workdir, step, scores, log.rates.cells_per_second, stopped)
+        with explained_writes(folder):
+            _complete_card(folder, config, step, start, state, log, time.monotonic() - began)
+            _draw(folder)
+    rate = log.rates.cells_per_second
+    return RunResult(folder, step, {} if stopped else scores, rate, stopped)
+
+
+def _due(step: int, every: int, last: bool, stopped: bool) -> bool:
+    """Say whether something that happens every so many steps happens now; a run told to stop does not wait for it."""
+    return (step % every == 0 or last) and not stopped
 
 
 def _describe_run(
@@ -234,12 +240,16 @@ def _describe_run(
 
 def _restored_state(
     checkpoints: RunCheckpoints, step: int, config: TrainConfig, mesh: Any
-) -> TrainState:
-    """Restore a checkpoint onto this run's mesh, with more covariate rows where the data has grown since."""
-    rows = checkpoints.run_facts(step)["rows"]
-    state = checkpoints.restore(abstract_state(with_rows(config, rows), mesh), step)
-    if rows == rows_of(config):
-        return state
+) -> tuple[TrainState, dict[str, Any]]:
+    """Restore a checkpoint onto this run's mesh, with more covariate rows where the data has grown since.
+
+    Returns:
+        The state, and the facts it was saved with.
+    """
+    facts = checkpoints.run_facts(step)
+    state = checkpoints.restore(abstract_state(with_rows(config, facts["rows"]), mesh), step)
+    if facts["rows"] == rows_of(config):
+        return state, facts
     wanted = abstract_state(config, mesh)
 
     def grow(state: TrainState) -> TrainState:
@@ -249,7 +259,7 @@ def _restored_state(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    return MeshFunction(grow, mesh, out_shardings=shardings)(state)
+    return MeshFunction(grow, mesh, out_shardings=shardings)(state), facts
 
 
 def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBatch, None, None]:
@@ -430,8 +440,6 @@ def _rounded(value: float) -> float | None:
 
 def _draw(workdir: epath.Path) -> None:
     """Draw the run's picture, where matplotlib is installed."""
-    import io
-
     from cellplm_jax.plot import run_picture
 
     try:

@@ -115,6 +115,9 @@ def peak_flops() -> tuple[float, str]:
     return 2.0 * size**3 / min(seconds), "measured"
 
 
+_COUNTED = ("cells", "read_cells", "slots", "nonzeros")
+
+
 class StepRates:
     """Rates of training between two log lines: time spent on evaluating, saving and compiling is not counted.
 
@@ -129,9 +132,7 @@ class StepRates:
         self._peak = peak
         self._mark: float | None = None
         self._began, self._steps = 0.0, 0
-        self._lap = dict.fromkeys(
-            ("seconds", "waited", "cells", "read_cells", "slots", "nonzeros"), 0.0
-        )
+        self._lap: dict[str, float] = dict.fromkeys((*_COUNTED, "seconds", "waited"), 0.0)
         self.total = dict(self._lap)
 
     def resume(self) -> None:
@@ -149,7 +150,7 @@ class StepRates:
         now = time.monotonic()
         if self._mark is not None:
             passed = {"seconds": now - self._mark, "waited": min(waited, now - self._mark)}
-            for name in ("cells", "read_cells", "slots", "nonzeros"):
+            for name in _COUNTED:
                 passed[name] = metrics[name]
             for name, value in passed.items():
                 self._lap[name] += value

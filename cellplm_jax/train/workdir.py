@@ -118,8 +118,7 @@ def open_workdir(
         CheckpointError: Configuration, vocabulary or data are those of another run. Samples may have been added at the
             end of the data, and the keys of :data:`CHANGEABLE` may differ.
     """
-    workdir = epath.Path(workdir)
-    if not (workdir / CONFIG_FILE).exists():
+    if not (epath.Path(workdir) / CONFIG_FILE).exists():
         return None
     found = read_root(workdir)
     if found.train is None or found.store is None:
@@ -225,10 +224,10 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     Raises:
         InputError: The directory cannot be written, or has no room for the checkpoints that are kept at once.
     """
-    workdir = epath.Path(workdir)
-    probe = workdir / f".writable-{jax.process_index()}"
+    folder = epath.Path(workdir)
+    probe = folder / f".writable-{jax.process_index()}"
     with explained_writes(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
     if "://" in os.fspath(workdir):
@@ -237,7 +236,7 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
         int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state)
     )
     # The latest ones, the best one, and the one being written before an old one goes.
-    there = sum(path.name.isdigit() for path in workdir.iterdir())
+    there = sum(path.name.isdigit() for path in folder.iterdir())
     missing = max(keep + 2 - there, 1) * size
     free = shutil.disk_usage(workdir).free
     if free < missing:
