@@ -454,7 +454,7 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
             *lines,
             f"  does not fit      {in_gibibytes(memory['total'])} of {in_gibibytes(memory['available'])}: "
             f"{in_gibibytes(entry['shortage'])} too much",
-            f"  compiled in       {entry['compile_seconds']:.0f} s",
+            _compilation(entry),
         ]
     device, seconds = entry["device"], entry["seconds"]
     parts = ("arguments", "outputs", "aliased", "temporaries", "code")
@@ -496,7 +496,11 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
             f"  step              {_milliseconds(seconds['floor'])} (everything overlaps) to "
             f"{_milliseconds(seconds['serial'])} (nothing does): {rate['serial']:,.0f} to {rate['floor']:,.0f} cells/s"
         )
-    lines.append(
-        f"  compiled in       {entry['compile_seconds']:.0f} s, traced in {entry['trace_seconds']:.0f} s"
+    return [*lines, _compilation(entry)]
+
+
+def _compilation(entry: Mapping[str, Any]) -> str:
+    return (
+        f"  compiled in       {entry['compile_seconds']:.0f} s "
+        f"({entry['compile_processor_seconds']:.0f} s of processor time), traced in {entry['trace_seconds']:.0f} s"
     )
-    return lines

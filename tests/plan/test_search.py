@@ -44,6 +44,7 @@ def answer(config, topology, nonzeros, *, timeout=None, available=None):
         "step_product_flops": 1e9,
         "trace_seconds": 1.0,
         "compile_seconds": 2.0,
+        "compile_processor_seconds": 3.0,
         "fits": fits,
         "shortage": max(0.0, total - available),
         "memory": {**memory, "total": total, "available": available},
