@@ -125,9 +125,13 @@ def describe_devices(topology: Topology) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    options: dict[str, Any] = dict(topology.chip.options)
+    if topology.devices == 1:
+        # Hosts have four chips where nothing else is said, and older versions refuse a slice smaller than a host.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
+            platform="tpu", topology_name=topology.name, **options
         )
     except Exception as error:
         msg = explain(

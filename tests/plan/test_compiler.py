@@ -136,9 +136,10 @@ def test_the_real_step_compiles_for_a_slice_that_is_not_there(capsys):
     assert memory["total"] == sum(memory[part] for part in parts) - memory["aliased"]
     # Parameters and both moments, in float32, are the bulk of the arguments, and are updated in place.
     assert memory["arguments"] >= memory["aliased"] >= 3 * 4 * entry["parameters"]
-    # Data-parallel: each device does its quarter of the products, and of some sums that become products.
+    # Data-parallel: each device does its quarter of the products. The compiler makes products of some sums, and sums
+    # of the smallest products.
     quarter = entry["step_product_flops"] / 4
-    assert quarter <= entry["device"]["flops"] <= 1.5 * quarter
+    assert 0.95 * quarter <= entry["device"]["flops"] <= 1.5 * quarter
     kinds = {part["kind"] for part in entry["device"]["collectives"]}
     assert kinds == {"all-reduce"}
     # Every gradient is summed over the devices once.
