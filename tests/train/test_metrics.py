@@ -227,6 +227,29 @@ def test_resuming_removes_later_lines_and_a_cut_one(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_metrics_at_an_address_are_copied_whole(tmp_path):
+    """An object store cannot append: what was written survives a flush, and a resumed run continues the file."""
+    pytest.importorskip("gcsfs", reason="needs the extra 'gcp'")
+    from tests.stand_ins.gcs import cloud_storage
+
+    with cloud_storage() as storage:
+        address = "gs://bucket/run"
+        writer = MetricsWriter(address)
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": step})
+        assert storage.objects == {}
+        writer.flush()
+        assert len(read_metrics(f"{address}/metrics.jsonl")) == 3
+        writer.close()
+        writer = MetricsWriter(address, resume_step=2)
+        writer.write(3, "train", {"loss": 30})
+        writer.close()
+        rows = read_metrics(f"{address}/metrics.jsonl")
+        assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 30)]
+        pytest.importorskip("tensorboardX")
+        assert any(name.startswith("run/tensorboard/events") for _, name in storage.objects)
+
+
 def test_a_full_disk_is_one_message(tmp_path):
     class Full:
         def write(self, text):
