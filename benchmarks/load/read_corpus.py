@@ -1,7 +1,8 @@
 """Measure how fast training batches come out of a corpus, and write the table beside this file.
 
 Every repeat reads one epoch of the corpus: windows and small samples packed into rows of 2,048 cells, laid out as numpy
-arrays, by the threads of one process. Memory is that of the whole process, looked at after every batch.
+arrays, by the threads of one process. Memory is that of the whole process, looked at after every batch. A few epochs
+with other numbers of threads follow.
 
 Example::
 
@@ -12,6 +13,7 @@ Example::
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -29,6 +31,8 @@ from cellplm_jax.config import DataConfig, ModelConfig, TrainConfig
 from cellplm_jax.data.corpus import open_corpus
 from cellplm_jax.data.pipeline import TrainingBatches, split_heldout
 
+OTHER_THREADS = (1, 2, 4)
+OTHER_EPOCHS = 4
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -91,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = TrainingBatches(store, train, config)
     planning = time.perf_counter() - began
     epochs = read_epochs(batches, arguments.repeats)
+    compared = {}
+    for threads in OTHER_THREADS:
+        changed = dataclasses.replace(config, data=dataclasses.replace(data, threads=threads))
+        compared[threads] = read_epochs(TrainingBatches(store, train, changed), OTHER_EPOCHS)
 
     memory = np.array([value for epoch in epochs for value in epoch["memory_mib"]])
     seen = np.cumsum(
@@ -137,9 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "memory_mib": {
             "median": round(float(np.median(memory))),
             "highest": int(memory.max()),
+            "after_tenth_half_and_all": [
+                int(memory[max(0, int(share * len(memory)) - 1)]) for share in (0.1, 0.5, 1.0)
+            ],
             "growth_per_million_cells": round(slope, 1),
         },
         "epochs": epochs,
+        "threads": compared,
     }
     (arguments.out / "read_corpus.json").write_text(json.dumps(facts) + "\n")
     corpus = facts["corpus"]
@@ -174,9 +186,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     table += [
         "",
-        f"Median {facts['cells_per_second']['median']:,} cells/s ({min(rates):,} to {max(rates):,}). Memory changes by "
-        f"{slope:+.1f} MiB a million cells in the second half of the run.",
+        f"Median {facts['cells_per_second']['median']:,} cells/s ({min(rates):,} to {max(rates):,}), "
+        f"{statistics.median(e['nonzeros'] / e['seconds'] for e in epochs) / 1e6:,.0f} million counts/s. Memory after "
+        f"10, 50 and 100 % of the run:",
+        ", ".join(str(value) for value in facts["memory_mib"]["after_tenth_half_and_all"])
+        + f" MiB; it changes by {slope:+.1f} MiB a million cells in the second half.",
+        "",
+        f"{OTHER_EPOCHS} epochs each, afterwards, with other numbers of threads:",
+        "",
+        "| threads | cells/s, median | lowest | highest | million counts/s | cells a processor second | load before |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for threads, runs in compared.items():
+        speeds = [run["cells_per_second"] for run in runs]
+        counts = statistics.median(run["nonzeros"] / run["seconds"] for run in runs) / 1e6
+        cost = sum(run["cells"] for run in runs) / sum(run["processor_seconds"] for run in runs)
+        table.append(
+            f"| {threads} | {statistics.median(speeds):,.0f} | {min(speeds):,} | {max(speeds):,} | {counts:,.0f} "
+            f"| {cost:,.0f} | {runs[0]['load_before']} |"
+        )
     (arguments.out / "read_corpus.md").write_text("\n".join(table) + "\n")
     sys.stdout.write("\n".join(table) + "\n")
 
