@@ -74,7 +74,7 @@ class HeldoutEvaluation:
         self, config: TrainConfig, store: CellStore, ranges: Sequence[SampleRange], mesh: Any = None
     ):
         self._config = config
-        self._mesh = make_mesh(config.mesh) if mesh is None else mesh
+        self._mesh = make_mesh(config.mesh, rows=config.data.rows) if mesh is None else mesh
         self._batches = heldout_batches(store, ranges, config) if ranges else []
         self._score = compile_evaluation_step(config, self._mesh)
         self._embed = compile_embedding_step(config, self._mesh)

@@ -123,7 +123,7 @@ def pretrain(
     config = with_covariates(config, store, found.train if found else None)
     train, heldout = split_heldout(store, config.data, config.seed)
     batches = TrainingBatches(store, train, config)
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices, rows=config.data.rows)
     take_step = compile_training_step(config, mesh)
     evaluate = HeldoutEvaluation(config, store, heldout, mesh)
 

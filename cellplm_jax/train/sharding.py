@@ -62,7 +62,10 @@ PARAMETER_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
 
 
 def make_mesh(
-    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+    config: MeshConfig | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    rows: int | None = None,
 ) -> Mesh:
     """Arrange devices as the run wants them.
 
@@ -72,6 +75,7 @@ def make_mesh(
     Args:
         config: Devices along each axis; None: all along ``data``.
         devices: Devices to use; None: those of all processes.
+        rows: Rows of a batch. With ``data = 0`` and one process, devices that could not share them evenly are left out.
 
     Raises:
         ConfigError: The axes do not multiply to the number of devices.
@@ -82,6 +86,9 @@ def make_mesh(
     )
     inner = config.cells * config.genes
     data = config.data or len(devices) // inner
+    if rows and not config.data and jax.process_count() == 1:
+        data = max((n for n in range(1, data + 1) if rows % n == 0), default=data)
+        devices = devices[: data * inner] if len(devices) % inner == 0 else devices
     if data * inner != len(devices):
         msg = explain(
             f"a mesh of {data or 'any number'} (data) x {config.cells} (cells) x {config.genes} (genes) for "

@@ -100,10 +100,11 @@ def test_one_device_equals_eight(name):
 
 
 @eight_devices
-def test_nothing_as_large_as_the_cells_is_gathered():
-    """With cells over eight devices the compiled step has sums between devices, and gathers no array of cells."""
-    config = sharded_config(8)
-    mesh = make_mesh(MeshConfig(cells=8))
+@pytest.mark.parametrize("name", ["cells", "2x2x2"])
+def test_no_cells_travel(name):
+    """The compiled step has sums between devices, and gathers or exchanges no array of cells."""
+    config = sharded_config(MESHES[name].cells)
+    mesh = make_mesh(MESHES[name])
     step = compile_training_step(config, mesh)
     text = step.lower(abstract_state(config, mesh), abstract_batch(config, mesh, 512)).compile()
     text = text.as_text()
@@ -142,21 +143,22 @@ def test_meshes():
     assert dict(make_mesh().shape) == {"data": len(devices), "cells": 1, "genes": 1}
     with pytest.raises(ConfigError, match="devices"):
         make_mesh(MeshConfig(data=3, genes=5))
-    config = sharded_config()
-    if len(devices) == 8:
-        with pytest.raises(ConfigError, match=r"1, 2, 4, 5, 8"):
-            compile_training_step(config, make_mesh(MeshConfig(genes=8, data=1), devices)).mesh
-            wrong = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, genes=GENES)
-            )
-            mesh = make_mesh(MeshConfig(genes=3), devices[:3])
-            compile_training_step(wrong, mesh)
     assert local_rows(make_mesh(), 8) == (0, 8)
-    assert {axis for _, axes in LOGICAL_AXES for axis in np.atleast_1d(axes)} == {
-        "data",
-        "cells",
-        "genes",
-    }
+    assert {axis for _, axis in LOGICAL_AXES} == {"data", "cells", "genes"}
+    # A batch of one row runs on a machine with many devices, on one of them.
+    for rows in (1, 2, 3, 8):
+        size = make_mesh(rows=rows).size
+        assert rows % size == 0
+        assert all(rows % n for n in range(size + 1, len(devices) + 1))
+
+
+@eight_devices
+def test_shapes_that_cannot_be_split_are_named():
+    config = sharded_config()
+    with pytest.raises(ConfigError, match=r"mesh.genes that divides it: 1, 2, 4, 5, 8"):
+        compile_training_step(config, make_mesh(MeshConfig(genes=3), jax.devices()[:3]))
+    with pytest.raises(ConfigError, match=r"data.rows is 8"):
+        compile_training_step(config, make_mesh(MeshConfig(), jax.devices()[:3]))
 
 
 def test_only_gene_axes_of_parameters_are_split():

@@ -19,12 +19,11 @@ from cellplm_jax.config import (
     OptimizerConfig,
     PositionsConfig,
 )
-from cellplm_jax.data.batches import Sample, TrainingBatches, laplacian_eigenvectors, pad_batch
+from cellplm_jax.data.batches import Sample, laplacian_eigenvectors, pad_batch
 from cellplm_jax.presets import PRESETS, preset
-from cellplm_jax.train.sharding import batch_sharding, make_mesh, replicated
 from cellplm_jax.train.state import create_state
-from cellplm_jax.train.step import compile_training_step, training_step
-from tests.conftest import make_counts, make_samples, tiny_train_config
+from cellplm_jax.train.step import training_step
+from tests.conftest import make_counts
 
 GENES = 24
 
@@ -67,7 +66,8 @@ def batch():
         samples.append(
             Sample("s", sparse.csr_matrix(counts), coordinates=place, eigenvectors=vectors, batch=i)
         )
-    return pad_batch(samples, cells=12, nonzeros=512, eigenvectors=3)
+    padded = pad_batch(samples, cells=12, nonzeros=512, eigenvectors=3)
+    return jax.tree.map(lambda leaf: leaf[None], padded)
 
 
 def random_state(config):
@@ -86,6 +86,7 @@ def one_step(config, batch):
     jax.eval_shape(lambda: training_step(create_state(config), batch, config))
     config = shrink(config)
     state = random_state(config)
+    assert config.accumulate == 1
     after, metrics = jax.jit(lambda state, batch: training_step(state, batch, config))(state, batch)
     metrics = {name: float(value) for name, value in metrics.items()}
     assert all(map(math.isfinite, metrics.values())), metrics
@@ -173,46 +174,3 @@ def test_every_step_draws_anew(batch):
     later = float(step(state.replace(step=np.int32(1)), batch)[1]["loss"])
     assert first == again
     assert first != later
-
-
-def steps(devices: int, number: int = 3, **changes):
-    """Losses of a few compiled steps over so many devices."""
-    config = tiny_train_config(**changes)
-    mesh = make_mesh(config.data.samples, jax.devices()[:devices])
-    assert mesh.size == devices
-    samples = make_samples()
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model, decoder=dataclasses.replace(config.model.decoder, batches=3, datasets=1)
-        ),
-    )
-    batches = TrainingBatches(samples, config.data, config.seed)
-    state = jax.jit(lambda: create_state(config), out_shardings=replicated(mesh))()
-    step = compile_training_step(config, mesh)
-    losses = []
-    for i in range(number):
-        state, metrics = step(state, jax.device_put(batches[i], batch_sharding(mesh)))
-        losses.append({name: float(value) for name, value in metrics.items()})
-    assert step._cache_size() == 1
-    return losses, jax.device_get(state.params)
-
-
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices (XLA_FLAGS)")
-def test_one_device_equals_eight():
-    one, params_of_one = steps(1)
-    eight, params_of_eight = steps(8)
-    for alone, together in zip(one, eight, strict=True):
-        assert alone.keys() == together.keys()
-        for name, value in alone.items():
-            assert together[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    for a, b in zip(jax.tree.leaves(params_of_one), jax.tree.leaves(params_of_eight), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-
-
-def test_a_mesh_takes_the_most_devices_that_divide_the_batch():
-    devices = jax.devices()
-    for samples in (1, 2, 3, 8):
-        size = make_mesh(samples).size
-        assert samples % size == 0
-        assert all(samples % n for n in range(size + 1, len(devices) + 1))
