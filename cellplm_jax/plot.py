@@ -434,13 +434,19 @@ def _run_panel(
     panel: Axes, split: str, curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
 ) -> None:
     """Draw the curves of one panel of a run's picture."""
+    everything = np.concatenate([values for _, _, values in curves])
+    scores = everything.min() >= 0 and everything.max() <= 1
+    logarithmic = not scores and everything.min() > 0 and everything.max() > 50 * everything.min()
     for place, (name, steps, values) in enumerate(curves):
         style: dict[str, Any] = {"color": PALETTE[place], "linestyle": _LINES[place], "label": name}
         if split == "train":
-            window = 2 * (len(values) // 80) + 1
+            # Batches of small panels and of whole transcriptomes lie far apart; their mean shows the trend.
+            window = 2 * (len(values) // 12) + 1
             if window > 1:
-                panel.plot(steps, values, color=PALETTE[place], alpha=0.3, linewidth=0.7)
-            values = _smooth(values, window)
+                panel.plot(steps, values, color=PALETTE[place], alpha=0.25, linewidth=0.7)
+            values = (
+                np.exp(_smooth(np.log(values), window)) if logarithmic else _smooth(values, window)
+            )
         if split != "train" or len(values) == 1:
             style |= {"marker": "o", "markersize": 3.5, "markevery": max(1, len(values) // 25)}
         panel.plot(steps, values, **style)
@@ -455,10 +461,9 @@ def _run_panel(
             markersize=11,
             label=f"best: step {steps[best]:.0f}",
         )
-    everything = np.concatenate([values for _, _, values in curves])
-    if everything.min() > 0 and everything.max() > 50 * everything.min():
+    if logarithmic:
         panel.set_yscale("log")
-    if everything.min() >= 0 and everything.max() <= 1:
+    if scores:
         panel.set_ylim(bottom=0)
     if len(curves) > 1 or curves[0][0] == "NB":
         panel.legend(frameon=False)

@@ -74,8 +74,8 @@ def small(genes: int = 1) -> TrainConfig:
     The KL terms weigh half a percent: a cell's counts are thousands of nats, mostly noise, and the posterior gives up
     its structure long before a short run has found any (measured on PBMC3k: at weight 1 clusters at ARI .2 instead of
     .6 after 150 steps, at .05 with half the cells a batch a complete collapse). Counts are scaled to a library size
-    first, as in the paper, so that depth is not embedded. The decoder's bottleneck is half the published one, which keeps
-    the bundled weights under 15 MB.
+    first, as in the paper, so that depth is not embedded. The decoder's bottleneck is half the published one:
+    the bundled weights stay under 15 MB.
 
     Args:
         genes: Size of the vocabulary; filled in from the data when a run starts.

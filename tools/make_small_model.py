@@ -2,8 +2,8 @@
 
     python tools/make_small_model.py RUN CORPUS
 
-The best step by held-out likelihood is stored as float16 in ``cellplm_jax/resources/models/small``, with a card that says
-what the model saw and how it does on samples it did not see: hidden counts predicted, against the untrained network and
+The best step by held-out likelihood is stored as float16 in ``cellplm_jax/resources/models/small``, with a card: what
+the model saw and how it does on samples it did not see: hidden counts predicted, against the untrained network and
 the genes' mean counts; and cell types kept in the embedding, sample by sample, against 50 principal components of the
 same cells and the untrained network. Train it only on data whose terms allow it.
 """
@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from scipy import sparse
 
 import cellplm_jax
 from cellplm_jax.data.corpus import open_corpus
-from cellplm_jax.data.pipeline import split_heldout
+from cellplm_jax.data.pipeline import gene_means, split_heldout
 from cellplm_jax.evaluate.embedding import (
     clustering_scores,
     knn_accuracy,
@@ -90,12 +89,12 @@ def compare_embeddings(store, ranges, models):
     return pd.DataFrame(rows)
 
 
-def mean_prediction(evaluation, params, config):
+def mean_prediction(log_means, params):
     """Return parameters that predict every gene's mean count whatever they are shown: the decoder's bias alone."""
     zeros = jax.tree.map(np.zeros_like, params)
     fitted = params["decoder"]
     decoder = {**zeros["decoder"], "log_dispersion": fitted["log_dispersion"]}
-    decoder["log_mean"] = {**decoder["log_mean"], "bias": evaluation}
+    decoder["log_mean"] = {**decoder["log_mean"], "bias": log_means}
     return {**zeros, "decoder": decoder}
 
 
@@ -114,13 +113,11 @@ def main() -> None:
     untrained = Pretrained.untrained(model.config, model.genes, seed=config.seed)
     evaluate = HeldoutEvaluation(config, store, heldout)
 
-    from cellplm_jax.data.pipeline import gene_means
-
     means = np.log(gene_means(store, train) + 1e-4).astype(np.float32)
     predictions = {
         "this model": evaluate(model.params),
         "the same network, untrained": evaluate(untrained.params),
-        "gene means": evaluate(mean_prediction(means, model.params, config)),
+        "gene means": evaluate(mean_prediction(means, model.params)),
     }
     table = compare_embeddings(
         store, heldout, {"this model": model, "the same network, untrained": untrained}
@@ -136,15 +133,17 @@ def main() -> None:
     run_card = model.card
     model.card = {
         "name": f"cellplm-{NAME}",
-        "description": "A first, small model, pretrained on a laptop's worth of data. It shows the way a model is used and "
-        "gives notebooks and defaults something to lean on; it is not a foundation model.",
+        "description": "A first, small model, pretrained on a laptop's worth of data. It shows the way a model is used "
+        "and gives notebooks and defaults something to lean on; it is not a foundation model.",
         "made_by": f"cellplm-jax {cellplm_jax.__version__}, tools/make_small_model.py",
         "kind": "pretrained",
         "training_data": [
             {
                 "dataset": name,
                 "samples": sum(store.samples[r.sample].dataset_name == name for r in train),
-                "cells": sum(r.cells for r in train if store.samples[r.sample].dataset_name == name),
+                "cells": sum(
+                    r.cells for r in train if store.samples[r.sample].dataset_name == name
+                ),
             }
             for name in sorted({store.samples[r.sample].dataset_name for r in train})
         ],
@@ -167,13 +166,13 @@ def main() -> None:
             },
         },
         "cell_types": {
-            "what": f"mean over {table['sample'].nunique()} held-out samples with at least {LEAST_CELLS} labelled cells; "
-            "Leiden at resolution 1.0; each sample is one context and its principal components are its own",
+            "what": f"mean over {table['sample'].nunique()} held-out samples with {LEAST_CELLS} or more "
+            "labelled cells; Leiden at resolution 1.0; each sample is a context and has components of its own",
             **embeddings,
             "samples where the model's kNN accuracy is above the components'": f"{wins} of {len(better)}",
         },
-        "limits": "Trained for minutes on 0.1 M cells, mostly blood and tumours. Batches are not mixed. Principal components of "
-        "your own data may well do better; compare.",
+        "limits": "Trained for minutes on 0.1 M cells, mostly blood and tumours. Batches are not mixed. Principal "
+        "components of your own data may well do better; compare.",
         "licence": "weights: BSD-2-Clause; trained on public deposits (GEO, 10x Genomics, published supplements)",
     }
     out = bundled_path(NAME)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def main() -> int:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="prefix of the tables; without it they are shown")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -188,25 +189,34 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         alone, killed, cache = (Path(folder) / name for name in ("alone", "killed", "cache"))
         Child(alone, 5, cache).finish()  # fills the cache of compiled programs
-        subprocess.run(["rm", "-r", str(alone)], check=True)
+        shutil.rmtree(alone)
         began = time.monotonic()
-        Child(alone, arguments.steps, cache).finish()
-        life = time.monotonic() - began
+        child = Child(alone, arguments.steps, cache)
+        child.wait_for_step(1)
+        starting = time.monotonic() - began
+        child.finish()
+        training = time.monotonic() - began - starting
         rows = []
         for number in range(1, arguments.kills + 1):
-            # Sooner rather than later, so that the run outlives all kills; still over the whole life of a process.
-            delay = float(random.uniform(0, 1) ** 1.5 * life * 0.6)
+            # A quarter of the kills while a process starts; the others soon enough that the run outlives them all.
             child = Child(killed, arguments.steps, cache)
+            while_starting = bool(random.random() < 0.25)
+            if while_starting:
+                delay = float(random.uniform(0, starting))
+            else:
+                child.wait_for_step(1)
+                delay = float(random.uniform(0, 1.5 * training / arguments.kills))
             time.sleep(delay)
-            alive = child.process.poll() is None
+            running = child.process.poll() is None
             child.process.send_signal(signal.SIGKILL)
             child.process.communicate()
             steps, lines = steps_of(killed), lines_of(killed)
             rows.append(
                 {
                     "kill": number,
-                    "seconds_after_start": round(delay, 2),
-                    "running": alive,
+                    "while": "starting" if while_starting else "training",
+                    "seconds": round(delay, 2),
+                    "running": running,
                     "last_logged_step": max((row["step"] for row in lines), default=None),
                     "last_saved_step": steps[-1] if steps else None,
                     "in_a_save": any(killed.glob("*.orbax-checkpoint-tmp*")),
@@ -217,7 +227,7 @@ def main() -> int:
         result = {
             "steps": arguments.steps,
             "seed": arguments.seed,
-            "seconds_uninterrupted": round(life, 1),
+            "seconds_uninterrupted": round(starting + training, 1),
             "values": sum(leaf.size for leaf in final_state(alone)),
             "differing_bytes": differing_bytes(alone, killed),
             "metrics_lines": len(lines_of(alone)),
@@ -231,7 +241,9 @@ def main() -> int:
     text = (
         f"# A run killed {len(rows)} times\n\n"
         f"Made by `kill_resume.py --kills {len(rows)} --steps {arguments.steps} --seed {arguments.seed}` on "
-        f"{os.cpu_count()} CPU cores. Uninterrupted, the run takes {life:.0f} s.\n\n"
+        f"{os.cpu_count()} CPU cores. Uninterrupted, the run takes {starting + training:.0f} s, of which "
+        f"{starting:.0f} s to its first step; seconds below count from the start of the process or from its first "
+        f"step. It saves every 5 steps.\n\n"
         f"After the last resume: {result['differing_bytes']} bytes differ among {result['values']:,} numbers of "
         f"parameters and optimizer state; the {result['metrics_lines']} lines of metrics are "
         f"{'equal' if result['metrics_equal'] else 'NOT equal'} but for the clock.\n\n"

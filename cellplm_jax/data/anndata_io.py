@@ -1008,7 +1008,7 @@ class CountSource:
         matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.genes))
         if not matrix.has_sorted_indices:
             # Two counting sorts: half the time of sorting row by row, and entries of a cell end up in order.
-            matrix = matrix.tocsc().tocsr()
+            matrix = sparse.csr_matrix(matrix.tocsc())
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         return matrix

@@ -79,8 +79,12 @@ class CellStore(Protocol):
     """
 
     genes: list[str]
-    samples: Sequence[SampleRecord]
     label_names: list[str]
+
+    @property
+    def samples(self) -> Sequence[SampleRecord]:
+        """The sample table."""
+        ...
 
     def indptr(self, sample: int) -> np.ndarray:
         """Return int64 [cells + 1]: where each cell's stored counts begin, from 0 at the sample's first cell."""

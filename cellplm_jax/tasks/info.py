@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from cellplm_jax.config import to_dict
 from cellplm_jax.data.corpus import open_corpus
@@ -31,7 +32,7 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
     for top, tree in model.params.items():
         modules[top] = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
     training: dict[str, Any] = {}
-    metrics = Path(source) / "metrics.jsonl"
+    metrics = epath.Path(source) / "metrics.jsonl"
     if metrics.is_file():
         for row in read_metrics(metrics):
             split = training.setdefault(row.get("split", "train"), {"first": row})

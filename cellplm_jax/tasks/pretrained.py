@@ -133,8 +133,9 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     """Open a trained model.
 
     Args:
-        source: ``"small"``, the model that comes with the package (a folder of that name goes first), a checkpoint directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this
-            machine or at a ``gs://`` address.
+        source: ``"small"``, the model that comes with the package (a folder of that name goes first); a checkpoint
+            directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this machine or at a
+            ``gs://`` address.
         step: Step to open; None: the best by held-out likelihood, else the latest.
 
     Returns:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,6 @@ class MetricsWriter:
         self._folder = Path(workdir if self._scratch is None else self._scratch.name)
         self._copied = time.monotonic()
         self.path = self._folder / "metrics.jsonl"
-        self._tensorboard = None
         kept = []
         source = (self._remote or epath.Path(self._folder)) / "metrics.jsonl"
         if source.exists():
@@ -291,18 +291,11 @@ class MetricsWriter:
             last = resume_step if resume_step > 0 else -1
             kept = [row for row in read_metrics(source) if row.get("step", 0) <= last]
         partial = self.path.with_suffix(".partial")
-        try:
+        with self._explained():
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             partial.replace(self.path)
             self._file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise self._not_written(error) from error
-        try:
-            from tensorboardX import SummaryWriter
-        except ModuleNotFoundError:
-            pass
-        else:
-            self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"))
+            self._tensorboard = _EventFile.open(self._folder / "tensorboard")
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Append one line.
@@ -317,22 +310,20 @@ class MetricsWriter:
             whole = isinstance(value, int) or float(value).is_integer()
             number = int(value) if whole else float(f"{value:.7g}")
             row[name] = number if math.isfinite(value) else None
-        try:
+        with self._explained():
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise self._not_written(error) from error
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+            if self._tensorboard is not None:
+                self._tensorboard.write(step, split, values)
         if self._remote is not None and time.monotonic() - self._copied > 60:
             self.flush()
 
     def flush(self) -> None:
         """Make sure that every line so far survives the process."""
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        with self._explained():
+            self._file.flush()
+            if self._tensorboard is not None:
+                self._tensorboard.flush()
         if self._remote is None:
             return
         for path in (self.path, *(self._folder / "tensorboard").glob("events.*")):
@@ -343,21 +334,68 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close every sink."""
-        self.flush()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        with contextlib.ExitStack() as closing:
+            if self._scratch is not None:
+                closing.callback(self._scratch.cleanup)
+            closing.enter_context(self._explained())
+            if self._tensorboard is not None:
+                closing.callback(self._tensorboard.close)
+            closing.callback(self._file.close)
+            self.flush()
 
-    def _not_written(self, error: OSError) -> InputError:
-        msg = explain(
-            f"'{self.path}' cannot be written ({error.strerror})",
-            "a work directory with room that may be written",
-            "Free some space or correct its permissions, and run the same command again: it continues from the last "
-            "checkpoint",
-        )
-        return InputError(msg)
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            msg = explain(
+                f"'{self.path.parent}' cannot be written ({error.strerror or error})",
+                "a work directory with room that may be written",
+                "Free some space or correct its permissions, and run the same command again: it continues from the "
+                "last checkpoint",
+            )
+            raise InputError(msg) from error
+
+
+class _EventFile:
+    """Scalars for TensorBoard, written by the thread that has them.
+
+    ``SummaryWriter`` writes from a thread of its own, which a full disk ends; its queue then blocks the run for ever.
+    """
+
+    def __init__(self, folder: Path, writer: Any, event: Any, summary: Any):
+        self._writer = writer(str(folder / "events"))
+        self._event, self._summary = event, summary
+
+    @classmethod
+    def open(cls, folder: Path) -> _EventFile | None:
+        """Begin a file; None: ``tensorboardX`` is not installed."""
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.proto.summary_pb2 import Summary
+        except ModuleNotFoundError:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder, EventsWriter, Event, Summary)
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Write the finite ones of some scalars."""
+        scalars = [
+            self._summary.Value(tag=f"{split}/{name}", simple_value=float(value))
+            for name, value in values.items()
+            if math.isfinite(value)
+        ]
+        summary = self._summary(value=scalars)
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
 
 
 class ProgressReport:
