@@ -250,19 +250,42 @@ def test_metrics_at_an_address_are_copied_whole(tmp_path):
         assert any(name.startswith("run/tensorboard/events") for _, name in storage.objects)
 
 
-def test_a_full_disk_is_one_message(tmp_path):
+def test_tensorboard_file(tmp_path):
+    """Every finite scalar under its split, read back record by record."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    writer = MetricsWriter(tmp_path)
+    writer.write(3, "train", {"loss": 0.5, "bad": math.nan})
+    writer.write(4, "heldout", {"score": -2.0})
+    writer.close()
+    [path] = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    data, found = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        data = data[16 + length :]
+    assert found == [(3, "train/loss", 0.5), (4, "heldout/score", -2.0)]
+
+
+@pytest.mark.parametrize("sink", ["_file", "_tensorboard"])
+def test_a_full_disk_is_one_message(tmp_path, sink):
+    pytest.importorskip("tensorboardX")
+
     class Full:
-        def write(self, text):
+        def write(self, *_):
             raise OSError(28, "No space left on device")
 
-        def close(self):
+        def flush(self):
             pass
 
+        close = flush
+
     writer = MetricsWriter(tmp_path)
-    writer._file.close()
-    writer._file = Full()
-    with pytest.raises(InputError, match="No space left on device"):
-        writer.write(1, "train", {"loss": 1.0})
+    getattr(writer, sink).close()
+    setattr(writer, sink, Full())
+    for _ in range(20):  # a queue would be full by then
+        with pytest.raises(InputError, match="No space left on device"):
+            writer.write(1, "train", {"loss": 1.0})
     writer.close()
 
 
