@@ -181,8 +181,8 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-    # Orbax reports every save, and warns that reading only reads; what matters reaches the caller as an exception.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax reports every save and every failure at length; what matters reaches the caller as an exception.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     policy = None
     if keep is not None:
         policy = preservation_policy.AnyPreservationPolicy(
