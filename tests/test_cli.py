@@ -114,7 +114,7 @@ def test_info(command, tiny_run, tiny_model):
 def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
-    assert set(cli_commands()) == {"demo", "prepare", "embed", "convert", "info"}
+    assert set(cli_commands()) == {"demo", "plan", "prepare", "embed", "convert", "info"}
     for name in cli_commands():
         status, out, _ = command(name, "--help")
         assert status == 0

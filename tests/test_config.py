@@ -86,7 +86,7 @@ def test_the_published_architecture_has_its_published_sizes():
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"'smal'.*85m, small.*Did you mean 'small'"):
+    with pytest.raises(ConfigError, match=r"'smal'.*85m, 1b, small.*Did you mean 'small'"):
         presets.preset("smal")
     with pytest.raises(ConfigError, match="Choose one of them"):
         presets.preset("xyzzy")
@@ -237,7 +237,7 @@ def test_errors_are_value_errors_of_this_package():
             {"beta_concentration": 19.0},
             r"beta_concentration = 19\.0 with gene_fraction = 0\.25 gives Beta\(a, -1\)",
         ),
-        (DataConfig, {"samples": 0}, r"data\.samples = 0"),
+        (DataConfig, {"rows": 0}, r"data\.rows = 0"),
         (DataConfig, {"cells": 0}, r"data\.cells = 0"),
         (DataConfig, {"heldout_fraction": 1.0}, r"data\.heldout_fraction = 1\.0"),
         (TrainConfig, {"model": {"genes": 1}, "steps": 0}, "steps = 0; expected at least 1"),

@@ -215,3 +215,35 @@ def test_weights_of_another_model(tiny_model, run_copy, tmp_path):
     other = dataclasses.replace(tiny_model, params=params)
     other.save(tmp_path / "model")
     assert "decoder" in message(CheckpointError, tmp_path / "model")
+
+
+def test_the_bundled_model_opens_embeds_and_says_what_it_saw(tmp_path, monkeypatch):
+    from cellplm_jax.data import datasets
+    from cellplm_jax.tasks.embed import embed
+    from cellplm_jax.tasks.pretrained import bundled_path
+
+    monkeypatch.chdir(tmp_path)
+    model = load("small")
+    assert model.id == f"cellplm-small@{model.step}"
+    leaves = jax.tree.leaves(model.params)
+    assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in leaves)
+    size = sum(path.stat().st_size for path in bundled_path("small").rglob("*") if path.is_file())
+    assert size <= 15e6
+    scores = model.card["hidden_counts"]
+    for other in ("gene means", "the same network, untrained"):
+        assert scores["this model"]["nb_log_likelihood"] > scores[other]["nb_log_likelihood"]
+    # Data whose terms were not read is not in it.
+    assert not any("dlpfc" in part["dataset"] for part in model.card["training_data"])
+    adata = embed(datasets.pbmc3k()[:50].copy(), model)
+    assert adata.obsm["X_cellplm"].shape == (50, model.config.latent_size)
+    assert adata.uns["cellplm"]["input"]["genes"]["genes_matched"] > 10_000
+
+
+def test_half_precision_is_half_the_size_and_close(tiny_model, tmp_path):
+    tiny_model.save(tmp_path / "half", half=True)
+    again = load(tmp_path / "half")
+    for one, two in zip(
+        jax.tree.leaves(tiny_model.params), jax.tree.leaves(again.params), strict=True
+    ):
+        assert two.dtype == np.float32
+        np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-6)
