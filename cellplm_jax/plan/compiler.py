@@ -180,8 +180,11 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
         "step_product_flops": flops,
         "trace_seconds": traced_at - start,
     }
+    dumps = tempfile.TemporaryDirectory(prefix="cellplm-plan-text-")
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": dumps.name, "xla_dump_hlo_as_text": True}
+        )
     except Exception as error:
         shortage = parse_shortage(str(error))
         if shortage is None:
@@ -207,7 +210,8 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
         "code": analysis.generated_code_size_in_bytes,
     }
     total = sum(memory.values()) - 2 * memory["aliased"]
-    work = cost(compiled.as_text())
+    work = cost(_text(compiled, Path(dumps.name)))
+    dumps.cleanup()
     times = estimate(work, topology)
     stated = compiled.cost_analysis() or {}
     return {
@@ -228,6 +232,25 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
         },
         "binds": times.binds,
     }
+
+
+def _text(compiled: Any, dumps: Path) -> str:
+    """Return the text of a compiled program, from the compiler's own files where JAX cannot read the program.
+
+    A compiler newer than JAX may use forms of instructions that JAX refuses to turn into text.
+    """
+    try:
+        return compiled.as_text()
+    except Exception as error:
+        files = list(dumps.glob("*.after_codegen.txt"))
+        if not files:
+            msg = explain(
+                f"JAX cannot read what the compiler made ({str(error).splitlines()[0]})",
+                "a compiler of the age of JAX",
+                "Install the one that belongs to it: pip install 'cellplm-jax[tpu]'",
+            )
+            raise InputError(msg) from error
+        return max(files, key=lambda path: path.stat().st_size).read_text(encoding="utf-8")
 
 
 def _size(tree: Any) -> int:

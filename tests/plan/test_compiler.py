@@ -159,3 +159,18 @@ def test_what_does_not_fit_ends_with_status_3_and_says_by_how_much(capsys):
     assert "too much" in captured.out
     assert "it does not fit: data=1 needs" in captured.err
     assert "of 15.75 GiB" in captured.err
+
+
+def test_a_program_that_jax_cannot_read_comes_from_the_compilers_files(tmp_path):
+    class Unreadable:
+        def as_text(self):
+            raise RuntimeError("async-update instruction should have 1 operands")
+
+    with pytest.raises(InputError, match=r"async-update.*pip install 'cellplm-jax\[tpu\]'"):
+        compiler._text(Unreadable(), tmp_path)
+    (tmp_path / "module_0001.jit_step.after_codegen.txt").write_text("HloModule jit_step")
+    (tmp_path / "module_0000.jit_f.after_codegen.txt").write_text("HloModule f")
+    (tmp_path / "module_0001.jit_step.before_optimizations.txt").write_text(
+        "HloModule longer, longer"
+    )
+    assert compiler._text(Unreadable(), tmp_path) == "HloModule jit_step"
