@@ -389,7 +389,7 @@ def plan(
     if best is None:
         nearest = min(tried, key=lambda entry: entry["shortage"])
         report["reason"] = (
-            f"{'it does' if len(tried) == 1 else f'none of {len(tried)} meshes does'} not fit: "
+            f"{'it does not fit' if len(tried) == 1 else f'none of {len(tried)} meshes fits'}: "
             f"{mesh_text(nearest['mesh'])} needs {in_gibibytes(nearest['memory']['total'])} a device of "
             f"{in_gibibytes(nearest['memory']['available'])}, {in_gibibytes(nearest['shortage'])} too much"
         )

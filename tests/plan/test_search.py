@@ -204,6 +204,7 @@ def test_nothing_that_fits_says_by_how_much():
     assert len(report["tried"]) == 4
     least = min(entry["shortage"] for entry in report["tried"])
     assert f"{least / 2**30:.2f} GiB too much" in report["reason"]
+    assert report["reason"].startswith("none of 4 meshes fits: ")
     assert report["reason"] in search.plan_text(report)
 
 
