@@ -140,7 +140,7 @@ def pretrain(
         state, facts = _restored_state(checkpoints, start, config, mesh)
     else:
         state = create_sharded_state(config, mesh, gene_means(store, train))
-        facts = {"evaluated": False}
+        facts = {"evaluated": False, "probed": False}
     facts |= {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
 
     log = _StepLog(config, batches, folder if first_process else None, start, progress)
@@ -149,9 +149,11 @@ def pretrain(
     scores: dict[str, float] = {}
     step, stopped = start, False
     try:
+        # Before the first step; and where the run was stopped at one that it did not wait to score.
         if heldout and start % config.evaluate_every == 0 and not facts["evaluated"]:
-            # Before the first step; or where the run was stopped, for which it did not wait then.
             log.write(start, "heldout", evaluate(state.params))
+        if config.probe_every and start % config.probe_every == 0 and not facts["probed"]:
+            log.write(start, "probe", evaluate.probe(state.params))
         while step < config.steps and not stopped:
             step += 1
             batch, late = log.timed(feed)
@@ -180,7 +182,7 @@ def pretrain(
             if saving:
                 log.flush()
                 usable = evaluating and all(map(math.isfinite, scores.values()))
-                facts["evaluated"] = evaluating
+                facts |= {"evaluated": evaluating, "probed": probing}
                 checkpoints.save(state, metrics=scores if usable else None, facts=facts)
             if evaluating or probing or saving:
                 log.resume()

@@ -557,7 +557,7 @@ def test_the_probe_scores_labelled_heldout_cells(tmp_path, monkeypatch, capsys):
     )
     pretrain(config, Labelled(make_store()), tmp_path / "run", quiet=True)
     rows = history(tmp_path / "run", "probe")
-    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert [row["step"] for row in rows] == [0, 2, 4, 5]
     for row in rows:
         assert set(row) == {"step", "split", "knn_accuracy", "ari", "batch_mixing"} or (
             set(row) == {"step", "split", "knn_accuracy", "ari"}
@@ -567,6 +567,13 @@ def test_the_probe_scores_labelled_heldout_cells(tmp_path, monkeypatch, capsys):
     def absent(*_, **__):
         msg = "Leiden clustering needs the Python package 'scanpy'"
         raise MissingDependencyError(msg)
+
+    # Told to stop where a probe is due, a run makes up for it when it goes on.
+    store, stopped = Labelled(make_store()), tmp_path / "stopped"
+    pretrain(config, store, stopped, quiet=True, preempted=lambda step: step == 4)
+    assert [row["step"] for row in history(stopped, "probe")] == [0, 2]
+    pretrain(config, store, stopped, quiet=True)
+    assert history(stopped) == history(tmp_path / "run")
 
     monkeypatch.setattr("cellplm_jax.train.heldout.leiden_clusters", absent)
     pretrain(config, Labelled(make_store()), tmp_path / "without")
