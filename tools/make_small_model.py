@@ -180,7 +180,9 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     model.save(out, half=True)
     for mark in out.rglob("commit_success.txt"):
-        mark.write_text("Checkpoint commit was successful\n")  # Orbax writes the folder's full path there
+        mark.write_text(
+            "Checkpoint commit was successful\n"
+        )  # Orbax writes the folder's full path there
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(json.dumps(model.card, indent=2))
     print(table.round(3).to_string())
