@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -244,10 +244,11 @@ class Cost:
         passes_flops: The same, a product counted as often as the units pass over it to reach the precision asked for
             (3 times for "high", 6 times for "highest").
         memory_bytes: Bytes that instructions read from and write to main memory.
-        elements: Single elements gathered or scattered.
+        elements: Single elements gathered or scattered by the core that does everything else.
+        sparse_elements: Single elements gathered or scattered by SparseCores, which some generations have beside it.
         sorted_elements: Elements of arrays that are sorted.
         cycles: The compiler's estimate of its schedule; without scatters, gathers, sorts and communication, for which
-            it gives none.
+            it gives none, and without what runs on SparseCores.
         collectives: Communication.
         unknown_loops: Loops whose number of rounds depends on the data; they are counted as running once.
         unknown_loop_collectives: Collectives inside of such loops.
@@ -257,6 +258,7 @@ class Cost:
     passes_flops: float = 0.0
     memory_bytes: float = 0.0
     elements: float = 0.0
+    sparse_elements: float = 0.0
     sorted_elements: float = 0.0
     cycles: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
@@ -411,6 +413,23 @@ def _passes(instruction: Instruction) -> int:
     return {"high": 3, "highest": 6}.get(match.group(1) if match else "", 1)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where and how often a computation runs.
+
+    Attributes:
+        times: How often.
+        fused: Inside of a fusion, where nothing touches memory.
+        unknown: In a loop whose number of rounds depends on the data.
+        sparse: On a SparseCore.
+    """
+
+    times: int = 1
+    fused: bool = False
+    unknown: bool = False
+    sparse: bool = False
+
+
 class _Reader:
     """Adds up the cost of a program."""
 
@@ -423,40 +442,45 @@ class _Reader:
         entry = computation.get(name)
         return entry.shapes if entry is not None else ()
 
-    def visit(self, name: str, times: int, *, fused: bool = False, unknown: bool = False) -> None:
-        """Add a computation that runs ``times`` times; inside of a fusion nothing touches memory."""
+    def visit(self, name: str, place: _Place) -> None:
+        """Add a computation that runs at a place."""
         computation = self.program.computations.get(name, {})
         for entry in computation.values():
-            self.arithmetic(computation, entry, times)
-            self.communication(computation, entry, times, unknown)
-            if not fused:
-                self.cost.memory_bytes += times * self.traffic(computation, entry)
-                cycles = _CYCLES.search(entry.attributes)
-                self.cost.cycles += times * int(cycles.group(1)) if cycles else 0
-            if entry.opcode == "while":
-                rounds = trip_count(self.program, entry)
-                self.cost.unknown_loops += rounds is None
-                inside = unknown or rounds is None
-                for part in ("body", "condition"):
-                    self.visit(
-                        entry.called(part) or "",
-                        times * (1 if rounds is None else rounds),
-                        fused=fused,
-                        unknown=inside,
-                    )
-            elif entry.opcode == "fusion":
-                self.visit(entry.called("calls") or "", times, fused=True, unknown=unknown)
-            elif entry.opcode == "async-start":
-                self.visit(entry.called("calls") or "", times, fused=fused, unknown=unknown)
-            elif entry.opcode == "call":
-                self.visit(entry.called("to_apply") or "", times, fused=fused, unknown=unknown)
-            elif entry.opcode == "conditional":
-                for branch in self.branches(entry):
-                    self.visit(branch, times, fused=fused, unknown=unknown)
+            self.arithmetic(computation, entry, place)
+            self.communication(entry, place)
+            if not place.fused:
+                self.cost.memory_bytes += place.times * self.traffic(computation, entry)
+                cycles = None if place.sparse else _CYCLES.search(entry.attributes)
+                self.cost.cycles += place.times * int(cycles.group(1)) if cycles else 0
+            for called, inner in self.within(entry, place):
+                self.visit(called, inner)
+
+    def within(self, entry: Instruction, place: _Place) -> Iterator[tuple[str, _Place]]:
+        """Yield the computations an instruction runs, and where."""
+        if entry.opcode == "while":
+            rounds = trip_count(self.program, entry)
+            self.cost.unknown_loops += rounds is None
+            inner = replace(
+                place,
+                times=place.times * (1 if rounds is None else rounds),
+                unknown=place.unknown or rounds is None,
+            )
+            for part in ("body", "condition"):
+                yield entry.called(part) or "", inner
+        elif entry.opcode == "fusion":
+            yield entry.called("calls") or "", replace(place, fused=True)
+        elif entry.opcode == "async-start":
+            sparse = place.sparse or 'async_execution_thread="sparsecore"' in entry.attributes
+            yield entry.called("calls") or "", replace(place, sparse=sparse)
+        elif entry.opcode == "call":
+            yield entry.called("to_apply") or "", place
+        elif entry.opcode in ("conditional", "custom-call"):
+            for branch in self.branches(entry):
+                yield branch, place
 
     @staticmethod
     def branches(entry: Instruction) -> Iterator[str]:
-        listed = re.search(r"branch_computations=\{([^}]*)\}", entry.attributes)
+        listed = re.search(r"(?:branch|called)_computations=\{([^}]*)\}", entry.attributes)
         if listed:
             yield from re.findall(r"%?([\w.\-]+)", listed.group(1))
         for part in ("true_computation", "false_computation"):
@@ -465,8 +489,9 @@ class _Reader:
                 yield called
 
     def arithmetic(
-        self, computation: dict[str, Instruction], entry: Instruction, times: int
+        self, computation: dict[str, Instruction], entry: Instruction, place: _Place
     ) -> None:
+        times = place.times
         if entry.opcode in ("dot", "convolution") and len(entry.operands) >= 2:
             operands = [self.shapes(computation, name) for name in entry.operands[:2]]
             if all(operands):
@@ -477,7 +502,9 @@ class _Reader:
             self.cost.sorted_elements += times * max(shape.elements for shape in entry.shapes)
         elif entry.opcode in ("gather", "scatter"):
             count, width = self.accesses(computation, entry)
-            if width < ROW:
+            if width < ROW and place.sparse:
+                self.cost.sparse_elements += times * count
+            elif width < ROW:
                 self.cost.elements += times * count
 
     def accesses(
@@ -496,13 +523,8 @@ class _Reader:
         width = math.prod(updates[0].extents[n] for n in window)
         return arrays * updates[0].elements / max(width, 1), width
 
-    def communication(
-        self,
-        computation: dict[str, Instruction],
-        entry: Instruction,
-        times: int,
-        unknown: bool,
-    ) -> None:
+    def communication(self, entry: Instruction, place: _Place) -> None:
+        times = place.times
         kind = entry.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return
@@ -516,11 +538,11 @@ class _Reader:
         total[0] += times
         total[1] += times * payload
         total[2] += times * _sent(kind, group, payload)
-        self.cost.unknown_loop_collectives += unknown
+        self.cost.unknown_loop_collectives += place.unknown
 
     def traffic(self, computation: dict[str, Instruction], entry: Instruction) -> float:
         """Return the bytes that an instruction outside of fusions reads from and writes to main memory."""
-        if entry.opcode in FREE:
+        if entry.opcode in FREE or "called_computations=" in entry.attributes:
             return 0.0
         made = [shape for shape in entry.shapes]
         if entry.opcode == "copy-start":
@@ -627,7 +649,7 @@ def cost(text: str) -> Cost:
     """
     program = parse(text)
     reader = _Reader(program)
-    reader.visit(program.entry, 1)
+    reader.visit(program.entry, _Place())
     reader.cost.collectives = [
         Collective(kind, group, int(count), int(payload), sent)
         for (kind, group), (count, payload, sent) in sorted(reader.collectives.items())

@@ -3,7 +3,8 @@
 Nothing here was measured on a TPU. The floor assumes that everything overlaps and runs at its peak; the serial time
 adds the compiler's own schedule, the communication and the accesses to single elements, as if nothing overlapped. A
 real step lies above the floor, and a scatter may make it slower than the serial time, because nobody has measured how
-fast a chip scatters: one element a cycle is an assumption.
+fast a chip scatters: one element a cycle is an assumption. What the compiler hands to SparseCores is in neither time
+but for the memory it moves.
 """
 
 from __future__ import annotations

@@ -465,14 +465,15 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
     ]
     if not entry["fits"]:
         lines.append(f"  does not fit      {in_gibibytes(entry['shortage'])} too much")
-    stated = entry["compiler"]["flops"]
+    stated, sparse = entry["compiler"]["flops"], device["sparse_elements"]
     lines += [
         f"  FLOPs a device    {_amount(device['flops'])} in products, loops counted as often as they run"
         + (f"; {_amount(stated)} in all by the compiler, loops once" if stated else ""),
         f"  FLOPs a step      {_amount(entry['step_product_flops'])} in products, all devices",
         f"  HBM traffic       {_amount(device['memory_bytes'], 'B')} a device",
         f"  single elements   {_amount(device['elements'])} gathered or scattered, "
-        f"{_amount(device['sorted_elements'])} sorted a device",
+        f"{_amount(device['sorted_elements'])} sorted a device"
+        + (f"; {_amount(sparse)} more by SparseCores" if sparse else ""),
     ]
     for part in device["collectives"]:
         lines.append(

@@ -117,6 +117,49 @@ def test_every_kind_of_communication():
     }
 
 
+OFFLOADED = """HloModule offloaded
+
+%scattering (p0: f32[900], p1: s32[300], p2: f32[300]) -> f32[900] {
+  %p0 = f32[900]{0} parameter(0)
+  %p1 = s32[300]{0} parameter(1)
+  %p2 = f32[300]{0} parameter(2)
+  ROOT %scatter = f32[900]{0} scatter(%p0, %p1, %p2), update_window_dims={}, to_apply=%add
+}
+
+%on_sparsecore (q0: f32[900], q1: s32[300], q2: f32[300]) -> f32[900] {
+  %q0 = f32[900]{0} parameter(0)
+  %q1 = s32[300]{0} parameter(1)
+  %q2 = f32[300]{0} parameter(2)
+  ROOT %fused = f32[900]{0} fusion(%q0, %q1, %q2), kind=kCustom, calls=%scattering, CYCLES
+}
+
+%shell (r0: f32[900], r1: s32[300], r2: f32[300]) -> f32[900] {
+  %r0 = f32[900]{0} parameter(0)
+  %r1 = s32[300]{0} parameter(1)
+  %r2 = f32[300]{0} parameter(2)
+  %start = ((f32[900]{0}, s32[300]{0}, f32[300]{0}), f32[900]{0}, u32[]) async-start(%r0, %r1, %r2), THREAD
+  ROOT %done = f32[900]{0} async-done(%start)
+}
+
+ENTRY %main (x: f32[900], i: s32[300], v: f32[300]) -> f32[900] {
+  %x = f32[900]{0} parameter(0)
+  %i = s32[300]{0} parameter(1)
+  %v = f32[300]{0} parameter(2)
+  ROOT %call = f32[900]{0} custom-call(%x, %i, %v), custom_call_target="s", called_computations={%shell}
+}
+""".replace("THREAD", 'async_execution_thread="sparsecore", calls=%on_sparsecore').replace(
+    "CYCLES", 'backend_config={"estimated_cycles":"9223372036854775807"}'
+)
+
+
+def test_elements_that_sparsecores_handle_are_counted_apart():
+    cost = hlo.cost(OFFLOADED)
+    assert (cost.elements, cost.sparse_elements) == (0, 300)
+    assert cost.cycles == 0
+    # Indices and updates are read, and what is written is read before; the whole is not touched.
+    assert cost.memory_bytes == 4 * (300 + 300 + 2 * 300)
+
+
 def test_passes_of_precise_products():
     text = """HloModule precise
 
