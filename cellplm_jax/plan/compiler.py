@@ -282,6 +282,8 @@ def compile_apart(
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package, *([inherited] if inherited else [])])
     with tempfile.TemporaryDirectory(prefix="cellplm-plan-") as directory:
+        # What the compiler writes goes with it, also where it is stopped.
+        environment["TMPDIR"] = directory
         request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
         request.write_text(
             json.dumps(
