@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cellplm_jax.config import ModelConfig, TrainConfig
+    from cellplm_jax.config import FinetuneConfig, ModelConfig, TrainConfig
     from cellplm_jax.data import datasets
     from cellplm_jax.errors import (
         CellPLMError,
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
         MissingDependencyError,
     )
     from cellplm_jax.presets import preset
+    from cellplm_jax.tasks.annotate import CellTypeAnnotator
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
 
 _WHERE = {
     "CellPLMError": "cellplm_jax.errors",
+    "CellTypeAnnotator": "cellplm_jax.tasks.annotate",
     "CheckpointError": "cellplm_jax.errors",
     "ConfigError": "cellplm_jax.errors",
+    "FinetuneConfig": "cellplm_jax.config",
     "InputError": "cellplm_jax.errors",
     "MissingDependencyError": "cellplm_jax.errors",
     "ModelConfig": "cellplm_jax.config",

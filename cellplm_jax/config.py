@@ -514,6 +514,68 @@ class TrainConfig:
             )
 
 
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a model is fine-tuned; the defaults are the published annotation recipe on a smaller budget.
+
+    AdamW with a linear warm-up, the rate lowered where the validation loss stands still, gradients clipped by global
+    norm, and an end once the validation score stops rising; the parameters of the best epoch are kept.
+
+    Attributes:
+        epochs: Passes over the training cells at most (published: 2000).
+        patience: Epochs without a better validation score after which to stop (published: 200); 0: never.
+        learning_rate: Peak learning rate.
+        embedder_rate: The embedder's learning rate as a fraction of ``learning_rate``.
+        layer_decay: Factor on the learning rate for every layer further from the output; 1: none.
+        weight_decay: Decoupled weight decay.
+        embedder_weight_decay: The same for the embedder.
+        warmup_epochs: Epochs over which the learning rate rises linearly.
+        plateau_factor: Factor on the learning rate when the validation loss (without validation cells: the training
+            loss) has not fallen for ``plateau_patience`` epochs; 1: never.
+        plateau_patience: See ``plateau_factor``.
+        clip_norm: Global gradient norm above which gradients are scaled down; 0: no clipping.
+        freeze: Parts that stay as they are: ``"none"``, ``"embedder"``, or ``"encoder"`` (the embedder, the encoder
+            and its last norm: only the latent and what follows it are trained).
+        adapter_rank: Rank of low-rank adapters on the encoder's matrices, which themselves and the embedder stay as
+            they are (Hu et al. 2022, LoRA); 0: no adapters.
+        adapter_scale: Factor on the adapters' product.
+        validation_fraction: Fraction of the cells held out for validation where no split is given; 0: none, and all
+            epochs are run.
+        cells_per_step: Cells of one optimizer step at most, unless a single context is larger.
+        cells_per_context: Cells of a training context at most; 0: no limit, each batch is one context.
+        masking: What is dropped and hidden from the input while training.
+        seed: Seed of everything random: new parameters, the validation cells, masks, dropout, the order of steps.
+    """
+
+    epochs: int = 200
+    patience: int = 50
+    learning_rate: float = 5e-3
+    embedder_rate: float = 0.1
+    layer_decay: float = 1.0
+    weight_decay: float = 1e-7
+    embedder_weight_decay: float = 1e-10
+    warmup_epochs: int = 30
+    plateau_factor: float = 0.95
+    plateau_patience: int = 25
+    clip_norm: float = 2.0
+    freeze: Literal["none", "embedder", "encoder"] = "none"
+    adapter_rank: int = 0
+    adapter_scale: float = 1.0
+    validation_fraction: float = 0.1
+    cells_per_step: int = 2048
+    cells_per_context: int = 2048
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    seed: int = 0
+
+    def __post_init__(self):
+        _at_least(self, "", 1, "epochs", "plateau_patience", "cells_per_step")
+        _at_least(self, "", 0, "patience", "warmup_epochs", "clip_norm", "adapter_rank")
+        _at_least(self, "", 0, "weight_decay", "embedder_weight_decay", "embedder_rate")
+        _at_least(self, "", 0, "cells_per_context", "seed")
+        _positive(self, "", "learning_rate", "layer_decay", "plateau_factor", "adapter_scale")
+        _fraction(self.validation_fraction, "validation_fraction")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as nested plain dictionaries, ready for JSON."""
     return dataclasses.asdict(config)

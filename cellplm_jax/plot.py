@@ -307,6 +307,74 @@ def training_curves(
     return panels
 
 
+def fitting_curves(
+    history: Sequence[Mapping[str, float]],
+    *,
+    key: str = "loss",
+    best_epoch: int | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw one quantity of a fine-tuning run over its epochs, training and validation where the history has both.
+
+    Args:
+        history: A mapping an epoch with ``epoch``; a validation value is under ``validation_`` and the key.
+        key: Such as ``"loss"``, ``"score"`` or ``"learning_rate"``.
+        best_epoch: The epoch whose parameters were kept; marked.
+        title: Above the plot.
+        ax: Where to draw; None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The history is empty, or has no such quantity.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = _pyplot()
+    rows = [{**row, "step": row["epoch"]} for row in history]
+    names = {"train": key, "heldout": f"validation_{key}"}
+    curves = {split: _series(rows, "train", name) for split, name in names.items()}
+    curves = {split: curve for split, curve in curves.items() if len(curve[0])}
+    if not curves:
+        known = sorted({name.removeprefix("validation_") for row in history for name in row})
+        msg = explain(
+            f"A history of {len(rows)} epochs without '{key}'",
+            f"one of {', '.join(known)}" if known else "the history of a fit",
+            "Name one of these" if known else "Call fit first",
+        )
+        raise InputError(msg)
+    with pyplot.rc_context(_STYLE):
+        axes = _new_axes(ax, (4.6, 3.0))
+        for split, (epochs, values) in curves.items():
+            line = _curve(axes, split, epochs, values, None)
+            line.set_label({"train": "training", "heldout": "validation"}[split])
+        if best_epoch is not None:
+            axes.axvline(
+                best_epoch,
+                color="#4D4D4D",
+                linestyle=":",
+                linewidth=1.0,
+                label=f"kept: epoch {best_epoch}",
+            )
+        everything = np.concatenate([values for _, values in curves.values()])
+        if everything.min() > 0 and everything.max() > 50 * everything.min():
+            axes.set_yscale("log")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(key.replace("_", " "))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
 # --- a whole run -----------------------------------------------------------------------------------------------------
 
 _RUN_PANELS: tuple[

@@ -766,6 +766,15 @@ class CountSource:
         self._closed = True
 
     @property
+    def gene_names(self) -> list[str]:
+        """What the file calls its genes, under the key of the report; '' where it has no name for one."""
+        key = self._report.gene_key
+        if key == "var_names":
+            return list(self._gene_names)
+        texts = _texts(self._place.var()[key])
+        return [text or name for text, name in zip(texts, self._gene_names, strict=True)]
+
+    @property
     def report(self) -> InputReport:
         """What was decided about the input; complete once every cell has been read."""
         if (self._empty < 0).any():

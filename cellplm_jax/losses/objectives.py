@@ -282,19 +282,26 @@ def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float
     return value.sum() / jnp.maximum(pairs.sum(), 1)
 
 
-def classification_loss(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
+def classification_loss(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array, *, weights: jax.Array | None = None
+) -> jax.Array:
     """Return the mean cross-entropy in nats.
 
     Args:
         logits: float [..., classes].
         labels: int [...]; negative labels are ignored.
         mask: bool [...]; False is ignored.
+        weights: float [classes], weight of a cell by its label, in a weighted mean; None: all equal.
     """
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probability, jnp.maximum(labels, 0)[..., None], axis=-1)[
         ..., 0
     ]
-    return average_over(-picked, mask & (labels >= 0))
+    known = mask & (labels >= 0)
+    if weights is None:
+        return average_over(-picked, known)
+    weight = jnp.where(known, weights[jnp.maximum(labels, 0)], 0.0)
+    return jnp.sum(-picked * weight) / jnp.maximum(weight.sum(), 1e-12)
 
 
 def regression_loss(prediction: jax.Array, truth: jax.Array, entries: jax.Array) -> jax.Array:

@@ -100,6 +100,17 @@ class CellPLM(nn.Module):
         """Infer the latent of encoded cells [samples, cells, hidden]."""
         return self.latent(hidden, noise=noise, train=train)
 
+    def predict(
+        self,
+        z: jax.Array,
+        cell_mask: jax.Array,
+        *,
+        condition: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Apply the task head to latents [samples, cells, latent]; see :class:`cellplm_jax.model.heads.Head`."""
+        return self.head(z, cell_mask, condition=condition, train=train)
+
     def decode(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> Reconstruction:
         """Decode latents [samples, cells, latent]; the batch gives the covariates."""
         return self.decoder(z, batch, train=train)

@@ -122,6 +122,28 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     )
 
 
+def follow_cells(values: jax.Array, batch: CellBatch, *, fill: float | bool = 0) -> jax.Array:
+    """Move what is known of each cell to where :func:`drop_cells` put the cell.
+
+    Args:
+        values: [samples, source_cells, ...], in the order of the cells before any were dropped.
+        batch: The batch that :func:`drop_cells` returned, of one piece.
+        fill: What padding gets.
+
+    Returns:
+        [samples, cells, ...] in the order of ``batch``.
+    """
+    if batch.slot is None:
+        return values
+    cells = batch.cell_mask.shape[1]
+
+    def move(slot, value):
+        empty = jnp.full((cells, *value.shape[1:]), fill, value.dtype)
+        return empty.at[slot].set(value, mode="drop")
+
+    return jax.vmap(move)(batch.slot, values)
+
+
 @lru_cache
 def _beta_quantiles(a: float, b: float) -> np.ndarray:
     """Return float32 [4097]: quantiles of Beta(a, b) at equal steps of probability."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,26 +127,12 @@ def embed_file(
         InputError: As :func:`embed`; also where ``out`` cannot be written.
     """
     path, out = Path(path).expanduser(), Path(out).expanduser()
-    check_output(out)
+    check_copy(path, out)
     _check_key(key_added)
-    if path.is_dir():
-        msg = explain(
-            f"'{path}' is a directory",
-            "an .h5ad file, which the output is a copy of",
-            "Open a .zarr store with anndata and call cellplm_jax.embed, or save it as .h5ad",
-        )
-        raise InputError(msg)
-    if out.exists() and path.exists() and out.samefile(path):
-        msg = explain(
-            f"input and output are both '{path}'",
-            "two different files",
-            "Name another output",
-        )
-        raise InputError(msg)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
     context = _Context(batch_key, spatial_key, cells_per_context, require_coordinates)
     embedding, provenance, messages = _read_and_embed(path, model, read, context, key_added, quiet)
-    _copy_with_embedding(path, out, key_added, embedding, provenance)
+    write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
     return messages
 
 
@@ -209,6 +195,8 @@ def embed_source(
     batch_key: str | None = None,
     spatial_key: str | None = "spatial",
     cells_per_context: int | None = None,
+    groups: Sequence[np.ndarray] | None = None,
+    title: str = "embedding",
     quiet: bool = True,
 ) -> np.ndarray:
     """Embed an opened source of counts.
@@ -219,10 +207,12 @@ def embed_source(
         batch_key: See :func:`embed`.
         spatial_key: See :func:`embed`.
         cells_per_context: See :func:`embed`.
+        groups: int arrays, cells that attend to one another, instead of the batches that ``batch_key`` names.
+        title: What the progress report calls it.
         quiet: No progress on standard error.
 
     Returns:
-        float32 [cells, latent].
+        float32 [cells, latent]; NaN for cells of no group.
     """
     if cells_per_context is not None and cells_per_context < 1:
         msg = explain(
@@ -231,10 +221,10 @@ def embed_source(
             "Raise it",
         )
         raise InputError(msg)
-    tissue_samples = _tissue_samples(source, batch_key)
+    tissue_samples = _tissue_samples(source, batch_key) if groups is None else groups
     coordinates = _coordinates(source, spatial_key)
-    embedding = np.empty((source.cells, model.config.latent_size), np.float32)
-    progress = ProgressReport("embedding", source.cells, unit="cells", quiet=quiet)
+    embedding = np.full((source.cells, model.config.latent_size), np.nan, np.float32)
+    progress = ProgressReport(title, source.cells, unit="cells", quiet=quiet)
     done = 0
     try:
         for cells in tissue_samples:
@@ -344,9 +334,44 @@ def check_output(out: Path) -> None:
         raise InputError(msg)
 
 
-def _copy_with_embedding(
-    path: Path, out: Path, key_added: str, embedding: np.ndarray, provenance: dict[str, Any]
+def check_copy(path: Path, out: Path) -> None:
+    """Raise InputError where no copy of ``path`` can be written at ``out``, before any work is done."""
+    check_output(out)
+    if path.is_dir():
+        msg = explain(
+            f"'{path}' is a directory",
+            "an .h5ad file, which the output is a copy of",
+            "Open a .zarr store with anndata and predict in memory, or save it as .h5ad",
+        )
+        raise InputError(msg)
+    if out.exists() and path.exists() and out.samefile(path):
+        msg = explain(
+            f"input and output are both '{path}'",
+            "two different files",
+            "Name another output",
+        )
+        raise InputError(msg)
+
+
+def write_copy(
+    path: Path,
+    out: Path,
+    *,
+    obs: Mapping[str, Any] | None = None,
+    obsm: Mapping[str, np.ndarray] | None = None,
+    layers: Mapping[str, Any] | None = None,
+    uns: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write a copy of an ``.h5ad`` file with more in it; it appears whole or not at all.
+
+    Args:
+        path: Input; never changed.
+        out: Output.
+        obs: Columns (arrays or categoricals) by name; one that is there is replaced.
+        obsm: Matrices of cells by name.
+        layers: Layers by name.
+        uns: Anything AnnData can write, by name.
+    """
     import h5py
     from anndata.io import write_elem
 
@@ -355,11 +380,18 @@ def _copy_with_embedding(
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file:
-            for group in ("obsm", "uns"):
-                if group not in file:
-                    write_elem(file, group, {})
-            write_elem(file["obsm"], key_added, embedding)
-            write_elem(file["uns"], "cellplm", provenance)
+            for group, values in (("obsm", obsm), ("layers", layers), ("uns", uns)):
+                for name, value in (values or {}).items():
+                    if group not in file:
+                        write_elem(file, group, {})
+                    write_elem(file[group], name, value)
+            for name, value in (obs or {}).items():
+                table = file["obs"]
+                write_elem(table, name, value)
+                order = [str(column) for column in table.attrs["column-order"]]
+                if name not in order:
+                    order.append(name)
+                table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

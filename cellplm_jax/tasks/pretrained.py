@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain
 from cellplm_jax.model.cellplm import CellPLM, init_params
-from cellplm_jax.structs import CellBatch
+from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     grow_rows,
@@ -118,6 +118,31 @@ class Pretrained:
             return model.apply(variables, hidden, method=CellPLM.infer).mean
 
         return jax.jit(run)
+
+    @cached_property
+    def output_params(self) -> dict[str, Any]:
+        """The weights of the decoder or task head, on the default device."""
+        return jax.device_put({k: v for k, v in self.params.items() if k in ("decoder", "head")})
+
+    @cached_property
+    def predict(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]:
+        """Jitted ``(params, z, cell_mask, condition) -> prediction`` of the task head."""
+        model = CellPLM(self.config)
+        return jax.jit(
+            lambda params, z, cell_mask, condition: model.apply(
+                {"params": params}, z, cell_mask, condition=condition, method=CellPLM.predict
+            )
+        )
+
+    @cached_property
+    def decode(self) -> Callable[[Any, jax.Array, CellBatch], Reconstruction]:
+        """Jitted ``(params, z, batch) -> reconstruction``; of the batch only the covariates are used."""
+        model = CellPLM(self.config)
+        return jax.jit(
+            lambda params, z, batch: model.apply(
+                {"params": params}, z, batch, method=CellPLM.decode
+            )
+        )
 
 
 BUNDLED = ("small",)

@@ -166,7 +166,7 @@ _TRASH = ".deleted"
 """Checkpoints that are no longer kept are renamed into this folder before they are removed, so that a process killed
 meanwhile leaves no step with half of its files."""
 
-_ITEMS = ("params", "optimizer", "unused")
+_ITEMS = ("params", "optimizer", "unused", "estimator")
 
 
 def _remote(directory: epath.Path) -> bool:
@@ -435,6 +435,8 @@ def save_model(
     params: Mapping[str, Any],
     *,
     unused: Mapping[str, np.ndarray] | None = None,
+    estimator: Mapping[str, np.ndarray] | None = None,
+    texts: Mapping[str, str] | None = None,
     step: int = 0,
 ) -> None:
     """Write a model as a checkpoint directory of its own.
@@ -444,6 +446,8 @@ def save_model(
         files: Contents of the root files.
         params: The ``"params"`` collection.
         unused: Arrays that only an exact write-back to the published form needs.
+        estimator: Arrays that a fitted estimator needs besides the weights.
+        texts: Further files at the root, by name.
         step: Number of the step directory.
 
     Raises:
@@ -463,8 +467,12 @@ def save_model(
     items = {"params": ocp.args.StandardSave(_as_arrays(params))}
     if unused:
         items["unused"] = ocp.args.StandardSave(_as_arrays(unused))
+    if estimator:
+        items["estimator"] = ocp.args.StandardSave(_as_arrays(estimator))
     try:
         write_root(partial, files)
+        for name, text in (texts or {}).items():
+            write_text_whole(epath.Path(partial) / name, text)
         manager = _manager(epath.Path(partial))
         manager.save(step, args=ocp.args.Composite(**items))
         manager.wait_until_finished()
@@ -495,7 +503,7 @@ def restore_item(
 
     Args:
         directory: A checkpoint directory or a pretraining work directory.
-        item: ``"params"`` or ``"unused"``.
+        item: ``"params"``, ``"unused"`` or ``"estimator"``.
         step: Step to read; None: the best by held-out likelihood, else the latest.
 
     Returns:

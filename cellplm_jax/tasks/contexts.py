@@ -1,0 +1,433 @@
+"""Cells in memory, the contexts they are put into, and the padded examples that fitting reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import pandas as pd
+from flax import struct
+from scipy import sparse
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
+from cellplm_jax.data.batches import (
+    Sample,
+    bucket,
+    laplacian_eigenvectors,
+    pad_batch,
+    scale_coordinates,
+)
+from cellplm_jax.data.genes import load_human_table
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.structs import CellBatch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from cellplm_jax.data.anndata_io import InputReport
+
+ONE_BATCH = "all cells"
+"""Name of the batch where no ``batch_key`` is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class CellTable:
+    """Cells in memory, in the columns of one vocabulary.
+
+    Attributes:
+        counts: CSR float32 [cells, genes], canonical.
+        genes: Vocabulary [genes].
+        measured: bool [genes], which of them the data measures.
+        batch: str [cells], the batch (tissue sample) of each cell.
+        coordinates: float64 [cells, 2] in the units of the data, NaN where a cell has none; None: no cell has any.
+        obs: The table of cells as it was given.
+        report: What was decided about the input.
+    """
+
+    counts: sparse.csr_matrix
+    genes: list[str]
+    measured: np.ndarray
+    batch: np.ndarray
+    coordinates: np.ndarray | None
+    obs: pd.DataFrame
+    report: InputReport
+
+    def __len__(self) -> int:
+        return self.counts.shape[0]
+
+    def restrict(self, columns: np.ndarray) -> CellTable:
+        """Return the same cells with some of the genes.
+
+        Args:
+            columns: int or bool; which genes.
+        """
+        columns = np.arange(len(self.genes))[columns]
+        return replace(
+            self,
+            counts=sparse.csr_matrix(self.counts[:, columns]),
+            genes=[self.genes[i] for i in columns],
+            measured=self.measured[columns],
+        )
+
+    def sample(self, index: np.ndarray, config: ModelConfig, *, batch_row: int = -1) -> Sample:
+        """Return some cells as one context.
+
+        Args:
+            index: int [n], cells of one batch.
+            config: Decides which kind of positions is needed.
+            batch_row: Row of the batch embedding.
+        """
+        placed = vectors = None
+        if self.coordinates is not None and config.positions.kind != "none":
+            placed = scale_coordinates(self.coordinates[index])
+            present = np.isfinite(placed).all(axis=1)
+            if config.positions.kind == "laplacian":
+                vectors = np.zeros((len(index), config.positions.eigenvectors), np.float32)
+                vectors[present] = laplacian_eigenvectors(
+                    placed[present], config.positions.eigenvectors
+                )
+        return Sample(
+            name=str(self.batch[index[0]]) if len(index) else "",
+            counts=sparse.csr_matrix(self.counts[index]),
+            coordinates=placed,
+            eigenvectors=vectors,
+            measured=self.measured,
+            batch=batch_row,
+        )
+
+
+def read_cells(
+    data: AnnData | str | os.PathLike,
+    vocabulary: Sequence[str] | None,
+    *,
+    batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    values: Values = "counts",
+    minimum_genes: int | None = None,
+) -> CellTable:
+    """Read cells into memory.
+
+    Args:
+        data: Raw counts, as for :func:`cellplm_jax.embed`.
+        vocabulary: Genes of the model; None: those of the data, by Ensembl id where most are known human genes, else as
+            the data calls them (so that other species can be trained on from scratch).
+        batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; None: one batch.
+        spatial_key: Key of ``obsm`` with coordinates; the default is used where present.
+        layer: See :func:`cellplm_jax.embed`.
+        gene_key: See :func:`cellplm_jax.embed`.
+        values: See :func:`cellplm_jax.embed`.
+        minimum_genes: See :func:`cellplm_jax.embed`.
+
+    Returns:
+        All cells over all genes of the vocabulary.
+
+    Raises:
+        InputError: The counts, genes or keys cannot be used.
+    """
+    genes = own_vocabulary(data, layer, gene_key, values) if vocabulary is None else vocabulary
+    with open_counts(
+        data,
+        genes,
+        layer=layer,
+        gene_key=gene_key,
+        values=values,
+        minimum_genes=minimum_genes,
+    ) as source:
+        batch = np.full(source.cells, ONE_BATCH, object)
+        if batch_key is not None:
+            batch = source.column(batch_key)
+        coordinates = None
+        if spatial_key is not None:
+            coordinates = source.coordinates(spatial_key, required=spatial_key != "spatial")
+        counts = source.read(0, source.cells)
+        return CellTable(
+            counts=counts,
+            genes=list(genes),
+            measured=np.asarray(source.measured),
+            batch=batch,
+            coordinates=coordinates,
+            obs=source.obs,
+            report=source.report,
+        )
+
+
+def own_vocabulary(
+    data: AnnData | str | os.PathLike, layer: str | None, gene_key: str | None, values: Values
+) -> list[str]:
+    """Return the genes of the data itself: the vocabulary of a model that is trained on it from scratch.
+
+    Args:
+        data: AnnData or path.
+        layer: See :func:`read_cells`.
+        gene_key: See :func:`read_cells`.
+        values: See :func:`read_cells`.
+    """
+    human = sorted(load_human_table().symbols)
+    read: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "values": values}
+    with open_counts(data, human, minimum_genes=0, **read) as source:
+        mapping = source.report.genes
+        if 2 * mapping.matched >= mapping.matched + mapping.unmatched:
+            return [gene for gene, there in zip(human, source.measured, strict=True) if there]
+        names = source.gene_names
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
+    """Choose highly variable genes, by the dispersion of normalised counts among genes of like mean.
+
+    scanpy's flavour "seurat" (Satija et al. 2015): counts scaled to 10,000 a cell, log1p; the log of variance over mean
+    (of the values before the logarithm), standardised within 20 bins of log1p mean.
+
+    Args:
+        counts: CSR [cells, genes], raw counts of the cells that may be looked at.
+        number: How many genes.
+
+    Returns:
+        int, rising: the columns chosen; fewer where not so many genes are expressed.
+    """
+    library = np.asarray(counts.sum(axis=1)).ravel()
+    scaled = counts.astype(np.float64).multiply(1e4 / np.maximum(library, 1)[:, None]).tocsr()
+    cells = counts.shape[0]
+    mean = np.asarray(scaled.mean(axis=0)).ravel()
+    square = np.asarray(scaled.multiply(scaled).mean(axis=0)).ravel()
+    variance = (square - mean**2) * cells / max(cells - 1, 1)
+    expressed = mean > 0
+    dispersion = np.full(len(mean), -np.inf)
+    with np.errstate(divide="ignore"):
+        ratio = np.log(variance[expressed] / mean[expressed])
+    ratio[~np.isfinite(ratio)] = np.nan
+    frame = pd.DataFrame({"ratio": ratio})
+    frame["bin"] = pd.cut(np.log1p(mean[expressed]), bins=20)
+    groups = frame.groupby("bin", observed=True)["ratio"]
+    centre, spread = groups.transform("mean"), groups.transform("std")
+    # A gene alone in its bin has no spread; it counts as variable.
+    alone = spread.isna()
+    spread[alone], centre[alone] = centre[alone], 0.0
+    standardised = ((frame["ratio"] - centre) / spread.replace(0.0, 1.0)).to_numpy()
+    dispersion[expressed] = np.nan_to_num(standardised, nan=-1e30)
+    order = np.argsort(-dispersion, kind="stable")[: min(number, int(expressed.sum()))]
+    return np.sort(order)
+
+
+def deal(cells: np.ndarray, limit: int | None) -> list[np.ndarray]:
+    """Deal the cells of one batch to contexts in turn, so that each is a cross-section of it.
+
+    Args:
+        cells: int [n].
+        limit: Cells of a context at most; None or 0: one context.
+    """
+    count = -(-len(cells) // limit) if limit else 1
+    return [cells[start::count] for start in range(count)] if len(cells) else []
+
+
+def contexts_of(
+    batch: np.ndarray,
+    cells: np.ndarray,
+    *,
+    limit: int | None = None,
+    part: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Put cells into contexts: those of one batch (and part) together.
+
+    Args:
+        batch: [all cells], names of batches.
+        cells: int [n], which cells.
+        limit: Cells of a context at most; see :func:`deal`.
+        part: [all cells], anything by which the cells of a batch are kept apart (such as the parts of a split).
+
+    Returns:
+        int arrays, batches in order of first appearance.
+    """
+    keys = pd.Series(
+        list(batch[cells]) if part is None else list(zip(batch[cells], part[cells], strict=True))
+    )
+    codes, names = pd.factorize(keys)
+    groups = [cells[codes == number] for number in range(len(names))]
+    return [context for group in groups for context in deal(group, limit)]
+
+
+class Example(struct.PyTreeNode):
+    """What one optimizer step sees.
+
+    Attributes:
+        batch: Contexts of cells, one a row.
+        targets: Arrays [samples, cells, ...] (or [samples, ...] for those of whole contexts) by name.
+    """
+
+    batch: CellBatch
+    targets: dict[str, jax.Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """An example, and which cells its slots hold.
+
+    Attributes:
+        example: On the device.
+        cells: int64 [samples, cells], numbers in the table; -1: padding.
+        contexts: int64 [samples], numbers of the contexts; -1: an empty row.
+    """
+
+    example: Example
+    cells: np.ndarray
+    contexts: np.ndarray
+
+
+def lay_out(
+    table: CellTable,
+    contexts: Sequence[np.ndarray],
+    config: ModelConfig,
+    *,
+    targets: Mapping[str, np.ndarray] | None = None,
+    context_targets: Mapping[str, np.ndarray] | None = None,
+    batch_rows: Mapping[str, int] | None = None,
+    cells_per_step: int = 2048,
+) -> list[Layout]:
+    """Lay contexts out as padded examples of few shapes, so that little is compiled.
+
+    Contexts of like size become the rows of one example, as many as ``cells_per_step`` allows. Lengths are the bucket
+    of the largest context, or a quarter of it, a sixteenth and so on; examples of one length have one shape.
+
+    Args:
+        table: The cells.
+        contexts: int arrays of cells of the table; empty ones are left out.
+        config: The architecture.
+        targets: Arrays [all cells of the table, ...]; padding gets -1 (integers), 0 or False.
+        context_targets: Arrays [contexts, ...]; empty rows likewise.
+        batch_rows: Row of the batch embedding by batch; None, or a batch that is not among them: unknown.
+        cells_per_step: Slots for cells of an example at most, unless a single context is longer.
+
+    Returns:
+        The examples, longest first.
+    """
+    targets, context_targets = targets or {}, context_targets or {}
+    numbers = [number for number, context in enumerate(contexts) if len(context)]
+    if not numbers:
+        return []
+    longest = bucket(max(len(contexts[number]) for number in numbers))
+    groups: dict[int, list[int]] = {}
+    for number in numbers:
+        length = longest
+        while length % 4 == 0 and length // 4 >= max(len(contexts[number]), 32):
+            length //= 4
+        groups.setdefault(length, []).append(number)
+    layouts = []
+    for length in sorted(groups, reverse=True):
+        members = groups[length]
+        steps = -(-len(members) // max(1, cells_per_step // length))
+        parts = [members[start::steps] for start in range(steps)]
+        rows = max(map(len, parts))
+        stored = np.diff(table.counts.indptr)
+        nonzeros = bucket(max(int(stored[contexts[n]].sum()) for n in members), 1024)
+        for part in parts:
+            samples = []
+            cells = np.full((rows, length), -1)
+            for row, number in enumerate(part):
+                context = contexts[number]
+                cells[row, : len(context)] = context
+                name = str(table.batch[context[0]])
+                batch_row = -1 if batch_rows is None else batch_rows.get(name, -1)
+                samples.append(table.sample(context, config, batch_row=batch_row))
+            empty = table.sample(np.zeros(0, int), config)
+            samples += [replace(empty, coordinates=None, eigenvectors=None)] * (rows - len(part))
+            laplacian = config.positions.kind == "laplacian"
+            batch = pad_batch(
+                samples,
+                cells=length,
+                nonzeros=nonzeros,
+                eigenvectors=config.positions.eigenvectors if laplacian else None,
+            )
+            whole = np.array([*part, *[-1] * (rows - len(part))])
+            example = Example(
+                batch=batch,
+                targets={
+                    **{name: _take(values, cells) for name, values in targets.items()},
+                    **{name: _take(values, whole) for name, values in context_targets.items()},
+                },  # type: ignore[arg-type]
+            )
+            layouts.append(Layout(jax.device_put(example), cells, whole))
+    return layouts
+
+
+def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return ``values[index]``, with -1 (integers), 0 or False where the index is -1."""
+    taken = np.asarray(values)[np.maximum(index, 0)]
+    taken[index < 0] = -1 if np.issubdtype(taken.dtype, np.signedinteger) else 0
+    return taken
+
+
+def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int) -> np.ndarray:
+    """Put what was computed for the slots of examples into the order of the table.
+
+    Args:
+        layouts: The examples.
+        outputs: Arrays [samples, cells, ...], one an example.
+        cells: Cells of the table.
+
+    Returns:
+        float32 [cells, ...]; NaN for cells of no example.
+    """
+    result = np.full((cells, *np.shape(outputs[0])[2:]), np.nan, np.float32)
+    for layout, values in zip(layouts, outputs, strict=True):
+        here = layout.cells >= 0
+        result[layout.cells[here]] = np.asarray(values)[here]
+    return result
+
+
+def source_groups(
+    source: CountSource, batch_key: str | None, part: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Return the cells of each batch (and part) of an opened source, in order of first appearance.
+
+    Args:
+        source: The cells.
+        batch_key: Column of ``obs`` naming the batch; None: one batch.
+        part: See :func:`contexts_of`.
+    """
+    batch = np.full(source.cells, ONE_BATCH, object)
+    if batch_key is not None:
+        batch = source.column(batch_key)
+    return contexts_of(batch, np.arange(source.cells), part=part)
+
+
+def name_of(data: Any) -> str:
+    """Return what messages call the data."""
+    return f"'{Path(data).name}'" if isinstance(data, str | os.PathLike) else "the AnnData"
+
+
+def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
+    """Return a column of labels as strings, None where a cell has none.
+
+    Args:
+        obs: The table of cells.
+        key: Column.
+
+    Returns:
+        [cells], object array of str and None.
+
+    Raises:
+        InputError: There is no such column.
+    """
+    if key not in obs.columns:
+        names = list(map(str, obs.columns))
+        shown = ", ".join(map(repr, names[:12])) + (" and more" if len(names) > 12 else "")
+        msg = explain(
+            f"obs has no column '{key}'",
+            f"one of its columns: {shown or 'none'}",
+            "Name the column that holds the labels",
+        )
+        raise InputError(msg)
+    values = obs[key].astype(object)
+    missing = np.asarray(values.isna())
+    texts = zip(values, missing, strict=True)
+    result = np.empty(len(obs), object)
+    result[:] = [None if gone else str(value) for value, gone in texts]
+    return result

@@ -1,0 +1,653 @@
+"""What all estimators have in common: where they start, how they are fitted, saved and loaded.
+
+An estimator of a task is a subclass of :class:`Estimator` that
+
+1. names its ``task`` and ``recipe``,
+2. in ``fit`` reads the cells (:meth:`Estimator._read`), chooses training and validation cells (:func:`split_cells`),
+   states its architecture (:meth:`Estimator._begin`), lays out examples (:meth:`Estimator._examples`) and hands a pure
+   loss and a validation function to :meth:`Estimator._finetune`,
+3. in ``predict`` embeds (:meth:`Estimator._embed`) and applies the head or decoder (:meth:`Estimator._head`,
+   :meth:`Estimator._decode`),
+4. says in ``_state`` and ``_restore`` what it knows besides the model, as JSON and arrays.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from etils import epath
+
+from cellplm_jax.config import FinetuneConfig, ModelConfig, from_dict, to_dict
+from cellplm_jax.data.anndata_io import Values, open_counts
+from cellplm_jax.data.batches import bucket
+from cellplm_jax.errors import CheckpointError, InputError, explain
+from cellplm_jax.presets import preset
+from cellplm_jax.structs import CellBatch, Reconstruction
+from cellplm_jax.tasks.adapt import start_model
+from cellplm_jax.tasks.contexts import (
+    CellTable,
+    Layout,
+    contexts_of,
+    lay_out,
+    read_cells,
+    source_groups,
+    variable_genes,
+)
+from cellplm_jax.tasks.embed import embed_source
+from cellplm_jax.tasks.pretrained import Pretrained, load
+from cellplm_jax.train.checkpoint import ModelFiles, has_item, restore_item, save_model
+from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
+from cellplm_jax.train.metrics import ProgressReport
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
+EstimatorType = TypeVar("EstimatorType", bound="Estimator")
+
+ESTIMATOR_FILE = "estimator.json"
+
+HEAD_CELLS = 4096
+"""Cells that a head is applied to at once; decoders, which return a number a gene, take an eighth of that."""
+
+PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
+"""Values of a split column; every other value is a part that is not looked at."""
+
+
+class _AsFitted(Enum):
+    AS_FITTED = "as in fit"
+
+
+AS_FITTED: Any = _AsFitted.AS_FITTED
+"""Default of arguments of ``predict``: what ``fit`` was given."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an estimator reads an AnnData; remembered from ``fit`` for ``predict``.
+
+    Attributes:
+        batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell: one context each; None: one batch.
+        spatial_key: Key of ``obsm`` with coordinates; the default one is used where present; None: none.
+        layer: Layer with the counts; None: look for them.
+        gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+        values: What the matrix holds.
+        cells_per_context: Cells of a context at most when predicting; None: no limit.
+        split_key: Column of ``obs`` with the parts of a split, which do not see one another; None: none.
+    """
+
+    batch_key: str | None = None
+    spatial_key: str | None = "spatial"
+    layer: str | None = None
+    gene_key: str | None = None
+    values: Values = "counts"
+    cells_per_context: int | None = None
+    split_key: str | None = None
+
+    def changed(self, **changes: Any) -> Reading:
+        """Return it with the changes that are not :data:`AS_FITTED`."""
+        return dataclasses.replace(
+            self, **{name: value for name, value in changes.items() if value is not AS_FITTED}
+        )
+
+
+class Estimator(abc.ABC):
+    """A model for one task, fitted to cells. See the module for how to write one.
+
+    Args:
+        model: A :class:`Pretrained`, or what :func:`cellplm_jax.load` opens (such as ``"small"``); None: the ``:small``
+            architecture from scratch, over the genes of the data.
+        genes: Fit on so many highly variable genes of the training cells; None: on all genes that the data measures and
+            the model knows; ``"default"``: 3,000 from scratch (published), all with a pretrained model, whose library
+            sizes are those of all genes.
+        quiet: No progress.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig` that differ from the task's recipe.
+
+    Attributes:
+        base: The pretrained model; None: from scratch.
+        training: The recipe.
+        model: The fitted model; None before ``fit``.
+        history: A dictionary an epoch; see :class:`cellplm_jax.train.finetune.FinetuneResult`.
+        messages: Sentences about the data and the fit: genes matched, cells left out, what started fresh.
+        facts: What the fit was, as JSON: cells, genes, seconds, best epoch.
+
+    Raises:
+        ConfigError: There is no such option, or its value is impossible.
+    """
+
+    task: ClassVar[str]
+    recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
+
+    def __init__(
+        self,
+        model: Pretrained | str | os.PathLike | None = None,
+        *,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Any,
+    ):
+        self.base = load(model) if isinstance(model, str | os.PathLike) else model
+        if isinstance(genes, str):
+            genes = 3000 if self.base is None else None
+        self.genes: int | None = genes
+        self.quiet = quiet
+        self.training = from_dict(
+            FinetuneConfig, {**_fields(self.recipe), **training}, path="training"
+        )
+        self.model: Pretrained | None = None
+        self.reading = Reading()
+        self.history: list[dict[str, float]] = []
+        self.messages: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self.batch_rows: dict[str, int] = {}
+
+    # -- what a task says -----------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def fit(self, adata: Any, **keys: Any) -> Estimator:
+        """Fit to the cells of an AnnData, and return the estimator itself."""
+
+    @abc.abstractmethod
+    def predict(self, adata: Any, **keys: Any) -> Any:
+        """Predict for the cells of an AnnData."""
+
+    @abc.abstractmethod
+    def score(self, adata: Any, **keys: Any) -> dict[str, float]:
+        """Predict and compare with what is known."""
+
+    @abc.abstractmethod
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return what the task knows besides the model: plain values for JSON, and arrays."""
+
+    @abc.abstractmethod
+    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        """Take back what :meth:`_state` returned."""
+
+    # -- fitting --------------------------------------------------------------------------------
+
+    def _read(self, data: AnnData | str | os.PathLike, reading: Reading) -> CellTable:
+        """Read the cells to fit on, over the genes that both they and the model know; starts a new fit."""
+        self.reading, self.model, self.history, self.facts = reading, None, [], {}
+        table = read_cells(
+            data,
+            None if self.base is None else self.base.genes,
+            batch_key=reading.batch_key,
+            spatial_key=reading.spatial_key,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            values=reading.values,
+        )
+        self.messages = table.report.messages()
+        return table.restrict(table.measured)
+
+    def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
+        """Restrict the table to the genes the fit uses, chosen by training cells alone."""
+        if self.genes is None:
+            if self.base is not None:
+                return table
+            kept = np.flatnonzero(np.diff(table.counts[train].tocsc().indptr) > 0)
+            return table.restrict(kept)
+        chosen = variable_genes(table.counts[train], self.genes)
+        if len(chosen) < len(table.genes):
+            self.messages.append(
+                f"Fitted on {len(chosen)} highly variable genes of {len(table.genes)}."
+            )
+        return table.restrict(chosen)
+
+    def _architecture(self) -> ModelConfig:
+        """Return the architecture a task starts from: the pretrained one, or ``:small``."""
+        return preset("small").model if self.base is None else self.base.config
+
+    def _begin(
+        self, table: CellTable, config: ModelConfig, *, gene_means: np.ndarray | None = None
+    ) -> Pretrained:
+        """Return the model to fine-tune.
+
+        With a decoder, every batch of the table gets a row of its own: at the mean of the pretrained rows, tuned from
+        there. ``self.batch_rows`` says which.
+
+        Args:
+            table: The cells, over the genes of the fit.
+            config: Architecture of the task, from :meth:`_architecture`.
+            gene_means: See :func:`cellplm_jax.tasks.adapt.start_model`.
+        """
+        self.batch_rows = {}
+        if config.head.kind == "none":
+            first = config.decoder.batches if self.base is not None else 0
+            names = list(dict.fromkeys(table.batch))
+            self.batch_rows = {name: first + row for row, name in enumerate(names)}
+            decoder = dataclasses.replace(config.decoder, batches=first + len(names))
+            config = dataclasses.replace(config, decoder=decoder)
+        start, fresh = start_model(
+            self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
+        )
+        self.messages.append(f"Started fresh: {', '.join(fresh) if fresh else 'nothing'}.")
+        return start
+
+    def _examples(
+        self,
+        table: CellTable,
+        cells: np.ndarray,
+        model: Pretrained,
+        *,
+        part: np.ndarray | None = None,
+        targets: Mapping[str, np.ndarray] | None = None,
+    ) -> list[Layout]:
+        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.lay_out`."""
+        limit = self.training.cells_per_context or None
+        return lay_out(
+            table,
+            contexts_of(table.batch, cells, limit=limit, part=part),
+            model.config,
+            targets=targets,
+            batch_rows=self.batch_rows,
+            cells_per_step=self.training.cells_per_step,
+        )
+
+    def _finetune(
+        self,
+        start: Pretrained,
+        *,
+        loss: Loss,
+        examples: Sequence[Layout] | Callable[[int], Sequence[Any]],
+        validate: Callable[[Any], Mapping[str, float]] | None,
+    ) -> FinetuneResult:
+        """Fine-tune, and keep the best model and the history.
+
+        Args:
+            start: From :meth:`_begin`.
+            loss: Pure ``(params, example, key) -> (loss, metrics)``.
+            examples: The layouts of every epoch, or a function of the epoch that returns its examples.
+            validate: See :func:`cellplm_jax.train.finetune.finetune`.
+        """
+        import cellplm_jax
+
+        if callable(examples):
+            of_epoch = examples
+        else:
+            fixed = [layout.example for layout in examples]
+            of_epoch = lambda epoch: fixed  # noqa: E731
+        result = finetune(
+            start.params,
+            self.training,
+            loss=loss,
+            examples=of_epoch,
+            validate=validate,
+            layers=start.config.encoder.layers,
+            title=f"{self.task}: fitting",
+            quiet=self.quiet,
+        )
+        card = {
+            **start.card,
+            "kind": "fine-tuned",
+            "task": self.task,
+            "fine_tuned_from": "nothing" if self.base is None else self.base.id,
+            "made_by": f"cellplm-jax {cellplm_jax.__version__}",
+        }
+        self.model = Pretrained(
+            start.config, result.params, start.genes, card, start.source, start.step
+        )
+        self.history = result.history
+        self.facts |= {
+            "epochs": len(result.history),
+            "best_epoch": result.best_epoch,
+            "stopped_early": result.stopped_early,
+            "trained_parameters": result.trained,
+            "parameters": self.model.parameters,
+            "seconds": round(result.seconds, 1),
+        }
+        return result
+
+    def _tell(self) -> None:
+        """Show the messages of the fit, unless quiet."""
+        report = ProgressReport(self.task, 1, quiet=self.quiet)
+        for message in self.messages:
+            report.say(message)
+        report.close()
+
+    # -- predicting -----------------------------------------------------------------------------
+
+    def _fitted(self) -> Pretrained:
+        """Return the fitted model."""
+        if self.model is None:
+            name = type(self).__name__
+            msg = explain(
+                f"this {name} has not been fitted", "a fitted one", f"Call fit, or {name}.load(...)"
+            )
+            raise InputError(msg)
+        return self.model
+
+    def _embed(
+        self,
+        data: AnnData | str | os.PathLike,
+        reading: Reading,
+        *,
+        model: Pretrained | None = None,
+        part: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
+        """Embed the cells of an AnnData, streamed, with the fitted model.
+
+        Args:
+            data: The cells.
+            reading: How to read them.
+            model: Another model than the fitted one.
+            part: [cells], cells of different parts never see one another; None: those of ``reading.split_key``.
+
+        Returns:
+            z float32 [cells, latent]; facts about the input and its contexts; sentences about the input.
+        """
+        model = self._fitted() if model is None else model
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "values": reading.values,
+        }
+        with open_counts(data, model.genes, **read) as source:
+            key = reading.split_key
+            if part is None and key is not None and key in source.obs.columns:
+                part = parts_of(source.column(key, missing=""))
+            z = embed_source(
+                source,
+                model,
+                spatial_key=reading.spatial_key,
+                cells_per_context=reading.cells_per_context,
+                groups=source_groups(source, reading.batch_key, part),
+                title=f"{self.task}: predicting",
+                quiet=self.quiet,
+            )
+            facts = {
+                "context": {
+                    "batch_key": reading.batch_key or "",
+                    "cells_per_context": reading.cells_per_context or 0,
+                    "parts_apart": part is not None,
+                },
+                "input": source.report.as_dict(),
+            }
+            return z, facts, source.report.messages()
+
+    def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
+        """Apply the task head to latents, each cell on its own.
+
+        Args:
+            z: float32 [cells, latent].
+            condition: float32 [cells, condition].
+
+        Returns:
+            float32 [cells, outputs].
+        """
+        model = self._fitted()
+        parts = []
+        for piece in _pieces(len(z), HEAD_CELLS):
+            rows = bucket(piece.stop - piece.start)
+            mask = np.arange(rows)[None] < piece.stop - piece.start
+            given = None if condition is None else _padded(condition[piece], rows)
+            out = model.predict(model.output_params, _padded(z[piece], rows), mask, given)
+            parts.append(np.asarray(out)[0, : piece.stop - piece.start])
+        return np.concatenate(parts) if parts else np.zeros((0, model.config.head.outputs))
+
+    def _decode(
+        self, z: np.ndarray, *, batch: np.ndarray | None = None
+    ) -> Iterator[tuple[slice, Reconstruction]]:
+        """Decode latents, some cells at a time, so that no array of all cells and genes need exist.
+
+        Args:
+            z: float32 [cells, latent].
+            batch: str [cells], names of batches; one that was not fitted, and None, takes the mean of all rows.
+
+        Yields:
+            Which cells, and their reconstruction: unscaled means [cells, genes].
+        """
+        model = self._fitted()
+        rows_of = np.full(len(z), -1, np.int32)
+        if batch is not None:
+            rows_of = np.array([self.batch_rows.get(name, -1) for name in batch], np.int32)
+        for piece in _pieces(len(z), HEAD_CELLS // 8):
+            count = piece.stop - piece.start
+            rows = bucket(count)
+            index = np.full((1, rows), -1, np.int32)
+            index[0, :count] = rows_of[piece]
+            given = CellBatch(
+                indptr=np.zeros((1, rows + 1), np.int32),  # type: ignore[arg-type]
+                gene=np.zeros((1, 1), np.int32),  # type: ignore[arg-type]
+                count=np.zeros((1, 1), np.float32),  # type: ignore[arg-type]
+                cell_mask=np.arange(rows)[None] < count,  # type: ignore[arg-type]
+                batch=index,  # type: ignore[arg-type]
+            )
+            out = model.decode(model.output_params, _padded(z[piece], rows), given)
+            yield (
+                piece,
+                Reconstruction(
+                    mean=np.asarray(out.mean)[0, :count],  # type: ignore[arg-type]
+                    dispersion=out.dispersion,
+                    zero_logits=None if out.zero_logits is None else out.zero_logits[0, :count],
+                ),
+            )
+
+    # -- history, saving, loading ---------------------------------------------------------------
+
+    def plot_history(
+        self, *, key: str = "loss", ax: Axes | None = None, show: bool = False
+    ) -> Axes:
+        """Draw a quantity of the fit over its epochs, with the epoch that was kept.
+
+        Args:
+            key: ``"loss"``, ``"score"`` or another one of the history; training and validation are drawn where they
+                have it.
+            ax: Where to draw; None: a new figure.
+            show: Call ``matplotlib.pyplot.show()`` before returning.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            InputError: Nothing was fitted, or the history has no such quantity.
+        """
+        from cellplm_jax.plot import fitting_curves
+
+        best = self.facts.get("best_epoch")
+        return fitting_curves(self.history, key=key, best_epoch=best, ax=ax, show=show)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the fitted estimator as a directory that opens alone, whole or not at all.
+
+        It is a model directory (``cellplm_jax.load`` opens the fine-tuned model in it) with ``estimator.json`` beside.
+
+        Args:
+            directory: A new or empty directory.
+
+        Raises:
+            InputError: It has not been fitted.
+            CheckpointError: The directory is not empty.
+        """
+        import cellplm_jax
+
+        model = self._fitted()
+        state, arrays = self._state()
+        content = {
+            "format": 1,
+            "class": type(self).__name__,
+            "version": cellplm_jax.__version__,
+            "training": to_dict(self.training),
+            "genes": self.genes,
+            "reading": dataclasses.asdict(self.reading),
+            "batch_rows": self.batch_rows,
+            "facts": self.facts,
+            "messages": self.messages,
+            "state": state,
+            "history": self.history,
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        save_model(
+            directory,
+            ModelFiles(model.config, model.genes, model.card),
+            model.params,
+            estimator=arrays,
+            texts={ESTIMATOR_FILE: text},
+            step=model.step,
+        )
+
+    @classmethod
+    def load(
+        cls: type[EstimatorType], directory: str | os.PathLike, *, quiet: bool = False
+    ) -> EstimatorType:
+        """Open a fitted estimator.
+
+        Args:
+            directory: From :meth:`save`.
+            quiet: No progress when it predicts.
+
+        Returns:
+            An estimator that predicts the same numbers as the one that was saved.
+
+        Raises:
+            CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
+        """
+        content = read_estimator(directory)
+        if content["class"] != cls.__name__:
+            msg = explain(
+                f"'{directory}' holds a fitted {content['class']}",
+                f"a {cls.__name__}",
+                f"Open it with cellplm_jax.{content['class']}.load",
+            )
+            raise CheckpointError(msg)
+        model = load(directory)
+        arrays = {}
+        if has_item(directory, "estimator"):
+            arrays = restore_item(directory, item="estimator", step=model.step)[0]
+        try:
+            found = cls(None, genes=content["genes"], quiet=quiet, **content["training"])
+            found.model = model
+            found.reading = Reading(**content["reading"])
+            found.batch_rows = dict(content["batch_rows"])
+            found.history, found.facts = list(content["history"]), dict(content["facts"])
+            found.messages = list(content["messages"])
+            found._restore(content["state"], arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(_damaged(directory, error)) from error
+        return found
+
+
+def read_estimator(directory: str | os.PathLike) -> dict[str, Any]:
+    """Return what ``estimator.json`` of a directory says.
+
+    Args:
+        directory: From :meth:`Estimator.save`.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    path = epath.Path(directory) / ESTIMATOR_FILE
+    if not path.is_file():
+        what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
+        msg = explain(
+            f"'{directory}' {what}",
+            "the directory of a fitted estimator",
+            "Fit one and save it first; a plain model is opened with cellplm_jax.load",
+        )
+        raise CheckpointError(msg)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["class"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(directory, error)) from error
+    return content
+
+
+def _damaged(directory: str | os.PathLike, error: Exception) -> str:
+    return explain(
+        f"{ESTIMATOR_FILE} of '{directory}' cannot be read ({type(error).__name__}: {error})",
+        "the file as this package wrote it",
+        "Copy the directory again, or use the version of cellplm-jax that wrote it",
+    )
+
+
+def parts_of(values: np.ndarray) -> np.ndarray:
+    """Return the parts of a split column: ``"train"``, ``"valid"``, or the value itself, in lower case."""
+    lower = [str(value).strip().lower() for value in values]
+    return np.array([PARTS.get(value, value) for value in lower], object)
+
+
+def split_cells(
+    table: CellTable,
+    split_key: str | None,
+    *,
+    usable: np.ndarray,
+    strata: np.ndarray,
+    fraction: float,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the training and the validation cells.
+
+    Args:
+        table: The cells.
+        split_key: Column of ``obs`` with ``"train"`` and ``"valid"`` (any other value: not looked at); None: a random
+            fraction of the usable cells is for validation. Where the column names no validation cells, they are that
+            fraction of its training cells.
+        usable: bool [cells], cells that may be trained on or validated with (those with a label).
+        strata: [cells], what a random fraction is drawn from evenly; a stratum of fewer than four cells is not drawn
+            from.
+        fraction: Of each stratum.
+        seed: Seed of the random fraction.
+
+    Returns:
+        int arrays: training cells, validation cells.
+
+    Raises:
+        InputError: There is no such column, or no usable training cell in it.
+    """
+    if split_key is None:
+        train = np.flatnonzero(usable)
+        valid = np.zeros(0, int)
+    else:
+        if split_key not in table.obs.columns:
+            msg = explain(
+                f"obs has no column '{split_key}'",
+                f"one of its columns: {', '.join(map(repr, table.obs.columns))}",
+                "Name the column that holds 'train' and 'valid', or leave out split_key",
+            )
+            raise InputError(msg)
+        parts = parts_of(np.asarray(table.obs[split_key].astype(object)))
+        train = np.flatnonzero(usable & (parts == "train"))
+        valid = np.flatnonzero(usable & (parts == "valid"))
+        if not len(train):
+            values = ", ".join(map(repr, list(dict.fromkeys(parts))[:6]))
+            msg = explain(
+                f"obs['{split_key}'] marks no usable training cell (its values: {values})",
+                "'train' for the cells to fit on, 'valid' for those to validate with",
+                "Correct the column, or leave out split_key",
+            )
+            raise InputError(msg)
+    if len(valid) or fraction == 0:
+        return train, valid
+    generator = np.random.default_rng(seed)
+    held = []
+    for stratum in dict.fromkeys(strata[train]):
+        cells = train[strata[train] == stratum]
+        number = max(1, round(fraction * len(cells))) if len(cells) >= 4 else 0
+        held.append(generator.permutation(cells)[:number])
+    valid = np.sort(np.concatenate(held)) if held else valid
+    return np.setdiff1d(train, valid), valid
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+
+
+def _pieces(cells: int, size: int) -> Iterator[slice]:
+    for start in range(0, cells, size):
+        yield slice(start, min(start + size, cells))
+
+
+def _padded(values: np.ndarray, rows: int) -> np.ndarray:
+    """Return [1, rows, ...] with zeros behind the values."""
+    padded = np.zeros((1, rows, *values.shape[1:]), np.float32)
+    padded[0, : len(values)] = values
+    return padded

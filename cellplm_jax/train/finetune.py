@@ -1,0 +1,399 @@
+"""Fine-tuning: one loop for every task, given a loss, batches, and how a state is validated.
+
+It knows parameters, not cells: a task hands over a pure loss of ``(params, example, key)``, an iterable of examples for
+each epoch (any pytree of arrays; every shape among them is compiled once), and a function that scores parameters on
+validation cells. What is trained is decided here: parts may be frozen, learning rates may fall with the distance from
+the output, and the encoder may be tuned through low-rank adapters alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig
+from cellplm_jax.errors import CellPLMError, explain
+from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.model.masking import drop_cells, sample_gene_mask
+from cellplm_jax.structs import CellBatch, ModelOutput
+from cellplm_jax.train.metrics import ProgressReport
+
+Path = tuple[str, ...]
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+"""``(params, example, key) -> (loss, metrics)``, pure; all of them float32 scalars."""
+
+SCORE = "validation_score"
+"""The entry of the validation metrics that decides which epoch is the best; higher is better."""
+
+LOSS = "validation_loss"
+"""The entry that decides between epochs of equal score, and when the learning rate is lowered; lower is better."""
+
+MAXIMUM_SKIPPED = 10
+"""Steps in a row that are not finite after which fitting gives up."""
+
+
+class Trainable(struct.PyTreeNode):
+    """What an optimizer step changes.
+
+    Attributes:
+        params: Parameters by path.
+        adapters: For each adapted matrix [in, out], by its path: ``down`` [in, rank] and ``up`` [rank, out].
+    """
+
+    params: dict[Path, jax.Array]
+    adapters: dict[Path, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """What fine-tuning found.
+
+    Attributes:
+        params: The ``"params"`` collection of the best epoch, adapters merged, as numpy arrays.
+        history: A dictionary an epoch: ``epoch`` (from 1), ``loss`` and what else the loss reports (means over the
+            steps), ``learning_rate``, ``seconds`` since the start, and the validation metrics.
+        best_epoch: The epoch the parameters are of.
+        stopped_early: Whether patience ended it.
+        trained: Scalars that were trained.
+        seconds: Time it took, compilation included.
+    """
+
+    params: dict[str, Any]
+    history: list[dict[str, float]]
+    best_epoch: int
+    stopped_early: bool
+    trained: int
+    seconds: float
+
+
+def corrupted_forward(
+    params: Any,
+    batch: CellBatch,
+    key: jax.Array,
+    config: ModelConfig,
+    masking: MaskingConfig,
+    *,
+    condition: jax.Array | None = None,
+) -> tuple[ModelOutput, CellBatch, jax.Array | None]:
+    """Run the model as in training: cells dropped, genes hidden, dropout and sampling on.
+
+    Args:
+        params: The ``"params"`` collection.
+        batch: Contexts of cells.
+        key: PRNG key.
+        config: The architecture.
+        masking: What is dropped and hidden.
+        condition: See :meth:`cellplm_jax.model.cellplm.CellPLM.__call__`; in the order of ``batch``, and only without
+            dropping cells.
+
+    Returns:
+        The model's output, the batch of the cells that were kept (move targets along with
+        :func:`cellplm_jax.model.masking.follow_cells`), and which of their entries were hidden, bool
+        [samples, cells, genes], or None.
+    """
+    drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
+    kept = drop_cells(drop_key, batch, masking)
+    gene_mask = None
+    if masking.cell_fraction > 0 and masking.gene_fraction > 0:
+        gene_mask = sample_gene_mask(mask_key, kept, config.genes, masking)
+    output = CellPLM(config).apply(
+        {"params": params},
+        kept,
+        gene_mask=gene_mask,
+        condition=condition,
+        train=True,
+        rngs={"dropout": dropout_key, "latent": latent_key},
+    )
+    return output, kept, gene_mask  # type: ignore[return-value]
+
+
+def clean_forward(
+    params: Any, batch: CellBatch, config: ModelConfig, *, condition: jax.Array | None = None
+) -> ModelOutput:
+    """Run the model as at inference: nothing hidden, nothing random."""
+    return CellPLM(config).apply({"params": params}, batch, condition=condition)  # type: ignore[return-value]
+
+
+def is_frozen(path: Path, config: FinetuneConfig) -> bool:
+    """Say whether a parameter stays as it is (where it has an adapter, the adapter is trained instead).
+
+    Args:
+        path: Names from the top of the parameter tree.
+        config: The recipe.
+    """
+    if config.freeze == "encoder" or config.adapter_rank > 0:
+        return path[0] in ("embedder", "encoder", "pre_latent_norm")
+    return config.freeze == "embedder" and path[0] == "embedder"
+
+
+def adapted_paths(params: Mapping[str, Any]) -> list[Path]:
+    """Return the paths of the matrices that adapters are for: every dense kernel of the encoder."""
+    return [
+        path
+        for path, leaf in flatten_dict(dict(params)).items()
+        if path[0] == "encoder" and path[-1] == "kernel" and np.ndim(leaf) == 2
+    ]
+
+
+def init_adapters(
+    params: Mapping[str, Any], rank: int, key: jax.Array
+) -> dict[Path, dict[str, jax.Array]]:
+    """Return adapters that change nothing yet: ``down`` random, ``up`` zero.
+
+    Args:
+        params: The ``"params"`` collection.
+        rank: Inner width; 0: no adapters.
+        key: PRNG key.
+    """
+    adapters = {}
+    flat = flatten_dict(dict(params))
+    for number, path in enumerate(adapted_paths(params) if rank else []):
+        rows, columns = np.shape(flat[path])
+        down = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) / math.sqrt(rows)
+        adapters[path] = {"down": down, "up": jnp.zeros((rank, columns))}
+    return adapters
+
+
+def merge(trainable: Trainable, frozen: Mapping[Path, jax.Array], scale: float) -> dict[str, Any]:
+    """Put trained and frozen parameters together: ``params = base + scale * down @ up`` where there is an adapter.
+
+    Args:
+        trainable: What is trained.
+        frozen: The other parameters, by path.
+        scale: Factor on the adapters.
+
+    Returns:
+        The nested ``"params"`` collection; no base array is changed.
+    """
+    flat = {**frozen, **trainable.params}
+    for path, adapter in trainable.adapters.items():
+        flat[path] = flat[path] + scale * (adapter["down"] @ adapter["up"])
+    return unflatten_dict(flat)
+
+
+def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> float:
+    """Return a parameter's learning rate as a fraction of the run's.
+
+    Args:
+        path: Names from the top of the parameter tree.
+        config: ``embedder_rate``, and ``layer_decay`` to the power of the number of layers between the parameter and
+            the output: the latent and what follows it is the last layer, the embedder the first.
+        layers: Layers of the encoder.
+    """
+    depth = layers + 2  # of latent, decoder, head
+    if path[0] == "embedder":
+        depth = 0
+    elif path[0] == "pre_latent_norm":
+        depth = layers + 1
+    elif path[0] == "encoder":
+        number = path[1].rsplit("_", 1)[-1]
+        depth = 1 + (int(number) if number.isdigit() else layers - 1)
+    factor = config.layer_decay ** (layers + 2 - depth)
+    return factor * (config.embedder_rate if path[0] == "embedder" else 1.0)
+
+
+class _LearningRate:
+    """Linear warm-up over epochs, times what a plateau of the loss has taken off."""
+
+    def __init__(self, config: FinetuneConfig):
+        self._config = config
+        self._factor, self._lowest, self._waited = 1.0, math.inf, 0
+
+    def at(self, epoch: int) -> float:
+        """Return the rate of an epoch, counted from 0."""
+        warmup = min(1.0, (epoch + 1) / max(self._config.warmup_epochs, 1))
+        return self._config.learning_rate * self._factor * warmup
+
+    def see(self, loss: float) -> None:
+        """Take note of an epoch's loss (torch's ReduceLROnPlateau: relative threshold 1e-4)."""
+        if loss < self._lowest - 1e-4 * abs(self._lowest) or math.isinf(self._lowest):
+            self._lowest, self._waited = loss, 0
+            return
+        self._waited += 1
+        if self._waited > self._config.plateau_patience:
+            self._factor *= self._config.plateau_factor
+            self._waited = 0
+
+
+def finetune(
+    params: Mapping[str, Any],
+    config: FinetuneConfig,
+    *,
+    loss: Loss,
+    examples: Callable[[int], Iterable[Any]],
+    validate: Callable[[Any], Mapping[str, float]] | None = None,
+    layers: int,
+    title: str = "fitting",
+    quiet: bool = False,
+) -> FinetuneResult:
+    """Fine-tune parameters.
+
+    The result depends on the arguments alone. The steps of an epoch are taken in an order that (seed, epoch) decides,
+    and the key of a step is a function of (seed, step).
+
+    Args:
+        params: Where to start: the ``"params"`` collection. Not changed.
+        config: The recipe.
+        loss: Pure loss of one example.
+        examples: The examples of an epoch (counted from 0), one optimizer step each.
+        validate: Scores parameters: must report :data:`SCORE` (higher is better), and :data:`LOSS` where it can. None:
+            all epochs are run and the last parameters are kept.
+        layers: Layers of the encoder, for the layer-wise learning rates.
+        title: What the progress report calls it.
+        quiet: No progress.
+
+    Returns:
+        The best parameters, and how it went.
+
+    Raises:
+        CellPLMError: Loss or gradients were not finite for :data:`MAXIMUM_SKIPPED` steps in a row.
+    """
+    start = time.monotonic()
+    root = jax.random.key(config.seed)
+    flat = {path: jnp.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
+    frozen = {path: leaf for path, leaf in flat.items() if is_frozen(path, config)}
+    trainable = Trainable(
+        params={path: leaf for path, leaf in flat.items() if path not in frozen},
+        adapters=init_adapters(params, config.adapter_rank, jax.random.fold_in(root, 2)),
+    )
+    step, optimizer = _compile_step(config, loss, layers)
+    optimizer_state = optimizer.init(trainable)
+    joined = jax.jit(lambda trainable, frozen: merge(trainable, frozen, config.adapter_scale))
+
+    rates = _LearningRate(config)
+    history: list[dict[str, float]] = []
+    best, best_rank, best_epoch = trainable, (-math.inf, -math.inf), 0
+    number = skipped = 0
+    stopped_early = False
+    progress = ProgressReport(title, config.epochs, unit="epochs", quiet=quiet)
+    try:
+        for epoch in range(config.epochs):
+            parts = list(examples(epoch))
+            order = np.random.default_rng([config.seed, epoch]).permutation(len(parts))
+            rate = rates.at(epoch)
+            steps = []
+            for place in order:
+                key = jax.random.fold_in(jax.random.fold_in(root, 1), number)
+                trainable, optimizer_state, metrics = step(
+                    trainable, optimizer_state, frozen, parts[place], key, rate
+                )
+                steps.append(metrics)
+                number += 1
+            row, skipped = _epoch_row(jax.device_get(steps), skipped)
+            if skipped >= MAXIMUM_SKIPPED:
+                raise CellPLMError(_diverged(epoch, rate))
+            row = {"epoch": epoch + 1, **row, "learning_rate": rate}
+            if validate is not None:
+                row.update(validate(joined(trainable, frozen)))
+            row["seconds"] = time.monotonic() - start
+            history.append(row)
+            rates.see(row.get(LOSS, row["loss"]))
+            rank = (row.get(SCORE, float(epoch)), -row.get(LOSS, 0.0))
+            if rank > best_rank:
+                best, best_rank, best_epoch = trainable, rank, epoch + 1
+            note = f"loss {row['loss']:.4g}"
+            if SCORE in row:
+                note += f", validation {row[SCORE]:.4g}, best {best_rank[0]:.4g}"
+            progress.update(epoch + 1, note)
+            if validate and config.patience and epoch + 1 - best_epoch >= config.patience:
+                stopped_early = epoch + 1 < config.epochs
+                break
+        if stopped_early:
+            progress.say(f"stopped: no better epoch in {config.patience}; keeping {best_epoch}")
+    finally:
+        progress.close()
+    return FinetuneResult(
+        params=jax.tree.map(np.asarray, joined(best, frozen)),
+        history=history,
+        best_epoch=best_epoch,
+        stopped_early=stopped_early,
+        trained=sum(int(np.size(leaf)) for leaf in jax.tree.leaves(trainable)),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _compile_step(
+    config: FinetuneConfig, loss: Loss, layers: int
+) -> tuple[Callable, optax.GradientTransformation]:
+    """Return the jitted step ``(trainable, state, frozen, example, key, rate)`` and its optimizer."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    optimizer = optax.chain(clip, optax.scale_by_adam())
+
+    def recipe(path: Path) -> tuple[float, float]:
+        embedder = path[0] == "embedder"
+        decay = config.embedder_weight_decay if embedder else config.weight_decay
+        return learning_rate_factor(path, config, layers), decay
+
+    def run(trainable, state, frozen, example, key, rate):
+        def objective(trainable):
+            return loss(merge(trainable, frozen, config.adapter_scale), example, key)
+
+        (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        directions, new_state = optimizer.update(gradients, state)
+
+        def moved(path, leaf, direction):
+            factor, decay = recipe(path)
+            return leaf - rate * factor * (direction + decay * leaf)
+
+        moving: Trainable = directions  # type: ignore[assignment]
+        new = Trainable(
+            params={
+                path: moved(path, leaf, moving.params[path])
+                for path, leaf in trainable.params.items()
+            },
+            adapters={
+                path: jax.tree.map(
+                    lambda leaf, direction, path=path: moved(path, leaf, direction),
+                    adapter,
+                    moving.adapters[path],
+                )
+                for path, adapter in trainable.adapters.items()
+            },
+        )
+
+        def chosen(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        metrics = {"loss": value, **metrics, "gradient_norm": norm}
+        return chosen(new, trainable), chosen(new_state, state), metrics
+
+    return jax.jit(run), optimizer
+
+
+def _epoch_row(steps: list[dict[str, np.ndarray]], skipped: int) -> tuple[dict[str, float], int]:
+    """Average the metrics of an epoch's finite steps, and count how many in a row were not."""
+    sound = []
+    for metrics in steps:
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])
+        skipped = 0 if finite else skipped + 1
+        if finite:
+            sound.append(metrics)
+    names = steps[0] if steps else ()
+    row = {
+        name: float(np.mean([metrics[name] for metrics in sound])) if sound else math.nan
+        for name in names
+    }
+    if not steps:
+        row["loss"] = math.nan
+    return row, skipped
+
+
+def _diverged(epoch: int, rate: float) -> str:
+    return explain(
+        f"loss or gradients were not finite for {MAXIMUM_SKIPPED} steps in a row, the last in epoch {epoch + 1} at "
+        f"learning rate {rate:.3g}",
+        "finite numbers",
+        "Lower learning_rate, raise warmup_epochs, or check the counts for extreme values",
+    )
