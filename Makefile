@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
+# Processes the test suite is spread over; 0: one, in order.
+WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
@@ -24,8 +26,8 @@ $(VENV)/.parity: $(VENV)/.installed
 demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
 	$(BIN)/cellplm demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
-test: $(VENV)/.installed  ## the test suite, without torch and in one process
-	$(TEST_ENV) $(BIN)/python -m pytest -m 'not parity and not multiprocess'
+test: $(VENV)/.installed  ## the test suite, but for what needs torch or several processes that train together
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not parity and not multiprocess'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

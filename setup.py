@@ -15,6 +15,7 @@ TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=202
 EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
 DEV = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff==0.17.6",
     "pyright==1.1.414",
     "pre-commit>=4",

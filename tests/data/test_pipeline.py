@@ -414,11 +414,15 @@ def test_other_shapes_of_mesh_and_batch_keep_the_order_of_rows():
 def test_stopping_early_leaves_no_threads_and_errors_come_through():
     store = mixed_store()
     batches = TrainingBatches(store, everything(store), settings())
-    before = threading.active_count()
+    before = set(threading.enumerate())
     running = batches.iterate(0, 1000)
     next(running)
+    started = set(threading.enumerate()) - before
+    assert any(thread.name.startswith("rows") for thread in started)
     running.close()
-    assert threading.active_count() <= before
+    for thread in started:  # Grain's own are told to stop and not waited for
+        thread.join(timeout=30)
+    assert not [thread.name for thread in started if thread.is_alive()]
 
     def broken(sample, start, stop):
         msg = "part 'x' is damaged"
