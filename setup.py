@@ -13,6 +13,8 @@ VERSION = re.search(
 # Training reads through Grain; several processes of `cellplm prepare` are dask's.
 TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=2025.1"]
 EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
+# Work directories at gs:// addresses; corpora are read without it.
+GCP = ["gcsfs>=2024.6"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -60,12 +62,11 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
         # Also what `cellplm plan` compiles with, on machines without a TPU.
         "tpu": ["jax[tpu]>=0.10,<0.13"],
-        # Work directories at gs:// addresses; corpora are read without it.
-        "gcp": ["gcsfs>=2024.6"],
+        "gcp": GCP,
         # Reading and writing PyTorch checkpoints needs torch alone; comparing with the original needs the original.
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
-        "dev": [*DEV, *TRAIN, *EVAL],
+        "dev": [*DEV, *TRAIN, *EVAL, *GCP],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},
     classifiers=[
