@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_prepare(commands)
     _add_embed(commands)
+    _add_annotate(commands)
     _add_convert(commands)
     _add_info(commands)
     _add_plan(commands)
@@ -290,6 +291,186 @@ def _embed(arguments: argparse.Namespace) -> None:
         for message in messages:
             _print(message, sys.stderr)
     _print(f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}")
+
+
+def _add_task(
+    commands: Any,
+    name: str,
+    help: str,
+    *,
+    fit: Callable[[argparse.Namespace], None],
+    predict: Callable[[argparse.Namespace], None],
+    fit_example: str,
+    predict_example: str,
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """Add a task with the verbs ``fit`` and ``predict``, and the options that all tasks have."""
+    parser = _command(commands, name, fit, help, f"{fit_example}\n  {predict_example}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
+    first = _command(verbs, "fit", fit, f"{help}: fit", fit_example)
+    second = _command(verbs, "predict", predict, f"{help}: predict", predict_example)
+    for verb in (first, second):
+        verb.add_argument(
+            "input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer"
+        )
+    first.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="what to start from: 'small', a checkpoint directory, or 'none' for from scratch",
+    )
+    first.add_argument(
+        "--out", required=True, metavar="DIR", help="new directory of the fitted estimator"
+    )
+    second.add_argument(
+        "--model", required=True, metavar="DIR", help="directory of a fitted estimator"
+    )
+    second.add_argument(
+        "--out", required=True, metavar="OUT.h5ad", help="the input plus the predictions"
+    )
+    for verb, default in ((first, ""), (second, "; as in fit")):
+        verb.add_argument(
+            "--batch-key",
+            metavar="K",
+            help=f"column of obs naming the tissue sample: one context each{default}",
+        )
+        verb.add_argument(
+            "--spatial-key",
+            metavar="K",
+            help=f"key of obsm with coordinates ('spatial' where present{default})",
+        )
+        verb.add_argument(
+            "--layer", metavar="L", help=f"layer with the counts (found by itself{default})"
+        )
+        verb.add_argument(
+            "--gene-key",
+            metavar="K",
+            help=f"column of var with gene ids (found by itself{default})",
+        )
+        verb.add_argument(
+            "--values",
+            choices=("counts", "normalized", "log1p"),
+            help=f"what the matrix holds (counts{default})",
+        )
+        verb.add_argument(
+            "--cells-per-context",
+            type=_positive,
+            metavar="N",
+            help=f"cells of a context at most when predicting (all{default})",
+        )
+        verb.add_argument("--quiet", action="store_true", help="no progress and no report")
+    first.add_argument("--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
+    recipe = first.add_argument_group("recipe")
+    recipe.add_argument("--genes", type=_positive, metavar="N", help="highly variable genes only")
+    recipe.add_argument("--epochs", type=_positive, metavar="N", help="epochs at most")
+    recipe.add_argument("--patience", type=int, metavar="N", help="epochs without a better one")
+    recipe.add_argument("--learning-rate", type=float, metavar="F", help="peak learning rate")
+    recipe.add_argument(
+        "--freeze", choices=("none", "embedder", "encoder"), help="parts that are not trained"
+    )
+    recipe.add_argument(
+        "--adapter-rank", type=int, metavar="N", help="low-rank adapters on the encoder (none)"
+    )
+    recipe.add_argument(
+        "--validation-fraction", type=float, metavar="F", help="of the cells, without --split-key"
+    )
+    recipe.add_argument("--seed", type=int, metavar="N", help="seed of everything (0)")
+    return first, second
+
+
+_RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
+           "validation_fraction", "seed")  # fmt: skip
+_READING = ("batch_key", "spatial_key", "layer", "gene_key", "values", "cells_per_context",
+            "split_key")  # fmt: skip
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the options that were given, by name."""
+    found = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _source(arguments: argparse.Namespace) -> str | None:
+    """Return the model to start from; None: from scratch."""
+    return None if arguments.model == "none" else arguments.model
+
+
+def _say_fitted(arguments: argparse.Namespace, what: str, facts: dict[str, Any]) -> None:
+    """Say in one line what was fitted."""
+    line = f"wrote {arguments.out}: {what}, {facts['training_cells']} training cells"
+    if "best_epoch" in facts:
+        line += f", epoch {facts['best_epoch']} of {facts['epochs']} kept, {facts['seconds']:.0f} s"
+    _print(line)
+
+
+def _add_annotate(commands: Any) -> None:
+    fit, _ = _add_task(
+        commands,
+        "annotate",
+        "cell types: learn them from labelled cells, or predict them",
+        fit=_annotate_fit,
+        predict=_annotate_predict,
+        fit_example="cellplm annotate fit labelled.h5ad --model small --out annotator --label-key cell_type",
+        predict_example="cellplm annotate predict cells.h5ad --model annotator --out annotated.h5ad",
+    )
+    fit.add_argument("--label-key", required=True, metavar="K", help="column of obs with the types")
+    fit.add_argument(
+        "--method",
+        choices=("finetune", "neighbors"),
+        default="finetune",
+        help="neighbors: no training, labels of the nearest cells (finetune)",
+    )
+    fit.add_argument(
+        "--unknown-threshold",
+        type=float,
+        metavar="F",
+        help="confidence below which a cell is 'unknown' (every cell gets a label)",
+    )
+    fit.add_argument(
+        "--balanced", action="store_true", help="cells of every label weigh the same in sum"
+    )
+    fit.add_argument(
+        "--transductive", action="store_true", help="unlabelled cells in the training contexts too"
+    )
+
+
+def _annotate_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    annotator = CellTypeAnnotator(
+        _source(arguments),
+        method=arguments.method,
+        unknown_threshold=arguments.unknown_threshold,
+        class_weights="balanced" if arguments.balanced else None,
+        quiet=arguments.quiet,
+        **_given(arguments, _RECIPE),
+    )
+    annotator.fit(
+        arguments.input,
+        label_key=arguments.label_key,
+        transductive=arguments.transductive,
+        **_given(arguments, _READING),
+    )
+    annotator.save(arguments.out)
+    facts = annotator.facts
+    what = f"{len(annotator.labels)} cell types"
+    if "validation_f1" in facts:
+        what += f", validation macro F1 {facts['validation_f1']:.3f}"
+    _say_fitted(arguments, what, facts)
+
+
+def _annotate_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.annotate import LABEL, CellTypeAnnotator
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    annotator = CellTypeAnnotator.load(arguments.model, quiet=arguments.quiet)
+    messages = annotator.predict_file(arguments.input, arguments.out, **_given(arguments, _READING))
+    if not arguments.quiet:
+        for message in messages:
+            _print(message, sys.stderr)
+    _print(f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types")
 
 
 def _add_convert(commands: Any) -> None:

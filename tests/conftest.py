@@ -134,3 +134,11 @@ def tiny_model(tiny_run):
 def run_copy(tiny_run, tmp_path) -> Path:
     """A copy of the finished run that a test may damage."""
     return Path(shutil.copytree(tiny_run, tmp_path / "copied run"))
+
+
+def make_labelled(cells: int = 90, *, seed: int = 0, spatial: bool = False):
+    """The AnnData of :func:`make_adata` with the kind of every cell in ``obs["kind"]``: alpha, beta or gamma."""
+    adata = make_adata(cells, seed=seed, spatial=spatial)
+    kind = np.random.default_rng(seed).integers(0, 3, cells)  # as make_counts draws it
+    adata.obs["kind"] = np.array(["alpha", "beta", "gamma"], object)[kind]
+    return adata

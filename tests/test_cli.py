@@ -16,7 +16,7 @@ import pytest
 import cellplm_jax
 from cellplm_jax import cli
 from cellplm_jax.cli import build_parser, main
-from tests.conftest import make_adata, make_counts
+from tests.conftest import make_adata, make_counts, make_labelled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,6 +102,86 @@ def test_embed_declared_values(command, place, tiny_run, tiny_model, tmp_path):
     assert written.uns["cellplm"]["input"]["values"] == "log1p"
 
 
+def test_annotate(command, tiny_run, tmp_path):
+    pytest.importorskip("sklearn", reason="needs the extra 'eval'")
+    make_labelled(60).write_h5ad(tmp_path / "labelled.h5ad")
+    make_labelled(20, seed=3).write_h5ad(tmp_path / "cells.h5ad")
+    saved, out = tmp_path / "annotator", tmp_path / "out.h5ad"
+    fit = ["annotate", "fit", tmp_path / "labelled.h5ad", "--model", tiny_run, "--out", saved]
+    fit += ["--label-key", "kind", "--method", "neighbors", "--unknown-threshold", "0.4"]
+    status, printed, err = command(*fit)
+    assert (status, printed) == (0, f"wrote {saved}: 3 cell types, 60 training cells\n")
+    assert "annotation: Gene names from var_names" in err
+    predict = ["annotate", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
+    status, printed, err = command(*predict, "--cells-per-context", "7")
+    assert (status, printed) == (0, f"wrote {out}: obs['cellplm_cell_type'], 3 cell types\n")
+    assert "annotation: predicting: 20/20 cells" in err
+    written = ad.read_h5ad(out)
+    found = written.obs["cellplm_cell_type"].astype(str)
+    assert (found == written.obs["kind"].astype(str)).mean() > 0.7
+    facts = written.uns["cellplm_annotation"]
+    assert (facts["unknown_threshold"], int(facts["context"]["cells_per_context"])) == (0.4, 7)
+    assert command(*predict, "--quiet")[2] == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "annotator", "cells.h5ad", "labelled.h5ad", "out.h5ad",
+    ]  # fmt: skip
+
+
+def test_annotate_refuses(command, place, tiny_run, tmp_path):
+    path = place()
+    fit = ["fit", path, "--model", tiny_run, "--out", tmp_path / "new", "--label-key", "type"]
+    assert "obs has no column 'type'" in refused(
+        command, tmp_path, *fit, "--quiet", name="annotate"
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    fit[5] = tmp_path / "full"
+    assert "not empty" in refused(command, tmp_path, *fit, name="annotate")
+    predict = ["predict", path, "--model", tiny_run, "--out", tmp_path / "o.h5ad", "--quiet"]
+    assert "has no estimator.json" in refused(command, tmp_path, *predict, name="annotate")
+    assert command("annotate")[0] == 2
+    assert command("annotate", "fit", path, "--model", tiny_run, "--out", "o")[0] == 2
+
+
+def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
+    from cellplm_jax.tasks import annotate
+
+    made = []
+
+    class Recorder:
+        labels, facts = ("a", "b"), {"training_cells": 3, "best_epoch": 2, "epochs": 4,
+                                     "seconds": 5.0, "validation_f1": 0.5}  # fmt: skip
+
+        def __init__(self, model, **options):
+            made.append((model, options))
+
+        def fit(self, path, **keys):
+            made.append((path, keys))
+
+        def save(self, out):
+            made.append(out)
+
+    monkeypatch.setattr(annotate, "CellTypeAnnotator", Recorder)
+    arguments = ["--label-key", "k", "--split-key", "s", "--batch-key", "b", "--epochs", "9",
+                 "--genes", "50", "--freeze", "encoder", "--adapter-rank", "2", "--balanced",
+                 "--learning-rate", "0.1", "--seed", "3", "--quiet"]  # fmt: skip
+    out = tmp_path / "new"
+    status, printed, _ = command(
+        "annotate", "fit", "x", "--model", "none", "--out", out, *arguments
+    )
+    assert status == 0
+    wanted = f"wrote {out}: 2 cell types, validation macro F1 0.500, 3 training cells, epoch 2 of 4 kept, 5 s\n"
+    assert printed == wanted
+    assert made[0] == (None, {
+        "method": "finetune", "unknown_threshold": None, "class_weights": "balanced", "quiet": True,
+        "genes": 50, "epochs": 9, "learning_rate": 0.1, "freeze": "encoder", "adapter_rank": 2, "seed": 3,
+    })  # fmt: skip
+    assert made[1] == (
+        "x",
+        {"label_key": "k", "transductive": False, "batch_key": "b", "split_key": "s"},
+    )
+
+
 def test_info(command, tiny_run, tiny_model):
     status, out, err = command("info", tiny_run)
     assert (status, err) == (0, "")
@@ -114,7 +194,9 @@ def test_info(command, tiny_run, tiny_model):
 def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
-    assert set(cli_commands()) == {"demo", "plan", "prepare", "embed", "convert", "info"}
+    assert set(cli_commands()) == {
+        "demo", "plan", "prepare", "embed", "annotate", "convert", "info",
+    }  # fmt: skip
     for name in cli_commands():
         status, out, _ = command(name, "--help")
         assert status == 0

@@ -413,3 +413,22 @@ def test_palette_can_be_told_apart(vision):
     for position in oklab(plot.PALETTE, vision):
         assert np.linalg.norm(position - white) > 0.1
         assert np.linalg.norm(position - grey) > 0.05
+
+
+def test_fitting_curves():
+    history = [
+        {"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n, "validation_score": n / 10}
+        for n in range(1, 6)
+    ]
+    axes = plot.fitting_curves(history, best_epoch=4, title="Fit")
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training", "validation", "kept: epoch 4"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
+    axes = plot.fitting_curves(history, key="score")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["validation"]
+    with pytest.raises(
+        InputError, match="5 epochs without 'nothing'; expected one of epoch, loss, score"
+    ):
+        plot.fitting_curves(history, key="nothing")
+    with pytest.raises(InputError, match="Call fit first"):
+        plot.fitting_curves([])

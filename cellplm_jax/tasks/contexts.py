@@ -199,21 +199,18 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     mean = np.asarray(scaled.mean(axis=0)).ravel()
     square = np.asarray(scaled.multiply(scaled).mean(axis=0)).ravel()
     variance = (square - mean**2) * cells / max(cells - 1, 1)
-    expressed = mean > 0
-    dispersion = np.full(len(mean), -np.inf)
-    with np.errstate(divide="ignore"):
-        ratio = np.log(variance[expressed] / mean[expressed])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(variance / mean)
     ratio[~np.isfinite(ratio)] = np.nan
-    frame = pd.DataFrame({"ratio": ratio})
-    frame["bin"] = pd.cut(np.log1p(mean[expressed]), bins=20)
+    frame = pd.DataFrame({"ratio": ratio, "bin": pd.cut(np.log1p(mean), bins=20)})
     groups = frame.groupby("bin", observed=True)["ratio"]
     centre, spread = groups.transform("mean"), groups.transform("std")
     # A gene alone in its bin has no spread; it counts as variable.
     alone = spread.isna()
     spread[alone], centre[alone] = centre[alone], 0.0
     standardised = ((frame["ratio"] - centre) / spread.replace(0.0, 1.0)).to_numpy()
-    dispersion[expressed] = np.nan_to_num(standardised, nan=-1e30)
-    order = np.argsort(-dispersion, kind="stable")[: min(number, int(expressed.sum()))]
+    dispersion = np.where(mean > 0, np.nan_to_num(standardised, nan=-1e30), -np.inf)
+    order = np.argsort(-dispersion, kind="stable")[: min(number, int((mean > 0).sum()))]
     return np.sort(order)
 
 

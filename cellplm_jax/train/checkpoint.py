@@ -429,6 +429,26 @@ def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:
     return CheckpointError(msg)
 
 
+def check_new_directory(directory: str | os.PathLike) -> Path:
+    """Return the path of a directory that a model can be written to, before any work is done.
+
+    Args:
+        directory: A new or empty directory.
+
+    Raises:
+        CheckpointError: It already holds something.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        msg = explain(
+            f"'{directory}' already exists and is not empty",
+            "a new or empty directory",
+            "Choose another directory or remove this one",
+        )
+        raise CheckpointError(msg)
+    return directory
+
+
 def save_model(
     directory: str | os.PathLike,
     files: ModelFiles,
@@ -455,14 +475,7 @@ def save_model(
     """
     import orbax.checkpoint as ocp
 
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        msg = explain(
-            f"'{directory}' already exists and is not empty",
-            "a new or empty directory",
-            "Choose another directory or remove this one",
-        )
-        raise CheckpointError(msg)
+    directory = check_new_directory(directory)
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     items = {"params": ocp.args.StandardSave(_as_arrays(params))}
     if unused:
