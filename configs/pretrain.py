@@ -15,7 +15,7 @@ variant            what                                                         
 =================  ==============================================================  ==================  ===========
 ``:85m``           the published architecture                                      one accelerator up  not yet run
 ``:1b``            the same, grown to 1,018 M parameters                           a pod slice         not yet run
-``:small``         2 layers, 256 hidden, 64 latent dimensions                      a laptop            not yet run
+``:small``         2 layers, 256 hidden, 64 latent dimensions                      a laptop            28 min, .719
 ``:debug``         goes through every stage                                        a laptop            seconds
 ``:gaussian``      ``:small`` with a Gaussian instead of the mixture               a laptop            not yet run
 ``:no_latent``     ``:small`` with a deterministic latent                          a laptop            not yet run
@@ -23,6 +23,9 @@ variant            what                                                         
 ``:no_positions``  ``:small`` without positional encodings                         a laptop            not yet run
 ``:no_masks``      ``:small`` without masking: a plain autoencoder                 a laptop            not yet run
 =================  ==============================================================  ==================  ===========
+
+``:small``: 106,688 cells and spots of 33 human files, 176 samples, on 2 CPU cores that other programs shared; before training
+.629, the bias of the decoder being the genes' means.
 
 Any value can be changed on the command line, such as ``--config.optimizer.learning_rate=1e-4``; a misspelt key is an
 error that names the nearest one. ``data.rows`` has to be a multiple of the devices along the data axis (all devices /
