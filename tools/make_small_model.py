@@ -173,7 +173,6 @@ def main() -> None:
     table = compare_embeddings(heldout_data(store, heldout), models)
     foreign = compare_embeddings(foreign_data(store, arguments.evaluate), models)
 
-    run_card = model.card
     model.card = {
         "name": f"cellplm-{NAME}",
         "description": "A first, small model, pretrained on a laptop's worth of data. It shows the way a model is used "
@@ -198,9 +197,6 @@ def main() -> None:
         "steps": model.step,
         "seed": config.seed,
         "machine": f"{platform.machine()}, CPU; jax {jax.__version__}",
-        "run": {
-            key: run_card[key] for key in ("wall_seconds", "cells_per_second") if key in run_card
-        },
         "hidden_counts": {
             "what": "a quarter of the genes hidden in held-out cells; log-likelihood in nats an entry",
             **{
