@@ -534,6 +534,8 @@ class FinetuneConfig:
             loss) has not fallen for ``plateau_patience`` epochs; 1: never.
         plateau_patience: See ``plateau_factor``.
         clip_norm: Global gradient norm above which gradients are scaled down; 0: no clipping.
+        average: Decay an epoch of a running mean of the parameters, which is what is validated and kept; 0: none, the
+            parameters themselves (published).
         freeze: Parts that stay as they are: ``"none"``, ``"embedder"``, or ``"encoder"`` (the embedder, the encoder
             and its last norm: only the latent and what follows it are trained).
         adapter_rank: Rank of low-rank adapters on the encoder's matrices, which themselves and the embedder stay as
@@ -558,6 +560,7 @@ class FinetuneConfig:
     plateau_factor: float = 0.95
     plateau_patience: int = 25
     clip_norm: float = 2.0
+    average: float = 0.0
     freeze: Literal["none", "embedder", "encoder"] = "none"
     adapter_rank: int = 0
     adapter_scale: float = 1.0
@@ -574,6 +577,7 @@ class FinetuneConfig:
         _at_least(self, "", 0, "cells_per_context", "seed")
         _positive(self, "", "learning_rate", "layer_decay", "plateau_factor", "adapter_scale")
         _fraction(self.validation_fraction, "validation_fraction")
+        _fraction(self.average, "average")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""What the README shows is run: its Python block as it stands, and the targets and programs it names exist."""
+"""What the README shows is run: its Python blocks as they stand, and the targets and programs it names exist."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 
-from tests.conftest import ROOT, make_adata
+from tests.conftest import ROOT, make_adata, make_labelled
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -15,16 +16,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_block_runs_as_written(tiny_run, tmp_path, monkeypatch):
-    (block,) = blocks("python")
+def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
+    embed, annotate = blocks("python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "model").symlink_to(tiny_run)
     make_adata(30).write_h5ad(tmp_path / "cells.h5ad")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(embed, "README.md", "exec"), names)
     assert names["adata"].obsm["X_cellplm"].shape == (30, names["model"].config.latent_size)
     assert names["adata"].uns["cellplm"]["input"]["genes"]["genes_matched"] == 40
+
+    labelled = make_labelled(60)
+    labelled.obs["cell_type"] = labelled.obs["kind"]
+    labelled.write_h5ad(tmp_path / "labelled.h5ad")
+    annotator = names["cellplm"].CellTypeAnnotator
+    monkeypatch.setattr(annotator, "recipe", dataclasses.replace(annotator.recipe, epochs=1))
+    exec(compile(annotate, "README.md", "exec"), names)
+    assert annotator.load(tmp_path / "annotator").labels == ["alpha", "beta", "gamma"]
+    assert "cellplm_probabilities" in names["adata"].obsm
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))

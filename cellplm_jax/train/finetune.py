@@ -270,9 +270,14 @@ def finetune(
     optimizer_state = optimizer.init(trainable)
     joined = jax.jit(lambda trainable, frozen: merge(trainable, frozen, config.adapter_scale))
 
+    blend = jax.jit(
+        lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+    )
+
     rates = _LearningRate(config)
     history: list[dict[str, float]] = []
-    best, best_rank, best_epoch = trainable, (-math.inf, -math.inf), 0
+    averaged = best = trainable
+    best_rank, best_epoch = (-math.inf, -math.inf), 0
     number = skipped = 0
     stopped_early = False
     progress = ProgressReport(title, config.epochs, unit="epochs", quiet=quiet)
@@ -293,14 +298,17 @@ def finetune(
             if skipped >= MAXIMUM_SKIPPED:
                 raise CellPLMError(_diverged(epoch, rate))
             row = {"epoch": epoch + 1, **row, "learning_rate": rate}
+            # Early on the mean is over fewer epochs than the decay says, so that it forgets the start.
+            decay = min(config.average, (1 + epoch) / (10 + epoch)) if config.average else 0.0
+            averaged = blend(averaged, trainable, decay) if decay else trainable
             if validate is not None:
-                row.update(validate(joined(trainable, frozen)))
+                row.update(validate(joined(averaged, frozen)))
             row["seconds"] = time.monotonic() - start
             history.append(row)
             rates.see(row.get(LOSS, row["loss"]))
             rank = (row.get(SCORE, float(epoch)), -row.get(LOSS, 0.0))
             if rank > best_rank:
-                best, best_rank, best_epoch = trainable, rank, epoch + 1
+                best, best_rank, best_epoch = averaged, rank, epoch + 1
             note = f"loss {row['loss']:.4g}"
             if SCORE in row:
                 note += f", validation {row[SCORE]:.4g}, best {best_rank[0]:.4g}"

@@ -243,3 +243,24 @@ def test_targets_follow_their_cells():
     vectors = np.asarray(follow_cells(jnp.asarray(number)[..., None] * jnp.ones(2), kept))
     np.testing.assert_array_equal(vectors[kept.cell_mask][:, 0], moved[kept.cell_mask])
     np.testing.assert_array_equal(follow_cells(jnp.asarray(number), batch), number)
+
+
+def test_a_running_mean_of_the_parameters_is_kept():
+    plain, seen = [], []
+    fit(
+        recipe(epochs=3),
+        validate=lambda p: plain.append(jax.tree.map(np.asarray, p)) or {SCORE: 0.0},
+    )
+    result = fit(
+        recipe(epochs=3, average=0.9),
+        validate=lambda p: seen.append(jax.tree.map(np.asarray, p)) or {SCORE: float(len(seen))},
+    )
+    start = toy_params()["head"]["linear"]["kernel"]
+    mean = start
+    for epoch, params in enumerate(plain):
+        decay = (1 + epoch) / (10 + epoch)
+        mean = decay * mean + (1 - decay) * params["head"]["linear"]["kernel"]
+        np.testing.assert_allclose(seen[epoch]["head"]["linear"]["kernel"], mean, atol=1e-5)
+    np.testing.assert_array_equal(
+        result.params["head"]["linear"]["kernel"], seen[-1]["head"]["linear"]["kernel"]
+    )
