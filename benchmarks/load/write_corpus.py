@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for tables")
     arguments = parser.parse_args(argv)
     cells, load = arguments.cells, os.getloadavg()[0]
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=arguments.work))
     try:
         genes = work / "genes.txt"
