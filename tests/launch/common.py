@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -63,12 +64,16 @@ class Scene:
         )
 
     def start(self, script: str, *arguments: object, **environment: str) -> subprocess.Popen:
-        """Start a script in ``launch/``."""
-        return subprocess.Popen(
-            self.arguments(script, *arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**self.environment, **environment},
-        )
+        """Start a script in ``launch/``, which hears SIGINT also where the tests run in the background and do not."""
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                self.arguments(script, *arguments),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=ROOT,
+                env={**self.environment, **environment},
+            )
+        finally:
+            signal.signal(signal.SIGINT, ours)
