@@ -24,8 +24,8 @@ variant            what                                                         
 ``:no_masks``      ``:small`` without masking: a plain autoencoder                 a laptop            not yet run
 =================  ==============================================================  ==================  ===========
 
-``:small``: 106,688 cells and spots of 33 human files, 176 samples, on 2 CPU cores that other programs shared. Before
-training it is .629, as the decoder's bias starts at the genes' means.
+The run of ``:small``: 106,688 cells and spots of 33 human files, 176 samples, on 2 CPU cores that other programs shared.
+Before training it scores .629, as the decoder's bias starts at the genes' means.
 
 Any value can be changed on the command line, such as ``--config.optimizer.learning_rate=1e-4``; a misspelt key is an
 error that names the nearest one. ``data.rows`` has to be a multiple of the devices along the data axis (all devices /
