@@ -24,7 +24,7 @@ variant            what                                                         
 ``:no_masks``      ``:small`` without masking: a plain autoencoder                 a laptop            not yet run
 =================  ==============================================================  ==================  ===========
 
-The run of ``:small``: 106,688 cells and spots of 33 human files, 176 samples, on 2 CPU cores that other programs shared.
+The run of ``:small``: 106,688 cells and spots of 33 human files, 176 samples, on 2 CPU cores beside other programs.
 Before training it scores .629, as the decoder's bias starts at the genes' means.
 
 Any value can be changed on the command line, such as ``--config.optimizer.learning_rate=1e-4``; a misspelt key is an
