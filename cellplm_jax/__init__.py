@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
@@ -31,6 +32,7 @@ _WHERE = {
     "CellTypeAnnotator": "cellplm_jax.tasks.annotate",
     "CheckpointError": "cellplm_jax.errors",
     "ConfigError": "cellplm_jax.errors",
+    "Denoiser": "cellplm_jax.tasks.denoise",
     "FinetuneConfig": "cellplm_jax.config",
     "InputError": "cellplm_jax.errors",
     "MissingDependencyError": "cellplm_jax.errors",

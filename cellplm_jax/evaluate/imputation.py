@@ -1,0 +1,103 @@
+"""How close imputed genes are to measured ones, gene by gene: correlation, cosine, and the errors.
+
+The released error depends on the order of the genes (``CellPLM/utils/eval.py``); here every gene has its own, and the
+error over all entries is the true one. Values are taken as they are: apply the same normalisation to both sides first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.evaluate.reconstruction import (
+    mean_absolute_error,
+    pearson_per_gene,
+    root_mean_squared_error,
+)
+
+
+def cosine_per_gene(truth: Any, prediction: Any) -> np.ndarray:
+    """Return the cosine of the angle between a gene's true and predicted values over cells.
+
+    Args:
+        truth: float [cells, genes], dense.
+        prediction: The same shape.
+
+    Returns:
+        float64 [genes]; NaN where either is zero in all cells.
+    """
+    truth, prediction = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
+    lengths = np.linalg.norm(truth, axis=0), np.linalg.norm(prediction, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = np.einsum("cg,cg->g", truth, prediction) / lengths[0] / lengths[1]
+    return np.where((lengths[0] > 0) & (lengths[1] > 0), cosine, np.nan)
+
+
+def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.DataFrame:
+    """Score every gene by itself.
+
+    Args:
+        truth: float [cells, genes], dense or sparse.
+        prediction: The same shape, dense or sparse.
+        genes: Names [genes], the index of the result.
+
+    Returns:
+        Columns ``pearson`` and ``cosine`` (NaN where not defined), ``rmse``, ``mae``, in the unit of the values.
+
+    Raises:
+        InputError: Shapes or the number of names differ, there is nothing to compare, or a value is not finite.
+    """
+    true, predicted = (
+        np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
+        for part in (truth, prediction)
+    )
+    pearson = pearson_per_gene(true, predicted)
+    if len(genes) != len(pearson) or not true.size:
+        msg = explain(
+            f"{true.shape[0]} cells, {true.shape[1]} genes and {len(genes)} names",
+            "at least one of each, and a name a gene",
+            "Pass the names of the columns",
+        )
+        raise InputError(msg)
+    difference = predicted - true
+    return pd.DataFrame(
+        {
+            "pearson": pearson,
+            "cosine": cosine_per_gene(true, predicted),
+            "rmse": np.sqrt(np.square(difference).mean(axis=0)),
+            "mae": np.abs(difference).mean(axis=0),
+        },
+        index=pd.Index(list(genes), dtype=object),
+    )
+
+
+def imputation_scores(truth: Any, prediction: Any, genes: Sequence[str]) -> dict[str, float]:
+    """Score imputed genes together.
+
+    Args:
+        truth: float [cells, genes], dense or sparse.
+        prediction: The same shape, dense or sparse.
+        genes: Names [genes].
+
+    Returns:
+        ``pearson`` and ``cosine``: means over the genes where they are defined (NaN: nowhere); ``rmse`` and ``mae``
+        over all entries; ``genes``, how many, and ``genes_without_correlation``, constant in truth or prediction.
+
+    Raises:
+        InputError: As :func:`imputation_table`.
+    """
+    table = imputation_table(truth, prediction, genes)
+    defined = table["pearson"].notna()
+    return {
+        "pearson": float(table["pearson"].mean()),
+        "cosine": float(table["cosine"].mean()),
+        "rmse": root_mean_squared_error(truth, prediction),
+        "mae": mean_absolute_error(truth, prediction),
+        "genes": len(table),
+        "genes_without_correlation": int((~defined).sum()),
+    }

@@ -1,0 +1,556 @@
+"""Denoising: what a cell's counts would be on average, predicted from the cell and its neighbours in the tissue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
+from cellplm_jax.data.anndata_io import open_counts
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.evaluate.denoising import (
+    denoising_scores,
+    gene_means,
+    hide_nonzeros,
+    log_normalize,
+)
+from cellplm_jax.losses.objectives import (
+    average_over,
+    count_nll,
+    latent_loss,
+    reconstruction_loss,
+)
+from cellplm_jax.model.masking import sample_gene_mask
+from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, read_cells
+from cellplm_jax.tasks.embed import check_copy, write_copy
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, split_cells
+from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from cellplm_jax.structs import Reconstruction
+
+LAYER = "cellplm_denoised"
+"""Layer that ``predict`` writes; the log-normalised one has ``_log1p`` behind it."""
+
+FACTS = "cellplm_denoising"
+"""What it writes into ``uns``."""
+
+COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
+"""Decoders whose means are counts."""
+
+VALIDATION = MaskingConfig(cell_fraction=1.0, gene_fraction=0.1, beta=False, drop_cells=0.0)
+"""What is hidden from the validation cells, the same in every epoch."""
+
+
+class Denoiser(Estimator):
+    """Predicts the expected counts of every cell.
+
+    ``fit`` tunes the model with its decoder on the cells themselves: entries are hidden, and everything that was
+    measured is predicted (negative binomial; the hidden entries once more), so the model cannot copy a count, and what
+    it predicts for one comes from the other genes and cells. Each batch has a decoder row of its own. The best epoch is
+    that of the lowest negative log-likelihood of hidden entries of validation cells.
+
+    Zero-shot: without ``fit``, ``predict`` uses the pretrained model as it is, with the mean of its batches' rows.
+
+    Args:
+        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
+            ``:small`` architecture from scratch, over the genes of the data.
+        genes: Fit on so many highly variable genes; None: all that the training cells express and the model knows. By
+            default 3,000 from scratch, else all.
+        quiet: No progress.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+
+    Raises:
+        ConfigError: There is no such option, or its value is impossible.
+    """
+
+    task: ClassVar[str] = "denoising"
+    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+        epochs=60,
+        patience=10,
+        learning_rate=1e-3,
+        embedder_rate=1.0,
+        weight_decay=1e-6,
+        embedder_weight_decay=1e-6,
+        warmup_epochs=3,
+        plateau_factor=0.9,
+        plateau_patience=5,
+        average=0.9,
+        cells_per_step=512,
+        cells_per_context=512,
+        masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
+    )
+
+    # -- fitting --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        batch_key: str | None = None,
+        split_key: str | None = None,
+        spatial_key: str | None = "spatial",
+        layer: str | None = None,
+        gene_key: str | None = None,
+        cells_per_context: int | None = None,
+    ) -> Denoiser:
+        """Fit to cells.
+
+        Args:
+            adata: Raw counts.
+            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; cells attend within it.
+            split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for cells that are not looked
+                at; None: a tenth of the cells, evenly over the batches, is for validation.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
+            layer: Layer with the counts; None: look for them.
+            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            InputError: Keys, counts or genes cannot be used, or a batch has no training cells.
+        """
+        if self.base is not None:
+            require_counts_decoder(self.base)
+        reading = Reading(
+            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, split_key
+        )
+        table = self._read(adata, reading)
+        usable = np.diff(table.counts.indptr) > 0
+        train, valid = split_cells(
+            table,
+            split_key,
+            usable=usable,
+            strata=table.batch,
+            fraction=self.training.validation_fraction,
+            seed=self.training.seed,
+        )
+        require_training_cells(table, train, among=np.union1d(train, valid))
+        table = self._choose_genes(table, train)
+        start = self._begin(
+            table,
+            self._architecture(),
+            gene_means=gene_means(table.counts[train]),
+        )
+        self.facts = {
+            "cells": len(table),
+            "genes": len(table.genes),
+            "training_cells": len(train),
+            "validation_cells": len(valid),
+        }
+        judged = self._examples(table, valid, start)
+        self._finetune(
+            start,
+            loss=denoising_loss(start.config, self.training.masking),
+            examples=self._examples(table, train, start),
+            validate=hidden_likelihood(start.config, judged, self.training.seed)
+            if len(valid)
+            else None,
+        )
+        if self.history and LOSS in self.history[0]:
+            self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
+        self._tell()
+        return self
+
+    def _fitted(self) -> Pretrained:
+        """Return the fitted model; without a fit, the pretrained one."""
+        if self.model is None and self.base is not None:
+            require_counts_decoder(self.base)
+            self.model = self.base
+            self.messages = ["Not fitted: the pretrained model as it is (zero-shot)."]
+            self.facts = {"zero_shot": True}
+        return super()._fitted()
+
+    # -- predicting -----------------------------------------------------------------------------
+
+    def predict(
+        self,
+        adata: AnnData,
+        *,
+        log_normalized: bool = False,
+        detected: bool = False,
+        key_added: str = LAYER,
+        batch_key: str | None = AS_FITTED,
+        spatial_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        gene_key: str | None = AS_FITTED,
+        cells_per_context: int | None = AS_FITTED,
+    ) -> AnnData:
+        """Predict the expected counts of every cell, in place.
+
+        Writes:
+            ``layers[key_added]``: dense float32 [n_obs, n_vars], expected counts. Those of a cell add up to its
+            measured total (over the genes that data and model share). NaN in genes that the model does not know.
+            ``layers[key_added + "_log1p"]``: with ``log_normalized``, the natural logarithm of one plus those scaled to
+            10,000 a cell.
+            ``uns["cellplm_denoising"]``: model, genes, contexts, how many genes were denoised.
+
+        Args:
+            adata: The cells. Keys default to those ``fit`` was given. A batch that ``fit`` did not see is decoded with
+                the mean of all rows.
+            log_normalized: Write the second layer as well.
+            detected: Predict the count given that it is not zero instead: ``mean / (1 - p(0))``, at least 1. It is what
+                was lost where a non-zero count is known to be missing. Totals are then larger than the measured ones.
+            key_added: Name of the layer.
+            batch_key: See :meth:`fit`.
+            spatial_key: See :meth:`fit`.
+            layer: See :meth:`fit`.
+            gene_key: See :meth:`fit`.
+            cells_per_context: See :meth:`fit`.
+
+        Returns:
+            ``adata`` itself.
+
+        Raises:
+            InputError: There is neither a fit nor a pretrained model, or the counts, genes or keys cannot be used.
+        """
+        keys = {
+            "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
+            "gene_key": gene_key, "cells_per_context": cells_per_context,
+        }  # fmt: skip
+        layers, facts, _ = self._layers(
+            adata, self.reading.changed(**keys), log_normalized, detected, key_added, adata.n_vars
+        )
+        for name, values in layers.items():
+            adata.layers[name] = values
+        adata.uns[FACTS] = facts
+        return adata
+
+    def predict_file(
+        self,
+        path: str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        log_normalized: bool = False,
+        detected: bool = False,
+        key_added: str = LAYER,
+        **keys: Any,
+    ) -> list[str]:
+        """Predict the cells of an ``.h5ad`` file into a copy of it; the denoised layers are held in memory.
+
+        Args:
+            path: Input; never changed.
+            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            log_normalized: See :meth:`predict`.
+            detected: See :meth:`predict`.
+            key_added: See :meth:`predict`.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            What the input turned out to be, a line each.
+
+        Raises:
+            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        layers, facts, messages = self._layers(
+            path, self.reading.changed(**keys), log_normalized, detected, key_added, None
+        )
+        write_copy(path, out, layers=layers, uns={FACTS: facts})
+        return messages
+
+    def score(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        truth: AnnData | str | os.PathLike | None = None,
+        fraction: float = 0.1,
+        seed: int = 0,
+        **keys: Any,
+    ) -> dict[str, float]:
+        """Predict counts that were hidden, and compare on log-normalised values; nothing is written.
+
+        Args:
+            adata: The cells as the denoiser may see them. For an honest score, the fit has not seen more of them.
+            truth: The same cells, with the counts that were hidden: entries that are zero in ``adata`` and not here are
+                compared. None: ``adata`` is the truth, and a fraction of its non-zeros is hidden here.
+            fraction: Of the non-zeros, without ``truth``.
+            seed: Decides which are hidden, without ``truth``.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            ``rmse``, ``mae``, ``gene_pearson`` and ``entries`` of
+            :func:`cellplm_jax.evaluate.denoising.denoising_scores` for the expected counts; ``detected_rmse`` and
+            ``detected_mae`` for those given that they are not zero; and both errors of the gene's mean of the visible
+            values (``gene_mean_rmse``...) and of its mean where it is not zero (``detected_gene_mean_rmse``...).
+
+        Raises:
+            InputError: As :meth:`predict`, the cells differ, or nothing was hidden.
+        """
+        import anndata
+
+        model = self._fitted()
+        reading = self.reading.changed(**keys)
+        read: dict[str, Any] = {"batch_key": reading.batch_key, "spatial_key": reading.spatial_key,
+                                "layer": reading.layer, "gene_key": reading.gene_key}  # fmt: skip
+        seen = read_cells(adata, model.genes, **read)
+        if truth is None:
+            visible, hidden = hide_nonzeros(seen.counts, fraction, seed=seed)
+            true = seen.counts
+        else:
+            known = read_cells(truth, model.genes, **read)
+            if len(known) != len(seen) or list(known.obs.index) != list(seen.obs.index):
+                msg = explain(
+                    f"truth has {len(known)} cells and adata {len(seen)}, or other names",
+                    "the same cells in the same order",
+                    "Select them the same way first",
+                )
+                raise InputError(msg)
+            visible, true = seen.counts, known.counts
+            hidden = sparse.csr_matrix((true != 0) > (visible != 0))
+        if not hidden.nnz:
+            msg = explain(
+                "no count is zero in adata and not in truth",
+                "counts that were hidden from adata",
+                "Pass the masked counts as adata and the original ones as truth, or leave truth out",
+            )
+            raise InputError(msg)
+        measured = np.flatnonzero(seen.measured)
+        names = [model.genes[i] for i in measured]
+        masked = anndata.AnnData(
+            sparse.csr_matrix(visible[:, measured]), obs=seen.obs, var=pd.DataFrame(index=names)
+        )
+        if seen.coordinates is not None:
+            masked.obsm["spatial"] = seen.coordinates
+        spatial = None if seen.coordinates is None else "spatial"
+        found = reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
+        true, hidden = log_normalize(true[:, measured]), hidden[:, measured]
+        seen_log = log_normalize(masked.X)
+        scores: dict[str, float] = {}
+        for given, prefix in ((False, ""), (True, "detected_")):
+            blocks = [b for _, b, _ in self._expected(masked, found, given)[0]]
+            # Given that a count is there, it is counted in the cell's own total.
+            total = np.asarray(masked.X.sum(axis=1)).ravel() if given else None
+            predicted = log_normalize(np.concatenate(blocks)[:, measured], total=total)
+            mean = np.broadcast_to(gene_means(seen_log, detected=given), predicted.shape)
+            rows = {"": predicted, "gene_mean_": mean}
+            for name, values in rows.items():
+                found_scores = denoising_scores(true, values, hidden)
+                for key in ("rmse", "mae"):
+                    scores[f"{prefix}{name}{key}"] = found_scores[key]
+                if not prefix and not name:
+                    scores |= {key: found_scores[key] for key in ("gene_pearson", "entries")}
+        return scores
+
+    def _expected(
+        self, data: Any, reading: Reading, detected: bool
+    ) -> tuple[Iterator[tuple[slice, np.ndarray, np.ndarray]], np.ndarray, dict, list[str]]:
+        """Predict some cells at a time.
+
+        Returns:
+            An iterator over (cells, float32 [cells, genes of the model], totals float [cells]); int [names of the
+            data], the gene of the model of each, -1 for none; facts; and sentences about the input.
+        """
+        model = self._fitted()
+        z, facts, messages = self._embed(data, reading)
+        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        with open_counts(data, model.genes, **read) as source:
+            column, measured = source.report.genes.column, np.asarray(source.measured)
+            batch = np.full(source.cells, ONE_BATCH, object)
+            if reading.batch_key is not None:
+                batch = source.column(reading.batch_key)
+            totals = np.concatenate(
+                [np.asarray(block.sum(axis=1)).ravel() for block in source.blocks(4096)]
+            )
+
+        def blocks() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+            for piece, output in self._decode(z, batch=batch):
+                yield (
+                    piece,
+                    expected_counts(output, totals[piece], measured, detected),
+                    totals[piece],
+                )
+
+        return blocks(), column, facts, messages
+
+    def _layers(
+        self,
+        data: Any,
+        reading: Reading,
+        log_normalized: bool,
+        detected: bool,
+        key_added: str,
+        width: int | None,
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
+        """Return the layers, facts for ``uns``, and sentences about the input."""
+        import cellplm_jax
+
+        if not key_added or "/" in key_added:
+            msg = explain(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
+            raise InputError(msg)
+        model = self._fitted()
+        blocks, column, facts, messages = self._expected(data, reading, detected)
+        matrix = facts["input"]["matrix"]
+        if matrix == "raw.X" or (width is not None and width != len(column)):
+            msg = explain(
+                f"the counts are in {matrix}, whose genes are not those of the layers",
+                "counts in X or a layer",
+                "Denoise adata.raw.to_adata(), or name the layer with the counts",
+            )
+            raise InputError(msg)
+        known = np.flatnonzero(column >= 0)
+        # Names that stand for one gene share what is predicted for it.
+        share = 1.0 / np.bincount(column[known], minlength=len(model.genes))[column[known]]
+        cells = facts["input"]["cells"]
+        names = [key_added] + ([f"{key_added}_log1p"] if log_normalized else [])
+        layers = {name: np.full((cells, len(column)), np.nan, np.float32) for name in names}
+        for piece, values, totals in blocks:
+            values = values[:, column[known]] * share.astype(np.float32)
+            layers[key_added][piece, known] = values
+            if log_normalized:
+                layers[names[1]][piece, known] = log_normalize(values, total=totals)
+        return (
+            layers,
+            {
+                "model": model.id,
+                "version": cellplm_jax.__version__,
+                "zero_shot": bool(self.facts.get("zero_shot", False)),
+                "detected": detected,
+                "layers": names,
+                "genes_denoised": len(known),
+                "genes_unknown": len(column) - len(known),
+                **facts,
+            },
+            messages,
+        )
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return {}, {}
+
+    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        pass
+
+
+def expected_counts(
+    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, detected: bool = False
+) -> np.ndarray:
+    """Turn a decoder's output into counts: scaled so that the measured genes of a cell add up to its total.
+
+    Args:
+        output: Unscaled means [cells, genes], as numpy.
+        totals: float [cells].
+        measured: bool [genes], over which the scale is found.
+        detected: Return the mean of the counts that are not zero, ``mean / (1 - p(0))``.
+
+    Returns:
+        float32 [cells, genes].
+    """
+    mean = np.asarray(output.mean, np.float64)
+    present = np.ones_like(mean)
+    if output.zero_logits is not None:
+        present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits, np.float64)))
+    sums = (mean * present)[:, measured].sum(axis=1)
+    mean = mean * (totals / np.where(sums > 0, sums, 1.0))[:, None]
+    if not detected:
+        return (mean * present).astype(np.float32)
+    theta = np.asarray(output.dispersion, np.float64)
+    # Of the negative binomial without its zeros; the structural zeros drop out.
+    chance = -np.expm1(-theta * np.log1p(mean / theta))
+    return np.where(chance > 1e-12, mean / np.maximum(chance, 1e-12), 1.0).astype(np.float32)
+
+
+def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
+    """Return the loss: what is measured in cells with hidden entries, the hidden entries once more, and the latent's.
+
+    Args:
+        config: Architecture with a decoder of counts.
+        masking: What is dropped and hidden.
+
+    Returns:
+        Pure ``(params, example, key) -> (nats a cell, {"reconstruction": ..., "kl_latent": ...})``.
+    """
+    objective = ObjectiveConfig(kind=config.decoder.kind)  # type: ignore[arg-type]
+
+    def loss(params, example, key):
+        output, kept, gene_mask = corrupted_forward(params, example.batch, key, config, masking)
+        terms = reconstruction_loss(output.reconstruction, kept, objective, gene_mask=gene_mask)
+        latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
+        total = terms["reconstruction"] + latent["latent"]
+        return total, {
+            "reconstruction": terms["reconstruction"],
+            "kl_latent": latent["kl_latent"],
+        }
+
+    return loss
+
+
+def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
+    """Return a validation function: the negative log-likelihood of entries hidden from the cells, in nats a cell.
+
+    Args:
+        config: Architecture.
+        layouts: Validation cells, from :meth:`Estimator._examples`.
+        seed: Decides what is hidden.
+    """
+    from cellplm_jax.model.cellplm import CellPLM
+
+    @jax.jit
+    def judge(params, batch, key):
+        gene_mask = sample_gene_mask(key, batch, config.genes, VALIDATION)
+        output: Any = CellPLM(config).apply({"params": params}, batch, gene_mask=gene_mask)
+        measured = batch.measured_entries()
+        entries = gene_mask if measured is None else gene_mask & measured
+        counts = batch.dense_counts(config.genes)
+        nll = count_nll(output.reconstruction, batch, counts, entries)
+        return average_over(nll, batch.cell_mask), batch.cell_mask.sum().astype(jnp.float32)
+
+    root = jax.random.key(seed)
+
+    def validate(params: Any) -> dict[str, float]:
+        found = [
+            judge(params, layout.example.batch, jax.random.fold_in(root, number))
+            for number, layout in enumerate(layouts)
+        ]
+        values, weights = np.array(jax.device_get(found)).T
+        nll = float((values * weights).sum() / weights.sum())
+        return {SCORE: -nll, LOSS: nll}
+
+    return validate
+
+
+def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.ndarray) -> None:
+    """Refuse batches whose decoder row nothing would be learnt for.
+
+    Args:
+        table: The cells.
+        train: int, the training cells.
+        among: int, the cells whose batches are looked at.
+    """
+    there = set(table.batch[train])
+    without = [name for name in dict.fromkeys(table.batch[among]) if name not in there]
+    if without or not len(train):
+        msg = explain(
+            f"batch '{without[0] if without else table.batch[0]}' has no training cells"
+            + (f" (and {len(without) - 1} more)" if len(without) > 1 else ""),
+            "training cells with counts in every batch, which has a decoder row of its own",
+            "Leave the batch out, give it training cells, or leave out batch_key",
+        )
+        raise InputError(msg)
+
+
+def require_counts_decoder(model: Pretrained) -> None:
+    """Refuse a model that cannot predict counts."""
+    kind = "a task head" if model.config.head.kind != "none" else model.config.decoder.kind
+    if kind not in COUNT_DECODERS:
+        msg = explain(
+            f"the model '{model.id}' has {kind if 'head' in kind else f'a {kind} decoder'}",
+            "a negative-binomial decoder, which predicts counts",
+            "Pass a pretrained model that was not fine-tuned for another task, or None",
+        )
+        raise InputError(msg)

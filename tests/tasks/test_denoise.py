@@ -1,0 +1,231 @@
+"""Denoising: learnt from simulated cells, written as layers, saved, loaded, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pytest
+from scipy import sparse, stats
+
+from cellplm_jax.config import HeadConfig
+from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.denoising import hide_nonzeros
+from cellplm_jax.presets import preset
+from cellplm_jax.structs import Reconstruction
+from cellplm_jax.tasks import estimator as estimator_module
+from cellplm_jax.tasks.denoise import Denoiser, expected_counts
+from tests.conftest import ROOT, VOCABULARY, make_adata
+
+FAST = {"epochs": 8, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
+
+
+def denoiser(model, **options):
+    return Denoiser(model, **{**FAST, **options})
+
+
+def denoised(found, adata, **options):
+    return found.predict(adata.copy(), **options).layers["cellplm_denoised"]
+
+
+def hidden_pair(cells=120, seed=0):
+    """Cells with a tenth of their non-zero counts hidden, and as they were."""
+    whole = make_adata(cells, seed=seed)
+    masked = whole.copy()
+    masked.X, _ = hide_nonzeros(sparse.csr_matrix(whole.X), 0.1, seed=seed)
+    return masked, whole
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny_model):
+    """A denoiser of 120 cells in two batches, a tenth of their counts hidden; read only."""
+    return denoiser(tiny_model).fit(hidden_pair()[0], batch_key="batch")
+
+
+# What it finds
+
+
+def test_writes_counts_that_add_up_and_their_logarithms(fitted):
+    adata = make_adata(30, seed=3)
+    assert fitted.predict(adata, log_normalized=True) is adata
+    layer, log = adata.layers["cellplm_denoised"], adata.layers["cellplm_denoised_log1p"]
+    assert (layer.shape, layer.dtype, log.dtype) == (adata.shape, np.float32, np.float32)
+    known = np.array([name in VOCABULARY for name in adata.var_names])
+    assert np.isnan(layer[:, ~known]).all()
+    assert (layer[:, known] > 0).all()
+    total = np.asarray(adata.X[:, known].sum(axis=1)).ravel()
+    np.testing.assert_allclose(layer[:, known].sum(axis=1), total, rtol=1e-4)
+    wanted = np.log1p(layer[:, known] / total[:, None] * 1e4)
+    np.testing.assert_allclose(log[:, known], wanted, rtol=1e-4)
+    facts = adata.uns["cellplm_denoising"]
+    assert (facts["genes_denoised"], facts["genes_unknown"], facts["zero_shot"]) == (40, 3, False)
+    assert facts["layers"] == ["cellplm_denoised", "cellplm_denoised_log1p"]
+
+
+def test_better_than_the_mean_of_the_gene(fitted):
+    masked, whole = hidden_pair()
+    scores = fitted.score(masked, truth=whole)
+    assert scores["entries"] == pytest.approx(0.1 * whole[:, VOCABULARY].X.nnz, rel=0.2)
+    for kind in ("", "detected_"):
+        for error in ("rmse", "mae"):
+            assert scores[f"{kind}{error}"] < scores[f"{kind}gene_mean_{error}"]
+    # Cells it never saw, hidden here.
+    new = fitted.score(make_adata(60, seed=9), seed=1)
+    assert new["rmse"] < new["gene_mean_rmse"]
+    assert fitted.score(make_adata(60, seed=9), seed=1) == new
+    assert fitted.score(make_adata(60, seed=9), seed=2) != new
+
+
+def test_the_fit_is_told(fitted):
+    facts = fitted.facts
+    assert facts["training_cells"] + facts["validation_cells"] == 120
+    assert facts["genes"] == 40
+    losses = [row["validation_loss"] for row in fitted.history]
+    assert facts["validation_loss"] == min(losses)
+    assert losses[0] > min(losses)
+    assert {"reconstruction", "kl_latent"} <= set(fitted.history[0])
+    assert set(fitted.batch_rows) == {"b0", "b1"}
+
+
+def test_batches_are_decoded_with_their_own_row(fitted):
+    adata = make_adata(30, seed=3)
+    other = adata.copy()
+    other.obs["batch"] = "never seen"
+    assert np.isfinite(denoised(fitted, other)[:, :1]).any()
+    adata.obs["batch"] = "b0"
+    assert np.nanmax(np.abs(denoised(fitted, other) - denoised(fitted, adata))) > 1e-4
+
+
+def test_given_that_it_is_not_zero():
+    mean = np.array([[0.02, 1.0, 30.0]])
+    theta = np.array([0.5, 2.0, 5.0])
+    output = Reconstruction(mean=mean, dispersion=theta)
+    total, everything = mean.sum(axis=1), np.ones(3, bool)
+    np.testing.assert_allclose(expected_counts(output, total, everything), mean, rtol=1e-6)
+    found = expected_counts(output, total, everything, detected=True)[0]
+    for number in range(3):
+        law = stats.nbinom(theta[number], theta[number] / (theta[number] + mean[0, number]))
+        assert found[number] == pytest.approx(law.mean() / (1 - law.pmf(0)), rel=1e-5)
+    # Scaled over the measured genes alone; structural zeros lower the mean, and not what is there.
+    part = expected_counts(output, 2 * total, np.array([True, True, False]))
+    np.testing.assert_allclose(part[0, :2].sum(), 2 * total[0], rtol=1e-6)
+    inflated = Reconstruction(mean=mean, dispersion=theta, zero_logits=np.zeros((1, 3)))
+    np.testing.assert_allclose(
+        expected_counts(inflated, total / 2, everything), mean / 2, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        expected_counts(inflated, total / 2, everything, detected=True)[0], found, rtol=1e-6
+    )
+
+
+def test_zero_shot(tiny_model, tmp_path):
+    adata = make_adata(20)
+    found = Denoiser(tiny_model, quiet=True)
+    layer = denoised(found, adata)
+    assert np.isfinite(layer).any()
+    found.save(tmp_path / "zero")
+    loaded = Denoiser.load(tmp_path / "zero", quiet=True)
+    again = loaded.predict(adata.copy())
+    np.testing.assert_array_equal(again.layers["cellplm_denoised"], layer)
+    assert again.uns["cellplm_denoising"]["zero_shot"]
+
+
+def test_the_seed_decides_everything(tiny_model, fitted):
+    again = denoiser(tiny_model).fit(hidden_pair()[0], batch_key="batch")
+    new = make_adata(20, seed=9)
+    np.testing.assert_array_equal(denoised(again, new), denoised(fitted, new))
+
+
+def test_from_scratch_over_the_genes_of_the_data(monkeypatch):
+    small = dataclasses.replace(preset("small"), model=preset("debug").model)
+    monkeypatch.setattr(estimator_module, "preset", lambda name: small)
+    adata = make_adata(60)
+    found = denoiser(None, epochs=1).fit(adata)
+    assert len(found.model.genes) == 43
+    assert np.isfinite(denoised(found, adata)).all()
+
+
+# Saved, and opened elsewhere
+
+
+def test_a_new_process_predicts_the_same(fitted, tmp_path):
+    fitted.save(tmp_path / "saved")
+    make_adata(30, seed=6).write_h5ad(tmp_path / "cells.h5ad")
+    wanted = denoised(fitted, make_adata(30, seed=6))
+    code = (
+        "import cellplm_jax, anndata\n"
+        "found = cellplm_jax.Denoiser.load('saved', quiet=True)\n"
+        "found.predict(anndata.read_h5ad('cells.h5ad')).write_h5ad('out.h5ad')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    np.testing.assert_array_equal(written.layers["cellplm_denoised"], wanted)
+
+
+def test_a_file_is_predicted_into_a_copy(fitted, tmp_path):
+    make_adata(30, seed=6).write_h5ad(tmp_path / "in.h5ad")
+    messages = fitted.predict_file(
+        tmp_path / "in.h5ad", tmp_path / "out.h5ad", log_normalized=True, key_added="clean"
+    )
+    assert any("Gene names from" in message for message in messages)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert set(written.layers) == {"clean", "clean_log1p"}
+    np.testing.assert_array_equal(written.layers["clean"], denoised(fitted, make_adata(30, seed=6)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "keys", "message"),
+    [
+        (None, {"batch_key": "lane"}, "has no column 'lane'"),
+        (None, {"split_key": "fold"}, "obs has no column 'fold'"),
+        (None, {"layer": "counts"}, "has no layer 'counts'"),
+        (None, {"spatial_key": "where"}, "has no 'where'"),
+        ("genes", {}, "0 of the model's 40 genes are among"),
+        ("part", {"batch_key": "batch", "split_key": "part"}, "batch 'b1' has no training cells"),
+    ],
+)
+def test_what_cannot_be_fitted(tiny_model, change, keys, message):
+    adata = make_adata(40)
+    if change == "genes":
+        adata.var_names = [f"other-{n}" for n in range(adata.n_vars)]
+    adata.obs["part"] = np.where(adata.obs["batch"] == "b0", "train", "valid")
+    with pytest.raises(InputError, match=message) as error:
+        denoiser(tiny_model).fit(adata, **keys)
+    assert "; expected " in str(error.value)
+
+
+def test_what_cannot_be_predicted(tiny_model, fitted):
+    with pytest.raises(InputError, match="this Denoiser has not been fitted"):
+        denoiser(None).predict(make_adata(10))
+    adata = make_adata(10)
+    with pytest.raises(InputError, match="key_added='a/b'; expected a name without"):
+        fitted.predict(adata, key_added="a/b")
+    adata.raw = adata
+    adata = adata[:, :20].copy()
+    adata.X = np.log1p(adata.X.toarray()) + 0.25
+    with pytest.raises(InputError, match=r"the counts are in raw\.X, whose genes are not"):
+        fitted.predict(adata)
+    assert "cellplm_denoised" not in adata.layers
+    masked, whole = hidden_pair(20)
+    with pytest.raises(InputError, match="no count is zero in adata and not in truth"):
+        fitted.score(whole, truth=whole)
+    with pytest.raises(InputError, match="truth has 5 cells and adata 20"):
+        fitted.score(masked, truth=whole[:5].copy())
+
+
+def test_a_model_with_a_task_head_is_refused(tiny_model):
+    head = HeadConfig(kind="annotation", outputs=2)
+    config = dataclasses.replace(tiny_model.config, head=head)
+    other = dataclasses.replace(tiny_model, config=config)
+    for call in ("fit", "predict"):
+        with pytest.raises(InputError, match="has a task head; expected a negative-binomial"):
+            getattr(denoiser(other), call)(make_adata(10))
