@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.impute import GeneImputer
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
 
@@ -34,6 +35,7 @@ _WHERE = {
     "ConfigError": "cellplm_jax.errors",
     "Denoiser": "cellplm_jax.tasks.denoise",
     "FinetuneConfig": "cellplm_jax.config",
+    "GeneImputer": "cellplm_jax.tasks.impute",
     "InputError": "cellplm_jax.errors",
     "MissingDependencyError": "cellplm_jax.errors",
     "ModelConfig": "cellplm_jax.config",

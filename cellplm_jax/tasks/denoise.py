@@ -479,7 +479,8 @@ def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
 
     def loss(params, example, key):
         output, kept, gene_mask = corrupted_forward(params, example.batch, key, config, masking)
-        terms = reconstruction_loss(output.reconstruction, kept, objective, gene_mask=gene_mask)
+        found: Any = output.reconstruction
+        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         total = terms["reconstruction"] + latent["latent"]
         return total, {

@@ -1,0 +1,849 @@
+"""Gene imputation: genes that a spatial panel lacks, learnt from cells that were measured for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from flax.traverse_util import flatten_dict, unflatten_dict
+from scipy import sparse
+
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
+from cellplm_jax.data.anndata_io import open_counts
+from cellplm_jax.data.genes import map_genes
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.evaluate.denoising import gene_means, log_normalize
+from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
+from cellplm_jax.evaluate.reconstruction import pearson_per_gene
+from cellplm_jax.losses.objectives import (
+    average_over,
+    count_nll,
+    latent_loss,
+    reconstruction_loss,
+)
+from cellplm_jax.tasks.contexts import (
+    CellTable,
+    Example,
+    Layout,
+    contexts_of,
+    gather,
+    lay_out,
+    own_vocabulary,
+    read_cells,
+    variable_genes,
+)
+from cellplm_jax.tasks.denoise import (
+    expected_counts,
+    require_counts_decoder,
+    require_training_cells,
+)
+from cellplm_jax.tasks.embed import check_copy, write_copy
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, split_cells
+from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+IMPUTED = "cellplm_imputed"
+"""Key of ``obsm`` (in files) with the imputed genes."""
+
+FACTS = "cellplm_imputation"
+"""What is written into ``uns`` beside it."""
+
+SHARED_GENES = 10
+"""Fewest genes that panel and reference must share."""
+
+FEWER_GENES = 0.9
+"""Without a reference: a batch that measures less than this share of all genes is one to impute in."""
+
+_REFERENCE = "reference: "
+"""Before the names of the reference's batches, so that they are never those of the target."""
+
+_DECODED_AS = "mean of the reference"
+"""The decoder row that missing genes are decoded with."""
+
+
+class GeneImputer(Estimator):
+    """Predicts the genes that a spatial panel lacks.
+
+    What is learnt: cells of the reference show the genes they share with the panel and nothing else, and all their
+    genes are predicted (negative binomial, the means scaled to the cell's total); cells of the panel are trained on
+    their own genes, so that the encoder knows their platform and places. In both, some of the genes shown are hidden
+    as well (published: .25 of them in .95 of the cells). Each batch has a decoder row of its own, but no row of the
+    panel's batches has ever met a missing gene: these are decoded with the mean of the reference's rows, and scaled so
+    that the shared genes of a cell add up to what was counted in it.
+
+    The best epoch is that of the lowest negative log-likelihood of all genes of validation cells of the reference,
+    seen through the panel.
+
+    Args:
+        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
+            ``:small`` architecture from scratch, over the genes of the data.
+        genes: Impute so many highly variable genes of the reference at most; None: all it measures and the model knows.
+            By default 3,000 from scratch, else all. Genes asked for in ``fit`` by name are not counted.
+        quiet: No progress.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+
+    Attributes:
+        panel: Genes that cells are seen through: those that panel and reference share. Empty before ``fit``.
+        imputed: Genes that are predicted, as they are called in the columns of a prediction.
+        confidence: Series over ``imputed``: Pearson's correlation, over the validation cells of the reference, of
+            measured and predicted log-normalised values, the cells seen through the panel alone. It says how well the
+            gene follows from the panel in the reference, and nothing of how the target differs from it. NaN where it is
+            not defined (a gene that is 0 in all of them, or no validation cells).
+
+    Raises:
+        ConfigError: There is no such option, or its value is impossible.
+    """
+
+    task: ClassVar[str] = "imputation"
+    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+        epochs=100,
+        patience=20,
+        learning_rate=5e-4,
+        embedder_rate=1.0,
+        weight_decay=1e-6,
+        embedder_weight_decay=1e-6,
+        warmup_epochs=5,
+        plateau_factor=0.9,
+        plateau_patience=5,
+        cells_per_step=512,
+        cells_per_context=512,
+        masking=MaskingConfig(cell_fraction=0.95, gene_fraction=0.25, drop_cells=0.0),
+    )
+
+    def __init__(
+        self,
+        model: Pretrained | str | os.PathLike | None = None,
+        **options: Any,
+    ):
+        super().__init__(model, **options)
+        self.panel: list[str] = []
+        self.imputed: list[str] = []
+        self.confidence = pd.Series(dtype=float)
+        self._columns = np.zeros(0, int)
+        self._seen: Pretrained | None = None
+
+    # -- fitting --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        reference: AnnData | str | os.PathLike | None = None,
+        genes: Sequence[str] | None = None,
+        batch_key: str | None = None,
+        reference_batch_key: str | None = None,
+        spatial_key: str | None = "spatial",
+        layer: str | None = None,
+        gene_key: str | None = None,
+        reference_layer: str | None = None,
+        reference_gene_key: str | None = None,
+        cells_per_context: int | None = None,
+    ) -> GeneImputer:
+        """Fit to a panel and a reference.
+
+        Args:
+            adata: Raw counts of the cells to impute in, usually spatial, over the genes of their panel.
+            reference: Raw counts of cells that were measured for more genes, dissociated or spatial. None: batches of
+                ``adata`` (see ``batch_key``) that measure more genes than others serve; a gene without any count in a
+                batch is taken not to be measured in it.
+            genes: Names of the genes to impute; None: all that the reference measures and the panel lacks.
+            batch_key: Column of ``obs`` naming the batch (tissue section) of each cell; cells attend within it.
+            reference_batch_key: The same for the reference; None: it is one batch.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present, also in the reference.
+            layer: Layer with the counts; None: look for them.
+            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+            reference_layer: As ``layer``, for the reference.
+            reference_gene_key: As ``gene_key``, for the reference.
+            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            InputError: Keys, counts or genes cannot be used; the panels share too few genes; there is nothing to
+                impute; genes asked for are unknown, not in the reference, or measured already; or a batch has no
+                training cells.
+        """
+        if self.base is not None:
+            require_counts_decoder(self.base)
+        self.reading = Reading(
+            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, None
+        )
+        self.model, self.history, self.facts, self._seen = None, [], {}, None
+        target, source = self._tables(
+            adata, reference, reference_batch_key, reference_layer, reference_gene_key
+        )
+        shared = target.measured & source.measured
+        if shared.sum() < SHARED_GENES:
+            msg = explain(
+                f"panel and reference share {int(shared.sum())} genes (the panel has "
+                f"{int(target.measured.sum())}, the reference {int(source.measured.sum())})",
+                f"at least {SHARED_GENES}",
+                "Check that both name genes of one species, or point gene_key and reference_gene_key at the ids",
+            )
+            raise InputError(msg)
+        seen = np.diff(source.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0
+        train, valid = split_cells(
+            source,
+            None,
+            usable=seen,
+            strata=source.batch,
+            fraction=self.training.validation_fraction,
+            seed=self.training.seed,
+        )
+        require_training_cells(source, train, among=np.arange(len(source)))
+        own = np.flatnonzero(np.diff(target.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0)
+        require_training_cells(target, own, among=np.arange(len(target)))
+        wanted = self._wanted(target, source, train, genes)
+
+        kept = np.union1d(np.flatnonzero(shared), wanted)
+        shown, asked = np.isin(kept, np.flatnonzero(shared)), np.isin(kept, wanted)
+        target = dataclasses.replace(target.restrict(kept), measured=shown)
+        source = dataclasses.replace(source.restrict(kept), measured=np.ones(len(kept), bool))
+        both = dataclasses.replace(source, batch=np.concatenate([source.batch, target.batch]))
+        start = self._begin(both, self._architecture(), gene_means=gene_means(source.counts[train]))
+        start = with_mean_row(start, [self.batch_rows[name] for name in set(source.batch)])
+        self.batch_rows[_DECODED_AS] = start.config.decoder.batches - 1
+        self.panel = [gene for gene, there in zip(source.genes, shown, strict=True) if there]
+        self._columns = np.flatnonzero(asked)
+        self.facts = {
+            "cells": len(target),
+            "reference_cells": len(source),
+            "training_cells": len(train) + len(own),
+            "validation_cells": len(valid),
+            "shared_genes": len(self.panel),
+            "imputed_genes": len(self._columns),
+        }
+        through = seen_through(source, shown)
+        judged = self._paired(through, source, valid, start)
+        examples = self._paired(through, source, train, start)
+        examples += self._paired(seen_through(target, shown), None, own, start)
+        self._finetune(
+            start,
+            loss=imputation_loss(start.config, self.training.masking),
+            examples=examples,
+            validate=_validation(start.config, judged) if len(valid) else None,
+        )
+        fitted = self._fitted()
+        self.model = with_mean_row(
+            fitted, [self.batch_rows[name] for name in set(source.batch)], replace=True
+        )
+        self._judge(source, judged, valid)
+        if self.history and LOSS in self.history[0]:
+            self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
+        self._tell()
+        return self
+
+    def _tables(
+        self,
+        adata: Any,
+        reference: Any,
+        reference_batch_key: str | None,
+        reference_layer: str | None,
+        reference_gene_key: str | None,
+    ) -> tuple[CellTable, CellTable]:
+        """Read the cells to impute in and the reference, in the columns of one vocabulary."""
+        reading = self.reading
+        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
+        if self.base is not None:
+            vocabulary = self.base.genes
+        else:
+            vocabulary = own_vocabulary(adata, reading.layer, reading.gene_key, "counts")
+            if reference is not None:
+                more = own_vocabulary(reference, reference_layer, reference_gene_key, "counts")
+                vocabulary = list(dict.fromkeys([*vocabulary, *more]))
+        target = read_cells(
+            adata,
+            vocabulary,
+            batch_key=reading.batch_key,
+            spatial_key=reading.spatial_key,
+            minimum_genes=1,
+            **read,
+        )
+        self.messages = target.report.messages()
+        if reference is not None:
+            source = read_cells(
+                reference,
+                vocabulary,
+                batch_key=reference_batch_key,
+                spatial_key=None if reading.spatial_key is None else "spatial",
+                minimum_genes=1,
+                **other,
+            )
+            self.messages += [f"Reference: {line}" for line in source.report.messages()]
+            names = np.array([f"{_REFERENCE}{name}" for name in source.batch], object)
+            return target, dataclasses.replace(source, batch=names)
+        return self._by_batch(target)
+
+    def _by_batch(self, table: CellTable) -> tuple[CellTable, CellTable]:
+        """Part one table into the cells of batches with fewer genes and those of batches with (almost) all."""
+        measured = {}
+        for name in dict.fromkeys(table.batch):
+            counts = table.counts[table.batch == name]
+            measured[name] = np.bincount(counts.indices, minlength=len(table.genes)) > 0
+        everything = np.any(list(measured.values()), axis=0)
+        few = [n for n, own in measured.items() if own.sum() < FEWER_GENES * everything.sum()]
+        full = [name for name in measured if name not in few]
+        if not few or not full:
+            msg = explain(
+                f"no reference was given, and none of the {len(measured)} batches measures fewer genes than others",
+                f"a reference, or batches of which some measure less than {FEWER_GENES:.0%} of the genes",
+                "Pass reference=..., or name the batches with batch_key",
+            )
+            raise InputError(msg)
+        self.messages.append(
+            f"No reference: {len(full)} batches with all genes serve for {len(few)} with fewer."
+        )
+        parts = []
+        for names, combine in ((few, np.any), (full, np.any)):
+            rows = np.flatnonzero(np.isin(table.batch, names))
+            there = combine([measured[name] for name in names], axis=0)
+            parts.append(_cells(table, rows, there))
+        return parts[0], parts[1]
+
+    def _wanted(
+        self,
+        target: CellTable,
+        source: CellTable,
+        train: np.ndarray,
+        genes: Sequence[str] | None,
+    ) -> np.ndarray:
+        """Return int, rising: the columns of the genes to impute."""
+        expressed = np.bincount(source.counts[train].indices, minlength=len(source.genes)) > 0
+        lacking = np.flatnonzero(source.measured & ~target.measured & expressed)
+        self.imputed = []
+        if genes is not None:
+            column = find_genes(genes, source.genes)
+            for problem, wrong, expected, remedy in (
+                ("are known to neither data nor model", column < 0,
+                 "names or Ensembl ids of genes of the reference (and of the pretrained model)",
+                 "Correct or leave them out"),
+                ("are measured by the panel already", target.measured[column],
+                 "genes that it lacks",
+                 "Leave them out (Denoiser is for measured genes), or drop them from the panel to test on them"),
+                ("have no counts in the reference's training cells", ~np.isin(column, lacking),
+                 "genes that the reference measures",
+                 "Leave them out, or give a reference that has them"),
+            ):  # fmt: skip
+                if wrong.any():
+                    names = [str(g) for g, bad in zip(genes, wrong, strict=True) if bad]
+                    shown = ", ".join(map(repr, names[:5])) + (" and more" if names[5:] else "")
+                    msg = explain(
+                        f"{len(names)} of {len(genes)} genes asked for {problem}: {shown}",
+                        expected,
+                        remedy,
+                    )
+                    raise InputError(msg)
+            column, first = np.unique(column, return_index=True)
+            self.imputed = [str(genes[i]) for i in first]
+            lacking = column
+        if not len(lacking):
+            msg = explain(
+                f"there is nothing to impute: the panel measures all {int(source.measured.sum())} genes of the "
+                "reference that the model knows and that have counts",
+                "a reference with genes that the panel lacks",
+                "Give another reference, or use Denoiser for measured genes",
+            )
+            raise InputError(msg)
+        if genes is None and self.genes is not None and len(lacking) > self.genes:
+            chosen = variable_genes(sparse.csr_matrix(source.counts[train][:, lacking]), self.genes)
+            self.messages.append(
+                f"Imputes the {len(chosen)} most variable genes of {len(lacking)} that the panel lacks."
+            )
+            lacking = lacking[chosen]
+        if not self.imputed:
+            self.imputed = [source.genes[i] for i in lacking]
+        return lacking
+
+    def _paired(
+        self, shown: CellTable, truth: CellTable | None, cells: np.ndarray, start: Pretrained
+    ) -> list[Layout]:
+        """Lay out cells as they are shown, with what is to be predicted as targets; None: what is shown."""
+        limit = self.training.cells_per_context or None
+        contexts = contexts_of(shown.batch, cells, limit=limit)
+        layouts = [
+            lay_out(
+                table,
+                contexts,
+                start.config,
+                batch_rows=self.batch_rows,
+                cells_per_step=self.training.cells_per_step,
+            )
+            for table in (shown, shown if truth is None else truth)
+        ]
+        return [
+            dataclasses.replace(
+                seen,
+                example=Example(
+                    seen.example.batch,
+                    {name: getattr(whole.example.batch, name) for name in _STORED},
+                ),
+            )
+            for seen, whole in zip(*layouts, strict=True)
+        ]
+
+    def _judge(self, source: CellTable, judged: list[Layout], valid: np.ndarray) -> None:
+        """Find the confidence of every imputed gene."""
+        values = np.full(len(self.imputed), np.nan)
+        if len(valid):
+            model = self._fitted()
+            decode = jax.jit(lambda params, example: _means(params, example, model.config))
+            params = jax.device_put(model.params)
+            row = self.batch_rows[_DECODED_AS]
+            outputs = []
+            for layout in judged:
+                batch = layout.example.batch
+                batch = batch.replace(batch=jnp.full_like(batch.batch, row))
+                found = decode(params, layout.example.replace(batch=batch))
+                outputs.append(jax.device_get(found))
+            mean = gather(judged, outputs, len(source))[valid]
+            shown = np.isin(source.genes, self.panel)
+            counts = sparse.csr_matrix(source.counts[valid])
+            total = np.asarray(counts[:, np.flatnonzero(shown)].sum(axis=1)).ravel()
+            scale = total / np.maximum(mean[:, shown].sum(axis=1), 1e-12)
+            predicted = (mean * scale[:, None])[:, self._columns]
+            values = pearson_per_gene(
+                log_normalize(counts[:, self._columns], total=total),
+                log_normalize(predicted, total=total),
+            )
+            self.facts["mean_confidence"] = (
+                float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
+            )
+        else:
+            self.messages.append("No validation cells: the genes have no confidence.")
+        self.confidence = pd.Series(values, index=pd.Index(self.imputed, dtype=object))
+
+    # -- predicting -----------------------------------------------------------------------------
+
+    def predict(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        genes: Sequence[str] | None = None,
+        log_normalized: bool = False,
+        layer_added: str | None = None,
+        batch_key: str | None = AS_FITTED,
+        spatial_key: str | None = AS_FITTED,
+        layer: str | None = AS_FITTED,
+        gene_key: str | None = AS_FITTED,
+        cells_per_context: int | None = AS_FITTED,
+    ) -> pd.DataFrame:
+        """Predict the genes that the panel lacks.
+
+        Writes:
+            ``layers[layer_added]``, where asked for: dense float32 [n_obs, n_vars], the prediction in the columns of
+            ``var`` that are imputed genes, NaN in the others; ``uns["cellplm_imputation"]``.
+
+        Args:
+            adata: The cells. Keys default to those ``fit`` was given. Only the genes of the panel are looked at: what
+                is measured of the imputed ones changes nothing.
+            genes: Which of ``imputed``; None: all.
+            log_normalized: Return the natural logarithm of one plus the counts scaled so that the panel's genes of a
+                cell add up to 10,000, instead of counts.
+            layer_added: Name of a layer to write as well.
+            batch_key: See :meth:`fit`.
+            spatial_key: See :meth:`fit`.
+            layer: See :meth:`fit`.
+            gene_key: See :meth:`fit`.
+            cells_per_context: See :meth:`fit`.
+
+        Returns:
+            float32 [cells, genes], rows named as the cells: expected counts, on the scale of the cell's own.
+
+        Raises:
+            InputError: The estimator is not fitted, genes are asked for that it does not impute, or the counts, genes
+                or keys cannot be used.
+        """
+        reading = self.reading.changed(
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            cells_per_context=cells_per_context,
+        )  # fmt: skip
+        places = self._places(genes)
+        column = None
+        if layer_added is not None:
+            column = self._layer_columns(adata, layer_added, reading, places)
+        frame, _, facts, _ = self._imputed(adata, reading, places, log_normalized)
+        if column is not None:
+            data: Any = adata
+            values = np.full(data.shape, np.nan, np.float32)
+            values[:, column >= 0] = frame.to_numpy()[:, column[column >= 0]]
+            data.layers[layer_added] = values
+            data.uns[FACTS] = facts
+        return frame
+
+    def predict_file(
+        self,
+        path: str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        genes: Sequence[str] | None = None,
+        log_normalized: bool = False,
+        key_added: str = IMPUTED,
+        **keys: Any,
+    ) -> list[str]:
+        """Predict for the cells of an ``.h5ad`` file into a copy of it.
+
+        Writes:
+            ``obsm[key_added]``: the table of :meth:`predict`; ``uns["cellplm_imputation"]``: its genes and their
+            confidence, model, contexts.
+
+        Args:
+            path: Input; never changed.
+            out: Output, which appears whole or not at all.
+            genes: See :meth:`predict`.
+            log_normalized: See :meth:`predict`.
+            key_added: Key of ``obsm``.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            What the input turned out to be, a line each.
+
+        Raises:
+            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        frame, _, facts, messages = self._imputed(
+            path, self.reading.changed(**keys), self._places(genes), log_normalized
+        )
+        write_copy(path, out, obsm={key_added: frame}, uns={FACTS: facts})  # type: ignore[dict-item]
+        return messages
+
+    def score(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        truth: AnnData | str | os.PathLike | None = None,
+        **keys: Any,
+    ) -> dict[str, float]:
+        """Predict, and compare with genes that were measured after all; nothing is written.
+
+        Args:
+            adata: The cells, of which only the panel's genes are looked at.
+            truth: The same cells with counts of imputed genes; None: ``adata`` itself has them.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            The scores of :func:`cellplm_jax.evaluate.imputation.imputation_scores` of log-normalised values (both
+            scaled by the cell's total over the panel).
+
+        Raises:
+            InputError: As :meth:`predict`, the cells differ, or truth measures no imputed gene.
+        """
+        true, predicted = self._compared(adata, truth, keys)
+        return imputation_scores(true, predicted.to_numpy(), list(predicted.columns))
+
+    def score_genes(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        truth: AnnData | str | os.PathLike | None = None,
+        **keys: Any,
+    ) -> pd.DataFrame:
+        """Score every gene by itself; see :meth:`score`.
+
+        Args:
+            adata: See :meth:`score`.
+            truth: See :meth:`score`.
+            **keys: See :meth:`score`.
+
+        Returns:
+            Rows are genes; columns ``pearson``, ``cosine``, ``rmse``, ``mae`` and the ``confidence`` of the fit.
+
+        Raises:
+            InputError: As :meth:`score`.
+        """
+        true, predicted = self._compared(adata, truth, keys)
+        table = imputation_table(true, predicted.to_numpy(), list(predicted.columns))
+        return table.assign(confidence=self.confidence.reindex(table.index))
+
+    def _compared(
+        self, adata: Any, truth: Any, keys: dict[str, Any]
+    ) -> tuple[np.ndarray, pd.DataFrame]:
+        """Return log-normalised truth [cells, genes] and prediction, over the genes that truth measures."""
+        model = self._fitted()
+        reading = self.reading.changed(**keys)
+        known = read_cells(
+            adata if truth is None else truth,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            spatial_key=None,
+            minimum_genes=0,
+        )
+        places = np.flatnonzero(known.measured[self._columns])
+        if not len(places):
+            msg = explain(
+                f"none of the {len(self.imputed)} imputed genes is measured in the truth",
+                "counts of some of them to compare with",
+                "Pass the AnnData that has them as truth",
+            )
+            raise InputError(msg)
+        frame, total, _, _ = self._imputed(adata, reading, places, True)
+        if list(known.obs.index.astype(str)) != list(frame.index):
+            msg = explain(
+                f"truth has {len(known)} cells and adata {len(frame)}, or other names",
+                "the same cells in the same order",
+                "Select them the same way first",
+            )
+            raise InputError(msg)
+        counts = known.counts[:, self._columns[places]]
+        return log_normalize(sparse.csr_matrix(counts), total=total).toarray(), frame
+
+    def _places(self, genes: Sequence[str] | None) -> np.ndarray:
+        """Return int: which of ``imputed`` are asked for."""
+        model = self._fitted()
+        if genes is None:
+            return np.arange(len(self.imputed))
+        by_name = {name: place for place, name in enumerate(self.imputed)}
+        by_column = {int(column): place for place, column in enumerate(self._columns)}
+        found = find_genes(genes, model.genes)
+        places = [
+            by_name.get(str(g), by_column.get(int(c), -1))
+            for g, c in zip(genes, found, strict=True)
+        ]
+        missing = [str(g) for g, place in zip(genes, places, strict=True) if place < 0]
+        if missing:
+            shown = ", ".join(map(repr, missing[:5])) + (" and more" if missing[5:] else "")
+            msg = explain(
+                f"{len(missing)} of {len(genes)} genes asked for are not imputed: {shown}",
+                f"some of the {len(self.imputed)} genes in .imputed, such as {self.imputed[0]!r}",
+                "Leave them out, or fit again with genes=[...]",
+            )
+            raise InputError(msg)
+        return np.array(places, int)
+
+    def _imputed(
+        self, data: Any, reading: Reading, places: np.ndarray, log_normalized: bool
+    ) -> tuple[pd.DataFrame, np.ndarray, dict[str, Any], list[str]]:
+        """Return the prediction, totals over the panel float [cells], facts, and sentences about the input."""
+        import cellplm_jax
+
+        model = self._fitted()
+        if self._seen is None:
+            self._seen = panel_model(model, self.panel)
+        z, facts, messages = self._embed(data, reading, model=self._seen)
+        with open_counts(
+            data, self.panel, layer=reading.layer, gene_key=reading.gene_key
+        ) as source:
+            measured = np.asarray(source.measured)
+            names = list(source.obs_names)
+            total = np.concatenate(
+                [np.asarray(block.sum(axis=1)).ravel() for block in source.blocks(4096)]
+            )
+        over = np.isin(model.genes, np.array(self.panel, object)[measured].astype(str))
+        values = np.zeros((len(z), len(places)), np.float32)
+        row = np.full(len(z), _DECODED_AS, object)
+        for piece, output in self._decode(z, batch=row):
+            expected = expected_counts(output, total[piece], over)[:, self._columns[places]]
+            values[piece] = (
+                log_normalize(expected, total=total[piece]) if log_normalized else expected
+            )
+        columns = [self.imputed[place] for place in places]
+        frame = pd.DataFrame(
+            values, index=pd.Index(names, dtype=object), columns=pd.Index(columns, dtype=object)
+        )
+        facts = {
+            "model": model.id,
+            "version": cellplm_jax.__version__,
+            "log_normalized": log_normalized,
+            "genes": columns,
+            "confidence": self.confidence.to_numpy(float)[places],
+            "panel_genes": int(measured.sum()),
+            **facts,
+        }
+        return frame, total, facts, messages
+
+    def _layer_columns(
+        self, adata: Any, layer_added: str, reading: Reading, places: np.ndarray
+    ) -> np.ndarray:
+        """Return int [n_vars]: which of the places each gene of ``var`` is; -1: none."""
+        if not layer_added or "/" in layer_added:
+            msg = explain(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
+            raise InputError(msg)
+        key = reading.gene_key or "var_names"
+        with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
+                         gene_key=reading.gene_key) as source:  # fmt: skip
+            column = source.report.genes.column
+            key = source.report.gene_key
+        where = {int(self._columns[place]): number for number, place in enumerate(places)}
+        found = np.array([where.get(int(gene), -1) for gene in column], int)
+        if len(found) != getattr(adata, "n_vars", -1) or (found < 0).all():
+            msg = explain(
+                f"layer_added='{layer_added}', and no gene of var ({key}) is an imputed one",
+                "an AnnData with (empty) columns for imputed genes",
+                "Leave layer_added out and take the table that predict returns",
+            )
+            raise InputError(msg)
+        return found
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        state = {"panel": self.panel, "imputed": self.imputed}
+        return state, {
+            "columns": self._columns,
+            "confidence": self.confidence.to_numpy(np.float64),
+        }
+
+    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        self.panel, self.imputed = list(state["panel"]), list(state["imputed"])
+        self._columns = np.asarray(arrays["columns"], int)
+        index = pd.Index(self.imputed, dtype=object)
+        self.confidence = pd.Series(np.asarray(arrays["confidence"], float), index=index)
+
+
+_STORED = ("indptr", "gene", "count")
+"""Fields of a batch that hold its counts."""
+
+
+def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
+    """Return int [genes]: the place of each name in a vocabulary, by the rules for gene names; -1: none.
+
+    Args:
+        genes: Ensembl ids or symbols, or names as they are in the vocabulary.
+        vocabulary: Names.
+
+    Raises:
+        InputError: A single name was given instead of a list of them.
+    """
+    if isinstance(genes, str) or not len(genes):
+        msg = explain(f"genes={genes!r}", "a list of gene names", "Pass genes=['NAME', ...]")
+        raise InputError(msg)
+    return np.asarray(map_genes([str(gene) for gene in genes], vocabulary, minimum=0).column, int)
+
+
+def seen_through(table: CellTable, shown: np.ndarray) -> CellTable:
+    """Return the cells with the counts of some genes alone; what is measured stays as it is.
+
+    Args:
+        table: The cells.
+        shown: bool [genes].
+    """
+    counts = sparse.csr_matrix(table.counts @ sparse.diags(shown.astype(np.float32)))
+    counts.eliminate_zeros()
+    return dataclasses.replace(table, counts=counts)
+
+
+def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
+    """Return a model that embeds through some genes alone.
+
+    Args:
+        model: The fitted model.
+        panel: Some of its genes.
+    """
+    rows = {gene: row for row, gene in enumerate(model.genes)}
+    flat = flatten_dict(model.params)
+    path = ("embedder", "gene_embedding")
+    flat[path] = flat[path][[rows[gene] for gene in panel]]
+    config = dataclasses.replace(model.config, genes=len(panel))
+    card, source = dict(model.card), model.source
+    return Pretrained(config, unflatten_dict(flat), list(panel), card, source, model.step)
+
+
+def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = False) -> Pretrained:
+    """Return the model with one more batch, whose embedding is the mean of others.
+
+    Args:
+        model: A model with a batch embedding.
+        rows: Which rows.
+        replace: Set the last row instead of adding one.
+    """
+    flat = flatten_dict(model.params)
+    for path, leaf in flat.items():
+        if path[0] in ("decoder", "embedder") and _is_batch_table(path):
+            mean = np.asarray(leaf)[sorted(rows)].mean(axis=0, keepdims=True)
+            flat[path] = np.concatenate([leaf[:-1] if replace else leaf, mean])
+    config = model.config
+    if not replace:
+        decoder = dataclasses.replace(config.decoder, batches=config.decoder.batches + 1)
+        config = dataclasses.replace(config, decoder=decoder)
+    return Pretrained(
+        config, unflatten_dict(flat), model.genes, dict(model.card), model.source, model.step
+    )
+
+
+def _is_batch_table(path: tuple[str, ...]) -> bool:
+    return path[1:] == ("batch_embedding",) or (
+        path[1].startswith("batch_") and path[-1] == "table"
+    )
+
+
+def imputation_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
+    """Return the loss: all measured genes of every cell, and the latent's terms.
+
+    Args:
+        config: Architecture with a decoder of counts.
+        masking: What is dropped, and hidden of what is shown.
+
+    Returns:
+        Pure ``(params, example, key) -> (nats a cell, {"reconstruction": ..., "kl_latent": ...})``; the targets are the
+        stored counts to be predicted, for the cells of the example.
+    """
+    objective = ObjectiveConfig(kind="imputation")
+
+    def loss(params, example, key):
+        output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
+        truth = kept.replace(**example.targets)
+        found: Any = output.reconstruction
+        terms = reconstruction_loss(found, truth, objective)
+        latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
+        return terms["reconstruction"] + latent["latent"], {
+            "reconstruction": terms["reconstruction"],
+            "kl_latent": latent["kl_latent"],
+        }
+
+    return loss
+
+
+def _means(params: Any, example: Example, config: ModelConfig) -> jax.Array:
+    """Return the unscaled means of every gene, structural zeros included, float32 [samples, cells, genes]."""
+    output: Any = clean_forward(params, example.batch, config).reconstruction
+    if output.zero_logits is None:
+        return output.mean
+    return output.mean * jax.nn.sigmoid(-output.zero_logits)
+
+
+def _validation(config: ModelConfig, judged: list[Layout]) -> Any:
+    """Return a validation function: the negative log-likelihood of all genes, in nats a cell."""
+
+    @jax.jit
+    def judge(params, example):
+        truth = example.batch.replace(**example.targets)
+        output: Any = clean_forward(params, example.batch, config).reconstruction
+        counts = truth.dense_counts(config.genes)
+        entries = truth.measured_entries()
+        entries = jnp.ones((1, 1, 1), bool) if entries is None else entries
+        nll = count_nll(output, truth, counts, entries)
+        return average_over(nll, truth.cell_mask), truth.cell_mask.sum().astype(jnp.float32)
+
+    def validate(params: Any) -> dict[str, float]:
+        found = [judge(params, layout.example) for layout in judged]
+        values, weights = np.array(jax.device_get(found)).T
+        nll = float((values * weights).sum() / weights.sum())
+        return {SCORE: -nll, LOSS: nll}
+
+    return validate
+
+
+def _cells(table: CellTable, rows: np.ndarray, measured: np.ndarray) -> CellTable:
+    """Return some cells of a table, with what is measured in them."""
+    return dataclasses.replace(
+        table,
+        counts=sparse.csr_matrix(table.counts[rows]),
+        batch=table.batch[rows],
+        coordinates=None if table.coordinates is None else table.coordinates[rows],
+        obs=table.obs.iloc[rows],
+        measured=measured,
+    )

@@ -1,0 +1,289 @@
+"""Imputation: genes a panel lacks, learnt from a reference, written, saved, loaded, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from cellplm_jax.config import PositionsConfig
+from cellplm_jax.errors import InputError
+from cellplm_jax.presets import preset
+from cellplm_jax.tasks import estimator as estimator_module
+from cellplm_jax.tasks.impute import GeneImputer, find_genes, panel_model, with_mean_row
+from tests.conftest import ROOT, VOCABULARY, make_adata
+
+FAST = {"epochs": 30, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
+PANEL, MISSING = VOCABULARY[:20], VOCABULARY[20:]
+
+
+def imputer(model, **options):
+    return GeneImputer(model, **{**FAST, **options})
+
+
+def panel_of(adata):
+    return adata[:, [*PANEL, "foreign-1"]].copy()
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny_model):
+    """An imputer of 60 cells over half of the genes, with a reference of 60 (one shape to compile); read only."""
+    reference = make_adata(60, spatial=False)
+    target = panel_of(make_adata(60, seed=1))
+    return imputer(tiny_model).fit(
+        target, reference=reference, batch_key="batch", reference_batch_key="batch"
+    )
+
+
+# What it finds
+
+
+def test_a_table_of_the_missing_genes(fitted):
+    adata = panel_of(make_adata(60, seed=1))
+    frame = fitted.predict(adata)
+    assert frame.shape == (60, 20)
+    assert (list(frame.index), list(frame.columns)) == (list(adata.obs_names), MISSING)
+    assert frame.to_numpy().dtype == np.float32
+    assert (frame.to_numpy() > 0).all()
+    total = np.asarray(adata[:, PANEL].X.sum(axis=1)).ravel()
+    log = fitted.predict(adata, log_normalized=True)
+    np.testing.assert_allclose(log, np.log1p(frame.to_numpy() / total[:, None] * 1e4), rtol=1e-4)
+    some = fitted.predict(adata, genes=MISSING[5:2:-1])
+    pd.testing.assert_frame_equal(some, frame[MISSING[5:2:-1]])
+    assert "cellplm_imputation" not in adata.uns
+
+
+def test_better_than_the_mean_of_the_gene(fitted):
+    truth = make_adata(60, seed=1)
+    scores = fitted.score(panel_of(truth), truth=truth)
+    assert scores["genes"] == 20
+    table = fitted.score_genes(panel_of(truth), truth=truth)
+    assert scores["pearson"] == pytest.approx(table["pearson"].mean())
+    assert scores["pearson"] > 0.3  # the mean of a gene: not defined, or 0
+    error = fitted.predict(truth) - truth[:, MISSING].X.toarray()
+    of_mean = truth[:, MISSING].X.toarray() - truth[:, MISSING].X.toarray().mean(axis=0)
+    assert np.square(error).mean(axis=None) < np.square(of_mean).mean()
+    # What is measured of the missing genes is not looked at.
+    assert fitted.score(truth) == scores
+
+
+def test_confidence_says_how_well_a_gene_follows_from_the_panel(fitted):
+    confidence = fitted.confidence
+    assert list(confidence.index) == fitted.imputed == MISSING
+    defined = confidence.dropna()  # a gene that is 0 in all six validation cells has none
+    assert defined.between(-1, 1).all()
+    assert len(defined) > 10
+    assert fitted.facts["mean_confidence"] == pytest.approx(defined.mean())
+    assert defined.mean() > 0.2
+    table = fitted.score_genes(make_adata(60, seed=1))
+    np.testing.assert_array_equal(table["confidence"], confidence)
+
+
+def test_the_fit_is_told(fitted):
+    facts = fitted.facts
+    assert (facts["shared_genes"], facts["imputed_genes"]) == (20, 20)
+    assert facts["training_cells"] + facts["validation_cells"] == 120
+    assert fitted.panel == PANEL
+    assert any(message.startswith("Reference: Gene names") for message in fitted.messages)
+    assert set(fitted.batch_rows) == {
+        "b0", "b1", "reference: b0", "reference: b1", "mean of the reference",
+    }  # fmt: skip
+    losses = [row["validation_loss"] for row in fitted.history]
+    assert facts["validation_loss"] == min(losses) < losses[0]
+
+
+def test_missing_genes_are_decoded_as_in_the_reference(fitted):
+    adata = panel_of(make_adata(20, seed=2))
+    frame = fitted.predict(adata)
+    table = fitted.model.params["decoder"]["batch_0"]["table"]
+    rows = fitted.batch_rows
+    of_reference = [rows["reference: b0"], rows["reference: b1"]]
+    np.testing.assert_allclose(
+        table[rows["mean of the reference"]], table[of_reference].mean(axis=0), atol=1e-6
+    )
+    # So the name of a batch decides which cells see one another, and nothing else.
+    adata.obs["batch"] = np.where(adata.obs["batch"] == "b0", "new", "newer")
+    pd.testing.assert_frame_equal(fitted.predict(adata), frame)
+
+
+def test_a_layer_where_var_has_the_genes(fitted):
+    adata = make_adata(20, seed=2)
+    frame = fitted.predict(adata, layer_added="imputed")
+    layer = pd.DataFrame(adata.layers["imputed"], adata.obs_names, adata.var_names)
+    np.testing.assert_array_equal(layer[MISSING], frame)
+    assert layer[PANEL].isna().all(axis=None)
+    assert adata.uns["cellplm_imputation"]["genes"] == MISSING
+    with pytest.raises(InputError, match=r"no gene of var .* is an imputed one"):
+        fitted.predict(panel_of(adata), layer_added="imputed")
+
+
+def test_the_seed_decides_everything(tiny_model, fitted):
+    again = imputer(tiny_model).fit(
+        panel_of(make_adata(60, seed=1)), reference=make_adata(60, spatial=False),
+        batch_key="batch", reference_batch_key="batch",
+    )  # fmt: skip
+    adata = panel_of(make_adata(20, seed=2))
+    pd.testing.assert_frame_equal(again.predict(adata), fitted.predict(adata))
+
+
+def test_batches_with_more_genes_serve_as_the_reference(tiny_model):
+    adata = make_adata(60, spatial=False)
+    counts = adata.X.toarray()
+    lacking = np.array([name in MISSING[:12] for name in adata.var_names])
+    counts[np.ix_(adata.obs["batch"] == "b1", lacking)] = 0
+    adata.X = sparse.csr_matrix(counts)
+    found = imputer(tiny_model, epochs=1).fit(adata, batch_key="batch")
+    assert found.imputed == MISSING[:12]
+    assert "No reference: 1 batches with all genes serve for 1 with fewer." in found.messages
+    assert found.facts["reference_cells"] == 30
+    target = adata[adata.obs["batch"] == "b1"].copy()
+    assert found.predict(target).shape == (30, 12)
+
+
+def spatial_sections():
+    """Two sections whose missing genes follow the place of a cell, and whose panel says nothing of it."""
+    random = np.random.default_rng(0)
+    sections = []
+    for cells in (192, 96):
+        place = random.random((cells, 2))
+        rate = np.full((cells, 40), 2.0)
+        slope = np.where(np.arange(20) % 2, 3.0, -3.0)
+        rate[:, 20:] *= np.exp(slope * (place[:, :1] - 0.5))
+        section = ad.AnnData(
+            sparse.csr_matrix(random.poisson(rate).astype(np.float32)),
+            var=pd.DataFrame(index=VOCABULARY),
+        )
+        section.obsm["spatial"] = place * 1000
+        sections.append(section)
+    return sections
+
+
+def test_places_help_where_the_signal_is_spatial(monkeypatch):
+    reference, truth = spatial_sections()
+    pearson = {}
+    for kind in ("sinusoidal", "none"):
+        positions = PositionsConfig(kind=kind)
+        model = dataclasses.replace(preset("debug").model, positions=positions, dropout=0.0)
+        latent = dataclasses.replace(model.latent, latent_weight=0.005, cluster_weight=0.005)
+        model = dataclasses.replace(model, latent=latent)
+        small = dataclasses.replace(preset("small"), model=model)
+        monkeypatch.setattr(estimator_module, "preset", lambda name, small=small: small)
+        found = imputer(None, epochs=25, cells_per_context=96, cells_per_step=96)
+        found.fit(truth[:, PANEL].copy(), reference=reference)
+        pearson[kind] = found.score(truth)["pearson"]
+    assert pearson["sinusoidal"] > pearson["none"] + 0.2
+
+
+# Saved, and opened elsewhere
+
+
+def test_a_new_process_predicts_the_same(fitted, tmp_path):
+    fitted.save(tmp_path / "saved")
+    panel_of(make_adata(30, seed=6)).write_h5ad(tmp_path / "cells.h5ad")
+    wanted = fitted.predict(panel_of(make_adata(30, seed=6)))
+    code = (
+        "import cellplm_jax\n"
+        "found = cellplm_jax.GeneImputer.load('saved', quiet=True)\n"
+        "found.predict('cells.h5ad').to_pickle('out.pkl')\n"
+        "found.confidence.to_pickle('confidence.pkl')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "out.pkl"), wanted)
+    confidence = pd.read_pickle(tmp_path / "confidence.pkl")
+    np.testing.assert_array_equal(confidence, fitted.confidence)
+
+
+def test_a_file_is_predicted_into_a_copy(fitted, tmp_path):
+    panel_of(make_adata(30, seed=6)).write_h5ad(tmp_path / "in.h5ad")
+    messages = fitted.predict_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", genes=MISSING[:3])
+    assert any("Gene names from" in message for message in messages)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    frame = written.obsm["cellplm_imputed"]
+    wanted = fitted.predict(panel_of(make_adata(30, seed=6)), genes=MISSING[:3])
+    np.testing.assert_array_equal(frame.to_numpy(), wanted.to_numpy())
+    assert list(frame.columns) == MISSING[:3]
+    facts = written.uns["cellplm_imputation"]
+    np.testing.assert_array_equal(facts["confidence"], fitted.confidence[:3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
+
+
+def test_the_panel_alone_embeds_the_same(tiny_model):
+    small = panel_model(tiny_model, PANEL)
+    assert (small.config.genes, small.genes) == (20, PANEL)
+    table = tiny_model.params["embedder"]["gene_embedding"]
+    np.testing.assert_array_equal(small.params["embedder"]["gene_embedding"], table[:20])
+    grown = with_mean_row(tiny_model, [0, 2])
+    rows = grown.params["decoder"]["batch_0"]["table"]
+    np.testing.assert_allclose(rows[-1], (rows[0] + rows[2]) / 2, atol=1e-6)
+    assert grown.config.decoder.batches == len(rows)
+
+
+def test_names_are_found_by_the_rules_for_genes():
+    places = find_genes(["ENSG00000000003", "nothing", "ENSG00000000001.4"], VOCABULARY)
+    assert places.tolist() == [3, -1, 1]
+
+
+# What is refused
+
+
+def all_cells(adata):
+    return adata
+
+
+def no_overlap(adata):
+    adata.var_names = [f"other-{n}" if n % 8 else name for n, name in enumerate(adata.var_names)]
+    return adata
+
+
+def empty_batch(adata):
+    counts = adata.X.toarray()
+    counts[adata.obs["batch"] == "b1"] = 0
+    adata.X = counts
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("panel", "reference", "keys", "message"),
+    [
+        (panel_of, all_cells, {"batch_key": "lane"}, "has no column 'lane'"),
+        (panel_of, all_cells, {"reference_batch_key": "lane"}, "has no column 'lane'"),
+        (panel_of, all_cells, {"layer": "counts"}, "has no layer 'counts'"),
+        (panel_of, all_cells, {"spatial_key": "where"}, "has no 'where'"),
+        (no_overlap, panel_of, {}, "panel and reference share . genes"),
+        (all_cells, all_cells, {}, "there is nothing to impute"),
+        (panel_of, None, {}, "no reference was given, and none of the 1 batches"),
+        (empty_batch, all_cells, {"batch_key": "batch"}, "'b1' has no training cells"),
+        (panel_of, empty_batch, {"reference_batch_key": "batch"}, "b1' has no training cells"),
+        (panel_of, all_cells, {"genes": ["ACTB", *MISSING]},
+         "1 of 21 genes asked for are known to neither data nor model: 'ACTB'"),
+        (panel_of, all_cells, {"genes": PANEL[:2]}, "2 of 2 genes asked for are measured by the panel"),
+        (panel_of, panel_of, {"genes": MISSING[:1]}, "have no counts in the reference's training"),
+        (panel_of, all_cells, {"genes": MISSING[0]}, "expected a list of gene names"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted(tiny_model, panel, reference, keys, message):
+    target = panel(make_adata(40, seed=1))
+    other = None if reference is None else reference(make_adata(40, spatial=False))
+    with pytest.raises(InputError, match=message) as error:
+        imputer(tiny_model).fit(target, reference=other, **keys)
+    assert "; expected " in str(error.value)
+
+
+def test_what_cannot_be_predicted(tiny_model, fitted):
+    with pytest.raises(InputError, match="this GeneImputer has not been fitted"):
+        imputer(tiny_model).predict(make_adata(10))
+    adata = panel_of(make_adata(10))
+    with pytest.raises(InputError, match="2 of 3 genes asked for are not imputed: 'x', 'ENSG"):
+        fitted.predict(adata, genes=["x", PANEL[0], MISSING[0]])
+    with pytest.raises(InputError, match="none of the 20 imputed genes is measured in the truth"):
+        fitted.score(adata)
+    with pytest.raises(InputError, match="truth has 5 cells and adata 10"):
+        fitted.score(adata, truth=make_adata(5))
