@@ -33,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prepare(commands)
     _add_embed(commands)
     _add_annotate(commands)
+    _add_impute(commands)
+    _add_denoise(commands)
     _add_convert(commands)
     _add_info(commands)
     _add_plan(commands)
@@ -471,6 +473,165 @@ def _annotate_predict(arguments: argparse.Namespace) -> None:
         for message in messages:
             _print(message, sys.stderr)
     _print(f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types")
+
+
+def _counts_only(arguments: argparse.Namespace, *others: str) -> None:
+    """Refuse options that all tasks have and this one cannot use."""
+    if arguments.values not in (None, "counts"):
+        msg = explain(
+            f"--values {arguments.values}",
+            "raw counts, which are what is predicted",
+            "Name the layer with the counts with --layer",
+        )
+        raise InputError(msg)
+    arguments.values = None
+    for name in others:
+        if getattr(arguments, name, None) is not None:
+            option = f"--{name.replace('_', '-')}"
+            msg = explain(
+                f"{option} was given to {arguments.command}",
+                "a random part of the cells for validation",
+                f"Leave {option} out and set --validation-fraction",
+            )
+            raise InputError(msg)
+
+
+def _names_in(text: str | None) -> list[str] | None:
+    """Return gene names given as a file, one a line, or separated by commas; None: none were given."""
+    if text is None:
+        return None
+    if Path(text).is_file():
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _add_impute(commands: Any) -> None:
+    fit, predict = _add_task(
+        commands,
+        "impute",
+        "genes that a spatial panel lacks: learn them from a reference, or predict them",
+        fit=_impute_fit,
+        predict=_impute_predict,
+        fit_example="cellplm impute fit spatial.h5ad --reference cells.h5ad --model small --out imputer",
+        predict_example="cellplm impute predict spatial.h5ad --model imputer --out imputed.h5ad",
+    )
+    fit.add_argument(
+        "--reference",
+        metavar="REF.h5ad",
+        help="cells measured for more genes (without: batches of the input that have more)",
+    )
+    fit.add_argument(
+        "--reference-batch-key", metavar="K", help="column of obs of the reference (one batch)"
+    )
+    fit.add_argument("--reference-layer", metavar="L", help="layer with its counts (found)")
+    fit.add_argument("--reference-gene-key", metavar="K", help="column of var with its genes")
+    for verb in (fit, predict):
+        verb.add_argument(
+            "--impute",
+            metavar="GENES",
+            help="which genes: names separated by commas, or a file with one a line (all)",
+        )
+    predict.add_argument(
+        "--log-normalized", action="store_true", help="log-normalised values instead of counts"
+    )
+
+
+def _impute_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    _counts_only(arguments, "split_key")
+    imputer = GeneImputer(_source(arguments), quiet=arguments.quiet, **_given(arguments, _RECIPE))
+    reference = ("reference", "reference_batch_key", "reference_layer", "reference_gene_key")
+    imputer.fit(
+        arguments.input,
+        genes=_names_in(arguments.impute),
+        **_given(arguments, (*_READING, *reference)),
+    )
+    imputer.save(arguments.out)
+    facts = imputer.facts
+    what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
+    if "mean_confidence" in facts:
+        what += f", mean confidence {facts['mean_confidence']:.3f}"
+    _say_fitted(arguments, what, facts)
+
+
+def _impute_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.impute import IMPUTED, GeneImputer
+
+    check_output(Path(arguments.out))
+    _counts_only(arguments)
+    imputer = GeneImputer.load(arguments.model, quiet=arguments.quiet)
+    genes = _names_in(arguments.impute)
+    messages = imputer.predict_file(
+        arguments.input,
+        arguments.out,
+        genes=genes,
+        log_normalized=arguments.log_normalized,
+        **_given(arguments, _READING),
+    )
+    if not arguments.quiet:
+        for message in messages:
+            _print(message, sys.stderr)
+    number = len(imputer.imputed if genes is None else genes)
+    _print(f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes")
+
+
+def _add_denoise(commands: Any) -> None:
+    _, predict = _add_task(
+        commands,
+        "denoise",
+        "expected counts: tune the model on cells, or predict them",
+        fit=_denoise_fit,
+        predict=_denoise_predict,
+        fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
+        predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
+    )
+    predict.add_argument(
+        "--log-normalized", action="store_true", help="a second layer of log-normalised values"
+    )
+    predict.add_argument(
+        "--detected", action="store_true", help="counts given that they are not zero"
+    )
+    predict.add_argument(
+        "--zero-shot", action="store_true", help="--model is a pretrained model that was not fitted"
+    )
+
+
+def _denoise_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.denoise import Denoiser
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    _counts_only(arguments)
+    denoiser = Denoiser(_source(arguments), quiet=arguments.quiet, **_given(arguments, _RECIPE))
+    denoiser.fit(arguments.input, **_given(arguments, _READING))
+    denoiser.save(arguments.out)
+    _say_fitted(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
+
+
+def _denoise_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    _counts_only(arguments)
+    open_model = Denoiser if arguments.zero_shot else Denoiser.load
+    denoiser = open_model(arguments.model, quiet=arguments.quiet)
+    messages = denoiser.predict_file(
+        arguments.input,
+        arguments.out,
+        log_normalized=arguments.log_normalized,
+        detected=arguments.detected,
+        **_given(arguments, _READING),
+    )
+    if not arguments.quiet:
+        for message in messages:
+            _print(message, sys.stderr)
+    _print(f"wrote {arguments.out}: layers['{LAYER}']")
 
 
 def _add_convert(commands: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 import cellplm_jax
 from cellplm_jax import cli
 from cellplm_jax.cli import build_parser, main
-from tests.conftest import make_adata, make_counts, make_labelled
+from tests.conftest import VOCABULARY, make_adata, make_counts, make_labelled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,6 +182,61 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
     )
 
 
+def test_impute(command, tiny_run, tmp_path):
+    whole = make_adata(24, seed=1)
+    panel = whole[:, VOCABULARY[:20]].copy()
+    panel.write_h5ad(tmp_path / "panel.h5ad")
+    whole.write_h5ad(tmp_path / "reference.h5ad")
+    (tmp_path / "genes").write_text("\n".join(VOCABULARY[20:24]) + "\n")
+    saved, out = tmp_path / "imputer", tmp_path / "out.h5ad"
+    fit = ["impute", "fit", tmp_path / "panel.h5ad", "--model", tiny_run, "--out", saved, "--quiet"]
+    fit += ["--reference", tmp_path / "reference.h5ad", "--impute", tmp_path / "genes"]
+    status, _, err = command(*fit, "--split-key", "part")
+    assert (status, saved.exists()) == (2, False)
+    assert "--split-key was given to impute; expected a random part" in err
+    status, printed, err = command(*fit, "--epochs", "1")
+    assert (status, err) == (0, "")
+    assert printed.startswith(f"wrote {saved}: 4 genes from 20, mean confidence ")
+    predict = ["impute", "predict", tmp_path / "panel.h5ad", "--model", saved, "--out", out]
+    names = ",".join(VOCABULARY[21:23])
+    status, printed, _ = command(*predict, "--impute", names, "--quiet")
+    assert (status, printed) == (0, f"wrote {out}: obsm['cellplm_imputed'], 2 genes\n")
+    assert list(ad.read_h5ad(out).obsm["cellplm_imputed"].columns) == VOCABULARY[21:23]
+    out.unlink()
+    status, _, err = command(*predict, "--impute", "nothing", "--quiet")
+    assert (status, out.exists()) == (2, False)
+    assert "1 of 1 genes asked for are not imputed: 'nothing'" in err
+
+
+def test_denoise(command, tiny_run, tmp_path):
+    make_adata(24).write_h5ad(tmp_path / "cells.h5ad")
+    saved, out = tmp_path / "denoiser", tmp_path / "out.h5ad"
+    fit = [
+        "denoise",
+        "fit",
+        tmp_path / "cells.h5ad",
+        "--model",
+        tiny_run,
+        "--out",
+        saved,
+        "--quiet",
+    ]
+    status, _, err = command(*fit, "--values", "log1p")
+    assert (status, saved.exists()) == (2, False)
+    assert "--values log1p; expected raw counts" in err
+    status, printed, err = command(*fit, "--epochs", "1")
+    assert (status, err) == (0, "")
+    assert printed.startswith(f"wrote {saved}: 40 genes, 22 training cells, epoch 1 of 1 kept")
+    predict = ["denoise", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
+    status, printed, _ = command(*predict, "--log-normalized", "--quiet")
+    assert (status, printed) == (0, f"wrote {out}: layers['cellplm_denoised']\n")
+    assert set(ad.read_h5ad(out).layers) == {"cellplm_denoised", "cellplm_denoised_log1p"}
+    predict[4] = tiny_run
+    assert "has no estimator.json" in command(*predict, "--quiet")[2]
+    assert command(*predict, "--zero-shot", "--quiet")[0] == 0
+    assert ad.read_h5ad(out).uns["cellplm_denoising"]["zero_shot"]
+
+
 def test_info(command, tiny_run, tiny_model):
     status, out, err = command("info", tiny_run)
     assert (status, err) == (0, "")
@@ -195,7 +250,7 @@ def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
     assert set(cli_commands()) == {
-        "demo", "plan", "prepare", "embed", "annotate", "convert", "info",
+        "demo", "plan", "prepare", "embed", "annotate", "impute", "denoise", "convert", "info",
     }  # fmt: skip
     for name in cli_commands():
         status, out, _ = command(name, "--help")

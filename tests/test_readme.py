@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.conftest import ROOT, make_adata, make_labelled
+from tests.conftest import ROOT, VOCABULARY, make_adata, make_labelled
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
-    embed, annotate = blocks("python")
+    embed, annotate, impute = blocks("python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "model").symlink_to(tiny_run)
     make_adata(30).write_h5ad(tmp_path / "cells.h5ad")
@@ -35,6 +35,14 @@ def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
     exec(compile(annotate, "README.md", "exec"), names)
     assert annotator.load(tmp_path / "annotator").labels == ["alpha", "beta", "gamma"]
     assert "cellplm_probabilities" in names["adata"].obsm
+
+    make_adata(30)[:, VOCABULARY[:20]].copy().write_h5ad(tmp_path / "spatial.h5ad")
+    make_adata(30, spatial=False).write_h5ad(tmp_path / "reference.h5ad")
+    for estimator in (names["cellplm"].GeneImputer, names["cellplm"].Denoiser):
+        monkeypatch.setattr(estimator, "recipe", dataclasses.replace(estimator.recipe, epochs=1))
+    exec(compile(impute, "README.md", "exec"), names)
+    assert len(names["imputer"].confidence) == 20
+    assert "cellplm_denoised_log1p" in names["adata"].layers
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))
