@@ -175,7 +175,7 @@ def test_places_help_where_the_signal_is_spatial(monkeypatch):
         model = dataclasses.replace(model, latent=latent)
         small = dataclasses.replace(preset("small"), model=model)
         monkeypatch.setattr(estimator_module, "preset", lambda name, small=small: small)
-        found = imputer(None, epochs=25, cells_per_context=96, cells_per_step=96)
+        found = imputer(None, epochs=16, cells_per_context=96, cells_per_step=96)
         found.fit(truth[:, PANEL].copy(), reference=reference)
         pearson[kind] = found.score(truth)["pearson"]
     assert pearson["sinusoidal"] > pearson["none"] + 0.2
