@@ -64,9 +64,10 @@ run() {
   trap 'kill -TERM "$pid" 2>/dev/null' TERM INT
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
   wait "$pid" || code_seen=$?
+  # The log first: who reads the status may read the log next.
+  printf '== %s ended: status %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$code_seen" >> "$directory/log"
   echo "$code_seen" > "$directory/status.partial"
   mv "$directory/status.partial" "$directory/status"
-  printf '== %s ended: status %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$code_seen" >> "$directory/log"
   # The disk of a preempted worker is gone soon; keep its log beside the checkpoints.
   if [ -n "$workdir" ]; then
     gcloud storage cp "$directory/log" "${workdir%/}/logs/$(hostname)-$(date -u +%Y%m%dT%H%M%SZ).log" || true

@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.config import ModelConfig
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks import estimator as estimator_module
@@ -340,3 +341,33 @@ def test_options_that_are_refused(tiny_model):
         annotator(None, method="neighbors").fit(make_labelled(20), label_key="kind")
     with pytest.raises(InputError, match="this CellTypeAnnotator has not been fitted"):
         annotator(tiny_model).predict(make_adata(10))
+
+
+# The logistic regression beside the network
+
+
+def test_network_and_logistic_regression_are_pooled(fitted):
+    """Pooled by hand from the two: log-probabilities, added with the weights that were found, and normalised."""
+    adata = make_labelled(30, seed=6)
+    assert fitted.pool == pytest.approx([0.5, 0.5], abs=0.5)
+    assert min(fitted.pool) >= 0
+    assert any("logistic regression" in m for m in fitted.messages)
+    z, _, _ = fitted._embed(adata, fitted.reading)
+    network = jax.nn.log_softmax(fitted._head(z) / fitted.temperature, axis=1)
+    with open_counts(adata, fitted.model.genes) as source:
+        features = np.log1p(source.read(0, 30).toarray())[:, fitted._linear_genes]
+    linear = jax.nn.log_softmax(features @ fitted._linear.kernel + fitted._linear.bias, axis=1)
+    mixed = fitted.pool[0] * np.asarray(network) + fitted.pool[1] * np.asarray(linear)
+    np.testing.assert_allclose(
+        probabilities(fitted, adata), jax.nn.softmax(mixed, axis=1), atol=1e-5
+    )
+
+
+def test_the_network_alone_on_request(tiny_model):
+    found = annotator(tiny_model, epochs=1, linear=False).fit(split_cells(), **KEYS)
+    assert found.pool == []
+    assert found._linear is None
+    adata = make_labelled(20, seed=6)
+    z, _, _ = found._embed(adata, found.reading)
+    wanted = jax.nn.softmax(found._head(z) / found.temperature, axis=1)
+    np.testing.assert_allclose(probabilities(found, adata), wanted, atol=1e-6)

@@ -1,0 +1,62 @@
+"""What the workers of both environments share; imports neither this project nor any rival."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Method = Callable[[Path, int], dict[str, Any]]
+"""Takes the directory of a problem and a seed, and returns the arrays of a prediction."""
+
+
+def normalize(counts: Any, *, total: Any = None, log: bool = True) -> np.ndarray:
+    """Return dense float32 counts scaled to 10,000 a cell, and their log1p.
+
+    Args:
+        counts: [cells, genes], dense or sparse.
+        total: [cells], library sizes; None: the sums of the rows.
+        log: Take log1p.
+    """
+    dense = np.asarray(counts.toarray() if hasattr(counts, "toarray") else counts, np.float64)
+    total = dense.sum(axis=1) if total is None else np.asarray(total, np.float64)
+    scaled = dense * (1e4 / np.maximum(total, 1e-12))[:, None]
+    return (np.log1p(scaled) if log else scaled).astype(np.float32)
+
+
+def work(methods: dict[tuple[str, str], Method], packages: tuple[str, ...]) -> None:
+    """Run one method on one problem: ``python worker.py TASK METHOD PROBLEM SEED OUT``.
+
+    Writes OUT (``.npz``) and beside it OUT with ``.json``: seconds of fitting and predicting (imports are not counted),
+    versions, or the error.
+
+    Args:
+        methods: By task and name.
+        packages: Whose versions are recorded.
+    """
+    task, name, problem, seed, out = sys.argv[1:]
+    path = Path(out)
+    report: dict[str, Any] = {"versions": {}}
+    for package in packages:
+        try:
+            report["versions"][package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    started = time.perf_counter()
+    try:
+        found = methods[task, name](Path(problem), int(seed))
+        report["seconds"] = round(found.pop("seconds", time.perf_counter() - started), 2)
+        report["notes"] = found.pop("notes", {})
+        np.savez_compressed(path, **found)
+    except Exception as error:  # the table says that a method failed, and why
+        traceback.print_exc()
+        report["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(1 if "error" in report else 0)
