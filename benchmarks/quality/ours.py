@@ -51,7 +51,8 @@ def impute(model: str | None, **options: Any) -> Method:
         values = found.predict(cells, log_normalized=True)
         return {
             "values": values[genes].to_numpy(np.float32),
-            "notes": {k: v for k, v in found.facts.items() if "epoch" in k or "confidence" in k},
+            "notes": {k: v for k, v in found.facts.items() if "epoch" in k or "confidence" in k}
+            | {"pool": found.pool},
         }
 
     return method
@@ -143,6 +144,7 @@ METHODS: dict[tuple[str, str], Method] = {
     ("annotation", "small"): annotate("small"),
     ("annotation", "small, nearest neighbours"): annotate("small", method="neighbors"),
     ("imputation", "scratch"): impute(None),
+    ("imputation", "scratch, network alone"): impute(None, linear=False),
     ("imputation", "small"): impute("small"),
     ("denoising", "scratch"): denoise(None),
     ("denoising", "small"): denoise("small"),

@@ -13,7 +13,7 @@ import scanpy
 from common import Method, normalize, work
 from original import ORIGINAL
 from sklearn.decomposition import TruncatedSVD
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neighbors import NearestNeighbors
 
 warnings.filterwarnings("ignore")
@@ -110,11 +110,11 @@ def reference_mean(problem: Path, seed: int) -> dict[str, Any]:
 
 
 def ridge(problem: Path, seed: int) -> dict[str, Any]:
-    """Ridge regression of the hidden genes on the shared ones, penalty 1,000 (standardised genes)."""
+    """Ridge regression of the hidden genes on the shared ones, standardised; penalty by leave-one-out."""
     own, shared, hidden = _panel(problem)
     spread = np.maximum(shared.std(axis=0), 1e-6)
     centre = shared.mean(axis=0)
-    model = Ridge(alpha=1000.0).fit((shared - centre) / spread, hidden)
+    model = RidgeCV(alphas=10.0 ** np.arange(7)).fit((shared - centre) / spread, hidden)
     return {"values": np.maximum(model.predict((own - own.mean(axis=0)) / spread), 0.0)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import sparse
+from scipy.optimize import nnls
 
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
@@ -48,6 +50,7 @@ from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, split_cells
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
+from cellplm_jax.train.linear import LinearRegression, fit_ridge
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,6 +66,9 @@ SHARED_GENES = 10
 
 FEWER_GENES = 0.9
 """Without a reference: a batch that measures less than this share of all genes is one to impute in."""
+
+RIDGE_CELLS, RIDGE_GENES = 8192, 2000
+"""Cells of the reference and genes of the panel that the ridge regression is fitted to, at most."""
 
 _REFERENCE = "reference: "
 """Before the names of the reference's batches, so that they are never those of the target."""
@@ -84,11 +90,18 @@ class GeneImputer(Estimator):
     The best epoch is that of the lowest negative log-likelihood of all genes of validation cells of the reference,
     seen through the panel.
 
+    On a few hundred reference cells ridge regression is hard to beat. So one is fitted beside the network, from the
+    log-normalised panel to the missing genes (one to log-normalised values, one to counts), its penalty by
+    leave-one-out and the panel's mean taken from the target; the two are pooled with weights found on the validation
+    cells (non-negative least squares). ``linear=False`` leaves the network alone; the log-normalised values are then
+    those of the counts.
+
     Args:
         model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
             ``:small`` architecture from scratch, over the genes of the data.
         genes: Impute so many highly variable genes of the reference at most; None: all it measures and the model knows.
             By default 3,000 from scratch, else all. Genes asked for in ``fit`` by name are not counted.
+        linear: Pool the network with ridge regression.
         quiet: No progress.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
 
@@ -99,6 +112,8 @@ class GeneImputer(Estimator):
             measured and predicted log-normalised values, the cells seen through the panel alone. It says how well the
             gene follows from the panel in the reference, and nothing of how the target differs from it. NaN where it is
             not defined (a gene that is 0 in all of them, or no validation cells).
+        pool: Weights of network and ridge regression, for log-normalised values and for counts; empty without the
+            latter.
 
     Raises:
         ConfigError: There is no such option, or its value is impossible.
@@ -123,14 +138,20 @@ class GeneImputer(Estimator):
     def __init__(
         self,
         model: Pretrained | str | os.PathLike | None = None,
+        *,
+        linear: bool = True,
         **options: Any,
     ):
         super().__init__(model, **options)
+        self.linear = linear
+        self.pool: dict[str, list[float]] = {}
+        self._ridges: dict[str, _Ridge] = {}
         self.panel: list[str] = []
         self.imputed: list[str] = []
         self.confidence = pd.Series(dtype=float)
         self._columns = np.zeros(0, int)
         self._seen: Pretrained | None = None
+        self._validated = np.zeros((0, 0))
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -238,7 +259,11 @@ class GeneImputer(Estimator):
         self.model = with_mean_row(
             fitted, [self.batch_rows[name] for name in set(source.batch)], replace=True
         )
-        self._judge(source, judged, valid)
+        network = self._on_validation(source, judged, valid) if len(valid) else None
+        self.pool, self._ridges = {}, {}
+        if self.linear:
+            self._fit_ridge(source, target, train, valid, own, network)
+        self._judge(source, valid, network)
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self._tell()
@@ -393,30 +418,118 @@ class GeneImputer(Estimator):
             for seen, whole in zip(*layouts, strict=True)
         ]
 
-    def _judge(self, source: CellTable, judged: list[Layout], valid: np.ndarray) -> None:
+    def _on_validation(
+        self, source: CellTable, judged: list[Layout], valid: np.ndarray
+    ) -> np.ndarray:
+        """Return what the network expects of validation cells, in counts a 10,000 of the panel: [cells, imputed]."""
+        model = self._fitted()
+        decode = jax.jit(lambda params, example: _means(params, example, model.config))
+        params = jax.device_put(model.params)
+        row = self.batch_rows[_DECODED_AS]
+        outputs = []
+        for layout in judged:
+            batch = layout.example.batch
+            batch = batch.replace(batch=jnp.full_like(batch.batch, row))
+            found = decode(params, layout.example.replace(batch=batch))
+            outputs.append(jax.device_get(found))
+        mean = gather(judged, outputs, len(source))[valid].astype(np.float64)
+        panel = mean[:, np.isin(source.genes, self.panel)].sum(axis=1, keepdims=True)
+        return mean[:, self._columns] * (1e4 / np.maximum(panel, 1e-12))
+
+    def _fit_ridge(
+        self,
+        source: CellTable,
+        target: CellTable,
+        train: np.ndarray,
+        valid: np.ndarray,
+        own: np.ndarray,
+        network: np.ndarray | None,
+    ) -> None:
+        """Fit the ridge regressions, weigh them against the network on validation cells, and fit them to those as well.
+
+        Args:
+            source: The reference.
+            target: The cells to impute in, in the same columns.
+            train: Cells of the reference to train on.
+            valid: Cells of the reference to validate with.
+            own: Cells of the target with counts.
+            network: Of :meth:`_on_validation`; None: there are no validation cells.
+        """
+        shown = np.isin(source.genes, self.panel)
+        panel = np.flatnonzero(shown)
+        if len(panel) > RIDGE_GENES:
+            panel = panel[variable_genes(source.counts[train][:, panel], RIDGE_GENES)]
+        generator = np.random.default_rng(self.training.seed)
+
+        def some(cells: np.ndarray) -> np.ndarray:
+            if len(cells) <= RIDGE_CELLS:
+                return cells
+            return np.sort(generator.choice(cells, RIDGE_CELLS, replace=False))
+
+        def values(table: CellTable, cells: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            total = _panel_totals(table, shown, cells)
+            counts = sparse.csr_matrix(table.counts[cells])[:, columns]
+            return log_normalize(counts, total=total).toarray().astype(np.float32)
+
+        centre = values(target, some(own), panel).mean(axis=0)
+        everything = some(np.sort(np.concatenate([train, valid])))
+        features, truth = (
+            values(source, everything, panel),
+            values(source, everything, self._columns),
+        )
+        fitted_on = np.isin(everything, train)
+        judged = values(source, valid, panel), values(source, valid, self._columns)
+        for scale, forward in _SCALES:
+            wanted = forward(truth)
+            final = fit_ridge(features, wanted)
+            pool, network_mean = [0.5, 0.5], final.bias
+            if network is not None:
+                own_values = forward(np.log1p(network))
+                first = fit_ridge(features[fitted_on], wanted[fitted_on])
+                linear = first.predict(judged[0])
+                true = forward(judged[1])
+                pool = pool_predictions(true, own_values, linear)
+                network_mean = own_values.mean(axis=0)
+                pooled = _pooled(own_values, linear, network_mean, first.bias, pool)
+                if scale == LOG:
+                    self._tell_scores(true, own_values, linear, pooled, pool)
+            self.pool[scale] = pool
+            self._ridges[scale] = _Ridge(
+                genes=panel.astype(np.int32),
+                regression=dataclasses.replace(final, centre=centre.astype(np.float32)),
+                network_mean=np.asarray(network_mean, np.float32),
+            )
+
+    def _tell_scores(
+        self,
+        truth: np.ndarray,
+        network: np.ndarray,
+        linear: np.ndarray,
+        pooled: np.ndarray,
+        pool: Sequence[float],
+    ) -> None:
+        """Say how network, ridge regression and their pool do on the validation cells."""
+        scores = {
+            name: _mean_pearson(truth, values)
+            for name, values in (("network", network), ("linear", linear), ("pooled", pooled))
+        }
+        self.facts["validation_pearson"] = scores
+        self._validated = pooled
+        self.messages.append(
+            f"Correlation a gene over {len(truth)} validation cells: network {scores['network']:.3f}, ridge regression "
+            f"{scores['linear']:.3f}, pooled {scores['pooled']:.3f} (weights {pool[0]:.2f} and {pool[1]:.2f})."
+        )
+
+    def _judge(self, source: CellTable, valid: np.ndarray, network: np.ndarray | None) -> None:
         """Find the confidence of every imputed gene."""
         values = np.full(len(self.imputed), np.nan)
-        if len(valid):
-            model = self._fitted()
-            decode = jax.jit(lambda params, example: _means(params, example, model.config))
-            params = jax.device_put(model.params)
-            row = self.batch_rows[_DECODED_AS]
-            outputs = []
-            for layout in judged:
-                batch = layout.example.batch
-                batch = batch.replace(batch=jnp.full_like(batch.batch, row))
-                found = decode(params, layout.example.replace(batch=batch))
-                outputs.append(jax.device_get(found))
-            mean = gather(judged, outputs, len(source))[valid]
-            shown = np.isin(source.genes, self.panel)
-            counts = sparse.csr_matrix(source.counts[valid])
-            total = np.asarray(counts[:, np.flatnonzero(shown)].sum(axis=1)).ravel()
-            scale = total / np.maximum(mean[:, shown].sum(axis=1), 1e-12)
-            predicted = (mean * scale[:, None])[:, self._columns]
-            values = pearson_per_gene(
-                log_normalize(counts[:, self._columns], total=total),
-                log_normalize(predicted, total=total),
+        if network is not None:
+            predicted = self._validated if self._ridges else np.log1p(network)
+            total = _panel_totals(source, np.isin(source.genes, self.panel), valid)
+            truth = log_normalize(
+                sparse.csr_matrix(source.counts[valid])[:, self._columns], total=total
             )
+            values = pearson_per_gene(truth, predicted)
             self.facts["mean_confidence"] = (
                 float(np.nanmean(values)) if np.isfinite(values).any() else 0.0
             )
@@ -650,6 +763,8 @@ class GeneImputer(Estimator):
             values[piece] = (
                 log_normalize(expected, total=total[piece]) if log_normalized else expected
             )
+        if self._ridges:
+            self._add_ridge(values, data, reading, places, total, LOG if log_normalized else COUNTS)
         columns = [self.imputed[place] for place in places]
         frame = pd.DataFrame(
             values, index=pd.Index(names, dtype=object), columns=pd.Index(columns, dtype=object)
@@ -664,6 +779,39 @@ class GeneImputer(Estimator):
             **facts,
         }
         return frame, total, facts, messages
+
+    def _add_ridge(
+        self,
+        values: np.ndarray,
+        data: Any,
+        reading: Reading,
+        places: np.ndarray,
+        total: np.ndarray,
+        scale: str,
+    ) -> None:
+        """Pool the network's values [cells, places], on a scale, with the ridge regression's, in place."""
+        ridge = self._ridges[scale]
+        genes = [self._fitted().genes[i] for i in ridge.genes]
+        start = 0
+        with open_counts(
+            data, genes, layer=reading.layer, gene_key=reading.gene_key, minimum_genes=0
+        ) as source:
+            measured = np.asarray(source.measured)
+            for block in source.blocks(RIDGE_CELLS):
+                stop = start + block.shape[0]
+                scaled = log_normalize(sparse.csr_matrix(block), total=total[start:stop]).toarray()
+                # A gene that is not measured is at its mean: it says nothing.
+                scaled[:, ~measured] = ridge.regression.centre[~measured]
+                found = ridge.regression.predict(scaled)[:, places]
+                size = total[start:stop, None] / 1e4 if scale == COUNTS else 1.0
+                values[start:stop] = size * _pooled(
+                    values[start:stop] / np.maximum(size, 1e-12),
+                    found,
+                    ridge.network_mean[places],
+                    ridge.regression.bias[places],
+                    self.pool[scale],
+                )
+                start = stop
 
     def _layer_columns(
         self, adata: Any, layer_added: str, reading: Reading, places: np.ndarray
@@ -691,17 +839,108 @@ class GeneImputer(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state = {"panel": self.panel, "imputed": self.imputed}
-        return state, {
+        state = {
+            "panel": self.panel,
+            "imputed": self.imputed,
+            "linear": self.linear,
+            "pool": self.pool,
+        }
+        arrays = {
             "columns": self._columns,
             "confidence": self.confidence.to_numpy(np.float64),
         }
+        for scale, ridge in self._ridges.items():
+            arrays |= {f"{scale}/{name}": value for name, value in ridge.arrays().items()}
+        return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.panel, self.imputed = list(state["panel"]), list(state["imputed"])
         self._columns = np.asarray(arrays["columns"], int)
         index = pd.Index(self.imputed, dtype=object)
         self.confidence = pd.Series(np.asarray(arrays["confidence"], float), index=index)
+        self.linear, self.pool = state["linear"], dict(state["pool"])
+        self._ridges = {
+            scale: _Ridge.of(
+                {k.split("/")[1]: v for k, v in arrays.items() if k.startswith(f"{scale}/")}
+            )
+            for scale in self.pool
+        }
+
+
+LOG, COUNTS = "log_normalized", "counts"
+"""Scales of a prediction, as in ``GeneImputer.pool``."""
+
+_SCALES = ((LOG, np.asarray), (COUNTS, np.expm1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Ridge:
+    """A ridge regression beside the network.
+
+    Attributes:
+        genes: int32 [features], columns of the panel's genes it sees.
+        regression: From log-normalised values of those to the imputed genes; its centre is the target's.
+        network_mean: float32 [imputed genes], mean of the network's predictions on the reference.
+    """
+
+    genes: np.ndarray
+    regression: LinearRegression
+    network_mean: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what is to be saved."""
+        own = {"genes": self.genes, "network_mean": self.network_mean}
+        return own | {name: getattr(self.regression, name) for name in _REGRESSION}
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> _Ridge:
+        """Return that of which :meth:`arrays` was saved."""
+        regression = LinearRegression(*(arrays[name] for name in _REGRESSION))
+        return cls(arrays["genes"], regression, arrays["network_mean"])
+
+
+_REGRESSION = ("centre", "scale", "kernel", "bias")
+
+
+def pool_predictions(truth: np.ndarray, *predictions: np.ndarray) -> list[float]:
+    """Return the weights with which predictions are best added, the same for every gene, at least 0.
+
+    Least squares over all cells and genes, each gene of truth and predictions centred, and divided by the truth's
+    standard deviation so that every gene counts alike (stacking: Breiman, Machine Learning 1996).
+
+    Args:
+        truth: float [cells, genes].
+        *predictions: float [cells, genes] each, for cells that none was fitted to.
+    """
+    spread = truth.std(axis=0)
+    there = spread > 1e-6
+    if not there.any():
+        return [1.0 / len(predictions)] * len(predictions)
+    parts = [
+        ((values - values.mean(axis=0)) / np.where(there, spread, 1.0))[:, there].ravel()
+        for values in (truth, *predictions)
+    ]
+    weights, _ = nnls(np.stack(parts[1:], axis=1).astype(np.float64), parts[0].astype(np.float64))
+    return [float(weight) for weight in weights]
+
+
+def _pooled(
+    network: np.ndarray, linear: np.ndarray, network_mean: np.ndarray, mean: np.ndarray, pool: Any
+) -> np.ndarray:
+    """Return the gene's mean plus the weighted deviations of both predictions, not below 0."""
+    return np.maximum(mean + pool[0] * (network - network_mean) + pool[1] * (linear - mean), 0.0)
+
+
+def _mean_pearson(truth: np.ndarray, values: np.ndarray) -> float:
+    """Return the mean over the genes that have a correlation; NaN where none has."""
+    found = pearson_per_gene(truth, values)
+    return float(found[np.isfinite(found)].mean()) if np.isfinite(found).any() else float("nan")
+
+
+def _panel_totals(table: CellTable, shown: np.ndarray, cells: np.ndarray) -> np.ndarray:
+    """Return the counts of cells over the genes shown, float64 [cells]."""
+    counts = sparse.csr_matrix(table.counts[cells])[:, np.flatnonzero(shown)]
+    return np.asarray(counts.sum(axis=1), np.float64).ravel()
 
 
 _STORED = ("indptr", "gene", "count")

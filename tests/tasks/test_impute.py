@@ -51,13 +51,36 @@ def test_a_table_of_the_missing_genes(fitted):
     assert frame.shape == (60, 20)
     assert (list(frame.index), list(frame.columns)) == (list(adata.obs_names), MISSING)
     assert frame.to_numpy().dtype == np.float32
-    assert (frame.to_numpy() > 0).all()
-    total = np.asarray(adata[:, PANEL].X.sum(axis=1)).ravel()
-    log = fitted.predict(adata, log_normalized=True)
-    np.testing.assert_allclose(log, np.log1p(frame.to_numpy() / total[:, None] * 1e4), rtol=1e-4)
+    assert (frame.to_numpy() >= 0).all()
     some = fitted.predict(adata, genes=MISSING[5:2:-1])
     pd.testing.assert_frame_equal(some, frame[MISSING[5:2:-1]])
     assert "cellplm_imputation" not in adata.uns
+
+
+def test_network_and_ridge_regression_are_pooled(fitted):
+    """Both scales by hand: the gene's mean, and the weighted deviations of network and ridge regression from theirs."""
+    adata = panel_of(make_adata(60, seed=1))
+    total = np.asarray(adata[:, PANEL].X.sum(axis=1)).ravel()
+    assert any("ridge regression" in message for message in fitted.messages)
+    ridges, fitted._ridges = fitted._ridges, {}
+    try:
+        alone = fitted.predict(adata).to_numpy()
+        log = fitted.predict(adata, log_normalized=True).to_numpy()
+    finally:
+        fitted._ridges = ridges
+    # The network alone: one prediction, on two scales.
+    np.testing.assert_allclose(log, np.log1p(alone / total[:, None] * 1e4), rtol=1e-4)
+    for scale, network in (("log_normalized", log), ("counts", alone / total[:, None] * 1e4)):
+        ridge, pool = ridges[scale], fitted.pool[scale]
+        genes = [fitted.model.genes[i] for i in ridge.genes]
+        features = np.log1p(adata[:, genes].X.toarray() / total[:, None] * 1e4)
+        linear = ridge.regression.predict(features)
+        mean = ridge.regression.bias
+        mixed = mean + pool[0] * (network - ridge.network_mean) + pool[1] * (linear - mean)
+        found = fitted.predict(adata, log_normalized=scale == "log_normalized").to_numpy()
+        if scale == "counts":
+            found = found / total[:, None] * 1e4
+        np.testing.assert_allclose(found, np.maximum(mixed, 0), rtol=1e-3, atol=1e-3)
 
 
 def test_better_than_the_mean_of_the_gene(fitted):

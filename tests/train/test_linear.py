@@ -5,7 +5,12 @@ import pytest
 from scipy import sparse
 from scipy.special import log_softmax
 
-from cellplm_jax.train.linear import fit_linear_classifier, pool_log_probabilities
+from cellplm_jax.train.linear import (
+    PENALTIES,
+    fit_linear_classifier,
+    fit_ridge,
+    pool_log_probabilities,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +53,21 @@ def test_a_pool_of_few_cells_stays_near_the_average():
     sure = log_softmax(np.array([[9.0, 0.0], [0.0, 9.0]]), axis=1)
     pool = pool_log_probabilities(np.stack([sure, sure]), np.array([0, 1]))
     np.testing.assert_allclose(pool, 0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("cells", [30, 90])
+def test_ridge_is_that_of_scikit_learn(cells):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    random = np.random.default_rng(2)
+    features = random.normal(size=(cells, 50)) * 3 + 1
+    targets = features[:, :4] @ random.normal(size=(4, 6)) + random.normal(size=(cells, 6))
+    found = fit_ridge(features, targets, 20.0)
+    standard = (features - features.mean(axis=0)) / features.std(axis=0)
+    wanted = linear_model.Ridge(alpha=20.0).fit(standard, targets).predict(standard)
+    np.testing.assert_allclose(found.predict(features), wanted, atol=1e-4)
+    # The penalty by leaving each cell out in turn, which has a closed form.
+    alphas = np.array(PENALTIES)
+    weighted = targets / targets.std(axis=0)
+    chosen = linear_model.RidgeCV(alphas=alphas).fit(standard, weighted).alpha_
+    again = fit_ridge(features, targets, chosen).predict(features)
+    np.testing.assert_allclose(fit_ridge(features, targets).predict(features), again, atol=1e-4)
