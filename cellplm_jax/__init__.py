@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.tasks.attention import cell_attention
+    from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.genes import gene_embeddings
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
 
@@ -41,8 +44,10 @@ _WHERE = {
     "ModelConfig": "cellplm_jax.config",
     "Pretrained": "cellplm_jax.tasks.pretrained",
     "TrainConfig": "cellplm_jax.config",
+    "cell_attention": "cellplm_jax.tasks.attention",
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
+    "gene_embeddings": "cellplm_jax.tasks.genes",
     "load": "cellplm_jax.tasks.pretrained",
     "preset": "cellplm_jax.presets",
     "pretrain": "cellplm_jax.tasks.pretrain",
