@@ -301,7 +301,7 @@ def test_cell_attention_marks_the_cell_that_looks():
     axes = plot.cell_attention(points, weights, cell=7)
     (star,) = axes.get_lines()
     assert (star.get_xdata()[0], star.get_ydata()[0]) == tuple(points[7])
-    assert np.sort(axes.collections[-1].get_array()) == pytest.approx(np.sort(weights))
+    assert np.sort(np.asarray(axes.collections[-1].get_array())) == pytest.approx(np.sort(weights))
     assert plot.cell_attention(points, weights, ax=axes) is axes
     with pytest.raises(InputError, match="there is no cell 40; expected a number from 0 to 39"):
         plot.cell_attention(points, weights, cell=40)
