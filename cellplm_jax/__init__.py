@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.attention import cell_attention
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.genes import gene_embeddings
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
 
@@ -42,6 +43,7 @@ _WHERE = {
     "InputError": "cellplm_jax.errors",
     "MissingDependencyError": "cellplm_jax.errors",
     "ModelConfig": "cellplm_jax.config",
+    "PerturbationPredictor": "cellplm_jax.tasks.perturb",
     "Pretrained": "cellplm_jax.tasks.pretrained",
     "TrainConfig": "cellplm_jax.config",
     "cell_attention": "cellplm_jax.tasks.attention",
