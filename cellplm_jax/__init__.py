@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
+    from cellplm_jax.tasks.samples import SampleClassifier
 
 _WHERE = {
     "CellPLMError": "cellplm_jax.errors",
@@ -45,6 +46,7 @@ _WHERE = {
     "ModelConfig": "cellplm_jax.config",
     "PerturbationPredictor": "cellplm_jax.tasks.perturb",
     "Pretrained": "cellplm_jax.tasks.pretrained",
+    "SampleClassifier": "cellplm_jax.tasks.samples",
     "TrainConfig": "cellplm_jax.config",
     "cell_attention": "cellplm_jax.tasks.attention",
     "embed": "cellplm_jax.tasks.embed",
