@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     )
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.tasks.attention import cell_attention
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
-    from cellplm_jax.tasks.impute import GeneImputer
-    from cellplm_jax.tasks.attention import cell_attention
-    from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.genes import gene_embeddings
+    from cellplm_jax.tasks.impute import GeneImputer
     from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
