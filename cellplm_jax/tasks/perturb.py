@@ -75,12 +75,14 @@ class PerturbationPrediction:
         expression: [perturbations, genes], mean log-normalised expression: control plus change, never below 0.
         control: [genes], mean log-normalised expression of the control cells.
         known: [perturbations], ``"seen"``, ``"combination of seen"``, ``"partly seen"``, ``"unseen"`` or ``"control"``.
+        messages: Sentences about what the predictions rest on.
     """
 
     change: pd.DataFrame
     expression: pd.DataFrame
     control: pd.Series
     known: pd.Series
+    messages: tuple[str, ...] = ()
 
     def tidy(self) -> pd.DataFrame:
         """Return one row a perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""
@@ -640,6 +642,7 @@ class PerturbationPredictor(Estimator):
             z, control = self._of_group(group)
         canonical = [name if name == self.control else _canonical(name) for name in names]
         change = self._change(canonical, np.tile(z, (len(names), 1)), [group or ""] * len(names))
+        known = [self._known(name) for name in canonical]
         index = pd.Index(names, name="perturbation")
         columns = pd.Index(model.genes, name="gene")
         expression = np.maximum(control + change, 0.0).astype(np.float32)
@@ -647,7 +650,8 @@ class PerturbationPredictor(Estimator):
             change=pd.DataFrame(change, index=index, columns=columns),
             expression=pd.DataFrame(expression, index=index, columns=columns),
             control=pd.Series(control, index=columns, name="control"),
-            known=pd.Series([self._known(name) for name in canonical], index=index, name="known"),
+            known=pd.Series(known, index=index, name="known"),
+            messages=self._doubts(known),
         )
 
     def _of_group(self, group: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -693,6 +697,17 @@ class PerturbationPredictor(Estimator):
             layer=reading.layer,
             gene_key=reading.gene_key,
             values=reading.values,
+        )
+
+    def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
+        """Return what has to be said about predictions of these kinds."""
+        new = sum(kind in ("unseen", "partly seen") for kind in known)
+        if not new or self.strengths.get("condition", 0.0) > 0:
+            return ()
+        what = "perturbation has a target" if new == 1 else "perturbations have targets"
+        return (
+            f"{new} {what} that was never seen, for which the mean change of the fitted ones is predicted: "
+            "nothing that is known of genes predicted left-out perturbations better.",
         )
 
     def _known(self, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
 from cellplm_jax.tasks.contexts import labels_of
+from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
 from cellplm_jax.tasks.pretrained import Pretrained
 
@@ -194,15 +196,49 @@ class SampleClassifier(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        import cellplm_jax
-
-        model = self._fitted()
         reading = self.reading.changed(
             batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
-        z, facts, _ = self._embed(adata, reading)
-        samples = _column(adata, reading)
+        table, columns, facts, _ = self._predict(adata, reading)
+        for name, values_of_cells in columns.items():
+            adata.obs[name] = values_of_cells
+        adata.uns[FACTS] = facts
+        return table
+
+    def predict_file(
+        self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any
+    ) -> tuple[pd.DataFrame, list[str]]:
+        """Predict the samples of an ``.h5ad`` file into a copy of it, without holding its counts in memory.
+
+        Args:
+            path: Input; never changed.
+            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            The table of :meth:`predict`, and what the input turned out to be, a line each.
+
+        Raises:
+            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        if "sample_key" in keys:
+            keys["batch_key"] = keys.pop("sample_key")
+        table, columns, facts, messages = self._predict(path, self.reading.changed(**keys))
+        write_copy(path, out, obs=columns, uns={FACTS: facts})
+        return table, messages
+
+    def _predict(
+        self, data: AnnData | Path, reading: Reading
+    ) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any], list[str]]:
+        """Return the table of samples, columns of ``obs``, facts for ``uns``, and sentences about the input."""
+        import cellplm_jax
+
+        model = self._fitted()
+        z, facts, messages = self._embed(data, reading)
+        samples = _column(_obs_of(data), reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
         probabilities = _softmax(_pool(z, samples, names) @ kernel + bias)
@@ -211,14 +247,9 @@ class SampleClassifier(Estimator):
         of_cell = chosen[[place[name] for name in samples]]
         evidence = (z - self._centre) @ (kernel - kernel.mean(axis=1, keepdims=True))
         decided = np.array(self.labels, object)
-        adata.obs[LABEL] = pd.Categorical(decided[of_cell], categories=self.labels)
-        adata.obs[CONTRIBUTION] = evidence[np.arange(len(z)), of_cell].astype(np.float32)
-        adata.uns[FACTS] = {
-            "labels": list(self.labels),
-            "model": model.id,
-            "version": cellplm_jax.__version__,
-            "penalty": float(self.penalty),
-            **facts,
+        columns = {
+            LABEL: pd.Categorical(decided[of_cell], categories=self.labels),
+            CONTRIBUTION: evidence[np.arange(len(z)), of_cell].astype(np.float32),
         }
         table = pd.DataFrame(
             {
@@ -230,7 +261,14 @@ class SampleClassifier(Estimator):
         )
         for column, label in enumerate(self.labels):
             table[f"probability_{label}"] = probabilities[:, column]
-        return table
+        facts = {
+            "labels": list(self.labels),
+            "model": model.id,
+            "version": cellplm_jax.__version__,
+            "penalty": float(self.penalty),
+            **facts,
+        }
+        return table, columns, facts, messages
 
     def score(
         self,
@@ -274,7 +312,7 @@ class SampleClassifier(Estimator):
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
-        samples = _column(adata, reading)
+        samples = _column(adata.obs, reading)
         names, truth = _labels_of_samples(samples, labels_of(adata.obs, key), key)
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
@@ -476,9 +514,20 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
         raise InputError(msg)
 
 
-def _column(adata: AnnData, reading: Reading) -> np.ndarray:
+def _obs_of(data: AnnData | Path) -> pd.DataFrame:
+    """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
+    if not isinstance(data, Path):
+        return data.obs
+    import h5py
+    from anndata.io import read_elem
+
+    with h5py.File(data, "r") as file:
+        return read_elem(file["obs"])
+
+
+def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:
     """Return the sample of every cell as strings; that it is there and complete is checked when it is read."""
-    values = labels_of(adata.obs, str(reading.batch_key))
+    values = labels_of(obs, str(reading.batch_key))
     if any(value is None for value in values):
         msg = explain(
             f"obs['{reading.batch_key}'] is missing for some cells",
