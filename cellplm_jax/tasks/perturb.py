@@ -312,8 +312,26 @@ class PerturbationPredictor(Estimator):
             "groups": len(self._groups),
             "genes": len(table.genes),
         }
+        self._tell_left_out_errors()
         self._tell()
         return self
+
+    def _tell_left_out_errors(self) -> None:
+        """Say what the head is good for, where perturbations or groups were left out to find out."""
+        for what, plain in (
+            ("perturbations", "left_out_perturbations_rmse_of_mean_change"),
+            ("groups", "left_out_groups_rmse_without_latent"),
+        ):
+            if plain not in self.facts:
+                continue
+            error, other = self.facts[f"left_out_{what}_rmse"], self.facts[plain]
+            used = self.strengths["condition" if what == "perturbations" else "latent"] > 0
+            source = "the condition" if what == "perturbations" else "the latent of control cells"
+            self.messages.append(
+                f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
+                if used
+                else f"Left-out {what}: RMSE {other:.4f}; {source} does not make it better and is not used."
+            )
 
     def _labels(
         self, table: CellTable, key: str, control: str, covariate_key: str | None, *, tell: bool
@@ -705,9 +723,11 @@ class PerturbationPredictor(Estimator):
         if not new or self.strengths.get("condition", 0.0) > 0:
             return ()
         what = "perturbation has a target" if new == 1 else "perturbations have targets"
+        why = "nothing known of genes predicted left-out perturbations any better"
+        if "left_out_perturbations_rmse" not in self.facts:
+            why = f"{len(self.perturbations)} fitted perturbations are too few to learn more from"
         return (
-            f"{new} {what} that was never seen, for which the mean change of the fitted ones is predicted: "
-            "nothing that is known of genes predicted left-out perturbations better.",
+            f"{new} {what} never seen; the mean change of the fitted perturbations stands for it, because {why}.",
         )
 
     def _known(self, name: str) -> str:
