@@ -309,12 +309,17 @@ def test_attention_rows_are_those_of_every_layer():
     hidden = jax.random.normal(jax.random.key(1), (1, 12, 16))
     mask = jnp.arange(12)[None] < 10
     rows = jnp.asarray([3, 9])
-    weights = attention_rows(params, hidden, mask, rows, config)
+    weights = jax.jit(lambda p: attention_rows(p, hidden, mask, rows, config))(params)
     assert weights.shape == (2, 4, 2, 12)
-    _, seen = CellPLM(config).apply(
-        {"params": params}, hidden, mask, method=CellPLM.encode,
-        capture_intermediates=True, mutable=["intermediates"],
-    )  # fmt: skip
+
+    @jax.jit
+    def encode(params):
+        return CellPLM(config).apply(
+            {"params": params}, hidden, mask, method=CellPLM.encode,
+            capture_intermediates=True, mutable=["intermediates"],
+        )  # fmt: skip
+
+    _, seen = encode(params)
     for layer in range(2):
         kept = seen["intermediates"]["encoder"][f"layer_{layer}"]["attention"]
         value = kept["value"]["__call__"][0].reshape(1, 12, 4, 4)
