@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     )
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.tasks.attention import cell_attention
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.genes import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
+    from cellplm_jax.tasks.samples import SampleClassifier
 
 _WHERE = {
     "CellPLMError": "cellplm_jax.errors",
@@ -39,10 +43,14 @@ _WHERE = {
     "InputError": "cellplm_jax.errors",
     "MissingDependencyError": "cellplm_jax.errors",
     "ModelConfig": "cellplm_jax.config",
+    "PerturbationPredictor": "cellplm_jax.tasks.perturb",
     "Pretrained": "cellplm_jax.tasks.pretrained",
+    "SampleClassifier": "cellplm_jax.tasks.samples",
     "TrainConfig": "cellplm_jax.config",
+    "cell_attention": "cellplm_jax.tasks.attention",
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
+    "gene_embeddings": "cellplm_jax.tasks.genes",
     "load": "cellplm_jax.tasks.pretrained",
     "preset": "cellplm_jax.presets",
     "pretrain": "cellplm_jax.tasks.pretrain",

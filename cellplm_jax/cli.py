@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_annotate(commands)
     _add_impute(commands)
     _add_denoise(commands)
+    _add_perturb(commands)
+    _add_samples(commands)
     _add_convert(commands)
     _add_info(commands)
     _add_plan(commands)
@@ -304,13 +306,33 @@ def _add_task(
     predict: Callable[[argparse.Namespace], None],
     fit_example: str,
     predict_example: str,
+    without: Sequence[str] = (),
+    predicts: str = "cells",
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Add a task with the verbs ``fit`` and ``predict``, and the options that all tasks have."""
+    """Add a task with the verbs ``fit`` and ``predict``, and the options that all tasks have.
+
+    Args:
+        commands: Where to add it.
+        name: Of the task.
+        help: What it does, as a noun and what to do with it.
+        fit: Runs the first verb.
+        predict: Runs the second one.
+        fit_example: A command line.
+        predict_example: A command line.
+        without: Options that this task has not.
+        predicts: ``"cells"``: ``predict`` reads a file and writes a copy of it with more in it; ``"table"``: it reads
+            no file, and writes a table.
+    """
     parser = _command(commands, name, fit, help, f"{fit_example}\n  {predict_example}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
     first = _command(verbs, "fit", fit, f"{help}: fit", fit_example)
     second = _command(verbs, "predict", predict, f"{help}: predict", predict_example)
-    for verb in (first, second):
+
+    def add(group: Any, option: str, **settings: Any) -> None:
+        if option not in without:
+            group.add_argument(option, **settings)
+
+    for verb in (first, second) if predicts == "cells" else (first,):
         verb.add_argument(
             "input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer"
         )
@@ -326,56 +348,75 @@ def _add_task(
     second.add_argument(
         "--model", required=True, metavar="DIR", help="directory of a fitted estimator"
     )
-    second.add_argument(
-        "--out", required=True, metavar="OUT.h5ad", help="the input plus the predictions"
-    )
+    if predicts == "cells":
+        second.add_argument(
+            "--out", required=True, metavar="OUT.h5ad", help="the input plus the predictions"
+        )
+    else:
+        second.add_argument(
+            "--out", required=True, metavar="OUT.csv", help="table of the predictions; .csv or .tsv"
+        )
     for verb, default in ((first, ""), (second, "; as in fit")):
-        verb.add_argument(
+        add(
+            verb,
             "--batch-key",
             metavar="K",
             help=f"column of obs naming the tissue sample: one context each{default}",
         )
-        verb.add_argument(
+        add(
+            verb,
             "--spatial-key",
             metavar="K",
             help=f"key of obsm with coordinates ('spatial' where present{default})",
         )
-        verb.add_argument(
-            "--layer", metavar="L", help=f"layer with the counts (found by itself{default})"
-        )
-        verb.add_argument(
+        add(verb, "--layer", metavar="L", help=f"layer with the counts (found by itself{default})")
+        add(
+            verb,
             "--gene-key",
             metavar="K",
             help=f"column of var with gene ids (found by itself{default})",
         )
-        verb.add_argument(
+        add(
+            verb,
             "--values",
             choices=("counts", "normalized", "log1p"),
             help=f"what the matrix holds (counts{default})",
         )
-        verb.add_argument(
+        add(
+            verb,
             "--cells-per-context",
             type=_positive,
             metavar="N",
             help=f"cells of a context at most when predicting (all{default})",
         )
         verb.add_argument("--quiet", action="store_true", help="no progress and no report")
-    first.add_argument("--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
+    add(first, "--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
     recipe = first.add_argument_group("recipe")
-    recipe.add_argument("--genes", type=_positive, metavar="N", help="highly variable genes only")
-    recipe.add_argument("--epochs", type=_positive, metavar="N", help="epochs at most")
-    recipe.add_argument("--patience", type=int, metavar="N", help="epochs without a better one")
-    recipe.add_argument("--learning-rate", type=float, metavar="F", help="peak learning rate")
-    recipe.add_argument(
-        "--freeze", choices=("none", "embedder", "encoder"), help="parts that are not trained"
+    add(recipe, "--genes", type=_positive, metavar="N", help="highly variable genes only")
+    add(recipe, "--epochs", type=_positive, metavar="N", help="epochs at most")
+    add(recipe, "--patience", type=int, metavar="N", help="epochs without a better one")
+    add(recipe, "--learning-rate", type=float, metavar="F", help="peak learning rate")
+    add(
+        recipe,
+        "--freeze",
+        choices=("none", "embedder", "encoder"),
+        help="parts that are not trained",
     )
-    recipe.add_argument(
-        "--adapter-rank", type=int, metavar="N", help="low-rank adapters on the encoder (none)"
+    add(
+        recipe,
+        "--adapter-rank",
+        type=int,
+        metavar="N",
+        help="low-rank adapters on the encoder (none)",
     )
-    recipe.add_argument(
-        "--validation-fraction", type=float, metavar="F", help="of the cells, without --split-key"
+    add(
+        recipe,
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="held out" + ("" if "--split-key" in without else ", without --split-key"),
     )
-    recipe.add_argument("--seed", type=int, metavar="N", help="seed of everything (0)")
+    add(recipe, "--seed", type=int, metavar="N", help="seed of everything (0)")
     return first, second
 
 
@@ -497,13 +538,10 @@ def _counts_only(arguments: argparse.Namespace, *others: str) -> None:
 
 
 def _names_in(text: str | None) -> list[str] | None:
-    """Return gene names given as a file, one a line, or separated by commas; None: none were given."""
-    if text is None:
-        return None
-    if Path(text).is_file():
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Return names given as a file, one a line, or separated by commas; None: none were given."""
+    from cellplm_jax.tasks.tables import read_names
+
+    return None if text is None else read_names(text)
 
 
 def _add_impute(commands: Any) -> None:
@@ -632,6 +670,211 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
         for message in messages:
             _print(message, sys.stderr)
     _print(f"wrote {arguments.out}: layers['{LAYER}']")
+
+
+def _add_perturb(commands: Any) -> None:
+    fit, predict = _add_task(
+        commands,
+        "perturb",
+        "what perturbations do to expression: learn it from a screen, or predict it",
+        fit=_perturb_fit,
+        predict=_perturb_predict,
+        fit_example="cellplm perturb fit screen.h5ad --model small --out predictor "
+        "--perturbation-key perturbation --control control",
+        predict_example="cellplm perturb predict --model predictor --out changes.csv "
+        "--perturbation STAT1 --perturbation STAT1+IRF1",
+        without=("--split-key", "--cells-per-context"),
+        predicts="table",
+    )
+    fit.add_argument(
+        "--perturbation-key",
+        required=True,
+        metavar="K",
+        help="column of obs with the perturbation of every cell; A+B is a combination",
+    )
+    fit.add_argument(
+        "--control", required=True, metavar="NAME", help="its value for the control cells"
+    )
+    fit.add_argument(
+        "--covariate-key",
+        metavar="K",
+        help="column of obs with groups that respond differently, such as cell types (one group)",
+    )
+    fit.add_argument(
+        "--targets",
+        choices=("auto", "genes", "conditions"),
+        help="what perturbations are (auto: genes where the model knows them, else conditions)",
+    )
+    fit.add_argument(
+        "--method",
+        choices=("ridge", "finetune"),
+        help="ridge: solved exactly; finetune: goes on by gradients, as the recipe says (ridge)",
+    )
+    fit.add_argument(
+        "--gene-features",
+        choices=("model", "data", "both"),
+        help="what describes a target: gene embeddings, or its variation in the data (model; from scratch: data)",
+    )
+    predict.add_argument(
+        "--perturbation",
+        action="append",
+        metavar="NAME|FILE",
+        help="a gene, a combination A+B, a condition, or a file with one a line; may be repeated (all fitted ones)",
+    )
+    predict.add_argument(
+        "--group", metavar="NAME", help="control cells of one group of --covariate-key (all)"
+    )
+    predict.add_argument(
+        "--controls",
+        metavar="IN.h5ad",
+        help="other control cells, such as those of a new cell type",
+    )
+
+
+def _perturb_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    predictor = PerturbationPredictor(
+        _source(arguments),
+        quiet=arguments.quiet,
+        **_given(arguments, ("method", "gene_features", *_RECIPE)),
+    )
+    predictor.fit(
+        arguments.input,
+        perturbation_key=arguments.perturbation_key,
+        control=arguments.control,
+        **_given(arguments, ("covariate_key", "targets", *_READING)),
+    )
+    predictor.save(arguments.out)
+    facts = predictor.facts
+    line = f"wrote {arguments.out}: {_number(facts['perturbations'], 'perturbation')}"
+    if facts["groups"] > 1:
+        line += f" in {facts['groups']} groups"
+    line += (
+        f", {_number(facts['genes'], 'gene')}, {_number(facts['control_cells'], 'control cell')}"
+    )
+    _print(line)
+
+
+def _perturb_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
+    from cellplm_jax.tasks.tables import check_table, read_names, write_table
+
+    check_table(arguments.out)
+    reading = _given(arguments, _READING)
+    if reading and arguments.controls is None:
+        option = f"--{next(iter(reading)).replace('_', '-')}"
+        msg = explain(
+            f"{option} was given without --controls",
+            "a file that it is about",
+            f"Add --controls IN.h5ad, or leave out {option}",
+        )
+        raise InputError(msg)
+    predictor = PerturbationPredictor.load(arguments.model, quiet=arguments.quiet)
+    names = predictor.perturbations
+    if arguments.perturbation is not None:
+        names = [
+            name for text in arguments.perturbation for name in read_names(text, separator=None)
+        ]
+    found = predictor.predict(
+        list(dict.fromkeys(names)), group=arguments.group, controls=arguments.controls, **reading
+    )
+    if not arguments.quiet:
+        for message in found.messages:
+            _print(message, sys.stderr)
+    write_table(found.tidy(), arguments.out)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in found.known.value_counts().items())
+    _print(
+        f"wrote {arguments.out}: {_number(len(found.known), 'perturbation')} ({kinds}), "
+        f"{_number(found.change.shape[1], 'gene')} each"
+    )
+
+
+def _number(count: int, what: str) -> str:
+    """Return a count and what is counted, such as ``"2 genes"``."""
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _add_samples(commands: Any) -> None:
+    fit, predict = _add_task(
+        commands,
+        "samples",
+        "labels of tissue samples: learn them from labelled samples, or predict them",
+        fit=_samples_fit,
+        predict=_samples_predict,
+        fit_example="cellplm samples fit cohort.h5ad --model small --out classifier "
+        "--sample-key donor --label-key disease",
+        predict_example="cellplm samples predict cells.h5ad --model classifier --out labelled.h5ad --table samples.csv",
+        without=("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate",
+                 "--freeze", "--adapter-rank", "--validation-fraction"),
+    )  # fmt: skip
+    fit.add_argument(
+        "--sample-key",
+        required=True,
+        metavar="K",
+        help="column of obs naming the tissue sample of every cell",
+    )
+    fit.add_argument(
+        "--label-key", required=True, metavar="K", help="column of obs with the label of its sample"
+    )
+    predict.add_argument(
+        "--sample-key",
+        metavar="K",
+        help="column of obs naming the tissue sample of every cell (as in fit)",
+    )
+    predict.add_argument(
+        "--table", metavar="OUT.csv", help="also write a row a sample; .csv or .tsv"
+    )
+
+
+def _samples_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.samples import SampleClassifier
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    classifier = SampleClassifier(
+        _source(arguments), quiet=arguments.quiet, **_given(arguments, _RECIPE)
+    )
+    classifier.fit(
+        arguments.input,
+        sample_key=arguments.sample_key,
+        label_key=arguments.label_key,
+        **_given(arguments, _READING),
+    )
+    classifier.save(arguments.out)
+    facts = classifier.facts
+    _print(
+        f"wrote {arguments.out}: {_number(len(classifier.labels), 'label')} from {_number(facts['samples'], 'sample')} "
+        f"of {_number(facts['cells'], 'cell')}, cross-entropy of left-out samples "
+        f"{facts['left_out_samples_cross_entropy']:.3f} (of the labels' frequencies "
+        f"{facts['cross_entropy_of_frequencies']:.3f})"
+    )
+
+
+def _samples_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.samples import LABEL, SampleClassifier
+    from cellplm_jax.tasks.tables import check_table, write_table
+
+    check_output(Path(arguments.out))
+    if arguments.table is not None:
+        check_table(arguments.table)
+    classifier = SampleClassifier.load(arguments.model, quiet=arguments.quiet)
+    table, messages = classifier.predict_file(
+        arguments.input, arguments.out, **_given(arguments, ("sample_key", *_READING))
+    )
+    if arguments.table is not None:
+        write_table(table, arguments.table, index=True)
+    if not arguments.quiet:
+        for message in messages:
+            _print(message, sys.stderr)
+    counts = table["label"].value_counts()
+    found = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
+    _print(f"wrote {arguments.out}: obs['{LABEL}'], {_number(len(table), 'sample')} ({found})")
+    if arguments.table is not None:
+        _print(f"wrote {arguments.table}")
 
 
 def _add_convert(commands: Any) -> None:

@@ -617,7 +617,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
             msg = explain(
                 f"unknown key '{key}' in {where}", f"one of {', '.join(sorted(fields))}", remedy
             )
-            raise ConfigError(msg.replace("?.", "?"))
+            raise ConfigError(msg)
     prepared = {}
     for name, entry in fields.items():
         if name in values:
@@ -657,7 +657,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
         remedy = f"Did you mean '{near[0]}'?" if near else "Choose one of them"
         msg = explain(f"{path} = {value!r}", "one of " + ", ".join(map(repr, choices)), remedy)
-        raise ConfigError(msg.replace("?.", "?"))
+        raise ConfigError(msg)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:

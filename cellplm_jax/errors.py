@@ -39,7 +39,8 @@ def explain(found: str, expected: str, remedy: str) -> str:
     Returns:
         ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised.
     """
-    return f"{found.rstrip('.;')}; expected {expected.rstrip('.')}. {remedy.rstrip('.')}."
+    remedy = remedy.rstrip(".")
+    return f"{found.rstrip('.;')}; expected {expected.rstrip('.')}. {remedy}{'' if remedy.endswith('?') else '.'}"
 
 
 def require(module: str, extra: str, purpose: str):

@@ -914,6 +914,76 @@ def spatial(
     return axes
 
 
+def cell_attention(
+    coordinates: Any,
+    weights: Any,
+    *,
+    cell: int | None = None,
+    title: str | None = None,
+    color_label: str = "attention weight",
+    color_map: str = "viridis",
+    color_limits: tuple[float, float] | None = None,
+    point_size: float | None = None,
+    legend: bool = True,
+    unit: str | None = None,
+    image_origin: bool = True,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw where in the tissue the cells lie that a cell attends to, and the cell itself as a star.
+
+    Args:
+        coordinates: float [cells, 2], x and y.
+        weights: [cells]: a row of :func:`cellplm_jax.cell_attention`, or the mean of several.
+        cell: Number of the cell that looks; None: it is not marked.
+        title: Above the plot.
+        color_label: Title of the colour bar.
+        color_map: matplotlib colour map.
+        color_limits: Its limits. None: 1st to 99th percentile.
+        point_size: See :func:`spatial`.
+        legend: Draw the colour bar.
+        unit: See :func:`spatial`.
+        image_origin: See :func:`spatial`.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: Shapes do not fit, or there is no such cell.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    points = _points(coordinates)
+    if cell is not None and not 0 <= cell < len(points):
+        msg = explain(
+            f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Choose among them"
+        )
+        raise InputError(msg)
+    axes = spatial(
+        points,
+        np.asarray(weights, np.float64),
+        title=title,
+        color_label=color_label,
+        color_map=color_map,
+        color_limits=color_limits,
+        point_size=point_size,
+        legend=legend,
+        unit=unit,
+        image_origin=image_origin,
+        ax=ax,
+    )
+    if cell is not None:
+        x, y = points[cell]
+        axes.plot(
+            [x], [y], marker="*", markersize=13, linestyle="", label="the cell that looks",
+            markerfacecolor="#D55E00", markeredgecolor="white", zorder=5,
+        )  # fmt: skip
+    if show:
+        _pyplot().show()
+    return axes
+
+
 # --- comparisons -----------------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,8 @@ work directory; 143 stopped and saved, run it again; 1 anything else.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import sys
 import traceback
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,8 +23,8 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import TrainConfig, from_config_dict
-from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain
-from launch import cluster
+from cellplm_jax.errors import CellPLMError, InputError, explain
+from launch import cluster, options
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain.py:small", "Configuration.")
 _CORPUS = flags.DEFINE_list(
@@ -60,74 +57,14 @@ _HEARTBEAT = flags.DEFINE_integer(
 )
 
 
-def config_keys(kind: type = TrainConfig, prefix: str = "") -> list[str]:
-    """Return the dotted names of every part and every value of a configuration."""
-    names = []
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name = f"{prefix}{field.name}"
-        names.append(name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            names += config_keys(hints[field.name], f"{name}.")
-    return names
-
-
-def check_config_keys(arguments: Sequence[str]) -> None:
-    """Refuse a misspelt ``--config.`` key by naming the nearest one.
-
-    Args:
-        arguments: The command line.
-
-    Raises:
-        ConfigError: A key does not exist.
-    """
-    known = config_keys()
-    for argument in arguments:
-        name = argument.split("=", 1)[0].lstrip("-").removeprefix("no")
-        if not argument.startswith("-") or not name.startswith("config."):
-            continue
-        key = name.removeprefix("config.")
-        if key in known:
-            continue
-        # A value that exists under another part is nearer than any other spelling.
-        leaf = key.rsplit(".", 1)[-1]
-        near = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
-        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        parent = key.rpartition(".")[0]
-        siblings = [other for other in known if other.rpartition(".")[0] == parent]
-        msg = explain(
-            f"unknown key '--config.{key}'",
-            f"one of {', '.join(siblings)}" if siblings else "a key of the configuration",
-            f"Did you mean '--config.{near[0]}'?" if near else "Remove it",
-        )
-        raise ConfigError(msg.replace("?.", "?"))
-
-
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; whatever is wrong with it becomes one message and exit status 2."""
-    try:
-        check_config_keys(argv)
-        rest = flags.FLAGS(argv)
-        # A file that cannot be loaded shows at the first look.
-        _CONFIG.value.to_dict()
-        return rest
-    except ConfigError as error:
-        message = str(error)
-    except flags.Error as error:
-        # A configuration file that fails to load brings its traceback along; its last line says what is wrong.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        message = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-        message = message.removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
-    except OSError as error:
-        message = explain(
-            f"the file that --config names cannot be loaded ({str(error).splitlines()[-1].strip()})",
-            "a configuration file and a variant, such as configs/pretrain.py:small",
-            "Check the path; it starts from the current directory",
-        )
-    except (AttributeError, KeyError) as error:
-        message = " ".join(str(error).split())
-    sys.stderr.write(f"pretrain: {message}\n")
-    sys.exit(cluster.EXIT_BAD_INPUT)
+    return options.parse_flags(
+        argv,
+        program="pretrain",
+        example="configs/pretrain.py:small",
+        check=options.check_config_keys,
+    )
 
 
 def find_data(entries: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 import cellplm_jax
@@ -237,6 +238,88 @@ def test_denoise(command, tiny_run, tmp_path):
     assert ad.read_h5ad(out).uns["cellplm_denoising"]["zero_shot"]
 
 
+def test_perturb(command, tiny_run, tmp_path):
+    adata = make_adata(48)
+    adata.obs["target"] = [["none", *VOCABULARY[:3]][n % 4] for n in range(48)]
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    saved, out = tmp_path / "predictor", tmp_path / "out.tsv"
+    fit = ["perturb", "fit", tmp_path / "screen.h5ad", "--model", tiny_run, "--out", saved]
+    fit += ["--perturbation-key", "target", "--quiet", "--control"]
+    status, _, err = command(*fit, "nome")
+    assert (status, saved.exists(), err.count("\n")) == (2, False, 1)
+    assert err.endswith("Did you mean 'none'?\n")
+    status, printed, err = command(*fit, "none", "--batch-key", "batch")
+    assert (status, err) == (0, "")
+    assert printed == f"wrote {saved}: 3 perturbations, 40 genes, 12 control cells\n"
+    predict = ["perturb", "predict", "--model", saved, "--out", out]
+    (tmp_path / "names").write_text(f"{VOCABULARY[0]}\n\n{VOCABULARY[7]}\n")
+    combination = f"{VOCABULARY[0]}+{VOCABULARY[1]}"
+    names = ["--perturbation", combination, "--perturbation", tmp_path / "names"]
+    status, printed, err = command(*predict, *names)
+    assert status == 0
+    assert printed.startswith(f"wrote {out}: 3 perturbations (")
+    assert {"1 seen", "1 unseen", "1 combination of seen"} <= set(
+        printed.split("(")[1].split(")")[0].split(", ")
+    )
+    assert "1 perturbation has a target never seen; the mean change" in err
+    table = pd.read_csv(out, sep="\t")
+    assert table["perturbation"].unique().tolist() == [combination, VOCABULARY[0], VOCABULARY[7]]
+    wanted = cellplm_jax.PerturbationPredictor.load(saved).predict([VOCABULARY[7]])
+    np.testing.assert_allclose(table["change"][80:], wanted.change.iloc[0], rtol=1e-4, atol=1e-6)
+    controls = ["--controls", tmp_path / "screen.h5ad", "--batch-key", "batch", "--quiet"]
+    status, printed, err = command(*predict, *controls)
+    assert (status, err) == (0, "")
+    assert printed == f"wrote {out}: 3 perturbations (3 seen), 40 genes each\n"
+
+
+def test_perturb_refuses(command, tiny_run, tmp_path):
+    predict = ["predict", "--model", tiny_run, "--quiet", "--out"]
+    err = refused(command, tmp_path, *predict, tmp_path / "out.xlsx", name="perturb")
+    assert "ends in .csv, .tsv" in err
+    err = refused(command, tmp_path, *predict, tmp_path / "o.csv", "--layer", "L", name="perturb")
+    assert "--layer was given without --controls" in err
+    err = refused(command, tmp_path, *predict, tmp_path / "o.csv", name="perturb")
+    assert "has no estimator.json" in err
+    assert command("perturb", "fit", "in.h5ad", "--model", "m", "--out", "o")[0] == 2
+    assert command("perturb", "predict", "--out", "o.csv")[0] == 2
+
+
+def test_samples(command, tiny_run, tmp_path):
+    adata = make_labelled(48)
+    order = np.argsort(adata.obs["kind"], kind="stable")[:40]
+    adata = adata[order].copy()  # samples of like cells
+    adata.obs["donor"] = [f"d{n // 10}" for n in range(40)]
+    adata.obs["disease"] = ["no"] * 20 + ["yes"] * 20
+    adata.write_h5ad(tmp_path / "cohort.h5ad")
+    saved, out, rows = tmp_path / "classifier", tmp_path / "out.h5ad", tmp_path / "samples.csv"
+    fit = ["samples", "fit", tmp_path / "cohort.h5ad", "--model", tiny_run, "--out", saved]
+    fit += ["--label-key", "disease", "--quiet", "--sample-key"]
+    status, _, err = command(*fit, "donr")
+    assert (status, saved.exists(), err.count("\n")) == (2, False, 1)
+    status, printed, err = command(*fit, "donor")
+    assert (status, err) == (0, "")
+    assert printed.startswith(f"wrote {saved}: 2 labels from 4 samples of 40 cells, cross-entropy")
+    predict = ["samples", "predict", tmp_path / "cohort.h5ad", "--model", saved, "--out", out]
+    status, printed, err = command(*predict, "--table", tmp_path / "samples.xls")
+    assert (status, out.exists()) == (2, False)
+    status, printed, err = command(*predict, "--table", rows)
+    assert (status, printed) == (
+        0,
+        f"wrote {out}: obs['cellplm_sample_label'], 4 samples (2 no, 2 yes)\nwrote {rows}\n",
+    )
+    assert "samples: predicting: 40/40 cells" in err
+    written, table = ad.read_h5ad(out), pd.read_csv(rows, index_col="sample")
+    assert table["label"].tolist() == ["no", "no", "yes", "yes"]
+    cells = table["label"][written.obs["donor"].astype(str)].tolist()
+    assert written.obs["cellplm_sample_label"].tolist() == cells
+    wanted = cellplm_jax.SampleClassifier.load(saved, quiet=True).predict(adata)
+    np.testing.assert_allclose(table["confidence"], wanted["confidence"], rtol=1e-4)
+    np.testing.assert_array_equal(
+        written.obs["cellplm_contribution"], adata.obs["cellplm_contribution"]
+    )
+    assert adata.uns["cellplm_samples"]["labels"] == ["no", "yes"]
+
+
 def test_info(command, tiny_run, tiny_model):
     status, out, err = command("info", tiny_run)
     assert (status, err) == (0, "")
@@ -250,7 +333,8 @@ def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
     assert set(cli_commands()) == {
-        "demo", "plan", "prepare", "embed", "annotate", "impute", "denoise", "convert", "info",
+        "demo", "plan", "prepare", "embed", "annotate", "impute", "denoise", "perturb", "samples",
+        "convert", "info",
     }  # fmt: skip
     for name in cli_commands():
         status, out, _ = command(name, "--help")

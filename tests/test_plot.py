@@ -295,6 +295,18 @@ def test_one_cell_and_cells_on_a_line_can_be_drawn():
         plot.umap([[0.0, 0.0]], [np.nan]).figure.draw_without_rendering()
 
 
+def test_cell_attention_marks_the_cell_that_looks():
+    points = np.random.default_rng(0).random((40, 2))
+    weights = np.linspace(0.0, 1.0, 40).astype(np.float32)
+    axes = plot.cell_attention(points, weights, cell=7)
+    (star,) = axes.get_lines()
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == tuple(points[7])
+    assert np.sort(np.asarray(axes.collections[-1].get_array())) == pytest.approx(np.sort(weights))
+    assert plot.cell_attention(points, weights, ax=axes) is axes
+    with pytest.raises(InputError, match="there is no cell 40; expected a number from 0 to 39"):
+        plot.cell_attention(points, weights, cell=40)
+
+
 @pytest.mark.parametrize("draw", [plot.umap, plot.spatial])
 def test_maps_refuse_what_does_not_fit(draw):
     points, labels = example_cells()

@@ -166,24 +166,31 @@ class _Tiles(struct.PyTreeNode):
     inside: jax.Array
 
 
-def flow_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, groups: CellGroups
-) -> jax.Array:
-    """Flow attention with conservation of incoming and outgoing flow.
+class Flow(struct.PyTreeNode):
+    """What flow attention makes of queries and keys.
 
-    Args:
-        query: float [samples, cells, heads, width]. Projections before the sigmoid.
+    The weight of cell k for cell q is ``allocation[q] * sink_incoming[q] * (query[q] . key[k]) * competition[k]``.
+
+    Attributes:
+        query: float32 [samples, cells, heads, width], after the sigmoid.
         key: Likewise.
-        value: Likewise.
-        groups: Which cells see one another.
-
-    Returns:
-        float32 [samples, cells, heads, width]; rows of padding cells are meaningless.
+        sink_incoming: float32 [samples, cells, heads]. One over the incoming flow of each query.
+        allocation: Likewise. Allocation among sinks.
+        competition: Likewise. Competition among sources, on average 1; 0 for padding.
     """
+
+    query: jax.Array
+    key: jax.Array
+    sink_incoming: jax.Array
+    allocation: jax.Array
+    competition: jax.Array
+
+
+def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow:
+    """Return the parts of flow attention that depend on queries and keys; arguments as :func:`flow_attention`."""
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
-    value = value.astype(jnp.float32)
     query_flow, key_flow = query + FLOW_EPSILON, key + FLOW_EPSILON
 
     def inverse(flow):
@@ -206,9 +213,59 @@ def flow_attention(
     exponential = jnp.exp(conserved_source) * mask
     cells = groups.of_cell(groups.total(mask))
     competition = exponential / nonzero(groups.of_cell(groups.total(exponential))) * cells
-    memory = groups.outer_total(key, value * competition[..., None])
-    mixed = groups.apply(query * sink_incoming[..., None], memory)
-    return mixed * allocation[..., None]
+    return Flow(query, key, sink_incoming, allocation, competition)
+
+
+def flow_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, groups: CellGroups
+) -> jax.Array:
+    """Flow attention with conservation of incoming and outgoing flow.
+
+    Args:
+        query: float [samples, cells, heads, width]. Projections before the sigmoid.
+        key: Likewise.
+        value: Likewise.
+        groups: Which cells see one another.
+
+    Returns:
+        float32 [samples, cells, heads, width]; rows of padding cells are meaningless.
+    """
+    flow = conserved_flow(query, key, groups)
+    value = value.astype(jnp.float32)
+    memory = groups.outer_total(flow.key, value * flow.competition[..., None])
+    mixed = groups.apply(flow.query * flow.sink_incoming[..., None], memory)
+    return mixed * flow.allocation[..., None]
+
+
+def flow_weights(
+    query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
+) -> jax.Array:
+    """Return the weights that :func:`flow_attention` gives the values, explicitly, for chosen cells.
+
+    Exact: ``flow_attention(...)[:, rows]`` is these weights times the values. They are positive; because of allocation
+    and competition a row does not sum to 1.
+
+    Args:
+        query: See :func:`flow_attention`.
+        key: Likewise.
+        groups: Which cells see one another; one sample a row.
+        rows: int [chosen], places of the chosen cells in the row.
+
+    Returns:
+        float32 [samples, heads, chosen, cells]; 0 for padding.
+    """
+    flow = conserved_flow(query, key, groups)
+    left = flow.query * (flow.sink_incoming * flow.allocation)[..., None]
+    return jnp.einsum("bqhd,bkhd->bhqk", left[:, rows], flow.key * flow.competition[..., None])
+
+
+def softmax_weights(
+    query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
+) -> jax.Array:
+    """Return the weights of :func:`softmax_attention` for chosen cells; see :func:`flow_weights`."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query[:, rows], key).astype(jnp.float32)
+    scores = scores / math.sqrt(query.shape[-1])
+    return nn.softmax(jnp.where(groups.cell_mask[:, None, None, :], scores, -1e30), axis=-1)
 
 
 def softmax_attention(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.attention import CellGroups
+from cellplm_jax.model.attention import CellGroups, flow_weights, softmax_weights
 from cellplm_jax.model.decoder import Decoder
 from cellplm_jax.model.embedder import ExpressionEmbedder
 from cellplm_jax.model.encoder import Encoder
@@ -114,6 +114,46 @@ class CellPLM(nn.Module):
     def decode(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> Reconstruction:
         """Decode latents [samples, cells, latent]; the batch gives the covariates."""
         return self.decoder(z, batch, train=train)
+
+
+def attention_rows(
+    params: Any, hidden: jax.Array, cell_mask: jax.Array, rows: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """Return the attention weights of chosen cells in every layer and head, without the weights of the others.
+
+    Args:
+        params: The ``"params"`` collection, or the part of it that an embedding needs.
+        hidden: float [1, cells, hidden], one context from :meth:`CellPLM.embed_expression`.
+        cell_mask: bool [1, cells].
+        rows: int [chosen], places of the chosen cells in the context.
+        config: The architecture; ``encoder.kind`` is ``"flow"`` or ``"softmax"``.
+
+    Returns:
+        float32 [layers, heads, chosen, cells]; 0 for padding.
+    """
+
+    def projection(module: nn.Module, _: str) -> bool:
+        return module.name in ("query", "key")
+
+    _, seen = CellPLM(config).apply(
+        {"params": params},
+        hidden,
+        cell_mask,
+        method=CellPLM.encode,
+        capture_intermediates=projection,
+        mutable=["intermediates"],
+    )
+    weights = flow_weights if config.encoder.kind == "flow" else softmax_weights
+    heads = config.encoder.heads
+    found = []
+    for layer in range(config.encoder.layers):
+        kept = seen["intermediates"]["encoder"][f"layer_{layer}"]["attention"]
+        query, key = (
+            kept[name]["__call__"][0].reshape(*hidden.shape[:2], heads, -1)
+            for name in ("query", "key")
+        )
+        found.append(weights(query, key, CellGroups(cell_mask), rows)[0])
+    return jnp.stack(found)
 
 
 def example_batch(config: ModelConfig, *, samples: int = 1, cells: int = 2) -> CellBatch:

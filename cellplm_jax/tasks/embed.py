@@ -265,6 +265,25 @@ def _embed_context(
     source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
 ) -> np.ndarray:
     """Embed one context: the embedder over chunks of cells, then the encoder over all of them."""
+    hidden, cell_mask = express_context(source, model, cells, coordinates)
+    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(cell_mask))
+    return np.asarray(embedding)[0, : len(cells)]
+
+
+def express_context(
+    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run the embedder over the cells of one context, a chunk at a time.
+
+    Args:
+        source: Opened with the model's vocabulary.
+        model: The model.
+        cells: int [n], which cells.
+        coordinates: float [n, 2], scaled; None: none.
+
+    Returns:
+        hidden float32 [1, padded, hidden], before any attention; bool [1, padded], which of them are cells.
+    """
     rows = min(CHUNK_CELLS, bucket(len(cells)))
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
     positions = model.config.positions
@@ -300,9 +319,7 @@ def _embed_context(
             chunk = model.embed_expression(model.device_params, batch)
             hidden[0, part] = np.asarray(chunk)[0, : end - begin]
             begin = end
-    cell_mask = np.arange(hidden.shape[1])[None, :] < len(cells)
-    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(cell_mask))
-    return np.asarray(embedding)[0, : len(cells)]
+    return hidden, np.arange(hidden.shape[1])[None, :] < len(cells)
 
 
 def _check_key(key_added: str) -> None:

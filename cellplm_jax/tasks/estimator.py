@@ -268,8 +268,6 @@ class Estimator(abc.ABC):
             examples: The layouts of every epoch, or a function of the epoch that returns its examples.
             validate: See :func:`cellplm_jax.train.finetune.finetune`.
         """
-        import cellplm_jax
-
         if callable(examples):
             of_epoch = examples
         else:
@@ -285,6 +283,27 @@ class Estimator(abc.ABC):
             title=f"{self.task}: fitting",
             quiet=self.quiet,
         )
+        model = self._keep(start, result.params)
+        self.history = result.history
+        self.facts |= {
+            "epochs": len(result.history),
+            "best_epoch": result.best_epoch,
+            "stopped_early": result.stopped_early,
+            "trained_parameters": result.trained,
+            "parameters": model.parameters,
+            "seconds": round(result.seconds, 1),
+        }
+        return result
+
+    def _keep(self, start: Pretrained, params: dict[str, Any]) -> Pretrained:
+        """Make parameters those of the fitted model, which is returned.
+
+        Args:
+            start: From :meth:`_begin`.
+            params: Of the same architecture.
+        """
+        import cellplm_jax
+
         card = {
             **start.card,
             "kind": "fine-tuned",
@@ -292,19 +311,8 @@ class Estimator(abc.ABC):
             "fine_tuned_from": "nothing" if self.base is None else self.base.id,
             "made_by": f"cellplm-jax {cellplm_jax.__version__}",
         }
-        self.model = Pretrained(
-            start.config, result.params, start.genes, card, start.source, start.step
-        )
-        self.history = result.history
-        self.facts |= {
-            "epochs": len(result.history),
-            "best_epoch": result.best_epoch,
-            "stopped_early": result.stopped_early,
-            "trained_parameters": result.trained,
-            "parameters": self.model.parameters,
-            "seconds": round(result.seconds, 1),
-        }
-        return result
+        self.model = Pretrained(start.config, params, start.genes, card, start.source, start.step)
+        return self.model
 
     def _tell(self) -> None:
         """Show the messages of the fit, unless quiet."""

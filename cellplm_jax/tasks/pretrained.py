@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain
-from cellplm_jax.model.cellplm import CellPLM, init_params
+from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
@@ -118,6 +118,11 @@ class Pretrained:
             return model.apply(variables, hidden, method=CellPLM.infer).mean
 
         return jax.jit(run)
+
+    @cached_property
+    def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+        """Jitted ``(params, hidden, cell_mask, rows) -> attention weights [layers, heads, rows, cells]``."""
+        return jax.jit(lambda *given: attention_rows(*given, self.config))
 
     @cached_property
     def output_params(self) -> dict[str, Any]:

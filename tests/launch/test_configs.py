@@ -12,7 +12,7 @@ pytest.importorskip("ml_collections")
 from cellplm_jax.config import TrainConfig, from_config_dict
 from cellplm_jax.presets import PRESETS, preset
 from configs import pretrain
-from launch.pretrain import check_config_keys, config_keys
+from launch.options import check_config_keys, config_keys
 
 # The demonstration's run belongs to 'cellplm demo'.
 VARIANTS = [name for name in PRESETS if name != "demo"]

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cellplm_jax.config import EncoderConfig, ModelConfig
 from cellplm_jax.model.attention import (
     CellAttention,
     CellGroups,
     flow_attention,
+    flow_weights,
     orthogonal_features,
     performer_attention,
     softmax_attention,
+    softmax_weights,
 )
+from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
 from tests.model.common import (
     apply,
     float64,
@@ -283,3 +287,43 @@ def test_attention_dropout_acts_while_training_alone():
     dropped = noisy == 0
     assert 0.3 < dropped.mean() < 0.7
     np.testing.assert_allclose(noisy[~dropped], 2 * calm[~dropped], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["flow", "softmax"])
+def test_explicit_weights_give_the_output(kind):
+    random = np.random.default_rng(3)
+    query, key, value = random.normal(size=(3, 1, 50, 4, 8)).astype(np.float32) * 2
+    groups = CellGroups(jnp.asarray(np.arange(50)[None] < 41))
+    rows = jnp.asarray([0, 17, 40])
+    attention = {"flow": flow_attention, "softmax": softmax_attention}[kind]
+    weights = {"flow": flow_weights, "softmax": softmax_weights}[kind](query, key, groups, rows)
+    assert weights.shape == (1, 4, 3, 50)
+    assert not np.asarray(weights[..., 41:]).any()
+    wanted = attention(query, key, value, groups)[:, rows]
+    np.testing.assert_allclose(jnp.einsum("bhqk,bkhd->bqhd", weights, value), wanted, atol=1e-5)
+
+
+def test_attention_rows_are_those_of_every_layer():
+    config = ModelConfig(genes=5, hidden=16, encoder=EncoderConfig(layers=2, heads=4))
+    params = init_params(config, jax.random.key(0))
+    hidden = jax.random.normal(jax.random.key(1), (1, 12, 16))
+    mask = jnp.arange(12)[None] < 10
+    rows = jnp.asarray([3, 9])
+    weights = jax.jit(lambda p: attention_rows(p, hidden, mask, rows, config))(params)
+    assert weights.shape == (2, 4, 2, 12)
+
+    @jax.jit
+    def encode(params):
+        return CellPLM(config).apply(
+            {"params": params}, hidden, mask, method=CellPLM.encode,
+            capture_intermediates=True, mutable=["intermediates"],
+        )  # fmt: skip
+
+    _, seen = encode(params)
+    for layer in range(2):
+        kept = seen["intermediates"]["encoder"][f"layer_{layer}"]["attention"]
+        value = kept["value"]["__call__"][0].reshape(1, 12, 4, 4)
+        mixed = jnp.einsum("hqk,bkhd->bqhd", weights[layer], value).reshape(1, 2, 16)
+        out = params["encoder"][f"layer_{layer}"]["attention"]["out"]
+        wanted = kept["__call__"][0][:, rows]
+        np.testing.assert_allclose(mixed @ out["kernel"] + out["bias"], wanted, atol=1e-5)

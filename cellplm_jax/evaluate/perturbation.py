@@ -1,0 +1,134 @@
+"""How well predicted effects of perturbations agree with measured ones, and the baselines that must be beaten.
+
+An effect is the change of mean log-normalised expression against control. Everything is computed in float64 with numpy,
+a row of [perturbations, genes] a perturbation. Most of a change is shared by all perturbations of a screen, so a high
+correlation alone says little: read it beside that of :func:`mean_change`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cellplm_jax.errors import InputError, explain
+
+TOP_GENES = 20
+"""Genes of the largest true change that the ``_top`` scores are of."""
+
+
+def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as float64 [perturbations, genes], after checking shape and values."""
+    true, predicted = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
+    if true.ndim != 2 or true.shape != predicted.shape or not true.size:
+        msg = explain(
+            f"truth has shape {true.shape} and prediction has shape {predicted.shape}",
+            "[perturbations, genes] in both, the same ones",
+            "Select and order perturbations and genes the same way first",
+        )
+        raise InputError(msg)
+    for name, values in (("truth", true), ("prediction", predicted)):
+        if not np.isfinite(values).all():
+            msg = explain(
+                f"{name} holds NaN or infinity",
+                "finite changes",
+                "Leave those perturbations out",
+            )
+            raise InputError(msg)
+    return true, predicted
+
+
+def pearson_of_change(truth: Any, prediction: Any) -> np.ndarray:
+    """Return Pearson's correlation over genes, one number a perturbation.
+
+    Args:
+        truth: float [perturbations, genes], changes of mean log-normalised expression.
+        prediction: float [perturbations, genes].
+
+    Returns:
+        float64 [perturbations]; NaN where truth or prediction is constant.
+
+    Raises:
+        InputError: Shapes differ, or a value is not finite.
+    """
+    return _pearson(*_pair(truth, prediction))
+
+
+def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    centred = [values - values.mean(axis=1, keepdims=True) for values in (true, predicted)]
+    lengths = [np.sqrt(np.square(values).sum(axis=1)) for values in centred]
+    scale = [np.abs(values).max(axis=1) * np.sqrt(values.shape[1]) for values in (true, predicted)]
+    constant = (lengths[0] <= 1e-13 * scale[0]) | (lengths[1] <= 1e-13 * scale[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
+    return np.where(constant, np.nan, np.clip(found, -1.0, 1.0))
+
+
+def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[str, np.ndarray]:
+    """Score every perturbation.
+
+    Args:
+        truth: float [perturbations, genes], changes of mean log-normalised expression.
+        prediction: float [perturbations, genes].
+        top: How many genes of the largest absolute true change the ``_top`` scores look at.
+
+    Returns:
+        float64 [perturbations] each: ``rmse``, ``mae``, ``pearson``, and the same over the top genes with ``_top``
+        behind. A correlation is NaN where truth or prediction is constant (no change predicted at all).
+
+    Raises:
+        InputError: Shapes differ, a value is not finite, or ``top`` is below 2.
+    """
+    true, predicted = _pair(truth, prediction)
+    if top < 2:
+        msg = explain(f"top = {top}", "at least 2 genes", "Raise it")
+        raise InputError(msg)
+    order = np.argsort(-np.abs(true), axis=1, kind="stable")[:, :top]
+    scores = {}
+    for name, one, other in (
+        ("", true, predicted),
+        ("_top", np.take_along_axis(true, order, 1), np.take_along_axis(predicted, order, 1)),
+    ):
+        scores[f"rmse{name}"] = np.sqrt(np.square(one - other).mean(axis=1))
+        scores[f"mae{name}"] = np.abs(one - other).mean(axis=1)
+        scores[f"pearson{name}"] = _pearson(one, other)
+    return scores
+
+
+def mean_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Average scores over perturbations; NaN ones are left out, and NaN is left where all are."""
+    return {
+        name: float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
+        for name, values in scores.items()
+    }
+
+
+def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
+    """Return the baseline that predicts the average training effect for every perturbation.
+
+    Args:
+        changes: float [perturbations, genes], of the training perturbations.
+        targets: int [perturbations], how many targets each has; the change is then that of one target, by least
+            squares, as if targets added up. None: one each.
+
+    Returns:
+        float64 [genes].
+
+    Raises:
+        InputError: There are no training perturbations.
+    """
+    values = np.asarray(changes, np.float64)
+    if values.ndim != 2 or not len(values):
+        msg = explain(
+            f"training changes of shape {values.shape}",
+            "[perturbations, genes] with at least one perturbation",
+            "Pass the changes of the training perturbations",
+        )
+        raise InputError(msg)
+    number = np.ones(len(values)) if targets is None else np.asarray(targets, np.float64)
+    return number @ values / np.square(number).sum()
+
+
+def no_change(perturbations: int, genes: int) -> np.ndarray:
+    """Return the baseline that predicts control expression: zeros, float64 [perturbations, genes]."""
+    return np.zeros((perturbations, genes))

@@ -1,0 +1,291 @@
+"""Perturbations: simulated effects recovered, seen, unseen and combined; saved, loaded, and every refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import cellplm_jax
+from cellplm_jax.config import ConfigError
+from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
+from cellplm_jax.tasks.perturb import PerturbationPredictor, log_normalize, shrinkage
+from cellplm_jax.tasks.pretrained import Pretrained
+from tests.conftest import ROOT, VOCABULARY
+
+KEYS = {"perturbation_key": "perturbation", "control": "control"}
+TRAINED, HELD = VOCABULARY[:24], VOCABULARY[24:30]
+
+
+def effects() -> np.ndarray:
+    """Log fold changes [targets, genes]: a shared part, and one that is linear in two hidden traits of the target."""
+    random = np.random.default_rng(5)
+    shared = random.normal(size=40) * 0.4
+    return shared + traits() @ random.normal(size=(2, 40)) * 0.5
+
+
+def traits() -> np.ndarray:
+    return np.random.default_rng(6).normal(size=(40, 2))
+
+
+def make_screen(
+    targets, *, cells: int = 40, controls: int = 120, groups: int = 1, seed: int = 0
+) -> ad.AnnData:
+    """A screen whose effects are those of :func:`effects`; a combination's add up; groups respond more and more."""
+    random = np.random.default_rng(seed)
+    base = np.random.default_rng(7).gamma(2.0, 3.0, (groups, 40)) + 1.0
+    change, names, rates, kinds = effects(), [], [], []
+    for group in range(groups):
+        for name in ["control", *targets]:
+            parts = [] if name == "control" else str(name).split("+")
+            fold = sum((change[VOCABULARY.index(p) if p in VOCABULARY else 39] for p in parts), 0.0)
+            number = controls if name == "control" else cells
+            names += [name] * number
+            kinds += [f"type {group}"] * number
+            rates += [base[group] * np.exp(fold * (0.5 + group / 2))] * number
+    obs = pd.DataFrame(
+        {"perturbation": names, "kind": kinds}, index=[f"cell{n}" for n in range(len(names))]
+    )
+    obs["batch"] = np.where(np.arange(len(obs)) % 2 == 0, "b0", "b1")
+    counts = random.poisson(np.stack(rates)).astype(np.float32)
+    return ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=VOCABULARY))
+
+
+@pytest.fixture(scope="session")
+def knowing(tiny_model):
+    """The tiny model with gene embeddings that hold the hidden traits, and noise."""
+    random = np.random.default_rng(8)
+    table = random.normal(size=(40, 32)).astype(np.float32) * 0.1
+    table[:, :2] = traits()
+    table = table @ np.linalg.qr(random.normal(size=(32, 32)))[0].astype(np.float32)
+    embedder = {**tiny_model.params["embedder"], "gene_embedding": table * 0.01}
+    params = {**tiny_model.params, "embedder": embedder}
+    return Pretrained(tiny_model.config, params, tiny_model.genes, {"name": "knowing"})
+
+
+@pytest.fixture(scope="session")
+def fitted(knowing):
+    """A predictor of the trained targets and one combination; read only."""
+    data = make_screen([*TRAINED, f"{TRAINED[3]}+{TRAINED[1]}"])
+    return PerturbationPredictor(knowing, quiet=True).fit(data, batch_key="batch", **KEYS)
+
+
+# What it finds
+
+
+def test_unseen_targets_better_than_the_mean_change(fitted):
+    scores = fitted.score(make_screen(HELD, seed=1))
+    assert scores["perturbations"] == len(HELD)
+    assert fitted.strengths["condition"] > 0
+    assert scores["rmse"] < 0.8 * scores["mean_change_rmse"] < scores["no_change_rmse"]
+    assert scores["pearson"] > scores["mean_change_pearson"] + 0.1
+    assert scores["pearson_top"] > scores["mean_change_pearson_top"]
+    few = fitted.score(make_screen(HELD, seed=1), perturbations=HELD[:2])
+    assert few["perturbations"] == 2
+
+
+def test_useless_embeddings_fall_back_to_the_mean_change(tiny_model):
+    random = np.random.default_rng(9)
+    table = random.normal(size=(40, 32)).astype(np.float32)
+    embedder = {**tiny_model.params["embedder"], "gene_embedding": table}
+    model = Pretrained(
+        tiny_model.config, {**tiny_model.params, "embedder": embedder}, tiny_model.genes
+    )
+    found = PerturbationPredictor(model, quiet=True).fit(make_screen(TRAINED), **KEYS)
+    scores = found.score(make_screen(HELD, seed=1))
+    assert scores["rmse"] < 1.1 * scores["mean_change_rmse"]
+
+
+def test_seen_perturbations_keep_their_measured_change(fitted):
+    again = make_screen(TRAINED[:6], seed=2)
+    scores = fitted.score(again)
+    assert scores["pearson"] > 0.85  # 40 cells a perturbation, twice
+    assert (
+        scores["rmse"] <= 1.05 * scores["mean_change_rmse"]
+    )  # their own change of the first screen
+
+
+def test_combinations_add_up(fitted):
+    one, other = TRAINED[1], TRAINED[3]
+    found = fitted.predict([f"{one}+{other}", f"{other} + {one}", f"{one}+{HELD[0]}", HELD[0], one])
+    assert found.known.tolist() == ["seen", "seen", "partly seen", "unseen", "seen"]
+    change = found.change.to_numpy()
+    np.testing.assert_array_equal(change[0], change[1])
+    # The latent of the control cells enters once, and is off here.
+    np.testing.assert_allclose(change[2], change[3] + change[4], atol=1e-5)
+    unseen = fitted.predict([f"{TRAINED[2]}+{TRAINED[5]}"])
+    assert unseen.known.tolist() == ["combination of seen"]
+
+
+def test_what_a_prediction_holds(fitted):
+    found = fitted.predict([HELD[0], "control"])
+    assert found.change.shape == found.expression.shape == (2, 40)
+    assert found.change.columns.tolist() == fitted.model.genes
+    assert not found.change.loc["control"].any()
+    control = make_screen(TRAINED)
+    control = control[control.obs["perturbation"] == "control"]
+    mean = np.asarray(log_normalize(sparse.csr_matrix(control.X)).mean(axis=0)).ravel()
+    np.testing.assert_allclose(found.control, mean, atol=0.05)
+    total = np.maximum(found.control.to_numpy() + found.change.to_numpy(), 0)
+    np.testing.assert_allclose(found.expression, total, rtol=1e-5)
+    table = found.tidy()
+    assert table.columns.tolist() == [
+        "perturbation", "gene", "symbol", "control", "change", "expression", "known",
+    ]  # fmt: skip
+    assert table["change"].tolist()[:40] == found.change.iloc[0].tolist()
+    assert fitted.predict(HELD[0]).change.shape == (1, 40)
+
+
+def test_a_condition_in_groups_never_seen(tiny_model):
+    data = make_screen(["drug"], groups=6, cells=60, controls=60)
+    data.obs["perturbation"] = data.obs["perturbation"].replace("drug", "some drug")
+    held = data[data.obs["kind"] == "type 5"].copy()
+    train = data[data.obs["kind"] != "type 5"].copy()
+    found = PerturbationPredictor(tiny_model, quiet=True)
+    found.fit(train, covariate_key="kind", **KEYS)
+    assert found.conditions == ["some drug"]
+    known = found.predict("some drug", group="type 0")
+    scores = found.score(train)
+    assert scores["perturbations"] == 5
+    assert scores["pearson"] > 0.9
+    other = found.predict("some drug", controls=held)
+    assert np.isfinite(other.change).all(axis=None)
+    assert not np.allclose(other.control, known.control)
+    truth = held[held.obs["perturbation"] == "some drug"]
+    truth = np.asarray(log_normalize(sparse.csr_matrix(truth.X)).mean(axis=0)) - [
+        other.control.to_numpy()
+    ]
+    assert mean_scores(change_scores(truth, other.change))["pearson"] > 0.5
+    with pytest.raises(InputError, match="no group 'type 9' of control cells; expected one of"):
+        found.predict("some drug", group="type 9")
+    with pytest.raises(InputError, match="both group and controls"):
+        found.predict("some drug", group="type 0", controls=held)
+    with pytest.raises(InputError, match=r"neither a gene .* nearest names are 'some drug'"):
+        found.predict("same drug")
+    with pytest.raises(InputError, match="controls has no cell with 'control'"):
+        found.predict("some drug", controls=held[held.obs["perturbation"] != "control"].copy())
+
+
+def test_finetuning_goes_on_from_there(knowing):
+    recipe = {"epochs": 3, "warmup_epochs": 1, "freeze": "none", "learning_rate": 1e-4}
+    found = PerturbationPredictor(knowing, method="finetune", quiet=True, **recipe)
+    found.fit(make_screen(TRAINED), **KEYS)
+    assert len(found.history) == 3
+    assert {"loss", "validation_score", "pearson"} <= set(found.history[0])
+    scores = found.score(make_screen(HELD, seed=1))
+    assert scores["rmse"] < scores["mean_change_rmse"]
+
+
+def test_from_scratch_the_data_describe_the_genes():
+    data = make_screen(TRAINED[:6], cells=10, controls=30)
+    found = PerturbationPredictor(None, quiet=True, gene_features="model").fit(data, **KEYS)
+    assert any("'data' describes genes" in message for message in found.messages)
+    assert np.isfinite(found.predict(HELD[0]).change).all(axis=None)
+
+
+def test_noise_is_shrunk():
+    assert shrinkage(np.full(5, 2.0), 0.0) == 1.0
+    assert shrinkage(np.full(5, 2.0), 1.0) == pytest.approx(0.75)
+    assert shrinkage(np.full(5, 2.0), 9.0) == 0.0
+
+
+# Saved, opened elsewhere, repeated
+
+
+def test_a_new_process_predicts_the_same(fitted, tmp_path):
+    names = [TRAINED[0], HELD[0], f"{TRAINED[0]}+{HELD[1]}"]
+    fitted.save(tmp_path / "saved")
+    code = (
+        "import sys, numpy as np, cellplm_jax\n"
+        "found = cellplm_jax.PerturbationPredictor.load(sys.argv[1], quiet=True)\n"
+        "np.save(sys.argv[2], found.predict(sys.argv[3:]).change.to_numpy())\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "saved", tmp_path / "out.npy", *names],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fitted.predict(names).change)
+    again = PerturbationPredictor.load(tmp_path / "saved", quiet=True)
+    assert (again.perturbations, again.strengths) == (fitted.perturbations, fitted.strengths)
+
+
+def test_the_same_seed_the_same_numbers(fitted, knowing):
+    data = make_screen([*TRAINED, f"{TRAINED[3]}+{TRAINED[1]}"])
+    again = PerturbationPredictor(knowing, quiet=True).fit(data, batch_key="batch", **KEYS)
+    np.testing.assert_array_equal(again.predict(HELD).change, fitted.predict(HELD).change)
+
+
+# What is refused
+
+
+def change_obs(**columns):
+    data = make_screen(TRAINED[:5], cells=8, controls=12)
+    for name, values in columns.items():
+        data.obs[name] = values
+    return data
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"perturbation_key": "gone"}, "obs has no column 'gone'"),
+        ({"control": "contrl"}, "no cell has the control 'contrl' .* Did you mean 'control'"),
+        ({"covariate_key": "gone"}, "obs has no column 'gone'"),
+        ({"covariate_key": "whole"}, "group 'other' .* has no control cells"),
+        ({"perturbation_key": "nothing"}, "no cell has the control .* all are missing"),
+        ({"perturbation_key": "same"}, "are control cells; expected perturbed cells too"),
+        ({"targets": "genes", "perturbation_key": "drugs"}, "'drugX' is neither a gene"),
+        ({"targets": "things"}, "targets='things'; expected 'auto'"),
+        ({"perturbation_key": "rare"}, "no perturbation has 5 cells"),
+    ],
+)
+def test_refuses(tiny_model, keys, message):
+    data = change_obs(nothing=np.nan, same="control")
+    is_control = data.obs["perturbation"] == "control"
+    data.obs["whole"] = np.where(is_control, "one", "other")
+    data.obs["drugs"] = np.where(is_control, "control", "drugX")
+    data.obs["rare"] = np.where(is_control, "control", data.obs_names)
+    with pytest.raises(InputError, match=message):
+        PerturbationPredictor(tiny_model, quiet=True).fit(data, **{**KEYS, **keys})
+
+
+def test_refuses_other_genes_options_and_names(tiny_model, fitted):
+    data = change_obs()
+    data.var_names = [f"row {n}" for n in range(40)]
+    with pytest.raises(InputError, match="0 of the model's 40 genes"):
+        PerturbationPredictor(tiny_model, quiet=True).fit(data, **KEYS)
+    with pytest.raises(InputError, match="method='best'; expected one of 'ridge', 'finetune'"):
+        PerturbationPredictor(tiny_model, method="best")
+    with pytest.raises(ConfigError, match="epoch"):
+        PerturbationPredictor(tiny_model, epoch=3)
+    with pytest.raises(InputError, match="has not been fitted"):
+        PerturbationPredictor(tiny_model).predict("A")
+    with pytest.raises(
+        InputError, match=f"'{VOCABULARY[2]}x' is neither .* nearest names are 'ENSG"
+    ):
+        fitted.predict(f"{VOCABULARY[2]}x")
+    with pytest.raises(InputError, match="no perturbations were given"):
+        fitted.predict([])
+    with pytest.raises(InputError, match="no perturbation is left to score"):
+        fitted.score(make_screen(HELD, seed=1), perturbations=["other"])
+
+
+def test_missing_perturbations_and_few_cells_are_told(tiny_model):
+    data = change_obs()
+    names = data.obs["perturbation"].astype(object)
+    names[data.obs_names[-3:]] = np.nan
+    names[data.obs_names[12:14]] = VOCABULARY[9]
+    data.obs["perturbation"] = names
+    found = PerturbationPredictor(tiny_model, quiet=True).fit(data, **KEYS)
+    assert any(m.startswith("3 of 52 cells have no perturbation") for m in found.messages)
+    assert any("Left out for fewer than 5 cells: 1" in m for m in found.messages)
+    assert VOCABULARY[9] not in found.perturbations
+    assert cellplm_jax.PerturbationPredictor is PerturbationPredictor
