@@ -122,7 +122,11 @@ class Pretrained:
     @cached_property
     def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
         """Jitted ``(params, hidden, cell_mask, rows) -> attention weights [layers, heads, rows, cells]``."""
-        return jax.jit(lambda *given: attention_rows(*given, self.config))
+        return jax.jit(
+            lambda params, hidden, cell_mask, rows: attention_rows(
+                params, hidden, cell_mask, rows, self.config
+            )
+        )
 
     @cached_property
     def output_params(self) -> dict[str, Any]:
