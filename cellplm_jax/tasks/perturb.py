@@ -18,7 +18,7 @@ from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values
-from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.data.genes import load_human_table, map_genes, symbols_of
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores, no_change
 from cellplm_jax.tasks.contexts import (
@@ -464,9 +464,11 @@ class PerturbationPredictor(Estimator):
                 found[size + self.conditions.index(part)] += 1.0
             else:
                 column = map_genes([part], self._vocabulary, minimum=0).column[0]
-                if column < 0:
+                if column >= 0:
+                    found[:size] += features[column]
+                elif not is_human_gene(part):
                     raise InputError(self._no_gene(part))
-                found[:size] += features[column]
+                # Else a gene that nothing is known of: it gets the mean change.
             found[-1] += 1.0
         return found
 
@@ -1003,6 +1005,11 @@ def shrinkage(values: np.ndarray, noise: float) -> float:
 
 def _parts(name: str) -> list[str]:
     return [part for part in (text.strip() for text in name.split(SEPARATOR)) if part]
+
+
+def is_human_gene(name: str) -> bool:
+    """Say whether a name is a symbol or an Ensembl id of the shipped table of human genes."""
+    return bool(map_genes([name], sorted(load_human_table().symbols), minimum=0).column[0] >= 0)
 
 
 def _canonical(name: str | None) -> str:

@@ -289,3 +289,11 @@ def test_missing_perturbations_and_few_cells_are_told(tiny_model):
     assert any("Left out for fewer than 5 cells: 1" in m for m in found.messages)
     assert VOCABULARY[9] not in found.perturbations
     assert cellplm_jax.PerturbationPredictor is PerturbationPredictor
+
+
+def test_a_gene_that_nothing_is_known_of_gets_the_mean_change(fitted):
+    found = fitted.predict(["TP53"])
+    assert list(found.known) == ["unseen"]
+    np.testing.assert_allclose(found.change.to_numpy()[0], fitted._arrays["mean_change"], atol=0.2)
+    with pytest.raises(InputError, match="'TP35' is neither a gene"):
+        fitted.predict(["TP35"])
