@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     )
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.tasks.cluster import cluster, cluster_file
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.tasks.integrate import BatchIntegrator
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
 
 _WHERE = {
+    "BatchIntegrator": "cellplm_jax.tasks.integrate",
     "CellPLMError": "cellplm_jax.errors",
     "CellTypeAnnotator": "cellplm_jax.tasks.annotate",
     "CheckpointError": "cellplm_jax.errors",
@@ -41,6 +44,8 @@ _WHERE = {
     "ModelConfig": "cellplm_jax.config",
     "Pretrained": "cellplm_jax.tasks.pretrained",
     "TrainConfig": "cellplm_jax.config",
+    "cluster": "cellplm_jax.tasks.cluster",
+    "cluster_file": "cellplm_jax.tasks.cluster",
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
     "load": "cellplm_jax.tasks.pretrained",
