@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.tasks.embed import (
     Context,
@@ -161,6 +162,58 @@ def cluster_file(
     )
     cells = anndata.AnnData(obs=obs.assign(**found["obs"]), obsm={use_rep: there, **obsm})
     return cells, messages
+
+
+def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
+    """Refuse names that are no columns of ``obs`` of a file, before any work is done.
+
+    Args:
+        path: An ``.h5ad`` file; one that cannot be read is left to who reads it.
+        columns: Names.
+
+    Raises:
+        InputError: There is no such column.
+    """
+    import h5py
+
+    if not columns or not Path(path).is_file() or not h5py.is_hdf5(path):
+        return
+    with h5py.File(path) as file:
+        names = list(map(str, file["obs"].attrs.get("column-order", [])))
+    for column in columns:
+        if column not in names:
+            msg = explain(
+                f"obs has no column '{column}'",
+                f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
+                "Check the name",
+            )
+            raise InputError(msg)
+
+
+def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:
+    """Draw the UMAP of clustered cells, a panel a column; the picture appears whole or not at all.
+
+    Args:
+        cells: From :func:`cluster_file` with ``umap``.
+        columns: Columns of ``obs``.
+        out: Picture.
+    """
+    pyplot = require("matplotlib.pyplot", "eval", "A picture")
+    from cellplm_jax import plot
+
+    out = Path(out).expanduser()
+    figure, axes = pyplot.subplots(
+        1, len(columns), figsize=(6.4 * len(columns), 4.2), squeeze=False, layout="constrained"
+    )
+    for ax, column in zip(axes[0], columns, strict=True):
+        plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
+        os.replace(partial, out)
+    finally:
+        pyplot.close(figure)
+        partial.unlink(missing_ok=True)
 
 
 def _clustered(
