@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
     from cellplm_jax.tasks.attention import cell_attention
+    from cellplm_jax.tasks.cluster import cluster, cluster_file
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.genes import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.tasks.integrate import BatchIntegrator
     from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
     from cellplm_jax.tasks.samples import SampleClassifier
 
 _WHERE = {
+    "BatchIntegrator": "cellplm_jax.tasks.integrate",
     "CellPLMError": "cellplm_jax.errors",
     "CellTypeAnnotator": "cellplm_jax.tasks.annotate",
     "CheckpointError": "cellplm_jax.errors",
@@ -48,6 +51,8 @@ _WHERE = {
     "SampleClassifier": "cellplm_jax.tasks.samples",
     "TrainConfig": "cellplm_jax.config",
     "cell_attention": "cellplm_jax.tasks.attention",
+    "cluster": "cellplm_jax.tasks.cluster",
+    "cluster_file": "cellplm_jax.tasks.cluster",
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
     "gene_embeddings": "cellplm_jax.tasks.genes",

@@ -320,6 +320,44 @@ def test_samples(command, tiny_run, tmp_path):
     assert adata.uns["cellplm_samples"]["labels"] == ["no", "yes"]
 
 
+def test_cluster(command, tiny_run, tmp_path):
+    pytest.importorskip("igraph", reason="needs the extra 'eval'")
+    make_labelled(40).write_h5ad(tmp_path / "cells.h5ad")
+    out, picture = tmp_path / "out.h5ad", tmp_path / "umap.png"
+    run = ["cluster", tmp_path / "cells.h5ad", "--model", tiny_run, "--out", out, "--quiet"]
+    status, _, err = command(*run, "--label-key", "absent")
+    assert (status, out.exists()) == (2, False)
+    assert "obs has no column 'absent'" in err
+    run += ["--batch-key", "batch", "--label-key", "kind", "--picture", picture]
+    status, printed, _ = command(*run)
+    assert status == 0
+    assert printed.startswith(f"wrote {out}: obs['cellplm_cluster'], ")
+    assert all(name in printed for name in ("ari ", "knn_accuracy ", "ilisi ", "kbet "))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert {"cellplm_cluster"} <= set(ad.read_h5ad(out).obs)
+    status, _, err = command("cluster", tmp_path / "cells.h5ad", "--out", tmp_path / "no.h5ad")
+    assert (status, (tmp_path / "no.h5ad").exists()) == (2, False)
+    assert "no model was given" in err
+
+
+def test_integrate(command, tiny_run, tmp_path):
+    make_adata(40).write_h5ad(tmp_path / "cells.h5ad")
+    saved, out = tmp_path / "integrator", tmp_path / "out.h5ad"
+    fit = ["integrate", "fit", tmp_path / "cells.h5ad", "--model", tiny_run, "--out", saved]
+    fit.append("--quiet")
+    assert "was given no --batch-key" in command(*fit)[2]
+    fit += ["--batch-key", "batch", "--epochs", "1"]
+    assert "--patience was given to integrate fit" in command(*fit, "--patience", "3")[2]
+    assert not saved.exists()
+    status, printed, err = command(*fit)
+    assert (status, err) == (0, "")
+    assert printed.startswith(f"wrote {saved}: 2 batches, 40 training cells")
+    predict = ["integrate", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
+    status, printed, _ = command(*predict, "--quiet")
+    assert (status, printed) == (0, f"wrote {out}: obsm['X_cellplm_integrated']\n")
+    assert "X_cellplm_integrated" in ad.read_h5ad(out).obsm
+
+
 def test_info(command, tiny_run, tiny_model):
     status, out, err = command("info", tiny_run)
     assert (status, err) == (0, "")
@@ -333,8 +371,8 @@ def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
     assert set(cli_commands()) == {
-        "demo", "plan", "prepare", "embed", "annotate", "impute", "denoise", "perturb", "samples",
-        "convert", "info",
+        "demo", "plan", "prepare", "embed", "cluster", "integrate", "annotate", "impute",
+        "denoise", "perturb", "samples", "convert", "info",
     }  # fmt: skip
     for name in cli_commands():
         status, out, _ = command(name, "--help")

@@ -17,7 +17,8 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
-    embed, annotate, impute = blocks("python")
+    pytest.importorskip("igraph", reason="needs the extra 'eval'")
+    embed, cluster, annotate, impute = blocks("python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "model").symlink_to(tiny_run)
     make_adata(30).write_h5ad(tmp_path / "cells.h5ad")
@@ -26,6 +27,15 @@ def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
     exec(compile(embed, "README.md", "exec"), names)
     assert names["adata"].obsm["X_cellplm"].shape == (30, names["model"].config.latent_size)
     assert names["adata"].uns["cellplm"]["input"]["genes"]["genes_matched"] == 40
+
+    several = make_labelled(40)
+    several.obs["cell_type"] = several.obs["kind"]
+    several.write_h5ad(tmp_path / "several.h5ad")
+    integrator = names["cellplm"].BatchIntegrator
+    monkeypatch.setattr(integrator, "recipe", dataclasses.replace(integrator.recipe, epochs=1))
+    exec(compile(cluster, "README.md", "exec"), names)
+    assert "cellplm_cluster" in names["adata"].obs
+    assert "X_cellplm_integrated" in names["several"].obsm
 
     labelled = make_labelled(60)
     labelled.obs["cell_type"] = labelled.obs["kind"]

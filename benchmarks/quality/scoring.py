@@ -10,7 +10,9 @@ import numpy as np
 from common import normalize
 
 from cellplm_jax.evaluate.annotation import annotation_scores, expected_calibration_error
+from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.evaluate.imputation import imputation_scores
+from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
 from cellplm_jax.evaluate.reconstruction import mean_absolute_error, root_mean_squared_error
 
 Arrays = dict[str, Any]
@@ -58,16 +60,12 @@ def denoising(truth: Arrays, found: Arrays) -> dict[str, float]:
 
 def integration(truth: Arrays, found: Arrays) -> dict[str, float]:
     """Agreement of clusters and neighbours with the labels, and how well batches mix."""
-    from cellplm_jax.evaluate.embedding import integration_scores
-
     batch = truth["batch"] if len(set(truth["batch"])) > 1 else None
     return integration_scores(found["embedding"], batch, labels=truth["labels"])
 
 
 def perturbation(truth: Arrays, found: Arrays) -> dict[str, float]:
     """Error and correlation of the change, on all genes and on the 20 that change most."""
-    from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
-
     scores = change_scores(truth["change"], found["change"])
     return mean_scores(scores)
 

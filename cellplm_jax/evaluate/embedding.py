@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
+from scipy import sparse, stats
 
 from cellplm_jax.errors import InputError, explain, require
 
@@ -91,11 +91,34 @@ def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
     return codes
 
 
-def _neighbor_graph(embedding: np.ndarray, neighbors: int, seed: int, metric: str) -> Any:
-    """Return an AnnData that holds scanpy's neighbour graph of the embedding."""
+def neighbor_graph(
+    embedding: Any,
+    *,
+    neighbors: int = 15,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+    name: str = "X_embedding",
+) -> Any:
+    """Return an AnnData that holds scanpy's neighbour graph of the embedding.
+
+    Args:
+        embedding: float [cells, dimensions]; kept in ``obsm[name]``.
+        neighbors: Size of the neighbourhood, the cell itself included.
+        seed: For the approximate search where there are many cells.
+        metric: Distance between cells.
+        name: Name of the embedding.
+
+    Raises:
+        InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
     scanpy = require("scanpy", _EXTRA, "The neighbour graph of an embedding")
-    cells = scanpy.AnnData(embedding)
-    scanpy.pp.neighbors(cells, n_neighbors=neighbors, use_rep="X", metric=metric, random_state=seed)
+    cells = scanpy.AnnData(obs=pd.DataFrame(index=[str(n) for n in range(len(array))]))
+    cells.obsm[name] = array
+    scanpy.pp.neighbors(
+        cells, n_neighbors=neighbors, use_rep=name, metric=metric, random_state=seed
+    )
     return cells
 
 
@@ -126,11 +149,27 @@ def leiden_clusters(
         InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    array = _checked_embedding(embedding, neighbors=neighbors)
+    cells = neighbor_graph(embedding, neighbors=neighbors, seed=seed, metric=metric)
+    return leiden_of_graph(cells, resolution=resolution, seed=seed)
+
+
+def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Cluster with Leiden the neighbour graph that an AnnData holds, as :func:`leiden_clusters` does.
+
+    Args:
+        cells: AnnData after ``scanpy.pp.neighbors``; not changed.
+        resolution: See :func:`leiden_clusters`.
+        seed: Of Leiden.
+
+    Returns:
+        int32 [cells]. Clusters numbered from 0, largest first.
+
+    Raises:
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
     scanpy = require("scanpy", _EXTRA, "Leiden clustering")
     require("igraph", _EXTRA, "Leiden clustering")
-    cells = _neighbor_graph(array, neighbors, seed, metric)
-    scanpy.tl.leiden(
+    found = scanpy.tl.leiden(
         cells,
         resolution=resolution,
         random_state=seed,
@@ -138,8 +177,9 @@ def leiden_clusters(
         n_iterations=2,
         directed=False,
         key_added="cluster",
+        copy=True,
     )
-    found = cells.obs["cluster"].astype(int).to_numpy()
+    found = found.obs["cluster"].astype(int).to_numpy()
     size = np.bincount(found)
     rank = np.empty(len(size), np.int32)
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
@@ -239,15 +279,8 @@ def batch_mixing(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding)
-    codes = _codes(batches, "batches", cells=len(array))
+    codes = _batch_codes(batches, len(array))
     number = int(codes.max()) + 1
-    if number < 2:
-        msg = explain(
-            f"{number} batch among {len(codes)} cells",
-            "at least two batches",
-            "Pass the cells of several samples",
-        )
-        raise InputError(msg)
     neighbors = int(min(3 * perplexity, len(array) - 1))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
@@ -321,6 +354,196 @@ def silhouette(
         raise InputError(msg)
     metrics = require("sklearn.metrics", _EXTRA, "The silhouette width")
     return float(metrics.silhouette_score(array, codes, metric=metric))
+
+
+def kbet(
+    embedding: Any,
+    batches: Any,
+    *,
+    labels: Any = None,
+    neighbors: int | None = None,
+    alpha: float = 0.05,
+    metric: Metric = "euclidean",
+) -> float:
+    """Return the acceptance rate of kBET: 1 where the batches around a cell are those of all cells, 0 where never.
+
+    Around each cell, itself included, the batches of its nearest cells are counted and compared with their overall
+    shares by Pearson's chi-squared test (batches - 1 degrees of freedom). The rate is the share of cells at which it
+    does not reject. Perfectly mixed cells are accepted at a rate of about ``1 - alpha``.
+
+    Args:
+        embedding: float [cells, dimensions].
+        batches: [cells], any type; at least two.
+        labels: [cells], any type. Test among the cells of each label apart and average the rates over the labels, so
+            that batches of different composition are not held against the embedding (Luecken et al. 2022, who find the
+            neighbours of a label by diffusion on a graph; here they are the nearest cells of the label). Labels of
+            fewer than ten cells or of one batch are left out. None: all cells together.
+        neighbors: Size of the neighbourhood, the cell included. None: a quarter of the mean size of the batches (within
+            the label), at least 10 and at most 70, as Luecken et al. choose it.
+        alpha: Level of significance.
+        metric: Distance between cells.
+
+    Returns:
+        Rate between 0 and 1. Buettner et al., Nature Methods 2019.
+
+    Raises:
+        InputError: Sizes do not fit, a batch is missing, there is only one, or no label can be tested.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
+    codes = _batch_codes(batches, len(array))
+    if labels is None:
+        return _acceptance(array, codes, neighbors, alpha, metric)
+    groups = _codes(labels, "labels", cells=len(array))
+    rates = []
+    for group in range(groups.max() + 1):
+        cells = groups == group
+        if cells.sum() >= 10 and len(np.unique(codes[cells])) > 1:
+            rates.append(_acceptance(array[cells], codes[cells], neighbors, alpha, metric))
+    if not rates:
+        raise InputError(_nothing_mixed())
+    return float(np.mean(rates))
+
+
+def _acceptance(
+    array: np.ndarray, codes: np.ndarray, neighbors: int | None, alpha: float, metric: str
+) -> float:
+    """Return the share of cells around which the batches are not rejected."""
+    size = np.unique(codes, return_counts=True)[1]
+    if neighbors is None:
+        neighbors = min(70, max(10, int(size.mean()) // 4))
+    neighbors = min(neighbors, len(array))
+    search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
+    finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
+    near = codes[finder.kneighbors(array, return_distance=False)]
+    observed = np.stack([(near == code).sum(axis=1) for code in np.unique(codes)], axis=1)
+    expected = neighbors * size / size.sum()
+    statistic = ((observed - expected) ** 2 / expected).sum(axis=1)
+    return float(np.mean(stats.chi2.sf(statistic, len(size) - 1) >= alpha))
+
+
+def _batch_codes(batches: Any, cells: int) -> np.ndarray:
+    """Return batches as integers 0..k-1; refuse a single one."""
+    codes = _codes(batches, "batches", cells=cells)
+    number = int(codes.max()) + 1
+    if number < 2:
+        msg = explain(
+            f"{number} batch among {len(codes)} cells",
+            "at least two batches",
+            "Pass the cells of several samples",
+        )
+        raise InputError(msg)
+    return codes
+
+
+def _nothing_mixed() -> str:
+    return explain(
+        "No label has enough cells of more than one batch",
+        "a label that occurs in several batches",
+        "Leave labels out, or pass coarser ones",
+    )
+
+
+def batch_silhouette(
+    embedding: Any, batches: Any, labels: Any, *, metric: Metric = "euclidean"
+) -> float:
+    """Return how far the batches overlap within each label: 1 fully, 0 apart ("batch ASW").
+
+    One minus the absolute silhouette width of the batch, averaged over the cells of a label and then over the labels;
+    labels with one batch, or with no batch of more than one cell, are left out. High values are easy to reach where
+    batches of a label are several (Rautenstrauch and Ohler 2025): read it beside :func:`batch_mixing`.
+
+    Args:
+        embedding: float [cells, dimensions].
+        batches: [cells], any type; at least two.
+        labels: [cells], any type. Groups within which batches should not matter.
+        metric: Distance between cells.
+
+    Returns:
+        Overlap between 0 and 1. Luecken et al., Nature Methods 2022.
+
+    Raises:
+        InputError: Sizes do not fit, a batch or label is missing, or no label can be scored.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding)
+    codes = _batch_codes(batches, len(array))
+    groups = _codes(labels, "labels", cells=len(array))
+    metrics = require("sklearn.metrics", _EXTRA, "The silhouette width")
+    overlaps = []
+    for group in range(groups.max() + 1):
+        cells = groups == group
+        if 1 < len(np.unique(codes[cells])) < cells.sum():
+            width = metrics.silhouette_samples(array[cells], codes[cells], metric=metric)
+            overlaps.append(1.0 - np.abs(width).mean())
+    if not overlaps:
+        raise InputError(_nothing_mixed())
+    return float(np.mean(overlaps))
+
+
+def integration_scores(
+    embedding: Any,
+    batches: Any,
+    labels: Any = None,
+    *,
+    neighbors: int = 15,
+    resolution: float = 1.0,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+) -> dict[str, float]:
+    """Score an embedding of several batches: how far they mix, and what is left of the biology.
+
+    The two pull against each other: an embedding that maps all cells to one point mixes perfectly. Read both, and
+    compare embeddings of the same cells. Nothing is optimised: Leiden runs once at the given resolution.
+
+    Args:
+        embedding: float [cells, dimensions].
+        batches: [cells], any type; at least two.
+        labels: [cells], cell types of any type. Cells without one (None or NaN) count for mixing alone. None: no
+            labels; only what needs none is returned.
+        neighbors: Of Leiden's graph and of the kNN accuracy.
+        resolution: Of Leiden, fixed beforehand.
+        seed: Of Leiden.
+        metric: Distance between cells.
+
+    Returns:
+        Batch removal, higher is better mixed: ``ilisi`` (:func:`batch_mixing`), ``kbet`` (:func:`kbet` of all cells);
+        with labels ``kbet_per_label`` and ``batch_silhouette`` where a label has several batches. What is conserved,
+        with at least two labels: ``ari`` and ``nmi`` of Leiden clusters, ``knn_accuracy``, ``label_silhouette`` (-1 to
+        1). ``clusters``: how many Leiden found.
+
+    Raises:
+        InputError: Sizes do not fit, a batch is missing, or there is only one.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    array = _checked_embedding(embedding, neighbors=neighbors)
+    codes = _batch_codes(batches, len(array))
+    scores = {
+        "ilisi": batch_mixing(array, codes, metric=metric),
+        "kbet": kbet(array, codes, metric=metric),
+    }
+    given: dict[str, Any] = {"neighbors": neighbors, "seed": seed, "metric": metric}
+    clusters = leiden_clusters(array, resolution=resolution, **given)
+    scores["clusters"] = float(clusters.max() + 1)
+    if labels is None:
+        return scores
+    values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
+    known = ~np.asarray(pd.isna(values))  # type: ignore[arg-type]
+    if len(known) != len(array):
+        _codes(values, "labels", cells=len(array))
+    own = pd.factorize(np.asarray(values, object)[known])[0]
+    if len(own) <= neighbors or own.max() < 1:
+        return scores
+    array, codes = array[known], codes[known]
+    for name, score in (("kbet_per_label", kbet), ("batch_silhouette", batch_silhouette)):
+        try:
+            scores[name] = score(array, codes, labels=own, metric=metric)
+        except InputError:
+            continue  # no label is in several batches
+    scores |= clustering_scores(own, clusters[known])
+    scores["knn_accuracy"] = knn_accuracy(array, own, neighbors=neighbors, metric=metric)
+    scores["label_silhouette"] = silhouette(array, own, metric=metric)
+    return scores
 
 
 def pca_baseline(
@@ -406,8 +629,7 @@ def umap_coordinates(
         InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    array = _checked_embedding(embedding, neighbors=neighbors)
     scanpy = require("scanpy", _EXTRA, "UMAP")
-    cells = _neighbor_graph(array, neighbors, seed, metric)
+    cells = neighbor_graph(embedding, neighbors=neighbors, seed=seed, metric=metric)
     scanpy.tl.umap(cells, min_dist=minimum_distance, random_state=seed)
     return np.asarray(cells.obsm["X_umap"], dtype=np.float32)

@@ -78,10 +78,10 @@ def embed(
     Raises:
         InputError: The counts, genes or keys cannot be used; the message says what to do.
     """
-    _check_key(key_added)
+    check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
-    context = _Context(batch_key, spatial_key, cells_per_context)
-    embedding, provenance, _ = _read_and_embed(adata, model, read, context, key_added, quiet)
+    context = Context(batch_key, spatial_key, cells_per_context)
+    embedding, provenance, _ = read_and_embed(adata, model, read, context, key_added, quiet)
     adata.obsm[key_added] = embedding
     adata.uns["cellplm"] = provenance
     return adata
@@ -128,15 +128,15 @@ def embed_file(
     """
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
-    _check_key(key_added)
+    check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
-    context = _Context(batch_key, spatial_key, cells_per_context, require_coordinates)
-    embedding, provenance, messages = _read_and_embed(path, model, read, context, key_added, quiet)
+    context = Context(batch_key, spatial_key, cells_per_context, require_coordinates)
+    embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
     return messages
 
 
-class _Context(NamedTuple):
+class Context(NamedTuple):
     """Which cells attend to one another, and where they are."""
 
     batch_key: str | None
@@ -145,15 +145,27 @@ class _Context(NamedTuple):
     require_coordinates: bool = False
 
 
-def _read_and_embed(
+def read_and_embed(
     data: AnnData | Path,
     model: Pretrained,
     read: dict[str, Any],
-    context: _Context,
+    context: Context,
     key_added: str,
     quiet: bool,
 ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
-    """Open the counts, embed them, and say what the input turned out to be."""
+    """Open the counts, embed them, and say what the input turned out to be.
+
+    Args:
+        data: The cells.
+        model: The model.
+        read: Keyword arguments of :func:`cellplm_jax.data.anndata_io.open_counts`.
+        context: Which cells attend to one another.
+        key_added: Key of ``obsm`` that the facts name.
+        quiet: No progress.
+
+    Returns:
+        float32 [cells, latent]; facts for ``uns``; sentences about the input.
+    """
     import cellplm_jax
 
     with open_counts(data, model.genes, **read) as source:
@@ -322,7 +334,8 @@ def express_context(
     return hidden, np.arange(hidden.shape[1])[None, :] < len(cells)
 
 
-def _check_key(key_added: str) -> None:
+def check_key(key_added: str) -> None:
+    """Raise InputError where a name cannot be a key of an AnnData file."""
     if not key_added or "/" in key_added:
         msg = explain(
             f"key_added = {key_added!r}",
@@ -376,6 +389,7 @@ def write_copy(
     *,
     obs: Mapping[str, Any] | None = None,
     obsm: Mapping[str, np.ndarray] | None = None,
+    obsp: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
     uns: Mapping[str, Any] | None = None,
 ) -> None:
@@ -386,6 +400,7 @@ def write_copy(
         out: Output.
         obs: Columns (arrays or categoricals) by name; one that is there is replaced.
         obsm: Matrices of cells by name.
+        obsp: Matrices of pairs of cells by name.
         layers: Layers by name.
         uns: Anything AnnData can write, by name.
     """
@@ -397,7 +412,8 @@ def write_copy(
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file:
-            for group, values in (("obsm", obsm), ("layers", layers), ("uns", uns)):
+            added = (("obsm", obsm), ("obsp", obsp), ("layers", layers), ("uns", uns))
+            for group, values in added:
                 for name, value in (values or {}).items():
                     if group not in file:
                         write_elem(file, group, {})

@@ -169,6 +169,67 @@ def test_batch_mixing_between_its_ends():
     assert 0 < embedding.batch_mixing(same, np.arange(40) % 2) <= 1
 
 
+def nested_batches():
+    """60 cells of three labels, the two batches a step apart; as the values of scib-metrics below were made."""
+    generator = np.random.default_rng(5)
+    array = generator.normal(size=(60, 3))
+    labels = np.arange(60) % 3
+    batches = generator.integers(0, 2, 60)
+    array[:, 0] += 3 * labels
+    array[:, 1] += batches
+    return array, batches, labels
+
+
+def test_batch_metrics_against_scib_metrics():
+    """Values of scib-metrics 0.5.10 (``kbet``, ``silhouette_batch``, mean of ``lisi_knn``), same neighbourhoods."""
+    array, batches, labels = nested_batches()
+    assert embedding.kbet(array, batches, neighbors=12) == pytest.approx(0.95)
+    assert embedding.batch_silhouette(array, batches, labels) == pytest.approx(0.8595569, abs=1e-6)
+    mixing = embedding.batch_mixing(array, batches, perplexity=10)
+    assert 1 + mixing == pytest.approx(1.6306019, abs=1e-4)
+
+
+def test_kbet_by_hand():
+    """Two groups of four on a line, four nearest each: chi-squared 0 where two and two, 4 (p = .0455) where all one."""
+    array = np.array([[0.0], [1], [2], [3], [100], [101], [102], [103]])
+    half = ["a", "b", "a", "b", *"aabb"]
+    assert embedding.kbet(array, half, neighbors=4) == 1.0
+    assert embedding.kbet(array, [*"aaaa", *"bbbb"], neighbors=4) == 0.0
+    assert embedding.kbet(array, [*"aaaa", *"bbbb"], neighbors=4, alpha=0.04) == 1.0
+
+
+def test_kbet_between_its_ends():
+    array, _ = blobs(groups=1, each=600)
+    mixed = np.random.default_rng(0).integers(0, 3, 600)
+    assert embedding.kbet(array, mixed) > 0.85
+    array[:, 0] += 50 * mixed
+    assert embedding.kbet(array, mixed) == 0.0
+
+
+def test_kbet_per_label_ignores_composition():
+    array, labels = blobs(groups=2, each=300)
+    random = np.random.default_rng(1)
+    batches = np.where(labels == labels[0], random.random(600) < 0.9, random.random(600) < 0.1)
+    assert embedding.kbet(array, batches) < 0.1
+    assert embedding.kbet(array, batches, labels=labels) > 0.85
+
+
+def test_integration_scores():
+    array, batches, labels = nested_batches()
+    scores = embedding.integration_scores(array, batches, labels)
+    conserved = {"ari", "nmi", "knn_accuracy", "label_silhouette"}
+    mixed = {"ilisi", "kbet", "kbet_per_label", "batch_silhouette"}
+    assert set(scores) == conserved | mixed | {"clusters"}
+    assert scores["batch_silhouette"] == embedding.batch_silhouette(array, batches, labels)
+    assert scores["label_silhouette"] == embedding.silhouette(array, labels)
+    assert set(embedding.integration_scores(array, batches)) == {"ilisi", "kbet", "clusters"}
+    # A label of one batch alone says nothing of mixing; a missing one leaves the cell out of what labels say.
+    apart = embedding.integration_scores(array, batches, pd.Series(batches).map({0: "a", 1: "b"}))
+    assert set(apart) == conserved | {"ilisi", "kbet", "clusters"}
+    some = pd.Series(labels, dtype=object).where(np.arange(60) > 5)
+    assert embedding.integration_scores(array, batches, some)["ilisi"] == scores["ilisi"]
+
+
 def test_silhouette_against_the_definition():
     array, labels = blobs(groups=3, spread=1.5, each=15)
     distance = np.linalg.norm(array[:, None] - array[None], axis=-1).astype(float)
@@ -268,6 +329,10 @@ def test_umap_keeps_groups_apart_and_repeats():
         (lambda a, y: embedding.silhouette(a, ["x"] * 160), "at least two groups"),
         (lambda a, y: embedding.clustering_scores([None, *y[1:]], y), "missing .* for 1 of 160"),
         (lambda a, y: embedding.clustering_scores([], []), "No cells"),
+        (lambda a, y: embedding.kbet(a, ["x"] * 160), "at least two batches"),
+        (lambda a, y: embedding.kbet(a, y, labels=y), "No label has enough cells"),
+        (lambda a, y: embedding.batch_silhouette(a, y, y), "No label has enough cells"),
+        (lambda a, y: embedding.integration_scores(a, y, y[:-1]), "159 entries for 160 cells"),
     ],
 )
 def test_bad_input_gets_one_clear_message(call, message):

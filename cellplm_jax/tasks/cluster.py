@@ -1,0 +1,269 @@
+"""Clustering: a neighbour graph and Leiden groups of embedded cells, under scanpy's conventions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
+from cellplm_jax.tasks.embed import (
+    Context,
+    check_copy,
+    check_key,
+    embed,
+    read_and_embed,
+    write_copy,
+)
+from cellplm_jax.tasks.pretrained import Pretrained, load
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+KEY = "cellplm_cluster"
+"""Column of ``obs`` that is written."""
+
+REPRESENTATION = "X_cellplm"
+"""The embedding that is clustered."""
+
+
+def cluster(
+    adata: AnnData,
+    model: Pretrained | str | os.PathLike | None = None,
+    *,
+    use_rep: str = REPRESENTATION,
+    resolution: float = 1.0,
+    neighbors: int = 15,
+    key_added: str = KEY,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+    batch_key: str | None = None,
+    quiet: bool = True,
+) -> AnnData:
+    """Cluster cells with Leiden on the neighbour graph of an embedding, in place; no label is looked at.
+
+    Leiden: Traag et al., Scientific Reports 2019. Cells are embedded first where ``obsm[use_rep]`` is missing and a
+    model is given.
+
+    Writes:
+        ``obs[key_added]``: categorical, clusters named "0", "1", ..., largest first.
+        ``uns[key_added]``: ``params``, as ``scanpy.tl.leiden`` writes them.
+        ``obsp["distances"]``, ``obsp["connectivities"]``, ``uns["neighbors"]``: the graph, as ``scanpy.pp.neighbors``
+        writes it, so that ``scanpy.tl.umap(adata)`` works next. One that was there is replaced.
+        ``obsm[use_rep]`` and ``uns["cellplm"]``: where the cells were embedded, see :func:`cellplm_jax.embed`.
+
+    Args:
+        adata: The cells; raw counts where they have to be embedded.
+        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens; not used where the embedding
+            is there.
+        use_rep: Key of ``obsm`` with the embedding, such as ``"X_cellplm_integrated"``.
+        resolution: Of the modularity that Leiden optimises; higher gives more clusters.
+        neighbors: Size of the neighbourhood, the cell itself included.
+        key_added: Column of ``obs`` to write.
+        seed: Of the search for neighbours and of Leiden: the same seed gives the same clusters.
+        metric: Distance between cells.
+        batch_key: Where cells are embedded: column of ``obs`` naming the tissue sample, one context each.
+        quiet: No progress.
+
+    Returns:
+        ``adata`` itself.
+
+    Raises:
+        InputError: There is neither the embedding nor a model, or numbers or keys cannot be used.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    _check(key_added, use_rep, resolution)
+    if use_rep not in adata.obsm:
+        embed(
+            adata,
+            _model(model, use_rep, list(adata.obsm)),
+            batch_key=batch_key,
+            key_added=use_rep,
+            quiet=quiet,
+        )
+    found = _clustered(
+        np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric
+    )
+    for part in ("obs", "obsp", "uns"):
+        for name, value in found[part].items():
+            getattr(adata, part)[name] = value
+    return adata
+
+
+def cluster_file(
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    model: Pretrained | str | os.PathLike | None = None,
+    *,
+    use_rep: str = REPRESENTATION,
+    resolution: float = 1.0,
+    neighbors: int = 15,
+    key_added: str = KEY,
+    seed: int = 0,
+    metric: Metric = "euclidean",
+    batch_key: str | None = None,
+    umap: bool = False,
+    quiet: bool = False,
+) -> tuple[AnnData, list[str]]:
+    """Cluster an ``.h5ad`` file into a copy of it; of the counts, only some cells at a time are in memory.
+
+    Args:
+        path: Input; never changed.
+        out: Output: the input plus what :func:`cluster` writes. It appears whole or not at all.
+        model: See :func:`cluster`, and so are the rest.
+        use_rep: See :func:`cluster`.
+        resolution: See :func:`cluster`.
+        neighbors: See :func:`cluster`.
+        key_added: See :func:`cluster`.
+        seed: See :func:`cluster`.
+        metric: See :func:`cluster`.
+        batch_key: See :func:`cluster`.
+        umap: Lay the graph out as well: ``obsm["X_umap"]``.
+        quiet: See :func:`cluster`.
+
+    Returns:
+        AnnData without counts: ``obs`` of the file with the clusters, and ``obsm`` with the embedding (and the UMAP);
+        what the input turned out to be, a line each (none where the embedding was there).
+
+    Raises:
+        InputError: As :func:`cluster`; also where ``out`` cannot be written.
+    """
+    import anndata
+    import h5py
+    from anndata.io import read_elem
+
+    path, out = Path(path).expanduser(), Path(out).expanduser()
+    check_copy(path, out)
+    _check(key_added, use_rep, resolution)
+    if not path.is_file() or not h5py.is_hdf5(path):
+        msg = explain(f"'{path}' is not an .h5ad file", "an existing one", "Check the name")
+        raise InputError(msg)
+    with h5py.File(path) as file:
+        obs: Any = read_elem(file["obs"])
+        keys = list(file.get("obsm", {}))
+        there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+    obsm, uns, messages = {}, {}, []
+    if there is None:
+        context = Context(batch_key, "spatial", None)
+        opened = _model(model, use_rep, keys)
+        there, facts, messages = read_and_embed(path, opened, {}, context, use_rep, quiet)
+        obsm[use_rep], uns["cellplm"] = there, facts
+    found = _clustered(
+        np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap
+    )
+    obsm |= found["obsm"]
+    write_copy(
+        path, out, obs=found["obs"], obsm=obsm, obsp=found["obsp"], uns={**uns, **found["uns"]}
+    )
+    cells = anndata.AnnData(obs=obs.assign(**found["obs"]), obsm={use_rep: there, **obsm})
+    return cells, messages
+
+
+def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
+    """Refuse names that are no columns of ``obs`` of a file, before any work is done.
+
+    Args:
+        path: An ``.h5ad`` file; one that cannot be read is left to who reads it.
+        columns: Names.
+
+    Raises:
+        InputError: There is no such column.
+    """
+    import h5py
+
+    if not columns or not Path(path).is_file() or not h5py.is_hdf5(path):
+        return
+    with h5py.File(path) as file:
+        names = list(map(str, file["obs"].attrs.get("column-order", [])))
+    for column in columns:
+        if column not in names:
+            msg = explain(
+                f"obs has no column '{column}'",
+                f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
+                "Check the name",
+            )
+            raise InputError(msg)
+
+
+def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:
+    """Draw the UMAP of clustered cells, a panel a column; the picture appears whole or not at all.
+
+    Args:
+        cells: From :func:`cluster_file` with ``umap``.
+        columns: Columns of ``obs``.
+        out: Picture.
+    """
+    pyplot = require("matplotlib.pyplot", "eval", "A picture")
+    from cellplm_jax import plot
+
+    out = Path(out).expanduser()
+    figure, axes = pyplot.subplots(
+        1, len(columns), figsize=(6.4 * len(columns), 4.2), squeeze=False, layout="constrained"
+    )
+    for ax, column in zip(axes[0], columns, strict=True):
+        plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
+        os.replace(partial, out)
+    finally:
+        pyplot.close(figure)
+        partial.unlink(missing_ok=True)
+
+
+def _clustered(
+    embedding: np.ndarray,
+    use_rep: str,
+    resolution: float,
+    neighbors: int,
+    key_added: str,
+    seed: int,
+    metric: Metric,
+    *,
+    umap: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Return what is written into ``obs``, ``obsm``, ``obsp`` and ``uns``."""
+    graph = neighbor_graph(embedding, neighbors=neighbors, seed=seed, metric=metric, name=use_rep)
+    clusters = leiden_of_graph(graph, resolution=resolution, seed=seed)
+    names = [str(number) for number in range(clusters.max() + 1)]
+    laid_out = {}
+    if umap:
+        import scanpy
+
+        scanpy.tl.umap(graph, random_state=seed)
+        laid_out["X_umap"] = np.asarray(graph.obsm["X_umap"], np.float32)
+    params = {"resolution": resolution, "random_state": seed, "n_iterations": 2}
+    return {
+        "obs": {key_added: pd.Categorical.from_codes(clusters, names)},  # type: ignore[arg-type]
+        "obsm": laid_out,
+        "obsp": {name: graph.obsp[name] for name in ("distances", "connectivities")},
+        "uns": {"neighbors": dict(graph.uns["neighbors"]), key_added: {"params": params}},
+    }
+
+
+def _check(key_added: str, use_rep: str, resolution: float) -> None:
+    check_key(key_added)
+    check_key(use_rep)
+    if not resolution > 0:
+        msg = explain(f"resolution = {resolution}", "a number above 0", "1.0 is usual")
+        raise InputError(msg)
+
+
+def _model(
+    model: Pretrained | str | os.PathLike | None, use_rep: str, keys: list[str]
+) -> Pretrained:
+    """Return the model to embed with; refuse where there is none."""
+    if model is None:
+        have = ", ".join(map(repr, keys)) or "none"
+        msg = explain(
+            f"obsm has no '{use_rep}' (it has {have}) and no model was given",
+            "an embedding of the cells, or a model to make one with",
+            "Pass model='small' (--model), or name the embedding with use_rep (--use-rep)",
+        )
+        raise InputError(msg)
+    return load(model) if isinstance(model, str | os.PathLike) else model

@@ -1,0 +1,357 @@
+"""Integration: an embedding in which cells lie by what they are, not by the batch they were measured in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
+from cellplm_jax.data.anndata_io import open_counts
+from cellplm_jax.errors import ConfigError, InputError, explain
+from cellplm_jax.evaluate.denoising import gene_means
+from cellplm_jax.evaluate.embedding import integration_scores
+from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
+from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, lay_out
+from cellplm_jax.tasks.denoise import require_counts_decoder
+from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train.finetune import Loss, corrupted_forward
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+KEY = "X_cellplm_integrated"
+"""Key of ``obsm`` that ``predict`` writes."""
+
+FACTS = "cellplm_integration"
+"""What it writes into ``uns``."""
+
+WEIGHT = 0.03
+"""Weight of the mixing term at ``strength=1`` against the logarithm of the reconstruction's negative log-likelihood."""
+
+DRAWS = 4
+"""Times the cells are dealt to contexts; the epochs go round."""
+
+
+class BatchIntegrator(Estimator):
+    """Fine-tunes a model so that its embedding does not depend on the batch.
+
+    No labels are used. Entries are hidden and what was measured is predicted, as in pretraining, with a decoder row for
+    every batch: the decoder explains the batch, and the latent need not hold it. A second term, ramped up over the
+    first half of the fit, takes out what is left: around every cell the batches are to be those of all cells
+    (:func:`cellplm_jax.losses.objectives.batch_mixing_loss`). It moves neighbours only.
+
+    Contexts: cells attend to one another, so a context of one batch tells every cell its batch. Here contexts hold the
+    cells of all batches, in training in proportion, in ``predict`` all cells of the data. Contexts of one batch, and
+    cells without context, measured the same within noise, the latter at three times the time.
+
+    The batches should hold about the same kinds of cells. What only one batch holds is pulled towards the others as
+    well: lower ``strength`` where that is so, and look at ``score`` with labels. Differences between batches that are
+    biology (stimulated and not) are removed like any other: what is to be kept must not differ between batches only.
+
+    Args:
+        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
+            ``:small`` architecture from scratch, over the genes of the data.
+        strength: Mixing against structure: 0 only reconstructs, 1 is usual, more mixes more.
+        genes: Fit on so many highly variable genes; None: all that the cells express and the model knows. By default
+            3,000 from scratch, else all.
+        quiet: No progress.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``... No
+            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` change nothing.
+
+    Raises:
+        ConfigError: There is no such option, or its value is impossible.
+    """
+
+    task: ClassVar[str] = "integration"
+    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+        epochs=40,
+        patience=0,
+        learning_rate=1e-3,
+        embedder_rate=1.0,
+        weight_decay=1e-6,
+        embedder_weight_decay=1e-6,
+        warmup_epochs=3,
+        plateau_factor=1.0,
+        average=0.9,
+        validation_fraction=0.0,
+        cells_per_step=256,
+        cells_per_context=256,
+        masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
+    )
+
+    def __init__(
+        self,
+        model: Pretrained | str | os.PathLike | None = None,
+        *,
+        strength: float = 1.0,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Any,
+    ):
+        super().__init__(model, genes=genes, quiet=quiet, **training)
+        if not (np.isfinite(strength) and strength >= 0):
+            msg = explain(f"strength = {strength}", "a number of at least 0", "1 is usual")
+            raise ConfigError(msg)
+        if self.training.masking.drop_cells > 0:
+            msg = explain(
+                f"masking.drop_cells = {self.training.masking.drop_cells}",
+                "0: all cells of a context are compared",
+                "Lower it",
+            )
+            raise ConfigError(msg)
+        self.strength = float(strength)
+
+    # -- fitting --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        batch_key: str,
+        layer: str | None = None,
+        gene_key: str | None = None,
+        cells_per_context: int | None = None,
+    ) -> BatchIntegrator:
+        """Fit to the cells of several batches.
+
+        Args:
+            adata: Raw counts. Coordinates are not used: those of different samples cannot be compared.
+            batch_key: Column of ``obs`` naming the batch of each cell; at least two.
+            layer: Layer with the counts; None: look for them.
+            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            InputError: There is one batch only, or keys, counts or genes cannot be used.
+        """
+        if self.base is not None:
+            require_counts_decoder(self.base)
+        reading = Reading(batch_key, None, layer, gene_key, "counts", cells_per_context, None)
+        table = self._read(adata, reading)
+        cells = np.flatnonzero(np.diff(table.counts.indptr) > 0)
+        names = list(dict.fromkeys(table.batch[cells]))
+        if len(names) < 2:
+            msg = explain(
+                f"obs['{batch_key}'] names {len(names)} batch with counts"
+                + (f" ('{names[0]}')" if names else ""),
+                "at least two batches, which are to be mixed",
+                "Name the column that tells batches apart; one batch needs no integration",
+            )
+            raise InputError(msg)
+        table = self._choose_genes(table, cells)
+        means = gene_means(table.counts[cells])
+        start = self._begin(table, self._architecture(), gene_means=means)
+        self.facts = {
+            "cells": len(table),
+            "genes": len(table.genes),
+            "training_cells": len(cells),
+            "batches": len(names),
+            "strength": self.strength,
+        }
+        draws = [self._deal(table, cells, start, draw) for draw in range(DRAWS)]
+        ramp_epochs = max(1.0, self.training.epochs / 2)
+
+        def examples(epoch: int) -> list[Any]:
+            weight = jnp.float32(self.strength * min(1.0, (epoch + 1) / ramp_epochs))
+            return [
+                layout.example.replace(targets={**layout.example.targets, "weight": weight})
+                for layout in draws[epoch % DRAWS]
+            ]
+
+        self._finetune(
+            start,
+            loss=integration_loss(
+                start.config, self.training.masking, batches=len(self.batch_rows)
+            ),
+            examples=examples,
+            validate=None,
+        )
+        self._tell()
+        return self
+
+    def _deal(
+        self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
+    ) -> list[Layout]:
+        """Deal the cells to contexts that hold the batches in proportion, another way in every draw."""
+        rows = np.array([self.batch_rows[name] for name in table.batch], np.int32)
+        shuffled = np.random.default_rng([self.training.seed, draw]).permutation(cells)
+        by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
+        limit = self.training.cells_per_context or len(cells)
+        count = -(-len(cells) // limit)
+        return lay_out(
+            table,
+            [by_batch[first::count] for first in range(count)],
+            start.config,
+            targets={"row": rows, "batch": rows - min(self.batch_rows.values())},
+            cells_per_step=self.training.cells_per_step,
+        )
+
+    # -- predicting -----------------------------------------------------------------------------
+
+    def predict(
+        self,
+        adata: AnnData,
+        *,
+        key_added: str = KEY,
+        layer: str | None = AS_FITTED,
+        gene_key: str | None = AS_FITTED,
+        cells_per_context: int | None = AS_FITTED,
+    ) -> AnnData:
+        """Embed cells, in place; batches need not be known, and new ones are embedded like any other.
+
+        Writes:
+            ``obsm[key_added]``: float32 [n_obs, latent].
+            ``uns["cellplm_integration"]``: model, strength, genes, context.
+
+        Args:
+            adata: The cells; their contexts are made of all of them.
+            key_added: Key of ``obsm``.
+            layer: See :meth:`fit`; as there by default.
+            gene_key: See :meth:`fit`; as there by default.
+            cells_per_context: See :meth:`fit`; as there by default.
+
+        Returns:
+            ``adata`` itself.
+
+        Raises:
+            InputError: Nothing was fitted, or the counts, genes or keys cannot be used.
+        """
+        check_key(key_added)
+        keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
+        z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
+        adata.obsm[key_added] = z
+        adata.uns[FACTS] = facts
+        return adata
+
+    def predict_file(
+        self, path: str | os.PathLike, out: str | os.PathLike, *, key_added: str = KEY, **keys: Any
+    ) -> list[str]:
+        """Embed the cells of an ``.h5ad`` file into a copy of it, streamed.
+
+        Args:
+            path: Input; never changed.
+            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            key_added: See :meth:`predict`.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            What the input turned out to be, a line each.
+
+        Raises:
+            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        check_key(key_added)
+        z, facts, messages = self._integrate(path, self.reading.changed(**keys), key_added)
+        write_copy(path, out, obsm={key_added: z}, uns={FACTS: facts})
+        return messages
+
+    def score(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        label_key: str | None = None,
+        batch_key: str | None = AS_FITTED,
+        resolution: float = 1.0,
+        **keys: Any,
+    ) -> dict[str, float]:
+        """Embed cells and say how far their batches mix and, with labels, what is left of the biology.
+
+        Args:
+            adata: The cells; nothing is written.
+            label_key: Column of ``obs`` with cell types, which the fit never sees; cells without one count for mixing
+                alone. None: no labels.
+            batch_key: Column of ``obs`` naming the batch; as in :meth:`fit` by default.
+            resolution: Of Leiden.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            See :func:`cellplm_jax.evaluate.embedding.integration_scores`.
+
+        Raises:
+            InputError: As :meth:`predict`, or there is one batch only.
+            MissingDependencyError: The extra ``eval`` is not installed.
+        """
+        reading = self.reading.changed(batch_key=batch_key, **keys)
+        model = self._fitted()
+        with open_counts(
+            adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
+        ) as source:
+            batches = source.column(str(reading.batch_key))
+            labels = None if label_key is None else labels_of(source.obs, label_key)
+        z, _, _ = self._integrate(adata, reading, KEY)
+        return integration_scores(z, batches, labels, resolution=resolution)
+
+    def _integrate(
+        self, data: Any, reading: Reading, key_added: str
+    ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
+        """Embed in contexts of all batches; return z, facts for ``uns``, and sentences about the input."""
+        import cellplm_jax
+
+        model = self._fitted()
+        z, facts, messages = self._embed(data, reading.changed(batch_key=None))
+        return (
+            z,
+            {
+                "model": model.id,
+                "version": cellplm_jax.__version__,
+                "key_added": key_added,
+                "strength": self.strength,
+                "batches_fitted": list(self.batch_rows),
+                **facts,
+            },
+            messages,
+        )
+
+    # -- saving ---------------------------------------------------------------------------------
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return {"strength": self.strength}, {}
+
+    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        self.strength = float(state["strength"])
+
+
+def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: int) -> Loss:
+    """Return the loss ``log(reconstruction + latent) + weight * mixing``.
+
+    The logarithm makes the weight mean the same whatever the number of genes and the depth.
+
+    Args:
+        config: Architecture with a decoder of counts.
+        masking: What is hidden; no cells are dropped.
+        batches: Number of batches.
+
+    Returns:
+        Pure ``(params, example, key) -> (loss, metrics)``. Targets of the example: ``row`` (of the decoder) and
+        ``batch`` (from 0), int [samples, cells], and ``weight``, the strength of the epoch.
+    """
+    objective = ObjectiveConfig(kind=config.decoder.kind)  # type: ignore[arg-type]
+
+    def loss(params, example, key):
+        batch = example.batch.replace(batch=example.targets["row"])
+        output, kept, gene_mask = corrupted_forward(params, batch, key, config, masking)
+        found: Any = output.reconstruction
+        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
+        latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
+        mixing = batch_mixing_loss(
+            output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches
+        )
+        nats = jnp.log(terms["reconstruction"] + latent["latent"])
+        return nats + WEIGHT * example.targets["weight"] * mixing, {
+            "reconstruction": terms["reconstruction"],
+            "kl_latent": latent["kl_latent"],
+            "mixing": mixing,
+        }
+
+    return loss

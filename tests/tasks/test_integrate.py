@@ -1,0 +1,112 @@
+"""Integration: batches mixed on simulated cells, new batches, saved and loaded, and every refusal."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cellplm_jax.errors import ConfigError, InputError
+from cellplm_jax.evaluate.embedding import integration_scores
+from cellplm_jax.losses.objectives import batch_mixing_loss
+from cellplm_jax.tasks.denoise import Denoiser
+from cellplm_jax.tasks.embed import embed
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.integrate import BatchIntegrator
+from tests.conftest import VOCABULARY, make_labelled
+
+pytest.importorskip("scanpy", reason="needs the extra 'eval'")
+pytest.importorskip("igraph", reason="needs the extra 'eval'")
+
+FAST = {"epochs": 30, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
+KEY = "X_cellplm_integrated"
+
+
+def batched(cells=120, *, seed=0, added=12):
+    """Three kinds of cell in two batches; in the second, every fourth gene has ``added`` counts more."""
+    adata = make_labelled(cells, seed=seed)
+    matrix = adata.X.toarray()
+    second = (adata.obs["batch"] == "b1").to_numpy()
+    genes = np.isin(adata.var_names, VOCABULARY[::4])
+    matrix[np.ix_(second, genes)] += added
+    adata.X = matrix.astype(np.float32)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_model):
+    """Read only."""
+    return BatchIntegrator(tiny_model, strength=3, **FAST).fit(batched(), batch_key="batch")
+
+
+def test_mixes_batches_and_keeps_the_kinds(tiny_model, fitted):
+    adata = embed(batched(), tiny_model, spatial_key=None)
+    batches, kinds = adata.obs["batch"], adata.obs["kind"]
+    before = integration_scores(adata.obsm["X_cellplm"], batches, kinds)
+    after = fitted.score(batched(), label_key="kind")
+    assert after["ilisi"] > before["ilisi"] + 0.1
+    assert after["kbet"] > before["kbet"] + 0.1
+    assert after["knn_accuracy"] > before["knn_accuracy"] - 0.05
+    assert fitted.history[-1]["mixing"] < fitted.history[0]["mixing"]
+
+
+def test_writes_an_embedding_and_facts(fitted):
+    adata = batched(30, seed=3)
+    assert fitted.predict(adata) is adata
+    assert adata.obsm[KEY].shape == (30, fitted.model.config.latent_size)
+    assert adata.uns["cellplm_integration"]["batches_fitted"] == ["b0", "b1"]
+    assert set(fitted.score(adata)) == {"ilisi", "kbet", "clusters"}
+
+
+def test_batches_need_not_be_known(fitted):
+    adata = batched(30, seed=3)
+    expected = fitted.predict(adata.copy()).obsm[KEY]
+    del adata.obs["batch"]
+    np.testing.assert_array_equal(fitted.predict(adata, key_added="z").obsm["z"], expected)
+
+
+def test_saved_and_loaded_predicts_the_same(fitted, tmp_path):
+    fitted.save(tmp_path / "integrator")
+    found = BatchIntegrator.load(tmp_path / "integrator", quiet=True)
+    assert found.strength == 3.0
+    adata = batched(30, seed=3)
+    np.testing.assert_array_equal(
+        found.predict(adata.copy()).obsm[KEY], fitted.predict(adata.copy()).obsm[KEY]
+    )
+    with pytest.raises(Exception, match="a fitted BatchIntegrator"):
+        Denoiser.load(tmp_path / "integrator")
+    assert isinstance(found, Estimator)
+
+
+def test_mixing_loss_by_hand():
+    """Two batches of two cells each: log 2 apart; on one point more than 0, as a cell is not its own neighbour."""
+    code, mask = jnp.array([[0, 0, 1, 1]]), jnp.ones((1, 4), bool)
+    apart = jnp.array([[[0.0], [1], [50], [51]]])
+    loss = batch_mixing_loss(apart, code, mask, batches=2, neighbors=1)
+    assert float(loss) == pytest.approx(np.log(2), abs=1e-5)
+    same = batch_mixing_loss(jnp.zeros((1, 4, 1)), code, mask, batches=2, neighbors=1)
+    third, rest = 1 / 3, 2 / 3
+    expected = third * np.log(third / 0.5) + rest * np.log(rest / 0.5)
+    assert float(same) == pytest.approx(expected, abs=1e-5)
+    padded = jnp.concatenate([apart, jnp.full((1, 2, 1), 0.5)], axis=1)
+    mask = jnp.array([[True] * 4 + [False] * 2])
+    code = jnp.array([[0, 0, 1, 1, -1, -1]])
+    loss = batch_mixing_loss(padded, code, mask, batches=2, neighbors=5)
+    assert np.isfinite(float(loss))
+    assert float(batch_mixing_loss(padded, code, mask, batches=2, neighbors=1)) == pytest.approx(
+        np.log(2), abs=1e-5
+    )
+
+
+def test_refusals(tiny_model):
+    with pytest.raises(ConfigError, match="strength = -1"):
+        BatchIntegrator(tiny_model, strength=-1)
+    integrator = BatchIntegrator(tiny_model, **FAST)
+    with pytest.raises(InputError, match="has not been fitted"):
+        integrator.predict(batched(30))
+    adata = batched(30)
+    adata.obs["one"] = "only"
+    with pytest.raises(InputError, match=r"names 1 batch with counts \('only'\)"):
+        integrator.fit(adata, batch_key="one")
+    with pytest.raises(InputError, match="absent"):
+        integrator.fit(adata, batch_key="absent")
