@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
     pytest.importorskip("igraph", reason="needs the extra 'eval'")
-    embed, cluster, annotate, impute = blocks("python")
+    embed, cluster, annotate, impute, perturb = blocks("python")
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "model").symlink_to(tiny_run)
     make_adata(30).write_h5ad(tmp_path / "cells.h5ad")
@@ -53,6 +53,21 @@ def test_python_blocks_run_as_written(tiny_run, tmp_path, monkeypatch):
     exec(compile(impute, "README.md", "exec"), names)
     assert len(names["imputer"].confidence) == 20
     assert "cellplm_denoised_log1p" in names["adata"].layers
+
+    # The names in the README are those of human genes; the tiny model's are numbered.
+    screen = make_adata(48, spatial=False)
+    targets = dict(zip(("STAT1", "IRF1", "TP53"), VOCABULARY[:3], strict=True))
+    screen.obs["perturbation"] = [["control", *VOCABULARY[:2]][n % 3] for n in range(48)]
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    names["adata"].obs["donor"] = [f"d{n % 6}" for n in range(30)]
+    names["adata"].obs["disease"] = [["no", "yes"][n % 2] for n in range(30)]
+    for symbol, gene in targets.items():
+        perturb = perturb.replace(symbol, gene)
+    exec(compile(perturb, "README.md", "exec"), names)
+    assert names["found"].known.tolist() == ["seen", "combination of seen", "unseen"]
+    assert "cellplm_contribution" in names["adata"].obs
+    assert names["weights"].shape == (3, 30)
+    assert names["genes"].shape[0] == 40
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([a-z-]+)", README))))
