@@ -18,7 +18,16 @@ from tests.conftest import VOCABULARY, make_labelled
 pytest.importorskip("scanpy", reason="needs the extra 'eval'")
 pytest.importorskip("igraph", reason="needs the extra 'eval'")
 
-FAST = {"epochs": 30, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
+# Few cells are few steps: the mixing term has to weigh more than usual.
+FAST = {
+    "strength": 30,
+    "epochs": 30,
+    "warmup_epochs": 1,
+    "learning_rate": 3e-3,
+    "cells_per_context": 60,
+    "cells_per_step": 60,
+    "quiet": True,
+}
 KEY = "X_cellplm_integrated"
 
 
@@ -36,7 +45,7 @@ def batched(cells=120, *, seed=0, added=12):
 @pytest.fixture(scope="module")
 def fitted(tiny_model):
     """Read only."""
-    return BatchIntegrator(tiny_model, strength=3, **FAST).fit(batched(), batch_key="batch")
+    return BatchIntegrator(tiny_model, **FAST).fit(batched(), batch_key="batch")
 
 
 def test_mixes_batches_and_keeps_the_kinds(tiny_model, fitted):
@@ -68,7 +77,7 @@ def test_batches_need_not_be_known(fitted):
 def test_saved_and_loaded_predicts_the_same(fitted, tmp_path):
     fitted.save(tmp_path / "integrator")
     found = BatchIntegrator.load(tmp_path / "integrator", quiet=True)
-    assert found.strength == 3.0
+    assert found.strength == 30.0
     adata = batched(30, seed=3)
     np.testing.assert_array_equal(
         found.predict(adata.copy()).obsm[KEY], fitted.predict(adata.copy()).obsm[KEY]
