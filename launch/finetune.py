@@ -29,6 +29,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.train.workdir import first_difference
 from launch import cluster, estimators, options
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration.")
@@ -102,7 +103,7 @@ def check_workdir(workdir: Path, wanted: dict[str, Any]) -> bool:
             "Name another --workdir, or remove this one",
         )
         raise InputError(msg) from error
-    difference = _first_difference(there, wanted)
+    difference = first_difference(there, wanted)
     if difference is not None:
         msg = explain(
             f"'{workdir}' holds a fit that differs in {difference}",
@@ -170,18 +171,6 @@ def _first_existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Return where two nested dictionaries differ first, in words; None: nowhere."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(set(old) | set(new)):
-            dotted = f"{path}.{name}" if path else name
-            found = _first_difference(old.get(name), new.get(name), dotted)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else f"{path}: {old!r} there, {new!r} now"
 
 
 def _name_and_size(path: str) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def open_workdir(
         # What lies there has covariate sizes that only the data decided; compare the rest as JSON would show it.
         config = with_covariates(config, store, found.train)
         old = with_covariates(found.train, store, config)
-        difference = _first_difference(_plain(old), _plain(config))
+        difference = first_difference(_plain(old), _plain(config))
         if difference is not None:
             difference += " differs"
         else:
@@ -180,10 +180,17 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Return where two nested dictionaries of plain values differ first, in words; None: nowhere.
+
+    Args:
+        old: What is there.
+        new: What is wanted now.
+        path: Dotted name of both, where they are part of something larger.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(set(old) | set(new)):
-            inner = _first_difference(
+            inner = first_difference(
                 old.get(name), new.get(name), f"{path}.{name}" if path else name
             )
             if inner:
