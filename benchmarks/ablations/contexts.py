@@ -35,6 +35,11 @@ def sizes_up_to(cells: int) -> list[int]:
     return found if found[-1] == cells or cells > LARGEST else [*found, cells]
 
 
+def shuffled(adata: AnnData) -> AnnData:
+    """Return the cells in random order: contexts are dealt from it, and files may be sorted by label."""
+    return adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+
+
 def neighbours(adata: AnnData, model: Pretrained, size: int) -> dict[str, Any]:
     """Return the accuracy of neighbours in an embedding made in contexts of ``size`` cells."""
     cellplm_jax.embed(adata, model, cells_per_context=size, minimum_genes=1)
@@ -136,19 +141,19 @@ def run_contexts(data: Path, runs: Path, results: Any) -> None:
     def add(name: str, size: int, make: Any) -> None:
         results.add("contexts", f"{name} {size}", 0, settings, make)
 
-    adata = read_h5ad(data / f"{SPATIAL}.h5ad")
+    adata = shuffled(read_h5ad(data / f"{SPATIAL}.h5ad"))
     spatial = HiddenGenes(adata, model)
     for size in sizes_up_to(adata.n_obs)[::-1]:
         add(SPATIAL, size, lambda size=size: spatial.score(size))
     for name in LABELLED:
-        adata = read_h5ad(data / f"{name}.h5ad")
+        adata = shuffled(read_h5ad(data / f"{name}.h5ad"))
         for size in sizes_up_to(adata.n_obs)[::-1]:
             add(name, size, lambda size=size, adata=adata: neighbours(adata, model, size))
     saved = runs / "annotator-small-0"
     if saved.is_dir():
         annotator = CellTypeAnnotator.load(saved)
         adata, test = annotated_cells(data, 0)
-        cells = adata[test].copy()
+        cells = shuffled(adata[test])
         for size in sizes_up_to(cells.n_obs)[::-1]:
             add("fine-tuned", size, lambda size=size: fine_tuned(annotator, cells, size))
     jax.clear_caches()

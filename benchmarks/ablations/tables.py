@@ -209,7 +209,9 @@ def position_table(rows: list[dict[str, Any]]) -> list[str]:
         f"{settings['gradient_genes']} genes on a gradient of {settings['gradient_fold']:g}-fold across the section "
         "that no other gene tells of. `GeneImputer` from scratch, one section the reference, the other shown without "
         f"those genes and without half of the markers, {settings['epochs']} epochs at most. Mean over genes of "
-        "Pearson's correlation over cells, log-normalised. *Truth*: the expected counts themselves, the ceiling.",
+        "Pearson's correlation over cells, log-normalised. *Truth*: the expected counts themselves, the most that "
+        "can be known; *without places*: those of the same cells had there been no gradient, the most that can be "
+        "known of a cell whose place is not told (low totals make all log-normalised values of a cell alike).",
         "",
         *table(["", "genes on the gradient", "hidden markers", "seeds"], body),
     ]  # fmt: skip
