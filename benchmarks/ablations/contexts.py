@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from anndata import AnnData, read_h5ad
-from pretraining import LABEL_KEY, NEIGHBORS, annotated_cells, known_labels
+from pretraining import LABEL_KEY, NEIGHBORS, annotated_cells, fit_annotator, known_labels
 from scipy import sparse
 
 import cellplm_jax
@@ -23,6 +23,10 @@ from cellplm_jax.tasks.pretrained import Pretrained
 
 MODEL = "small"
 LABELLED = ("zheng_purified_pbmc", "pbmc3k")
+BUNDLED, ABLATED = "annotator-bundled", "annotator-small-0"
+FINE_TUNED = (ABLATED, BUNDLED)
+"""The full variant of the part on annotation, where it was run, and the bundled model fine-tuned in the same way."""
+
 SPATIAL, SECTION_KEY = "xenium_breast_jef2023_4fov", "batch"
 LARGEST = 32_768
 SCORED_CELLS, HIDDEN_GENES = 2048, 0.25
@@ -133,8 +137,8 @@ class HiddenGenes:
         return np.concatenate(parts)
 
 
-def run_contexts(data: Path, runs: Path, results: Any) -> None:
-    """Run what is missing; the fine-tuned network is that of the part before, where it is there."""
+def run_contexts(data: Path, runs: Path, epochs: int, results: Any) -> None:
+    """Run what is missing."""
     settings = {"model": MODEL, "scored_cells": SCORED_CELLS, "hidden_genes": HIDDEN_GENES}
     model = cellplm_jax.load(MODEL)
 
@@ -149,11 +153,18 @@ def run_contexts(data: Path, runs: Path, results: Any) -> None:
         adata = shuffled(read_h5ad(data / f"{name}.h5ad"))
         for size in sizes_up_to(adata.n_obs)[::-1]:
             add(name, size, lambda size=size, adata=adata: neighbours(adata, model, size))
-    saved = runs / "annotator-small-0"
-    if saved.is_dir():
-        annotator = CellTypeAnnotator.load(saved)
-        adata, test = annotated_cells(data, 0)
-        cells = shuffled(adata[test])
-        for size in sizes_up_to(cells.n_obs)[::-1]:
-            add("fine-tuned", size, lambda size=size: fine_tuned(annotator, cells, size))
+    adata, test = annotated_cells(data, 0)
+    cells = shuffled(adata[test])
+    for name in FINE_TUNED:
+        saved = runs / name
+        if not saved.is_dir() and name == BUNDLED:
+            fit_annotator(model, adata[~test].copy(), 0, epochs).save(saved)
+        if saved.is_dir():
+            annotator = CellTypeAnnotator.load(saved, quiet=True)
+            for size in sizes_up_to(cells.n_obs)[::-1]:
+
+                def make(size=size, annotator=annotator):
+                    return fine_tuned(annotator, cells, size)
+
+                add(name, size, make)
     jax.clear_caches()

@@ -60,6 +60,8 @@ PREVALENCE = 0.1
 ANNOTATED, TRAINING_SHARE = "zheng_purified_pbmc", 0.7
 LABEL_KEY, BATCH_KEY, NO_LABEL = "cell_type", "batch", ("", "unassigned")
 NEIGHBORS = 15
+STEP_CELLS = 192
+"""Cells of a step of fine-tuning: several steps an epoch, so that few epochs do."""
 
 
 def corpus_of(data: Path, corpus: Path) -> Path:
@@ -208,6 +210,21 @@ def annotated_cells(data: Path, seed: int) -> tuple[AnnData, np.ndarray]:
     return adata, test
 
 
+def fit_annotator(model: Pretrained, cells: AnnData, seed: int, epochs: int) -> CellTypeAnnotator:
+    """Fine-tune a model, without the logistic regression that usually goes with it."""
+    annotator = CellTypeAnnotator(
+        model,
+        linear=False,
+        quiet=True,
+        epochs=epochs,
+        warmup_epochs=2,
+        cells_per_step=STEP_CELLS,
+        cells_per_context=STEP_CELLS,
+        seed=seed,
+    )
+    return annotator.fit(cells, label_key=LABEL_KEY)
+
+
 def fine_tune(variant: str, seed: int, *, data: Path, runs: Path, epochs: int) -> dict[str, Any]:
     """Fine-tune a pretrained variant for annotation, the network alone, and score it on cells it has not seen.
 
@@ -221,10 +238,7 @@ def fine_tune(variant: str, seed: int, *, data: Path, runs: Path, epochs: int) -
     adata, test = annotated_cells(data, seed)
     model = cellplm_jax.load(runs / f"{variant}-{seed}-model")
     began = time.monotonic()
-    annotator = CellTypeAnnotator(
-        model, linear=False, quiet=True, epochs=epochs, warmup_epochs=5, seed=seed
-    )
-    annotator.fit(adata[~test].copy(), label_key=LABEL_KEY)
+    annotator = fit_annotator(model, adata[~test].copy(), seed, epochs)
     keep = runs / f"annotator-{variant}-{seed}"
     shutil.rmtree(keep, ignore_errors=True)
     annotator.save(keep)

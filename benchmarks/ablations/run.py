@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="some of the pretraining variants")
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of pretraining")
     parser.add_argument("--cells", type=int, default=512, help="cells of a pretraining batch")
-    parser.add_argument("--epochs", type=int, default=30, help="of fine-tuning, at most")
+    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning, at most")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "ablations", help="path without suffix")
     args = parser.parse_args()
@@ -149,7 +149,7 @@ def main() -> None:
         elif part == "contexts":
             from contexts import run_contexts
 
-            run_contexts(args.data, args.runs, results)
+            run_contexts(args.data, args.runs, args.epochs, results)
         else:
             from tissue import run_positions
 
@@ -178,9 +178,10 @@ def run_pretraining(args: argparse.Namespace, results: Results) -> None:
 
 def run_annotation(args: argparse.Namespace, results: Results) -> None:
     """Fine-tune every variant, seed by seed."""
-    from pretraining import VARIANTS, fine_tune
+    from pretraining import STEP_CELLS, VARIANTS, fine_tune
 
     settings = {"steps": args.steps, "cells": args.cells, "epochs": args.epochs}
+    settings |= {"step_cells": STEP_CELLS}
     for seed in range(args.seeds):
         for variant in args.variants or VARIANTS:
 

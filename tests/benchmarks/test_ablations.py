@@ -33,7 +33,7 @@ def made_up():
         row("pretraining", "gaussian", seed, {"knn_accuracy": 0.4 + 0.2 * seed}, **run)
         for seed in range(2)
     ]
-    rows.append(row("annotation", "gaussian", 0, {"macro_f1": 0.25}, epochs=3))
+    rows.append(row("annotation", "gaussian", 0, {"macro_f1": 0.25}, epochs=3, step_cells=4))
     rows.append(
         row("contexts", "pbmc3k 1", 0, {"knn_accuracy": 0.125}, model="small", scored_cells=4)
     )
