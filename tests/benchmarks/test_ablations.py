@@ -44,13 +44,20 @@ def test_means_deviations_and_differences_seed_by_seed(tmp_path):
     pytest.importorskip("matplotlib")
     tables.write_tables(made_up(), tmp_path / "found")
     text = (tmp_path / "found.md").read_text()
-    assert "| full (`:small`) | 0.550 ± 0.071 | - | 2 | 10 |" in text
-    assert "| plain Gaussian latent | 0.500 ± 0.141 | 0.250 | 2 | 10 |" in text
+    assert "| full (`:small`) | 0.550 ± 0.071 | - | 0, 1 | 10 |" in text
+    assert "| plain Gaussian latent | 0.500 ± 0.141 | 0.250 | 0, 1 | 10 |" in text
     difference = next(
         line for line in text.splitlines() if line.startswith("| plain Gaussian latent | -")
     )
     assert difference.startswith("| plain Gaussian latent | -0.050 ± 0.071 | - | F1 MS -0.029;")
     assert "| 1 | 0.125 |" in text
+    # A seed that one variant lacks is left out of the comparison.
+    tables.write_tables(
+        [r for r in made_up() if (r["name"], r["seed"]) != ("small", 1)], tmp_path / "found"
+    )
+    text = (tmp_path / "found.md").read_text()
+    assert "| full (`:small`) | 0.500 | - | 0 | 10 |" in text
+    assert "| plain Gaussian latent | 0.400 | 0.250 | 0, 1 | 10 |" in text
     assert (tmp_path / "found.png").stat().st_size > 1000
 
 
