@@ -288,7 +288,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
     if not parts:
         return False
     figure, places = pyplot.subplots(
-        len(parts), 1, figsize=(11, 3.6 * len(parts)), layout="constrained", squeeze=False
+        len(parts), 1, figsize=(16, 3.6 * len(parts)), layout="constrained", squeeze=False
     )
     axes = iter(places[:, 0])
     if variants:
