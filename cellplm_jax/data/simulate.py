@@ -27,6 +27,11 @@ __all__ = ["simulate_tissue"]
 CELL_SPACING = 15.0
 """Typical distance between neighbouring cell centres, micrometres."""
 
+_GRADIENTS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+"""Directions that gradient genes rise in, in turn."""
+
+_GRADIENT_NAMES = ("+x", "-x", "+y", "-y")
+
 _BLOCK = 1024
 """Cells drawn at a time; fixed, because the stream of random numbers depends on it."""
 
@@ -39,6 +44,7 @@ class _Plan:
     ligand: np.ndarray  # [pairs]
     receptor: np.ndarray  # [pairs]
     target: np.ndarray  # [pairs, targets]
+    gradient: np.ndarray  # [gradient genes]
 
 
 def simulate_tissue(
@@ -61,6 +67,8 @@ def simulate_tissue(
     interaction_radius: float = 30.0,
     interaction_fold: float = 4.0,
     sender_activity: float = 0.3,
+    gradient_genes: int = 0,
+    gradient_fold: float = 8.0,
     keep_expected: bool = True,
 ) -> AnnData:
     """Simulate counts of a tissue whose cell types, domains, batch effects and signalling are known.
@@ -83,6 +91,8 @@ def simulate_tissue(
        ``interaction_radius`` in its own section has the activation ``a = 1 - exp(-n)``, and each target gene is
        multiplied by ``interaction_fold ** a``. Receivers without such a neighbour are unchanged. In a tissue of more
        than one type the receiver is never the sender.
+       ``gradient_genes`` others follow the place of a cell, whatever its type and neighbours: from one side of a
+       section to the other they change by ``gradient_fold``, in turn up and down along the first axis, then the second.
     5. *Batches.* Each gene is multiplied by a log-normal factor per batch (sd ``batch_strength``), and each batch has
        a log-normal factor on the library size (same sd). Log-factors are centred over the batches, so one batch has
        no effect.
@@ -109,7 +119,7 @@ def simulate_tissue(
       receivers; ``obsm["active_sender"]``: bool, same shape. Both absent without pairs.
     - ``var``: ``ensembl_id`` (real human ids, the first ``genes`` of one fixed order, so that models with an Ensembl
       vocabulary can be applied; the genes' behaviour is invented), ``marker_of`` and ``target_of`` (name or ""),
-      ``is_ligand``, ``is_receptor``, ``is_target``, ``dispersion``.
+      ``is_ligand``, ``is_receptor``, ``is_target``, ``gradient`` ("+x", "-x", "+y", "-y" or ""), ``dispersion``.
     - ``uns["truth"]``: ``domain_proportions`` ``[domains, types]``; ``log_programme`` ``[types, genes]`` (natural log
       of the relative rates of steps 3 and 4 without signalling; ligands as in inactive cells);
       ``batch_gene_factor`` ``[batches, genes]``; ``batch_library_factor`` ``[batches]``; ``dropout_intercept`` (the
@@ -135,6 +145,8 @@ def simulate_tissue(
         interaction_radius: Reach of a ligand, micrometres.
         interaction_fold: Fold change of targets at full activation.
         sender_activity: Share of the sender cells that make the ligand.
+        gradient_genes: Genes that follow a gradient across the tissue; 0 for none.
+        gradient_fold: Their fold change from one side of a section to the other.
         keep_expected: Whether to store the dense ``expected`` layer, which is what limits the size.
 
     Returns:
@@ -156,7 +168,12 @@ def simulate_tissue(
         for name, child in zip(names, np.random.SeedSequence(seed).spawn(len(names)), strict=True)
     }
     plan = _assign_genes(
-        genes, cell_types, markers_per_type, ligand_receptor_pairs, targets_per_pair
+        genes,
+        cell_types,
+        markers_per_type,
+        ligand_receptor_pairs,
+        targets_per_pair,
+        gradient_genes,
     )
     identifiers = _ensembl_ids(genes)
 
@@ -183,6 +200,8 @@ def simulate_tissue(
     )
     log_batch_gene = _centred_normal(streams["batches"], (batches, genes), batch_strength)
     log_batch_library = _centred_normal(streams["batches"], (batches,), batch_strength)
+    slope = np.log(gradient_fold) * _GRADIENTS[np.arange(gradient_genes) % len(_GRADIENTS)]
+    across = _across(position, batch)
     size = library_size * np.exp(
         log_batch_library[batch] + 0.35 * streams["library"].standard_normal(cells)
     )
@@ -194,6 +213,7 @@ def simulate_tissue(
             log_rate[:, plan.target[pair]] += (
                 np.log(interaction_fold) * activation[rows, pair, None]
             )
+        log_rate[:, plan.gradient] += across[rows] @ slope.T
         rate = np.exp(log_rate)
         return rate * (size[rows] / rate.sum(axis=1))[:, None]
 
@@ -236,6 +256,8 @@ def simulate_tissue(
     target_of = np.full(genes, "", dtype=object)
     for pair, name in enumerate(pair_names):
         target_of[plan.target[pair]] = name
+    gradient = np.full(genes, "", dtype=object)
+    gradient[plan.gradient] = np.resize(np.asarray(_GRADIENT_NAMES, dtype=object), gradient_genes)
     every = np.arange(genes)
     var = pd.DataFrame(
         {
@@ -245,6 +267,7 @@ def simulate_tissue(
             "is_ligand": np.isin(every, plan.ligand),
             "is_receptor": np.isin(every, plan.receptor),
             "is_target": np.isin(every, plan.target),
+            "gradient": gradient,
             "dispersion": inverse_dispersion.astype(np.float32),
         },
         index=pd.Index(gene_names, dtype=object),
@@ -298,6 +321,7 @@ def _check(arguments: dict[str, Any]) -> None:
         "domains": 1,
         "ligand_receptor_pairs": 0,
         "targets_per_pair": 1,
+        "gradient_genes": 0,
         "seed": 0,
         "markers_per_type": 0,
     }
@@ -316,6 +340,7 @@ def _check(arguments: dict[str, Any]) -> None:
         "dispersion": (0.0, np.inf, False, 3.0),
         "interaction_radius": (0.0, np.inf, False, 30.0),
         "interaction_fold": (0.0, np.inf, False, 4.0),
+        "gradient_fold": (0.0, np.inf, False, 8.0),
         "sender_activity": (0.0, np.nextafter(1.0, 2.0), True, 0.3),
     }
     for name, (low, high, closed, default) in ranges.items():
@@ -334,13 +359,16 @@ def _check(arguments: dict[str, Any]) -> None:
             refuse(name, "True or False", f"Pass {name}=True or {name}=False")
         arguments[name] = bool(arguments[name])
     signalling = arguments["ligand_receptor_pairs"] * (2 + arguments["targets_per_pair"])
+    gradient = arguments["gradient_genes"]
     wanted = arguments["markers_per_type"]
-    needed = signalling + arguments["cell_types"] * (1 if wanted is None else wanted)
+    markers = arguments["cell_types"] * (1 if wanted is None else wanted)
+    needed = signalling + markers + gradient
     if arguments["genes"] < needed:
+        sloping = f" and {gradient} that follow a gradient" if gradient else ""
         refuse(
             "genes",
-            f"at least {needed}: {needed - signalling} marker genes for {arguments['cell_types']} cell types and "
-            f"{signalling} signalling genes for {arguments['ligand_receptor_pairs']} ligand-receptor pairs",
+            f"at least {needed}: {markers} marker genes for {arguments['cell_types']} cell types and "
+            f"{signalling} signalling genes for {arguments['ligand_receptor_pairs']} ligand-receptor pairs{sloping}",
             "Ask for more genes, or fewer cell_types, markers_per_type, ligand_receptor_pairs or targets_per_pair",
         )
 
@@ -388,17 +416,24 @@ def _split_evenly(cells: int, batches: int) -> np.ndarray:
 
 
 def _assign_genes(
-    genes: int, cell_types: int, markers_per_type: int | None, pairs: int, targets: int
+    genes: int,
+    cell_types: int,
+    markers_per_type: int | None,
+    pairs: int,
+    targets: int,
+    gradient_genes: int,
 ) -> _Plan:
-    """Give out the genes: markers first, then ligand, receptor and targets of each pair, then the rest."""
+    """Give out the genes: markers first, then ligand, receptor and targets of each pair, gradients, the rest."""
     signalling = pairs * (2 + targets)
     if markers_per_type is None:
-        markers_per_type = min(20, max(1, (genes - signalling) // (2 * cell_types)))
+        free = genes - signalling - gradient_genes
+        markers_per_type = min(20, max(1, free // (2 * cell_types)))
     markers = cell_types * markers_per_type
     marker_type = np.full(genes, -1)
     marker_type[:markers] = np.repeat(np.arange(cell_types), markers_per_type)
     block = markers + np.arange(signalling).reshape(pairs, 2 + targets)
-    return _Plan(marker_type, block[:, 0], block[:, 1], block[:, 2:])
+    gradient = markers + signalling + np.arange(gradient_genes)
+    return _Plan(marker_type, block[:, 0], block[:, 1], block[:, 2:], gradient)
 
 
 def _lay_out(
@@ -447,6 +482,16 @@ def _lay_out(
     return position, domain
 
 
+def _across(position: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Return ``[cells, 2]``: how far a cell is across its own section, about -.5 to .5 along its longer side."""
+    across = np.zeros_like(position)
+    for section in np.unique(batch):
+        rows = batch == section
+        low, high = position[rows].min(axis=0), position[rows].max(axis=0)
+        across[rows] = (position[rows] - (low + high) / 2) / max((high - low).max(), 1e-12)
+    return across
+
+
 def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Index of the nearest centre of each point."""
     from scipy.spatial import KDTree
@@ -482,8 +527,10 @@ def _gene_programmes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log relative rate of each gene in each type ``[types, genes]`` and inverse dispersions ``[genes]``."""
     baseline = rng.standard_normal(genes)
-    marked = np.concatenate([plan.ligand, plan.receptor, plan.target.ravel()])
-    baseline[marked] = np.abs(baseline[marked])  # signalling genes are never among the weakest
+    marked = np.concatenate([plan.ligand, plan.receptor, plan.target.ravel(), plan.gradient])
+    baseline[marked] = np.abs(
+        baseline[marked]
+    )  # genes with a spatial part are never among the weakest
     log_programme = baseline + 0.2 * rng.standard_normal((cell_types, genes))
     fold = np.log(marker_fold) + 0.2 * rng.standard_normal(genes)
     marker = np.flatnonzero(plan.marker_type >= 0)

@@ -405,3 +405,35 @@ def test_arguments_are_kept_for_the_record():
     assert record["dropout"] == 0.2
     repeated = simulate_tissue(**record)
     assert (repeated.X != simulate_tissue(cells=3, genes=60, seed=4).X).nnz == 0
+
+
+def test_gradient_genes_follow_the_place_of_a_cell_and_nothing_else():
+    tissue = simulate_tissue(
+        cells=800, genes=60, batches=2, domains=1, ligand_receptor_pairs=0, batch_strength=0.0,
+        dropout=0.0, gradient_genes=8, gradient_fold=16.0, seed=2,
+    )  # fmt: skip
+    gradient = tissue.var["gradient"]
+    assert gradient[gradient != ""].tolist() == ["+x", "-x", "+y", "-y"] * 2
+    assert not tissue.var.loc[gradient != "", "marker_of"].any()
+    # Within a cell type, ratios of genes are what the gradient made of them.
+    kind, rate = codes(tissue, "cell_type"), tissue.layers["expected"].astype(np.float64)
+    share = np.log(rate / rate[:, (gradient == "").to_numpy()].sum(axis=1, keepdims=True))
+    for section in range(2):
+        here = (codes(tissue, "batch") == section) & (kind == 0)
+        place = tissue.obsm["spatial"][here]
+        extent = np.ptp(tissue.obsm["spatial"][codes(tissue, "batch") == section], axis=0).max()
+        for gene, name in enumerate(gradient):
+            if name:
+                axis = "xy".index(name[1])
+                slope = np.polyfit(place[:, axis], share[here, gene], 1)[0] * extent
+                sign = 1.0 if name[0] == "+" else -1.0
+                assert slope == pytest.approx(sign * np.log(16.0), rel=1e-3)
+            else:
+                assert np.ptp(share[here, gene]) < 1e-4
+
+
+def test_tissues_without_gradients_are_as_before():
+    tissue = simulate_tissue(cells=30, genes=200, seed=1)
+    assert not (tissue.var["gradient"] != "").any()
+    with pytest.raises(InputError, match="and 9 that follow a gradient"):
+        simulate_tissue(cells=3, genes=40, ligand_receptor_pairs=4, gradient_genes=9)
