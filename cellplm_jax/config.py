@@ -526,6 +526,8 @@ class FinetuneConfig:
         patience: Epochs without a better validation score after which to stop (published: 200); 0: never.
         learning_rate: Peak learning rate.
         embedder_rate: The embedder's learning rate as a fraction of ``learning_rate``.
+        dispersion_rate: The learning rate of the genes' dispersions as a multiple of ``learning_rate``: one number a
+            gene on a logarithmic scale, which a few hundred steps would hardly move from where it started.
         layer_decay: Factor on the learning rate for every layer further from the output; 1: none.
         weight_decay: Decoupled weight decay.
         embedder_weight_decay: The same for the embedder.
@@ -553,6 +555,7 @@ class FinetuneConfig:
     patience: int = 50
     learning_rate: float = 5e-3
     embedder_rate: float = 0.1
+    dispersion_rate: float = 1.0
     layer_decay: float = 1.0
     weight_decay: float = 1e-7
     embedder_weight_decay: float = 1e-10
@@ -574,6 +577,7 @@ class FinetuneConfig:
         _at_least(self, "", 1, "epochs", "plateau_patience", "cells_per_step")
         _at_least(self, "", 0, "patience", "warmup_epochs", "clip_norm", "adapter_rank")
         _at_least(self, "", 0, "weight_decay", "embedder_weight_decay", "embedder_rate")
+        _at_least(self, "", 0, "dispersion_rate")
         _at_least(self, "", 0, "cells_per_context", "seed")
         _positive(self, "", "learning_rate", "layer_decay", "plateau_factor", "adapter_scale")
         _fraction(self.validation_fraction, "validation_fraction")

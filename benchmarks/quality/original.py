@@ -177,7 +177,8 @@ def _train(cells: anndata.AnnData, seed: int, epochs: int, latent: str, batch: b
         order = random.permutation(len(item["order_list"]))
         for part in np.array_split(order, max(1, -(-len(order) // 512))):
             index = torch.from_numpy(np.sort(part))
-            contexts.append({k: v.index_select(0, index) for k, v in given.items()})
+            context = {k: v.index_select(0, index) for k, v in given.items()}
+            contexts.append({**context, "gene_mask": torch.ones(len(genes), dtype=torch.bool)})
     for epoch in range(epochs):
         model.train()
         for group in optimizer.param_groups:
@@ -203,6 +204,7 @@ def denoise(problem: Path, seed: int) -> dict[str, Any]:
     item = data[0]
     with torch.no_grad():
         given = {k: v for k, v in item.items() if k in ("coord", "x_seq")}
+        given["gene_mask"] = torch.ones(cells.n_vars, dtype=torch.bool)
         out, _ = model(XDict(given), item["gene_list"])
     total = np.asarray(cells.X.sum(axis=1)).ravel()
     mean = out["recon"].numpy().astype(np.float64)
@@ -226,6 +228,7 @@ def embed(problem: Path, seed: int) -> dict[str, Any]:
     for item in (data[i] for i in range(len(data.seq_list))):
         with torch.no_grad():
             given = {k: v for k, v in item.items() if k in ("coord", "x_seq", "batch")}
+            given["gene_mask"] = torch.ones(cells.n_vars, dtype=torch.bool)
             out, _ = model(XDict(given), item["gene_list"])
         latent = out["latent"].numpy()
         found = np.zeros((cells.n_obs, latent.shape[1]), np.float32) if found is None else found

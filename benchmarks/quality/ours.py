@@ -68,9 +68,8 @@ def denoise(model: str | None, *, zero_shot: bool = False, **options: Any) -> Me
             found.fit(cells)
         result = {}
         for name, detected in (("expected", False), ("detected", True)):
-            found.predict(cells, detected=detected)
-            total = np.asarray(cells.X.sum(axis=1)).ravel()
-            result[name] = normalize(cells.layers["cellplm_denoised"], total=total)
+            found.predict(cells, detected=detected, log_normalized=True)
+            result[name] = cells.layers["cellplm_denoised_log1p"]
         return result
 
     return method

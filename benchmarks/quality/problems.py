@@ -34,6 +34,9 @@ DATASETS = {
 }
 """Files of each task, without ``.h5ad``."""
 
+ONE_BATCH = ("pbmc3k",)
+"""Data sets of one batch, which nothing can be integrated in."""
+
 HIDDEN_GENES = 0.3
 """Share of the genes that is hidden from the section to impute in."""
 

@@ -20,7 +20,7 @@ from cellplm_jax.tasks.embed import (
     read_and_embed,
     write_copy,
 )
-from cellplm_jax.tasks.pretrained import Pretrained, load
+from cellplm_jax.tasks.pretrained import Pretrained, opened
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -266,4 +266,4 @@ def _model(
             "Pass model='small' (--model), or name the embedding with use_rep (--use-rep)",
         )
         raise InputError(msg)
-    return load(model) if isinstance(model, str | os.PathLike) else model
+    return opened(model)

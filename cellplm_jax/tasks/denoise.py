@@ -49,6 +49,9 @@ FACTS = "cellplm_denoising"
 COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
 """Decoders whose means are counts."""
 
+EXPLICIT_MEAN, EXPLICIT_COUNTS = 12.0, 48
+"""Up to which mean, and over how many counts, a mean of logarithms is summed."""
+
 VALIDATION = MaskingConfig(cell_fraction=1.0, gene_fraction=0.1, beta=False, drop_cells=0.0)
 """What is hidden from the validation cells, the same in every epoch."""
 
@@ -81,6 +84,7 @@ class Denoiser(Estimator):
         patience=10,
         learning_rate=1e-3,
         embedder_rate=1.0,
+        dispersion_rate=30.0,
         weight_decay=1e-6,
         embedder_weight_decay=1e-6,
         warmup_epochs=3,
@@ -203,7 +207,8 @@ class Denoiser(Estimator):
                 the mean of all rows.
             log_normalized: Write the second layer as well.
             detected: Predict the count given that it is not zero instead: ``mean / (1 - p(0))``, at least 1. It is what
-                was lost where a non-zero count is known to be missing. Totals are then larger than the measured ones.
+                was lost where a non-zero count is known to be missing. Totals are then larger than the measured ones,
+                and the log-normalised layer is the mean of the logarithms, which is below that of the layer of counts.
             key_added: Name of the layer.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
@@ -332,10 +337,8 @@ class Denoiser(Estimator):
         seen_log = log_normalize(masked.X)
         scores: dict[str, float] = {}
         for given, prefix in ((False, ""), (True, "detected_")):
-            blocks = [b for _, b, _ in self._expected(masked, found, given)[0]]
-            # Given that a count is there, it is counted in the cell's own total.
-            total = np.asarray(masked.X.sum(axis=1)).ravel() if given else None
-            predicted = log_normalize(np.concatenate(blocks)[:, measured], total=total)
+            blocks = [logs for _, _, logs in self._expected(masked, found, given, True)[0]]
+            predicted = np.concatenate(blocks)[:, measured]  # type: ignore[arg-type]
             mean = np.broadcast_to(gene_means(seen_log, detected=given), predicted.shape)
             rows = {"": predicted, "gene_mean_": mean}
             for name, values in rows.items():
@@ -347,13 +350,14 @@ class Denoiser(Estimator):
         return scores
 
     def _expected(
-        self, data: Any, reading: Reading, detected: bool
-    ) -> tuple[Iterator[tuple[slice, np.ndarray, np.ndarray]], np.ndarray, dict, list[str]]:
+        self, data: Any, reading: Reading, detected: bool, log_normalized: bool
+    ) -> tuple[Iterator[tuple[slice, np.ndarray, np.ndarray | None]], np.ndarray, dict, list[str]]:
         """Predict some cells at a time.
 
         Returns:
-            An iterator over (cells, float32 [cells, genes of the model], totals float [cells]); int [names of the
-            data], the gene of the model of each, -1 for none; facts; and sentences about the input.
+            An iterator over (cells, counts float32 [cells, genes of the model], log-normalised values of that shape or
+            None); int [names of the data], the gene of the model of each, -1 for none; facts; and sentences about the
+            input.
         """
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
@@ -367,13 +371,15 @@ class Denoiser(Estimator):
                 [np.asarray(block.sum(axis=1)).ravel() for block in source.blocks(4096)]
             )
 
-        def blocks() -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        def blocks() -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
             for piece, output in self._decode(z, batch=batch):
-                yield (
-                    piece,
-                    expected_counts(output, totals[piece], measured, detected),
-                    totals[piece],
-                )
+                given = (output, totals[piece], measured)
+                counts, logs = expected_counts(*given, detected), None
+                if log_normalized and detected:
+                    logs = expected_logs(*given)
+                elif log_normalized:
+                    logs = log_normalize(counts, total=totals[piece])
+                yield piece, counts, logs
 
         return blocks(), column, facts, messages
 
@@ -393,7 +399,7 @@ class Denoiser(Estimator):
             msg = explain(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
             raise InputError(msg)
         model = self._fitted()
-        blocks, column, facts, messages = self._expected(data, reading, detected)
+        blocks, column, facts, messages = self._expected(data, reading, detected, log_normalized)
         matrix = facts["input"]["matrix"]
         if matrix == "raw.X" or (width is not None and width != len(column)):
             msg = explain(
@@ -408,11 +414,13 @@ class Denoiser(Estimator):
         cells = facts["input"]["cells"]
         names = [key_added] + ([f"{key_added}_log1p"] if log_normalized else [])
         layers = {name: np.full((cells, len(column)), np.nan, np.float32) for name in names}
-        for piece, values, totals in blocks:
-            values = values[:, column[known]] * share.astype(np.float32)
-            layers[key_added][piece, known] = values
-            if log_normalized:
-                layers[names[1]][piece, known] = log_normalize(values, total=totals)
+        for piece, values, logs in blocks:
+            layers[key_added][piece, known] = values[:, column[known]] * share.astype(np.float32)
+            if logs is not None:
+                logs = logs[:, column[known]]
+                if (share < 1.0).any():
+                    logs = np.log1p(np.expm1(logs) * share)
+                layers[names[1]][piece, known] = logs
         return (
             layers,
             {
@@ -451,18 +459,62 @@ def expected_counts(
     Returns:
         float32 [cells, genes].
     """
-    mean = np.asarray(output.mean, np.float64)
-    present = np.ones_like(mean)
-    if output.zero_logits is not None:
-        present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits, np.float64)))
-    sums = (mean * present)[:, measured].sum(axis=1)
-    mean = mean * (totals / np.where(sums > 0, sums, 1.0))[:, None]
+    mean, present = _scaled_means(output, totals, measured)
     if not detected:
         return (mean * present).astype(np.float32)
     theta = np.asarray(output.dispersion, np.float64)
     # Of the negative binomial without its zeros; the structural zeros drop out.
     chance = -np.expm1(-theta * np.log1p(mean / theta))
     return np.where(chance > 1e-12, mean / np.maximum(chance, 1e-12), 1.0).astype(np.float32)
+
+
+def _scaled_means(
+    output: Reconstruction, totals: np.ndarray, measured: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of the negative binomials, scaled, and the chances that a zero is not structural."""
+    mean = np.asarray(output.mean, np.float64)
+    present = np.ones_like(mean)
+    if output.zero_logits is not None:
+        present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits, np.float64)))
+    sums = (mean * present)[:, measured].sum(axis=1)
+    return mean * (totals / np.where(sums > 0, sums, 1.0))[:, None], present
+
+
+def expected_logs(
+    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, *, target_sum: float = 1e4
+) -> np.ndarray:
+    """Return the mean of log-normalised counts, given that they are not zero: of log1p(count / total x 10,000).
+
+    The logarithm of a mean lies above the mean of the logarithms (Jensen), by as much as the counts vary: where the
+    error is measured on logarithms, this is what to predict. Up to :data:`EXPLICIT_MEAN` the negative binomial without
+    its zeros is summed over counts, above the logarithm is expanded to second order around the mean.
+
+    Args:
+        output: Unscaled means [cells, genes], as numpy.
+        totals: float [cells].
+        measured: bool [genes], over which the scale is found.
+        target_sum: Library size.
+
+    Returns:
+        float32 [cells, genes].
+    """
+    detected = expected_counts(output, totals, measured, True)
+    scale = (target_sum / np.where(totals > 0, totals, 1.0)).astype(np.float32)[:, None]
+    mean = np.maximum(_scaled_means(output, totals, measured)[0], 1e-8).astype(np.float32)
+    theta = np.asarray(output.dispersion, np.float32)
+    # By recursion from count 1, unnormalised: p(x + 1) / p(x) = (x + theta) / (x + 1) * mean / (mean + theta).
+    ratio = mean / (mean + theta)
+    few = mean <= EXPLICIT_MEAN
+    ratio_few = np.where(few, ratio, 0.0)
+    weight, chance = np.ones_like(mean), np.ones_like(mean)
+    total = np.broadcast_to(np.log1p(scale), mean.shape).copy()
+    for count in range(2, EXPLICIT_COUNTS + 1):
+        weight *= (count - 1 + theta) / count * ratio_few
+        chance += weight
+        total += weight * np.log1p(count * scale)
+    variance = mean + mean**2 / theta
+    many = np.log1p(scale * detected) - 0.5 * variance * np.square(scale / (1.0 + scale * detected))
+    return np.where(few, total / chance, many).astype(np.float32)
 
 
 def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:

@@ -20,7 +20,7 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.pretrained import Pretrained, opened
 from cellplm_jax.train.metrics import ProgressReport
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ CHUNK_NONZEROS = 2048
 
 def embed(
     adata: AnnData,
-    model: Pretrained,
+    model: Pretrained | str | os.PathLike,
     *,
     batch_key: str | None = None,
     spatial_key: str | None = "spatial",
@@ -59,14 +59,15 @@ def embed(
 
     Args:
         adata: Raw counts: in ``X``, ``raw.X`` or a usual layer, any storage; a backed one is streamed.
-        model: From :func:`cellplm_jax.load`.
+        model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
         batch_key: Column of ``obs`` naming the tissue sample of each cell; one context each.
         spatial_key: Key of ``obsm`` with 2-D coordinates in any unit, scaled per tissue sample. The default is used
             where present; another key must be present. None: no coordinates.
         layer: Layer with the counts; None: look for them.
         gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
         cells_per_context: Cells of a context at most; None: no limit. Cells are dealt to the contexts of their sample
-            in turn, so each context is a cross-section of it.
+            in turn, so each context is a cross-section of it. In a file sorted by cell type, who shares a context of a
+            few cells tells of the type: shuffle such a file first.
         key_added: Key of ``obsm`` to write.
         values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
         minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
@@ -81,7 +82,7 @@ def embed(
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
     context = Context(batch_key, spatial_key, cells_per_context)
-    embedding, provenance, _ = read_and_embed(adata, model, read, context, key_added, quiet)
+    embedding, provenance, _ = read_and_embed(adata, opened(model), read, context, key_added, quiet)
     adata.obsm[key_added] = embedding
     adata.uns["cellplm"] = provenance
     return adata
@@ -89,7 +90,7 @@ def embed(
 
 def embed_file(
     path: str | os.PathLike,
-    model: Pretrained,
+    model: Pretrained | str | os.PathLike,
     out: str | os.PathLike,
     *,
     batch_key: str | None = None,
@@ -107,7 +108,7 @@ def embed_file(
 
     Args:
         path: Input; never changed.
-        model: From :func:`cellplm_jax.load`.
+        model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
         out: Output, the input plus what :func:`embed` writes. It appears whole or not at all.
         batch_key: As in :func:`embed`, and so are the rest.
         spatial_key: See :func:`embed`.
@@ -131,6 +132,7 @@ def embed_file(
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
     context = Context(batch_key, spatial_key, cells_per_context, require_coordinates)
+    model = opened(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
     return messages

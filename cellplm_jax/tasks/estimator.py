@@ -42,7 +42,7 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import Pretrained, load
+from cellplm_jax.tasks.pretrained import Pretrained, load, opened
 from cellplm_jax.train.checkpoint import ModelFiles, has_item, restore_item, save_model
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
 from cellplm_jax.train.metrics import ProgressReport
@@ -134,7 +134,7 @@ class Estimator(abc.ABC):
         quiet: bool = False,
         **training: Any,
     ):
-        self.base = load(model) if isinstance(model, str | os.PathLike) else model
+        self.base = None if model is None else opened(model)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None
         self.genes: int | None = genes

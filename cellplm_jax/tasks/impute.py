@@ -125,6 +125,7 @@ class GeneImputer(Estimator):
         patience=20,
         learning_rate=5e-4,
         embedder_rate=1.0,
+        dispersion_rate=30.0,
         weight_decay=1e-6,
         embedder_weight_decay=1e-6,
         warmup_epochs=5,

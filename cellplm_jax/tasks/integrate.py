@@ -74,6 +74,7 @@ class BatchIntegrator(Estimator):
         patience=0,
         learning_rate=1e-3,
         embedder_rate=1.0,
+        dispersion_rate=30.0,
         weight_decay=1e-6,
         embedder_weight_decay=1e-6,
         warmup_epochs=3,

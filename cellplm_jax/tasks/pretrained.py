@@ -207,6 +207,11 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     )
 
 
+def opened(model: Pretrained | str | os.PathLike) -> Pretrained:
+    """Return a model as it is, or open what :func:`load` takes."""
+    return model if isinstance(model, Pretrained) else load(model)
+
+
 def check_params(config: ModelConfig, params: dict[str, Any], where: str) -> None:
     """Check that weights have exactly the parameters and shapes a configuration implies.
 

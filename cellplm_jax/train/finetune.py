@@ -186,8 +186,8 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
 
     Args:
         path: Names from the top of the parameter tree.
-        config: ``embedder_rate``, and ``layer_decay`` to the power of the number of layers between the parameter and
-            the output: the latent and what follows it is the last layer, the embedder the first.
+        config: ``embedder_rate``, ``dispersion_rate``, and ``layer_decay`` to the power of the number of layers between
+            the parameter and the output: the latent and what follows it is the last layer, the embedder the first.
         layers: Layers of the encoder.
     """
     depth = layers + 2  # of latent, decoder, head
@@ -199,6 +199,8 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
         number = path[1].rsplit("_", 1)[-1]
         depth = 1 + (int(number) if number.isdigit() else layers - 1)
     factor = config.layer_decay ** (layers + 2 - depth)
+    if path[-1] == "log_dispersion":
+        return factor * config.dispersion_rate
     return factor * (config.embedder_rate if path[0] == "embedder" else 1.0)
 
 

@@ -18,7 +18,7 @@ from cellplm_jax.evaluate.denoising import hide_nonzeros
 from cellplm_jax.presets import preset
 from cellplm_jax.structs import Reconstruction
 from cellplm_jax.tasks import estimator as estimator_module
-from cellplm_jax.tasks.denoise import Denoiser, expected_counts
+from cellplm_jax.tasks.denoise import Denoiser, expected_counts, expected_logs
 from tests.conftest import ROOT, VOCABULARY, make_adata
 
 FAST = {"epochs": 8, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
@@ -229,3 +229,18 @@ def test_a_model_with_a_task_head_is_refused(tiny_model):
     for call in ("fit", "predict"):
         with pytest.raises(InputError, match="has a task head; expected a negative-binomial"):
             getattr(denoiser(other), call)(make_adata(10))
+
+
+def test_logarithms_of_counts_that_are_there():
+    """The mean of the logarithms of a negative binomial without its zeros, by brute force."""
+    mean, theta = np.array([[0.02, 0.5, 3.0, 11.0, 40.0]]), np.array([0.5, 1.0, 2.0, 5.0, 10.0])
+    output = Reconstruction(mean=mean, dispersion=theta)
+    total = np.array([mean.sum()])
+    found = expected_logs(output, total, np.ones(5, bool))
+    counts = np.arange(1, 2000)[:, None]
+    chance = stats.nbinom.pmf(counts, theta, theta / (theta + mean[0]))
+    logs = np.log1p(counts / total * 1e4)
+    wanted = (chance * logs).sum(axis=0) / chance.sum(axis=0)
+    np.testing.assert_allclose(found[0], wanted, atol=0.02)
+    of_mean = np.log1p(expected_counts(output, total, np.ones(5, bool), True) / total * 1e4)
+    assert (found < of_mean + 1e-6).all()

@@ -419,3 +419,9 @@ def test_a_file_of_newer_anndata(tiny_model, tmp_path):
     assert written.obs.equals(adata.obs)
     np.testing.assert_array_equal(written.obsm[KEY], embedding(adata, model, batch_key="batch"))
     assert written.uns["cellplm"]["input"]["genes"]["missing"] == 0
+
+
+def test_a_model_is_opened_by_its_name(tiny_run, tiny_model):
+    adata = make_adata(12)
+    by_path = embed(adata.copy(), str(tiny_run)).obsm["X_cellplm"]
+    np.testing.assert_array_equal(by_path, embed(adata, tiny_model).obsm["X_cellplm"])

@@ -96,6 +96,8 @@ def test_learning_rates_fall_with_the_distance_from_the_output():
     plain = FinetuneConfig()
     assert learning_rate_factor(("encoder", "layer_0"), plain, 2) == 1.0
     assert learning_rate_factor(("embedder", "x"), plain, 2) == 0.1
+    quick = FinetuneConfig(dispersion_rate=30.0)
+    assert learning_rate_factor(("decoder", "log_dispersion"), quick, 2) == 30.0
 
 
 def test_what_is_frozen_stays():
