@@ -90,7 +90,8 @@ def _table(methods: dict[str, dict[str, Any]], main: str) -> list[str]:
         cells = []
         for name in names:
             value = entry["scores"].get(name)
-            cells.append(f"{value[0]:.3f} ± {value[1]:.3f}" if value else "-")
+            spread = f" ± {value[1]:.3f}" if value and entry["seeds"] > 1 else ""
+            cells.append(f"{value[0]:.3f}{spread}" if value else "-")
         errors = f" ({entry['errors'][0]})" if entry["errors"] else ""
         seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.0f}"
         lines.append(f"| {method}{errors} | {' | '.join(cells)} | {entry['seeds']} | {seconds} |")
@@ -112,7 +113,13 @@ def write_tables(results: Path, out: Path) -> None:
             versions |= row.get("versions", {})
             machines.append(row["machine"])
         content[task] = summarize(rows)
-        lines += [f"## {title}", "", how, "Mean ± standard deviation over seeds.", ""]
+        lines += [
+            f"## {title}",
+            "",
+            how,
+            "Mean ± standard deviation over seeds, where there are several.",
+            "",
+        ]
         for dataset, methods in content[task].items():
             lines += [f"**{dataset}**", "", *_table(methods, main), ""]
     lines += [
