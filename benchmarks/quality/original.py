@@ -15,7 +15,7 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
-from common import Method, normalize
+from common import Method, detected_logs, normalize
 
 SIZE: dict[str, Any] = {
     "enc_mod": "flowformer",
@@ -210,10 +210,9 @@ def denoise(problem: Path, seed: int) -> dict[str, Any]:
     mean = out["recon"].numpy().astype(np.float64)
     mean *= (total / np.maximum(mean.sum(axis=1), 1e-12))[:, None]
     dispersion = out["disp"].numpy().astype(np.float64)
-    zero = (dispersion / (dispersion + mean)) ** dispersion
     return {
         "expected": normalize(mean, total=total),
-        "detected": normalize(np.maximum(mean / np.maximum(1 - zero, 1e-9), 1.0), total=total),
+        "detected": detected_logs(mean, dispersion[0], total),
     }
 
 

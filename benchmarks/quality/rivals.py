@@ -10,7 +10,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import scanpy
-from common import Method, normalize, work
+from common import Method, detected_logs, normalize, work
 from original import ORIGINAL
 from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -170,11 +170,9 @@ def scvi_denoise(problem: Path, seed: int) -> dict[str, Any]:
     ).astype(np.float64)
     total = np.asarray(cells.X.sum(axis=1)).ravel()
     dispersion = np.exp(model.module.px_r.detach().numpy().astype(np.float64))
-    zero = (dispersion / (dispersion + share)) ** dispersion
-    detected = np.maximum(share / np.maximum(1.0 - zero, 1e-9), 1.0)
     return {
         "expected": normalize(share, total=total),
-        "detected": normalize(detected, total=total),
+        "detected": detected_logs(share, dispersion, total),
     }
 
 
