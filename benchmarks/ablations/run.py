@@ -25,36 +25,18 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import machine, versions_of
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("pretraining", "annotation", "contexts", "positions")
 PACKAGES = ("cellplm-jax", "jax", "flax", "optax", "anndata", "scanpy", "numpy")
-
-
-def machine() -> str:
-    """Return the processor, its cores and the memory, in words."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {name}, {memory:.0f} GiB"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what took part."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Results:
@@ -110,7 +92,7 @@ class Results:
             "seconds": round(time.monotonic() - began, 1),
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(),
-            "versions": versions(),
+            "versions": {"python": platform.python_version(), **versions_of(PACKAGES)},
         }
         self._write([*self.rows, row])
         said = "  ".join(f"{key} {value:.3f}" for key, value in row["scores"].items())

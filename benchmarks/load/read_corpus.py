@@ -31,6 +31,10 @@ from cellplm_jax.config import DataConfig, ModelConfig, TrainConfig
 from cellplm_jax.data.corpus import open_corpus
 from cellplm_jax.data.pipeline import TrainingBatches, split_heldout
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import processor
+
 OTHER_THREADS = (1, 2, 4)
 OTHER_EPOCHS = 4
 PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -207,15 +211,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     (arguments.out / "read_corpus.md").write_text("\n".join(table) + "\n")
     sys.stdout.write("\n".join(table) + "\n")
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

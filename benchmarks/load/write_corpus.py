@@ -28,6 +28,10 @@ from make_corpus import BLOCK, GENES, sorted_genes
 
 from cellplm_jax.data.genes import load_human_table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import processor
+
 NONZEROS = 1500
 
 
@@ -203,15 +207,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     (arguments.out / "write_corpus.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
-
-
-def processor() -> str:
-    """Return the name of this machine's processor."""
-    with open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import versions_of
 
 Method = Callable[[Path, int], dict[str, Any]]
 """Takes the directory of a problem and a seed, and returns the arrays of a prediction."""
@@ -68,12 +71,7 @@ def work(methods: dict[tuple[str, str], Method], packages: tuple[str, ...]) -> N
     """
     task, name, problem, seed, out = sys.argv[1:]
     path = Path(out)
-    report: dict[str, Any] = {"versions": {}}
-    for package in packages:
-        try:
-            report["versions"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    report: dict[str, Any] = {"versions": versions_of(packages)}
     started = time.perf_counter()
     try:
         found = methods[task, name](Path(problem), int(seed))

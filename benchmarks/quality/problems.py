@@ -17,7 +17,7 @@ from scipy import sparse
 
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import load_human_table, map_genes
-from cellplm_jax.evaluate.denoising import hide_nonzeros
+from cellplm_jax.evaluate.denoising import hide_nonzeros, log_normalize
 from cellplm_jax.tasks.contexts import variable_genes
 from cellplm_jax.tasks.pretrained import load
 
@@ -220,8 +220,7 @@ def perturbation(path: Path, dataset: str, seed: int, out: Path) -> None:
         gone = (cells.obs["group"] == groups[seed % len(groups)]).to_numpy()
         gone &= (cells.obs["perturbed"] != "control").to_numpy()
     cells.obs = cells.obs[["perturbed", "group", "batch"]].copy()
-    normal = cells.X.multiply(1e4 / np.maximum(cells.X.sum(axis=1), 1)).tocsr()
-    normal.data = np.log1p(normal.data)
+    normal = log_normalize(cells.X)
     control = (cells.obs["perturbed"] == "control").to_numpy()
     change = []
     for name in held:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import machine
 from problems import DATASETS, ONE_BATCH, make_problem
 from scoring import score
 from tables import write_tables
@@ -33,17 +35,6 @@ INTEGRATORS = {("integration", name) for name in ("scratch", "small", "Harmony")
 """Methods that need several batches."""
 
 HERE = Path(__file__).resolve().parent
-
-
-def machine() -> str:
-    """Return the processor, its cores and the memory, in words."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {name}, {memory:.0f} GiB"
 
 
 def methods_of(task: str, python: str, worker: str) -> list[str]:
@@ -107,7 +98,8 @@ def main() -> None:
         unknown = [name for name in [*chosen, *args.again] if name not in workers]
         if unknown:
             parser.error(f"no method {unknown[0]!r}; there are: {', '.join(map(repr, workers))}")
-        keep = args.problems or Path(tempfile.mkdtemp(prefix="cellplm-quality-"))
+        scratch = tempfile.TemporaryDirectory(prefix="cellplm-quality-")
+        keep = args.problems or Path(scratch.name)
         path = results / f"{args.task}.json"
         rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
         rows = [row for row in rows if row["method"] not in args.again]

@@ -10,13 +10,7 @@ import numpy as np
 from common import normalize
 
 from cellplm_jax.evaluate.annotation import annotation_scores, expected_calibration_error
-from cellplm_jax.evaluate.embedding import (
-    clustering_scores,
-    integration_scores,
-    knn_accuracy,
-    leiden_clusters,
-    silhouette,
-)
+from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.evaluate.imputation import imputation_scores
 from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
 from cellplm_jax.evaluate.reconstruction import mean_absolute_error, root_mean_squared_error
@@ -66,16 +60,8 @@ def denoising(truth: Arrays, found: Arrays) -> dict[str, float]:
 
 def integration(truth: Arrays, found: Arrays) -> dict[str, float]:
     """Agreement of clusters and neighbours with the labels, and how well batches mix."""
-    embedding, labels = found["embedding"], truth["labels"]
-    if len(set(truth["batch"])) > 1:
-        return integration_scores(embedding, truth["batch"], labels=labels)
-    clusters = leiden_clusters(embedding)
-    return {
-        "clusters": float(clusters.max() + 1),
-        **clustering_scores(labels, clusters),
-        "knn_accuracy": knn_accuracy(embedding, labels),
-        "label_silhouette": silhouette(embedding, labels),
-    }
+    batch = truth["batch"] if len(set(truth["batch"])) > 1 else None
+    return integration_scores(found["embedding"], batch, labels=truth["labels"])
 
 
 def perturbation(truth: Arrays, found: Arrays) -> dict[str, float]:
