@@ -491,14 +491,14 @@ def integration_scores(
     seed: int = 0,
     metric: Metric = "euclidean",
 ) -> dict[str, float]:
-    """Score an embedding of several batches: how far they mix, and what is left of the biology.
+    """Score an embedding: how far its batches mix, and what is left of the biology.
 
     The two pull against each other: an embedding that maps all cells to one point mixes perfectly. Read both, and
     compare embeddings of the same cells. Nothing is optimised: Leiden runs once at the given resolution.
 
     Args:
         embedding: float [cells, dimensions].
-        batches: [cells], any type; at least two.
+        batches: [cells], any type; at least two. None: one batch, of which nothing mixes.
         labels: [cells], cell types of any type. Cells without one (None or NaN) count for mixing alone. None: no
             labels; only what needs none is returned.
         neighbors: Of Leiden's graph and of the kNN accuracy.
@@ -507,21 +507,21 @@ def integration_scores(
         metric: Distance between cells.
 
     Returns:
-        Batch removal, higher is better mixed: ``ilisi`` (:func:`batch_mixing`), ``kbet`` (:func:`kbet` of all cells);
-        with labels ``kbet_per_label`` and ``batch_silhouette`` where a label has several batches. What is conserved,
-        with at least two labels: ``ari`` and ``nmi`` of Leiden clusters, ``knn_accuracy``, ``label_silhouette`` (-1 to
-        1). ``clusters``: how many Leiden found.
+        Batch removal, where there are batches, higher is better mixed: ``ilisi`` (:func:`batch_mixing`), ``kbet``
+        (:func:`kbet` of all cells); with labels ``kbet_per_label`` and ``batch_silhouette`` where a label has several
+        batches. What is conserved, with at least two labels: ``ari`` and ``nmi`` of Leiden clusters, ``knn_accuracy``,
+        ``label_silhouette`` (-1 to 1). ``clusters``: how many Leiden found.
 
     Raises:
-        InputError: Sizes do not fit, a batch is missing, or there is only one.
+        InputError: Sizes do not fit, a batch is missing, or batches name only one.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding, neighbors=neighbors)
-    codes = _batch_codes(batches, len(array))
-    scores = {
-        "ilisi": batch_mixing(array, codes, metric=metric),
-        "kbet": kbet(array, codes, metric=metric),
-    }
+    codes, scores = None, {}
+    if batches is not None:
+        codes = _batch_codes(batches, len(array))
+        scores["ilisi"] = batch_mixing(array, codes, metric=metric)
+        scores["kbet"] = kbet(array, codes, metric=metric)
     given: dict[str, Any] = {"neighbors": neighbors, "seed": seed, "metric": metric}
     clusters = leiden_clusters(array, resolution=resolution, **given)
     scores["clusters"] = float(clusters.max() + 1)
@@ -534,10 +534,12 @@ def integration_scores(
     own = pd.factorize(np.asarray(values, object)[known])[0]
     if len(own) <= neighbors or own.max() < 1:
         return scores
-    array, codes = array[known], codes[known]
+    array = array[known]
     for name, score in (("kbet_per_label", kbet), ("batch_silhouette", batch_silhouette)):
+        if codes is None:
+            continue
         try:
-            scores[name] = score(array, codes, labels=own, metric=metric)
+            scores[name] = score(array, codes[known], labels=own, metric=metric)
         except InputError:
             continue  # no label is in several batches
     scores |= clustering_scores(own, clusters[known])

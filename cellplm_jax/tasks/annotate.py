@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.special import log_softmax, softmax
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values, open_counts
@@ -348,7 +349,7 @@ class CellTypeAnnotator(Estimator):
             first = fit_linear_classifier(
                 features[train], codes[train], len(self.labels), **options
             )
-            network = np.log(np.maximum(_softmax(logits / self.temperature), 1e-12))
+            network = _log_probabilities(logits / self.temperature)
             both = np.stack([network, first.log_probabilities(features[valid])])
             self.pool = [float(w) for w in pool_log_probabilities(both, codes[valid])]
             confusion = [
@@ -583,9 +584,10 @@ class CellTypeAnnotator(Estimator):
         if self._reference is not None:
             probabilities = self._votes(z)
         else:
-            probabilities = _softmax(self._head(z) / self.temperature)
+            logits = np.asarray(self._head(z) / self.temperature, np.float64)
             if self._linear is not None:
-                probabilities = self._pooled(probabilities, data, reading)
+                logits = self._pooled(_log_probabilities(logits), data, reading)
+            probabilities = softmax(logits, axis=1)
         facts = {
             "labels": list(self.labels),
             "model": model.id,
@@ -599,16 +601,18 @@ class CellTypeAnnotator(Estimator):
         return probabilities.astype(np.float32), facts, messages
 
     def _pooled(self, network: np.ndarray, data: Any, reading: Reading) -> np.ndarray:
-        """Return the probabilities of network and logistic regression together, float64 [cells, labels]."""
+        """Add the logistic regression's log-probabilities to the network's, float64 [cells, labels], as weighted."""
         linear: LinearClassifier = self._linear  # type: ignore[assignment]
-        found = self.pool[0] * np.log(np.maximum(network, 1e-12))
+        found = self.pool[0] * network
         read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        start = 0
         with open_counts(data, self._fitted().genes, values=reading.values, **read) as source:
-            for start in range(0, source.cells, LINEAR_CELLS):
-                stop = min(start + LINEAR_CELLS, source.cells)
-                features = log_counts(source.read(start, stop), self._linear_genes)
+            for block in source.blocks(LINEAR_CELLS):
+                stop = start + block.shape[0]
+                features = log_counts(block, self._linear_genes)
                 found[start:stop] += self.pool[1] * linear.log_probabilities(features)
-        return _softmax(found)
+                start = stop
+        return found
 
     def _votes(self, z: np.ndarray) -> np.ndarray:
         """Return the share of votes of each label among the nearest labelled cells, float64 [cells, labels]."""
@@ -733,9 +737,9 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) -
     return float(np.mean(total - scaled[np.arange(len(labels)), labels]))
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(np.asarray(logits, np.float64) - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+def _log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return float64 [cells, classes]; no probability counts as less than 1e-12."""
+    return np.maximum(log_softmax(np.asarray(logits, np.float64), axis=1), np.log(1e-12))
 
 
 def _require_training_cells(table: CellTable, train: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from cellplm_jax.tasks.embed import (
     embed,
     read_and_embed,
     write_copy,
+    written_whole,
 )
 from cellplm_jax.tasks.pretrained import Pretrained, opened
 
@@ -150,8 +151,8 @@ def cluster_file(
     obsm, uns, messages = {}, {}, []
     if there is None:
         context = Context(batch_key, "spatial", None)
-        opened = _model(model, use_rep, keys)
-        there, facts, messages = read_and_embed(path, opened, {}, context, use_rep, quiet)
+        embedder = _model(model, use_rep, keys)
+        there, facts, messages = read_and_embed(path, embedder, {}, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
     found = _clustered(
         np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap
@@ -207,13 +208,11 @@ def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike
     )
     for ax, column in zip(axes[0], columns, strict=True):
         plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
-        figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
-        os.replace(partial, out)
+        with written_whole(out) as partial:
+            figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
     finally:
         pyplot.close(figure)
-        partial.unlink(missing_ok=True)
 
 
 def _clustered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from cellplm_jax.losses.objectives import (
 from cellplm_jax.model.masking import sample_gene_mask
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, read_cells
 from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 
@@ -79,21 +80,17 @@ class Denoiser(Estimator):
     """
 
     task: ClassVar[str] = "denoising"
-    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+    recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
+        DECODER_RECIPE,
         epochs=60,
         patience=10,
         learning_rate=1e-3,
-        embedder_rate=1.0,
-        dispersion_rate=30.0,
-        weight_decay=1e-6,
-        embedder_weight_decay=1e-6,
         warmup_epochs=3,
         plateau_factor=0.9,
         plateau_patience=5,
         average=0.9,
         cells_per_step=512,
         cells_per_context=512,
-        masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
     )
 
     # -- fitting --------------------------------------------------------------------------------
@@ -376,7 +373,7 @@ class Denoiser(Estimator):
                 given = (output, totals[piece], measured)
                 counts, logs = expected_counts(*given, detected), None
                 if log_normalized and detected:
-                    logs = expected_logs(*given)
+                    logs = expected_logs(*given, counts)
                 elif log_normalized:
                     logs = log_normalize(counts, total=totals[piece])
                 yield piece, counts, logs
@@ -481,7 +478,12 @@ def _scaled_means(
 
 
 def expected_logs(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, *, target_sum: float = 1e4
+    output: Reconstruction,
+    totals: np.ndarray,
+    measured: np.ndarray,
+    detected: np.ndarray,
+    *,
+    target_sum: float = 1e4,
 ) -> np.ndarray:
     """Return the mean of log-normalised counts, given that they are not zero: of log1p(count / total x 10,000).
 
@@ -493,12 +495,12 @@ def expected_logs(
         output: Unscaled means [cells, genes], as numpy.
         totals: float [cells].
         measured: bool [genes], over which the scale is found.
+        detected: float [cells, genes], of :func:`expected_counts`, given that they are not zero.
         target_sum: Library size.
 
     Returns:
         float32 [cells, genes].
     """
-    detected = expected_counts(output, totals, measured, True)
     scale = (target_sum / np.where(totals > 0, totals, 1.0)).astype(np.float32)[:, None]
     mean = np.maximum(_scaled_means(output, totals, measured)[0], 1e-8).astype(np.float32)
     theta = np.asarray(output.dispersion, np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -366,6 +367,24 @@ def check_output(out: Path) -> None:
         raise InputError(msg)
 
 
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """Give another name to write to; the file gets its own when that went well, and is gone where it did not.
+
+    Args:
+        out: Where the file is to be.
+
+    Yields:
+        A path beside it.
+    """
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_copy(path: Path, out: Path) -> None:
     """Raise InputError where no copy of ``path`` can be written at ``out``, before any work is done."""
     check_output(out)
@@ -409,8 +428,7 @@ def write_copy(
     import h5py
     from anndata.io import write_elem
 
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(out) as partial:
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file:
@@ -427,6 +445,3 @@ def write_copy(
                 if name not in order:
                     order.append(name)
                 table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)

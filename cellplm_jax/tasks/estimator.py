@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from etils import epath
 
-from cellplm_jax.config import FinetuneConfig, ModelConfig, from_dict, to_dict
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain
@@ -57,6 +57,16 @@ ESTIMATOR_FILE = "estimator.json"
 
 HEAD_CELLS = 4096
 """Cells that a head is applied to at once; decoders, which return a number a gene, take an eighth of that."""
+
+DECODER_RECIPE = FinetuneConfig(
+    embedder_rate=1.0,
+    dispersion_rate=30.0,
+    weight_decay=1e-6,
+    embedder_weight_decay=1e-6,
+    masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
+)
+"""What the recipes of tasks that are tuned through the decoder of counts have in common: as published for imputation,
+but for the dispersions."""
 
 PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
 """Values of a split column; every other value is a part that is not looked at."""

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import sparse
-from scipy.optimize import nnls
 
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
@@ -47,10 +46,10 @@ from cellplm_jax.tasks.denoise import (
     require_training_cells,
 )
 from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
-from cellplm_jax.train.linear import LinearRegression, fit_ridge
+from cellplm_jax.train.linear import LinearRegression, RidgeProblem, pool_predictions
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -120,14 +119,11 @@ class GeneImputer(Estimator):
     """
 
     task: ClassVar[str] = "imputation"
-    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+    recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
+        DECODER_RECIPE,
         epochs=100,
         patience=20,
         learning_rate=5e-4,
-        embedder_rate=1.0,
-        dispersion_rate=30.0,
-        weight_decay=1e-6,
-        embedder_weight_decay=1e-6,
         warmup_epochs=5,
         plateau_factor=0.9,
         plateau_patience=5,
@@ -152,7 +148,6 @@ class GeneImputer(Estimator):
         self.confidence = pd.Series(dtype=float)
         self._columns = np.zeros(0, int)
         self._seen: Pretrained | None = None
-        self._validated = np.zeros((0, 0))
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -261,10 +256,11 @@ class GeneImputer(Estimator):
             fitted, [self.batch_rows[name] for name in set(source.batch)], replace=True
         )
         network = self._on_validation(source, judged, valid) if len(valid) else None
+        predicted = None if network is None else np.log1p(network)
         self.pool, self._ridges = {}, {}
         if self.linear:
-            self._fit_ridge(source, target, train, valid, own, network)
-        self._judge(source, valid, network)
+            predicted = self._fit_ridge(source, target, train, valid, own, network)
+        self._judge(source, valid, predicted)
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self._tell()
@@ -445,7 +441,7 @@ class GeneImputer(Estimator):
         valid: np.ndarray,
         own: np.ndarray,
         network: np.ndarray | None,
-    ) -> None:
+    ) -> np.ndarray | None:
         """Fit the ridge regressions, weigh them against the network on validation cells, and fit them to those as well.
 
         Args:
@@ -455,6 +451,10 @@ class GeneImputer(Estimator):
             valid: Cells of the reference to validate with.
             own: Cells of the target with counts.
             network: Of :meth:`_on_validation`; None: there are no validation cells.
+
+        Returns:
+            What network and ridge regression predict for the validation cells together: log-normalised, float [cells,
+            imputed genes]; None without any.
         """
         shown = np.isin(source.genes, self.panel)
         panel = np.flatnonzero(shown)
@@ -480,19 +480,22 @@ class GeneImputer(Estimator):
         )
         fitted_on = np.isin(everything, train)
         judged = values(source, valid, panel), values(source, valid, self._columns)
+        whole, validated = RidgeProblem(features), None
+        part = None if network is None else RidgeProblem(features[fitted_on])
         for scale, forward in _SCALES:
             wanted = forward(truth)
-            final = fit_ridge(features, wanted)
+            final = whole.fit(wanted)
             pool, network_mean = [0.5, 0.5], final.bias
-            if network is not None:
+            if network is not None and part is not None:
                 own_values = forward(np.log1p(network))
-                first = fit_ridge(features[fitted_on], wanted[fitted_on])
+                first = part.fit(wanted[fitted_on])
                 linear = first.predict(judged[0])
                 true = forward(judged[1])
                 pool = pool_predictions(true, own_values, linear)
                 network_mean = own_values.mean(axis=0)
                 pooled = _pooled(own_values, linear, network_mean, first.bias, pool)
                 if scale == LOG:
+                    validated = pooled
                     self._tell_scores(true, own_values, linear, pooled, pool)
             self.pool[scale] = pool
             self._ridges[scale] = _Ridge(
@@ -500,6 +503,7 @@ class GeneImputer(Estimator):
                 regression=dataclasses.replace(final, centre=centre.astype(np.float32)),
                 network_mean=np.asarray(network_mean, np.float32),
             )
+        return validated
 
     def _tell_scores(
         self,
@@ -515,17 +519,15 @@ class GeneImputer(Estimator):
             for name, values in (("network", network), ("linear", linear), ("pooled", pooled))
         }
         self.facts["validation_pearson"] = scores
-        self._validated = pooled
         self.messages.append(
             f"Correlation a gene over {len(truth)} validation cells: network {scores['network']:.3f}, ridge regression "
             f"{scores['linear']:.3f}, pooled {scores['pooled']:.3f} (weights {pool[0]:.2f} and {pool[1]:.2f})."
         )
 
-    def _judge(self, source: CellTable, valid: np.ndarray, network: np.ndarray | None) -> None:
-        """Find the confidence of every imputed gene."""
+    def _judge(self, source: CellTable, valid: np.ndarray, predicted: np.ndarray | None) -> None:
+        """Find the confidence of every imputed gene, from what is predicted for the validation cells."""
         values = np.full(len(self.imputed), np.nan)
-        if network is not None:
-            predicted = self._validated if self._ridges else np.log1p(network)
+        if predicted is not None:
             total = _panel_totals(source, np.isin(source.genes, self.panel), valid)
             truth = log_normalize(
                 sparse.csr_matrix(source.counts[valid])[:, self._columns], total=total
@@ -748,24 +750,38 @@ class GeneImputer(Estimator):
         if self._seen is None:
             self._seen = panel_model(model, self.panel)
         z, facts, messages = self._embed(data, reading, model=self._seen)
+        scale = LOG if log_normalized else COUNTS
+        ridge = self._ridges.get(scale)
+        values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
             data, self.panel, layer=reading.layer, gene_key=reading.gene_key
         ) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
-            total = np.concatenate(
-                [np.asarray(block.sum(axis=1)).ravel() for block in source.blocks(4096)]
-            )
+            start = 0
+            for block in source.blocks(4096):
+                piece = slice(start, start + block.shape[0])
+                total[piece] = np.asarray(block.sum(axis=1)).ravel()
+                if ridge is not None:
+                    linear = self._linear_prediction(ridge, block, total[piece], measured)
+                    values[piece] = linear[:, places]
+                start = piece.stop
         over = np.isin(model.genes, np.array(self.panel, object)[measured].astype(str))
-        values = np.zeros((len(z), len(places)), np.float32)
         row = np.full(len(z), _DECODED_AS, object)
         for piece, output in self._decode(z, batch=row):
-            expected = expected_counts(output, total[piece], over)[:, self._columns[places]]
-            values[piece] = (
-                log_normalize(expected, total=total[piece]) if log_normalized else expected
-            )
-        if self._ridges:
-            self._add_ridge(values, data, reading, places, total, LOG if log_normalized else COUNTS)
+            own = expected_counts(output, total[piece], over)[:, self._columns[places]]
+            if log_normalized:
+                own = log_normalize(own, total=total[piece])
+            if ridge is not None:
+                size = 1.0 if log_normalized else total[piece, None] / 1e4
+                own = size * _pooled(
+                    own / np.maximum(size, 1e-12),
+                    values[piece],
+                    ridge.network_mean[places],
+                    ridge.regression.bias[places],
+                    self.pool[scale],
+                )
+            values[piece] = own
         columns = [self.imputed[place] for place in places]
         frame = pd.DataFrame(
             values, index=pd.Index(names, dtype=object), columns=pd.Index(columns, dtype=object)
@@ -781,38 +797,17 @@ class GeneImputer(Estimator):
         }
         return frame, total, facts, messages
 
-    def _add_ridge(
-        self,
-        values: np.ndarray,
-        data: Any,
-        reading: Reading,
-        places: np.ndarray,
-        total: np.ndarray,
-        scale: str,
-    ) -> None:
-        """Pool the network's values [cells, places], on a scale, with the ridge regression's, in place."""
-        ridge = self._ridges[scale]
-        genes = [self._fitted().genes[i] for i in ridge.genes]
-        start = 0
-        with open_counts(
-            data, genes, layer=reading.layer, gene_key=reading.gene_key, minimum_genes=0
-        ) as source:
-            measured = np.asarray(source.measured)
-            for block in source.blocks(RIDGE_CELLS):
-                stop = start + block.shape[0]
-                scaled = log_normalize(sparse.csr_matrix(block), total=total[start:stop]).toarray()
-                # A gene that is not measured is at its mean: it says nothing.
-                scaled[:, ~measured] = ridge.regression.centre[~measured]
-                found = ridge.regression.predict(scaled)[:, places]
-                size = total[start:stop, None] / 1e4 if scale == COUNTS else 1.0
-                values[start:stop] = size * _pooled(
-                    values[start:stop] / np.maximum(size, 1e-12),
-                    found,
-                    ridge.network_mean[places],
-                    ridge.regression.bias[places],
-                    self.pool[scale],
-                )
-                start = stop
+    def _linear_prediction(
+        self, ridge: _Ridge, panel: sparse.csr_matrix, total: np.ndarray, measured: np.ndarray
+    ) -> np.ndarray:
+        """Return float32 [cells, imputed genes] of counts over the panel [cells, panel], whose sums are ``total``."""
+        place = {gene: column for column, gene in enumerate(self.panel)}
+        columns = np.array([place[self._fitted().genes[i]] for i in ridge.genes])
+        features = log_normalize(sparse.csr_matrix(panel[:, columns]), total=total).toarray()
+        # A gene that is not measured is at its mean: it says nothing.
+        unknown = ~measured[columns]
+        features[:, unknown] = ridge.regression.centre[unknown]
+        return ridge.regression.predict(features)
 
     def _layer_columns(
         self, adata: Any, layer_added: str, reading: Reading, places: np.ndarray
@@ -901,28 +896,6 @@ class _Ridge:
 
 
 _REGRESSION = ("centre", "scale", "kernel", "bias")
-
-
-def pool_predictions(truth: np.ndarray, *predictions: np.ndarray) -> list[float]:
-    """Return the weights with which predictions are best added, the same for every gene, at least 0.
-
-    Least squares over all cells and genes, each gene of truth and predictions centred, and divided by the truth's
-    standard deviation so that every gene counts alike (stacking: Breiman, Machine Learning 1996).
-
-    Args:
-        truth: float [cells, genes].
-        *predictions: float [cells, genes] each, for cells that none was fitted to.
-    """
-    spread = truth.std(axis=0)
-    there = spread > 1e-6
-    if not there.any():
-        return [1.0 / len(predictions)] * len(predictions)
-    parts = [
-        ((values - values.mean(axis=0)) / np.where(there, spread, 1.0))[:, there].ravel()
-        for values in (truth, *predictions)
-    ]
-    weights, _ = nnls(np.stack(parts[1:], axis=1).astype(np.float64), parts[0].astype(np.float64))
-    return [float(weight) for weight in weights]
 
 
 def _pooled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, recons
 from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, lay_out
 from cellplm_jax.tasks.denoise import require_counts_decoder
 from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -69,21 +70,17 @@ class BatchIntegrator(Estimator):
     """
 
     task: ClassVar[str] = "integration"
-    recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
+    recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
+        DECODER_RECIPE,
         epochs=40,
         patience=0,
         learning_rate=1e-3,
-        embedder_rate=1.0,
-        dispersion_rate=30.0,
-        weight_decay=1e-6,
-        embedder_weight_decay=1e-6,
         warmup_epochs=3,
         plateau_factor=1.0,
         average=0.9,
         validation_fraction=0.0,
         cells_per_step=256,
         cells_per_context=256,
-        masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
     )
 
     def __init__(

@@ -1009,7 +1009,7 @@ def _parts(name: str) -> list[str]:
 
 def is_human_gene(name: str) -> bool:
     """Say whether a name is a symbol or an Ensembl id of the shipped table of human genes."""
-    return bool(map_genes([name], sorted(load_human_table().symbols), minimum=0).column[0] >= 0)
+    return bool(map_genes([name], list(load_human_table().symbols), minimum=0).column[0] >= 0)
 
 
 def _canonical(name: str | None) -> str:

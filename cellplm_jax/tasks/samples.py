@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
+from scipy.special import softmax
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig
 from cellplm_jax.data.anndata_io import Values
@@ -241,7 +242,7 @@ class SampleClassifier(Estimator):
         samples = _column(_obs_of(data), reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
-        probabilities = _softmax(_pool(z, samples, names) @ kernel + bias)
+        probabilities = softmax(_pool(z, samples, names) @ kernel + bias, axis=1)
         chosen = probabilities.argmax(axis=1)
         place = {name: row for row, name in enumerate(names)}
         of_cell = chosen[[place[name] for name in samples]]
@@ -536,11 +537,6 @@ def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:
         )
         raise InputError(msg)
     return values
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
 
 
 def _cross_entropies(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:

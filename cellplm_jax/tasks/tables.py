@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.tasks.embed import check_output
+from cellplm_jax.tasks.embed import check_output, written_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +49,7 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = F
         InputError: See :func:`check_table`.
     """
     path = check_table(path)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         table.to_csv(
             partial,
             sep=SEPARATORS[Path(path.name.removesuffix(".gz")).suffix],
@@ -58,9 +57,6 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = F
             float_format="%.6g",
             compression="gzip" if path.suffix == ".gz" else None,
         )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_names(text: str, *, separator: str | None = ",") -> list[str]:

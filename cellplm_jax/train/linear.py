@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from scipy.special import log_softmax, softmax
 
 PENALTIES = tuple(10.0**power for power in range(0, 7))
@@ -158,51 +158,81 @@ class LinearRegression:
         return ((features - self.centre) / self.scale).astype(np.float32) @ self.kernel + self.bias
 
 
-def fit_ridge(
-    features: np.ndarray, targets: np.ndarray, penalty: float | None = None
-) -> LinearRegression:
-    """Fit a ridge regression in closed form.
+class RidgeProblem:
+    """Ridge regression in closed form on features that are decomposed once, for any number of targets.
 
     Args:
         features: float [cells, features], dense.
-        targets: float [cells, targets], dense.
-        penalty: L2 penalty on the standardised features (scikit-learn's ``alpha``). None: that of the smallest
-            leave-one-out error (Golub, Heath and Wahba, Technometrics 1979) among powers of ten, the targets
-            standardised so that each counts alike.
-
-    Returns:
-        The regression.
     """
-    cells, width = features.shape[0], features.shape[1]
-    centre, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-3)
-    standard = ((features - centre) / scale).astype(np.float64)
-    bias = targets.mean(axis=0)
-    centred = (targets - bias).astype(np.float64)
-    # Eigenvectors of the smaller of the two products of the features with themselves.
-    if cells <= width:
-        values, vectors = np.linalg.eigh(standard @ standard.T)
-    else:
-        _, right = np.linalg.eigh(standard.T @ standard)
-        lengths = np.linalg.norm(standard @ right, axis=0)
-        there = lengths > 1e-8 * max(lengths.max(), 1e-12)
-        values, vectors = lengths[there] ** 2, (standard @ right[:, there]) / lengths[there]
-    values = np.maximum(values, 0.0)
-    rotated = vectors.T @ centred
-    if penalty is None:
+
+    def __init__(self, features: np.ndarray):
+        cells, width = features.shape[0], features.shape[1]
+        self.centre = features.mean(axis=0)
+        self.scale = np.maximum(features.std(axis=0), 1e-3)
+        self._standard = ((features - self.centre) / self.scale).astype(np.float64)
+        # Eigenvectors of the smaller of the two products of the features with themselves.
+        if cells <= width:
+            values, self._vectors = np.linalg.eigh(self._standard @ self._standard.T)
+        else:
+            _, right = np.linalg.eigh(self._standard.T @ self._standard)
+            lengths = np.linalg.norm(self._standard @ right, axis=0)
+            there = lengths > 1e-8 * max(lengths.max(), 1e-12)
+            values = lengths[there] ** 2
+            self._vectors = (self._standard @ right[:, there]) / lengths[there]
+        self._values = np.maximum(values, 0.0)
+
+    def fit(self, targets: np.ndarray, penalty: float | None = None) -> LinearRegression:
+        """Fit the regression.
+
+        Args:
+            targets: float [cells, targets], dense.
+            penalty: L2 penalty on the standardised features (scikit-learn's ``alpha``). None: that of the smallest
+                leave-one-out error (Golub, Heath and Wahba, Technometrics 1979) among powers of ten, the targets
+                standardised so that each counts alike.
+
+        Returns:
+            The regression.
+        """
+        bias = targets.mean(axis=0)
+        centred = (targets - bias).astype(np.float64)
+        rotated = self._vectors.T @ centred
+        if penalty is None:
+            penalty = min(PENALTIES, key=lambda candidate: self._error(centred, rotated, candidate))
+        dual = self._vectors @ (rotated / (self._values + penalty)[:, None])
+        return LinearRegression(
+            self.centre.astype(np.float32),
+            self.scale.astype(np.float32),
+            (self._standard.T @ dual).astype(np.float32),
+            bias.astype(np.float32),
+        )
+
+    def _error(self, centred: np.ndarray, rotated: np.ndarray, penalty: float) -> float:
+        """Return the mean squared leave-one-out error of targets divided by their standard deviations."""
+        shrink = self._values / (self._values + penalty)
+        leverage = np.square(self._vectors) @ shrink + 1.0 / len(centred)
+        residual = centred - self._vectors @ (shrink[:, None] * rotated)
+        residual /= np.maximum(1.0 - leverage, 1e-6)[:, None]
         weight = 1.0 / np.maximum(centred.var(axis=0), 1e-12)
-        errors = []
-        for candidate in PENALTIES:
-            shrink = values / (values + candidate)
-            leverage = np.square(vectors) @ shrink + 1.0 / cells
-            residual = centred - vectors @ (shrink[:, None] * rotated)
-            residual /= np.maximum(1.0 - leverage, 1e-6)[:, None]
-            errors.append(float((np.square(residual).mean(axis=0) * weight).mean()))
-        penalty = PENALTIES[int(np.argmin(errors))]
-    dual = vectors @ (rotated / (values + penalty)[:, None])
-    kernel = standard.T @ dual
-    return LinearRegression(
-        centre.astype(np.float32),
-        scale.astype(np.float32),
-        kernel.astype(np.float32),
-        bias.astype(np.float32),
-    )
+        return float((np.square(residual).mean(axis=0) * weight).mean())
+
+
+def pool_predictions(truth: np.ndarray, *predictions: np.ndarray) -> list[float]:
+    """Return the weights with which predictions are best added, the same for every gene, at least 0.
+
+    Least squares over all cells and genes, each gene of truth and predictions centred, and divided by the truth's
+    standard deviation so that every gene counts alike (stacking: Breiman, Machine Learning 1996).
+
+    Args:
+        truth: float [cells, genes].
+        *predictions: float [cells, genes] each, for cells that none was fitted to.
+    """
+    spread = truth.std(axis=0)
+    there = spread > 1e-6
+    if not there.any():
+        return [1.0 / len(predictions)] * len(predictions)
+    parts = [
+        ((values - values.mean(axis=0)) / np.where(there, spread, 1.0))[:, there].ravel()
+        for values in (truth, *predictions)
+    ]
+    weights, _ = nnls(np.stack(parts[1:], axis=1).astype(np.float64), parts[0].astype(np.float64))
+    return [float(weight) for weight in weights]

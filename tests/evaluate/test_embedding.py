@@ -230,6 +230,12 @@ def test_integration_scores():
     assert embedding.integration_scores(array, batches, some)["ilisi"] == scores["ilisi"]
 
 
+def test_without_batches_only_what_is_conserved_is_scored():
+    array, labels = blobs()
+    scores = embedding.integration_scores(array, None, labels)
+    assert set(scores) == {"clusters", "ari", "nmi", "knn_accuracy", "label_silhouette"}
+
+
 def test_silhouette_against_the_definition():
     array, labels = blobs(groups=3, spread=1.5, each=15)
     distance = np.linalg.norm(array[:, None] - array[None], axis=-1).astype(float)

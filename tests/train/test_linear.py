@@ -7,8 +7,8 @@ from scipy.special import log_softmax
 
 from cellplm_jax.train.linear import (
     PENALTIES,
+    RidgeProblem,
     fit_linear_classifier,
-    fit_ridge,
     pool_log_probabilities,
 )
 
@@ -61,7 +61,8 @@ def test_ridge_is_that_of_scikit_learn(cells):
     random = np.random.default_rng(2)
     features = random.normal(size=(cells, 50)) * 3 + 1
     targets = features[:, :4] @ random.normal(size=(4, 6)) + random.normal(size=(cells, 6))
-    found = fit_ridge(features, targets, 20.0)
+    problem = RidgeProblem(features)
+    found = problem.fit(targets, 20.0)
     standard = (features - features.mean(axis=0)) / features.std(axis=0)
     wanted = linear_model.Ridge(alpha=20.0).fit(standard, targets).predict(standard)
     np.testing.assert_allclose(found.predict(features), wanted, atol=1e-4)
@@ -69,5 +70,5 @@ def test_ridge_is_that_of_scikit_learn(cells):
     alphas = np.array(PENALTIES)
     weighted = targets / targets.std(axis=0)
     chosen = linear_model.RidgeCV(alphas=alphas).fit(standard, weighted).alpha_
-    again = fit_ridge(features, targets, chosen).predict(features)
-    np.testing.assert_allclose(fit_ridge(features, targets).predict(features), again, atol=1e-4)
+    again = problem.fit(targets, chosen).predict(features)
+    np.testing.assert_allclose(problem.fit(targets).predict(features), again, atol=1e-4)
