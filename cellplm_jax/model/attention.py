@@ -169,21 +169,24 @@ class _Tiles(struct.PyTreeNode):
 class Flow(struct.PyTreeNode):
     """What flow attention makes of queries and keys.
 
-    The weight of cell k for cell q is ``allocation[q] * sink_incoming[q] * (query[q] . key[k]) * competition[k]``.
+    The weight of cell k for cell q is ``allocation[q] * sink_incoming[q] * (query[q] . key[k]) * competition[k]``, the
+    competition among sources being ``exponential[k] * share``, on average 1.
 
     Attributes:
         query: float32 [samples, cells, heads, width], after the sigmoid.
         key: Likewise.
         sink_incoming: float32 [samples, cells, heads]. One over the incoming flow of each query.
         allocation: Likewise. Allocation among sinks.
-        competition: Likewise. Competition among sources, on average 1; 0 for padding.
+        exponential: Likewise. Of the conserved flow of each source; 0 for padding.
+        share: float32 [samples, segments, heads]. Cells over the sum of their exponentials.
     """
 
     query: jax.Array
     key: jax.Array
     sink_incoming: jax.Array
     allocation: jax.Array
-    competition: jax.Array
+    exponential: jax.Array
+    share: jax.Array
 
 
 def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow:
@@ -211,9 +214,8 @@ def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow
     # Allocation among sinks, competition among sources.
     allocation = nn.sigmoid(conserved_sink)
     exponential = jnp.exp(conserved_source) * mask
-    cells = groups.of_cell(groups.total(mask))
-    competition = exponential / nonzero(groups.of_cell(groups.total(exponential))) * cells
-    return Flow(query, key, sink_incoming, allocation, competition)
+    share = groups.total(mask) / nonzero(groups.total(exponential))
+    return Flow(query, key, sink_incoming, allocation, exponential, share)
 
 
 def flow_attention(
@@ -232,7 +234,8 @@ def flow_attention(
     """
     flow = conserved_flow(query, key, groups)
     value = value.astype(jnp.float32)
-    memory = groups.outer_total(flow.key, value * flow.competition[..., None])
+    memory = groups.outer_total(flow.key, value * flow.exponential[..., None])
+    memory = memory * flow.share[..., None, None]
     mixed = groups.apply(flow.query * flow.sink_incoming[..., None], memory)
     return mixed * flow.allocation[..., None]
 
@@ -256,7 +259,8 @@ def flow_weights(
     """
     flow = conserved_flow(query, key, groups)
     left = flow.query * (flow.sink_incoming * flow.allocation)[..., None]
-    return jnp.einsum("bqhd,bkhd->bhqk", left[:, rows], flow.key * flow.competition[..., None])
+    competition = flow.exponential * groups.of_cell(flow.share)
+    return jnp.einsum("bqhd,bkhd->bhqk", left[:, rows], flow.key * competition[..., None])
 
 
 def softmax_weights(

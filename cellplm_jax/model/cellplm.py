@@ -100,6 +100,10 @@ class CellPLM(nn.Module):
         """Infer the latent of encoded cells [samples, cells, hidden]."""
         return self.latent(hidden, noise=noise, train=train)
 
+    def embed_encoded(self, hidden: jax.Array) -> jax.Array:
+        """Return the embedding [samples, cells, latent] of what the encoder's last layer gives."""
+        return self.infer(self.pre_latent_norm(hidden)).mean
+
     def predict(
         self,
         z: jax.Array,

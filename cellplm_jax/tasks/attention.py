@@ -15,7 +15,7 @@ from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import scale_coordinates
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.tasks.contexts import deal, source_groups
-from cellplm_jax.tasks.embed import express_context
+from cellplm_jax.tasks.embed import express_padded
 from cellplm_jax.tasks.pretrained import Pretrained, opened
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _fill(
     here = [number for number, cell in enumerate(chosen) if cell in place_of]
     if not here:
         return
-    hidden, mask = express_context(
+    hidden, mask = express_padded(
         source, model, context, None if placed is None else placed[context]
     )
     hidden, mask = jax.device_put(hidden), jax.device_put(mask)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +22,10 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.structs import CellBatch
+from cellplm_jax.tasks import stream
 from cellplm_jax.tasks.pretrained import Pretrained, opened
+from cellplm_jax.tasks.stream import Ahead, StreamedEncoder, Waiting, host_array, one_behind
 from cellplm_jax.train.metrics import ProgressReport
 
 if TYPE_CHECKING:
@@ -181,8 +185,9 @@ def read_and_embed(
             spatial_key=context.spatial_key,
             cells_per_context=context.cells_per_context,
             quiet=quiet,
+            waiting=(waiting := Waiting()),
         )
-        messages = source.report.messages()
+        messages = source.report.messages() + waiting.messages()
         key = context.spatial_key
         located = key is not None and key in source.obsm
         if located and model.config.positions.kind == "none":
@@ -213,6 +218,7 @@ def embed_source(
     groups: Sequence[np.ndarray] | None = None,
     title: str = "embedding",
     quiet: bool = True,
+    waiting: Waiting | None = None,
 ) -> np.ndarray:
     """Embed an opened source of counts.
 
@@ -225,6 +231,7 @@ def embed_source(
         groups: int arrays, cells that attend to one another, instead of the batches that ``batch_key`` names.
         title: What the progress report calls it.
         quiet: No progress on standard error.
+        waiting: Given the time that was waited for data.
 
     Returns:
         float32 [cells, latent]; NaN for cells of no group.
@@ -246,7 +253,10 @@ def embed_source(
             placed = None if coordinates is None else scale_coordinates(coordinates[cells])
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
-                embedding[cells[index]] = _embed_context(source, model, cells[index], here)
+                said = lambda text, n=done: progress.update(n, text)  # noqa: E731
+                embedding[cells[index]] = _embed_context(
+                    source, model, cells[index], here, waiting, said
+                )
                 done += len(index)
                 progress.update(done)
     finally:
@@ -277,28 +287,88 @@ def _coordinates(source: CountSource, spatial_key: str | None) -> np.ndarray | N
 
 
 def _embed_context(
-    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+    source: CountSource,
+    model: Pretrained,
+    cells: np.ndarray,
+    coordinates: np.ndarray | None,
+    waiting: Waiting | None,
+    said: Callable[[str], None],
 ) -> np.ndarray:
     """Embed one context: the embedder over chunks of cells, then the encoder over all of them."""
-    hidden, cell_mask = express_context(source, model, cells, coordinates)
-    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(cell_mask))
+    if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
+        hidden = express_context(source, model, cells, coordinates, waiting=waiting, said=said)
+        embedding = np.empty((len(cells), model.config.latent_size), np.float32)
+        model.encode_streamed(model.device_params, hidden, embedding, said=said)
+        return embedding
+    hidden, mask = express_padded(source, model, cells, coordinates, waiting=waiting, said=said)
+    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(mask))
     return np.asarray(embedding)[0, : len(cells)]
 
 
-def express_context(
-    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+def express_padded(
+    source: CountSource,
+    model: Pretrained,
+    cells: np.ndarray,
+    coordinates: np.ndarray | None,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run the embedder over the cells of one context, a chunk at a time.
+    """Run the embedder over one context that is to be encoded at once.
+
+    Args:
+        source: As for :func:`express_context`, and so are the rest.
+        model: See there.
+        cells: See there.
+        coordinates: See there.
+        **options: See there.
+
+    Returns:
+        hidden float32 [1, padded, hidden]; bool [1, padded], which of them are cells.
+    """
+    padded = bucket(len(cells))
+    hidden = express_context(source, model, cells, coordinates, padded=padded, **options)
+    return hidden[None], np.arange(padded)[None, :] < len(cells)
+
+
+def express_context(
+    source: CountSource,
+    model: Pretrained,
+    cells: np.ndarray,
+    coordinates: np.ndarray | None,
+    *,
+    padded: int | None = None,
+    waiting: Waiting | None = None,
+    said: Callable[[str], None] = lambda text: None,
+) -> np.ndarray:
+    """Run the embedder over the cells of one context, a chunk at a time, reading ahead of it.
 
     Args:
         source: Opened with the model's vocabulary.
         model: The model.
         cells: int [n], which cells.
         coordinates: float [n, 2], scaled; None: none.
+        padded: Rows of the result; None: n.
+        waiting: Given the time that was waited for data.
+        said: Told how far it is.
 
     Returns:
-        hidden float32 [1, padded, hidden], before any attention; bool [1, padded], which of them are cells.
+        float32 [padded, hidden], before any attention, 0 past the cells; in memory or, where it is large, on disk.
     """
+    hidden = host_array((padded or len(cells), model.config.hidden))
+    batches = Ahead(_chunks_of_context(source, model, cells, coordinates))
+    started = time.perf_counter()
+    chunks = ((part, model.embed_expression(model.device_params, batch)) for part, batch in batches)
+    for part, chunk in one_behind(chunks):
+        hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
+        said(f"{part.stop} of {len(cells)} cells read")
+    if waiting is not None:
+        waiting.add(batches.waited, time.perf_counter() - started)
+    return hidden
+
+
+def _chunks_of_context(
+    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+) -> Iterator[tuple[slice, CellBatch]]:
+    """Yield the cells of a context as batches of one shape on the device, with their places in the context."""
     rows = min(CHUNK_CELLS, bucket(len(cells)))
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
     positions = model.config.positions
@@ -307,7 +377,6 @@ def express_context(
         present = np.isfinite(coordinates).all(axis=1)
         vectors = np.zeros((len(cells), positions.eigenvectors), np.float32)
         vectors[present] = laplacian_eigenvectors(coordinates[present], positions.eigenvectors)
-    hidden = np.zeros((1, bucket(len(cells)), model.config.hidden), np.float32)
     for start in range(0, len(cells), rows):
         stop = min(start + rows, len(cells))
         counts = source.read_rows(cells[start:stop])
@@ -331,10 +400,8 @@ def express_context(
             )
             # The embedder reads counts and places alone; covariates and panels belong to the decoder.
             batch = batch.replace(measured=None, dataset=None, platform=None)
-            chunk = model.embed_expression(model.device_params, batch)
-            hidden[0, part] = np.asarray(chunk)[0, : end - begin]
+            yield part, jax.device_put(batch)
             begin = end
-    return hidden, np.arange(hidden.shape[1])[None, :] < len(cells)
 
 
 def check_key(key_added: str) -> None:

@@ -18,6 +18,7 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
 from cellplm_jax.structs import CellBatch, Reconstruction
+from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     grow_rows,
@@ -118,6 +119,11 @@ class Pretrained:
             return model.apply(variables, hidden, method=CellPLM.infer).mean
 
         return jax.jit(run)
+
+    @cached_property
+    def encode_streamed(self) -> StreamedEncoder:
+        """The same as :meth:`encode` for contexts of any size, in passes over chunks."""
+        return StreamedEncoder(self.config)
 
     @cached_property
     def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:

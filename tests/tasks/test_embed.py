@@ -178,7 +178,7 @@ def test_coordinates_of_contexts_are_scaled_by_sample(tiny_model, monkeypatch):
     monkeypatch.setattr(
         embed_module,
         "_embed_context",
-        lambda source, model, cells, coordinates: (
+        lambda source, model, cells, coordinates, *_: (
             seen.append((cells, coordinates)) or np.zeros((len(cells), 16), np.float32)
         ),
     )

@@ -1,0 +1,245 @@
+"""Work on more cells than a device holds: reading ahead, arrays that spill to disk, contexts in several passes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+
+from cellplm_jax.config import ModelConfig
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.model.streaming import FLOW_ROUNDS, chunk_layer, chunk_sums
+
+Item = TypeVar("Item")
+
+STREAM_CELLS = 32_768
+"""Contexts of more cells are encoded in passes over chunks."""
+
+STREAM_CHUNK = 8192
+"""Cells of such a chunk."""
+
+WORTH_SAYING = 0.15
+"""Share of the time waited for data above which a user is told."""
+
+LOCAL_KINDS = ("mlp", "residual_mlp", "none")
+"""Encoders in which no cell sees another."""
+
+
+class Ahead(Generic[Item]):
+    """Iterate over items that a thread makes ahead of their use.
+
+    Args:
+        items: Made in order, in the thread; an exception comes out where its item would have.
+        depth: How many may be ready.
+
+    Attributes:
+        waited: Seconds in which an item was asked for and not ready, but for the first.
+    """
+
+    def __init__(self, items: Iterable[Item], depth: int = 2):
+        self._items, self._depth = iter(items), depth
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Item]:
+        end = object()
+        first = True
+        with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+            ready = deque(pool.submit(next, self._items, end) for _ in range(self._depth))
+            try:
+                while True:
+                    started = time.perf_counter()
+                    item = ready.popleft().result()
+                    if not first:
+                        self.waited += time.perf_counter() - started
+                    first = False
+                    if item is end:
+                        return
+                    ready.append(pool.submit(next, self._items, end))
+                    yield item  # type: ignore[misc]
+            finally:
+                for waiting in ready:
+                    waiting.cancel()
+
+
+@dataclass
+class Waiting:
+    """How long work waited for its data.
+
+    Attributes:
+        seconds: Waited.
+        total: Seconds of the work, waiting included.
+    """
+
+    seconds: float = 0.0
+    total: float = 0.0
+
+    def add(self, seconds: float, total: float) -> None:
+        """Add a part of the work."""
+        self.seconds, self.total = self.seconds + seconds, self.total + total
+
+    @property
+    def share(self) -> float:
+        """Share of the time, 0 without any."""
+        return self.seconds / self.total if self.total > 0 else 0.0
+
+    def messages(self) -> list[str]:
+        """Say so where it is worth a user's while: a sentence, or nothing."""
+        if self.share <= WORTH_SAYING or self.total < 10:
+            return []
+        return [
+            f"{self.share:.0%} of {self.total:.0f} s was waiting for data: a file without compression is read faster"
+            " (adata.write_h5ad(path), its default), and so is one on a local disk."
+        ]
+
+
+def one_behind(results: Iterable[Item]) -> Iterator[Item]:
+    """Yield each result when the next one has been started, so that a device computes while the host copies."""
+    behind: list[Item] = []
+    for result in results:
+        behind.append(result)
+        if len(behind) == 2:
+            yield behind.pop(0)
+    yield from behind
+
+
+def host_array(shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 zeros in memory, or, where that would take half of what is free, in a temporary file.
+
+    The file has no name and is gone with the array; ``TMPDIR`` says on which disk it lies.
+
+    Args:
+        shape: Its shape.
+
+    Raises:
+        InputError: Neither memory nor disk has room.
+    """
+    size = int(np.prod(shape)) * 4
+    if 2 * size <= available_memory():
+        return np.zeros(shape, np.float32)
+    directory = tempfile.gettempdir()
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        msg = explain(
+            f"{size / 1e9:.1f} GB of activations, and {free / 1e9:.1f} GB free in '{directory}'",
+            "room for them in memory or on disk",
+            "Point TMPDIR at a larger disk, or pass cells_per_context=... (--cells-per-context)",
+        )
+        raise InputError(msg)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory new work may take without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2**30
+
+
+class StreamedEncoder:
+    """Encoder and latent over contexts of any size; what it computes is what :meth:`Pretrained.encode` does.
+
+    Args:
+        config: The architecture; :meth:`supports` says which.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        model = CellPLM(config)
+        self._sums = jax.jit(partial(chunk_sums, config=config))
+        self._layer = jax.jit(partial(chunk_layer, config=config))
+        self._conclude = jax.jit(
+            lambda params, hidden: model.apply(
+                {"params": params}, hidden, method=CellPLM.embed_encoded
+            )
+        )
+
+        def local(params, hidden, cell_mask):
+            variables = {"params": params}
+            hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
+            return model.apply(variables, hidden, method=CellPLM.infer).mean
+
+        self._local = jax.jit(local)
+
+    @staticmethod
+    def supports(config: ModelConfig) -> bool:
+        """Return whether contexts of this architecture can be encoded in chunks."""
+        return config.encoder.kind in ("flow", *LOCAL_KINDS)
+
+    def __call__(
+        self,
+        params: Any,
+        hidden: np.ndarray,
+        embedding: np.ndarray,
+        *,
+        chunk: int = STREAM_CHUNK,
+        said: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Encode one context.
+
+        Args:
+            params: The weights an embedding needs, on the device.
+            hidden: float32 [cells, hidden] from the embedder; overwritten with the last layer's output.
+            embedding: float32 [cells, latent]; filled.
+            chunk: Cells on the device at once.
+            said: Told what is being done, chunk by chunk.
+        """
+        flow = self.config.encoder.kind == "flow"
+        layers = self.config.encoder.layers if flow else 0
+        for number in range(layers):
+            weights = params["encoder"][f"layer_{number}"]
+            known: tuple[np.ndarray, ...] = ()
+            for turn in range(len(FLOW_ROUNDS)):
+                title = f"layer {number + 1} of {layers}, pass {turn + 1} of 4"
+                total = None
+                for _, found in self._chunks(
+                    hidden, chunk, lambda h, mask, w=weights, k=known: self._sums(w, h, mask, k)
+                ):
+                    # Sums of chunks are added in float64, so that their number does not matter.
+                    found = [np.asarray(value, np.float64) for value in found]
+                    total = found if total is None else list(map(np.add, total, found))
+                    said(title)
+                known += tuple(np.asarray(value, np.float32) for value in total or ())
+            for cells, found in self._chunks(
+                hidden, chunk, lambda h, mask, w=weights, k=known: self._layer(w, h, mask, k)
+            ):
+                hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
+                said(f"layer {number + 1} of {layers}, pass 4 of 4")
+
+        def conclude(hidden, mask):
+            return self._conclude(params, hidden) if flow else self._local(params, hidden, mask)
+
+        for cells, found in self._chunks(hidden, chunk, conclude):
+            embedding[cells] = np.asarray(found)[0, : cells.stop - cells.start]
+            said("latent")
+
+    @staticmethod
+    def _chunks(hidden: np.ndarray, chunk: int, work: Callable) -> Iterator[tuple[slice, Any]]:
+        def started():
+            for start in range(0, len(hidden), chunk):
+                cells = slice(start, min(start + chunk, len(hidden)))
+                padded = np.zeros((1, chunk, hidden.shape[1]), np.float32)
+                padded[0, : cells.stop - start] = hidden[cells]
+                mask = np.arange(chunk)[None, :] < cells.stop - start
+                yield cells, work(padded, mask)
+
+        return one_behind(started())
