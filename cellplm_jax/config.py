@@ -470,6 +470,9 @@ class TrainConfig:
             float32 in either case.
         rematerialize: Compute the activations of encoder layers and decoder again in the backward pass instead of
             keeping them: less memory, about a third more arithmetic.
+        chunk_cells: Cells of a row (of each piece of it) whose counts are dense at once, in embedder, decoder output,
+            likelihood and the gradients of all three; 0: a whole batch. Changes no number but by rounding. With it,
+            the memory of a step no longer grows by arrays of cells by genes.
         maximum_skipped: A step whose loss or gradients are not finite changes nothing and is counted; after so many
             in a row the run stops with a diagnosis.
         log_every, evaluate_every, checkpoint_every: Steps between these.
@@ -488,6 +491,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     rematerialize: bool = False
+    chunk_cells: int = 0
     maximum_skipped: int = 10
     log_every: int = 10
     evaluate_every: int = 100
@@ -498,6 +502,7 @@ class TrainConfig:
     def __post_init__(self):
         _at_least(self, "", 1, "steps", "log_every", "evaluate_every", "checkpoint_every")
         _at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
+        _at_least(self, "", 0, "chunk_cells")
         _at_least(self, "", 0, "probe_every")
         _require(
             self.data.cells % self.mesh.cells == 0,

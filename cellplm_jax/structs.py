@@ -39,7 +39,8 @@ class CellBatch(struct.PyTreeNode):
         dataset: int32 [samples, cells] or None. Likewise for datasets.
         platform: int32 [samples, cells] or None. Likewise for platforms.
         slot: int32 [samples, (pieces,) source_cells] or None. Where each cell of ``indptr`` sits in its piece after
-            cells were dropped; an index past the end drops the cell. None: cell i sits at i.
+            cells were dropped; an index past the end drops the cell. None: cell i sits at i. Working through a batch
+            chunk by chunk needs the cells that are kept in their old order.
     """
 
     indptr: jax.Array

@@ -28,7 +28,7 @@ DATASETS = {
     "integration": (
         "pbmc3k",
         "kang_muscat_labelled",
-        "corpus/pbmc_tidytranscriptomics_4studies",
+        "corpus/eye_rpe_choroid",
     ),
     "perturbation": ("papalexi_eccite_thp1_299genes", "kang_muscat_labelled"),
 }

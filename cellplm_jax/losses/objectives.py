@@ -7,9 +7,14 @@ measured in the sample, which the released code cannot do in pretraining (``Cell
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.chunks import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError, explain
 from cellplm_jax.losses.likelihoods import (
@@ -101,22 +106,165 @@ def count_nll(
     Returns:
         float32 [samples, cells], in nats, with the mean rescaled to each cell's total over ``entries``.
     """
-    shape = reconstruction.mean.shape
-    entries = jnp.broadcast_to(entries, shape)
+    entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
+    dispersion: jax.Array = reconstruction.dispersion  # type: ignore[assignment]
+    chosen = truth.at_nonzeros(entries)
+    gene = truth.gene.astype(jnp.int32)
+    stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
+    nll = mean_terms(reconstruction, counts, entries)
+    return nll + truth.sum_over_nonzeros(jnp.where(chosen, stored, 0.0))
+
+
+def mean_terms(reconstruction: Reconstruction, counts: jax.Array, entries: jax.Array) -> jax.Array:
+    """Return the part of :func:`count_nll` that involves the mean; arguments and result as there."""
+    entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     counts = jnp.where(entries, counts, 0.0)
     mean = scale_to_total(reconstruction.mean, counts.sum(axis=-1), entries)
-    dispersion: jax.Array = reconstruction.dispersion  # type: ignore[assignment]
-    theta = spread_over_cells(dispersion, mean)
+    theta = spread_over_cells(reconstruction.dispersion, mean)  # type: ignore[arg-type]
     if reconstruction.zero_logits is None:
         nll = negative_binomial_mean_terms(counts, mean, theta)
     else:
         nll = zero_inflated_mean_terms(counts, mean, theta, reconstruction.zero_logits)
-    nll = jnp.where(entries, nll, 0.0).sum(axis=-1)
+    return jnp.where(entries, nll, 0.0).sum(axis=-1)
 
-    chosen = truth.at_nonzeros(entries)
-    gene = truth.gene.astype(jnp.int32)
-    stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
-    return nll + truth.sum_over_nonzeros(jnp.where(chosen, stored, 0.0))
+
+def chunked_count_loss(
+    output: Callable[[Any, jax.Array], Reconstruction],
+    params: Any,
+    hidden: jax.Array,
+    truth: CellBatch,
+    config: ObjectiveConfig,
+    *,
+    chunk: int,
+    gene_mask: jax.Array | None = None,
+    target_genes: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Compute :func:`reconstruction_loss` from what a decoder's output layer is given, a chunk of cells at a time.
+
+    Output layer, likelihood and their gradients are done with a chunk before the next one begins, so that no array of
+    cells by genes outlives it. The result is that of the plain form up to the order of addition.
+
+    Args:
+        output: The output layer: ``(params, hidden) -> Reconstruction``, each cell by itself.
+        params: Its parameters.
+        hidden: float [samples, cells, width].
+        truth: The counts to be explained; see :class:`cellplm_jax.chunks.CountChunks` for their order.
+        config: Names the objective; any but ``"mean_squared_error"``.
+        chunk: Cells of a piece at once.
+        gene_mask: See :func:`reconstruction_loss`.
+        target_genes: See :func:`reconstruction_loss`.
+
+    Returns:
+        As :func:`reconstruction_loss`.
+
+    Raises:
+        ConfigError: The decoder does not give what the objective needs.
+    """
+    shape = jax.eval_shape(output, params, hidden)
+    _check_decoder(shape, config)
+    genes = shape.mean.shape[-1]
+    targeted = config.kind in ("imputation", "denoising")
+    if targeted:
+        gene_mask = None
+    scored = truth.cell_mask if gene_mask is None else truth.cell_mask & gene_mask.any(axis=-1)
+    weight = scored / jnp.maximum(scored.sum(), 1).astype(jnp.float32)
+    chunks = CountChunks.of(truth, chunk, genes)
+    given = {
+        "batch": truth,
+        "counts": chunks.padded(truth.count.astype(jnp.float32)),
+        "weight": truth.fold(weight),
+        "gene_mask": None if gene_mask is None else truth.fold(gene_mask),
+        "target_genes": target_genes if targeted else None,
+    }
+    two = gene_mask is not None and config.masked_part
+    function = partial(_chunk_of_loss, output, two)
+    total, (full, masked) = summed_over_chunks(function, chunks, params, truth.fold(hidden), given)
+    # The gamma functions, at the stored counts alone.
+    dispersion = output(params, hidden[:1, :1]).dispersion
+    given |= {"cell": truth.cell_of_nonzero()}
+    blocks = -(-truth.gene.shape[-1] // BLOCK)
+    more, (more_full, more_masked) = summed_in_parts(
+        partial(_block_of_loss, two), blocks, dispersion, given
+    )
+    return {
+        "reconstruction": total + more,
+        "reconstruction_full": full + more_full,
+        "reconstruction_masked": masked + more_masked,
+    }
+
+
+def _block_of_loss(
+    two: bool, index: jax.Array, dispersion: jax.Array, given: dict[str, Any]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return what the gamma functions of a block of stored counts add to the loss, and the two parts of that."""
+    batch: CellBatch = given["batch"]
+    size = min(BLOCK, batch.gene.shape[-1])
+    start = jnp.minimum(index * size, batch.gene.shape[-1] - size)
+    gene, count, cell = (
+        jax.lax.dynamic_slice_in_dim(values, start, size, axis=-1)
+        for values in (batch.gene, batch.count, given["cell"])
+    )
+    gene = gene.astype(jnp.int32)
+
+    def of_cell(values):
+        # Padding and dropped cells lie past the end: weight 0.
+        return batch.over_pieces(lambda table, at: table.at[at].get(mode="fill", fill_value=0))(
+            values, cell
+        )
+
+    weight = of_cell(given["weight"])
+    weight = jnp.where(start + jnp.arange(size) >= index * size, weight, 0.0)
+    if batch.measured is not None:
+        table = batch.measured if batch.measured.ndim == 3 else batch.measured[:, None, :]
+        segment = jnp.zeros_like(gene)
+        if batch.segment is not None:
+            segment = of_cell(batch.fold(batch.segment))
+        known = jax.vmap(lambda table, segment, gene: table[segment, gene])(table, segment, gene)
+        weight = jnp.where(known, weight, 0.0)
+    if given["target_genes"] is not None:
+        asked = jax.vmap(lambda table, gene: table[gene])(given["target_genes"], gene)
+        weight = jnp.where(asked, weight, 0.0)
+    terms = negative_binomial_count_terms(count.astype(jnp.float32), dispersion[gene])
+    full, masked = jnp.sum(weight * terms), jnp.zeros((), jnp.float32)
+    if two:
+        hidden = batch.over_pieces(
+            lambda table, at, gene: table.at[at, gene].get(mode="fill", fill_value=False)
+        )(given["gene_mask"], cell, gene)
+        masked = jnp.sum(jnp.where(hidden, weight, 0.0) * terms)
+    return full + masked, (full, masked)
+
+
+def _chunk_of_loss(
+    output: Callable,
+    two: bool,
+    chunks: CountChunks,
+    index: jax.Array,
+    params: Any,
+    rows: jax.Array,
+    given: dict[str, Any],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return what a chunk adds to the loss without the gamma functions, and the two parts of that."""
+    batch: CellBatch = given["batch"]
+
+    def of_chunk(values):
+        return batch.unfold(chunks.rows(values, index))
+
+    reconstruction = output(params, batch.unfold(rows))
+    counts = batch.unfold(chunks.dense(given["counts"], index))
+    weight = batch.unfold(chunks.rows(given["weight"], index) * chunks.fresh(index))
+    if batch.segment is not None:
+        batch = batch.replace(segment=of_chunk(batch.fold(batch.segment)))
+    entries = batch.measured_entries()
+    if entries is None:
+        entries = jnp.ones((counts.shape[0], 1, counts.shape[2]), bool)
+    if given["target_genes"] is not None:
+        entries = entries & given["target_genes"][:, None, :]
+    full = jnp.sum(weight * mean_terms(reconstruction, counts, entries))
+    masked = jnp.zeros((), jnp.float32)
+    if two:
+        entries = entries & of_chunk(given["gene_mask"])
+        masked = jnp.sum(weight * mean_terms(reconstruction, counts, entries))
+    return full + masked, (full, masked)
 
 
 def reconstruction_loss(
@@ -162,20 +310,7 @@ def reconstruction_loss(
         target = jnp.log1p(counts / jnp.maximum(library, 1.0) * 1e4)
         loss = regression_loss(reconstruction.mean, target, entries)
         return {"reconstruction": loss, "reconstruction_full": loss, "reconstruction_masked": zero}
-    if reconstruction.dispersion is None:
-        msg = explain(
-            f"objective '{config.kind}' with a decoder that predicts no dispersion",
-            "a negative-binomial decoder",
-            "Set decoder.kind to 'negative_binomial', or objective.kind to 'mean_squared_error'",
-        )
-        raise ConfigError(msg)
-    if config.kind == "zero_inflated_negative_binomial" and reconstruction.zero_logits is None:
-        msg = explain(
-            "objective 'zero_inflated_negative_binomial' with a decoder without zero inflation",
-            "decoder.kind = 'zero_inflated_negative_binomial'",
-            "Change one of them",
-        )
-        raise ConfigError(msg)
+    _check_decoder(reconstruction, config)
     if config.kind in ("imputation", "denoising"):
         entries = everything if target_genes is None else everything & target_genes[:, None, :]
         full = average_over(count_nll(reconstruction, truth, counts, entries), cell_mask)
@@ -191,6 +326,24 @@ def reconstruction_loss(
         "reconstruction_full": full,
         "reconstruction_masked": masked,
     }
+
+
+def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> None:
+    """Raise ConfigError where a decoder does not give what a likelihood needs."""
+    if reconstruction.dispersion is None:
+        msg = explain(
+            f"objective '{config.kind}' with a decoder that predicts no dispersion",
+            "a negative-binomial decoder",
+            "Set decoder.kind to 'negative_binomial', or objective.kind to 'mean_squared_error'",
+        )
+        raise ConfigError(msg)
+    if config.kind == "zero_inflated_negative_binomial" and reconstruction.zero_logits is None:
+        msg = explain(
+            "objective 'zero_inflated_negative_binomial' with a decoder without zero inflation",
+            "decoder.kind = 'zero_inflated_negative_binomial'",
+            "Change one of them",
+        )
+        raise ConfigError(msg)
 
 
 def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:

@@ -28,14 +28,16 @@ class CellPLM(nn.Module):
     Attributes:
         config: The architecture.
         rematerialize: Compute the activations of encoder layers again in the backward pass: less memory, more time.
+        chunk: Cells of a piece whose counts the embedder makes dense at once; 0: all.
     """
 
     config: ModelConfig
     rematerialize: bool = False
+    chunk: int = 0
 
     def setup(self):
         """Declare the stages; their names are the top level of the parameter tree."""
-        self.embedder = ExpressionEmbedder(self.config)
+        self.embedder = ExpressionEmbedder(self.config, self.chunk)
         self.encoder = Encoder(self.config, self.rematerialize)
         self.pre_latent_norm = layer_norm("pre_latent_norm")
         self.latent = Latent(self.config)
@@ -118,6 +120,14 @@ class CellPLM(nn.Module):
     def decode(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> Reconstruction:
         """Decode latents [samples, cells, latent]; the batch gives the covariates."""
         return self.decoder(z, batch, train=train)
+
+    def decode_hidden(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> jax.Array:
+        """Decode up to the output layer: float [samples, cells, width], for :meth:`decode_output`."""
+        return self.decoder(z, batch, train=train, part="hidden")
+
+    def decode_output(self, hidden: jax.Array) -> Reconstruction:
+        """Apply the decoder's output layer, which has an axis of genes, to any cells of :meth:`decode_hidden`."""
+        return self.decoder(hidden, None, part="output")
 
 
 def attention_rows(

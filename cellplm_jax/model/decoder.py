@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -56,8 +57,32 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, z: jax.Array, batch: CellBatch, *, train: bool) -> Reconstruction:
-        """Map the latent [samples, cells, latent] to the parameters of [samples, cells, genes] counts."""
+    def __call__(
+        self,
+        z: jax.Array,
+        batch: CellBatch | None,
+        *,
+        train: bool = False,
+        part: Literal["all", "hidden", "output"] = "all",
+    ) -> Reconstruction | jax.Array:
+        """Map the latent to the parameters of counts.
+
+        Args:
+            z: float [samples, cells, latent]; for the part ``"output"`` what the part ``"hidden"`` returned.
+            batch: Gives the covariates; the output layer needs none.
+            train: Dropout on.
+            part: ``"hidden"``: stop before the output layer, whose result has an axis of genes; ``"output"``: that
+                layer alone, each cell by itself.
+
+        Returns:
+            Parameters of [samples, cells, genes] counts; for ``"hidden"`` float [samples, cells, width].
+        """
+        if part == "output":
+            return self._output(z)
+        hidden = self._hidden(z, batch, train)  # type: ignore[arg-type]
+        return hidden if part == "hidden" else self._output(hidden)
+
+    def _hidden(self, z: jax.Array, batch: CellBatch, train: bool) -> jax.Array:
         config, decoder = self.config, self.config.decoder
         covariates = {
             "batch": (decoder.batches, batch.batch),
@@ -78,15 +103,20 @@ class Decoder(nn.Module):
                     embedding = CovariateEmbedding(config, rows, name=f"{covariate}_{layer}")
                     x = x + embedding(index, x.shape[:2])
             history.append(x)
+        if decoder.kind == "gaussian":
+            return x
+        if decoder.kind == "residual":
+            return jnp.concatenate(history, -1)
+        return nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
+
+    def _output(self, x: jax.Array) -> Reconstruction:
+        config, decoder = self.config, self.config.decoder
 
         def by_gene(name, x):
             return along(output_dense(config.genes, name)(x), ENTRIES)
 
-        if decoder.kind == "gaussian":
+        if decoder.kind in ("gaussian", "residual"):
             return Reconstruction(mean=by_gene("mean", x))
-        if decoder.kind == "residual":
-            return Reconstruction(mean=by_gene("mean", jnp.concatenate(history, -1)))
-        x = nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
         mean = exponential_within(by_gene("log_mean", x), MEAN_RANGE)
         log_dispersion = self.param("log_dispersion", nn.initializers.normal(1.0), (config.genes,))
         dispersion = exponential_within(log_dispersion, DISPERSION_RANGE)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import CELLS, ENTRIES, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
@@ -60,9 +61,11 @@ class ExpressionEmbedder(nn.Module):
 
     Attributes:
         config: The model's configuration.
+        chunk: Cells of a piece whose counts are dense at once, forward and backward; 0: all.
     """
 
     config: ModelConfig
+    chunk: int = 0
 
     @nn.compact
     def __call__(
@@ -81,10 +84,16 @@ class ExpressionEmbedder(nn.Module):
         )
         # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
         values = transform_counts(batch, config).astype(table.dtype)
-        expression = along(batch.dense(values, config.genes), ENTRIES)
-        if gene_mask is not None:
-            expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
-        hidden = along(expression @ table, CELLS)
+        if self.chunk:
+            chunks = CountChunks.of(batch, self.chunk, config.genes)
+            masked = None if gene_mask is None else batch.fold(gene_mask)
+            hidden = batch.unfold(chunked_product(table, chunks, values, masked))
+        else:
+            expression = along(batch.dense(values, config.genes), ENTRIES)
+            if gene_mask is not None:
+                expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
+            hidden = expression @ table
+        hidden = along(hidden, CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
                 batch.cell_mask,

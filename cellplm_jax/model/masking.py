@@ -65,9 +65,9 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
 
     Returns:
         A batch whose rows hold ``floor((1 - drop_cells) n)`` of their ``n`` cells (at least one, at most
-        ``maximum_cells``) in random order; in packed rows the same of every sample (none of a very small one), and in
-        rows of several pieces of every sample in each piece. Counts stay where they are; ``slot`` says where each cell
-        went.
+        ``maximum_cells``) in the order they were in; in packed rows the same of every sample (none of a very small
+        one), and in rows of several pieces of every sample in each piece. Counts stay where they are; ``slot`` says
+        where each cell went.
     """
     cells = batch.cell_mask.shape[1] // batch.pieces
     limit = -(-config.maximum_cells // batch.pieces) if config.maximum_cells else cells
@@ -86,12 +86,9 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     if segment is None:
         kept = jnp.clip(kept, jnp.minimum(1, present), width)
     keep = cell_mask & (rank < kept)
-    # Kept cells move to the front of their piece: in random order, those of one sample together.
-    order = jnp.where(keep, noise, jnp.inf)
-    if segment is not None:
-        order = jnp.where(keep, segment * cells + _rank(order), batch.segments * cells)
-    place = _rank(order)
-    slot = jnp.where(keep & (place < width), place, width)
+    # Kept cells move to the front of their piece, in the order they are in: their stored counts stay in one run.
+    place = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, cells)
+    slot = jnp.minimum(place, width)
     if batch.slot is not None:
         # Cells were dropped before: follow each from where it sits now.
         gone = jnp.full((*slot.shape[:-1], 1), width, slot.dtype)
@@ -175,7 +172,7 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
 
 
 def sample_gene_mask(
-    key: jax.Array, batch: CellBatch, genes: int, config: MaskingConfig
+    key: jax.Array, batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
 ) -> jax.Array:
     """Choose which entries are hidden: first which cells, then which genes in each of them.
 
@@ -184,6 +181,7 @@ def sample_gene_mask(
         batch: The cells; a packed row is masked sample by sample, a row of several pieces piece by piece.
         genes: Size of the vocabulary.
         config: ``floor(cell_fraction n)`` of each sample's ``n`` cells are masked, each at its own rate.
+        chunk: Cells of a piece whose random bits are there at once; 0: all. The mask is the same.
 
     Returns:
         bool [samples, cells, genes]; True is hidden. Padding is never masked.
@@ -198,8 +196,28 @@ def sample_gene_mask(
     chosen = floor_of_fraction(present, config.cell_fraction)
     masked_cells = batch.unfold((rank < chosen) & folded)
     rates = jnp.where(masked_cells, masking_rates(rate_key, cell_mask.shape, config), 0.0)
-    # Half the random bits of a float32 draw; a rate is rounded to a multiple of 2^-16. The barrier keeps the compiler
-    # from drawing them again in every place that reads the mask.
+    # Half the random bits of a float32 draw; a rate is rounded to a multiple of 2^-16. Every cell has a key of its own,
+    # so that cells can be drawn in any portions. The barrier keeps the compiler from drawing them again in every place
+    # that reads the mask.
     threshold = jnp.round(rates * 65536).astype(jnp.uint32)
-    bits = jax.random.bits(gene_key, (*cell_mask.shape, genes), jnp.uint16)
-    return jax.lax.optimization_barrier(along(bits < threshold[..., None], ENTRIES))
+    keys = jax.random.split(gene_key, cell_mask.shape)
+
+    def drawn(keys, threshold):
+        bits = jax.vmap(lambda key: jax.random.bits(key, (genes,), jnp.uint16))(keys.ravel())
+        return bits.reshape(*keys.shape, genes) < threshold[..., None]
+
+    if chunk:
+        keys, threshold = batch.fold(keys), batch.fold(threshold)
+        axis, cells = keys.ndim - 1, keys.shape[-1]
+        size = min(chunk, cells)
+
+        def draw(index, mask):
+            start = jnp.minimum(index * size, cells - size)
+            part = (jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (keys, threshold))
+            return jax.lax.dynamic_update_slice_in_dim(mask, drawn(*part), start, axis)
+
+        mask = jnp.zeros((*keys.shape, genes), bool)
+        mask = batch.unfold(jax.lax.fori_loop(0, -(-cells // size), draw, mask))
+    else:
+        mask = drawn(keys, threshold)
+    return jax.lax.optimization_barrier(along(mask, ENTRIES))

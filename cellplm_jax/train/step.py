@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,12 @@ from cellplm_jax.losses.likelihoods import (
     negative_binomial_nll,
     zero_inflated_negative_binomial_nll,
 )
-from cellplm_jax.losses.objectives import latent_loss, reconstruction_loss, warmup_factor
+from cellplm_jax.losses.objectives import (
+    chunked_count_loss,
+    latent_loss,
+    reconstruction_loss,
+    warmup_factor,
+)
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
 from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
@@ -83,7 +89,7 @@ def loss_terms(
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
     """
-    model = CellPLM(config.model, rematerialize=config.rematerialize)
+    model = CellPLM(config.model, rematerialize=config.rematerialize, chunk=config.chunk_cells)
     variables = {"params": compute_params(params, config)}
     hidden = model.apply(
         variables, batch, gene_mask=gene_mask, train=True, rngs=rngs, method=CellPLM.represent
@@ -93,12 +99,26 @@ def loss_terms(
     )
 
     def decode_and_score(variables, z, gene_mask):
+        if config.chunk_cells and config.objective.kind != "mean_squared_error":
+            hidden = model.apply(
+                variables, _narrow(z, config), batch, train=True, rngs=rngs,
+                method=CellPLM.decode_hidden,
+            )  # fmt: skip
+            return chunked_count_loss(
+                partial(_output_layer, model),
+                variables["params"]["decoder"],
+                hidden,
+                batch,
+                config.objective,
+                chunk=config.chunk_cells,
+                gene_mask=gene_mask,
+            )
         reconstruction = model.apply(
             variables, _narrow(z, config), batch, train=True, rngs=rngs, method=CellPLM.decode
         )
         return reconstruction_loss(reconstruction, batch, config.objective, gene_mask=gene_mask)
 
-    if config.rematerialize:
+    if config.rematerialize and not config.chunk_cells:
         decode_and_score = jax.checkpoint(decode_and_score)
     terms = decode_and_score(variables, inferred.z, gene_mask)
     latent = latent_loss(
@@ -106,6 +126,11 @@ def loss_terms(
     )
     loss = terms["reconstruction"] + latent["latent"]
     return loss, {"loss": loss, **terms, **latent}
+
+
+def _output_layer(model: CellPLM, decoder: Any, hidden: jax.Array) -> Reconstruction:
+    params = {"decoder": decoder}
+    return model.apply({"params": params}, hidden, method=CellPLM.decode_output)  # type: ignore[return-value]
 
 
 def _narrow(z: jax.Array, config: TrainConfig) -> jax.Array:
@@ -197,7 +222,9 @@ def _masked_loss(
     batch = drop_cells(drop_key, batch, config.masking)
     gene_mask = None
     if config.masking.cell_fraction > 0 and config.masking.gene_fraction > 0:
-        gene_mask = sample_gene_mask(mask_key, batch, config.model.genes, config.masking)
+        gene_mask = sample_gene_mask(
+            mask_key, batch, config.model.genes, config.masking, chunk=config.chunk_cells
+        )
     loss, metrics = loss_terms(
         params,
         batch,

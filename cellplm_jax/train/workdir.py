@@ -25,6 +25,7 @@ from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root
 CHANGEABLE = (
     "mesh",
     "rematerialize",
+    "chunk_cells",
     "log_every",
     "evaluate_every",
     "checkpoint_every",

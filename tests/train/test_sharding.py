@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -79,16 +80,24 @@ MESHES = {
 }
 
 
+@functools.cache
+def on_one_device(pieces=1):
+    return five_steps(sharded_config(pieces), make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
 @eight_devices
 @pytest.mark.parametrize("name", MESHES)
 def test_one_device_equals_eight(name):
-    """Losses of five steps and the first gradients (the optimizer's first moment) agree to 1e-5."""
+    """Losses of five steps and the first gradients (the optimizer's first moment) agree to 1e-5.
+
+    On the mesh with all axes counts are made dense in chunks of cells besides, which adds in yet another order.
+    """
     mesh_config = MESHES[name]
-    config = sharded_config(mesh_config.cells)
-    alone = five_steps(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    alone = on_one_device(mesh_config.cells)
     mesh = make_mesh(mesh_config)
     assert mesh.size == 8
-    together = five_steps(config, mesh)
+    changes = {"chunk_cells": 5} if name == "2x2x2" else {}
+    together = five_steps(sharded_config(mesh_config.cells, **changes), mesh)
     for one, eight in zip(alone[0], together[0], strict=True):
         assert one.keys() == eight.keys()
         for key, value in one.items():
@@ -96,7 +105,7 @@ def test_one_device_equals_eight(name):
         assert one["batch_checksum"] == eight["batch_checksum"]
     for a, b in zip(jax.tree.leaves(alone[1][1]), jax.tree.leaves(together[1][1]), strict=True):
         scale = np.abs(a).max() + 1e-12
-        np.testing.assert_allclose(b / scale, a / scale, atol=1e-5)
+        np.testing.assert_allclose(b / scale, a / scale, atol=2e-5 if changes else 1e-5)
 
 
 @eight_devices
@@ -181,16 +190,17 @@ def test_only_gene_axes_of_parameters_are_split():
     assert jax.tree.structure(batch_shardings(mesh, batch)) == jax.tree.structure(batch)
 
 
-@pytest.mark.parametrize("kind", ["flow", "softmax", "performer"])
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "pieces"), [("flow", 1), ("flow", 2), ("softmax", 1), ("performer", 2)]
+)
 def test_packed_samples_have_no_influence_on_each_other(kind, pieces):
     """A sample packed with others is embedded as if it were alone, to the rounding of another order of sums."""
-    cells, genes, sizes = 300 * pieces, 24, [[130, 3, 100, 41], [299]]
+    cells, genes, sizes = 180 * pieces, 24, [[130, 3, 41], [179]]
     config = sharded_config().model
     config = dataclasses.replace(
         config, genes=genes, encoder=dataclasses.replace(config.encoder, kind=kind, layers=2)
     )
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
 
     def embed(batch):
         hidden = CellPLM(config).apply({"params": params}, batch, method=CellPLM.represent)
@@ -215,7 +225,7 @@ def test_packed_samples_have_no_influence_on_each_other(kind, pieces):
                 alone[np.asarray(lonely.cell_mask[0])], together[row][here], atol=3e-5
             )
             number += 1
-    assert number == 5
+    assert number == 4
 
 
 def compact(batch, row):
@@ -273,7 +283,7 @@ def test_accumulated_batches_average_their_gradients():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     metrics, _, params = five_steps(config, mesh, number=2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    whole = five_steps(sharded_config(), mesh, number=2)[0]
+    whole = on_one_device()[0][:2]
     for one, two in zip(metrics, whole, strict=True):
         # The same cells are read; the draws differ, so losses agree roughly and no more.
         assert one["read_cells"] == two["read_cells"]
@@ -285,7 +295,7 @@ def test_accumulated_batches_average_their_gradients():
 @pytest.mark.parametrize("changes", [{"rematerialize": True}, {"precision": "bfloat16"}])
 def test_memory_and_precision_options_change_little(changes):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    plain = five_steps(sharded_config(), mesh, number=3)[0]
+    plain = on_one_device()[0][:3]
     other = five_steps(sharded_config(**changes), mesh, number=3)
     tolerance = 1e-5 if "rematerialize" in changes else 0.02
     for one, two in zip(plain, other[0], strict=True):
