@@ -15,6 +15,7 @@ TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=202
 EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
 # Work directories at gs:// addresses; corpora are read without it.
 GCP = ["gcsfs>=2024.6"]
+EXPORT = ["flatbuffers>=24"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -48,6 +49,8 @@ setup(
         # What those bring and this package imports by name.
         "absl-py>=2.0",
         "etils[epath]>=1.12",
+        # Lets several processes share, and JAX bound, the cache of compiled programs.
+        "filelock>=3.12",
         "h5py>=3.10",
         "pandas>=2.2",
         "rich>=13",
@@ -63,10 +66,12 @@ setup(
         # Also what `cellplm plan` compiles with, on machines without a TPU.
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gcp": GCP,
+        # What jax.export writes its programs with.
+        "export": EXPORT,
         # Reading and writing PyTorch checkpoints needs torch alone; comparing with the original needs the original.
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
-        "dev": [*DEV, *TRAIN, *EVAL, *GCP],
+        "dev": [*DEV, *TRAIN, *EVAL, *GCP, *EXPORT],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},
     classifiers=[

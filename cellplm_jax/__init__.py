@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.cluster import cluster, cluster_file
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.export import export_model
     from cellplm_jax.tasks.genes import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
     from cellplm_jax.tasks.integrate import BatchIntegrator
@@ -55,6 +56,7 @@ _WHERE = {
     "cluster_file": "cellplm_jax.tasks.cluster",
     "embed": "cellplm_jax.tasks.embed",
     "embed_file": "cellplm_jax.tasks.embed",
+    "export_model": "cellplm_jax.tasks.export",
     "gene_embeddings": "cellplm_jax.tasks.genes",
     "load": "cellplm_jax.tasks.pretrained",
     "preset": "cellplm_jax.presets",

@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_perturb(commands)
     _add_samples(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_info(commands)
     _add_plan(commands)
     return parser
@@ -1097,6 +1098,29 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise InputError(msg)
     for line in convert.from_published(arguments.input, arguments.config, arguments.out):
         _print(line)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "write a model as one file that embeds cells through JAX alone, on cpu, cuda and tpu",
+        "cellplm export small --out small.cellplm",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a bundled model")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the artifact to write")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.export import export_model
+
+    card = export_model(arguments.model, arguments.out)
+    size = Path(arguments.out).expanduser().stat().st_size / 1e6
+    _print(
+        f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
+        f"{', '.join(card['platforms'])}; JAX {card['jax']} wrote it."
+    )
 
 
 def _add_info(commands: Any) -> None:

@@ -18,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "structs": 1,
+    "cache": 1,
     # Loops over parts of a batch, for model and losses alike.
     "chunks": 1,
     "data": 2,

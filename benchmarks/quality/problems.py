@@ -175,6 +175,10 @@ def denoising(path: Path, dataset: str, seed: int, out: Path) -> None:
     cells = cells[:, variable_genes(sparse.csr_matrix(cells.X), VARIABLE_GENES)].copy()
     counts = sparse.csr_matrix(cells.X)
     visible, hidden = hide_nonzeros(counts, HIDDEN_COUNTS, seed=seed)
+    # A gene of which every count is hidden is one that nobody can say anything about.
+    shown = np.flatnonzero(np.asarray(visible.sum(axis=0)).ravel() > 0)
+    cells, counts = cells[:, shown].copy(), counts[:, shown]
+    visible, hidden = visible[:, shown], hidden[:, shown]
     kept = np.asarray(visible.sum(axis=1)).ravel() > 0  # a cell without a count left is no cell
     cells = anndata.AnnData(visible, obs=cells.obs[[]].copy(), var=cells.var)[kept].copy()
     hidden = hidden[kept].tocoo()

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from etils import epath
 
+from cellplm_jax.cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
@@ -144,6 +145,7 @@ class Estimator(abc.ABC):
         quiet: bool = False,
         **training: Any,
     ):
+        keep_compiled()
         self.base = None if model is None else opened(model)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None

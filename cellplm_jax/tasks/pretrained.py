@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from cellplm_jax.cache import keep_compiled
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
@@ -195,6 +196,7 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
         raise InputError(msg)
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
+    keep_compiled()
     files = read_root(text)
     params, found_step = restore_item(text, step=step)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)

@@ -1,0 +1,118 @@
+"""Export: a model as one file that embeds cells without this package, through JAX alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.structs import CellBatch
+from cellplm_jax.tasks.embed import check_output, written_whole
+from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What an artifact runs on."""
+
+PROGRAM, GENES, CARD = "program.bin", "genes.txt", "card.json"
+"""Members of an artifact: the serialised :class:`jax.export.Exported`; a gene a line; facts."""
+
+
+def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) -> dict[str, Any]:
+    """Write a model as one artifact that embeds any number of cells on CPU, CUDA and TPU.
+
+    The file is an uncompressed zip archive. ``program.bin`` is a serialised ``jax.export`` program with the weights in
+    it, ``genes.txt`` the vocabulary, ``card.json`` the facts. The program is called with the counts of one context in
+    CSR form and returns the embedding, float32 [cells, latent]::
+
+        indptr       int32 [cells + 1]     start of each cell in the next two
+        gene         int32 [nonzeros]      line of genes.txt, from 0
+        count        float32 [nonzeros]    raw counts
+        coordinates  float32 [cells, 2]    scaled to [0, 1]; NaN for cells without
+
+    ``docs/embed_exported.py`` shows how. JAX runs such programs for at least six months after the version that wrote
+    them. All cells of a call attend to one another and their counts are dense at once: what does not fit into the
+    device's memory is cut into contexts by the caller, or embedded by :func:`cellplm_jax.embed`.
+
+    Args:
+        model: From :func:`cellplm_jax.load`, or what it opens.
+        out: The file; it appears whole or not at all.
+
+    Returns:
+        What is in ``card.json``.
+
+    Raises:
+        InputError: The model needs more than counts and places, or ``out`` cannot be written.
+        MissingDependencyError: flatbuffers is not installed.
+    """
+    import cellplm_jax
+
+    out = Path(out).expanduser()
+    check_output(out)
+    require("flatbuffers", "export", "cellplm export")
+    model = opened(model)
+    if model.config.positions.kind == "laplacian":
+        msg = explain(
+            "a model with positions of the kind 'laplacian', which needs eigenvectors of the tissue's graph",
+            "a model that embeds from counts and places alone",
+            "Embed with cellplm_jax.embed, or export a model with another kind of positions",
+        )
+        raise InputError(msg)
+    program = _export(model)
+    card = {
+        **model.card,
+        "model": model.id,
+        "latent": model.config.latent_size,
+        "genes": len(model.genes),
+        "input_transform": model.config.embedder.input_transform,
+        "positions": model.config.positions.kind,
+        "platforms": list(PLATFORMS),
+        "calling_convention": int(program.calling_convention_version),
+        "jax": jax.__version__,
+        "cellplm_jax": cellplm_jax.__version__,
+    }
+    with written_whole(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+        archive.writestr(PROGRAM, program.serialize())
+        archive.writestr(GENES, "".join(f"{gene}\n" for gene in model.genes))
+        archive.writestr(CARD, json.dumps(card, indent=2, default=str) + "\n")
+    return card
+
+
+def _export(model: Pretrained) -> jax.export.Exported:
+    config = model.config
+    params = {name: model.params[name] for name in EMBEDDING_PARTS if name in model.params}
+
+    def embed(
+        indptr: jax.Array, gene: jax.Array, count: jax.Array, coordinates: jax.Array
+    ) -> jax.Array:
+        located = jnp.isfinite(coordinates).all(axis=-1)
+        batch = CellBatch(
+            indptr=indptr[None],
+            gene=gene[None],
+            count=count[None],
+            cell_mask=jnp.ones((1, coordinates.shape[0]), bool),
+            coordinates=jnp.where(located[:, None], coordinates, 0.0)[None],
+            has_coordinates=located[None],
+        )
+        hidden = CellPLM(config).apply({"params": params}, batch, method=CellPLM.represent)
+        latent: Any = CellPLM(config).apply({"params": params}, hidden, method=CellPLM.infer)
+        return latent.mean[0]
+
+    cells, nonzeros = jax.export.symbolic_shape("cells, nonzeros")
+
+    def array(shape: tuple, kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind)
+
+    return jax.export.export(jax.jit(embed), platforms=PLATFORMS)(
+        array((cells + 1,), np.int32),
+        array((nonzeros,), np.int32),
+        array((nonzeros,), np.float32),
+        array((cells, 2), np.float32),
+    )
