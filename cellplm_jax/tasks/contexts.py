@@ -23,7 +23,7 @@ from cellplm_jax.data.batches import (
     pad_batch,
     scale_coordinates,
 )
-from cellplm_jax.data.genes import load_human_table
+from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.structs import CellBatch
 
@@ -174,7 +174,9 @@ def own_vocabulary(
     read: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "values": values}
     with open_counts(data, human, minimum_genes=0, **read) as source:
         mapping = source.report.genes
-        if 2 * mapping.matched >= mapping.matched + mapping.unmatched:
+        # Trained on from scratch, mouse genes keep their own names: no orthologue is needed, none is lost.
+        human_names = mapping.matched - mapping.by_rule.get(ORTHOLOGUE, 0)
+        if 2 * human_names >= mapping.matched + mapping.unmatched:
             return [gene for gene, there in zip(human, source.measured, strict=True) if there]
         names = source.gene_names
     return list(dict.fromkeys(name for name in names if name))

@@ -140,7 +140,8 @@ class Denoiser(Estimator):
             seed=self.training.seed,
         )
         require_training_cells(table, train, among=np.union1d(train, valid))
-        table = self._choose_genes(table, train)
+        # Validation cells are denoised as well: a gene that only they express is one of the fit.
+        table = self._choose_genes(table, np.union1d(train, valid))
         start = self._begin(
             table,
             self._architecture(),

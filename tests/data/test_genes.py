@@ -21,6 +21,7 @@ from cellplm_jax.data.genes import (
     MINIMUM_GENES,
     is_ensembl,
     load_human_table,
+    load_mouse_table,
     map_genes,
     require_matches,
     strip_version,
@@ -206,19 +207,57 @@ def test_row_numbers_are_not_genes():
     assert not [n for n in numbers if n in table.genes]
 
 
-def test_mouse_is_recognised_and_not_matched_by_case():
-    mouse = ["Gad2", "Slc32a1", "Cnr1", "1110008F13Rik", "mt-Nd1", "Actb", "Gapdh", "Trp53"]
-    vocabulary = [ACTB, GAPDH, TP53]
-    assert map_genes(mouse, vocabulary, minimum=0).genes_matched == 0
-    for names in (mouse, ["ENSMUSG00000064370", "ENSMUSG00000059552.14"]):
-        with pytest.raises(InputError, match=r"mouse genes; expected human.*orthologues"):
-            map_genes(names, vocabulary)
-    # Enough chance hits do not make a mouse file human ...
-    hits = ["TP53", "EGFR", "GAPDH", "ACTB"]
-    with pytest.raises(InputError, match="mouse"):
-        map_genes([*mouse, *hits], [TP53, EGFR, GAPDH, ACTB], minimum=4)
-    # ... but a vocabulary of mouse symbols is the caller's business.
-    assert map_genes(mouse, mouse).genes_matched == len(mouse)
+MOUSE = ["Gad2", "Slc32a1", "Cnr1", "1110008F13Rik", "mt-Nd1", "Actb", "Gapdh", "Trp53"]
+
+
+def test_mouse_genes_are_mapped_to_one_to_one_orthologues():
+    found = map_genes(MOUSE, [ACTB, GAPDH, TP53], minimum=2)
+    # Gapdh has several orthologues among mouse pseudogenes: it is left out, not matched by upper-casing.
+    assert found.column.tolist() == [-1] * 5 + [0, -1, 2]
+    assert found.by_rule == {"orthologue": 2}
+    assert "2 were mapped to their human one-to-one orthologues" in found.summary()
+    by_id = map_genes(["ENSMUSG00000029580.15", "ENSMUSG00000059552"], [ACTB, TP53], minimum=2)
+    assert by_id.column.tolist() == [0, 1]
+    # Names that are written as human ones are are not those of a mouse's genes.
+    hits = ["TP53", "EGFR", "GAPDH"]
+    assert map_genes([*MOUSE, *hits], [TP53, EGFR, GAPDH], minimum=0).genes_matched == 1
+    # A vocabulary of mouse symbols is the caller's business.
+    assert map_genes(MOUSE, MOUSE).by_rule == {"exact": len(MOUSE)}
+
+
+def test_the_table_of_orthologues_is_one_to_one_and_known():
+    table = load_mouse_table()
+    symbols = {name: gene for name, gene in table.items() if not name.startswith("ENSMUSG")}
+    assert len(symbols) == len(set(symbols.values())) > 16_000
+    ids = [gene for name, gene in table.items() if name.startswith("ENSMUSG")]
+    assert len(ids) == len(set(ids)) > 15_000
+    assert set(ids) <= set(symbols.values()) <= set(load_human_table().symbols)
+    # Of namesakes and of genes that are called otherwise.
+    for mouse, human in (
+        ("Cd4", "CD4"),
+        ("Trp53", "TP53"),
+        ("mt-Nd1", "MT-ND1"),
+        ("Ptprc", "PTPRC"),
+    ):
+        assert load_human_table().symbols[table[mouse]] == human
+
+
+def test_mouse_genes_without_an_orthologue_in_the_model_are_said_to_be_that():
+    with pytest.raises(InputError, match=r"look like mouse genes, after mapping"):
+        map_genes(MOUSE, [GAPDH, EGFR])
+
+
+@pytest.mark.parametrize(
+    ("names", "species"),
+    [
+        (["ENSRNOG00000010756", "ENSRNOG00000021910.3"], "rat"),
+        (["ENSDARG00000035559"], "zebrafish"),
+        (["ENSXETG00000000001"], "another species"),
+    ],
+)
+def test_other_species_are_refused_with_an_explanation(names, species):
+    with pytest.raises(InputError, match=rf"genes of {species}.*orthologues first"):
+        map_genes(names, [ACTB, GAPDH, TP53])
 
 
 def test_summary_and_dict_are_plain():
@@ -375,12 +414,14 @@ def test_real_files(published, file, least):
     assert map_genes(names, published).genes_matched >= least
 
 
-@pytest.mark.parametrize("file", ["starmap_mouse_v1_1020genes", "osmfish_mouse_cortex"])
-def test_real_mouse_files_are_refused(published, file):
+@pytest.mark.parametrize(
+    ("file", "least"), [("starmap_mouse_v1_1020genes", 850), ("osmfish_mouse_cortex", 25)]
+)
+def test_real_mouse_files_are_mapped_through_orthologues(published, file, least):
     anndata = pytest.importorskip("anndata")
     path = SHARED / f"{file}.h5ad"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     names = list(anndata.read_h5ad(path, backed="r").var_names)
-    with pytest.raises(InputError, match="mouse"):
-        map_genes(names, published, minimum=1)
+    found = map_genes(names, published)
+    assert found.by_rule["orthologue"] == found.matched >= least

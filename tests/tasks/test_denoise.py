@@ -149,6 +149,17 @@ def test_from_scratch_over_the_genes_of_the_data(monkeypatch):
     assert np.isfinite(denoised(found, adata)).all()
 
 
+def test_genes_that_only_validation_cells_express_are_predicted(monkeypatch):
+    small = dataclasses.replace(preset("small"), model=preset("debug").model)
+    monkeypatch.setattr(estimator_module, "preset", lambda name: small)
+    adata = make_adata(60)
+    adata.obs["split"] = ["valid" if cell < 10 else "train" for cell in range(60)]
+    adata.X[10:, 3] = 0
+    adata.X[:10, 3] = 1
+    found = denoiser(None, epochs=1).fit(adata, split_key="split")
+    assert np.isfinite(denoised(found, adata)).all()
+
+
 # Saved, and opened elsewhere
 
 
