@@ -61,6 +61,13 @@ LINEAR_GENES = 3000
 LINEAR_CELLS = 4096
 """Cells it is applied to at once."""
 
+POOL, POOL_CELLS = (0.25, 0.75), 200.0
+"""Weights of network and logistic regression that are expected, and how many validation cells that counts as.
+
+Validation cells come from the batches of the training cells, where the network does better than in new ones; and the
+logistic regression is fitted once more with the validation cells, the network is not.
+"""
+
 LINEAR_PENALTY = 3.0
 """L2 penalty of the logistic regression (scikit-learn's 1 / C)."""
 
@@ -344,14 +351,16 @@ class CellTypeAnnotator(Estimator):
         columns = variable_genes(table.counts[train], LINEAR_GENES)
         features = log_counts(table.counts, columns)
         options: dict[str, Any] = {"penalty": LINEAR_PENALTY, "weights": weights}
-        self._linear_genes, self.pool = columns, [0.5, 0.5]
+        self._linear_genes, self.pool = columns, list(POOL)
         if logits is not None:
             first = fit_linear_classifier(
                 features[train], codes[train], len(self.labels), **options
             )
             network = _log_probabilities(logits / self.temperature)
             both = np.stack([network, first.log_probabilities(features[valid])])
-            self.pool = [float(w) for w in pool_log_probabilities(both, codes[valid])]
+            self.pool = pool_log_probabilities(
+                both, codes[valid], prior=POOL, prior_cells=POOL_CELLS
+            ).tolist()
             confusion = [
                 macro_f1(confusion_counts(codes[valid], found.argmax(axis=1), len(self.labels)))
                 for found in (both[1], np.tensordot(self.pool, both, axes=1))

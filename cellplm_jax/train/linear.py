@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,24 +96,29 @@ def fit_linear_classifier(
 
 
 def pool_log_probabilities(
-    log_probabilities: np.ndarray, labels: np.ndarray, *, prior_cells: float = 10.0
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    *,
+    prior: Sequence[float] | None = None,
+    prior_cells: float = 10.0,
 ) -> np.ndarray:
     """Return the weights with which the log-probabilities of several classifiers are best added.
 
     A logarithmic opinion pool (Genest and Zidek, Statistical Science 1986); with one classifier it is temperature
-    scaling (Guo et al., ICML 2017). The weights are those of highest likelihood, held near their average by a prior, so
-    that a handful of cells that are all right does not make every probability 1.
+    scaling (Guo et al., ICML 2017). The weights are those of highest likelihood, held near a prior, so that a handful
+    of cells that are all right does not make every probability 1.
 
     Args:
         log_probabilities: float [classifiers, cells, classes], of cells that none was fitted on.
         labels: int [cells].
-        prior_cells: How many cells the prior counts as; its centre is ``1 / classifiers`` for each.
+        prior: Weights to expect; None: ``1 / classifiers`` for each.
+        prior_cells: How many cells the prior counts as.
 
     Returns:
         float64 [classifiers], at least 0.
     """
     number, cells, _ = log_probabilities.shape
-    centre = 1.0 / number
+    centre = np.full(number, 1.0 / number) if prior is None else np.asarray(prior, np.float64)
 
     def objective(pool: np.ndarray) -> tuple[float, np.ndarray]:
         mixed = np.tensordot(pool, log_probabilities, axes=1)
@@ -125,7 +131,7 @@ def pool_log_probabilities(
 
     found: Any = minimize(
         objective,
-        np.full(number, centre),
+        centre,
         jac=True,
         method="L-BFGS-B",
         bounds=[(0.0, None)] * number,

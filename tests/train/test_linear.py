@@ -53,6 +53,10 @@ def test_a_pool_of_few_cells_stays_near_the_average():
     sure = log_softmax(np.array([[9.0, 0.0], [0.0, 9.0]]), axis=1)
     pool = pool_log_probabilities(np.stack([sure, sure]), np.array([0, 1]))
     np.testing.assert_allclose(pool, 0.5, atol=0.01)
+    sure = np.stack([sure, sure])
+    for cells in (10.0, 1000.0):
+        pool = pool_log_probabilities(sure, np.array([0, 1]), prior=(0.25, 0.75), prior_cells=cells)
+        np.testing.assert_allclose(pool, [0.25, 0.75], atol=0.1 / cells)
 
 
 @pytest.mark.parametrize("cells", [30, 90])
