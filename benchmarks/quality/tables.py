@@ -127,8 +127,8 @@ def write_tables(results: Path, out: Path) -> None:
         "",
         "; ".join(dict.fromkeys(machines)) + ". " + ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) + ".",
         "",
-        "Made by `benchmarks/quality/run.py`. Seconds include fitting and predicting, compilation too, not imports; "
-        "other work ran beside some of them.",
+        "Made by `benchmarks/quality/run.py`. Seconds include fitting and predicting, compilation too, not imports. "
+        "Most fits had one core, and other work ran beside many, so they say no more than the order of magnitude.",
         "",
     ]  # fmt: skip
     (out / "quality.md").write_text("\n".join(lines))
