@@ -43,19 +43,22 @@ def keep_compiled() -> Path | None:
     chosen = jax.config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
-    directory = cache_directory()
-    if directory is None:
-        return None
-    directory = directory / f"compiled-{_machine()}"
     try:
+        directory = cache_directory()
+        if directory is None:
+            return None
+        directory = directory / f"compiled-{_machine()}"
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where there is no home
         return None
     if not os.access(directory, os.W_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_compilation_cache_max_size", LARGEST)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Only what the user has not set.
+    if jax.config.jax_compilation_cache_max_size == -1:
+        jax.config.update("jax_compilation_cache_max_size", LARGEST)
+    if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Something compiled before this call, and with it JAX decided that there is no cache.
     from jax.experimental.compilation_cache import compilation_cache
 

@@ -210,16 +210,25 @@ def _summed_forward(function, chunks, params, cells, given):
         more_of_rows = chunks.rows(of_cells, index) + more_of_rows
         return value, (of_params, chunks.written(of_cells, more_of_rows, index))
 
-    shapes = jax.eval_shape(at, jax.ShapeDtypeStruct((), jnp.int32))
-    value, (of_params, _) = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    value, (of_params, _) = _zeros(at)
     zeros = value, (of_params, jnp.zeros_like(cells))
-    return jax.lax.fori_loop(0, chunks.number, add, zeros)
+    value, gradients = jax.lax.fori_loop(0, chunks.number, add, zeros)
+    return value, (gradients, _types(params))
 
 
-def _summed_backward(function, gradients, cotangent):
-    factor, _ = cotangent
-    of_params, of_cells = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, gradients)
-    return None, of_params, of_cells, None
+def _summed_backward(function, saved, cotangent):
+    (of_params, of_cells), types = saved
+    of_cells = cotangent[0].astype(of_cells.dtype) * of_cells
+    return None, _scaled(cotangent[0], of_params, types), of_cells, None
+
+
+def _types(params: Any) -> Any:
+    """Return a scalar of each parameter's type, for its gradient to be cast to."""
+    return jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
+
+
+def _scaled(factor: jax.Array, gradients: Any, types: Any) -> Any:
+    return jax.tree.map(lambda leaf, like: (factor * leaf).astype(like.dtype), gradients, types)
 
 
 summed_over_chunks.defvjp(_summed_forward, _summed_backward)
@@ -244,10 +253,16 @@ def summed_in_parts(
 
 
 def _summed(at: Callable, number: int) -> Any:
-    zeros = jax.eval_shape(at, jax.ShapeDtypeStruct((), jnp.int32))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), zeros)
     return jax.lax.fori_loop(
-        0, number, lambda index, total: jax.tree.map(jnp.add, total, at(index)), zeros
+        0, number, lambda index, total: jax.tree.map(jnp.add, total, at(index)), _zeros(at)
+    )
+
+
+def _zeros(at: Callable) -> Any:
+    """Return where a sum over ``at(index)`` starts: float32 at least, so that no addend is lost in a narrow type."""
+    shapes = jax.eval_shape(at, jax.ShapeDtypeStruct((), jnp.int32))
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes
     )
 
 
@@ -256,12 +271,12 @@ def _parts_forward(function, number, params, given):
         scalar = lambda params: function(index, params, given)  # noqa: E731
         return jax.value_and_grad(scalar, has_aux=True)(params)
 
-    return _summed(at, number)
+    value, gradients = _summed(at, number)
+    return value, (gradients, _types(params))
 
 
-def _parts_backward(function, number, gradients, cotangent):
-    factor, _ = cotangent
-    return jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, gradients), None
+def _parts_backward(function, number, saved, cotangent):
+    return _scaled(cotangent[0], *saved), None
 
 
 summed_in_parts.defvjp(_parts_forward, _parts_backward)
@@ -310,7 +325,7 @@ def _product_backward(saved, gradient):
         fresh = chunks.fresh(index)[:, None]
         rows = jnp.where(fresh, chunks.rows(gradient, index), 0)
         expression = _expression(chunks, values, hidden, index)
-        return jnp.einsum("...cg,...ch->gh", expression, rows)
+        return jnp.einsum("...cg,...ch->gh", expression, rows, preferred_element_type=jnp.float32)
 
     return _summed(at, chunks.number).astype(table.dtype), None, None, None
 

@@ -471,8 +471,9 @@ class TrainConfig:
         rematerialize: Compute the activations of encoder layers and decoder again in the backward pass instead of
             keeping them: less memory, about a third more arithmetic.
         chunk_cells: Cells of a row (of each piece of it) whose counts are dense at once, in embedder, decoder output,
-            likelihood and the gradients of all three; 0: a whole batch. Changes no number but by rounding. With it,
-            the memory of a step no longer grows by arrays of cells by genes.
+            likelihood and the gradients of all three; 0: a whole batch. Changes no number but by rounding. Of arrays
+            of cells by genes a step then holds the mask alone, a byte an entry. The objective "mean_squared_error" and
+            evaluation do without.
         maximum_skipped: A step whose loss or gradients are not finite changes nothing and is counted; after so many
             in a row the run stops with a diagnosis.
         log_every, evaluate_every, checkpoint_every: Steps between these.

@@ -18,6 +18,8 @@ with zipfile.ZipFile(model) as archive:
 
 adata = anndata.read_h5ad(path)
 known = adata[:, adata.var_names.isin(genes)]
+if known.n_vars == 0:
+    sys.exit(f"None of the names, such as {adata.var_names[0]}, is an Ensembl id of the model.")
 counts = sparse.csr_matrix(known.X, dtype=np.float32)
 gene = np.array([genes.index(name) for name in known.var_names], np.int32)[counts.indices]
 nowhere = np.full((adata.n_obs, 2), np.nan, np.float32)

@@ -13,6 +13,7 @@ import pytest
 from cellplm_jax import chunks as chunks_module
 from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import MaskingConfig, ObjectiveConfig, TrainConfig
+from cellplm_jax.losses import objectives as objectives_module
 from cellplm_jax.losses.objectives import chunked_count_loss, reconstruction_loss
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.model.decoder import Decoder
@@ -27,6 +28,7 @@ MEASURED = np.random.default_rng(5).random((2, GENES)) < 0.7
 def small_blocks(monkeypatch):
     """Several blocks a chunk, as in large batches."""
     monkeypatch.setattr(chunks_module, "BLOCK", 16)
+    monkeypatch.setattr(objectives_module, "BLOCK", 16)
 
 
 def batch_of(lengths=(13, 9), cells=13, dropped=0.0, measured=None, rows=None):

@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from scipy import sparse
 
-from cellplm_jax.data.genes import GeneMapping, map_genes, require_matches
+from cellplm_jax.data.genes import (
+    ORTHOLOGUE,
+    GeneMapping,
+    map_genes,
+    other_species,
+    require_matches,
+)
 from cellplm_jax.errors import InputError, explain
 
 if TYPE_CHECKING:
@@ -650,6 +656,12 @@ def _choose_genes(
     if best is None:  # pragma: no cover - candidates are never empty
         raise InputError(explain("no gene names", "var_names", "Name the genes"))
     key, mapping, filled = best
+    if mapping.by_rule.get(ORTHOLOGUE):
+        # Symbols of rats are written like those of mice; ids beside them tell.
+        for name, texts in candidates.items():
+            if other_species(texts):
+                key, filled = name, texts
+                mapping = map_genes(texts, vocabulary, minimum=0)
     where = f"var_names of {opened.label}" if key == "var_names" else f"var['{key}']"
     require_matches(mapping, filled, minimum=minimum, where=where)
     return key, mapping

@@ -320,9 +320,7 @@ class _Vocabulary:
         if position is not None:
             return _Match(position, "exact")
         if mouse:
-            gene = load_mouse_table().get(strip_version(name), "")
-            position = self.by_id.get(gene, -1)
-            return _Match(position, ORTHOLOGUE) if position >= 0 else _Match()
+            return self._resolve_mouse(name)
         if is_ensembl(name):
             position = self.by_id.get(strip_version(name), -1)
             if position < 0:
@@ -348,6 +346,17 @@ class _Vocabulary:
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
             return _Match(columns.pop(), rule or kind)
         return _Match(candidates=genes if columns else ())
+
+    def _resolve_mouse(self, name: str) -> _Match:
+        """Find the column of a name in a file of mouse genes, other than by the same string."""
+        bare, dashed = strip_version(name), name.replace(".", "-")
+        if is_ensembl(name) and bare in self.by_id:
+            return _Match(self.by_id[bare], "version")
+        if dashed in self.exact:
+            return _Match(self.exact[dashed], "punctuation")
+        table = load_mouse_table()
+        position = self.by_id.get(table.get(bare) or table.get(dashed, ""), -1)
+        return _Match(position, ORTHOLOGUE) if position >= 0 else _Match()
 
 
 def map_genes(
@@ -448,8 +457,8 @@ def require_matches(
         minimum = min(MINIMUM_GENES, len(mapping.measured))
     if minimum <= 0:
         return
-    species = _other_species(names)
-    if mapping.genes_matched >= minimum and not species:
+    species = other_species(names)
+    if mapping.genes_matched >= minimum and not (species and 2 * mapping.matched < len(names)):
         return
     shown = [str(name) for name in names if str(name).strip()][:EXAMPLES]
     quoted = ", ".join(f"'{name}'" for name in shown) if shown else "only empty names"
@@ -481,8 +490,15 @@ def require_matches(
     raise InputError(msg)
 
 
-def _other_species(names: Sequence[str]) -> str:
-    """Return what most names are genes of, by their Ensembl ids, where it is neither human nor mouse; else ''."""
+def other_species(names: Sequence[str]) -> str:
+    """Say what most names are genes of, by their Ensembl ids, where it is neither human nor mouse.
+
+    Args:
+        names: Gene names [names].
+
+    Returns:
+        Such as ``"rat"``; ``""`` for human, mouse and symbols.
+    """
     found = Counter(
         match[1] for name in names if (match := _OTHER_ID.fullmatch(str(name).strip())) is not None
     )

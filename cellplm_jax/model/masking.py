@@ -86,6 +86,9 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     if segment is None:
         kept = jnp.clip(kept, jnp.minimum(1, present), width)
     keep = cell_mask & (rank < kept)
+    if segment is not None:
+        # More samples may be kept than there is room for; who goes is drawn among all of them.
+        keep &= _rank(jnp.where(keep, noise, jnp.inf)) < width
     # Kept cells move to the front of their piece, in the order they are in: their stored counts stay in one run.
     place = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, cells)
     slot = jnp.minimum(place, width)

@@ -70,7 +70,7 @@ class Denoiser(Estimator):
     Args:
         model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
             ``:small`` architecture from scratch, over the genes of the data.
-        genes: Fit on so many highly variable genes; None: all that the training cells express and the model knows. By
+        genes: Fit on so many highly variable genes; None: all that the cells of the fit express and the model knows. By
             default 3,000 from scratch, else all.
         quiet: No progress.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...

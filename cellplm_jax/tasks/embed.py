@@ -357,9 +357,11 @@ def express_context(
     batches = Ahead(_chunks_of_context(source, model, cells, coordinates))
     started = time.perf_counter()
     chunks = ((part, model.embed_expression(model.device_params, batch)) for part, batch in batches)
-    for part, chunk in one_behind(chunks):
-        hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
-        said(f"{part.stop} of {len(cells)} cells read")
+    # Closed also where the work fails: the thread must not read on from a source that is closed.
+    with contextlib.closing(chunks):
+        for part, chunk in one_behind(chunks):
+            hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
+            said(f"{part.stop} of {len(cells)} cells read")
     if waiting is not None:
         waiting.add(batches.waited, time.perf_counter() - started)
     return hidden

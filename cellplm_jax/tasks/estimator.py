@@ -201,7 +201,7 @@ class Estimator(abc.ABC):
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
-        """Restrict the table to the genes the fit uses, chosen by training cells alone."""
+        """Restrict the table to the genes the fit uses, chosen by the cells ``train`` alone."""
         if self.genes is None:
             if self.base is not None:
                 return table

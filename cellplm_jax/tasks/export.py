@@ -38,7 +38,7 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         coordinates  float32 [cells, 2]    scaled to [0, 1]; NaN for cells without
 
     ``docs/embed_exported.py`` shows how. JAX runs such programs for at least six months after the version that wrote
-    them. All cells of a call attend to one another and their counts are dense at once: what does not fit into the
+    them. A call takes at least one cell and one count. All its cells attend to one another and their counts are dense at once: what does not fit into the
     device's memory is cut into contexts by the caller, or embedded by :func:`cellplm_jax.embed`.
 
     Args:

@@ -130,19 +130,39 @@ def host_array(shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
     directory = tempfile.gettempdir()
     free = shutil.disk_usage(directory).free
+    msg = explain(
+        f"{size / 1e9:.1f} GB of activations, and {free / 1e9:.1f} GB free in '{directory}'",
+        "room for them in memory or on disk",
+        "Point TMPDIR at a larger disk, or pass cells_per_context=... (--cells-per-context)",
+    )
     if size > free:
-        msg = explain(
-            f"{size / 1e9:.1f} GB of activations, and {free / 1e9:.1f} GB free in '{directory}'",
-            "room for them in memory or on disk",
-            "Point TMPDIR at a larger disk, or pass cells_per_context=... (--cells-per-context)",
-        )
         raise InputError(msg)
     with tempfile.TemporaryFile(dir=directory) as file:
+        if hasattr(os, "posix_fallocate"):
+            # Reserved at once: a disk that is full only later ends the process.
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise InputError(msg) from error
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory new work may take without swapping."""
+    """Return how many bytes of memory new work may take without swapping, or without exceeding a container's limit."""
+    return min(_free_memory(), _left_in_container())
+
+
+def _left_in_container() -> int:
+    """Return what the limit of this process's control group leaves (version 2, as containers see it)."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        return int(limit) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):  # no control group, or no limit
+        return 2**62
+
+
+def _free_memory() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -98,8 +98,10 @@ def loss_terms(
         variables, hidden, noise=noise, train=True, rngs=rngs, method=CellPLM.infer
     )
 
+    chunked = config.chunk_cells > 0 and config.objective.kind != "mean_squared_error"
+
     def decode_and_score(variables, z, gene_mask):
-        if config.chunk_cells and config.objective.kind != "mean_squared_error":
+        if chunked:
             hidden = model.apply(
                 variables, _narrow(z, config), batch, train=True, rngs=rngs,
                 method=CellPLM.decode_hidden,
@@ -118,7 +120,7 @@ def loss_terms(
         )
         return reconstruction_loss(reconstruction, batch, config.objective, gene_mask=gene_mask)
 
-    if config.rematerialize and not config.chunk_cells:
+    if config.rematerialize and not chunked:
         decode_and_score = jax.checkpoint(decode_and_score)
     terms = decode_and_score(variables, inferred.z, gene_mask)
     latent = latent_loss(
@@ -272,7 +274,7 @@ def heldout_gene_mask(key: jax.Array, batch: CellBatch, config: TrainConfig) -> 
     masking = MaskingConfig(
         cell_fraction=1.0, gene_fraction=heldout_rate(config), beta=False, drop_cells=0.0
     )
-    return sample_gene_mask(key, batch, config.model.genes, masking)
+    return sample_gene_mask(key, batch, config.model.genes, masking, chunk=config.chunk_cells)
 
 
 def heldout_rate(config: TrainConfig) -> float:

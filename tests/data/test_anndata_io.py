@@ -598,6 +598,13 @@ def test_too_few_known_genes():
     mouse = make(dense_counts(genes=4), ["Gad2", "Gapdh", "Cnr1", "Vip"])
     with pytest.raises(InputError, match="look like mouse genes"):
         open_counts(mouse, VOCABULARY)
+    # Symbols of rats look like those of mice; the ids beside them tell.
+    rat = make(dense_counts(genes=3), ["Actb", "Trp53", "Cd4"])
+    human = ["ENSG00000075624", "ENSG00000141510", "ENSG00000010610"]
+    assert open_counts(rat, human).measured.all()
+    rat.var["gene_ids"] = [f"ENSRNOG{n:011d}" for n in range(3)]
+    with pytest.raises(InputError, match="genes of rat"):
+        open_counts(rat, human)
 
 
 # -- obs, obsm, report ---------------------------------------------------------------------------

@@ -242,6 +242,13 @@ def test_the_table_of_orthologues_is_one_to_one_and_known():
         assert load_human_table().symbols[table[mouse]] == human
 
 
+def test_mouse_vocabularies_are_matched_as_human_ones_are():
+    vocabulary = ["ENSMUSG00000029580", "H2-K1"]
+    found = map_genes(["ENSMUSG00000029580.15", "H2.K1", "mt.Nd1"], vocabulary, minimum=2)
+    assert found.column.tolist() == [0, 1, -1]
+    assert map_genes(["mt.Nd1", "Trp53", "Cd4"], ["ENSG00000198888"], minimum=1).matched == 1
+
+
 def test_mouse_genes_without_an_orthologue_in_the_model_are_said_to_be_that():
     with pytest.raises(InputError, match=r"look like mouse genes, after mapping"):
         map_genes(MOUSE, [GAPDH, EGFR])
@@ -258,6 +265,8 @@ def test_mouse_genes_without_an_orthologue_in_the_model_are_said_to_be_that():
 def test_other_species_are_refused_with_an_explanation(names, species):
     with pytest.raises(InputError, match=rf"genes of {species}.*orthologues first"):
         map_genes(names, [ACTB, GAPDH, TP53])
+    # But a model of that species knows them.
+    assert map_genes(names, names).matched == len(names)
 
 
 def test_summary_and_dict_are_plain():

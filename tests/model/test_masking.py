@@ -193,6 +193,18 @@ def test_dropping_keeps_exactly_the_promised_number_aligned(fraction, maximum, k
             np.testing.assert_array_equal(np.asarray(getattr(got, name))[sample, valid], expected)
 
 
+def test_who_has_to_go_for_lack_of_room_is_drawn_from_the_whole_row():
+    ends, nothing = jnp.zeros((1, 41), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    segment = jnp.asarray(np.arange(40)[None] // 20, jnp.int32)
+    measured = jnp.ones((1, 2, GENES), bool)
+    batch = CellBatch(ends, nothing, nothing, jnp.ones((1, 40), bool), segment, measured=measured)
+    config = MaskingConfig(drop_cells=0.1, maximum_cells=10)
+    many = jax.jit(jax.vmap(lambda key: drop_cells(key, batch, config).slot[0]))
+    kept = np.asarray(many(jax.random.split(jax.random.key(0), 2000))) < 10
+    assert (kept.sum(1) == 10).all()
+    np.testing.assert_allclose(kept.mean(0), 0.25, atol=0.05)
+
+
 def test_dropping_keeps_optional_fields_absent_and_measured_genes():
     measured = np.random.default_rng(0).random((2, GENES)) < 0.5
     batch = make_batch([random_counts(8), random_counts(5, seed=1)], measured=measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 
 import jax
@@ -104,6 +105,17 @@ def test_an_error_in_the_reader_comes_out_where_its_item_would_have():
     assert next(ahead) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(ahead)
+
+
+def test_no_reader_is_left_when_the_work_fails():
+    def items():
+        while True:
+            yield 0
+
+    taken = (item for item in Ahead(items()))
+    assert next(taken) == 0
+    taken.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
 def test_results_are_taken_when_the_next_one_runs():
