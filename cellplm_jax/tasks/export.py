@@ -38,8 +38,9 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         coordinates  float32 [cells, 2]    scaled to [0, 1]; NaN for cells without
 
     ``docs/embed_exported.py`` shows how. JAX runs such programs for at least six months after the version that wrote
-    them. A call takes at least one cell and one count. All its cells attend to one another and their counts are dense at once: what does not fit into the
-    device's memory is cut into contexts by the caller, or embedded by :func:`cellplm_jax.embed`.
+    them. A call takes at least one cell and one count. All its cells attend to one another, and their counts are dense
+    at once: what does not fit into the device's memory is cut into contexts by the caller, or embedded by
+    :func:`cellplm_jax.embed`.
 
     Args:
         model: From :func:`cellplm_jax.load`, or what it opens.
