@@ -390,14 +390,14 @@ def test_a_changed_file_is_made_again(files, tmp_path):
 def test_bad_files_are_named_together_before_work_begins(files, tmp_path):
     folder, *_ = files
     out = tmp_path / "corpus"
-    mouse = [f"Abc{letter}{i}" for i in range(10) for letter in "defg"]
+    mouse = [f"Xyz{letter}{i}" for i in range(10) for letter in "defg"]
     make_file(folder / "mouse.h5ad", genes=mouse)
     make_file(folder / "scaled.h5ad", matrix=np.random.default_rng(0).normal(size=(9, 40)))
     with pytest.raises(InputError) as caught:
         prepare(folder, out, minimum_cells=1, workers=0, quiet=True)
     message = str(caught.value)
     assert "2 of 4 files cannot be used" in message
-    assert "mouse.h5ad' (such as 'Abcd0'" in message
+    assert "mouse.h5ad' (such as 'Xyzd0'" in message
     assert "look like mouse genes" in message
     assert "no raw counts in" in message
     assert "scaled.h5ad" in message
@@ -534,7 +534,7 @@ def test_on_dask(files, tmp_path, capsys, monkeypatch):
 
     folder, *_ = files
     make(folder, tmp_path / "here", sample_key="donor")
-    mouse = [f"Abc{letter}{i}" for i in range(10) for letter in "defg"]
+    mouse = [f"Xyz{letter}{i}" for i in range(10) for letter in "defg"]
     make_file(folder / "mouse.h5ad", genes=mouse)
     with LocalCluster(
         n_workers=1, threads_per_worker=1, dashboard_address=None, processes=True
