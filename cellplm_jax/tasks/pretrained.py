@@ -124,7 +124,7 @@ class Pretrained:
     @cached_property
     def encode_streamed(self) -> StreamedEncoder:
         """The same as :meth:`encode` for contexts of any size, in passes over chunks."""
-        return StreamedEncoder(self.config)
+        return StreamedEncoder(self.config, self.encode)
 
     @cached_property
     def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:

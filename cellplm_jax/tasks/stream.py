@@ -180,10 +180,12 @@ class StreamedEncoder:
 
     Args:
         config: The architecture; :meth:`supports` says which.
+        at_once: ``(params, hidden, cell_mask) -> embedding`` of whole contexts, which chunks are where no cell sees
+            another.
     """
 
-    def __init__(self, config: ModelConfig):
-        self.config = config
+    def __init__(self, config: ModelConfig, at_once: Callable[..., jax.Array]):
+        self.config, self._at_once = config, at_once
         model = CellPLM(config)
         self._sums = jax.jit(partial(chunk_sums, config=config))
         self._layer = jax.jit(partial(chunk_layer, config=config))
@@ -192,13 +194,6 @@ class StreamedEncoder:
                 {"params": params}, hidden, method=CellPLM.embed_encoded
             )
         )
-
-        def local(params, hidden, cell_mask):
-            variables = {"params": params}
-            hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
-            return model.apply(variables, hidden, method=CellPLM.infer).mean
-
-        self._local = jax.jit(local)
 
     @staticmethod
     def supports(config: ModelConfig) -> bool:
@@ -246,7 +241,7 @@ class StreamedEncoder:
                 said(f"layer {number + 1} of {layers}, pass 4 of 4")
 
         def conclude(hidden, mask):
-            return self._conclude(params, hidden) if flow else self._local(params, hidden, mask)
+            return self._conclude(params, hidden) if flow else self._at_once(params, hidden, mask)
 
         for cells, found in self._chunks(hidden, chunk, conclude):
             embedding[cells] = np.asarray(found)[0, : cells.stop - cells.start]
