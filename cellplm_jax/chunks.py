@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from cellplm_jax.products import linear_product
 from cellplm_jax.structs import CellBatch
 
 BLOCK = 32_768
@@ -121,10 +122,11 @@ class CountChunks(struct.PyTreeNode):
                 at = jnp.where(inside, at, self.size)
                 which = jax.lax.dynamic_slice_in_dim(gene, place, BLOCK)
                 value = jax.lax.dynamic_slice_in_dim(values, place, BLOCK)
-                return dense.at[at, which].add(value, mode="drop")
+                return dense.at[at, which].add(value.astype(dense.dtype), mode="drop")
 
-            empty = jnp.zeros((self.size, self.genes), values.dtype)
-            return jax.lax.fori_loop(0, self.blocks, block, empty)
+            # In float32: a CPU would widen a narrow array for every block and round it again.
+            empty = jnp.zeros((self.size, self.genes), jnp.float32)
+            return jax.lax.fori_loop(0, self.blocks, block, empty).astype(values.dtype)
 
         return _over_pieces(scatter)(
             self.cell, self.gene, values, self.begin[..., index], self.end[..., index]
@@ -301,7 +303,8 @@ def chunked_product(
     empty = jnp.zeros((*chunks.begin.shape[:-1], chunks.cells, table.shape[1]), table.dtype)
 
     def add(index, product):
-        return chunks.written(product, _expression(chunks, values, hidden, index) @ table, index)
+        rows = linear_product(_expression(chunks, values, hidden, index), table)
+        return chunks.written(product, rows, index)
 
     return jax.lax.fori_loop(0, chunks.number, add, empty)
 

@@ -21,6 +21,7 @@ LEVELS = {
     "cache": 1,
     # Loops over parts of a batch, for model and losses alike.
     "chunks": 1,
+    "products": 1,
     "data": 2,
     "model": 2,
     "losses": 2,

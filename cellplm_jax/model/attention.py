@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import dense
+from cellplm_jax.model.layers import Dropout, dense
 
 FLOW_EPSILON = 1e-6
 # Cells of a tile of packed attention: large enough for a matrix unit, small against a row.
@@ -370,4 +370,4 @@ class CellAttention(nn.Module):
             projection = orthogonal_features(features, heads[-1], seed=self.layer)
             mixed = performer_attention(query, key, value, groups, projection)
         mixed = dense(width, "out")(mixed.reshape(hidden.shape).astype(hidden.dtype))
-        return nn.Dropout(encoder.attention_dropout, name="dropout")(mixed, deterministic=not train)
+        return Dropout(encoder.attention_dropout, name="dropout")(mixed, deterministic=not train)

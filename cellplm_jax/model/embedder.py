@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import CELLS, ENTRIES, along, dense, make_norm
+from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
+from cellplm_jax.products import linear_product
 from cellplm_jax.structs import CellBatch
 
 
@@ -27,7 +28,8 @@ def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int,
     Returns:
         float [..., width].
     """
-    average = table.mean(axis=0)
+    # By a product: on a CPU far faster than a sum over rows, see ``products.spread``.
+    average = jnp.full(table.shape[0], 1 / table.shape[0], table.dtype) @ table
     if index is None:
         return jnp.broadcast_to(average, (*shape, table.shape[1]))
     rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
@@ -92,7 +94,7 @@ class ExpressionEmbedder(nn.Module):
             expression = along(batch.dense(values, config.genes), ENTRIES)
             if gene_mask is not None:
                 expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
-            hidden = expression @ table
+            hidden = linear_product(expression, table)
         hidden = along(hidden, CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
@@ -110,5 +112,5 @@ class ExpressionEmbedder(nn.Module):
             )
             hidden = hidden + mean_row_lookup(covariate, batch.batch, batch.cell_mask.shape)
         hidden = nn.relu(dense(config.hidden, "linear")(hidden))
-        hidden = nn.Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
+        hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)

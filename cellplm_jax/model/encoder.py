@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellAttention, CellGroups
-from cellplm_jax.model.layers import CELLS, Hidden, along, dense, exact_gelu, layer_norm
+from cellplm_jax.model.layers import CELLS, Dropout, Hidden, along, dense, exact_gelu, layer_norm
 
 
 class TransformerLayer(nn.Module):
@@ -28,7 +28,7 @@ class TransformerLayer(nn.Module):
         config = self.config
 
         def dropout(x, name):
-            return nn.Dropout(config.dropout, name=name)(x, deterministic=not train)
+            return Dropout(config.dropout, name=name)(x, deterministic=not train)
 
         mixed = CellAttention(config, self.layer, name="attention")(
             layer_norm("attention_norm")(hidden), groups, train=train

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import dense
+from cellplm_jax.model.layers import Dropout, dense
 
 
 class MultilayerHead(nn.Module):
@@ -25,7 +25,7 @@ class MultilayerHead(nn.Module):
         head = self.config.head
         for layer in range(head.layers):
             last = layer == head.layers - 1
-            x = nn.Dropout(self.config.dropout, name=f"dropout_{layer}")(x, deterministic=not train)
+            x = Dropout(self.config.dropout, name=f"dropout_{layer}")(x, deterministic=not train)
             x = dense(head.outputs if last else head.hidden, f"linear_{layer}")(x)
             x = x if last else nn.relu(x)
         return x

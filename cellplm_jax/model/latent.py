@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import dense, kernel_init, prelu
+from cellplm_jax.model.layers import Dense, dense, prelu
 from cellplm_jax.structs import LatentNoise, LatentOutput
 
 
@@ -153,7 +153,7 @@ class Latent(nn.Module):
         mean = dense(size, "mean")(hidden)
         # Starts at variance exp(-4): at variance 1 the first hundreds of steps would decode noise.
         start = nn.initializers.constant(-4.0)
-        layer = nn.Dense(size, kernel_init=kernel_init, bias_init=start, name="log_variance")
+        layer = Dense(size, bias_init=start, name="log_variance")
         log_variance = jnp.clip(layer(hidden), -5.0, 5.0)
         return mean, jnp.exp(log_variance) + 1e-4
 

@@ -8,13 +8,15 @@ approximation against exact). The functions here pin the PyTorch side once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.products import linear_product, spread, without_leading_one
+
 EPSILON = 1e-5
+RMS_EPSILON = 1e-6
 # PyTorch draws Linear weights from U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the variance of that is 1 / (3 fan_in).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -29,15 +31,37 @@ def along(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return nn.with_logical_constraint(values, axes)
 
 
-def dense(features: int, name: str) -> nn.Dense:
+class Dense(nn.Module):
+    """Linear layer with the parameters of ``flax.linen.Dense`` and products and sums that are fast on every backend.
+
+    Attributes:
+        features: Output width.
+        widen: Return float32, however narrow the numbers that are multiplied; the bias is added after the product.
+        bias_init: Initialiser of the bias.
+    """
+
+    features: int
+    widen: bool = False
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., width] to [..., features]."""
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        x, kernel = nn.dtypes.promote_dtype(x, kernel)
+        x = linear_product(x, kernel, widen=self.widen)
+        return x + spread(bias.astype(x.dtype), x.shape)
+
+
+def dense(features: int, name: str) -> Dense:
     """Return a linear layer initialised like ``torch.nn.Linear`` (zero bias)."""
-    return nn.Dense(features, kernel_init=kernel_init, name=name)
+    return Dense(features, name=name)
 
 
-def output_dense(features: int, name: str) -> nn.Dense:
+def output_dense(features: int, name: str) -> Dense:
     """Return a linear layer whose result is float32, however narrow the numbers it multiplies."""
-    product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    return nn.Dense(features, kernel_init=kernel_init, dot_general=product, name=name)
+    return Dense(features, widen=True, name=name)
 
 
 def prelu(name: str) -> nn.PReLU:
@@ -50,9 +74,47 @@ def exact_gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x, approximate=False)
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
+class Norm(nn.Module):
+    """A normalisation of each cell's vector, with a scale and all but ``"rmsnorm"`` with a bias a channel.
+
+    Attributes:
+        kind: ``"groupnorm"``, ``"layernorm"`` or ``"rmsnorm"``.
+        groups: Channel groups of ``"groupnorm"``.
+    """
+
+    kind: str
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [..., width] to the same shape, in the type of ``x`` and the parameters."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = None
+        if self.kind != "rmsnorm":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        kind = jnp.promote_types(x.dtype, scale.dtype)
+        # Statistics, scale and bias in float32; rounded once.
+        x = without_leading_one(self._standardised, x.astype(jnp.float32))
+        x = x * spread(scale.astype(jnp.float32), x.shape)
+        if bias is not None:
+            x = x + spread(bias.astype(jnp.float32), x.shape)
+        return x.astype(kind)
+
+    def _standardised(self, x: jax.Array) -> jax.Array:
+        if self.kind == "rmsnorm":
+            return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + RMS_EPSILON)
+        grouped = x
+        if self.kind == "groupnorm":
+            grouped = x.reshape(*x.shape[:-1], self.groups, -1)
+        # The two-pass variance: the fast one cancels where a cell's mean is large against its spread.
+        centred = grouped - grouped.mean(axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + EPSILON)).reshape(x.shape)
+
+
+def layer_norm(name: str) -> Norm:
     """Return LayerNorm over the last axis with PyTorch's epsilon and the two-pass variance."""
-    return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
+    return Norm("layernorm", name=name)
 
 
 def make_norm(kind: str, groups: int, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -63,19 +125,26 @@ def make_norm(kind: str, groups: int, name: str) -> Callable[[jax.Array], jax.Ar
         groups: Channel groups of ``"groupnorm"``.
         name: Parameter name of the submodule.
     """
-    if kind == "groupnorm":
-        return nn.GroupNorm(
-            num_groups=groups,
-            epsilon=EPSILON,
-            reduction_axes=(-1,),
-            use_fast_variance=False,
-            name=name,
-        )
-    if kind == "layernorm":
-        return layer_norm(name)
-    if kind == "rmsnorm":
-        return nn.RMSNorm(epsilon=1e-6, name=name)
-    return lambda x: x
+    return (lambda x: x) if kind == "none" else Norm(kind, groups, name=name)
+
+
+class Dropout(nn.Module):
+    """Dropout as ``flax.linen.Dropout``, from half as many random bits: the rate is a multiple of 2^-16.
+
+    Attributes:
+        rate: Share of the entries that are set to 0; the others are divided by ``1 - rate``.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """Map [...] to the same shape, drawing from the ``"dropout"`` stream unless ``deterministic``."""
+        if deterministic or self.rate == 0.0:
+            return x
+        bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)
+        keep = bits >= round(self.rate * 65536)
+        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
 
 
 class Hidden(nn.Module):
@@ -97,5 +166,5 @@ class Hidden(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Map [..., width] to [..., features]."""
         x = prelu("prelu")(dense(self.features, "linear")(x))
-        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
+        x = Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         return make_norm(self.norm, self.groups, "norm")(x)

@@ -25,7 +25,6 @@ from cellplm_jax.losses.objectives import (
     reconstruction_loss,
     regression_loss,
     scale_to_total,
-    spread_over_cells,
     warmup_factor,
 )
 from cellplm_jax.structs import LatentOutput, Reconstruction
@@ -321,16 +320,6 @@ def test_scale_to_total_sums_to_the_total_over_the_entries():
     np.testing.assert_array_equal(got[~GENE_MASK], 0)
     zero = jax.grad(lambda m: scale_to_total(m, wanted * 0, GENE_MASK).sum())(mean)
     assert np.isfinite(np.asarray(zero)).all()
-
-
-def test_spread_over_cells_broadcasts_and_sums_its_gradient():
-    per_gene = jnp.arange(4.0)
-    like = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)), jnp.float32)
-    np.testing.assert_array_equal(spread_over_cells(per_gene, like)[1, 2], per_gene)
-    slope = jax.grad(lambda p, x: (spread_over_cells(p, x) * like).sum(), argnums=(0, 1))
-    of_gene, of_like = slope(per_gene, like)
-    np.testing.assert_allclose(of_gene, like.sum((0, 1)), rtol=1e-5)
-    np.testing.assert_array_equal(of_like, 0)
 
 
 def test_average_over_ignores_what_it_excludes_even_nan():

@@ -1,0 +1,64 @@
+"""Products, sums and broadcasts against the plain forms they stand for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cellplm_jax.products import linear_product, spread, without_leading_one
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize("widen", [False, True])
+def test_narrow_products_round_once_and_so_do_their_gradients(widen):
+    values, kernel = (x.astype(jnp.bfloat16) for x in (normal(2, 5, 300), normal(300, 7, seed=1)))
+    exact = np.einsum("bci,io->bco", np.float64(values), np.float64(kernel))
+    found = linear_product(values, kernel, widen=widen)
+    assert found.dtype == (jnp.float32 if widen else jnp.bfloat16)
+    # A float32 sum, rounded to 8 bits where the result is narrow: sums in bfloat16 would be off by far more.
+    limit = 1e-5 if widen else 2.0**-8
+    np.testing.assert_allclose(np.float64(found), exact, atol=limit * np.abs(exact).max())
+
+    weight = normal(2, 5, 7, seed=2)
+    weight = weight.astype(jnp.bfloat16).astype(jnp.float32)
+    loss = lambda v, k: (linear_product(v, k, widen=widen).astype(jnp.float32) * weight).sum()  # noqa: E731
+    of_values, of_kernel = jax.grad(loss, argnums=(0, 1))(values, kernel)
+    assert of_values.dtype == of_kernel.dtype == jnp.bfloat16
+    wanted = np.einsum("bco,io->bci", np.float64(weight), np.float64(kernel))
+    np.testing.assert_allclose(np.float64(of_values), wanted, atol=2**-8 * np.abs(wanted).max())
+    wanted = np.einsum("bci,bco->io", np.float64(values), np.float64(weight))
+    np.testing.assert_allclose(np.float64(of_kernel), wanted, atol=2**-8 * np.abs(wanted).max())
+
+
+def test_products_of_float32_are_the_plain_ones():
+    values, kernel = normal(2, 5, 30), normal(30, 7, seed=1)
+    np.testing.assert_array_equal(linear_product(values, kernel), values @ kernel)
+    text = str(jax.make_jaxpr(linear_product)(values, kernel))
+    assert "platform" not in text
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 4), (2, 3, 4), (6, 4)])
+def test_spread_broadcasts_and_sums_its_gradient(shape):
+    vector, weight = jnp.arange(4.0), normal(*shape)
+    np.testing.assert_array_equal(spread(vector, shape), jnp.broadcast_to(vector, shape))
+    slope = jax.grad(lambda v: (spread(v, shape) * weight).sum())(vector)
+    np.testing.assert_allclose(slope, weight.reshape(-1, 4).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_without_leading_one_gives_back_the_shape(samples):
+    left, right = normal(samples, 3, 4), normal(samples, 3, 4, seed=1)
+    seen = []
+
+    def rows(a, b):
+        seen.append(a.ndim)
+        return (a * b).sum(-1)
+
+    found = without_leading_one(rows, left, right)
+    assert seen == [2 if samples == 1 else 3]
+    np.testing.assert_allclose(found, (left * right).sum(-1), rtol=1e-5)
