@@ -34,6 +34,7 @@ LEVELS = {
     "tasks": 4,
     "interop": 4,
     "report": 5,
+    "bench": 5,
     "demo": 5,
     "plan": 5,
     "cli": 5,

@@ -130,6 +130,33 @@ class CellPLM(nn.Module):
         return self.decoder(hidden, None, part="output")
 
 
+NARROW_PARTS = ("embedder", "encoder", "pre_latent_norm", "decoder")
+"""Parts of the parameter tree whose matrix products may be computed in bfloat16; the latent and the likelihood's own
+parameters stay float32."""
+
+
+def in_precision(params: Any, precision: str) -> Any:
+    """Cast the parameters of large matrix products; sums, norms and logarithms stay float32 whatever they are.
+
+    Args:
+        params: The ``"params"`` collection or parts of it, float32.
+        precision: ``"float32"`` or ``"bfloat16"``.
+    """
+    if precision == "float32":
+        return params
+
+    def cast(path, leaf):
+        names = [entry.key for entry in path]
+        if names[0] not in NARROW_PARTS or names[-1] == "log_dispersion":
+            return leaf
+        # The output layer's bias is the log of each gene's mean: added in float32, after the product.
+        if names[:2] == ["decoder", "log_mean"] and names[-1] == "bias":
+            return leaf
+        return leaf.astype(jnp.dtype(precision))
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def attention_rows(
     params: Any, hidden: jax.Array, cell_mask: jax.Array, rows: jax.Array, config: ModelConfig
 ) -> jax.Array:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from cellplm_jax.config import TrainConfig
+from cellplm_jax.config import ModelConfig, TrainConfig
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import init_params
 
@@ -72,30 +73,52 @@ def model_flops(config: TrainConfig, cells: float, nonzeros: float) -> float:
         cells: Cells that pass through the network.
         nonzeros: Their stored counts.
     """
-    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    leaves = flatten_dict(shapes)
+    forward = cells * _forward_flops(config.model, config.data.cells)
+    return 3.0 * forward + 2.0 * nonzeros * 2.0 * config.model.hidden
+
+
+def embedding_flops(config: ModelConfig, cells: float, nonzeros: float, context: int = 0) -> float:
+    """Return the operations that embedding some cells asks for: the forward part of :func:`model_flops`, undecoded.
+
+    Args:
+        config: The architecture.
+        cells: Cells that are embedded.
+        nonzeros: Their stored counts.
+        context: Cells of a context; matters to softmax attention alone.
+    """
+    parts = ("embedder", "encoder", "latent")
+    return cells * _forward_flops(config, context, parts) + 2.0 * nonzeros * config.hidden
+
+
+def _forward_flops(config: ModelConfig, context: int, parts: tuple[str, ...] = ()) -> float:
+    """Return the operations of one cell: linear layers of some parts (none: of all), and attention."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     linear = sum(
-        2.0 * math.prod(leaf.shape) for path, leaf in leaves.items() if path[-1] == "kernel"
+        2.0 * math.prod(leaf.shape)
+        for path, leaf in flatten_dict(shapes).items()
+        if path[-1] == "kernel" and (not parts or path[0] in parts)
     )
-    encoder, hidden = config.model.encoder, config.model.hidden
+    encoder, hidden = config.encoder, config.hidden
     width = hidden // encoder.heads
     features = encoder.random_features or int(width * math.log(max(width, 2)))
     attention = {
         "flow": 4.0 * hidden * width,
         "performer": 8.0 * hidden * features,
-        "softmax": 4.0 * hidden * config.data.cells,
+        "softmax": 4.0 * hidden * context,
     }.get(encoder.kind, 0.0)
-    forward = cells * (linear + encoder.layers * attention)
-    return 3.0 * forward + 2.0 * nonzeros * 2.0 * hidden
+    return linear + encoder.layers * attention
 
 
-def peak_flops() -> tuple[float, str]:
+def peak_flops(precision: str = "float32") -> tuple[float, str]:
     """Return the arithmetic peak of all devices together, and where the number comes from.
+
+    Args:
+        precision: Of the factors of the product that is timed on a CPU; its sums are float32.
 
     Returns:
         FLOP/s (NaN for an accelerator that is not in :data:`PEAK_FLOPS`), and ``"table"``, ``"measured"`` or
-        ``"unknown"``. A CPU has no entry in a table: a float32 matrix product is timed instead, on this machine, of
-        which all CPU devices are shares.
+        ``"unknown"``. A CPU has no entry in a table: a matrix product is timed instead, on this machine, of which all
+        CPU devices are shares.
     """
     device = jax.local_devices()[0]
     kind = device.device_kind.lower()
@@ -105,8 +128,8 @@ def peak_flops() -> tuple[float, str]:
     if device.platform != "cpu":
         return math.nan, "unknown"
     size = 1024
-    matrix = jax.device_put(np.ones((size, size), np.float32), device)
-    product = jax.jit(jnp.matmul)
+    matrix = jax.device_put(jnp.ones((size, size), precision), device)
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     product(matrix, matrix).block_until_ready()
     seconds = []
     for _ in range(5):

@@ -22,7 +22,7 @@ from cellplm_jax.losses.objectives import (
     reconstruction_loss,
     warmup_factor,
 )
-from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.model.cellplm import CellPLM, in_precision
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
 from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
@@ -38,11 +38,6 @@ from cellplm_jax.train.state import TrainState, create_state
 Metrics = dict[str, jax.Array]
 
 
-# Parts of the parameter tree whose matrix products a run may compute in bfloat16; the latent and the likelihood's own
-# parameters stay float32.
-NARROW_PARTS = ("embedder", "encoder", "pre_latent_norm", "decoder")
-
-
 def compute_params(params: Any, config: TrainConfig) -> Any:
     """Cast the parameters of large matrix products to the run's precision; gradients come back in float32.
 
@@ -50,19 +45,7 @@ def compute_params(params: Any, config: TrainConfig) -> Any:
         params: The ``"params"`` collection, float32.
         config: Names the precision.
     """
-    if config.precision == "float32":
-        return params
-
-    def cast(path, leaf):
-        names = [entry.key for entry in path]
-        if names[0] not in NARROW_PARTS or names[-1] == "log_dispersion":
-            return leaf
-        # The output layer's bias is the log of each gene's mean: added in float32, after the product.
-        if names[:2] == ["decoder", "log_mean"] and names[-1] == "bias":
-            return leaf
-        return leaf.astype(jnp.bfloat16)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return in_precision(params, config.precision)
 
 
 def loss_terms(
