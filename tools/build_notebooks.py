@@ -48,7 +48,7 @@ if importlib.util.find_spec("cellplm_jax") is None:
     Path("constraints.txt").write_text("\\n".join(kept))
     %pip install -q -c constraints.txt "cellplm-jax[{extras}]"'''
 
-CHECK = '''\
+CHECK = """\
 import os
 
 import jax
@@ -57,7 +57,7 @@ import jax
 FAST = os.environ.get("CELLPLM_NOTEBOOK_FAST") == "1"
 
 versions = {name: importlib.metadata.version(name) for name in ("cellplm-jax", "jax")}
-print(*(f"{name} {version}" for name, version in versions.items()), "on", jax.devices()[0].platform)'''
+print(*(f"{name} {version}" for name, version in versions.items()), "on", jax.devices()[0].platform)"""
 
 
 def assemble(source: Path):

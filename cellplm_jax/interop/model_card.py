@@ -71,8 +71,8 @@ def model_card(
     else:
         open_with = "load"
     described = card.get("description") or (
-        f"A {card.get('kind', 'CellPLM')} model of single cells and spots in the CellPLM architecture: cells are tokens, "
-        "and a tissue sample is a sentence."
+        f"A {card.get('kind', 'CellPLM')} model of single cells and spots in the CellPLM architecture: cells are "
+        "tokens, and a tissue sample is a sentence."
     )
     parts = [
         f"{_front_matter(card, tables)}\n{GENERATED}",
@@ -91,12 +91,13 @@ def model_card(
 
 
 _USE = (
-    "What its maker meant it for is not stated. Models of this kind embed human cells and spots from raw counts, and are "
-    "fine-tuned to annotate, impute, denoise and predict perturbations. Research only; not for clinical decisions."
+    "What its maker meant it for is not stated. Models of this kind embed human cells and spots from raw counts, and "
+    "are fine-tuned to annotate, impute, denoise and predict perturbations. Research only; not for clinical decisions."
 )
 
-_CITATION = """The architecture is that of Wen et al., *CellPLM: Pre-training of Cell Language Model Beyond Single Cells*, ICLR
-2024. This model was made with cellplm-jax, an independent implementation; cite the data above as its sources ask."""
+_CITATION = """The architecture is that of Wen et al., *CellPLM: Pre-training of Cell Language Model Beyond Single
+Cells*, ICLR 2024. This model was made with cellplm-jax, an independent implementation; cite the data above as its
+sources ask."""
 
 
 def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
@@ -105,7 +106,8 @@ def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
 
     # The columns of tables within tables are not metrics but methods.
     plain = [table for table in tables if " / " not in table.path]
-    metrics = list(dict.fromkeys(column for table in plain for column in table.columns))
+    metrics = list(dict.fromkeys(name for table in plain for name in table.columns))
+    metrics = [name for name in metrics if name != "step"]
     tags = ["biology", "single-cell", "transcriptomics", "cellplm", "jax"]
     tags += [str(card[key]) for key in ("kind", "species") if isinstance(card.get(key), str)]
     if isinstance(card.get("task"), str):
@@ -246,9 +248,9 @@ def _scores(tables: list[_Scores]) -> str:
 
 def _limits(card: Mapping[str, Any]) -> str:
     general = (
-        "Input is raw counts of human genes (mouse genes through their one-to-one orthologues). An embedding depends on "
-        "which cells are embedded together. Batches are not mixed unless that was trained for. Compare with principal "
-        "components of your own data before relying on it."
+        "Input is raw counts of human genes (mouse genes through their one-to-one orthologues). An embedding depends "
+        "on which cells are embedded together. Batches are not mixed unless that was trained for. Compare with "
+        "principal components of your own data before relying on it."
     )
     stated = card.get("limits")
     return f"{stated}\n\n{general}" if stated else f"Of this model: {UNKNOWN.lower()} {general}"
@@ -274,7 +276,9 @@ def _value(value: Any) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
 
     rule = "|" + "---|" * len(head)
     return "\n".join([line(head), rule, *(line(tuple(map(str, row))) for row in rows)])

@@ -536,8 +536,8 @@ class Estimator(abc.ABC):
     ) -> HubCommit:
         """Publish the fitted estimator on the Hugging Face Hub; see :meth:`cellplm_jax.Pretrained.push_to_hub`.
 
-        With it goes what the estimator keeps of the data it was fitted to: labels, gene names, batch names, and for some
-        tasks embeddings of the cells. Do not publish it where those must stay private.
+        With it goes what the estimator keeps of the data it was fitted to: labels, gene names, batch names, and for
+        some tasks embeddings of the cells. Do not publish it where those must stay private.
 
         Args:
             repo_id: ``"organisation/name"``.

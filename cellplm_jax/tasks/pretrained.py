@@ -271,8 +271,8 @@ def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tu
         extra_files: See :func:`cellplm_jax.interop.hub.fetch`.
 
     Returns:
-        The directory or ``gs://`` address, and the name to remember: the address with its commit for one of the hub, else
-        the directory.
+        The directory or ``gs://`` address, and the name to remember: the address with its commit for one of the hub,
+        else the directory.
 
     Raises:
         InputError: The kind of source is not supported.

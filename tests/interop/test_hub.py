@@ -244,7 +244,9 @@ def test_addresses(text, address):
     assert parse_address(str(address)) == address
 
 
-@pytest.mark.parametrize("text", ["hf://", "hf://a", "hf://a/b@", "hf://a/b/../c", "hf:///a/b", "a/b"])
+@pytest.mark.parametrize(
+    "text", ["hf://", "hf://a", "hf://a/b@", "hf://a/b/../c", "hf:///a/b", "a/b"]
+)
 def test_what_is_no_address(text):
     refused(InputError, parse_address, text)
 
@@ -316,8 +318,9 @@ def test_the_card_invents_nothing(tiny_model):
 def test_the_card_of_a_run_and_of_a_converted_model(tiny_model):
     text = card_of(tiny_model, tiny_model.card)
     assert "`card.json`, training." in text
-    assert "| heldout best |" in text
+    assert "| heldout_best |" in text
     assert "nb_log_likelihood" in front(text)["metrics"]
+    assert "step" not in front(text)["metrics"]
     converted = {"kind": "converted", "data": "the published one", "unused_parameters": {"a": "b"}}
     assert "the published one" in card_of(tiny_model, converted)
 

@@ -1,9 +1,9 @@
 """A small stand-in for the Hugging Face Hub: the part of its protocol that huggingface_hub speaks, in memory.
 
 It follows the client's source (2.4.0): repository info, tree and ``resolve`` with redirects of large files to another
-host, creating repositories and branches, ``preupload``, LFS batches with upload and verification, commits as NDJSON, and
-the error codes of missing, private and gated repositories. It is not the hub: what only the hub does (Xet transfers,
-quotas, its own checks of model cards) is not seen by tests that use it. Use :func:`model_hub` in a fixture.
+host, creating repositories and branches, ``preupload``, LFS batches with upload and verification, commits as NDJSON,
+and the error codes of missing, private and gated repositories. It is not the hub: what only the hub does (Xet
+transfers, quotas, its own checks of model cards) is not seen by tests that use it. Use :func:`model_hub` in a fixture.
 """
 
 from __future__ import annotations

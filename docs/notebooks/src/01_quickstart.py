@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Quick start
 #
-# Open a pretrained model, embed 2,700 blood cells, look at them, and carry cell types over from cells that have them to
-# cells that do not. It takes a minute on a CPU.
+# Open a pretrained model, embed 2,700 blood cells, look at them, and carry cell types over from cells
+# that have them to cells that do not. It takes a minute on a CPU.
 
 # %%
 import cellplm_jax as cellplm
@@ -11,8 +11,8 @@ model = cellplm.load("small")
 print(f"{model.id}: {model.parameters:,} parameters, {len(model.genes):,} genes")
 
 # %% [markdown]
-# `"small"` comes with the package: a first, small model, good for learning the way. A folder, `gs://...` or
-# `hf://organisation/name` opens in the same way.
+# `"small"` comes with the package: a first, small model, good for learning the way. A folder,
+# `gs://...` or `hf://organisation/name` opens in the same way.
 #
 # ## The cells
 #
@@ -29,8 +29,9 @@ adata
 # %% [markdown]
 # ## Embed
 #
-# One call. Every cell gets a vector that depends on its own counts and on the cells it is embedded with. With several
-# samples in the data, give `batch_key="sample"`, so that cells see those of their own sample.
+# One call. Every cell gets a vector that depends on its own counts and on the cells it is embedded
+# with. With several samples in the data, give `batch_key="sample"`, so that cells see those of their
+# own sample.
 
 # %%
 cellplm.embed(adata, model)
@@ -41,7 +42,8 @@ print("genes that the model knows:", genes["genes_matched"])
 # %% [markdown]
 # ## Look
 #
-# `cluster` finds neighbours and clusters in the embedding in scanpy's way, so that scanpy's functions go on from there.
+# `cluster` finds neighbours and clusters in the embedding in scanpy's way, so that scanpy's functions
+# go on from there.
 
 # %%
 import matplotlib.pyplot as plt
@@ -59,8 +61,9 @@ plt.show()
 #
 # ## Carry labels over
 #
-# Half of the cells keep their labels, the other half are named after their nearest neighbours in the embedding. This
-# trains nothing. [The next notebook](02_annotate.ipynb) trains a classifier, which is better.
+# Half of the cells keep their labels, the other half are named after their nearest neighbours in the
+# embedding. This trains nothing. [The next notebook](02_annotate.ipynb) trains a classifier, which is
+# better.
 
 # %%
 known, unknown = adata[::2].copy(), adata[1::2].copy()
@@ -75,8 +78,10 @@ confidence = unknown.obs["cellplm_confidence"]
 for low, high in ((0, 0.6), (0.6, 0.9), (0.9, 1.01)):
     chosen = (confidence >= low) & (confidence < high)
     if chosen.any():
-        print(f"confidence {low:.1f} to {min(high, 1):.1f}: {chosen.sum():4d} cells, {right[chosen].mean():.0%} right")
+        print(
+            f"confidence {low:.1f} to {min(high, 1):.1f}: {chosen.sum():4d} cells, {right[chosen].mean():.0%} right"
+        )
 
 # %% [markdown]
-# Before you rely on an embedding, compare: 50 principal components of your own data often do as well as a small model.
-# *Choosing a method* in the documentation says when.
+# Before you rely on an embedding, compare: 50 principal components of your own data often do as well
+# as a small model. *Choosing a method* in the documentation says when.

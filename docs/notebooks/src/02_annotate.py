@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Annotate cell types
 #
-# Train a classifier on labelled cells, see where it errs and when it knows that it may, save it, and open it elsewhere.
+# Train a classifier on labelled cells, see where it errs and when it knows that it may, save it, and
+# open it elsewhere.
 
 # %%
 import cellplm_jax as cellplm
@@ -15,7 +16,8 @@ if FAST:
 # %% [markdown]
 # ## Training cells and new cells
 #
-# Two of three cells are for training; the third is new to the model. In your own work these are two data sets.
+# Two of three cells are for training; the third is new to the model. In your own work these are two
+# data sets.
 
 # %%
 import numpy as np
@@ -27,8 +29,9 @@ labelled.obs["cell_type"].value_counts()
 # %% [markdown]
 # ## Fit
 #
-# A tenth of the labelled cells is held back to stop in time and to calibrate the probabilities. With several samples, give
-# `batch_key="sample"`. The default is at most 200 epochs; 15 are enough for a first look.
+# A tenth of the labelled cells is held back to stop in time and to calibrate the probabilities. With
+# several samples, give `batch_key="sample"`. The default is at most 200 epochs; 15 are enough for a
+# first look.
 
 # %%
 annotator = cellplm.CellTypeAnnotator(model, epochs=2 if FAST else 15, quiet=True)
@@ -63,19 +66,22 @@ plt.show()
 # %% [markdown]
 # ## When it knows
 #
-# Of the cells it gives a probability of 80 %, about 80 % should be right. Points near the diagonal say that they are.
+# Of the cells it gives a probability of 80 %, about 80 % should be right. Points near the diagonal
+# say that they are.
 
 # %%
 cellplm.plot.calibration(cells.obsm["cellplm_probabilities"], cells.obs["cell_type"])
 plt.show()
 
 # %% [markdown]
-# A cell of a kind that was not in the training data still gets one of the known names. `threshold` calls it "unknown"
-# where the confidence is low.
+# A cell of a kind that was not in the training data still gets one of the known names. `threshold`
+# calls it "unknown" where the confidence is low.
 
 # %%
 annotator.predict(cells, threshold=0.7)
-print((cells.obs["cellplm_cell_type"] == "unknown").sum(), "of", cells.n_obs, "cells are left unnamed")
+print(
+    (cells.obs["cellplm_cell_type"] == "unknown").sum(), "of", cells.n_obs, "cells are left unnamed"
+)
 
 # %% [markdown]
 # ## Save, and open elsewhere
@@ -90,5 +96,6 @@ again.predict(cells)
 print("largest difference:", np.abs(before - cells.obsm["cellplm_probabilities"]).max())
 
 # %% [markdown]
-# `annotator.push_to_hub("organisation/name")` publishes it on the Hugging Face Hub with a model card. The same from the
-# command line: `cellplm annotate fit labelled.h5ad --model small --label-key cell_type --out annotator`.
+# `annotator.push_to_hub("organisation/name")` publishes it on the Hugging Face Hub with a model card.
+# The same from the command line: `cellplm annotate fit labelled.h5ad --model small --label-key
+# cell_type --out annotator`.

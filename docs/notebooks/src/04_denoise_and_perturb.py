@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Denoise counts, predict perturbations
 #
-# Two tasks on the bundled blood cells: fill in what sequencing missed, and say how expression changes when a gene is
-# perturbed.
+# Two tasks on the bundled blood cells: fill in what sequencing missed, and say how expression changes
+# when a gene is perturbed.
 
 # %%
 import numpy as np
@@ -16,9 +16,9 @@ adata = adata[adata.obs["cell_type"] != "unassigned"][: 300 if FAST else 1000].c
 # %% [markdown]
 # ## Denoise
 #
-# Most zeros of single-cell data are genes that were missed. A denoiser predicts the count that would be expected. Whether
-# it helps can be measured: hide a tenth of the non-zero counts and predict them. Here are the pretrained model as it is
-# (zero-shot), and one fitted to these cells.
+# Most zeros of single-cell data are genes that were missed. A denoiser predicts the count that would
+# be expected. Whether it helps can be measured: hide a tenth of the non-zero counts and predict them.
+# Here are the pretrained model as it is (zero-shot), and one fitted to these cells.
 
 # %%
 zero_shot = cellplm.Denoiser(model, quiet=True)
@@ -28,11 +28,14 @@ scores = {
     "fitted": fitted.score(adata, seed=0),
 }
 for name, found in scores.items():
-    print(f"{name:<10} error of hidden counts {found['rmse']:.3f}; the gene's mean {found['gene_mean_rmse']:.3f}")
+    print(
+        f"{name:<10} error of hidden counts {found['rmse']:.3f}; the gene's mean {found['gene_mean_rmse']:.3f}"
+    )
 
 # %% [markdown]
-# The error is of log-normalised values, and the mean of each gene is what a model has to beat. (The fitted one has seen
-# the counts that are hidden for its score; for an honest number, fit to masked counts and pass `truth=`.)
+# The error is of log-normalised values, and the mean of each gene is what a model has to beat. (The
+# fitted one has seen the counts that are hidden for its score; for an honest number, fit to masked
+# counts and pass `truth=`.)
 
 # %%
 import matplotlib.pyplot as plt
@@ -42,23 +45,31 @@ gene = list(adata.var_names).index("LYZ")
 total = np.asarray(adata.X.sum(axis=1)).ravel()
 measured = np.log1p(adata.X[:, gene].toarray().ravel() / total * 1e4)
 denoised = adata.layers["cellplm_denoised_log1p"][:, gene]
-types = [name for name in adata.obs["cell_type"].cat.categories if (adata.obs["cell_type"] == name).sum() > 10]
+types = [
+    name
+    for name in adata.obs["cell_type"].cat.categories
+    if (adata.obs["cell_type"] == name).sum() > 10
+]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
 for ax, values, title in zip(axes, (measured, denoised), ("measured", "denoised"), strict=True):
-    ax.boxplot([values[adata.obs["cell_type"] == name] for name in types], orientation="horizontal", showfliers=False)
+    ax.boxplot(
+        [values[adata.obs["cell_type"] == name] for name in types],
+        orientation="horizontal",
+        showfliers=False,
+    )
     ax.set_yticks(range(1, len(types) + 1), types)
     ax.set(title=f"LYZ, {title}", xlabel="log-normalised expression")
 plt.show()
 
 # %% [markdown]
-# Lysozyme belongs to monocytes and dendritic cells. Denoised values are for looking and for plots; test for differential
-# expression on the counts.
+# Lysozyme belongs to monocytes and dendritic cells. Denoised values are for looking and for plots;
+# test for differential expression on the counts.
 #
 # ## Perturb
 #
-# A screen has cells in which a gene was perturbed, and control cells. There is none in the package, so one is made from
-# its T cells: each "perturbation" takes away most counts of a module, the target and the genes that vary most like it. So
-# the truth is known.
+# A screen has cells in which a gene was perturbed, and control cells. There is none in the package,
+# so one is made from its T cells: each "perturbation" takes away most counts of a module, the target
+# and the genes that vary most like it. So the truth is known.
 
 # %%
 screen = cellplm.datasets.pbmc3k()
@@ -88,9 +99,9 @@ print(found.known)
 print(*found.messages, sep="\n")
 
 # %% [markdown]
-# The change of every gene against control cells. For a perturbation that was seen it is the measured change, shrunk by how
-# noisy it is; a combination adds up; for a gene that was not seen, it is what its gene embedding suggests, or the mean
-# change where that predicts nothing better.
+# The change of every gene against control cells. For a perturbation that was seen it is the measured
+# change, shrunk by how noisy it is; a combination adds up; for a gene that was not seen, it is what
+# its gene embedding suggests, or the mean change where that predicts nothing better.
 
 # %%
 change = found.change.loc[one]
@@ -99,10 +110,17 @@ order = change.abs().sort_values(ascending=False).index[:15]
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
 colors = ["#D55E00" if name in module else "#999999" for name in order]
 ax.barh(order[::-1], change[order[::-1]], color=colors[::-1])
-ax.set(title=f"{one} perturbed: the 15 largest changes", xlabel="change of log-normalised expression")
+ax.set(
+    title=f"{one} perturbed: the 15 largest changes", xlabel="change of log-normalised expression"
+)
 plt.show()
-print(sum(name in module for name in order), "of the 15 (orange) are in the module of", len(module), "genes that was taken away")
+print(
+    sum(name in module for name in order),
+    "of the 15 (orange) are in the module of",
+    len(module),
+    "genes that was taken away",
+)
 
 # %% [markdown]
-# With a real screen, `predictor.score` on perturbations that were left out puts the mean change beside the prediction. Do
-# look at it: for unseen targets, published predictors often do no better.
+# With a real screen, `predictor.score` on perturbations that were left out puts the mean change
+# beside the prediction. Do look at it: for unseen targets, published predictors often do no better.

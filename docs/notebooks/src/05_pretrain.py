@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Pretrain your own
 #
-# Prepare a corpus, train, watch, stop, go on. Here on the bundled blood cells and with a tiny model, so that it fits a free
-# machine; on many files and a larger configuration the steps are the same.
+# Prepare a corpus, train, watch, stop, go on. Here on the bundled blood cells and with a tiny model,
+# so that it fits a free machine; on many files and a larger configuration the steps are the same.
 
 # %%
 import cellplm_jax as cellplm
@@ -16,8 +16,9 @@ adata.write_h5ad("cells.h5ad")
 # %% [markdown]
 # ## Prepare
 #
-# Any number of `.h5ad` files become one corpus: checked, with one gene vocabulary, read in pieces. `--sample-key` names the
-# tissue sample of each cell; a sample is to the model what a sentence is to a language model.
+# Any number of `.h5ad` files become one corpus: checked, with one gene vocabulary, read in pieces.
+# `--sample-key` names the tissue sample of each cell; a sample is to the model what a sentence is to
+# a language model.
 
 # %%
 # !cellplm prepare cells.h5ad --out corpus --sample-key sample --workers 0 > prepare.log 2>&1
@@ -26,8 +27,8 @@ adata.write_h5ad("cells.h5ad")
 # %% [markdown]
 # ## Train
 #
-# `"debug"` is tiny; `"small"`, `"85m"` (the published architecture) and `"1b"` are the others. Every field of the
-# configuration can be replaced.
+# `"debug"` is tiny; `"small"`, `"85m"` (the published architecture) and `"1b"` are the others. Every
+# field of the configuration can be replaced.
 
 # %%
 import dataclasses
@@ -42,8 +43,8 @@ config = dataclasses.replace(
 )
 
 # %% [markdown]
-# The machine of a free notebook may go away. So this run is stopped on purpose half-way: `preempted` is asked after each
-# step, and saves and ends the run when it says so.
+# The machine of a free notebook may go away. So this run is stopped on purpose half-way: `preempted`
+# is asked after each step, and saves and ends the run when it says so.
 
 # %%
 result = cellplm.pretrain(
@@ -54,7 +55,8 @@ print(f"stopped at step {result.step} of {config.steps}")
 # %% [markdown]
 # ## Resume
 #
-# The same call with the same folder goes on from the last checkpoint, with the batches that would have come next.
+# The same call with the same folder goes on from the last checkpoint, with the batches that would
+# have come next.
 
 # %%
 result = cellplm.pretrain("corpus", config, "run", quiet=True)
@@ -64,8 +66,8 @@ print({name: round(float(value), 3) for name, value in result.heldout.items()})
 # %% [markdown]
 # ## Watch
 #
-# `metrics.jsonl` is written while it trains, and can be drawn at any time, from another notebook too. Held-out scores hide a
-# part of the genes of cells that are never trained on.
+# `metrics.jsonl` is written while it trains, and can be drawn at any time, from another notebook too.
+# Held-out scores hide a part of the genes of cells that are never trained on.
 
 # %%
 import matplotlib.pyplot as plt
@@ -87,6 +89,7 @@ model.save("model", format="safetensors")
 print(f"{model.id}: {model.parameters:,} parameters; embedding {adata.obsm['X_cellplm'].shape}")
 
 # %% [markdown]
-# `model.push_to_hub("organisation/name")` publishes it, with a model card made from what is in `model.card`: write there
-# what it was trained on. On Colab, keep `run` in a mounted drive or at a `gs://` address. A model this small, trained for
-# seconds, is good for nothing: `"small"` took 12 minutes on 84,047 cells, and is a first step only.
+# `model.push_to_hub("organisation/name")` publishes it, with a model card made from what is in
+# `model.card`: write there what it was trained on. On Colab, keep `run` in a mounted drive or at a
+# `gs://` address. A model this small, trained for seconds, is good for nothing: `"small"` took 12
+# minutes on 84,047 cells, and is a first step only.

@@ -1,25 +1,40 @@
 # %% [markdown]
 # # Convert a published checkpoint
 #
-# The authors of CellPLM published PyTorch checkpoints. `cellplm convert` makes one of ours of it, without unpickling
-# anything, and back. The file itself is not ours to ship, so this notebook makes one of the same form first; with the real
-# one, begin at *Convert*.
+# The authors of CellPLM published PyTorch checkpoints. `cellplm convert` makes one of ours of it,
+# without unpickling anything, and back. The file itself is not ours to ship, so this notebook makes a
+# small one of the same form first, with random weights: good for trying the way, not for an
+# embedding.
 #
 # ## The real file
 #
-# Get `20230926_85M.best.ckpt` and `20230926_85M.config.json` from where the original's README points to, and put both in
-# this notebook's folder (on Colab: the folder symbol on the left, then *Upload*). Then set
-# `PREFIX = "20230926_85M"` below.
+# Get `20230926_85M.best.ckpt` and `20230926_85M.config.json` from where the original's README points
+# to, and put both in this notebook's folder (on Colab: the folder symbol on the left, then *Upload*).
+# Then set `PREFIX = "20230926_85M"` below.
 
 # %%
+import dataclasses
 from pathlib import Path
 
 import cellplm_jax as cellplm
 
 PREFIX = "published"
+
 if not Path(f"{PREFIX}.best.ckpt").exists():
-    cellplm.load("small").save("small_model")
-    # !cellplm convert small_model --to-torch {PREFIX}
+    # The published architecture, narrower, over the genes of the bundled model.
+    genes = cellplm.load("small").genes
+    config = cellplm.preset("85m", len(genes)).model
+    config = dataclasses.replace(
+        config,
+        hidden=64,
+        encoder=dataclasses.replace(config.encoder, layers=2, heads=4),
+        positions=dataclasses.replace(config.positions, kind="none"),
+        latent=dataclasses.replace(config.latent, size=32, inference="released"),
+        decoder=dataclasses.replace(config.decoder, hidden=64),
+    )
+    made = cellplm.Pretrained.untrained(config, genes)
+    made.save("made")
+    # !cellplm convert made --to-torch {PREFIX}
 print(*sorted(path.name for path in Path(".").glob(f"{PREFIX}.*")), sep="\n")
 
 # %% [markdown]
@@ -43,14 +58,16 @@ print(f"{model.id}: {model.parameters:,} parameters; embedding {adata.obsm['X_ce
 print("positions:", model.config.positions.kind)
 
 # %% [markdown]
-# Published checkpoints were trained without positions (the released code multiplies them away), and a converted model has
-# none. PBMC3k has no coordinates, so here the embedding is that of the model we started from:
+# Published checkpoints were trained without positions (the released code multiplies them by 0), so a
+# converted model has none, and coordinates change nothing.
+#
+# For the made-up file we know the model that it came from:
 
 # %%
 import numpy as np
 
-if Path("small_model").exists():
-    other = cellplm.embed(adata.copy(), "small_model")
+if Path("made").exists():
+    other = cellplm.embed(adata.copy(), made)
     print("largest difference:", np.abs(adata.obsm["X_cellplm"] - other.obsm["X_cellplm"]).max())
 
 # %% [markdown]
