@@ -37,7 +37,9 @@ def read(source):
 
 
 def python_of(cell) -> str:
-    """The Python of a cell: lines for the shell and for IPython become ``pass``."""
+    """The Python of a cell: lines of IPython become ``pass``; a cell of the shell has none."""
+    if cell.source.startswith("%%bash"):
+        return ""
     return re.sub(r"^(\s*)[!%].*$", r"\1pass", cell.source, flags=re.MULTILINE)
 
 
@@ -94,8 +96,9 @@ def test_its_commands_parse(source):
     from cellplm_jax.cli import build_parser
 
     for cell in read(source).cells:
-        for command in re.findall(r"^\s*!cellplm (.+)$", cell.source, re.MULTILINE):
-            build_parser().parse_args(command.split(">")[0].split())
+        commands = re.findall(r"(?:^|then )cellplm ([^;>\n]+)", cell.source, re.MULTILINE)
+        for command in commands if cell.source.startswith("%%bash") else []:
+            build_parser().parse_args(command.removesuffix(" 2").split())
 
 
 @each

@@ -60,17 +60,42 @@ cells.obs[["cell_type", "cellplm_cell_type", "cellplm_confidence"]].head()
 # Rows are the names that marker genes gave, columns the predictions; every row adds up to 1.
 
 # %%
-cellplm.plot.confusion_matrix(cells.obs["cell_type"], cells.obs["cellplm_cell_type"])
+from sklearn.metrics import ConfusionMatrixDisplay
+
+figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
+ConfusionMatrixDisplay.from_predictions(
+    cells.obs["cell_type"].astype(str),
+    cells.obs["cellplm_cell_type"].astype(str),
+    normalize="true",
+    values_format=".2f",
+    cmap="Blues",
+    xticks_rotation=40,
+    colorbar=False,
+    ax=ax,
+)
+plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
 plt.show()
 
 # %% [markdown]
 # ## When it knows
 #
-# Of the cells it gives a probability of 80 %, about 80 % should be right. Points near the diagonal
-# say that they are.
+# Of the cells named with a confidence of 80 %, about 80 % should be right: points near the diagonal.
+# Numbers are cells.
 
 # %%
-cellplm.plot.calibration(cells.obsm["cellplm_probabilities"], cells.obs["cell_type"])
+confidence = cells.obs["cellplm_confidence"].to_numpy()
+right = (
+    cells.obs["cellplm_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)
+).to_numpy()
+part = np.digitize(confidence, [0.5, 0.7, 0.8, 0.9, 0.97])
+figure, ax = plt.subplots(figsize=(4.5, 4), layout="constrained")
+ax.plot([0.3, 1], [0.3, 1], color="0.7", lw=1)
+for number in np.unique(part):
+    chosen = part == number
+    x, y = confidence[chosen].mean(), right[chosen].mean()
+    ax.plot(x, y, "o", color="#0072B2")
+    ax.annotate(f"{chosen.sum()}", (x, y), xytext=(-6, 6), textcoords="offset points", ha="right")
+ax.set(xlabel="mean confidence", ylabel="share that is right", title="Calibration")
 plt.show()
 
 # %% [markdown]

@@ -20,9 +20,9 @@ adata.write_h5ad("cells.h5ad")
 # `--sample-key` names the tissue sample of each cell; a sample is to the model what a sentence is to
 # a language model.
 
-# %%
-# !cellplm prepare cells.h5ad --out corpus --sample-key sample --workers 0 > prepare.log 2>&1
-# !cellplm info corpus
+# %% language="bash"
+# cellplm prepare cells.h5ad --out corpus --sample-key sample --workers 0 2> prepare.log
+# cellplm info corpus
 
 # %% [markdown]
 # ## Train

@@ -9,8 +9,8 @@
 # ## The real file
 #
 # Get `20230926_85M.best.ckpt` and `20230926_85M.config.json` from where the original's README points
-# to, and put both in this notebook's folder (on Colab: the folder symbol on the left, then *Upload*).
-# Then set `PREFIX = "20230926_85M"` below.
+# to, and put both in this notebook's folder (on Colab: the folder symbol on the left, then *Upload*),
+# renamed to `published.best.ckpt` and `published.config.json`. Then nothing is made up below.
 
 # %%
 import dataclasses
@@ -18,9 +18,7 @@ from pathlib import Path
 
 import cellplm_jax as cellplm
 
-PREFIX = "published"
-
-if not Path(f"{PREFIX}.best.ckpt").exists():
+if not Path("published.best.ckpt").exists():
     # The published architecture, narrower, over the genes of the bundled model.
     genes = cellplm.load("small").genes
     config = cellplm.preset("85m", len(genes)).model
@@ -34,16 +32,20 @@ if not Path(f"{PREFIX}.best.ckpt").exists():
     )
     made = cellplm.Pretrained.untrained(config, genes)
     made.save("made")
-    # !cellplm convert made --to-torch {PREFIX}
-print(*sorted(path.name for path in Path(".").glob(f"{PREFIX}.*")), sep="\n")
+
+# %% language="bash"
+# if [ -d made ]; then cellplm convert made --to-torch published; fi
+
+# %%
+print(*sorted(path.name for path in Path(".").glob("published.*")), sep="\n")
 
 # %% [markdown]
 # ## Convert
 #
 # Each parameter is converted or listed as unused, with the reason.
 
-# %%
-# !cellplm convert {PREFIX}.best.ckpt --config {PREFIX}.config.json --out model
+# %% language="bash"
+# cellplm convert published.best.ckpt --config published.config.json --out model
 
 # %% [markdown]
 # ## Use it
@@ -75,13 +77,13 @@ if Path("made").exists():
 #
 # For tools that need the original's form. The weights come back bit by bit.
 
-# %%
-# !cellplm convert model --to-torch again
+# %% language="bash"
+# cellplm convert model --to-torch again
 
 # %%
 import torch
 
-one = torch.load(f"{PREFIX}.best.ckpt", weights_only=True)["model_state_dict"]
+one = torch.load("published.best.ckpt", weights_only=True)["model_state_dict"]
 two = torch.load("again.best.ckpt", weights_only=True)["model_state_dict"]
 same = sum(torch.equal(one[name], two[name]) for name in one)
 print(f"{same} of {len(one)} tensors are the same")
