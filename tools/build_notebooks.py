@@ -114,7 +114,13 @@ def run(notebook, *, fast: bool) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "NO_COLOR": "1",
+        # tqdm asks for widgets, which a notebook that nobody looks at while it runs does not need.
+        "PYTHONWARNINGS": "ignore:IProgress not found",
     }
+    if fast:
+        # Most of a reduced run is compiling, which need not be done well.
+        flags = os.environ.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
     folder = tempfile.mkdtemp(prefix="cellplm-notebook-")
     before = dict(os.environ)
     os.environ.update(environment)
