@@ -28,7 +28,7 @@ REPOSITORY = "OWNER/cellplm-jax"
 """Where the badge opens the notebooks from: the one place to write the public repository's name."""
 
 FAST = "CELLPLM_NOTEBOOK_FAST"
-EXTRAS = {"06_convert_checkpoint": "eval,torch"}
+EXTRAS = {"05_pretrain": "eval,train,hub", "06_convert_checkpoint": "eval,torch"}
 LIMIT = 600  # seconds of one cell
 COLORS = 192  # of a picture: enough for a plot, a third of the bytes
 

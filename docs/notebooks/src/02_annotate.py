@@ -99,11 +99,12 @@ ax.set(xlabel="mean confidence", ylabel="share that is right", title="Calibratio
 plt.show()
 
 # %% [markdown]
-# A cell of a kind that was not in the training data still gets one of the known names. `threshold`
+# A cell of a kind that was not in the training data still gets one of the known names. `unknown_threshold`
 # calls it "unknown" where the confidence is low.
 
 # %%
-annotator.predict(cells, threshold=0.7)
+annotator.unknown_threshold = 0.7
+annotator.predict(cells)
 print(
     (cells.obs["cellplm_cell_type"] == "unknown").sum(), "of", cells.n_obs, "cells are left unnamed"
 )

@@ -72,7 +72,7 @@ ax.set(
     title="40 genes",
 )
 plt.show()
-print(f"median correlation with the true expectation: {np.median(agreement):.2f}")
+print(f"median correlation with the true expectation: {np.nanmedian(agreement):.2f}")
 scores = imputer.score(spatial, truth=truth)
 print({name: round(float(value), 3) for name, value in scores.items()})
 

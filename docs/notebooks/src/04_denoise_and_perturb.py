@@ -104,21 +104,20 @@ print(*found.messages, sep="\n")
 # its gene embedding suggests, or the mean change where that predicts nothing better.
 
 # %%
-change = found.change.loc[one]
-module = set(screen.var_names[modules[one]])
-order = change.abs().sort_values(ascending=False).index[:15]
+table = found.tidy()
+table = table[table["perturbation"] == one]
+table = table.reindex(table["change"].abs().sort_values(ascending=False).index).head(15)
+module = set(screen.var["ensembl_id"].iloc[modules[one]])
+inside = table["gene"].isin(module)
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-colors = ["#D55E00" if name in module else "#999999" for name in order]
-ax.barh(order[::-1], change[order[::-1]], color=colors[::-1])
+colors = np.where(inside, "#D55E00", "#999999")
+ax.barh(table["symbol"].iloc[::-1], table["change"].iloc[::-1], color=colors[::-1])
 ax.set(
     title=f"{one} perturbed: the 15 largest changes", xlabel="change of log-normalised expression"
 )
 plt.show()
 print(
-    sum(name in module for name in order),
-    "of the 15 (orange) are in the module of",
-    len(module),
-    "genes that was taken away",
+    f"{inside.sum()} of them (orange) are in the module of {len(module)} genes that was taken away"
 )
 
 # %% [markdown]
