@@ -52,13 +52,9 @@ types = [
 ]
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
 for ax, values, title in zip(axes, (measured, denoised), ("measured", "denoised"), strict=True):
-    ax.boxplot(
-        [values[adata.obs["cell_type"] == name] for name in types],
-        orientation="horizontal",
-        showfliers=False,
-    )
-    ax.set_yticks(range(1, len(types) + 1), types)
-    ax.set(title=f"LYZ, {title}", xlabel="log-normalised expression")
+    means = [values[adata.obs["cell_type"] == name].mean() for name in types]
+    ax.barh(types, means, color="#0072B2")
+    ax.set(title=f"LYZ, {title}", xlabel="mean log-normalised expression")
 plt.show()
 
 # %% [markdown]
