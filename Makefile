@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: demo test lint types parity multiprocess smoke debug-pretrain clean
+.PHONY: demo test lint types parity multiprocess notebooks notebooks-full smoke debug-pretrain clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,12 @@ parity: $(VENV)/.parity  ## the original, run live beside ours
 
 multiprocess: $(VENV)/.installed  ## the same run as 1, 2 and 4 processes; resumed on others; told to stop
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m multiprocess tests
+
+notebooks: $(VENV)/.parity  ## every notebook runs from top to bottom, in a reduced setting
+	$(BIN)/python tools/build_notebooks.py --fast
+
+notebooks-full: $(VENV)/.parity  ## run them in full and write docs/notebooks/*.ipynb
+	$(BIN)/python tools/build_notebooks.py
 
 debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in seconds: prepare, train, look
 	rm -rf runs/debug runs/debug-corpus

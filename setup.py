@@ -16,6 +16,10 @@ EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "s
 # Work directories at gs:// addresses; corpora are read without it.
 GCP = ["gcsfs>=2024.6"]
 EXPORT = ["flatbuffers>=24"]
+# Models at hf:// addresses, and weights as safetensors.
+HUB = ["huggingface_hub>=0.34", "safetensors>=0.5"]
+# Makes docs/notebooks from their sources, and runs them.
+NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pillow>=10"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -68,10 +72,12 @@ setup(
         "gcp": GCP,
         # What jax.export writes its programs with.
         "export": EXPORT,
+        "hub": HUB,
+        "notebooks": [*NOTEBOOKS, *TRAIN, *EVAL],
         # Reading and writing PyTorch checkpoints needs torch alone; comparing with the original needs the original.
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
-        "dev": [*DEV, *TRAIN, *EVAL, *GCP, *EXPORT],
+        "dev": [*DEV, *TRAIN, *EVAL, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},
     classifiers=[

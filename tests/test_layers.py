@@ -94,10 +94,19 @@ def test_fences():
     # The table of logical axes is Linen's to apply.
     assert {part_of(m) for m in users("flax.linen") - {"train.sharding"}} == {"model"}
     assert users("orbax") == {"train.checkpoint"}
+    assert users("safetensors") == {"train.tensors"}
+    assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {"data", "tasks", "demo"}
     assert users("ml_collections") == set()
     assert users("absl") == set()
-    for library in ("torch", "scanpy", "sklearn", "matplotlib"):
+    for library in (
+        "torch",
+        "scanpy",
+        "sklearn",
+        "matplotlib",
+        "safetensors",
+        "huggingface_hub",
+    ):
         for module in users(library):
             top = {name.split(".")[0] for name in top_level_imports(MODULES[module])}
             assert library not in top, f"{module} needs {library} to be imported"

@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -43,8 +44,16 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import Pretrained, load, opened
-from cellplm_jax.train.checkpoint import ModelFiles, has_item, restore_item, save_model
+from cellplm_jax.tasks.pretrained import Pretrained, load, located, opened, publish
+from cellplm_jax.train.checkpoint import (
+    ESTIMATOR_FILE,
+    TENSOR_FILES,
+    ModelFiles,
+    WeightFormat,
+    has_item,
+    restore_item,
+    save_model,
+)
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
 from cellplm_jax.train.metrics import ProgressReport
 
@@ -52,9 +61,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-EstimatorType = TypeVar("EstimatorType", bound="Estimator")
+    from cellplm_jax.interop.hub import HubCommit
 
-ESTIMATOR_FILE = "estimator.json"
+EstimatorType = TypeVar("EstimatorType", bound="Estimator")
 
 HEAD_CELLS = 4096
 """Cells that a head is applied to at once; decoders, which return a number a gene, take an eighth of that."""
@@ -475,17 +484,18 @@ class Estimator(abc.ABC):
         best = self.facts.get("best_epoch")
         return fitting_curves(self.history, key=key, best_epoch=best, ax=ax, show=show)
 
-    def save(self, directory: str | os.PathLike) -> None:
+    def save(self, directory: str | os.PathLike, *, format: WeightFormat = "orbax") -> None:
         """Write the fitted estimator as a directory that opens alone, whole or not at all.
 
         It is a model directory (``cellplm_jax.load`` opens the fine-tuned model in it) with ``estimator.json`` beside.
 
         Args:
             directory: A new or empty directory.
+            format: See :meth:`cellplm_jax.Pretrained.save`.
 
         Raises:
             InputError: It has not been fitted.
-            CheckpointError: The directory is not empty.
+            CheckpointError: The directory is not empty, or there is no such format.
         """
         import cellplm_jax
 
@@ -512,6 +522,51 @@ class Estimator(abc.ABC):
             estimator=arrays,
             texts={ESTIMATOR_FILE: text},
             step=model.step,
+            format=format,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> HubCommit:
+        """Publish the fitted estimator on the Hugging Face Hub; see :meth:`cellplm_jax.Pretrained.push_to_hub`.
+
+        With it goes what the estimator keeps of the data it was fitted to: labels, gene names, batch names, and for
+        some tasks embeddings of the cells. Do not publish it where those must stay private.
+
+        Args:
+            repo_id: ``"organisation/name"``.
+            private: See there.
+            revision: See there.
+            token: See there.
+            commit_message: See there.
+
+        Returns:
+            The commit; its ``address`` is what :meth:`load` opens.
+
+        Raises:
+            InputError: It has not been fitted, or as there.
+            CheckpointError: As there.
+            MissingDependencyError: As there.
+        """
+
+        def write(folder: Path) -> None:
+            self.save(folder, format="safetensors")
+
+        return publish(
+            self._fitted(),
+            write,
+            repo_id,
+            estimator=type(self).__name__,
+            private=private,
+            revision=revision,
+            token=token,
+            message=commit_message,
         )
 
     @classmethod
@@ -521,7 +576,7 @@ class Estimator(abc.ABC):
         """Open a fitted estimator.
 
         Args:
-            directory: From :meth:`save`.
+            directory: From :meth:`save`, or the ``hf://`` address of one that was published.
             quiet: No progress when it predicts.
 
         Returns:
@@ -530,7 +585,8 @@ class Estimator(abc.ABC):
         Raises:
             CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
         """
-        content = read_estimator(directory)
+        where, name = _located(directory)
+        content = read_estimator(name)
         if content["class"] != cls.__name__:
             msg = explain(
                 f"'{directory}' holds a fitted {content['class']}",
@@ -538,10 +594,10 @@ class Estimator(abc.ABC):
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
             raise CheckpointError(msg)
-        model = load(directory)
+        model = load(name)
         arrays = {}
-        if has_item(directory, "estimator"):
-            arrays = restore_item(directory, item="estimator", step=model.step)[0]
+        if has_item(where, "estimator"):
+            arrays = restore_item(where, item="estimator", step=model.step)[0]
         try:
             found = cls(None, genes=content["genes"], quiet=quiet, **content["training"])
             found.model = model
@@ -559,12 +615,12 @@ def read_estimator(directory: str | os.PathLike) -> dict[str, Any]:
     """Return what ``estimator.json`` of a directory says.
 
     Args:
-        directory: From :meth:`Estimator.save`.
+        directory: From :meth:`Estimator.save`, or the ``hf://`` address of one that was published.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
     """
-    path = epath.Path(directory) / ESTIMATOR_FILE
+    path = epath.Path(_located(directory)[0]) / ESTIMATOR_FILE
     if not path.is_file():
         what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
         msg = explain(
@@ -579,6 +635,10 @@ def read_estimator(directory: str | os.PathLike) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(_damaged(directory, error)) from error
     return content
+
+
+def _located(directory: str | os.PathLike) -> tuple[str, str]:
+    return located(directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"]))
 
 
 def _damaged(directory: str | os.PathLike, error: Exception) -> str:

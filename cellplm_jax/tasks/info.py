@@ -32,7 +32,7 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
     for top, tree in model.params.items():
         modules[top] = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
     training: dict[str, Any] = {}
-    metrics = epath.Path(source) / "metrics.jsonl"
+    metrics = epath.Path(model.source) / "metrics.jsonl"
     if metrics.is_file():
         for row in read_metrics(metrics):
             split = training.setdefault(row.get("split", "train"), {"first": row})

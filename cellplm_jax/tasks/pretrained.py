@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -16,12 +17,15 @@ from flax.traverse_util import flatten_dict
 
 from cellplm_jax.cache import keep_compiled
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.errors import CheckpointError, InputError, explain
+from cellplm_jax.errors import CheckpointError, InputError, explain, require
+from cellplm_jax.interop import hub
+from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
+    WeightFormat,
     grow_rows,
     read_root,
     restore_item,
@@ -41,7 +45,7 @@ class Pretrained:
         params: Nested dictionary of numpy arrays.
         genes: Gene vocabulary, Ensembl ids, in the order of the gene embedding's rows.
         card: Where the model comes from and what it was trained on.
-        source: What it was loaded from.
+        source: What it was loaded from; for a model from the hub with the commit that was resolved.
         step: Training step of the weights; 0 for a converted or untrained model.
     """
 
@@ -55,7 +59,8 @@ class Pretrained:
     @property
     def id(self) -> str:
         """Name, step and number of parameters: what an embedding is stamped with."""
-        name = self.card.get("name") or Path(self.source).name
+        source = self.source.partition("@")[0] if hub.is_hub_address(self.source) else self.source
+        name = self.card.get("name") or Path(source).name
         return f"{name}@{self.step}"
 
     @property
@@ -76,21 +81,75 @@ class Pretrained:
         card = {"kind": "untrained", "seed": seed}
         return cls(config, jax.tree.map(np.asarray, params), list(genes), card, "untrained")
 
-    def save(self, directory: str | os.PathLike, *, half: bool = False) -> None:
+    def save(
+        self,
+        directory: str | os.PathLike,
+        *,
+        format: WeightFormat = "orbax",
+        half: bool = False,
+    ) -> None:
         """Write the model as a checkpoint directory that opens alone.
 
         Args:
             directory: A new or empty directory.
+            format: ``"orbax"``, as training writes its steps; ``"safetensors"``: the weights as one file
+                ``model.safetensors``, the form for exchange (extra ``hub``). :func:`load` opens both.
             half: Store the weights as float16: half the size, three decimal digits. Loading makes them float32 again.
 
         Raises:
-            CheckpointError: It is not empty.
+            CheckpointError: It is not empty, or there is no such format.
+            MissingDependencyError: The format is ``"safetensors"``, which is not installed.
         """
         files = ModelFiles(self.config, self.genes, self.card)
         params = self.params
         if half:
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
-        save_model(directory, files, params, step=self.step)
+        save_model(directory, files, params, step=self.step, format=format)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        half: bool = False,
+    ) -> hub.HubCommit:
+        """Publish the model on the Hugging Face Hub, in one commit, with a model card made from its config and card.
+
+        What the card does not say is stated as unknown on the page; fill in ``card["data"]``, ``card["licence"]``,
+        ``card["intended_use"]`` and ``card["limits"]`` first.
+
+        Args:
+            repo_id: ``"organisation/name"``; made where it does not exist.
+            private: Make it private; a repository that is public already is refused.
+            revision: Branch to commit to, made where it does not exist; None: the main branch.
+            token: A token that may write; None: the one this machine is logged in with.
+            commit_message: Of the commit.
+            half: Publish the weights as float16.
+
+        Returns:
+            The commit; its ``address`` is what :func:`load` opens to get exactly these weights.
+
+        Raises:
+            InputError: ``repo_id`` is no such name, or is public where a private one was asked for.
+            CheckpointError: The hub refused, or cannot be reached.
+            MissingDependencyError: The extra ``hub`` is not installed.
+        """
+
+        def write(folder: Path) -> None:
+            self.save(folder, format="safetensors", half=half)
+
+        return publish(
+            self,
+            write,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            message=commit_message,
+        )
 
     @cached_property
     def device_params(self) -> dict[str, Any]:
@@ -170,13 +229,81 @@ def bundled_path(name: str) -> Path:
     return Path(str(resources.files("cellplm_jax") / "resources" / "models" / name))
 
 
+def publish(
+    model: Pretrained,
+    write: Callable[[Path], None],
+    repo_id: str,
+    *,
+    estimator: str | None = None,
+    **options: Any,
+) -> hub.HubCommit:
+    """Write a model or a fitted estimator to a temporary folder, add its model card, and publish the folder.
+
+    Args:
+        model: What the card is about.
+        write: Writes the folder, in the format ``"safetensors"``.
+        repo_id: ``"organisation/name"``.
+        estimator: Name of the estimator's class; None: a plain model.
+        **options: See :func:`cellplm_jax.interop.hub.push`.
+    """
+    require("huggingface_hub", hub.EXTRA, "Publishing a model on the Hugging Face Hub")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        write(folder)
+        text = model_card(
+            model.config,
+            model.genes,
+            model.card,
+            parameters=model.parameters,
+            step=model.step,
+            repository=repo_id,
+            estimator=estimator,
+        )
+        (folder / hub.README_FILE).write_text(text, encoding="utf-8")
+        return hub.push(folder, repo_id, **options)
+
+
+def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tuple[str, str]:
+    """Return where a model lies that a user named: the one place that knows what a source may be.
+
+    Args:
+        source: See :func:`load`.
+        extra_files: See :func:`cellplm_jax.interop.hub.fetch`.
+
+    Returns:
+        The directory or ``gs://`` address, and the name to remember: the address with its commit for one of the hub,
+        else the directory.
+
+    Raises:
+        InputError: The kind of source is not supported.
+        CheckpointError: It cannot be fetched.
+    """
+    text = os.fspath(source)
+    if hub.is_hub_address(text):
+        directory, address = hub.fetch(text, extra_files=extra_files)
+        return str(directory), address
+    if "://" in text and not text.startswith("gs://"):
+        msg = explain(
+            f"'{text}' is a remote source of another kind",
+            "a directory on this machine, a gs:// or an hf:// address",
+            "Download it first",
+        )
+        raise InputError(msg)
+    if text in BUNDLED and not Path(text).exists():
+        text = str(bundled_path(text))
+    return text, text
+
+
 def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     """Open a trained model.
 
     Args:
         source: ``"small"``, the model that comes with the package (a folder of that name goes first); a checkpoint
             directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this machine or at a
-            ``gs://`` address.
+            ``gs://`` address; ``"hf://organisation/name"`` for one of the Hugging Face Hub (extra ``hub``), with
+            ``@revision`` and ``/folder`` behind it where wanted. That is fetched once and kept in the hub's cache; the
+            commit it stands for is in ``source`` and ``card["loaded_from"]`` of the model, and in
+            ``uns["cellplm"]["model_source"]`` of what it embeds.
         step: Step to open; None: the best by held-out likelihood, else the latest.
 
     Returns:
@@ -185,17 +312,9 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     Raises:
         CheckpointError: It is not a checkpoint, is damaged, or config and weights do not fit.
         InputError: The kind of source is not supported.
+        MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
     """
-    text = os.fspath(source)
-    if "://" in text and not text.startswith("gs://"):
-        msg = explain(
-            f"'{text}' is a remote source",
-            "a directory on this machine or a gs:// address",
-            "Download it first",
-        )
-        raise InputError(msg)
-    if text in BUNDLED and not Path(text).exists():
-        text = str(bundled_path(text))
+    text, name = located(source)
     keep_compiled()
     files = read_root(text)
     params, found_step = restore_item(text, step=step)
@@ -204,13 +323,13 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
     shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
     if jax.tree.structure(shapes) == jax.tree.structure(params):
         params = grow_rows(params, shapes)
-    check_params(files.model, params, text)
+    check_params(files.model, params, name)
     return Pretrained(
         config=files.model,
         params=params,
         genes=files.genes,
-        card=files.card,
-        source=text,
+        card={**files.card, "loaded_from": name} if hub.is_hub_address(name) else files.card,
+        source=name,
         step=found_step,
     )
 

@@ -4,6 +4,9 @@ A checkpoint is a directory, or a ``gs://`` address, that opens alone: ``config.
 at its root, and Orbax step directories with ``params``, ``optimizer`` and ``run`` (step, skipped steps, seed, number of
 covariate rows) as separate items; a converted model has ``params`` and ``unused``. Restoring reads the stored metadata:
 neither the device count, nor the number of processes, nor the code that wrote it has to match.
+
+The root is the same where a finished model travels: only that its items are then files (``model.safetensors``) instead
+of step directories. :func:`weight_format` is the one place that says which of the two a directory holds.
 """
 
 from __future__ import annotations
@@ -16,18 +19,31 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain
 from cellplm_jax.train.state import TrainState
+from cellplm_jax.train.tensors import read_tensors, write_tensors
+
+WeightFormat = Literal["orbax", "safetensors"]
+"""How the arrays of a checkpoint are stored: step directories, or a file an item."""
+
+TENSOR_FILES = {
+    "params": "model.safetensors",
+    "unused": "unused.safetensors",
+    "estimator": "estimator.safetensors",
+}
+"""Files of the items of a model, by item, in the format ``"safetensors"``."""
 
 CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
+ESTIMATOR_FILE = "estimator.json"
 # The held-out score by which a step is the best.
 BEST_METRIC = "nb_log_likelihood"
 
@@ -458,6 +474,7 @@ def save_model(
     estimator: Mapping[str, np.ndarray] | None = None,
     texts: Mapping[str, str] | None = None,
     step: int = 0,
+    format: WeightFormat = "orbax",
 ) -> None:
     """Write a model as a checkpoint directory of its own.
 
@@ -468,28 +485,37 @@ def save_model(
         unused: Arrays that only an exact write-back to the published form needs.
         estimator: Arrays that a fitted estimator needs besides the weights.
         texts: Further files at the root, by name.
-        step: Number of the step directory.
+        step: Training step of the weights.
+        format: ``"orbax"``: a step directory; ``"safetensors"``: a file an item.
 
     Raises:
-        CheckpointError: The directory already holds something.
+        CheckpointError: The directory already holds something, or there is no such format.
+        MissingDependencyError: The format is ``"safetensors"``, which is not installed.
     """
-    import orbax.checkpoint as ocp
-
+    if format not in get_args(WeightFormat):
+        msg = explain(
+            f"the format of the weights is {format!r}",
+            " or ".join(map(repr, get_args(WeightFormat))),
+            "Choose one of them",
+        )
+        raise CheckpointError(msg)
     directory = check_new_directory(directory)
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    items = {"params": ocp.args.StandardSave(_as_arrays(params))}
+    items = {"params": _as_arrays(params)}
     if unused:
-        items["unused"] = ocp.args.StandardSave(_as_arrays(unused))
+        items["unused"] = _as_arrays(unused)
     if estimator:
-        items["estimator"] = ocp.args.StandardSave(_as_arrays(estimator))
+        items["estimator"] = _as_arrays(estimator)
     try:
         write_root(partial, files)
         for name, text in (texts or {}).items():
             write_text_whole(epath.Path(partial) / name, text)
-        manager = _manager(epath.Path(partial))
-        manager.save(step, args=ocp.args.Composite(**items))
-        manager.wait_until_finished()
-        manager.close()
+        if format == "orbax":
+            _write_step(partial, items, step)
+        else:
+            for item, tree in items.items():
+                flat = {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
+                write_tensors(partial / TENSOR_FILES[item], flat, step=step)
         if directory.exists():
             directory.rmdir()
         os.replace(partial, directory)
@@ -500,12 +526,48 @@ def save_model(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:
+    """Write items as one Orbax step."""
+    import orbax.checkpoint as ocp
+
+    manager = _manager(epath.Path(directory))
+    arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
+    manager.save(step, args=ocp.args.Composite(**arguments))
+    manager.wait_until_finished()
+    manager.close()
+
+
 def _as_arrays(tree: Any) -> Any:
     return jax.tree.map(np.asarray, tree)
 
 
+def weight_format(directory: str | os.PathLike) -> WeightFormat:
+    """Say how the arrays of a checkpoint are stored.
+
+    Args:
+        directory: A checkpoint directory or a pretraining work directory.
+
+    Raises:
+        CheckpointError: It holds both, and nothing says which is meant.
+    """
+    folder = epath.Path(directory)
+    if not (folder / TENSOR_FILES["params"]).is_file():
+        return "orbax"
+    steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+    if steps:
+        msg = explain(
+            f"'{directory}' holds {TENSOR_FILES['params']} and also the steps {', '.join(steps)}",
+            "one of the two",
+            "Move the one that is not meant elsewhere",
+        )
+        raise CheckpointError(msg)
+    return "safetensors"
+
+
 def has_item(directory: str | os.PathLike, item: str) -> bool:
-    """Say whether any step of a checkpoint holds an item."""
+    """Say whether a checkpoint holds an item, in any of its steps."""
+    if weight_format(directory) == "safetensors":
+        return item in TENSOR_FILES and (epath.Path(directory) / TENSOR_FILES[item]).is_file()
     return any(True for _ in epath.Path(directory).glob(f"[0-9]*/{item}"))
 
 
@@ -524,11 +586,48 @@ def restore_item(
 
     Raises:
         CheckpointError: There is no such step or item, or it is damaged.
+        MissingDependencyError: It is stored as safetensors, which is not installed.
     """
+    folder = epath.Path(directory)
+    if weight_format(folder) == "safetensors":
+        arrays, found = read_tensors(folder / TENSOR_FILES[item])
+        if step not in (None, found):
+            raise _no_step(directory, step, [found])
+        if item != "params":  # the others are no trees, and a name of theirs may hold a slash
+            return arrays, found
+        return _as_tree(arrays, directory), found
+    return _restore_step_item(folder, item, step)
+
+
+def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
+    """Return arrays named by paths (``embedder/gene_embedding``) as the tree of those paths."""
+    try:
+        return unflatten_dict({tuple(name.split("/")): array for name, array in arrays.items()})
+    except (IndexError, TypeError, ValueError) as error:
+        msg = explain(
+            f"'{directory}' names a parameter that is also a group of others",
+            "the weights of one model",
+            "Copy or download it again",
+        )
+        raise CheckpointError(msg) from error
+
+
+def _no_step(directory: object, step: int | None, steps: list[int]) -> CheckpointError:
+    msg = explain(
+        f"'{directory}' has no step {step}",
+        f"one of {', '.join(map(str, sorted(steps)))}",
+        "Name one of them",
+    )
+    return CheckpointError(msg)
+
+
+def _restore_step_item(
+    directory: epath.Path, item: str, step: int | None
+) -> tuple[dict[str, Any], int]:
+    """Restore one item of an Orbax step; see :func:`restore_item`."""
     import orbax.checkpoint as ocp
 
-    folder = epath.Path(directory)
-    manager = _manager(folder, read_only=True)
+    manager = _manager(directory, read_only=True)
     try:
         steps = list(manager.all_steps())
         if not steps:
@@ -542,12 +641,7 @@ def restore_item(
             step = manager.best_step()
             step = max(steps) if step is None else step
         elif step not in steps:
-            msg = explain(
-                f"'{directory}' has no step {step}",
-                f"one of {', '.join(map(str, sorted(steps)))}",
-                "Name one of them",
-            )
-            raise CheckpointError(msg)
+            raise _no_step(directory, step, steps)
         try:
             metadata = manager.item_metadata(step)[item]
             target = jax.tree.map(
@@ -556,7 +650,7 @@ def restore_item(
             )
             handler = ocp.PyTreeCheckpointHandler()
             restored = ocp.Checkpointer(handler).restore(
-                _absolute(folder) / str(step) / item,
+                _absolute(directory) / str(step) / item,
                 args=ocp.args.PyTreeRestore(restore_args=target),
             )
         except Exception as error:

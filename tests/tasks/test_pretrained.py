@@ -111,7 +111,7 @@ def test_not_a_checkpoint(tmp_path, tiny_run):
     assert "no directory" in message(CheckpointError, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "config.json" in message(CheckpointError, tmp_path / "empty")
-    assert "remote" in message(InputError, "hf://someone/model")
+    assert "remote" in message(InputError, "s3://bucket/model")
     assert "no step 5" in message(CheckpointError, tiny_run, step=5)
 
 

@@ -1,0 +1,83 @@
+"""Weights as one safetensors file: the only module that knows safetensors.
+
+The form in which models travel: names and shapes in a header, numbers behind it, nothing that could be executed. The
+header also holds the training step and a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from cellplm_jax.errors import CheckpointError, explain, require
+
+EXTRA = "hub"
+
+
+def write_tensors(path: Path, arrays: Mapping[str, Any], *, step: int) -> None:
+    """Write named arrays as one file.
+
+    Args:
+        path: The file, in a folder that is not yet in use.
+        arrays: The arrays by name.
+        step: Training step of the arrays.
+
+    Raises:
+        MissingDependencyError: safetensors is not installed.
+    """
+    library = require("safetensors.numpy", EXTRA, "Writing weights as safetensors")
+    # safetensors writes the memory of an array as it lies, so views and transposed arrays are copied first.
+    plain = {name: np.array(array, order="C") for name, array in arrays.items()}
+    about = {"format": "cellplm-jax", "step": str(step), "sha256": _checksum(plain)}
+    library.save_file(plain, path, metadata=about)
+
+
+def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
+    """Read what :func:`write_tensors` wrote, or a file of the same form from elsewhere.
+
+    Args:
+        path: The file, on this machine or at a ``gs://`` address.
+
+    Returns:
+        The arrays by name, and the step; 0 where the file does not name one.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        MissingDependencyError: safetensors is not installed.
+    """
+    library = require("safetensors", EXTRA, "Reading weights from safetensors")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            local = path
+            if "://" in os.fspath(path):
+                local = path.copy(Path(folder) / path.name)
+            with library.safe_open(os.fspath(local), framework="numpy") as opened:
+                about = opened.metadata() or {}
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if "sha256" in about and about["sha256"] != _checksum(arrays):
+            msg = "its numbers do not have the checksum in its header"
+            raise ValueError(msg)
+        return arrays, int(about.get("step", 0))
+    except (library.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        said = str(error).splitlines()[:1] or [type(error).__name__]
+        msg = explain(
+            f"'{path}' cannot be read ({said[0][:200]})",
+            "a complete safetensors file",
+            "Copy or download it again",
+        )
+        raise CheckpointError(msg) from error
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of the numbers, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+    return digest.hexdigest()

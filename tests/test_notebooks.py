@@ -1,0 +1,138 @@
+"""The committed notebooks: they are what their sources say, open in Colab, and hold the outputs of a clean run.
+
+``make notebooks`` runs them; nothing is run here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip("jupytext", reason="needs the extra 'notebooks'")
+FOLDER = ROOT / "docs" / "notebooks"
+SOURCES = sorted((FOLDER / "src").glob("*.py"))
+LARGEST = 400_000  # bytes
+
+
+def builder():
+    where = ROOT / "tools" / "build_notebooks.py"
+    specification = importlib.util.spec_from_file_location("build_notebooks", where)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def read(source):
+    import nbformat
+
+    return nbformat.read(FOLDER / f"{source.stem}.ipynb", as_version=4)
+
+
+def python_of(cell) -> str:
+    """The Python of a cell: lines of IPython become ``pass``; a cell of the shell has none."""
+    if cell.source.startswith("%%bash"):
+        return ""
+    return re.sub(r"^(\s*)[!%].*$", r"\1pass", cell.source, flags=re.MULTILINE)
+
+
+each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def test_every_notebook_has_a_source():
+    assert [path.stem for path in SOURCES] == [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
+    assert len(SOURCES) == 6
+
+
+@each
+def test_it_equals_its_source(source):
+    made, committed = builder().assemble(source), read(source)
+    one, two = ([(c.cell_type, c.id, c.source) for c in n.cells] for n in (made, committed))
+    assert one == two, "run: make notebooks-full"
+    assert made.metadata == committed.metadata
+
+
+@each
+def test_it_opens_in_colab_and_keeps_its_jax(source):
+    first, install, check = read(source).cells[:3]
+    assert first.source.startswith("[![Open in Colab]")
+    assert f"/blob/main/docs/notebooks/{source.stem}.ipynb)" in first.source
+    assert "\n# " in first.source
+    assert '%pip install -q -c constraints.txt "cellplm-jax[' in install.source
+    assert '("jax", "jaxlib")' in install.source
+    extras = re.search(r"cellplm-jax\[([\w,]+)\]", install.source)
+    assert extras is not None
+    declared = (ROOT / "setup.py").read_text()
+    assert all(f'"{extra}":' in declared for extra in extras[1].split(","))
+    assert "CELLPLM_NOTEBOOK_FAST" in check.source
+    later = "\n".join(cell.source for cell in read(source).cells[3:])
+    assert "CELLPLM_NOTEBOOK_FAST" not in later
+
+
+@each
+def test_its_code_parses_and_names_what_there_is(source):
+    import cellplm_jax
+
+    names = set(cellplm_jax.__all__)
+    for cell in read(source).cells:
+        if cell.cell_type != "code":
+            continue
+        for node in ast.walk(ast.parse(python_of(cell))):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "cellplm":
+                assert node.attr in names, node.attr
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cellplm.plot":
+                assert hasattr(cellplm_jax.plot, node.attr), node.attr
+
+
+@each
+def test_its_commands_parse(source):
+    from cellplm_jax.cli import build_parser
+
+    for cell in read(source).cells:
+        commands = re.findall(r"(?:^|then )cellplm ([^;>\n]+)", cell.source, re.MULTILINE)
+        for command in commands if cell.source.startswith("%%bash") else []:
+            build_parser().parse_args(command.removesuffix(" 2").split())
+
+
+@each
+def test_its_outputs_are_those_of_a_clean_run(source):
+    notebook = read(source)
+    assert builder().problems(notebook) == []
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
+    assert (FOLDER / f"{source.stem}.ipynb").stat().st_size < LARGEST
+    text = json.dumps(notebook)
+    assert ROOT.as_posix() not in text
+    if source.stem != "06_convert_checkpoint":
+        assert "image/png" in text
+
+
+def test_what_must_not_be_in_outputs_is_found():
+    import nbformat
+
+    make = nbformat.v4
+    outputs = [
+        make.new_output("error", ename="ValueError", evalue="no", traceback=[]),
+        make.new_output("stream", name="stderr", text="progress"),
+        make.new_output("stream", name="stdout", text="x.py:1: FutureWarning: old"),
+        make.new_output("stream", name="stdout", text="wrote /home/someone/model"),
+        make.new_output("stream", name="stdout", text="fine: 3/4 of runs/small"),
+    ]
+    cells = [make.new_code_cell("x", outputs=[output]) for output in outputs]
+    found = builder().problems(make.new_notebook(cells=cells))
+    assert [line.split()[1].rstrip(":") for line in found] == ["0", "1", "2", "3"]
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for source in SOURCES:
+        for cell in read(source).cells:
+            for target in re.findall(r"\]\((\w+\.ipynb)\)", cell.source):
+                assert (FOLDER / target).exists(), target
