@@ -196,6 +196,7 @@ def read_and_embed(
         provenance = {
             "model": model.id,
             "model_source": model.source,
+            "precision": model.precision,
             "version": cellplm_jax.__version__,
             "key_added": key_added,
             "context": {

@@ -20,7 +20,7 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
-from cellplm_jax.model.cellplm import CellPLM, attention_rows, init_params
+from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
@@ -36,6 +36,9 @@ from cellplm_jax.train.checkpoint import (
 EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
 
 
+PRECISIONS = ("float32", "bfloat16")
+
+
 @dataclass(eq=False)
 class Pretrained:
     """A model with its weights, gene vocabulary and card.
@@ -47,6 +50,8 @@ class Pretrained:
         card: Where the model comes from and what it was trained on.
         source: What it was loaded from; for a model from the hub with the commit that was resolved.
         step: Training step of the weights; 0 for a converted or untrained model.
+        precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
+            the hardware has it, with embeddings at a cosine of .999 or more to the exact ones. Sums are float32.
     """
 
     config: ModelConfig
@@ -55,6 +60,17 @@ class Pretrained:
     card: dict[str, Any] = field(default_factory=dict)
     source: str = "memory"
     step: int = 0
+    precision: str = "float32"
+
+    def __post_init__(self):
+        """Check the precision."""
+        if self.precision not in PRECISIONS:
+            msg = explain(
+                f"precision = '{self.precision}'",
+                f"one of {', '.join(PRECISIONS)}",
+                "Pass one of them",
+            )
+            raise InputError(msg)
 
     @property
     def id(self) -> str:
@@ -154,9 +170,8 @@ class Pretrained:
     @cached_property
     def device_params(self) -> dict[str, Any]:
         """The weights an embedding needs, on the default device."""
-        return jax.device_put(
-            {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
-        )
+        needed = {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
+        return in_precision(jax.device_put(needed), self.precision)
 
     @cached_property
     def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
@@ -175,6 +190,7 @@ class Pretrained:
 
         def run(params, hidden, cell_mask):
             variables = {"params": params}
+            hidden = hidden.astype(self.precision)
             hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
             return model.apply(variables, hidden, method=CellPLM.infer).mean
 
@@ -183,7 +199,7 @@ class Pretrained:
     @cached_property
     def encode_streamed(self) -> StreamedEncoder:
         """The same as :meth:`encode` for contexts of any size, in passes over chunks."""
-        return StreamedEncoder(self.config, self.encode)
+        return StreamedEncoder(self.config, self.encode, self.precision)
 
     @cached_property
     def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -294,7 +310,9 @@ def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tu
     return text, text
 
 
-def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
+def load(
+    source: str | os.PathLike, *, step: int | None = None, precision: str = "float32"
+) -> Pretrained:
     """Open a trained model.
 
     Args:
@@ -305,6 +323,7 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
             commit it stands for is in ``source`` and ``card["loaded_from"]`` of the model, and in
             ``uns["cellplm"]["model_source"]`` of what it embeds.
         step: Step to open; None: the best by held-out likelihood, else the latest.
+        precision: ``"float32"`` or ``"bfloat16"``, see :class:`Pretrained`.
 
     Returns:
         A :class:`Pretrained`; its arrays are numpy, on no device yet.
@@ -331,6 +350,7 @@ def load(source: str | os.PathLike, *, step: int | None = None) -> Pretrained:
         card={**files.card, "loaded_from": name} if hub.is_hub_address(name) else files.card,
         source=name,
         step=found_step,
+        precision=precision,
     )
 
 

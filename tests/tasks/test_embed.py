@@ -14,9 +14,11 @@ import pytest
 from scipy import sparse
 
 from cellplm_jax.config import PositionsConfig
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import InputError
 from cellplm_jax.tasks import embed as embed_module
+from cellplm_jax.tasks import stream
 from cellplm_jax.tasks.embed import embed, embed_file
 from cellplm_jax.tasks.pretrained import Pretrained
 from tests.conftest import SHARED, VOCABULARY, make_adata, make_counts
@@ -254,6 +256,52 @@ def test_number_of_compilations_is_logarithmic(tiny_model, monkeypatch):
     largest = bucket(int(sizes.max()))
     assert model.encode._cache_size() <= 2 * math.log2(largest / 32) + 1
     assert model.embed_expression._cache_size() <= 2 * math.log2(128 / 32) + 1
+
+
+def test_a_thousand_sizes_need_few_shapes(tiny_model):
+    # A shape is a compilation, as the test above sees; here the programs only say what they were given.
+    model = dataclasses.replace(tiny_model)
+    shapes: dict[str, set] = {"express": set(), "encode": set()}
+
+    def express(_, batch):
+        shapes["express"].add(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
+        return np.zeros((*batch.cell_mask.shape, model.config.hidden), np.float32)
+
+    def encode(_, hidden, mask):
+        shapes["encode"].add((hidden.shape, mask.shape))
+        return np.zeros((*mask.shape, model.config.latent_size), np.float32)
+
+    vars(model).update(embed_expression=express, encode=encode)
+    largest = 8192
+    counts = make_adata(largest, spatial=False)
+    sizes = np.exp(np.random.default_rng(0).uniform(0, math.log(largest), 1000)).astype(int)
+    with open_counts(counts, model.genes) as source:
+        for cells in sizes:
+            embed_module.embed_source(source, model, groups=[np.arange(cells)], spatial_key=None)
+    assert len(set(sizes.tolist())) > 500
+    assert len(shapes["express"]) + len(shapes["encode"]) <= 2 * math.log2(bucket(largest))
+
+
+def test_bfloat16_is_close_and_says_so(tiny_model, monkeypatch):
+    adata = make_adata(300)
+    exact = embedding(adata, tiny_model)
+    narrow = dataclasses.replace(tiny_model, precision="bfloat16")
+    found = embed(adata, narrow).obsm[KEY]
+    assert found.dtype == np.float32
+    assert adata.uns["cellplm"]["precision"] == "bfloat16"
+    cosine = (found * exact).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(exact, axis=1)
+    assert cosine.min() > 0.999
+    assert np.abs(found - exact).max() > 1e-6  # it was really narrow
+    # The same in passes over chunks.
+    monkeypatch.setattr(stream, "STREAM_CELLS", 100)
+    monkeypatch.setattr(stream, "STREAM_CHUNK", 64)
+    streamed = embedding(adata, dataclasses.replace(narrow))
+    np.testing.assert_allclose(streamed, found, atol=0.02 * np.abs(found).max())
+
+
+def test_a_precision_that_does_not_exist(tiny_model):
+    with pytest.raises(InputError, match=r"precision = 'float8'.*bfloat16"):
+        dataclasses.replace(tiny_model, precision="float8")
 
 
 def test_every_part_of_the_weights_is_used(tiny_model):
