@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,14 @@ def prepare_embedding(job: dict[str, Any], counts: Any) -> Callable[[], np.ndarr
     from cellplm_jax.tasks.pretrained import Pretrained
 
     converted = opened(job)
-    model = Pretrained(converted.config, converted.params, converted.genes)
+    model = Pretrained(
+        converted.config, converted.params, converted.genes, precision=job["precision"]
+    )
     adata = anndata.AnnData(counts)
     adata.var_names = list(model.genes)
-    options = {"precision": job["precision"]} if job["precision"] != "float32" else {}
 
     def embed() -> np.ndarray:
-        cellplm.embed(adata, model, **options)
+        cellplm.embed(adata, model)
         return adata.obsm["X_cellplm"]
 
     return embed
@@ -49,20 +52,20 @@ def prepare_step(job: dict[str, Any], counts: Any) -> Callable[[], float]:
 
     from cellplm_jax.config import DataConfig, OptimizerConfig, TrainConfig
     from cellplm_jax.data.batches import Sample, pad_batch
+    from cellplm_jax.interop.torch_checkpoint import model_config
     from cellplm_jax.train.sharding import make_mesh
     from cellplm_jax.train.step import compile_training_step, create_sharded_state
 
-    converted = opened(job)
+    # The architecture alone: the time of a step does not depend on the weights.
+    published = json.loads(Path(job["prefix"] + ".config.json").read_text())
     cells = counts.shape[0]
     config = TrainConfig(
-        model=converted.config,
+        model=model_config(published),
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=1e-8, warmup_steps=0),
         data=DataConfig(rows=1, cells=cells, segments=1),
         precision=job["precision"],
         chunk_cells=job["chunk_cells"],
-        rematerialize=job.get("rematerialize", False),
     )
-    del converted
     random = np.random.RandomState(1)
     batch = pad_batch([Sample(name="cells", counts=counts)], cells=cells, nonzeros=counts.nnz)
     batch = batch.replace(
