@@ -9,16 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import cellplm_jax
-from cellplm_jax.cli import corpus, embedding, estimators, models
-from cellplm_jax.cli.output import say
+from cellplm_jax.cli import corpus, embedding, estimators, machine, models
+from cellplm_jax.cli.output import fail
+from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cellplm",
         description="CellPLM in JAX: embed single cells and spots with a pretrained cell language model.",
+        epilog="start here:\n  cellplm doctor\n  cellplm embed cells.h5ad --model small --out embedded.h5ad "
+        "--report embedded.html\n\nEvery verb has an example: cellplm embed --help. Exit status: 0 done, 2 bad usage "
+        "or input, 1 anything else.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"cellplm-jax {cellplm_jax.__version__}"
@@ -38,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_export(commands)
     models.add_info(commands)
     corpus.add_plan(commands)
+    machine.add_doctor(commands)
+    machine.add_completion(commands)
     return parser
 
 
@@ -64,15 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(words)
+    # For reports, which say how they were made.
+    arguments.words = words
     _silence_abandoned_reads()
     try:
         return arguments.run(arguments) or 0
     except CellPLMError as error:
-        say(f"cellplm {arguments.command}: {error}", sys.stderr)
+        fail(f"cellplm {arguments.command}", str(error))
         return 2
     except KeyboardInterrupt:
-        say(f"cellplm {arguments.command}: interrupted", sys.stderr)
+        fail(f"cellplm {arguments.command}", "interrupted")
         return 1
     except BrokenPipeError:
         # The reader of a pipe went away (head, less); nothing is wrong here.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli.options import command, positive
-from cellplm_jax.cli.output import say, say_table
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import add_output, command, positive
+from cellplm_jax.cli.output import conclude, fail, say, table_lines
 
 
 def add_demo(commands: Any) -> None:
@@ -29,7 +29,7 @@ def add_demo(commands: Any) -> None:
         "--max-cells", type=positive, metavar="N", help="use only N of the 2,700 cells"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_output(parser)
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -42,13 +42,15 @@ def _demo(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         quiet=arguments.quiet,
     )
-    say_table(table)
-    out = Path(arguments.out)
-    say(verdict(table))
-    say(f"report: {out / 'report.html'}")
-    say(
-        f"model:  {out / 'model'}   (cellplm embed FILE.h5ad --model {out / 'model'} --out OUT.h5ad)"
-    )
+    report, model = Path(arguments.out) / "report.html", Path(arguments.out) / "model"
+    lines = [
+        *table_lines(table),
+        verdict(table),
+        f"report: {report}",
+        f"model:  {model}   (cellplm embed FILE.h5ad --model {model} --out OUT.h5ad)",
+    ]
+    facts = {"scores": table, "verdict": verdict(table), "wrote": [report, model]}
+    conclude(arguments, lines, facts)
 
 
 def add_prepare(commands: Any) -> None:
@@ -121,13 +123,13 @@ def add_prepare(commands: Any) -> None:
         metavar="N",
         help="local worker processes; 0: none but this one (a core each, at most one a file)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_output(parser, report="the corpus: its parts, samples and genes")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.prepare import prepare, summary_text
 
+    reports.check(arguments)
     summary = prepare(
         arguments.inputs,
         arguments.out,
@@ -146,11 +148,15 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
     )
-    if arguments.json:
-        say(json.dumps(summary, indent=2))
-        return
-    say(summary_text(summary))
-    say(f"wrote {arguments.out} in {summary['seconds']:.0f} s   (cellplm info {arguments.out})")
+    reports.write(arguments, "corpus", arguments.out)
+    conclude(
+        arguments,
+        [
+            summary_text(summary),
+            f"wrote {arguments.out} in {summary['seconds']:.0f} s   (cellplm info {arguments.out})",
+        ],
+        summary,
+    )
 
 
 def add_plan(commands: Any) -> None:
@@ -207,8 +213,7 @@ def add_plan(commands: Any) -> None:
     parser.add_argument(
         "--timeout", type=positive, metavar="S", help="seconds a compilation may take"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_output(parser)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -230,8 +235,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
         say=None if arguments.quiet else lambda text: say(f"plan: {text}", sys.stderr),
     )
-    say(json.dumps(report, indent=2) if arguments.json else search.plan_text(report))
+    conclude(arguments, [search.plan_text(report)], report)
     if report["best"] is None:
-        say(f"cellplm plan: {report['reason']}", sys.stderr)
+        fail("cellplm plan", report["reason"])
         return 3
     return 0

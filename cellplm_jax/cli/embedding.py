@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
     READING,
     RECIPE,
+    add_output,
     add_task,
     command,
     counts_only,
@@ -17,7 +18,7 @@ from cellplm_jax.cli.options import (
     positive,
     source,
 )
-from cellplm_jax.cli.output import say, say_fitted, say_scores
+from cellplm_jax.cli.output import conclude, fitted_line, scores_line
 from cellplm_jax.errors import InputError, explain
 
 
@@ -28,7 +29,7 @@ def add_embed(commands: Any) -> None:
         "embed",
         _embed,
         "embed the cells of an .h5ad file",
-        "cellplm embed cells.h5ad --model demo/model --out embedded.h5ad --batch-key sample",
+        "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html",
     )
     parser.add_argument("input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer")
     parser.add_argument(
@@ -62,14 +63,24 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "--minimum-genes", type=positive, metavar="N", help="fewest known genes accepted"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress and no report")
+    parser.add_argument(
+        "--color",
+        action="append",
+        metavar="K",
+        help="column of obs that colours the map of the report; may be repeated (--batch-key)",
+    )
+    add_output(parser, report="what was embedded, and a UMAP of it")
 
 
 def _embed(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.cluster import known_columns
     from cellplm_jax.tasks.embed import check_output, embed_file
     from cellplm_jax.tasks.pretrained import load
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
+    colors = arguments.color or ([arguments.batch_key] if arguments.batch_key else [])
+    known_columns(arguments.input, arguments.color or [])
     model = load(arguments.model)
     messages = embed_file(
         arguments.input,
@@ -86,10 +97,13 @@ def _embed(arguments: argparse.Namespace) -> None:
         minimum_genes=arguments.minimum_genes,
         quiet=arguments.quiet,
     )
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
-    say(f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}")
+    reports.write(arguments, "embedding", arguments.out, arguments.key_added, colors)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}"],
+        {"wrote": [arguments.out], "key_added": arguments.key_added, "model": model.id},
+        messages=messages,
+    )
 
 
 def add_cluster(commands: Any) -> None:
@@ -130,7 +144,7 @@ def add_cluster(commands: Any) -> None:
         "--picture", metavar="PNG", help="draw a UMAP, and write obsm['X_umap'] as well"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no report")
+    add_output(parser, report="the clusters, a UMAP of them and the scores")
 
 
 def _cluster(arguments: argparse.Namespace) -> None:
@@ -138,6 +152,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.embed import check_output
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     if arguments.picture:
         check_output(Path(arguments.picture))
     columns = [key for key in (arguments.label_key, arguments.batch_key) if key]
@@ -152,14 +167,12 @@ def _cluster(arguments: argparse.Namespace) -> None:
         key_added=arguments.key_added,
         seed=arguments.seed,
         batch_key=arguments.batch_key,
-        umap=arguments.picture is not None,
+        umap=arguments.picture is not None or arguments.report is not None,
         quiet=arguments.quiet,
     )
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
     number = cells.obs[arguments.key_added].nunique()
-    say(f"wrote {arguments.out}: obs['{arguments.key_added}'], {number} clusters")
+    lines = [f"wrote {arguments.out}: obs['{arguments.key_added}'], {number} clusters"]
+    facts: dict[str, Any] = {"wrote": [arguments.out], "clusters": number, "scores": {}}
     if arguments.label_key:
         from cellplm_jax.evaluate.embedding import clustering_scores, knn_accuracy, silhouette
         from cellplm_jax.tasks.contexts import labels_of
@@ -170,16 +183,23 @@ def _cluster(arguments: argparse.Namespace) -> None:
         scores = clustering_scores(labels, cells.obs[arguments.key_added][known])
         scores["knn_accuracy"] = knn_accuracy(embedding, labels, neighbors=arguments.neighbors)
         scores["label_silhouette"] = silhouette(embedding, labels)
-        say_scores(scores)
+        lines.append(scores_line(scores))
+        facts["scores"] |= scores
     if arguments.batch_key and cells.obs[arguments.batch_key].nunique() > 1:
         from cellplm_jax.evaluate.embedding import batch_mixing, kbet
 
         batches = cells.obs[arguments.batch_key]
         embedding = cells.obsm[arguments.use_rep]
-        say_scores({"ilisi": batch_mixing(embedding, batches), "kbet": kbet(embedding, batches)})
+        scores = {"ilisi": batch_mixing(embedding, batches), "kbet": kbet(embedding, batches)}
+        lines.append(scores_line(scores))
+        facts["scores"] |= scores
     if arguments.picture:
         draw_clusters(cells, [arguments.key_added, *columns], arguments.picture)
-        say(f"wrote {arguments.picture}")
+        lines.append(f"wrote {arguments.picture}")
+        facts["wrote"].append(arguments.picture)
+    shown = [arguments.key_added, *columns]
+    reports.write(arguments, "clusters", cells, shown, arguments.use_rep, facts["scores"])
+    conclude(arguments, lines, facts, messages=messages)
 
 
 def add_integrate(commands: Any) -> None:
@@ -192,6 +212,8 @@ def add_integrate(commands: Any) -> None:
         predict=_integrate_predict,
         fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
         predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
+        fit_report="the curve of the fit",
+        predict_report="a UMAP by batch, of X_cellplm or X_pca too where the file has them, and the scores",
     )
     fit.add_argument(
         "--strength", type=float, default=1.0, metavar="F", help="mixing against structure (1)"
@@ -222,6 +244,7 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     unused = ("spatial_key", "split_key", "patience", "validation_fraction")
     _integrate_only(arguments, *unused)
     if arguments.batch_key is None:
@@ -239,7 +262,9 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
     )
     integrator.fit(arguments.input, **given(arguments, READING))
     integrator.save(arguments.out)
-    say_fitted(arguments, f"{integrator.facts['batches']} batches", integrator.facts)
+    reports.write(arguments, "fit", integrator)
+    line = fitted_line(arguments, f"{integrator.facts['batches']} batches", integrator.facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], **integrator.facts})
 
 
 def _integrate_predict(arguments: argparse.Namespace) -> None:
@@ -247,14 +272,20 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
     reading = given(arguments, ("layer", "gene_key", "cells_per_context"))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
-    say(f"wrote {arguments.out}: obsm['{KEY}']")
+    lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
+    scores: dict[str, float] = {}
     if arguments.label_key:
         keys = {**reading, **given(arguments, ("batch_key", "label_key"))}
-        say_scores(integrator.score(arguments.input, **keys))
+        scores = integrator.score(arguments.input, **keys)
+        lines.append(scores_line(scores))
+    columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
+    reports.write(
+        arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores
+    )
+    facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
+    conclude(arguments, lines, facts, messages=messages)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
     READING,
     RECIPE,
@@ -16,7 +16,7 @@ from cellplm_jax.cli.options import (
     names_in,
     source,
 )
-from cellplm_jax.cli.output import number_of, say, say_fitted
+from cellplm_jax.cli.output import conclude, fitted_line, number_of
 from cellplm_jax.errors import InputError, explain
 
 
@@ -30,6 +30,8 @@ def add_annotate(commands: Any) -> None:
         predict=_annotate_predict,
         fit_example="cellplm annotate fit labelled.h5ad --model small --out annotator --label-key cell_type",
         predict_example="cellplm annotate predict cells.h5ad --model annotator --out annotated.h5ad",
+        fit_report="the curve of the fit, and on validation cells the scores, confusions and calibration",
+        predict_report="counts a type, confidences, and a UMAP of the tuned embedding, kept in obsm['X_umap']",
     )
     fit.add_argument("--label-key", required=True, metavar="K", help="column of obs with the types")
     fit.add_argument(
@@ -57,6 +59,7 @@ def _annotate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     annotator = CellTypeAnnotator(
         source(arguments),
         method=arguments.method,
@@ -76,7 +79,9 @@ def _annotate_fit(arguments: argparse.Namespace) -> None:
     what = f"{len(annotator.labels)} cell types"
     if "validation_f1" in facts:
         what += f", validation macro F1 {facts['validation_f1']:.3f}"
-    say_fitted(arguments, what, facts)
+    reports.write(arguments, "annotator", annotator)
+    line = fitted_line(arguments, what, facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], "labels": annotator.labels, **facts})
 
 
 def _annotate_predict(arguments: argparse.Namespace) -> None:
@@ -84,12 +89,21 @@ def _annotate_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.embed import check_output
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     annotator = CellTypeAnnotator.load(arguments.model, quiet=arguments.quiet)
-    messages = annotator.predict_file(arguments.input, arguments.out, **given(arguments, READING))
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
-    say(f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types")
+    messages = annotator.predict_file(
+        arguments.input,
+        arguments.out,
+        umap=arguments.report is not None,
+        **given(arguments, READING),
+    )
+    reports.write(arguments, "annotated", arguments.out, annotator)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types"],
+        {"wrote": [arguments.out], "column": LABEL, "labels": annotator.labels},
+        messages=messages,
+    )
 
 
 def add_impute(commands: Any) -> None:
@@ -102,6 +116,8 @@ def add_impute(commands: Any) -> None:
         predict=_impute_predict,
         fit_example="cellplm impute fit spatial.h5ad --reference cells.h5ad --model small --out imputer",
         predict_example="cellplm impute predict spatial.h5ad --model imputer --out imputed.h5ad",
+        fit_report="the curve of the fit, and the confidence of every gene",
+        predict_report="the imputed genes, and maps of the most certain ones where cells have coordinates",
     )
     fit.add_argument(
         "--reference",
@@ -129,6 +145,7 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     counts_only(arguments, "split_key")
     imputer = GeneImputer(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
     reference = ("reference", "reference_batch_key", "reference_layer", "reference_gene_key")
@@ -142,7 +159,9 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
     what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
     if "mean_confidence" in facts:
         what += f", mean confidence {facts['mean_confidence']:.3f}"
-    say_fitted(arguments, what, facts)
+    reports.write(arguments, "imputer", imputer)
+    line = fitted_line(arguments, what, facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
 
 
 def _impute_predict(arguments: argparse.Namespace) -> None:
@@ -150,6 +169,7 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.impute import IMPUTED, GeneImputer
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     counts_only(arguments)
     imputer = GeneImputer.load(arguments.model, quiet=arguments.quiet)
     genes = names_in(arguments.impute)
@@ -160,11 +180,14 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         log_normalized=arguments.log_normalized,
         **given(arguments, READING),
     )
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
     number = len(imputer.imputed if genes is None else genes)
-    say(f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes")
+    reports.write(arguments, "imputed", arguments.out, imputer)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes"],
+        {"wrote": [arguments.out], "key_added": IMPUTED, "genes": number},
+        messages=messages,
+    )
 
 
 def add_denoise(commands: Any) -> None:
@@ -177,6 +200,8 @@ def add_denoise(commands: Any) -> None:
         predict=_denoise_predict,
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
+        fit_report="the curve of the fit",
+        predict_report="the genes' means and zeros before and after",
     )
     predict.add_argument(
         "--log-normalized", action="store_true", help="a second layer of log-normalised values"
@@ -194,11 +219,14 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     counts_only(arguments)
     denoiser = Denoiser(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
     denoiser.fit(arguments.input, **given(arguments, READING))
     denoiser.save(arguments.out)
-    say_fitted(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
+    reports.write(arguments, "fit", denoiser)
+    line = fitted_line(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
@@ -206,6 +234,7 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.embed import check_output
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     counts_only(arguments)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
@@ -216,10 +245,13 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
         detected=arguments.detected,
         **given(arguments, READING),
     )
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
-    say(f"wrote {arguments.out}: layers['{LAYER}']")
+    reports.write(arguments, "denoised", arguments.out, denoiser)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: layers['{LAYER}']"],
+        {"wrote": [arguments.out], "layer": LAYER, "detected": arguments.detected},
+        messages=messages,
+    )
 
 
 def add_perturb(commands: Any) -> None:
@@ -234,6 +266,8 @@ def add_perturb(commands: Any) -> None:
         "--perturbation-key perturbation --control control",
         predict_example="cellplm perturb predict --model predictor --out changes.csv "
         "--perturbation STAT1 --perturbation STAT1+IRF1",
+        fit_report="what was left out and how well it was predicted",
+        predict_report="the genes that change most",
         without=("--split-key", "--cells-per-context"),
         predicts="table",
     )
@@ -287,6 +321,7 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     predictor = PerturbationPredictor(
         source(arguments),
         quiet=arguments.quiet,
@@ -304,7 +339,8 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
     if facts["groups"] > 1:
         line += f" in {facts['groups']} groups"
     line += f", {number_of(facts['genes'], 'gene')}, {number_of(facts['control_cells'], 'control cell')}"
-    say(line)
+    reports.write(arguments, "fit", predictor)
+    conclude(arguments, [line], {"wrote": [arguments.out], **facts})
 
 
 def _perturb_predict(arguments: argparse.Namespace) -> None:
@@ -312,6 +348,7 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.tables import check_table, read_names, write_table
 
     check_table(arguments.out)
+    reports.check(arguments)
     reading = given(arguments, READING)
     if reading and arguments.controls is None:
         option = f"--{next(iter(reading)).replace('_', '-')}"
@@ -330,15 +367,19 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
     found = predictor.predict(
         list(dict.fromkeys(names)), group=arguments.group, controls=arguments.controls, **reading
     )
-    if not arguments.quiet:
-        for message in found.messages:
-            say(message, sys.stderr)
     write_table(found.tidy(), arguments.out)
     kinds = ", ".join(f"{number} {kind}" for kind, number in found.known.value_counts().items())
-    say(
+    line = (
         f"wrote {arguments.out}: {number_of(len(found.known), 'perturbation')} ({kinds}), "
         f"{number_of(found.change.shape[1], 'gene')} each"
     )
+    reports.write(arguments, "perturbed", found)
+    facts = {
+        "wrote": [arguments.out],
+        "known": found.known.to_dict(),
+        "genes": found.change.shape[1],
+    }
+    conclude(arguments, [line], facts, messages=found.messages)
 
 
 def add_samples(commands: Any) -> None:
@@ -352,6 +393,8 @@ def add_samples(commands: Any) -> None:
         fit_example="cellplm samples fit cohort.h5ad --model small --out classifier "
         "--sample-key donor --label-key disease",
         predict_example="cellplm samples predict cells.h5ad --model classifier --out labelled.h5ad --table samples.csv",
+        fit_report="what was fitted, and the error on samples left out",
+        predict_report="a row a sample, and which cells speak for its label",
         without=("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate",
                  "--freeze", "--adapter-rank", "--validation-fraction"),
     )  # fmt: skip
@@ -379,6 +422,7 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
+    reports.check(arguments)
     classifier = SampleClassifier(
         source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE)
     )
@@ -390,13 +434,15 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
     )
     classifier.save(arguments.out)
     facts = classifier.facts
-    say(
+    line = (
         f"wrote {arguments.out}: {number_of(len(classifier.labels), 'label')} from "
         f"{number_of(facts['samples'], 'sample')} of {number_of(facts['cells'], 'cell')}, "
         "cross-entropy of left-out samples "
         f"{facts['left_out_samples_cross_entropy']:.3f} (of the labels' frequencies "
         f"{facts['cross_entropy_of_frequencies']:.3f})"
     )
+    reports.write(arguments, "fit", classifier)
+    conclude(arguments, [line], {"wrote": [arguments.out], "labels": classifier.labels, **facts})
 
 
 def _samples_predict(arguments: argparse.Namespace) -> None:
@@ -405,6 +451,7 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.tables import check_table, write_table
 
     check_output(Path(arguments.out))
+    reports.check(arguments)
     if arguments.table is not None:
         check_table(arguments.table)
     classifier = SampleClassifier.load(arguments.model, quiet=arguments.quiet)
@@ -413,11 +460,13 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     )
     if arguments.table is not None:
         write_table(table, arguments.table, index=True)
-    if not arguments.quiet:
-        for message in messages:
-            say(message, sys.stderr)
     counts = table["label"].value_counts()
     found = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
-    say(f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({found})")
+    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({found})"]
+    wrote = [arguments.out]
     if arguments.table is not None:
-        say(f"wrote {arguments.table}")
+        lines.append(f"wrote {arguments.table}")
+        wrote.append(arguments.table)
+    reports.write(arguments, "samples", arguments.out, table, classifier)
+    facts = {"wrote": wrote, "samples": table.to_dict(orient="index")}
+    conclude(arguments, lines, facts, messages=messages)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli.options import command
-from cellplm_jax.cli.output import say
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import add_output, command
+from cellplm_jax.cli.output import conclude
 from cellplm_jax.errors import InputError, explain
 
 
@@ -32,6 +32,7 @@ def add_convert(commands: Any) -> None:
     parser.add_argument(
         "--to-torch", metavar="PREFIX", help="write PREFIX.best.ckpt and PREFIX.config.json"
     )
+    add_output(parser)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -47,8 +48,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         raise InputError(msg)
     if arguments.to_torch is not None:
-        for path in convert.to_published(arguments.input, arguments.to_torch):
-            say(f"wrote {path}")
+        paths = convert.to_published(arguments.input, arguments.to_torch)
+        conclude(arguments, [f"wrote {path}" for path in paths], {"wrote": list(paths)})
         return
     if arguments.config is None:
         msg = explain(
@@ -57,8 +58,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             "Add --config PREFIX.config.json",
         )
         raise InputError(msg)
-    for line in convert.from_published(arguments.input, arguments.config, arguments.out):
-        say(line)
+    lines = convert.from_published(arguments.input, arguments.config, arguments.out)
+    conclude(arguments, lines, {"wrote": [arguments.out], "lines": lines})
 
 
 def add_export(commands: Any) -> None:
@@ -72,6 +73,7 @@ def add_export(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a bundled model")
     parser.add_argument("--out", required=True, metavar="FILE", help="the artifact to write")
+    add_output(parser)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -79,10 +81,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
     card = export_model(arguments.model, arguments.out)
     size = Path(arguments.out).expanduser().stat().st_size / 1e6
-    say(
+    line = (
         f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
         f"{', '.join(card['platforms'])}; JAX {card['jax']} wrote it."
     )
+    conclude(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
 
 
 def add_info(commands: Any) -> None:
@@ -92,7 +95,7 @@ def add_info(commands: Any) -> None:
         "info",
         _info,
         "show a model (configuration, parameters by module, genes, training history) or a corpus",
-        "cellplm info demo/model\n  cellplm info corpus --verify",
+        "cellplm info demo/model\n  cellplm info corpus --verify\n  cellplm info runs/small --report run.html",
     )
     parser.add_argument(
         "model",
@@ -102,7 +105,7 @@ def add_info(commands: Any) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read a whole corpus and compare its checksums"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_output(parser, report="the same: parameters, the curves of a run, the parts of a corpus")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -115,8 +118,11 @@ def _info(arguments: argparse.Namespace) -> None:
     )
 
     if is_corpus(arguments.model):
-        facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=arguments.json)
-        say(json.dumps(facts, indent=2) if arguments.json else describe_corpus_text(facts))
+        reports.check(arguments)
+        silent = arguments.json or arguments.quiet
+        facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=silent)
+        reports.write(arguments, "corpus", arguments.model)
+        conclude(arguments, [describe_corpus_text(facts)], facts)
         return
     if arguments.verify:
         msg = explain(
@@ -125,5 +131,7 @@ def _info(arguments: argparse.Namespace) -> None:
             "Leave out --verify, or check the path",
         )
         raise InputError(msg)
+    reports.check(arguments)
     facts = describe(arguments.model)
-    say(json.dumps(facts, indent=2) if arguments.json else describe_text(facts))
+    reports.write(arguments, "model", arguments.model, facts)
+    conclude(arguments, [describe_text(facts)], facts)

@@ -44,6 +44,25 @@ def command(
     return parser
 
 
+def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) -> None:
+    """Add the options of what a verb writes: ``--json``, ``--quiet`` and, where there is one, ``--report``.
+
+    Args:
+        parser: Of the verb.
+        report: What its report shows; None: it has none.
+    """
+    if report is None:
+        parser.set_defaults(report=None)
+    else:
+        parser.add_argument(
+            "--report", metavar="FILE.html", help=f"also write a page that shows {report}"
+        )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON document on standard output instead of text"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
+
+
 def positive(text: str) -> int:
     """Return the positive whole number in a text, as a type of ``argparse``."""
     try:
@@ -65,6 +84,8 @@ def add_task(
     predict: Callable[[argparse.Namespace], None],
     fit_example: str,
     predict_example: str,
+    fit_report: str,
+    predict_report: str,
     without: Sequence[str] = (),
     predicts: str = "cells",
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -78,6 +99,8 @@ def add_task(
         predict: Runs the second one.
         fit_example: A command line.
         predict_example: A command line.
+        fit_report: What the report of the first verb shows.
+        predict_report: What that of the second one shows.
         without: Options that this task has not.
         predicts: ``"cells"``: ``predict`` reads a file and writes a copy of it with more in it; ``"table"``: it reads
             no file, and writes a table.
@@ -115,7 +138,10 @@ def add_task(
         second.add_argument(
             "--out", required=True, metavar="OUT.csv", help="table of the predictions; .csv or .tsv"
         )
-    for verb, default in ((first, ""), (second, "; as in fit")):
+    for verb, default, shown in (
+        (first, "", fit_report),
+        (second, "; as in fit", predict_report),
+    ):
         add(
             verb,
             "--batch-key",
@@ -148,7 +174,7 @@ def add_task(
             metavar="N",
             help=f"cells of a context at most when predicting (all{default})",
         )
-        verb.add_argument("--quiet", action="store_true", help="no progress and no report")
+        add_output(verb, report=shown)
     add(first, "--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
     recipe = first.add_argument_group("recipe")
     add(recipe, "--genes", type=positive, metavar="N", help="highly variable genes only")
