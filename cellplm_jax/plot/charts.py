@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.plot.style import (
     DASHES,
     HATCHES,
@@ -190,6 +190,9 @@ def table_bars(
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(value_label)
+        if np.abs(heights).max() >= 1e4:
+            ticker = require("matplotlib.ticker", "eval", "Plotting")
+            axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axes.margins(x=0.14, y=0.02)
         axes.spines[["top", "right"]].set_visible(False)
         if title:
