@@ -201,7 +201,7 @@ def add_denoise(commands: Any) -> None:
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
         fit_report="the curve of the fit",
-        predict_report="the genes' means and zeros before and after",
+        predict_report="the expected counts: totals of the cells and means of the genes",
     )
     predict.add_argument(
         "--log-normalized", action="store_true", help="a second layer of log-normalised values"

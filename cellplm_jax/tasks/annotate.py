@@ -113,7 +113,7 @@ class CellTypeAnnotator(Estimator):
         labels: The classes, sorted; the columns of the probabilities. Empty before ``fit``.
         temperature: What the network's logits are divided by, fitted on the validation cells; 1 without any.
         pool: Weights of the log-probabilities of network and logistic regression; empty without the latter.
-        validation: Of the validation cells of a fit: codes of their labels, int [cells], and the probabilities that were
+        validation: Of the validation cells of a fit: codes of their labels, int [cells], and the probabilities
             predicted for them, float [cells, labels]. Temperature and pool were fitted to these cells. None: there are
             none, or the estimator was loaded; they are not saved.
 
