@@ -33,10 +33,10 @@ def check(arguments: argparse.Namespace) -> None:
         )
         raise InputError(msg)
     check_output(path)
-    for module in ("matplotlib", "scanpy"):
-        # Scanpy takes seconds to import, and not every page has a map.
-        if importlib.util.find_spec(module) is None:
-            require(module, "eval", "A report")
+    require("matplotlib", "eval", "A report")
+    # It takes seconds to import, and not every page has a map.
+    if importlib.util.find_spec("scanpy") is None:
+        require("scanpy", "eval", "A report")
 
 
 def write(arguments: argparse.Namespace, page: str, *found: Any) -> None:
