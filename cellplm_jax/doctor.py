@@ -33,7 +33,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "export": (("flatbuffers",), "cellplm export"),
     "torch": (("torch",), "cellplm convert, of published checkpoints"),
     "gcp": (("gcsfs",), "work directories at gs://"),
-    "hub": (("huggingface_hub",), "models at hf://"),
+    "hub": (("huggingface_hub", "safetensors"), "models at hf://, weights as safetensors"),
     "tpu": (("libtpu",), "TPUs, and cellplm plan"),
 }
 """Extra -> modules it brings, and what needs them."""
