@@ -56,9 +56,12 @@ setup(
         # Lets several processes share, and JAX bound, the cache of compiled programs.
         "filelock>=3.12",
         "h5py>=3.10",
+        "packaging>=23",
         "pandas>=2.2",
         "rich>=13",
         "scipy>=1.13",
+        # Scripts for the completion of shells.
+        "shtab>=1.7",
         "tensorstore>=0.1.70",
         "zarr>=3",
     ],

@@ -9,14 +9,13 @@ dataclass from there on, so a misspelt key can never fall back to a default unno
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError, explain, nearest
 
 ConfigType = TypeVar("ConfigType")
 
@@ -622,8 +621,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"Did you mean '{near[0]}'?" if near else "Remove it"
+            remedy = nearest(key, fields, "Remove it")
             msg = explain(
                 f"unknown key '{key}' in {where}", f"one of {', '.join(sorted(fields))}", remedy
             )
@@ -664,8 +662,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         choices = typing.get_args(hint)
         if value in choices:
             return value
-        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-        remedy = f"Did you mean '{near[0]}'?" if near else "Choose one of them"
+        remedy = nearest(value, choices, "Choose one of them")
         msg = explain(f"{path} = {value!r}", "one of " + ", ".join(map(repr, choices)), remedy)
         raise ConfigError(msg)
     if origin in (typing.Union, types.UnionType):

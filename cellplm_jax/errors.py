@@ -7,6 +7,8 @@ an :class:`CellPLMError` into exit status 2 and one message without a traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class CellPLMError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -41,6 +43,24 @@ def explain(found: str, expected: str, remedy: str) -> str:
     """
     remedy = remedy.rstrip(".")
     return f"{found.rstrip('.;')}; expected {expected.rstrip('.')}. {remedy}{'' if remedy.endswith('?') else '.'}"
+
+
+def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
+    """Return the remedy where a name is not one of those that are known.
+
+    Args:
+        name: What was given; case does not matter.
+        known: The names there are.
+        otherwise: The remedy where none of them is near.
+
+    Returns:
+        ``"Did you mean 'x'?"`` with the nearest known name, or ``otherwise``.
+    """
+    import difflib
+
+    by_lower = {str(text).lower(): str(text) for text in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"Did you mean '{by_lower[near[0]]}'?" if near else otherwise
 
 
 def require(module: str, extra: str, purpose: str):

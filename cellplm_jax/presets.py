@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 
 from cellplm_jax.config import (
@@ -19,7 +18,7 @@ from cellplm_jax.config import (
     PositionsConfig,
     TrainConfig,
 )
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError, explain, nearest
 
 
 def published_85m(genes: int = 1) -> TrainConfig:
@@ -194,8 +193,7 @@ def preset(name: str, genes: int = 1) -> TrainConfig:
         ConfigError: There is no such preset; the nearest name is given.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        remedy = f"Did you mean '{near[0]}'" if near else "Choose one of them"
+        remedy = nearest(name, PRESETS, "Choose one of them")
         msg = explain(f"there is no configuration '{name}'", f"one of {', '.join(PRESETS)}", remedy)
         raise ConfigError(msg)
     return PRESETS[name](genes)

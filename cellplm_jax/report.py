@@ -26,8 +26,6 @@ from cellplm_jax.errors import InputError, explain
 _FIGURE_DPI = 192  # two pixels of the image to one of the page: sharp on dense screens
 _WIDE = 480  # pixels of the page, the 30rem of the style below
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-_WIDE = 480  # pixels of the page, the 30rem of the style below
-_DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -30,7 +30,7 @@ from cellplm_jax.data.genes import (
     other_species,
     require_matches,
 )
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest
 
 if TYPE_CHECKING:
     import anndata
@@ -527,7 +527,11 @@ def _choose_place(
             msg = explain(
                 f"{opened.label} has no layer '{layer}'",
                 f"one of its matrices: {present}; also {_listing([p for p in places if '[' not in p])}",
-                "Pass layer=... (--layer) with one of these names",
+                nearest(
+                    layer,
+                    [*opened.layers, *places],
+                    "Pass layer=... (--layer) with one of these names",
+                ),
             )
             raise InputError(msg)
         candidates = [place]
@@ -634,7 +638,11 @@ def _choose_genes(
             msg = explain(
                 f"var of {opened.label} has no column '{gene_key}'",
                 f"one of its columns: {_listing(list(var.columns))} (or 'var_names')",
-                "Pass gene_key=... (--gene-key) with one of these names, or leave it out",
+                nearest(
+                    gene_key,
+                    [*var.columns, "var_names"],
+                    "Pass gene_key=... (--gene-key) with one of these names, or leave it out",
+                ),
             )
             raise InputError(msg)
         candidates = {"var_names": names}
@@ -882,7 +890,7 @@ class CountSource:
             msg = explain(
                 f"obs of {self._opened.label} has no column '{key}'",
                 f"one of its columns: {_listing(list(self.obs.columns))}",
-                "Name one of these columns, or leave the key out",
+                nearest(key, self.obs.columns, "Name one of these columns, or leave the key out"),
             )
             raise InputError(msg)
         values = self.obs[key]
@@ -921,7 +929,9 @@ class CountSource:
             msg = explain(
                 f"obsm of {self._opened.label} has no '{key}'",
                 f"one of its matrices: {_listing(list(self.obsm))}",
-                "Pass spatial_key=... (--spatial-key) with one of these names",
+                nearest(
+                    key, self.obsm, "Pass spatial_key=... (--spatial-key) with one of these names"
+                ),
             )
             raise InputError(msg)
         stored = self.obsm[key]

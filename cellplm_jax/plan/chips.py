@@ -7,12 +7,11 @@ than the chip has: it is what the compiler states when a program does not fit.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest
 
 GIBIBYTE = 2**30
 
@@ -177,13 +176,12 @@ def parse_topology(name: str) -> Topology:
         match.group(1) if match else "", match.group(1) if match else ""
     )
     if match is None or generation not in CHIPS:
-        near = difflib.get_close_matches(name, known_topologies(), n=1)
         msg = explain(
             f"topology '{name}' is not known",
             f"one of {', '.join(known_topologies())}, or a name such as v5e-256",
-            f"Did you mean '{near[0]}'" if near else "Choose one of them",
+            nearest(name, known_topologies(), "Choose one of them"),
         )
-        raise InputError(msg.replace("'.", "'?") if near else msg)
+        raise InputError(msg)
     chip = CHIPS[generation]
     if match.group(2):
         shape = tuple(map(int, match.group(2).split("x")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax.config import MeshConfig, TrainConfig, from_config_dict, from_dict, to_dict
-from cellplm_jax.errors import ConfigError, InputError, explain
+from cellplm_jax.errors import ConfigError, InputError, explain, nearest
 from cellplm_jax.plan.chips import Topology, parse_topology
 from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compiler
 from cellplm_jax.plan.roofline import RESOURCES
@@ -164,13 +163,12 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
     for part in text.replace(" ", "").split(","):
         name, _, number = part.partition("=")
         if name not in AXES:
-            near = difflib.get_close_matches(name, AXES, n=1)
             msg = explain(
                 f"--mesh names an axis '{name}'",
                 f"one of {', '.join(AXES)}",
-                f"Did you mean '{near[0]}'" if near else "Write for example data=64,cells=4",
+                nearest(name, AXES, "Write for example data=64,cells=4"),
             )
-            raise InputError(msg.replace("'.", "'?") if near else msg)
+            raise InputError(msg)
         if not number.isdigit() or int(number) < 1 or name in sizes:
             msg = explain(
                 f"--mesh was given '{part}'",

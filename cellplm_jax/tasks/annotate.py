@@ -25,6 +25,7 @@ from cellplm_jax.evaluate.annotation import (
     expected_calibration_error,
     macro_f1,
 )
+from cellplm_jax.evaluate.embedding import umap_coordinates
 from cellplm_jax.losses.objectives import average_over, classification_loss
 from cellplm_jax.model.masking import follow_cells
 from cellplm_jax.tasks.contexts import CellTable, gather, labels_of, variable_genes
@@ -54,6 +55,9 @@ LABEL, CONFIDENCE, PROBABILITIES = (
 FACTS = "cellplm_annotation"
 """What it writes into ``uns``."""
 
+
+UMAP_NEIGHBORS = 15
+"""Of the graph that predicted cells are laid out by; no more cells than that are not laid out."""
 
 LINEAR_GENES = 3000
 """Highly variable genes that the logistic regression sees, at most."""
@@ -109,6 +113,9 @@ class CellTypeAnnotator(Estimator):
         labels: The classes, sorted; the columns of the probabilities. Empty before ``fit``.
         temperature: What the network's logits are divided by, fitted on the validation cells; 1 without any.
         pool: Weights of the log-probabilities of network and logistic regression; empty without the latter.
+        validation: Of the validation cells of a fit: codes of their labels, int [cells], and the probabilities
+            predicted for them, float [cells, labels]. Temperature and pool were fitted to these cells. None: there are
+            none, or the estimator was loaded; they are not saved.
 
     Raises:
         ConfigError: There is no such option, or its value is impossible.
@@ -157,6 +164,7 @@ class CellTypeAnnotator(Estimator):
         self._linear: LinearClassifier | None = None
         self._linear_genes = np.zeros(0, int)
         self._reference: tuple[np.ndarray, np.ndarray] | None = None
+        self.validation: tuple[np.ndarray, np.ndarray] | None = None
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -320,10 +328,12 @@ class CellTypeAnnotator(Estimator):
         )
         self.temperature, self.pool, self._linear = 1.0, [], None
         logits = None
+        self.validation = None
         if len(valid):
             logits = logits_of(jax.device_put(self._fitted().params))
             self.temperature = fit_temperature(logits, codes[valid])
             self.facts["validation_f1"] = self.history[self.facts["best_epoch"] - 1][SCORE]
+            self.validation = (codes[valid], softmax(logits / self.temperature, axis=1))
         else:
             self.messages.append("No validation cells: probabilities are not calibrated.")
         if self.linear:
@@ -361,10 +371,12 @@ class CellTypeAnnotator(Estimator):
             self.pool = pool_log_probabilities(
                 both, codes[valid], prior=POOL, prior_cells=POOL_CELLS
             ).tolist()
+            pooled = np.tensordot(self.pool, both, axes=1)
             confusion = [
                 macro_f1(confusion_counts(codes[valid], found.argmax(axis=1), len(self.labels)))
-                for found in (both[1], np.tensordot(self.pool, both, axes=1))
+                for found in (both[1], pooled)
             ]
+            self.validation = (codes[valid], softmax(pooled, axis=1))
             self.facts["validation_f1_linear"], self.facts["validation_f1_pooled"] = confusion
             self.messages.append(
                 f"Macro F1 on {len(valid)} validation cells: network {self.facts['validation_f1']:.3f}, logistic "
@@ -460,7 +472,7 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        probabilities, facts, _ = self._probabilities(
+        probabilities, facts, _, _ = self._probabilities(
             adata,
             self.reading.changed(
                 batch_key=batch_key,
@@ -479,13 +491,14 @@ class CellTypeAnnotator(Estimator):
         return adata
 
     def predict_file(
-        self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any
+        self, path: str | os.PathLike, out: str | os.PathLike, *, umap: bool = False, **keys: Any
     ) -> list[str]:
         """Predict the cells of an ``.h5ad`` file into a copy of it, without holding its counts in memory.
 
         Args:
             path: Input; never changed.
             out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            umap: Lay the tuned embedding of the cells out as well, into ``obsm["X_umap"]`` (extra ``eval``).
             **keys: As for :meth:`predict`.
 
         Returns:
@@ -496,13 +509,16 @@ class CellTypeAnnotator(Estimator):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
-        probabilities, facts, messages = self._probabilities(path, self.reading.changed(**keys))
+        probabilities, facts, messages, z = self._probabilities(path, self.reading.changed(**keys))
         names, confidence = self._decide(probabilities)
+        laid_out = {}
+        if umap and len(z) > UMAP_NEIGHBORS:
+            laid_out["X_umap"] = umap_coordinates(z, neighbors=UMAP_NEIGHBORS)
         write_copy(
             path,
             out,
             obs={LABEL: names, CONFIDENCE: confidence},
-            obsm={PROBABILITIES: probabilities},
+            obsm={PROBABILITIES: probabilities, **laid_out},
             uns={FACTS: facts},
         )
         return messages
@@ -567,7 +583,7 @@ class CellTypeAnnotator(Estimator):
                 "Check the label column and the split",
             )
             raise InputError(msg)
-        probabilities, _, _ = self._probabilities(adata, self.reading.changed(**keys))
+        probabilities, _, _, _ = self._probabilities(adata, self.reading.changed(**keys))
         names, _ = self._decide(probabilities)
         truth, found = named[scored], np.asarray(names)[scored]
         if self.unknown_threshold is not None:
@@ -584,8 +600,8 @@ class CellTypeAnnotator(Estimator):
 
     def _probabilities(
         self, data: Any, reading: Reading
-    ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
-        """Return float32 [cells, labels], facts for ``uns``, and sentences about the input."""
+    ) -> tuple[np.ndarray, dict[str, Any], list[str], np.ndarray]:
+        """Return float32 [cells, labels], facts for ``uns``, sentences about the input, and float32 [cells, latent]."""
         import cellplm_jax
 
         model = self._fitted()
@@ -607,7 +623,7 @@ class CellTypeAnnotator(Estimator):
             "unknown_threshold": float(self.unknown_threshold or 0.0),
             **facts,
         }
-        return probabilities.astype(np.float32), facts, messages
+        return probabilities.astype(np.float32), facts, messages, z
 
     def _pooled(self, network: np.ndarray, data: Any, reading: Reading) -> np.ndarray:
         """Add the logistic regression's log-probabilities to the network's, float64 [cells, labels], as weighted."""

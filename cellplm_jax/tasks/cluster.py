@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.tasks.embed import (
     Context,
@@ -186,7 +186,7 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
             msg = explain(
                 f"obs has no column '{column}'",
                 f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
-                "Check the name",
+                nearest(column, names, "Check the name"),
             )
             raise InputError(msg)
 
@@ -262,7 +262,11 @@ def _model(
         msg = explain(
             f"obsm has no '{use_rep}' (it has {have}) and no model was given",
             "an embedding of the cells, or a model to make one with",
-            "Pass model='small' (--model), or name the embedding with use_rep (--use-rep)",
+            nearest(
+                use_rep,
+                keys,
+                "Pass model='small' (--model), or name the embedding with use_rep (--use-rep)",
+            ),
         )
         raise InputError(msg)
     return opened(model)

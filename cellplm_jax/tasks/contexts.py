@@ -24,7 +24,7 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.structs import CellBatch
 
 if TYPE_CHECKING:
@@ -421,7 +421,7 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
         msg = explain(
             f"obs has no column '{key}'",
             f"one of its columns: {shown or 'none'}",
-            "Name the column that holds the labels",
+            nearest(key, names, "Name the column that holds the labels"),
         )
         raise InputError(msg)
     values = obs[key].astype(object)

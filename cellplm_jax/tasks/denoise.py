@@ -610,3 +610,32 @@ def require_counts_decoder(model: Pretrained) -> None:
             "Pass a pretrained model that was not fine-tuned for another task, or None",
         )
         raise InputError(msg)
+
+
+def layer_summary(
+    path: str | os.PathLike, layer: str = LAYER, *, cells: int = 4096
+) -> dict[str, Any]:
+    """Summarise a layer that was written, from its first cells.
+
+    Args:
+        path: ``.h5ad`` file with the layer, dense.
+        layer: Its name.
+        cells: How many cells are read at most.
+
+    Returns:
+        ``cells_read``; ``genes``, those that the model knows; ``mean_total``, expected counts of a cell;
+        ``median_entry``; ``gene_means``, float [genes].
+    """
+    import h5py
+
+    with h5py.File(path) as file:
+        values = np.asarray(file[f"layers/{layer}"][:cells], np.float32)
+    known = np.isfinite(values).all(axis=0)
+    values = values[:, known]
+    return {
+        "cells_read": len(values),
+        "genes": int(known.sum()),
+        "mean_total": float(values.sum(axis=1).mean()),
+        "median_entry": float(np.median(values)),
+        "gene_means": values.mean(axis=0),
+    }

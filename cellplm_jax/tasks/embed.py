@@ -515,3 +515,32 @@ def write_copy(
                 if name not in order:
                     order.append(name)
                 table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+
+
+def read_annotations(
+    path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
+) -> AnnData:
+    """Read what is known of the cells of an ``.h5ad`` file, without their counts.
+
+    Args:
+        path: The file.
+        obsm: Names of matrices to read, where they are there.
+        uns: Names of entries of ``uns`` to read, where they are there.
+
+    Returns:
+        AnnData with ``obs`` and those, and no ``X``.
+    """
+    import anndata
+    import h5py
+    from anndata.io import read_elem
+
+    with h5py.File(path) as file:
+        obs: Any = read_elem(file["obs"])
+        found = {
+            group: {
+                name: read_elem(file[f"{group}/{name}"]) for name in names if name in file[group]
+            }
+            for group, names in (("obsm", obsm), ("uns", uns))
+            if group in file
+        }
+    return anndata.AnnData(obs=obs, **found)

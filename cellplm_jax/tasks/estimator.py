@@ -30,7 +30,7 @@ from cellplm_jax.cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
-from cellplm_jax.errors import CheckpointError, InputError, explain
+from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.presets import preset
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.adapt import start_model
@@ -691,7 +691,11 @@ def split_cells(
             msg = explain(
                 f"obs has no column '{split_key}'",
                 f"one of its columns: {', '.join(map(repr, table.obs.columns))}",
-                "Name the column that holds 'train' and 'valid', or leave out split_key",
+                nearest(
+                    split_key,
+                    table.obs.columns,
+                    "Name the column that holds 'train' and 'valid', or leave out split_key",
+                ),
             )
             raise InputError(msg)
         parts = parts_of(np.asarray(table.obs[split_key].astype(object)))

@@ -19,7 +19,7 @@ from scipy import sparse
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
@@ -735,7 +735,7 @@ class GeneImputer(Estimator):
             msg = explain(
                 f"{len(missing)} of {len(genes)} genes asked for are not imputed: {shown}",
                 f"some of the {len(self.imputed)} genes in .imputed, such as {self.imputed[0]!r}",
-                "Leave them out, or fit again with genes=[...]",
+                nearest(missing[0], by_name, "Leave them out, or fit again with genes=[...]"),
             )
             raise InputError(msg)
         return np.array(places, int)

@@ -19,7 +19,7 @@ from scipy import sparse
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.data.genes import load_human_table, map_genes, symbols_of
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores, no_change
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -342,12 +342,11 @@ class PerturbationPredictor(Estimator):
         known = sorted(set(raw[there]))
         control = str(control)
         if control not in known:
-            near = difflib.get_close_matches(control, known, n=1)
             shown = ", ".join(map(repr, known[:8])) + (" and more" if len(known) > 8 else "")
             msg = explain(
                 f"no cell has the control '{control}' in obs['{key}']",
                 f"one of its values: {shown or 'none, all are missing'}",
-                f"Did you mean '{near[0]}'?" if near else "Name the value of the control cells",
+                nearest(control, known, "Name the value of the control cells"),
             )
             raise InputError(msg)
         if len(known) < 2:
@@ -679,11 +678,10 @@ class PerturbationPredictor(Estimator):
         row = -1
         if group is not None:
             if group not in self._groups:
-                near = difflib.get_close_matches(str(group), self._groups, n=1)
                 msg = explain(
                     f"there is no group '{group}' of control cells",
                     f"one of {', '.join(map(repr, self._groups))}",
-                    f"Did you mean '{near[0]}'?" if near else "Pass its control cells as controls",
+                    nearest(group, self._groups, "Pass its control cells as controls"),
                 )
                 raise InputError(msg)
             row = self._groups.index(group)

@@ -43,7 +43,7 @@ from cellplm_jax.data.corpus import (
 )
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.data.store import LARGEST_STORED_COUNT, storage_order
-from cellplm_jax.errors import CellPLMError, InputError, explain, require
+from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
 
 Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
@@ -637,7 +637,7 @@ def _check_keys(facts: Mapping[str, Facts], keys: Keys, *, required_spatial: boo
             msg = explain(
                 f"no file has the column '{column}' in obs that {option} names",
                 f"one of {', '.join(everywhere) or 'no columns at all'}",
-                "Correct the name, or leave the option out",
+                nearest(column, everywhere, "Correct the name, or leave the option out"),
             )
             raise InputError(msg)
     if required_spatial and not any(fact.spatial for fact in facts.values()):

@@ -421,6 +421,16 @@ class _EventFile:
         self._writer.close()
 
 
+def _rate(done: int, seconds: float, unit: str) -> str:
+    """Return how fast work goes, such as ``"1,250 cells/s"``; ``""`` where nothing can be said yet."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    if rate < 1:
+        return f"{1 / rate:.1f} s per {unit.removesuffix('s')}"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+
+
 class ProgressReport:
     """Progress of long work: a live bar on a terminal, plain lines elsewhere, on standard error.
 
@@ -449,11 +459,12 @@ class ProgressReport:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(title, total=total, note="")
+            self._task = self._bar.add_task(title, total=total, note="", rate="")
             self._bar.start()
 
     def update(self, done: int, note: str = "") -> None:
@@ -461,14 +472,16 @@ class ProgressReport:
         if self._settled is None:
             # The first unit carries the compilation; rates are taken from the second one on.
             self._settled = (time.monotonic(), done)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note)
-            return
         now = time.monotonic()
+        since, before = self._settled
+        rate = _rate(done - before, now - since, self.unit)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note, rate=rate)
+            return
         if self._plain and (now - self._last >= self.every or done >= self.total):
             self._last = now
-            since, before = self._settled
             line = f"{self.title}: {done}/{self.total} {self.unit}, {now - self._start:.0f} s"
+            line += f", {rate}" if rate else ""
             if before < done < self.total:
                 line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
             sys.stderr.write(f"{line}{', ' + note if note else ''}\n")

@@ -1,0 +1,90 @@
+"""The command as a whole: its parser, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import cellplm_jax
+from cellplm_jax.cli import corpus, embedding, estimators, machine, models
+from cellplm_jax.cli.output import fail
+from cellplm_jax.cli.parser import Parser
+from cellplm_jax.errors import CellPLMError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    parser = Parser(
+        prog="cellplm",
+        description="CellPLM in JAX: embed single cells and spots with a pretrained cell language model.",
+        epilog="start here:\n  cellplm doctor\n  cellplm embed cells.h5ad --model small --out embedded.h5ad "
+        "--report embedded.html\n\nEvery verb has an example: cellplm embed --help. Exit status: 0 done, 2 bad usage "
+        "or input, 1 anything else.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"cellplm-jax {cellplm_jax.__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    corpus.add_demo(commands)
+    corpus.add_prepare(commands)
+    embedding.add_embed(commands)
+    embedding.add_cluster(commands)
+    embedding.add_integrate(commands)
+    estimators.add_annotate(commands)
+    estimators.add_impute(commands)
+    estimators.add_denoise(commands)
+    estimators.add_perturb(commands)
+    estimators.add_samples(commands)
+    models.add_convert(commands)
+    models.add_export(commands)
+    models.add_info(commands)
+    corpus.add_plan(commands)
+    machine.add_doctor(commands)
+    machine.add_completion(commands)
+    return parser
+
+
+def _silence_abandoned_reads() -> None:
+    """Keep standard error to one message where a checkpoint is damaged.
+
+    The first failed read raises; the others of the same checkpoint end on threads whose event loop is gone by then.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        Exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser().parse_args(words)
+    # For reports, which say how they were made.
+    arguments.words = words
+    _silence_abandoned_reads()
+    try:
+        return arguments.run(arguments) or 0
+    except CellPLMError as error:
+        fail(f"cellplm {arguments.command}", str(error))
+        return 2
+    except KeyboardInterrupt:
+        fail(f"cellplm {arguments.command}", "interrupted")
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe went away (head, less); nothing is wrong here.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,242 @@
+"""Verbs around pretraining: ``demo``, ``prepare`` and ``plan``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import add_output, command, positive
+from cellplm_jax.cli.output import conclude, fail, say, table_lines
+
+
+def add_demo(commands: Any) -> None:
+    """Add ``demo``."""
+    parser = command(
+        commands,
+        "demo",
+        _demo,
+        "pretrain a small model on bundled cells, embed, evaluate and draw",
+        "cellplm demo --out demo",
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (demo)")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="training steps, for a quick check"
+    )
+    parser.add_argument(
+        "--max-cells", type=positive, metavar="N", help="use only N of the 2,700 cells"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
+    add_output(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.demo import run_demo, verdict
+
+    table = run_demo(
+        arguments.out,
+        steps=arguments.steps,
+        max_cells=arguments.max_cells,
+        seed=arguments.seed,
+        quiet=arguments.quiet,
+    )
+    report, model = Path(arguments.out) / "report.html", Path(arguments.out) / "model"
+    lines = [
+        *table_lines(table),
+        verdict(table),
+        f"report: {report}",
+        f"model:  {model}   (cellplm embed FILE.h5ad --model {model} --out OUT.h5ad)",
+    ]
+    facts = {"scores": table, "verdict": verdict(table), "wrote": [report, model]}
+    conclude(arguments, lines, facts)
+
+
+def add_prepare(commands: Any) -> None:
+    """Add ``prepare``."""
+    parser = command(
+        commands,
+        "prepare",
+        _prepare,
+        "turn AnnData files into a corpus for pretraining, or add files to one",
+        "cellplm prepare data/*.h5ad --out corpus --sample-key batch --label-key cell_type",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IN.h5ad", help=".h5ad files, .zarr stores, or folders of them"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="CORPUS",
+        help="folder of the corpus; the same one continues",
+    )
+    parser.add_argument(
+        "--sample-key",
+        metavar="K",
+        help="column of obs naming the tissue sample; a file without it is one sample",
+    )
+    parser.add_argument(
+        "--dataset-key", metavar="K", help="column of obs naming the data set (the file's name)"
+    )
+    parser.add_argument(
+        "--platform-key", metavar="K", help="column of obs naming how a sample was measured"
+    )
+    parser.add_argument(
+        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
+    )
+    parser.add_argument(
+        "--label-key", metavar="K", help="column of obs with labels of cells, for the probe"
+    )
+    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
+    parser.add_argument(
+        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
+    )
+    parser.add_argument(
+        "--genes", metavar="FILE", help="vocabulary, one gene a line (chosen from the files)"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        choices=("union", "intersection"),
+        help="which of the genes that files measure are chosen (union)",
+    )
+    parser.add_argument(
+        "--minimum-cells",
+        type=positive,
+        metavar="N",
+        help="cells that must express a gene for it to be chosen (10)",
+    )
+    parser.add_argument(
+        "--minimum-prevalence",
+        type=float,
+        metavar="F",
+        help="share of the cells measuring a gene that must express it (0)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="running dask scheduler; its workers see the same paths",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="local worker processes; 0: none but this one (a core each, at most one a file)",
+    )
+    add_output(parser, report="the corpus: its parts, samples and genes")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.prepare import prepare, summary_text
+
+    reports.check(arguments)
+    summary = prepare(
+        arguments.inputs,
+        arguments.out,
+        sample_key=arguments.sample_key,
+        dataset_key=arguments.dataset_key,
+        platform_key=arguments.platform_key,
+        spatial_key=arguments.spatial_key,
+        label_key=arguments.label_key,
+        layer=arguments.layer,
+        gene_key=arguments.gene_key,
+        genes=arguments.genes,
+        vocabulary=arguments.vocabulary,
+        minimum_cells=arguments.minimum_cells,
+        minimum_prevalence=arguments.minimum_prevalence,
+        scheduler=arguments.scheduler,
+        workers=arguments.workers,
+        quiet=arguments.quiet,
+    )
+    reports.write(arguments, "corpus", arguments.out)
+    conclude(
+        arguments,
+        [
+            summary_text(summary),
+            f"wrote {arguments.out} in {summary['seconds']:.0f} s   (cellplm info {arguments.out})",
+        ],
+        summary,
+    )
+
+
+def add_plan(commands: Any) -> None:
+    """Add ``plan``."""
+    parser = command(
+        commands,
+        "plan",
+        _plan,
+        "compile the training step for a TPU slice without one: memory, arithmetic, communication, time",
+        "cellplm plan --config configs/pretrain.py:85m --topology v5e:16x16\n"
+        "  cellplm plan --config 85m --topology v5p-256 --mesh data=128 --set precision=bfloat16 --json\n"
+        "\nexit status: 0 it fits; 3 nothing that was tried does",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="configuration, Python or JSON, or a preset's name",
+    )
+    parser.add_argument(
+        "--topology", required=True, metavar="T", help="slice, such as v5e:16x16 or v5p-256"
+    )
+    parser.add_argument(
+        "--mesh", metavar="M", help="the mesh, such as data=64,cells=4 (the best of some)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive,
+        metavar="N",
+        help="rows of a batch (the configuration's, raised to a multiple of data)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a value of the configuration, such as rematerialize=true; may be repeated",
+    )
+    parser.add_argument(
+        "--genes", type=positive, metavar="N", help="size of the vocabulary (19374)"
+    )
+    parser.add_argument(
+        "--nonzeros-per-cell", type=positive, metavar="N", help="stored counts of a cell (1500)"
+    )
+    parser.add_argument(
+        "--batches", type=positive, metavar="N", help="tissue samples in the corpus (12596)"
+    )
+    parser.add_argument(
+        "--datasets", type=positive, metavar="N", help="datasets in the corpus (484)"
+    )
+    parser.add_argument(
+        "--tries", type=positive, default=3, metavar="N", help="meshes compiled at most (3)"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, metavar="S", help="seconds a compilation may take"
+    )
+    add_output(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cellplm_jax.plan import search
+
+    config = search.complete(
+        search.change(search.load_config(arguments.config), arguments.set),
+        genes=arguments.genes,
+        batches=arguments.batches,
+        datasets=arguments.datasets,
+    )
+    report = search.plan(
+        config,
+        arguments.topology,
+        mesh=arguments.mesh,
+        rows=arguments.rows,
+        nonzeros_per_cell=arguments.nonzeros_per_cell or search.NONZEROS_PER_CELL,
+        tries=arguments.tries,
+        timeout=arguments.timeout,
+        say=None if arguments.quiet else lambda text: say(f"plan: {text}", sys.stderr),
+    )
+    conclude(arguments, [search.plan_text(report)], report)
+    if report["best"] is None:
+        fail("cellplm plan", report["reason"])
+        return 3
+    return 0

@@ -1,0 +1,291 @@
+"""Verbs that make and use an embedding: ``embed``, ``cluster`` and ``integrate``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import (
+    READING,
+    RECIPE,
+    add_output,
+    add_task,
+    command,
+    counts_only,
+    given,
+    positive,
+    source,
+)
+from cellplm_jax.cli.output import conclude, fitted_line, scores_line
+from cellplm_jax.errors import InputError, explain
+
+
+def add_embed(commands: Any) -> None:
+    """Add ``embed``."""
+    parser = command(
+        commands,
+        "embed",
+        _embed,
+        "embed the cells of an .h5ad file",
+        "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html",
+    )
+    parser.add_argument("input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer")
+    parser.add_argument(
+        "--model", required=True, help="checkpoint directory or pretraining work directory"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="OUT.h5ad", help="the input plus the embedding"
+    )
+    parser.add_argument(
+        "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
+    )
+    parser.add_argument(
+        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
+    )
+    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
+    parser.add_argument(
+        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
+    )
+    parser.add_argument(
+        "--cells-per-context", type=positive, metavar="N", help="cells of a context at most (all)"
+    )
+    parser.add_argument(
+        "--key-added", default="X_cellplm", metavar="K", help="key of obsm to write (X_cellplm)"
+    )
+    parser.add_argument(
+        "--values",
+        choices=("counts", "normalized", "log1p"),
+        default="counts",
+        help="what the matrix holds; anything but raw counts has to be said (counts)",
+    )
+    parser.add_argument(
+        "--minimum-genes", type=positive, metavar="N", help="fewest known genes accepted"
+    )
+    parser.add_argument(
+        "--color",
+        action="append",
+        metavar="K",
+        help="column of obs that colours the map of the report; may be repeated (--batch-key)",
+    )
+    add_output(parser, report="what was embedded, and a UMAP of it")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.cluster import known_columns
+    from cellplm_jax.tasks.embed import check_output, embed_file
+    from cellplm_jax.tasks.pretrained import load
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    colors = arguments.color or ([arguments.batch_key] if arguments.batch_key else [])
+    known_columns(arguments.input, arguments.color or [])
+    model = load(arguments.model)
+    messages = embed_file(
+        arguments.input,
+        model,
+        arguments.out,
+        batch_key=arguments.batch_key,
+        spatial_key=arguments.spatial_key or "spatial",
+        require_coordinates=arguments.spatial_key is not None,
+        layer=arguments.layer,
+        gene_key=arguments.gene_key,
+        cells_per_context=arguments.cells_per_context,
+        key_added=arguments.key_added,
+        values=arguments.values,
+        minimum_genes=arguments.minimum_genes,
+        quiet=arguments.quiet,
+    )
+    reports.write(arguments, "embedding", arguments.out, arguments.key_added, colors)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}"],
+        {"wrote": [arguments.out], "key_added": arguments.key_added, "model": model.id},
+        messages=messages,
+    )
+
+
+def add_cluster(commands: Any) -> None:
+    """Add ``cluster``."""
+    parser = command(
+        commands,
+        "cluster",
+        _cluster,
+        "cluster the cells of an .h5ad file: neighbours and Leiden on an embedding, scores, a picture",
+        "cellplm cluster cells.h5ad --model small --out clustered.h5ad --label-key cell_type --picture umap.png",
+    )
+    parser.add_argument("input", metavar="IN.h5ad", help="cells, embedded or with raw counts")
+    parser.add_argument(
+        "--model", metavar="M", help="what to embed with, where the embedding is not there"
+    )
+    parser.add_argument("--out", required=True, metavar="OUT.h5ad", help="the input plus clusters")
+    parser.add_argument(
+        "--use-rep", default="X_cellplm", metavar="K", help="embedding in obsm (X_cellplm)"
+    )
+    parser.add_argument(
+        "--resolution", type=float, default=1.0, metavar="F", help="higher: more clusters (1)"
+    )
+    parser.add_argument(
+        "--neighbors", type=positive, default=15, metavar="N", help="of the graph (15)"
+    )
+    parser.add_argument(
+        "--key-added", default="cellplm_cluster", metavar="K", help="column of obs to write"
+    )
+    parser.add_argument(
+        "--batch-key",
+        metavar="K",
+        help="column of obs: contexts of the embedding, and mixing scores",
+    )
+    parser.add_argument(
+        "--label-key", metavar="K", help="column of obs with known types: print scores"
+    )
+    parser.add_argument(
+        "--picture", metavar="PNG", help="draw a UMAP, and write obsm['X_umap'] as well"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
+    add_output(parser, report="the clusters, a UMAP of them and the scores")
+
+
+def _cluster(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.cluster import cluster_file, draw_clusters, known_columns
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    if arguments.picture:
+        check_output(Path(arguments.picture))
+    columns = [key for key in (arguments.label_key, arguments.batch_key) if key]
+    known_columns(arguments.input, columns)
+    cells, messages = cluster_file(
+        arguments.input,
+        arguments.out,
+        arguments.model,
+        use_rep=arguments.use_rep,
+        resolution=arguments.resolution,
+        neighbors=arguments.neighbors,
+        key_added=arguments.key_added,
+        seed=arguments.seed,
+        batch_key=arguments.batch_key,
+        umap=arguments.picture is not None or arguments.report is not None,
+        quiet=arguments.quiet,
+    )
+    number = cells.obs[arguments.key_added].nunique()
+    lines = [f"wrote {arguments.out}: obs['{arguments.key_added}'], {number} clusters"]
+    facts: dict[str, Any] = {"wrote": [arguments.out], "clusters": number, "scores": {}}
+    if arguments.label_key:
+        from cellplm_jax.evaluate.embedding import clustering_scores, knn_accuracy, silhouette
+        from cellplm_jax.tasks.contexts import labels_of
+
+        labels = labels_of(cells.obs, arguments.label_key)
+        known = [label is not None for label in labels]
+        labels, embedding = labels[known].astype(str), cells.obsm[arguments.use_rep][known]
+        scores = clustering_scores(labels, cells.obs[arguments.key_added][known])
+        scores["knn_accuracy"] = knn_accuracy(embedding, labels, neighbors=arguments.neighbors)
+        scores["label_silhouette"] = silhouette(embedding, labels)
+        lines.append(scores_line(scores))
+        facts["scores"] |= scores
+    if arguments.batch_key and cells.obs[arguments.batch_key].nunique() > 1:
+        from cellplm_jax.evaluate.embedding import batch_mixing, kbet
+
+        batches = cells.obs[arguments.batch_key]
+        embedding = cells.obsm[arguments.use_rep]
+        scores = {"ilisi": batch_mixing(embedding, batches), "kbet": kbet(embedding, batches)}
+        lines.append(scores_line(scores))
+        facts["scores"] |= scores
+    if arguments.picture:
+        draw_clusters(cells, [arguments.key_added, *columns], arguments.picture)
+        lines.append(f"wrote {arguments.picture}")
+        facts["wrote"].append(arguments.picture)
+    shown = [arguments.key_added, *columns]
+    reports.write(arguments, "clusters", cells, shown, arguments.use_rep, facts["scores"])
+    conclude(arguments, lines, facts, messages=messages)
+
+
+def add_integrate(commands: Any) -> None:
+    """Add ``integrate``."""
+    fit, predict = add_task(
+        commands,
+        "integrate",
+        "an embedding without batch effects: tune the model on several batches, or embed with it",
+        fit=_integrate_fit,
+        predict=_integrate_predict,
+        fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
+        predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
+        fit_report="the curve of the fit",
+        predict_report="a UMAP by batch, of X_cellplm or X_pca too where the file has them, and the scores",
+    )
+    fit.add_argument(
+        "--strength", type=float, default=1.0, metavar="F", help="mixing against structure (1)"
+    )
+    predict.add_argument(
+        "--label-key", metavar="K", help="column of obs with known types: print scores"
+    )
+
+
+def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
+    """Refuse options that all tasks have and integration cannot use."""
+    if arguments.values not in (None, "counts"):
+        counts_only(arguments)
+    arguments.values = None
+    for name in others:
+        if getattr(arguments, name, None) is not None:
+            option = f"--{name.replace('_', '-')}"
+            msg = explain(
+                f"{option} was given to integrate {arguments.verb}",
+                "the options it has: all cells are fitted, for all epochs, without coordinates",
+                f"Leave {option} out",
+            )
+            raise InputError(msg)
+
+
+def _integrate_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.integrate import BatchIntegrator
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    unused = ("spatial_key", "split_key", "patience", "validation_fraction")
+    _integrate_only(arguments, *unused)
+    if arguments.batch_key is None:
+        msg = explain(
+            "integrate fit was given no --batch-key",
+            "the column of obs that tells batches apart",
+            "Add --batch-key",
+        )
+        raise InputError(msg)
+    integrator = BatchIntegrator(
+        source(arguments),
+        strength=arguments.strength,
+        quiet=arguments.quiet,
+        **given(arguments, RECIPE),
+    )
+    integrator.fit(arguments.input, **given(arguments, READING))
+    integrator.save(arguments.out)
+    reports.write(arguments, "fit", integrator)
+    line = fitted_line(arguments, f"{integrator.facts['batches']} batches", integrator.facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], **integrator.facts})
+
+
+def _integrate_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    _integrate_only(arguments, "spatial_key")
+    integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
+    reading = given(arguments, ("layer", "gene_key", "cells_per_context"))
+    messages = integrator.predict_file(arguments.input, arguments.out, **reading)
+    lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
+    scores: dict[str, float] = {}
+    if arguments.label_key:
+        keys = {**reading, **given(arguments, ("batch_key", "label_key"))}
+        scores = integrator.score(arguments.input, **keys)
+        lines.append(scores_line(scores))
+    columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
+    reports.write(
+        arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores
+    )
+    facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
+    conclude(arguments, lines, facts, messages=messages)

@@ -1,0 +1,472 @@
+"""Verbs of the estimators: ``annotate``, ``impute``, ``denoise``, ``perturb`` and ``samples``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import (
+    READING,
+    RECIPE,
+    add_task,
+    counts_only,
+    given,
+    names_in,
+    source,
+)
+from cellplm_jax.cli.output import conclude, fitted_line, number_of
+from cellplm_jax.errors import InputError, explain
+
+
+def add_annotate(commands: Any) -> None:
+    """Add ``annotate``."""
+    fit, _ = add_task(
+        commands,
+        "annotate",
+        "cell types: learn them from labelled cells, or predict them",
+        fit=_annotate_fit,
+        predict=_annotate_predict,
+        fit_example="cellplm annotate fit labelled.h5ad --model small --out annotator --label-key cell_type",
+        predict_example="cellplm annotate predict cells.h5ad --model annotator --out annotated.h5ad",
+        fit_report="the curve of the fit, and on validation cells the scores, confusions and calibration",
+        predict_report="counts a type, confidences, and a UMAP of the tuned embedding, kept in obsm['X_umap']",
+    )
+    fit.add_argument("--label-key", required=True, metavar="K", help="column of obs with the types")
+    fit.add_argument(
+        "--method",
+        choices=("finetune", "neighbors"),
+        default="finetune",
+        help="neighbors: no training, labels of the nearest cells (finetune)",
+    )
+    fit.add_argument(
+        "--unknown-threshold",
+        type=float,
+        metavar="F",
+        help="confidence below which a cell is 'unknown' (every cell gets a label)",
+    )
+    fit.add_argument(
+        "--balanced", action="store_true", help="cells of every label weigh the same in sum"
+    )
+    fit.add_argument(
+        "--transductive", action="store_true", help="unlabelled cells in the training contexts too"
+    )
+
+
+def _annotate_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.annotate import CellTypeAnnotator
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    annotator = CellTypeAnnotator(
+        source(arguments),
+        method=arguments.method,
+        unknown_threshold=arguments.unknown_threshold,
+        class_weights="balanced" if arguments.balanced else None,
+        quiet=arguments.quiet,
+        **given(arguments, RECIPE),
+    )
+    annotator.fit(
+        arguments.input,
+        label_key=arguments.label_key,
+        transductive=arguments.transductive,
+        **given(arguments, READING),
+    )
+    annotator.save(arguments.out)
+    facts = annotator.facts
+    what = f"{len(annotator.labels)} cell types"
+    if "validation_f1" in facts:
+        what += f", validation macro F1 {facts['validation_f1']:.3f}"
+    reports.write(arguments, "annotator", annotator)
+    line = fitted_line(arguments, what, facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], "labels": annotator.labels, **facts})
+
+
+def _annotate_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.annotate import LABEL, CellTypeAnnotator
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    annotator = CellTypeAnnotator.load(arguments.model, quiet=arguments.quiet)
+    messages = annotator.predict_file(
+        arguments.input,
+        arguments.out,
+        umap=arguments.report is not None,
+        **given(arguments, READING),
+    )
+    reports.write(arguments, "annotated", arguments.out, annotator)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types"],
+        {"wrote": [arguments.out], "column": LABEL, "labels": annotator.labels},
+        messages=messages,
+    )
+
+
+def add_impute(commands: Any) -> None:
+    """Add ``impute``."""
+    fit, predict = add_task(
+        commands,
+        "impute",
+        "genes that a spatial panel lacks: learn them from a reference, or predict them",
+        fit=_impute_fit,
+        predict=_impute_predict,
+        fit_example="cellplm impute fit spatial.h5ad --reference cells.h5ad --model small --out imputer",
+        predict_example="cellplm impute predict spatial.h5ad --model imputer --out imputed.h5ad",
+        fit_report="the curve of the fit, and the confidence of every gene",
+        predict_report="the imputed genes, and maps of the most certain ones where cells have coordinates",
+    )
+    fit.add_argument(
+        "--reference",
+        metavar="REF.h5ad",
+        help="cells measured for more genes (without: batches of the input that have more)",
+    )
+    fit.add_argument(
+        "--reference-batch-key", metavar="K", help="column of obs of the reference (one batch)"
+    )
+    fit.add_argument("--reference-layer", metavar="L", help="layer with its counts (found)")
+    fit.add_argument("--reference-gene-key", metavar="K", help="column of var with its genes")
+    for verb in (fit, predict):
+        verb.add_argument(
+            "--impute",
+            metavar="GENES",
+            help="which genes: names separated by commas, or a file with one a line (all)",
+        )
+    predict.add_argument(
+        "--log-normalized", action="store_true", help="log-normalised values instead of counts"
+    )
+
+
+def _impute_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.impute import GeneImputer
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    counts_only(arguments, "split_key")
+    imputer = GeneImputer(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
+    reference = ("reference", "reference_batch_key", "reference_layer", "reference_gene_key")
+    imputer.fit(
+        arguments.input,
+        genes=names_in(arguments.impute),
+        **given(arguments, (*READING, *reference)),
+    )
+    imputer.save(arguments.out)
+    facts = imputer.facts
+    what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
+    if "mean_confidence" in facts:
+        what += f", mean confidence {facts['mean_confidence']:.3f}"
+    reports.write(arguments, "imputer", imputer)
+    line = fitted_line(arguments, what, facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
+
+
+def _impute_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.impute import IMPUTED, GeneImputer
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    counts_only(arguments)
+    imputer = GeneImputer.load(arguments.model, quiet=arguments.quiet)
+    genes = names_in(arguments.impute)
+    messages = imputer.predict_file(
+        arguments.input,
+        arguments.out,
+        genes=genes,
+        log_normalized=arguments.log_normalized,
+        **given(arguments, READING),
+    )
+    number = len(imputer.imputed if genes is None else genes)
+    reports.write(arguments, "imputed", arguments.out, imputer)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes"],
+        {"wrote": [arguments.out], "key_added": IMPUTED, "genes": number},
+        messages=messages,
+    )
+
+
+def add_denoise(commands: Any) -> None:
+    """Add ``denoise``."""
+    _, predict = add_task(
+        commands,
+        "denoise",
+        "expected counts: tune the model on cells, or predict them",
+        fit=_denoise_fit,
+        predict=_denoise_predict,
+        fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
+        predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
+        fit_report="the curve of the fit",
+        predict_report="the expected counts: totals of the cells and means of the genes",
+    )
+    predict.add_argument(
+        "--log-normalized", action="store_true", help="a second layer of log-normalised values"
+    )
+    predict.add_argument(
+        "--detected", action="store_true", help="counts given that they are not zero"
+    )
+    predict.add_argument(
+        "--zero-shot", action="store_true", help="--model is a pretrained model that was not fitted"
+    )
+
+
+def _denoise_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.denoise import Denoiser
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    counts_only(arguments)
+    denoiser = Denoiser(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
+    denoiser.fit(arguments.input, **given(arguments, READING))
+    denoiser.save(arguments.out)
+    reports.write(arguments, "fit", denoiser)
+    line = fitted_line(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
+    conclude(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
+
+
+def _denoise_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    counts_only(arguments)
+    open_model = Denoiser if arguments.zero_shot else Denoiser.load
+    denoiser = open_model(arguments.model, quiet=arguments.quiet)
+    messages = denoiser.predict_file(
+        arguments.input,
+        arguments.out,
+        log_normalized=arguments.log_normalized,
+        detected=arguments.detected,
+        **given(arguments, READING),
+    )
+    reports.write(arguments, "denoised", arguments.out, denoiser)
+    conclude(
+        arguments,
+        [f"wrote {arguments.out}: layers['{LAYER}']"],
+        {"wrote": [arguments.out], "layer": LAYER, "detected": arguments.detected},
+        messages=messages,
+    )
+
+
+def add_perturb(commands: Any) -> None:
+    """Add ``perturb``."""
+    fit, predict = add_task(
+        commands,
+        "perturb",
+        "what perturbations do to expression: learn it from a screen, or predict it",
+        fit=_perturb_fit,
+        predict=_perturb_predict,
+        fit_example="cellplm perturb fit screen.h5ad --model small --out predictor "
+        "--perturbation-key perturbation --control control",
+        predict_example="cellplm perturb predict --model predictor --out changes.csv "
+        "--perturbation STAT1 --perturbation STAT1+IRF1",
+        fit_report="what was left out and how well it was predicted",
+        predict_report="the genes that change most",
+        without=("--split-key", "--cells-per-context"),
+        predicts="table",
+    )
+    fit.add_argument(
+        "--perturbation-key",
+        required=True,
+        metavar="K",
+        help="column of obs with the perturbation of every cell; A+B is a combination",
+    )
+    fit.add_argument(
+        "--control", required=True, metavar="NAME", help="its value for the control cells"
+    )
+    fit.add_argument(
+        "--covariate-key",
+        metavar="K",
+        help="column of obs with groups that respond differently, such as cell types (one group)",
+    )
+    fit.add_argument(
+        "--targets",
+        choices=("auto", "genes", "conditions"),
+        help="what perturbations are (auto: genes where the model knows them, else conditions)",
+    )
+    fit.add_argument(
+        "--method",
+        choices=("ridge", "finetune"),
+        help="ridge: solved exactly; finetune: goes on by gradients, as the recipe says (ridge)",
+    )
+    fit.add_argument(
+        "--gene-features",
+        choices=("model", "data", "both"),
+        help="what describes a target: gene embeddings, or its variation in the data (model; from scratch: data)",
+    )
+    predict.add_argument(
+        "--perturbation",
+        action="append",
+        metavar="NAME|FILE",
+        help="a gene, a combination A+B, a condition, or a file with one a line; may be repeated (all fitted ones)",
+    )
+    predict.add_argument(
+        "--group", metavar="NAME", help="control cells of one group of --covariate-key (all)"
+    )
+    predict.add_argument(
+        "--controls",
+        metavar="IN.h5ad",
+        help="other control cells, such as those of a new cell type",
+    )
+
+
+def _perturb_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    predictor = PerturbationPredictor(
+        source(arguments),
+        quiet=arguments.quiet,
+        **given(arguments, ("method", "gene_features", *RECIPE)),
+    )
+    predictor.fit(
+        arguments.input,
+        perturbation_key=arguments.perturbation_key,
+        control=arguments.control,
+        **given(arguments, ("covariate_key", "targets", *READING)),
+    )
+    predictor.save(arguments.out)
+    facts = predictor.facts
+    line = f"wrote {arguments.out}: {number_of(facts['perturbations'], 'perturbation')}"
+    if facts["groups"] > 1:
+        line += f" in {facts['groups']} groups"
+    line += f", {number_of(facts['genes'], 'gene')}, {number_of(facts['control_cells'], 'control cell')}"
+    reports.write(arguments, "fit", predictor)
+    conclude(arguments, [line], {"wrote": [arguments.out], **facts})
+
+
+def _perturb_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.perturb import PerturbationPredictor
+    from cellplm_jax.tasks.tables import check_table, read_names, write_table
+
+    check_table(arguments.out)
+    reports.check(arguments)
+    reading = given(arguments, READING)
+    if reading and arguments.controls is None:
+        option = f"--{next(iter(reading)).replace('_', '-')}"
+        msg = explain(
+            f"{option} was given without --controls",
+            "a file that it is about",
+            f"Add --controls IN.h5ad, or leave out {option}",
+        )
+        raise InputError(msg)
+    predictor = PerturbationPredictor.load(arguments.model, quiet=arguments.quiet)
+    names = predictor.perturbations
+    if arguments.perturbation is not None:
+        names = [
+            name for text in arguments.perturbation for name in read_names(text, separator=None)
+        ]
+    found = predictor.predict(
+        list(dict.fromkeys(names)), group=arguments.group, controls=arguments.controls, **reading
+    )
+    write_table(found.tidy(), arguments.out)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in found.known.value_counts().items())
+    line = (
+        f"wrote {arguments.out}: {number_of(len(found.known), 'perturbation')} ({kinds}), "
+        f"{number_of(found.change.shape[1], 'gene')} each"
+    )
+    reports.write(arguments, "perturbed", found)
+    facts = {
+        "wrote": [arguments.out],
+        "known": found.known.to_dict(),
+        "genes": found.change.shape[1],
+    }
+    conclude(arguments, [line], facts, messages=found.messages)
+
+
+def add_samples(commands: Any) -> None:
+    """Add ``samples``."""
+    fit, predict = add_task(
+        commands,
+        "samples",
+        "labels of tissue samples: learn them from labelled samples, or predict them",
+        fit=_samples_fit,
+        predict=_samples_predict,
+        fit_example="cellplm samples fit cohort.h5ad --model small --out classifier "
+        "--sample-key donor --label-key disease",
+        predict_example="cellplm samples predict cells.h5ad --model classifier --out labelled.h5ad --table samples.csv",
+        fit_report="what was fitted, and the error on samples left out",
+        predict_report="a row a sample, and which cells speak for its label",
+        without=("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate",
+                 "--freeze", "--adapter-rank", "--validation-fraction"),
+    )  # fmt: skip
+    fit.add_argument(
+        "--sample-key",
+        required=True,
+        metavar="K",
+        help="column of obs naming the tissue sample of every cell",
+    )
+    fit.add_argument(
+        "--label-key", required=True, metavar="K", help="column of obs with the label of its sample"
+    )
+    predict.add_argument(
+        "--sample-key",
+        metavar="K",
+        help="column of obs naming the tissue sample of every cell (as in fit)",
+    )
+    predict.add_argument(
+        "--table", metavar="OUT.csv", help="also write a row a sample; .csv or .tsv"
+    )
+
+
+def _samples_fit(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.samples import SampleClassifier
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    reports.check(arguments)
+    classifier = SampleClassifier(
+        source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE)
+    )
+    classifier.fit(
+        arguments.input,
+        sample_key=arguments.sample_key,
+        label_key=arguments.label_key,
+        **given(arguments, READING),
+    )
+    classifier.save(arguments.out)
+    facts = classifier.facts
+    line = (
+        f"wrote {arguments.out}: {number_of(len(classifier.labels), 'label')} from "
+        f"{number_of(facts['samples'], 'sample')} of {number_of(facts['cells'], 'cell')}, "
+        "cross-entropy of left-out samples "
+        f"{facts['left_out_samples_cross_entropy']:.3f} (of the labels' frequencies "
+        f"{facts['cross_entropy_of_frequencies']:.3f})"
+    )
+    reports.write(arguments, "fit", classifier)
+    conclude(arguments, [line], {"wrote": [arguments.out], "labels": classifier.labels, **facts})
+
+
+def _samples_predict(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.samples import LABEL, SampleClassifier
+    from cellplm_jax.tasks.tables import check_table, write_table
+
+    check_output(Path(arguments.out))
+    reports.check(arguments)
+    if arguments.table is not None:
+        check_table(arguments.table)
+    classifier = SampleClassifier.load(arguments.model, quiet=arguments.quiet)
+    table, messages = classifier.predict_file(
+        arguments.input, arguments.out, **given(arguments, ("sample_key", *READING))
+    )
+    if arguments.table is not None:
+        write_table(table, arguments.table, index=True)
+    counts = table["label"].value_counts()
+    found = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
+    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({found})"]
+    wrote = [arguments.out]
+    if arguments.table is not None:
+        lines.append(f"wrote {arguments.table}")
+        wrote.append(arguments.table)
+    reports.write(arguments, "samples", arguments.out, table, classifier)
+    facts = {"wrote": wrote, "samples": table.to_dict(orient="index")}
+    conclude(arguments, lines, facts, messages=messages)

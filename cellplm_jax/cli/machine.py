@@ -1,0 +1,93 @@
+"""Verbs about the installation: ``doctor`` and ``completion``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from cellplm_jax.cli.options import add_output, command
+from cellplm_jax.cli.output import conclude, say, styled
+
+SHELLS = ("bash", "zsh", "tcsh")
+"""Shells that completion is written for."""
+
+_FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "MODEL", "M",
+          "OUT.h5ad", "OUT.csv", "FILE.html", "PNG", "PREFIX", "FILE[:VARIANT]", "NAME|FILE")  # fmt: skip
+_FOLDERS = ("DIR", "CORPUS")
+"""How help calls arguments that are files and folders: the shell completes their names."""
+
+
+def add_doctor(commands: Any) -> None:
+    """Add ``doctor``."""
+    parser = command(
+        commands,
+        "doctor",
+        _doctor,
+        "look at this installation and machine: versions, devices, memory, caches, and what will be slow",
+        "cellplm doctor\n  cellplm doctor --json | jq .slow\n"
+        "\nexit status: 0 usable; 1 something that is needed is broken",
+    )
+    add_output(parser)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cellplm_jax.doctor import diagnose
+
+    facts = diagnose()
+    conclude(arguments, list(_doctor_lines(facts)), facts)
+    return 0 if facts["usable"] else 1
+
+
+def _doctor_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the facts of :func:`cellplm_jax.doctor.diagnose` for reading."""
+    marks = {"good": ("ok", "green"), "poor": ("note", "yellow"), "bad": ("BAD", "red")}
+    for section in facts["sections"]:
+        yield styled(section["title"], "bold")
+        for entry in section["entries"]:
+            word, style = marks[entry["state"]]
+            yield f"  {styled(f'{word:<5}', style)}{entry['name']:<18} {entry['text']}"
+            if entry.get("remedy"):
+                yield f"  {'':<5}{'':<18} {entry['remedy']}"
+    if facts["slow"]:
+        yield styled("What will be slow, and why", "bold")
+        yield from (f"  - {line}" for line in facts["slow"])
+    if facts["usable"]:
+        yield "Usable."
+    else:
+        yield styled("Not usable: " + "; ".join(facts["broken"]) + ".", "red")
+
+
+def add_completion(commands: Any) -> None:
+    """Add ``completion``."""
+    parser = command(
+        commands,
+        "completion",
+        _completion,
+        "print a script that lets a shell complete verbs, options and file names",
+        "cellplm completion bash > ~/.local/share/bash-completion/completions/cellplm\n"
+        "  cellplm completion zsh > ~/.zfunc/_cellplm      # with fpath+=~/.zfunc before compinit in ~/.zshrc",
+    )
+    parser.add_argument("shell", choices=SHELLS, help="which shell")
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    import shtab
+
+    from cellplm_jax.cli.command import build_parser
+
+    parser = build_parser()
+    for found in _parsers(parser):
+        for action in found._actions:
+            if action.choices is None and action.metavar in (*_FILES, *_FOLDERS):
+                action.complete = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
+    say(shtab.complete(parser, shell=arguments.shell).rstrip("\n"))
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its verbs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _parsers(below)

@@ -1,0 +1,137 @@
+"""Verbs about models themselves: ``convert``, ``export`` and ``info``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cellplm_jax.cli import reports
+from cellplm_jax.cli.options import add_output, command
+from cellplm_jax.cli.output import conclude
+from cellplm_jax.errors import InputError, explain
+
+
+def add_convert(commands: Any) -> None:
+    """Add ``convert``."""
+    parser = command(
+        commands,
+        "convert",
+        _convert,
+        "convert a published PyTorch checkpoint, or write one back",
+        "cellplm convert 20230926_85M.best.ckpt --config 20230926_85M.config.json --out model\n"
+        "  cellplm convert model --to-torch back/20230926_85M",
+    )
+    parser.add_argument(
+        "input", metavar="CKPT|DIR", help="PREFIX.best.ckpt, or a checkpoint directory"
+    )
+    parser.add_argument(
+        "--config", metavar="JSON", help="PREFIX.config.json published with the weights"
+    )
+    parser.add_argument("--out", metavar="DIR", help="new checkpoint directory")
+    parser.add_argument(
+        "--to-torch", metavar="PREFIX", help="write PREFIX.best.ckpt and PREFIX.config.json"
+    )
+    add_output(parser)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.interop import convert
+
+    if (arguments.to_torch is None) == (arguments.out is None):
+        msg = explain(
+            "convert was given "
+            + ("both" if arguments.out else "neither")
+            + " --out and --to-torch",
+            "exactly one of them",
+            "Give --out DIR to read a published checkpoint, or --to-torch PREFIX to write one",
+        )
+        raise InputError(msg)
+    if arguments.to_torch is not None:
+        paths = convert.to_published(arguments.input, arguments.to_torch)
+        conclude(arguments, [f"wrote {path}" for path in paths], {"wrote": list(paths)})
+        return
+    if arguments.config is None:
+        msg = explain(
+            "convert was given no --config",
+            "the PREFIX.config.json published with the weights",
+            "Add --config PREFIX.config.json",
+        )
+        raise InputError(msg)
+    lines = convert.from_published(arguments.input, arguments.config, arguments.out)
+    conclude(arguments, lines, {"wrote": [arguments.out], "lines": lines})
+
+
+def add_export(commands: Any) -> None:
+    """Add ``export``."""
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "write a model as one file that embeds cells through JAX alone, on cpu, cuda and tpu",
+        "cellplm export small --out small.cellplm",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a bundled model")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the artifact to write")
+    add_output(parser)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.tasks.export import export_model
+
+    card = export_model(arguments.model, arguments.out)
+    size = Path(arguments.out).expanduser().stat().st_size / 1e6
+    line = (
+        f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
+        f"{', '.join(card['platforms'])}; JAX {card['jax']} wrote it."
+    )
+    conclude(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
+
+
+def add_info(commands: Any) -> None:
+    """Add ``info``."""
+    parser = command(
+        commands,
+        "info",
+        _info,
+        "show a model (configuration, parameters by module, genes, training history) or a corpus",
+        "cellplm info demo/model\n  cellplm info corpus --verify\n  cellplm info runs/small --report run.html",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL|CORPUS",
+        help="checkpoint directory, pretraining work directory, or corpus",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read a whole corpus and compare its checksums"
+    )
+    add_output(parser, report="the same: parameters, the curves of a run, the parts of a corpus")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.data.corpus import is_corpus
+    from cellplm_jax.tasks.info import (
+        describe,
+        describe_corpus,
+        describe_corpus_text,
+        describe_text,
+    )
+
+    if is_corpus(arguments.model):
+        reports.check(arguments)
+        silent = arguments.json or arguments.quiet
+        facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=silent)
+        reports.write(arguments, "corpus", arguments.model)
+        conclude(arguments, [describe_corpus_text(facts)], facts)
+        return
+    if arguments.verify:
+        msg = explain(
+            f"--verify was given for '{arguments.model}', which is not a corpus",
+            "a corpus made by cellplm prepare",
+            "Leave out --verify, or check the path",
+        )
+        raise InputError(msg)
+    reports.check(arguments)
+    facts = describe(arguments.model)
+    reports.write(arguments, "model", arguments.model, facts)
+    conclude(arguments, [describe_text(facts)], facts)

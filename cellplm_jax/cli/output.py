@@ -1,0 +1,118 @@
+"""What the verbs write: lines for people, one JSON document for machines, colour on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_STYLES = {"bold": "1", "red": "1;31", "green": "32", "yellow": "33", "faint": "2"}
+
+
+def say(text: str, stream: Any = None) -> None:
+    """Write a line, to standard output by default."""
+    stream = sys.stdout if stream is None else stream
+    stream.write(f"{text}\n")
+
+
+def styled(text: str, style: str, stream: Any = None) -> str:
+    """Return text in a colour where a terminal reads it, and as it is anywhere else.
+
+    ``NO_COLOR`` (https://no-color.org) and ``TERM=dumb`` are honoured.
+
+    Args:
+        text: What to write.
+        style: ``"bold"``, ``"red"``, ``"green"``, ``"yellow"`` or ``"faint"``.
+        stream: Where it goes; None: standard output.
+    """
+    stream = sys.stdout if stream is None else stream
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def fail(command: str, text: str) -> None:
+    """Write an error to standard error: the command it comes from, then the message."""
+    say(f"{styled(f'{command}:', 'red', sys.stderr)} {text}", sys.stderr)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON knows it: arrays as lists, paths as text, numbers that are not finite as null."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def conclude(
+    arguments: argparse.Namespace,
+    lines: Sequence[str],
+    facts: Mapping[str, Any],
+    *,
+    messages: Sequence[str] = (),
+) -> None:
+    """Write what a verb found, and what it has to say about its input.
+
+    Args:
+        arguments: With ``json``, ``quiet`` and ``report``.
+        lines: For people, on standard output.
+        facts: The same and more as one JSON document, with ``--json`` instead of the lines.
+        messages: About the input, on standard error; not with ``--quiet``. The document has them in any case.
+    """
+    if not arguments.quiet:
+        for message in messages:
+            say(message, sys.stderr)
+    if arguments.report is not None:
+        lines, facts = [*lines, f"wrote {arguments.report}"], {**facts, "report": arguments.report}
+    if arguments.json:
+        import json
+
+        document = {**facts, "messages": list(messages)} if messages else facts
+        say(json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for line in lines:
+        say(line)
+
+
+def table_lines(table: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return scores of several methods as the lines of a table."""
+    columns = (
+        "ari",
+        "ari_coarse",
+        "nmi",
+        "knn_accuracy",
+        "masked_correlation",
+        "nb_log_likelihood",
+    )
+    width = max(map(len, table)) + 2
+    lines = [" " * width + "".join(f"{name:>20}" for name in columns)]
+    for method, scores in table.items():
+        values = (f"{scores[name]:20.4f}" if name in scores else f"{'-':>20}" for name in columns)
+        lines.append(f"{method:<{width}}" + "".join(values))
+    return lines
+
+
+def scores_line(scores: Mapping[str, float]) -> str:
+    """Return scores as one line."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def number_of(count: int, what: str) -> str:
+    """Return a count and what is counted, such as ``"2 genes"``."""
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def fitted_line(arguments: argparse.Namespace, what: str, facts: Mapping[str, Any]) -> str:
+    """Return in one line what was fitted."""
+    line = f"wrote {arguments.out}: {what}, {facts['training_cells']} training cells"
+    if "best_epoch" in facts:
+        line += f", epoch {facts['best_epoch']} of {facts['epochs']} kept, {facts['seconds']:.0f} s"
+    return line

@@ -1,0 +1,576 @@
+"""Charts of scores and tables: comparisons, confusions, calibration, changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.plot.style import (
+    DASHES,
+    HATCHES,
+    MARKERS,
+    PALETTE,
+    STYLE,
+    new_axes,
+    pyplot_module,
+    widen,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _frame(table: Any, name: str) -> pd.DataFrame:
+    """Return a table of floats, a row a method and a column a metric."""
+    if isinstance(table, Mapping):
+        table = pd.DataFrame.from_dict(
+            {row: dict(values) for row, values in table.items()}, orient="index"
+        )
+    try:
+        frame = pd.DataFrame(table).astype(float)
+    except (TypeError, ValueError) as error:
+        msg = explain(
+            f"{name} holds something that is not a number ({error})",
+            "numbers, a row a method and a column a metric",
+            "Leave columns of text out",
+        )
+        raise InputError(msg) from error
+    if frame.empty:
+        msg = explain(f"{name} is empty", "at least one method and one metric", "Fill it")
+        raise InputError(msg)
+    return frame
+
+
+def comparison_bars(
+    table: pd.DataFrame | Mapping[str, Mapping[str, float]],
+    *,
+    errors: pd.DataFrame | Mapping[str, Mapping[str, float]] | None = None,
+    title: str | None = None,
+    value_label: str = "score",
+    digits: int = 2,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Compare methods on several scores: a group of bars a score, a bar a method, its value written on it.
+
+    Args:
+        table: A row a method and a column a score, or ``{method: {score: value}}``. A missing value is drawn as "n/a",
+            so that it is not mistaken for 0.
+        errors: Half lengths of error bars in the same form; only entries that occur are drawn.
+        title: Above the plot.
+        value_label: On the axis of the values.
+        digits: Decimals of the written values.
+        ax: Where to draw. None: a new figure, wide enough for the bars.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The table is empty or holds something else than numbers.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    frame = _frame(table, "The table")
+    spread = None
+    if errors is not None:
+        spread = _frame(errors, "The table of errors").reindex_like(frame)
+    methods, scores = frame.shape
+    width = 0.84 / methods
+    with pyplot.rc_context(STYLE):
+        room = scores * (methods * 0.36 + 0.25) + 0.7
+        axes = new_axes(ax, (float(np.clip(room, 3.2, 12.0)), 3.4))
+        for place, (method, row) in enumerate(frame.iterrows()):
+            left = np.arange(scores) + (place - (methods - 1) / 2) * width
+            height = row.to_numpy()
+            axes.bar(
+                left,
+                np.nan_to_num(height),
+                width * 0.92,
+                color=PALETTE[place % len(PALETTE)],
+                hatch=HATCHES[place % len(HATCHES)],
+                edgecolor="white",
+                linewidth=0.0,
+                label=str(method),
+                zorder=2,
+            )
+            half = np.zeros(scores) if spread is None else np.nan_to_num(spread.iloc[place])
+            if (half > 0).any():
+                axes.errorbar(
+                    left,
+                    height,
+                    yerr=np.where(half > 0, half, np.nan),
+                    fmt="none",
+                    ecolor="#1A1A1A",
+                    elinewidth=1.0,
+                    capsize=2.5,
+                    zorder=3,
+                )
+            for x, y, reach in zip(left, height, half, strict=True):
+                missing = not math.isfinite(y)
+                below = not missing and y < 0
+                axes.annotate(
+                    "n/a" if missing else f"{y:.{digits}f}".replace("-", "\N{MINUS SIGN}"),
+                    (x, 0.0 if missing else y - reach if below else y + reach),
+                    xytext=(0, -2 if below else 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top" if below else "bottom",
+                    fontsize=7.5,
+                )
+        axes.axhline(0.0, color="#4D4D4D", linewidth=0.8, zorder=2.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(np.arange(scores), [str(name) for name in frame.columns])
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylabel(value_label)
+        axes.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.margins(y=0.1)
+        if methods > 1:
+            axes.legend(
+                frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
+            )
+        if title:
+            axes.set_title(title, loc="left")
+        if ax is None:
+            widen(axes)
+    if show:
+        pyplot.show()
+    return axes
+
+
+def table_bars(
+    values: Mapping[str, float],
+    *,
+    value_label: str,
+    title: str | None = None,
+    color: str = PALETTE[0],
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw one number a row as horizontal bars, the first row on top, its value written beside it.
+
+    Args:
+        values: ``{name: number}``.
+        value_label: On the axis of the values.
+        title: Above the plot.
+        color: Of the bars.
+        ax: Where to draw. None: a new figure, high enough for the rows.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: There is no row.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    if not values:
+        raise InputError(explain("no rows to draw", "at least one name and number", "Give some"))
+    names, heights = [str(name) for name in values], np.array([*values.values()], np.float64)
+    whole = bool(np.all(heights == np.round(heights)))
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (5.6, 0.26 * len(names) + 0.8))
+        places = np.arange(len(names))
+        axes.barh(places, heights, color=color, height=0.72)
+        for place, height in zip(places, heights, strict=True):
+            text = f"{height:,.0f}" if whole else f"{height:.3g}"
+            axes.annotate(
+                text.replace("-", "\N{MINUS SIGN}"), (height, place),
+                xytext=(3 if height >= 0 else -3, 0), textcoords="offset points", va="center",
+                ha="left" if height >= 0 else "right", fontsize=7.5,
+            )  # fmt: skip
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(value_label)
+        if np.abs(heights).max() >= 1e4:
+            ticker = require("matplotlib.ticker", "eval", "Plotting")
+            axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.margins(x=0.14, y=0.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def confusion_matrix(
+    counts: pd.DataFrame,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw which labels are taken for which: a row a true label, a column a predicted one.
+
+    Colours are shares of the row, so that rare labels can be read; the share in percent is written where there is room.
+
+    Args:
+        counts: From :func:`cellplm_jax.evaluate.annotation.confusion_table`: cells of each pair of labels.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure, large enough for the labels.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The table is empty or holds something else than numbers.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    frame = _frame(counts, "The table of confusions")
+    cells = frame.to_numpy()
+    share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1.0)
+    rows, columns = frame.shape
+    with pyplot.rc_context(STYLE):
+        side = float(np.clip(0.34 * max(rows, columns), 1.8, 9.0))
+        axes = new_axes(ax, (side + 2.4, side + 1.3))
+        drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+        totals = cells.sum(axis=1).astype(int)
+        names = [f"{name} ({n:,})" for name, n in zip(frame.index, totals, strict=True)]
+        axes.set_yticks(np.arange(rows), names)
+        axes.set_xticks(
+            np.arange(columns), [str(name) for name in frame.columns], rotation=45, ha="right",
+            rotation_mode="anchor",
+        )  # fmt: skip
+        if max(rows, columns) <= 25:
+            for row, column in zip(*np.nonzero(cells), strict=True):
+                axes.text(
+                    column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center",
+                    fontsize=7, color="white" if share[row, column] > 0.55 else "#1A1A1A",
+                )  # fmt: skip
+        axes.set_ylabel("truth (cells)")
+        axes.set_xlabel("predicted")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=22)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.set_label("share of the row")
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def calibration(
+    right: Any,
+    confidence: Any,
+    *,
+    bins: int = 10,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw a reliability diagram: how often predictions of a confidence are right (Guo et al., ICML 2017).
+
+    On the diagonal, a confidence of .8 is right in 80 % of the cells; below it predictions are too sure. The area of a
+    point grows with the cells in its bin, whose number stands beside it.
+
+    Args:
+        right: bool [cells].
+        confidence: float [cells], between 0 and 1.
+        bins: Of equal width between 0 and 1; empty ones are not drawn.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The two have not the same length, or a confidence is not between 0 and 1.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    right, confidence = np.asarray(right, bool), np.asarray(confidence, np.float64)
+    if right.shape != confidence.shape or right.ndim != 1 or not len(right):
+        msg = explain(
+            f"{right.shape} predictions and {confidence.shape} confidences",
+            "one of each a cell",
+            "Apply the same selection of cells to both",
+        )
+        raise InputError(msg)
+    if not ((confidence >= 0) & (confidence <= 1.0 + 1e-6)).all():
+        msg = explain("a confidence outside of 0 to 1", "probabilities", "Normalise them")
+        raise InputError(msg)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    size = np.bincount(place, minlength=bins)
+    filled = np.flatnonzero(size)
+    x = np.bincount(place, weights=confidence, minlength=bins)[filled] / size[filled]
+    y = np.bincount(place, weights=right, minlength=bins)[filled] / size[filled]
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (4.0, 3.8))
+        axes.plot([0, 1], [0, 1], color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+        axes.plot(x, y, color=PALETTE[0], linewidth=1.2, zorder=2)
+        area = 18 + 130 * np.sqrt(size[filled] / size.max())
+        axes.scatter(x, y, s=area, color=PALETTE[0], edgecolors="white", linewidths=0.6, zorder=3)
+        for left, up, number in zip(x, y, size[filled], strict=True):
+            axes.annotate(
+                f"{number:,}", (left, up), xytext=(7, -9), textcoords="offset points",
+                fontsize=7.5, color="#4D4D4D",
+            )  # fmt: skip
+        axes.set_xlim(-0.02, 1.08)
+        axes.set_ylim(-0.04, 1.04)
+        axes.set_xlabel("mean confidence of a bin")
+        axes.set_ylabel("share that is right")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E8E8E8", linewidth=0.6)
+        axes.set_axisbelow(True)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def histogram(
+    values: Any,
+    *,
+    value_label: str,
+    counted: str = "cells",
+    limits: tuple[float, float] | None = None,
+    bins: int = 40,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw how a number is distributed, with its median marked.
+
+    Args:
+        values: float [n]; values that are not finite are left out.
+        value_label: What they are.
+        counted: What there is one value of.
+        limits: Of the axis; None: of the values.
+        bins: How many.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: There is no finite value.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    numbers = np.asarray(values, np.float64).ravel()
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        raise InputError(explain("no finite value to draw", "at least one", "Check the values"))
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (4.8, 2.8))
+        axes.hist(
+            numbers, bins=bins, range=limits, color=PALETTE[0], edgecolor="white", linewidth=0.4
+        )
+        middle = float(np.median(numbers))
+        axes.axvline(
+            middle, color=PALETTE[3], linewidth=1.2, linestyle=(0, (4, 1.5)),
+            label=f"median {middle:.3g}",
+        )  # fmt: skip
+        axes.set_xlabel(value_label)
+        axes.set_ylabel(counted)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def change_map(
+    change: pd.DataFrame,
+    *,
+    title: str | None = None,
+    value_label: str = "change of mean log1p",
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw changes of genes under perturbations as a map: red is up, blue is down, white is none.
+
+    Args:
+        change: float [perturbations, genes]; choose the genes that are worth the room.
+        title: Above the plot.
+        value_label: Of the colours.
+        ax: Where to draw. None: a new figure, large enough for the names.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The table is empty or holds something else than numbers.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    frame = _frame(change, "The table of changes")
+    values = frame.to_numpy()
+    reach = float(np.nanmax(np.abs(values))) or 1.0
+    rows, columns = frame.shape
+    with pyplot.rc_context(STYLE):
+        width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))
+        axes = new_axes(ax, (width, float(np.clip(0.26 * rows + 1.3, 1.9, 10.0))))
+        drawn = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+        axes.set_xticks(
+            np.arange(columns), [str(name) for name in frame.columns], rotation=60, ha="right",
+            rotation_mode="anchor", fontsize=7.5,
+        )  # fmt: skip
+        axes.set_yticks(np.arange(rows), [str(name) for name in frame.index])
+        axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.8)
+        axes.tick_params(which="both", length=0)
+        axes.spines[:].set_visible(False)
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=18)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.set_label(value_label)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def ablation_dots(
+    scores: Mapping[str, Sequence[float]],
+    *,
+    reference: str,
+    value_label: str = "score",
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw what leaving a part out costs: a row a variant, a dot a seed, a bar at their mean, the reference as a line.
+
+    Args:
+        scores: ``{variant: scores of its seeds}``, the reference among them.
+        reference: The variant that nothing was left out of.
+        value_label: Name of the score; higher is taken to be better nowhere.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure, high enough for the rows.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The reference is not there, or a variant has no finite score.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    seeds = {str(name): np.asarray(values, np.float64).ravel() for name, values in scores.items()}
+    if reference not in seeds:
+        msg = explain(
+            f"no scores of the reference '{reference}'",
+            f"one of {', '.join(map(repr, seeds)) or 'no variants at all'}",
+            nearest(reference, seeds, "Name the complete model"),
+        )
+        raise InputError(msg)
+    for name, values in seeds.items():
+        if not values.size or not np.isfinite(values).all():
+            msg = explain(f"variant '{name}' has no finite score", "one a seed", "Leave it out")
+            raise InputError(msg)
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (5.6, 0.3 * len(seeds) + 0.9))
+        whole = seeds[reference].mean()
+        axes.axvline(whole, color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+        for place, (name, values) in enumerate(seeds.items()):
+            color = PALETTE[3] if name == reference else PALETTE[0]
+            axes.plot(
+                values, np.full(len(values), place), "o", color=color, markersize=5.5, alpha=0.75,
+                markeredgewidth=0, zorder=2,
+            )  # fmt: skip
+            axes.plot(
+                [values.mean()] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2, zorder=3
+            )
+            text = f"{values.mean():.3f}"
+            if name != reference:
+                text += f" ({values.mean() - whole:+.3f})"
+            axes.annotate(
+                text.replace("-", "\N{MINUS SIGN}"), (1.01, place), va="center", fontsize=7.5,
+                xycoords=axes.get_yaxis_transform(), annotation_clip=False,
+            )  # fmt: skip
+        axes.set_yticks(np.arange(len(seeds)), list(seeds))
+        axes.set_ylim(len(seeds) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(value_label)
+        axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def benchmark_lines(
+    curves: Mapping[str, Mapping[float, float]],
+    *,
+    size_label: str,
+    value_label: str,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw how a cost grows with a size, a line a method, both axes logarithmic.
+
+    Args:
+        curves: ``{method: {size: value}}``; all numbers above 0.
+        size_label: Such as ``"cells"``.
+        value_label: Such as ``"seconds"``.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: There is nothing to draw, or a number is not above 0.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    numbers = [n for curve in curves.values() for pair in curve.items() for n in pair]
+    if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+        msg = explain(
+            "sizes and values that are not all above 0" if numbers else "no sizes and values",
+            "numbers above 0, which have a logarithm",
+            "Leave out the others",
+        )
+        raise InputError(msg)
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (4.8, 3.4))
+        for place, (method, curve) in enumerate(curves.items()):
+            sizes = sorted(curve)
+            axes.plot(
+                sizes, [curve[size] for size in sizes], color=PALETTE[place % len(PALETTE)],
+                marker=MARKERS[place % len(MARKERS)], markersize=5, label=str(method),
+                linestyle=DASHES[place % len(DASHES)],
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(size_label)
+        axes.set_ylabel(value_label)
+        axes.grid(color="#E8E8E8", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)
+        if title:
+            axes.set_title(title, loc="left")
+        if ax is None:
+            widen(axes)
+    if show:
+        pyplot.show()
+    return axes

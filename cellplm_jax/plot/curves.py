@@ -1,0 +1,451 @@
+"""Curves of runs and fits over their steps and epochs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, new_axes, pyplot_module
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PANELS: tuple[tuple[str, str, str], ...] = (  # key of a metrics line, heading, unit
+    ("loss", "Loss", ""),
+    ("reconstruction", "Reconstruction", "NB negative log-likelihood"),
+    ("kl_latent", "ELBO, latent term", "nats"),
+    ("kl_cluster", "ELBO, cluster term", "nats"),
+    ("masked_correlation", "Masked correlation", "Pearson r"),
+    ("nb_log_likelihood", "NB log-likelihood", "per entry"),
+    ("gradient_norm", "Gradient norm", ""),
+    ("cells_per_second", "Speed", "cells/s"),
+)
+_SPLITS = ("train", "heldout")
+_SPLIT_NAMES = {"train": "training", "heldout": "held out"}
+
+
+def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a metrics file; a last line that is still being written is left out."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        msg = explain(
+            f"The metrics file {os.fspath(path)!r} cannot be read ({error.strerror})",
+            "a file with one JSON object a line",
+            "Pass the metrics file of a training run, or a list of dictionaries",
+        )
+        raise InputError(msg) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            msg = explain(
+                f"Line {number} of {os.fspath(path)!r} is not JSON ({error.msg})",
+                "one JSON object a line",
+                "Remove that line",
+            )
+            raise InputError(msg) from error
+        rows.append(row)
+    return rows
+
+
+def _metrics_rows(
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+) -> list[Mapping[str, Any]]:
+    """Return the lines of a run's metrics, after checking that each has a step."""
+    rows: list[Mapping[str, Any]]
+    rows = (
+        list(_read_json_lines(metrics)) if isinstance(metrics, str | os.PathLike) else list(metrics)
+    )
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not isinstance(row.get("step"), int | float):
+            msg = explain(
+                f"Metrics line {number} has no number under 'step'",
+                "an object such as {'step': 10, 'split': 'train', 'loss': 3.2}",
+                "Write the step into every line",
+            )
+            raise InputError(msg)
+    return rows
+
+
+def _series(
+    rows: Sequence[Mapping[str, Any]], split: str, key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and finite values of one metric; of a step written twice (after a resume) the later one."""
+    found: dict[float, float] = {}
+    for row in rows:
+        if row.get("split", "train") == split and row.get(key) is not None:
+            found[float(row["step"])] = float(row[key])
+    steps = np.array(sorted(found))
+    values = np.array([found[step] for step in steps])
+    finite = np.isfinite(values)
+    return steps[finite], values[finite]
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the centred running mean; the window shrinks at both ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
+
+
+def _curve(
+    panel: Axes, split: str, steps: np.ndarray, values: np.ndarray, smoothing: int | None
+) -> Any:
+    """Draw one curve: training smoothed over its faint raw values, held out as it is; return its line."""
+    place = _SPLITS.index(split)
+    if split == "heldout":
+        return panel.plot(
+            steps,
+            values,
+            color=PALETTE[1],
+            linestyle=DASHES[place],
+            linewidth=1.2,
+            marker="o",
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            markevery=max(1, len(values) // 25),
+        )[0]
+    window = smoothing or 2 * (len(values) // 80) + 1
+    if window > 1:
+        panel.plot(steps, values, color=PALETTE[0], alpha=0.3, linewidth=0.7)
+    return panel.plot(
+        steps,
+        _smooth(values, window),
+        color=PALETTE[0],
+        linestyle=DASHES[place],
+        marker="o" if len(values) == 1 else None,
+    )[0]
+
+
+def training_curves(
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+    *,
+    smoothing: int | None = None,
+    title: str | None = None,
+    columns: int = 2,
+    show: bool = False,
+) -> np.ndarray:
+    """Draw how a training run went: one panel a quantity, training and held-out cells in the same panel.
+
+    Only the panels that have values are drawn: loss, reconstruction, latent and cluster term of the ELBO, held-out
+    masked correlation, held-out NB log-likelihood, gradient norm, cells per second. The training curve is a running
+    mean over the faint raw values; held-out values are drawn as they are, with markers.
+
+    Args:
+        metrics: One mapping a line, or the path of a JSON-lines file. Every line has ``step``; ``split`` is "train"
+            (also where absent) or "heldout"; all other keys are optional. A step that occurs twice in a split, as after
+            a resume, counts as last written. Values that are not finite are left out.
+        smoothing: Width of the running mean in lines; odd, 1 for none. None: a fortieth of the lines.
+        title: Above all panels.
+        columns: Panels side by side.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        One-dimensional object array of Axes, one a panel.
+
+    Raises:
+        InputError: The file cannot be read, a line has no step, or no known metric occurs.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    rows = _metrics_rows(metrics)
+    drawn = []
+    for key, heading, unit in _PANELS:
+        curves = {split: _series(rows, split, key) for split in _SPLITS}
+        curves = {split: curve for split, curve in curves.items() if len(curve[0])}
+        if curves:
+            drawn.append((heading, unit, curves))
+    if not drawn:
+        msg = explain(
+            f"{len(rows)} metrics lines without any known metric",
+            f"at least one of {', '.join(key for key, _, _ in _PANELS)}",
+            "Check that this is the metrics file of a training run",
+        )
+        raise InputError(msg)
+
+    columns = max(1, min(columns, len(drawn)))
+    shape = (math.ceil(len(drawn) / columns), columns)
+    every_step = np.concatenate([steps for *_, curves in drawn for steps, _ in curves.values()])
+    first, last = float(every_step.min()), float(every_step.max())
+    margin = 0.03 * (last - first) or 0.5
+    with pyplot.rc_context(STYLE):
+        figure, grid = pyplot.subplots(
+            *shape,
+            figsize=(3.6 * shape[1], 2.2 * shape[0] + 0.35),
+            layout="constrained",
+            squeeze=False,
+        )
+        panels = grid.ravel()
+        for panel in panels[len(drawn) :]:
+            panel.remove()
+        panels = panels[: len(drawn)]
+        handles = {}
+        for panel, (heading, unit, curves) in zip(panels, drawn, strict=True):
+            for split, (steps, values) in curves.items():
+                handles[split] = _curve(panel, split, steps, values, smoothing)
+            panel.set_title(heading, loc="left")
+            panel.set_ylabel(unit)
+            panel.set_xlabel("step")
+            panel.set_xlim(first - margin, last + margin)
+            panel.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+            panel.set_axisbelow(True)
+            everything = np.concatenate([values for _, values in curves.values()])
+            if everything.min() > 0 and everything.max() > 50 * everything.min():
+                panel.set_yscale("log")
+        shown = [split for split in _SPLITS if split in handles]
+        figure.legend(
+            [handles[split] for split in shown],
+            [_SPLIT_NAMES[split] for split in shown],
+            loc="outside upper right",
+            ncols=len(shown),
+            frameon=False,
+            handlelength=2.4,
+        )
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+    if show:
+        pyplot.show()
+    return panels
+
+
+def fitting_curves(
+    history: Sequence[Mapping[str, float]],
+    *,
+    key: str = "loss",
+    best_epoch: int | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw one quantity of a fine-tuning run over its epochs, training and validation where the history has both.
+
+    Args:
+        history: A mapping an epoch with ``epoch``; a validation value is under ``validation_`` and the key.
+        key: Such as ``"loss"``, ``"score"`` or ``"learning_rate"``.
+        best_epoch: The epoch whose parameters were kept; marked.
+        title: Above the plot.
+        ax: Where to draw; None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The history is empty, or has no such quantity.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    rows = [{**row, "step": row["epoch"]} for row in history]
+    names = {"train": key, "heldout": f"validation_{key}"}
+    curves = {split: _series(rows, "train", name) for split, name in names.items()}
+    curves = {split: curve for split, curve in curves.items() if len(curve[0])}
+    if not curves:
+        known = sorted({name.removeprefix("validation_") for row in history for name in row})
+        msg = explain(
+            f"A history of {len(rows)} epochs without '{key}'",
+            f"one of {', '.join(known)}" if known else "the history of a fit",
+            "Name one of these" if known else "Call fit first",
+        )
+        raise InputError(msg)
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (4.6, 3.0))
+        for split, (epochs, values) in curves.items():
+            line = _curve(axes, split, epochs, values, None)
+            line.set_label({"train": "training", "heldout": "validation"}[split])
+        if best_epoch is not None:
+            axes.axvline(
+                best_epoch,
+                color="#4D4D4D",
+                linestyle=":",
+                linewidth=1.0,
+                label=f"kept: epoch {best_epoch}",
+            )
+        everything = np.concatenate([values for _, values in curves.values()])
+        if everything.min() > 0 and everything.max() > 50 * everything.min():
+            axes.set_yscale("log")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(key.replace("_", " "))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        if title:
+            axes.set_title(title, loc="left")
+    if show:
+        pyplot.show()
+    return axes
+
+
+_RUN_PANELS: tuple[
+    tuple[str, str, str, tuple[tuple[str, str], ...]], ...
+] = (  # heading, unit, split, key and name
+    ("Loss", "nats a cell", "train", (("loss", "loss"),)),
+    (
+        "Reconstruction",
+        "nats a cell",
+        "train",
+        (("reconstruction_full", "all genes"), ("reconstruction_masked", "masked genes")),
+    ),
+    (
+        "Divergence from the prior",
+        "nats a cell",
+        "train",
+        (("kl_latent", "latent"), ("kl_cluster", "clusters")),
+    ),
+    ("Held-out likelihood", "nats an entry", "heldout", (("nb_log_likelihood", "NB"),)),
+    (
+        "Held-out correlation",
+        "Pearson r",
+        "heldout",
+        (("masked_correlation", "all entries"), ("masked_correlation_per_gene", "mean per gene")),
+    ),
+    (
+        "Probe on held-out labels",
+        "score",
+        "probe",
+        (
+            ("knn_accuracy", "kNN accuracy"),
+            ("ari", "ARI of clusters"),
+            ("batch_mixing", "batch mixing"),
+        ),
+    ),
+    ("Gradient norm", "before clipping", "train", (("gradient_norm", "norm"),)),
+    ("Speed", "cells/s", "train", (("cells_per_second", "cells/s"),)),
+    (
+        "Shares",
+        "of slots, time, peak",
+        "train",
+        (
+            ("padding", "padding"),
+            ("data_wait", "waiting for data"),
+            ("model_flop_utilisation", "model FLOPs"),
+        ),
+    ),
+)
+_LINES = ("-", (0, (4, 1.2)), (0, (1, 1)))
+
+
+def run_picture(
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str], *, title: str | None = None
+) -> Any:
+    """Draw a whole run on one page, as it is left in its work directory.
+
+    Loss and its terms, held-out scores with the best step marked, the probe, gradient norm with skipped steps marked,
+    speed, and the shares of padding, of time waiting for data and of the arithmetic peak. Panels without values are
+    left out. Training values are running means over their faint raw values.
+
+    Args:
+        metrics: As for :func:`training_curves`; ``split`` may also be "probe".
+        title: Above all panels.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window.
+
+    Raises:
+        InputError: The file cannot be read, a line has no step, or no known metric occurs.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    matplotlib = require("matplotlib", "eval", "Plotting")
+    figures = require("matplotlib.figure", "eval", "Plotting")
+    rows = _metrics_rows(metrics)
+    panels = []
+    for heading, unit, split, names in _RUN_PANELS:
+        curves = [(name, *_series(rows, split, key)) for key, name in names]
+        curves = [curve for curve in curves if len(curve[1])]
+        if curves:
+            panels.append((heading, unit, split, curves))
+    if not panels:
+        msg = explain(
+            f"{len(rows)} metrics lines without any known metric",
+            "those of a pretraining run",
+            "Check that this is the metrics file of a training run",
+        )
+        raise InputError(msg)
+    steps, skipped = _series(rows, "train", "skipped")
+    skipped_at = steps[np.flatnonzero(np.diff(skipped, prepend=0.0) > 0)]
+    every_step = np.concatenate([curve[1] for *_, curves in panels for curve in curves])
+    first, last = float(every_step.min()), float(every_step.max())
+    margin = 0.03 * (last - first) or 0.5
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = figures.Figure(figsize=(4.0 * columns, 2.5 * lines + 0.4), layout="constrained")
+        grid = np.asarray(figure.subplots(lines, columns, squeeze=False)).ravel()
+        for panel in grid[len(panels) :]:
+            panel.remove()
+        for panel, (heading, unit, split, curves) in zip(grid, panels, strict=False):
+            _run_panel(panel, split, curves)
+            if heading == "Gradient norm" and len(skipped_at):
+                bottom = np.full(len(skipped_at), 0.02)
+                panel.plot(
+                    skipped_at,
+                    bottom,
+                    "x",
+                    color=PALETTE[3],
+                    transform=panel.get_xaxis_transform(),
+                    label="skipped step",
+                )
+                panel.legend(frameon=False)
+            panel.set_title(heading, loc="left")
+            panel.set_ylabel(unit)
+            panel.set_xlabel("step")
+            panel.set_xlim(first - margin, last + margin)
+            panel.grid(axis="y", color="#E0E0E0", linewidth=0.6)
+            panel.set_axisbelow(True)
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def _run_panel(
+    panel: Axes, split: str, curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
+) -> None:
+    """Draw the curves of one panel of a run's picture."""
+    everything = np.concatenate([values for _, _, values in curves])
+    scores = everything.min() >= 0 and everything.max() <= 1
+    logarithmic = not scores and everything.min() > 0 and everything.max() > 50 * everything.min()
+    for place, (name, steps, values) in enumerate(curves):
+        style: dict[str, Any] = {"color": PALETTE[place], "linestyle": _LINES[place], "label": name}
+        if split == "train":
+            # Batches of small panels and of whole transcriptomes lie far apart; their mean shows the trend.
+            window = 2 * (len(values) // 12) + 1
+            if window > 1:
+                panel.plot(steps, values, color=PALETTE[place], alpha=0.25, linewidth=0.7)
+            values = (
+                np.exp(_smooth(np.log(values), window)) if logarithmic else _smooth(values, window)
+            )
+        if split != "train" or len(values) == 1:
+            style |= {"marker": "o", "markersize": 3.5, "markevery": max(1, len(values) // 25)}
+        panel.plot(steps, values, **style)
+    if curves[0][0] == "NB":
+        _, steps, values = curves[0]
+        best = int(np.argmax(values))
+        panel.plot(
+            steps[best],
+            values[best],
+            "*",
+            color=PALETTE[3],
+            markersize=11,
+            label=f"best: step {steps[best]:.0f}",
+        )
+    if logarithmic:
+        panel.set_yscale("log")
+    if scores:
+        panel.set_ylim(bottom=0)
+    if len(curves) > 1 or curves[0][0] == "NB":
+        panel.legend(frameon=False)

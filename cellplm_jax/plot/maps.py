@@ -1,0 +1,608 @@
+"""Maps of cells and genes: in an embedding, and where they lie in the tissue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.plot.style import (
+    MARKERS,
+    PALETTE,
+    STYLE,
+    UNKNOWN_COLOR,
+    UNKNOWN_LABELS,
+    new_axes,
+    pyplot_module,
+    widen,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _points(coordinates: Any) -> np.ndarray:
+    """Return finite float coordinates [cells, 2]."""
+    points = np.asarray(coordinates)
+    if points.ndim != 2 or points.shape[1] != 2 or not len(points):
+        msg = explain(
+            f"The coordinates have shape {points.shape}",
+            "[cells, 2] with at least one cell",
+            "Pass two columns, for example adata.obsm['X_umap'][:, :2]",
+        )
+        raise InputError(msg)
+    points = points.astype(np.float64)
+    if not np.isfinite(points).all():
+        msg = explain(
+            f"The coordinates hold NaN or infinity for {int((~np.isfinite(points)).any(axis=1).sum())} cells",
+            "finite numbers",
+            "Select the cells that have coordinates",
+        )
+        raise InputError(msg)
+    return points
+
+
+def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
+    """Return (floats, None) for a continuous quantity or (None, categories) for anything else."""
+    column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
+    if np.ndim(column) != 1 or len(column) != cells:
+        msg = explain(
+            f"Values of shape {np.shape(column)} for {cells} cells",
+            "one value a cell, in the order of the coordinates",
+            "Apply the same selection of cells to both",
+        )
+        raise InputError(msg)
+    if pd.api.types.is_float_dtype(column.dtype):
+        return np.asarray(column, dtype=np.float64), None
+    if isinstance(column, pd.Categorical) or isinstance(column.dtype, pd.CategoricalDtype):
+        return None, pd.Categorical(column).remove_unused_categories()
+    return None, pd.Categorical(column)
+
+
+def _category_colors(
+    names: Sequence[str], palette: Mapping[str, str] | Sequence[str] | None
+) -> list[tuple[str, str]]:
+    """Return colour and marker of every category; the marker changes when the palette is used up."""
+    if isinstance(palette, Mapping):
+        lacking = [name for name in names if name not in palette and name not in UNKNOWN_LABELS]
+        if lacking:
+            msg = explain(
+                f"The palette has no colour for {lacking[:5]}",
+                "a colour for every label",
+                "Add them, or leave out the palette",
+            )
+            raise InputError(msg)
+        return [(palette.get(name, UNKNOWN_COLOR), "o") for name in names]
+    colors = tuple(palette) if palette else PALETTE
+    styles, place = [], 0
+    for name in names:
+        if name in UNKNOWN_LABELS:
+            styles.append((UNKNOWN_COLOR, "o"))
+            continue
+        styles.append((colors[place % len(colors)], MARKERS[(place // len(colors)) % len(MARKERS)]))
+        place += 1
+    return styles
+
+
+def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float]:
+    """Return the colour limits: as given, or the 1st and 99th percentile, which one stray cell does not move."""
+    if limits is not None:
+        return limits
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return 0.0, 1.0
+    low = np.percentile(finite, 1, method="higher")
+    high = np.percentile(finite, 99, method="lower")
+    if low == high:
+        low, high = finite.min(), finite.max()
+    return float(low), float(high)
+
+
+def _legend_columns(entries: int) -> int:
+    """Return how many columns the legend of so many groups has."""
+    return math.ceil(entries / 18)
+
+
+def _scatter(
+    ax: Axes,
+    points: np.ndarray,
+    values: Any,
+    *,
+    palette: Mapping[str, str] | Sequence[str] | None,
+    color_map: str,
+    color_limits: tuple[float, float] | None,
+    color_label: str | None,
+    point_size: float | None,
+    legend: bool,
+    label_groups: bool,
+    seed: int,
+) -> None:
+    """Draw the points and their legend or colour bar."""
+    numbers, categories = _values_of(values, len(points))
+    if point_size is None:
+        # Points of all cells together cover about a third of a typical panel.
+        point_size = float(np.clip(12_000 / len(points), 0.4, 30.0))
+    options: dict[str, Any] = {"s": point_size, "linewidths": 0, "rasterized": True}
+    order = np.random.default_rng(seed).permutation(len(points))  # no group always on top
+    if numbers is not None:
+        missing = ~np.isfinite(numbers)
+        ax.scatter(*points[missing].T, c=UNKNOWN_COLOR, **options)
+        order = order[~missing[order]]
+        low, high = _limits(numbers, color_limits)
+        drawn = ax.scatter(
+            *points[order].T, c=numbers[order], cmap=color_map, vmin=low, vmax=high, **options
+        )
+        if legend:
+            finite = numbers[~missing]
+            beyond = (bool((finite < low).any()), bool((finite > high).any()))
+            extend = {(True, True): "both", (True, False): "min", (False, True): "max"}
+            bar = ax.figure.colorbar(
+                drawn, ax=ax, shrink=0.7, aspect=22, extend=extend.get(beyond, "neither")
+            )
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            if color_label:
+                bar.set_label(color_label)
+        return
+
+    if categories is None:  # not reached: one of the two is always given
+        return
+    names = [str(name) for name in categories.categories]
+    codes = np.asarray(categories.codes)
+    styles = _category_colors(names, palette)
+    known = [place for place, name in enumerate(names) if name not in UNKNOWN_LABELS]
+    unknown = [place for place, name in enumerate(names) if name in UNKNOWN_LABELS]
+    behind = np.isin(codes, [-1, *unknown])
+    ax.scatter(*points[behind].T, c=UNKNOWN_COLOR, zorder=1, **options)
+    front = order[~behind[order]]
+    for marker in dict.fromkeys(styles[place][1] for place in known):
+        chosen = front[[styles[code][1] == marker for code in codes[front]]]
+        ax.scatter(
+            *points[chosen].T,
+            c=[styles[code][0] for code in codes[chosen]],
+            marker=marker,
+            zorder=2,
+            **options,
+        )
+    if legend:
+        line = require("matplotlib.lines", "eval", "Plotting").Line2D
+        entries = [(names[place], *styles[place]) for place in (*known, *unknown)]
+        if (codes < 0).any():
+            entries.append(("missing", UNKNOWN_COLOR, "o"))
+        handles = [
+            line(
+                [], [], linestyle="", marker=marker, markersize=6.5, color=color, markeredgewidth=0
+            )
+            for _, color, marker in entries
+        ]
+        ax.legend(
+            handles,
+            [name for name, _, _ in entries],
+            title=color_label,
+            loc="center left",
+            bbox_to_anchor=(1.01, 0.5),
+            borderaxespad=0.0,
+            frameon=False,
+            ncols=_legend_columns(len(entries)),
+            handletextpad=0.3,
+            columnspacing=1.0,
+            alignment="left",
+        )
+    if label_groups:
+        effects = require("matplotlib.patheffects", "eval", "Plotting")
+        for place in known:
+            own = points[codes == place]
+            # The cell nearest to the median lies inside the group even where the group is bent.
+            middle = own[np.argmin(np.square(own - np.median(own, axis=0)).sum(axis=1))]
+            ax.text(
+                *middle,
+                names[place],
+                ha="center",
+                va="center",
+                fontsize=8,
+                weight="bold",
+                color="#1A1A1A",
+                path_effects=[effects.withStroke(linewidth=2.2, foreground="white")],
+                zorder=3,
+            )
+
+
+def umap(
+    coordinates: Any,
+    labels: Any,
+    *,
+    title: str | None = None,
+    color_label: str | None = None,
+    palette: Mapping[str, str] | Sequence[str] | None = None,
+    color_map: str = "viridis",
+    color_limits: tuple[float, float] | None = None,
+    point_size: float | None = None,
+    legend: bool = True,
+    label_groups: bool = False,
+    axis_name: str = "UMAP",
+    seed: int = 0,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw cells in two dimensions, coloured by a label or by a number.
+
+    Floating-point values are a quantity and get a colour bar; everything else (strings, categories, booleans, whole
+    numbers such as clusters) are groups and get a legend to the right of the data. Cells are drawn in random order, so
+    that no group hides another; those with a label of :data:`UNKNOWN_LABELS` are grey and behind.
+
+    Args:
+        coordinates: float [cells, 2].
+        labels: [cells]. Categories keep their order, other labels are sorted.
+        title: Above the plot.
+        color_label: What the colours mean: title of the legend or of the colour bar.
+        palette: Colours in the order of the groups, or a mapping from label to colour. None: :data:`PALETTE`, with
+            another marker for every further twenty groups.
+        color_map: matplotlib colour map of a quantity.
+        color_limits: Its limits. None: 1st to 99th percentile, values beyond shown by the arrows of the bar.
+        point_size: Area of a point in square points. None: by the number of cells.
+        legend: Draw the legend or colour bar.
+        label_groups: Write the names of the groups onto the data as well.
+        axis_name: Word on the two axes, for example "PCA".
+        seed: For the drawing order.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    points = _points(coordinates)
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (4.6, 4.2))
+        _scatter(
+            axes,
+            points,
+            labels,
+            palette=palette,
+            color_map=color_map,
+            color_limits=color_limits,
+            color_label=color_label,
+            point_size=point_size,
+            legend=legend,
+            label_groups=label_groups,
+            seed=seed,
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(f"{axis_name} 1", loc="left")
+        axes.set_ylabel(f"{axis_name} 2", loc="bottom")
+        axes.margins(0.04)
+        if title:
+            axes.set_title(title, loc="left")
+        if ax is None:
+            widen(axes)
+    if show:
+        pyplot.show()
+    return axes
+
+
+def spatial(
+    coordinates: Any,
+    values: Any,
+    *,
+    title: str | None = None,
+    color_label: str | None = None,
+    palette: Mapping[str, str] | Sequence[str] | None = None,
+    color_map: str = "viridis",
+    color_limits: tuple[float, float] | None = None,
+    point_size: float | None = None,
+    legend: bool = True,
+    unit: str | None = None,
+    image_origin: bool = True,
+    seed: int = 0,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw cells or spots where they lie in the tissue, coloured by a label or by a number.
+
+    One unit is as long on x as on y. The y axis points down, as in an image (row 0 at the top) and as in the pixel
+    coordinates of spatial platforms; with ``image_origin=False`` it points up, as in a graph.
+
+    Args:
+        coordinates: float [cells, 2], x and y.
+        values: [cells]. Floating point: a quantity with a colour bar; anything else: groups with a legend.
+        title: Above the plot.
+        color_label: What the colours mean: title of the legend or of the colour bar.
+        palette: As in :func:`umap`.
+        color_map: matplotlib colour map of a quantity.
+        color_limits: Its limits. None: 1st to 99th percentile.
+        point_size: Area of a point in square points. None: points of neighbouring cells nearly touch.
+        legend: Draw the legend or colour bar.
+        unit: Of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
+        image_origin: True: y grows downwards.
+        seed: For the drawing order.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    points = _points(coordinates)
+    extent = np.ptp(points, axis=0)
+    extent = np.where(extent > 0, extent, max(extent.max(), 1.0))
+    with pyplot.rc_context(STYLE):
+        long = 5.0 / max(extent)
+        width, height = np.maximum(extent * long, (1.8, 1.5)) + np.array((0.2, 0.4))
+        axes = new_axes(ax, (float(width), float(height)))
+        if point_size is None:
+            box = axes.get_window_extent()
+            scale = 72 / axes.figure.dpi * min(box.width / extent[0], box.height / extent[1])
+            # Square points of paper that tissue covers, by the occupied part of a grid of about four cells a box.
+            bins = math.ceil(math.sqrt(len(points) / 4))
+            covered = np.mean(np.histogram2d(*points.T, bins=bins)[0] > 0)
+            area = covered * extent[0] * extent[1] * scale**2
+            point_size = float(np.clip(0.85 * area / len(points), 0.3, 400.0))
+        _scatter(
+            axes,
+            points,
+            values,
+            palette=palette,
+            color_map=color_map,
+            color_limits=color_limits,
+            color_label=color_label,
+            point_size=point_size,
+            legend=legend,
+            label_groups=False,
+            seed=seed,
+        )
+        axes.set_aspect("equal")
+        if image_origin and not axes.yaxis_inverted():
+            axes.invert_yaxis()
+        if unit:
+            axes.set_xlabel(f"x ({unit})")
+            axes.set_ylabel(f"y ({unit})")
+            axes.spines[["top", "right"]].set_visible(False)
+        else:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        if title:
+            axes.set_title(title, loc="left")
+        if ax is None:
+            axes.set_anchor("W")  # the legend follows the tissue, not the box around it
+            widen(axes)
+    if show:
+        pyplot.show()
+    return axes
+
+
+def cell_attention(
+    coordinates: Any,
+    weights: Any,
+    *,
+    cell: int | None = None,
+    title: str | None = None,
+    color_label: str = "attention weight",
+    color_map: str = "viridis",
+    color_limits: tuple[float, float] | None = None,
+    point_size: float | None = None,
+    legend: bool = True,
+    unit: str | None = None,
+    image_origin: bool = True,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw where in the tissue the cells lie that a cell attends to, and the cell itself as a star.
+
+    Args:
+        coordinates: float [cells, 2], x and y.
+        weights: [cells]: a row of :func:`cellplm_jax.cell_attention`, or the mean of several.
+        cell: Number of the cell that looks; None: it is not marked.
+        title: Above the plot.
+        color_label: Title of the colour bar.
+        color_map: matplotlib colour map.
+        color_limits: Its limits. None: 1st to 99th percentile.
+        point_size: See :func:`spatial`.
+        legend: Draw the colour bar.
+        unit: See :func:`spatial`.
+        image_origin: See :func:`spatial`.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: Shapes do not fit, or there is no such cell.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    points = _points(coordinates)
+    if cell is not None and not 0 <= cell < len(points):
+        msg = explain(
+            f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Choose among them"
+        )
+        raise InputError(msg)
+    axes = spatial(
+        points,
+        np.asarray(weights, np.float64),
+        title=title,
+        color_label=color_label,
+        color_map=color_map,
+        color_limits=color_limits,
+        point_size=point_size,
+        legend=legend,
+        unit=unit,
+        image_origin=image_origin,
+        ax=ax,
+    )
+    if cell is not None:
+        x, y = points[cell]
+        axes.plot(
+            [x], [y], marker="*", markersize=13, linestyle="", label="the cell that looks",
+            markerfacecolor="#D55E00", markeredgecolor="white", zorder=5,
+        )  # fmt: skip
+    if show:
+        pyplot_module().show()
+    return axes
+
+
+def spatial_comparison(
+    coordinates: Any,
+    truth: Any,
+    predicted: Any,
+    *,
+    title: str | None = None,
+    value_label: str = "log1p counts",
+    names: tuple[str, str] = ("measured", "imputed"),
+    color_map: str = "viridis",
+    point_size: float | None = None,
+    unit: str | None = None,
+    image_origin: bool = True,
+    show: bool = False,
+) -> np.ndarray:
+    """Draw a gene in the tissue three times: as measured, as predicted, and the difference of the two.
+
+    The first two share their colours. The difference is predicted minus measured, white at 0: red is too high, blue is
+    too low.
+
+    Args:
+        coordinates: float [cells, 2], x and y.
+        truth: float [cells].
+        predicted: float [cells], on the same scale.
+        title: Above all, for example the gene's name.
+        value_label: What the values are.
+        names: Of the first two panels.
+        color_map: matplotlib colour map of the values.
+        point_size: See :func:`spatial`.
+        unit: See :func:`spatial`.
+        image_origin: See :func:`spatial`.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        Object array of the three Axes.
+
+    Raises:
+        InputError: Shapes do not fit, or coordinates are not finite.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    points = _points(coordinates)
+    values = [np.asarray(column, np.float64) for column in (truth, predicted)]
+    for column in values:
+        _values_of(column, len(points))
+    together = _limits(np.concatenate(values), None)
+    difference = values[1] - values[0]
+    finite = np.abs(difference[np.isfinite(difference)])
+    reach = float(np.percentile(finite, 99)) if finite.size and finite.max() > 0 else 1.0
+    extent = np.maximum(np.ptp(points, axis=0), 1e-9)
+    height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, 3, figsize=(12.6, height + 0.6), layout="constrained")
+        drawn = (
+            (values[0], names[0], color_map, together, value_label),
+            (values[1], names[1], color_map, together, value_label),
+            (difference, "difference", "RdBu_r", (-reach, reach), f"{names[1]} \N{MINUS SIGN} {names[0]}"),
+        )  # fmt: skip
+        for ax, (column, name, colors, limits, label) in zip(axes, drawn, strict=True):
+            spatial(
+                points, column, title=name, color_label=label, color_map=colors,
+                color_limits=limits, point_size=point_size, unit=unit, image_origin=image_origin,
+                ax=ax,
+            )  # fmt: skip
+        # White points vanish on white paper.
+        axes[2].set_facecolor("#E6E6E6")
+        if title:
+            figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
+    if show:
+        pyplot.show()
+    return axes
+
+
+def gene_map(
+    coordinates: Any,
+    genes: Sequence[str],
+    *,
+    highlight: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    title: str | None = None,
+    axis_name: str = "UMAP",
+    point_size: float | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw genes in two dimensions, all in grey and chosen ones in colour with their names.
+
+    Args:
+        coordinates: float [genes, 2], such as ``umap_coordinates(cellplm_jax.gene_embeddings(model))``.
+        genes: Their names.
+        highlight: Names to show, or ``{"T cells": ["CD3D", "CD3E"], ...}``: a colour a group, with a legend.
+        title: Above the plot.
+        axis_name: Word on the two axes.
+        point_size: Area of a grey point in square points; None: by the number of genes.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: Shapes do not fit, coordinates are not finite, or a gene to show is not there.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    pyplot = pyplot_module()
+    effects = require("matplotlib.patheffects", "eval", "Plotting")
+    points = _points(coordinates)
+    names = [str(gene) for gene in genes]
+    _values_of(np.array(names, object), len(points))
+    place = {name: row for row, name in enumerate(names)}
+    groups = highlight if isinstance(highlight, Mapping) else {"": list(highlight)}
+    for name in (name for group in groups.values() for name in group):
+        if name not in place:
+            msg = explain(
+                f"there is no gene '{name}'",
+                f"one of the {len(names)} genes given",
+                nearest(name, names, "Check the name"),
+            )
+            raise InputError(msg)
+    with pyplot.rc_context(STYLE):
+        axes = new_axes(ax, (5.2, 4.6))
+        size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
+        axes.scatter(*points.T, s=size, c="#CFCFCF", linewidths=0, rasterized=True, zorder=1)
+        for number, (group, members) in enumerate(groups.items()):
+            color = PALETTE[number % len(PALETTE)]
+            marker = MARKERS[number % len(MARKERS)]
+            rows = [place[name] for name in members]
+            axes.scatter(
+                *points[rows].T, s=26, c=color, marker=marker, edgecolors="white", linewidths=0.5,
+                label=group, zorder=2,
+            )  # fmt: skip
+            for name, row in zip(members, rows, strict=True):
+                axes.annotate(
+                    name, tuple(points[row]), xytext=(4, 3), textcoords="offset points",
+                    fontsize=7.5, color="#1A1A1A", zorder=3,
+                    path_effects=[effects.withStroke(linewidth=2.0, foreground="white")],
+                )  # fmt: skip
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(f"{axis_name} 1", loc="left")
+        axes.set_ylabel(f"{axis_name} 2", loc="bottom")
+        axes.margins(0.06)
+        if any(groups):
+            axes.legend(
+                frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
+            )
+        if title:
+            axes.set_title(title, loc="left")
+        if ax is None:
+            widen(axes)
+    if show:
+        pyplot.show()
+    return axes
