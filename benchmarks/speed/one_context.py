@@ -3,8 +3,8 @@
     python benchmarks/speed/one_context.py --out benchmarks/speed/one_context
 
 Cells are those of the bundled PBMC3k, drawn again and thinned, in an uncompressed ``.h5ad``. Every size is a process of
-its own that embeds with the bundled ``small`` model; the smallest is also embedded in passes over chunks, which it does not
-need, and compared with its single pass. Files are made in ``--folder`` and removed.
+its own that embeds with the bundled ``small`` model; the smallest is also embedded in passes over chunks, which it need
+not, and compared with its single pass. Files are made in ``--folder`` and removed.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cellplm_jax
-from cellplm_jax.cli import corpus, embedding, estimators, machine, models
+from cellplm_jax.cli import bench, corpus, embedding, estimators, machine, models
 from cellplm_jax.cli.output import fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_export(commands)
     models.add_info(commands)
     corpus.add_plan(commands)
+    bench.add_bench(commands)
     machine.add_doctor(commands)
     machine.add_completion(commands)
     return parser

@@ -12,7 +12,7 @@ from cellplm_jax.cli.output import conclude, say, styled
 SHELLS = ("bash", "zsh", "tcsh")
 """Shells that completion is written for."""
 
-_FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "MODEL", "M",
+_FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "CORPUS|IN.h5ad", "MODEL", "M",
           "OUT.h5ad", "OUT.csv", "FILE.html", "PNG", "PREFIX", "FILE[:VARIANT]", "NAME|FILE")  # fmt: skip
 _FOLDERS = ("DIR", "CORPUS")
 """How help calls arguments that are files and folders: the shell completes their names."""

@@ -1,0 +1,136 @@
+"""The verb ``bench``: how fast this machine embeds, trains and reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from cellplm_jax.cli.options import command, positive
+from cellplm_jax.cli.output import plain, say
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def add_bench(commands: Any) -> None:
+    """Add ``bench embed``, ``bench train`` and ``bench load``."""
+    examples = {
+        "embed": "cellplm bench embed --model small --cells 2000",
+        "train": "cellplm bench train --config small --cells 1024",
+        "load": "cellplm bench load cells.h5ad",
+    }
+    parser = command(
+        commands,
+        "bench",
+        _embed,
+        "measure how fast this machine embeds, trains or reads; JSON on standard output",
+        "\n  ".join(examples.values()),
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="embed|train|load")
+
+    embed = command(verbs, "embed", _embed, "measure embedding, one context", examples["embed"])
+    embed.add_argument(
+        "input", nargs="?", metavar="IN.h5ad", help="cells to embed (made-up counts)"
+    )
+    embed.add_argument("--model", default="small", metavar="MODEL", help="which model (small)")
+
+    train = command(
+        verbs, "train", _train, "measure the training step on made-up counts", examples["train"]
+    )
+    train.add_argument(
+        "--config", default="small", metavar="NAME", help="a named configuration (small)"
+    )
+    train.add_argument("--rows", type=positive, metavar="N", help="rows of a batch (of the config)")
+    train.add_argument(
+        "--genes", type=positive, default=19_374, metavar="N", help="of the vocabulary (19374)"
+    )
+    train.add_argument(
+        "--chunk-cells", type=int, metavar="N", help="cells whose counts are dense at once; 0: all"
+    )
+
+    load = command(
+        verbs, "load", _load, "measure reading a corpus or an AnnData file", examples["load"]
+    )
+    load.add_argument("input", metavar="CORPUS|IN.h5ad", help="what to read")
+
+    for verb, cells in ((embed, 2000), (train, None), (load, 100_000)):
+        verb.add_argument(
+            "--cells",
+            type=positive,
+            default=cells,
+            metavar="N",
+            help=f"cells at once ({cells or 'of the config'})",
+        )
+        verb.add_argument(
+            "--repeats", type=positive, default=5, metavar="N", help="runs after the first (5)"
+        )
+    for verb in (embed, train):
+        verb.add_argument(
+            "--precision", choices=PRECISIONS, help="of the matrix products (float32)"
+        )
+        verb.add_argument(
+            "--nonzeros",
+            type=positive,
+            default=1500,
+            metavar="N",
+            help="stored counts of a made-up cell (1500)",
+        )
+
+
+def _conclude(facts: dict[str, Any]) -> None:
+    rate = f"{facts['cells_per_second']:,.0f} cells/s"
+    if facts.get("share_of_peak"):
+        rate += f", {facts['share_of_peak']:.0%} of the peak of matrix products"
+    say(f"{facts['task']}: {rate} on {facts['device']}", sys.stderr)
+    say(json.dumps(plain(facts), indent=2, allow_nan=False))
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.bench import bench_embedding
+    from cellplm_jax.tasks.pretrained import load
+
+    model = load(arguments.model, precision=arguments.precision or "float32")
+    _conclude(
+        bench_embedding(
+            model,
+            data=arguments.input,
+            cells=arguments.cells,
+            nonzeros=arguments.nonzeros,
+            repeats=arguments.repeats,
+        )
+    )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from cellplm_jax.bench import bench_training
+    from cellplm_jax.presets import preset
+
+    config = preset(arguments.config)
+    chosen = {"rows": arguments.rows, "cells": arguments.cells}
+    data = {name: value for name, value in chosen.items() if value is not None}
+    changes: dict[str, Any] = {"data": dataclasses.replace(config.data, **data)}
+    if arguments.precision is not None:
+        changes["precision"] = arguments.precision
+    if arguments.chunk_cells is not None:
+        changes["chunk_cells"] = arguments.chunk_cells
+    _conclude(
+        bench_training(
+            dataclasses.replace(config, **changes),
+            genes=arguments.genes,
+            nonzeros=arguments.nonzeros,
+            repeats=arguments.repeats,
+        )
+    )
+
+
+def _load(arguments: argparse.Namespace) -> None:
+    from cellplm_jax.bench import bench_loading
+    from cellplm_jax.tasks.pretrained import load
+
+    genes = load("small").genes
+    _conclude(
+        bench_loading(arguments.input, genes, cells=arguments.cells, repeats=arguments.repeats)
+    )
