@@ -34,7 +34,6 @@ LEVELS = {
     "tasks": 4,
     "interop": 4,
     "report": 5,
-    "bench": 5,
     "demo": 5,
     "doctor": 5,
     "plan": 5,

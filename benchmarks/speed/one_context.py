@@ -94,9 +94,9 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
     import jax
 
     import cellplm_jax as cellplm
-    from cellplm_jax.bench import peak_memory
     from cellplm_jax.data.anndata_io import open_counts
     from cellplm_jax.tasks import stream
+    from cellplm_jax.tasks.bench import peak_memory
     from cellplm_jax.tasks.embed import embed_source
     from cellplm_jax.tasks.stream import Waiting
 

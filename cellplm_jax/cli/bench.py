@@ -87,7 +87,7 @@ def _conclude(facts: dict[str, Any]) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.bench import bench_embedding
+    from cellplm_jax.tasks.bench import bench_embedding
     from cellplm_jax.tasks.pretrained import load
 
     model = load(arguments.model, precision=arguments.precision or "float32")
@@ -105,8 +105,8 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from cellplm_jax.bench import bench_training
     from cellplm_jax.presets import preset
+    from cellplm_jax.tasks.bench import bench_training
 
     config = preset(arguments.config)
     chosen = {"rows": arguments.rows, "cells": arguments.cells}
@@ -127,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.bench import bench_loading
+    from cellplm_jax.tasks.bench import bench_loading
     from cellplm_jax.tasks.pretrained import load
 
     genes = load("small").genes

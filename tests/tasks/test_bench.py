@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
-from cellplm_jax.bench import bench_embedding, bench_loading, bench_training, made_up_counts
 from cellplm_jax.cli import main
 from cellplm_jax.errors import InputError
 from cellplm_jax.presets import preset
+from cellplm_jax.tasks.bench import bench_embedding, bench_loading, bench_training, made_up_counts
 from cellplm_jax.train.metrics import embedding_flops
 from tests.conftest import make_adata
 
