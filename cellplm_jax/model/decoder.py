@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
@@ -18,9 +19,21 @@ MEAN_RANGE = (1e-5, 1e6)
 DISPERSION_RANGE = (1e-4, 1e4)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return ``clip(exp(x), *bounds)`` without the overflow of the exponential, which makes its gradient NaN."""
+    """Return ``clip(exp(x), *bounds)`` without the overflow of the exponential, which makes its gradient NaN.
+
+    Its derivative is itself within the bounds and 0 outside, in one pass over the array.
+    """
     return jnp.clip(jnp.exp(jnp.minimum(x, math.log(bounds[1]) + 1.0)), *bounds)
+
+
+@exponential_within.defjvp
+def _exponential_tangent(bounds, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    value = exponential_within(x, bounds)
+    inside = (value > bounds[0]) & (value < bounds[1])
+    return value, jnp.where(inside, value, 0.0) * tangent
 
 
 class CovariateEmbedding(nn.Module):
