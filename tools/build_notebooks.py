@@ -130,6 +130,7 @@ def run(notebook, *, fast: bool, timeout: int) -> None:
             timeout=timeout,
             kernel_name="python3",
             record_timing=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )
         client.execute()
