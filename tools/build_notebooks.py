@@ -29,7 +29,6 @@ REPOSITORY = "OWNER/cellplm-jax"
 
 FAST = "CELLPLM_NOTEBOOK_FAST"
 EXTRAS = {"05_pretrain": "eval,train,hub", "06_convert_checkpoint": "eval,torch"}
-LIMIT = 600  # seconds of one cell
 COLORS = 192  # of a picture: enough for a plot, a third of the bytes
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
@@ -94,12 +93,13 @@ def assemble(source: Path):
     return make.new_notebook(cells=cells, metadata=metadata)
 
 
-def run(notebook, *, fast: bool) -> None:
+def run(notebook, *, fast: bool, timeout: int) -> None:
     """Run a notebook in a new folder, which is removed afterwards.
 
     Args:
         notebook: From :func:`assemble`; receives its outputs.
         fast: In the reduced setting.
+        timeout: Seconds that a cell may take.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell fails.
@@ -127,9 +127,10 @@ def run(notebook, *, fast: bool) -> None:
     try:
         client = nbclient.NotebookClient(
             notebook,
-            timeout=LIMIT,
+            timeout=timeout,
             kernel_name="python3",
             record_timing=False,
+            coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         )
         client.execute()
@@ -187,6 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="notebooks, such as 01_quickstart; default: all")
     parser.add_argument("--fast", action="store_true", help="reduced setting; nothing is written")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds a cell may take")
     parser.add_argument("--out", type=Path, default=NOTEBOOKS, help="folder to write to")
     arguments = parser.parse_args()
 
@@ -200,7 +202,7 @@ def main() -> int:
     failed = False
     for source in chosen:
         notebook, began = assemble(source), time.monotonic()
-        run(notebook, fast=arguments.fast)
+        run(notebook, fast=arguments.fast, timeout=arguments.timeout)
         found = problems(notebook)
         print(f"{source.stem}: {time.monotonic() - began:.0f} s", *found, sep="\n  ", flush=True)
         failed |= bool(found)
