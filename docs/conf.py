@@ -27,7 +27,7 @@ extensions = [
     "command_help",
     "repository_links",
 ]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build", "**/README.md"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 
 # -- Markdown and notebooks -----------------------------------------------------------------------
@@ -36,8 +36,7 @@ myst_heading_anchors = 3
 # A notebook shows the outputs it was committed with.
 nb_execution_mode = "off"
 nb_merge_streams = True
-# Outputs of notebooks may use ANSI colours and other small languages; code is highlighted as Python.
-highlight_language = "python"
+highlight_language = "default"
 
 # -- Python ---------------------------------------------------------------------------------------
 autodoc_member_order = "bysource"
@@ -50,6 +49,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Fields of dataclasses are listed once, in the docstring of the class.
 napoleon_use_ivar = True
+# "[cells, genes], a row a cell: expected counts" is a sentence, not a type to look up.
+napoleon_use_rtype = False
 napoleon_custom_sections = [("Writes", "notes_style"), ("Sets the following fields", "notes_style")]
 
 # Every reference to a name of this package has to resolve; without a network nothing outside can.

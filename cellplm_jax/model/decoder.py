@@ -19,7 +19,7 @@ DISPERSION_RANGE = (1e-4, 1e4)
 
 
 def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return ``clip(exp(x), *bounds)`` without the overflow of the exponential, which makes its gradient NaN."""
+    """Return ``clip(exp(x), *bounds)`` [...] without the overflow of the exponential, which makes its gradient NaN."""
     return jnp.clip(jnp.exp(jnp.minimum(x, math.log(bounds[1]) + 1.0)), *bounds)
 
 

@@ -33,9 +33,7 @@ def commands_of(
 def _usage(parser: argparse.ArgumentParser) -> str:
     """Return the usage line, at the same width in every terminal."""
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=24, width=WIDTH)
-    formatter.add_usage(
-        parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix=""
-    )
+    formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
     return formatter.format_help().strip()
 
 

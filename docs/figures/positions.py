@@ -16,9 +16,7 @@ def figure(plt, theme):
     """Draw the cosine of the encoding at one square of the grid and at all squares."""
     centres = (np.arange(GRID) + 0.5) / GRID
     x, y = np.meshgrid(centres, centres)
-    encoding = np.asarray(
-        sinusoidal_encoding(jnp.asarray(np.stack([x, y], axis=-1)), WIDTH, GRID)
-    )
+    encoding = np.asarray(sinusoidal_encoding(jnp.asarray(np.stack([x, y], axis=-1)), WIDTH, GRID))
     encoding = encoding / np.linalg.norm(encoding, axis=-1, keepdims=True)
     here = encoding[PLACE[1], PLACE[0]]
     likeness = encoding @ here

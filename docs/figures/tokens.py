@@ -52,9 +52,7 @@ def figure(plt, theme):
         ax.plot([x[0], x[j]], [y[0], y[j]], color=ORANGE, linewidth=2, zorder=2)
     ax.scatter(x, y, s=330, color=theme.blue, zorder=3)
     for i in range(CELLS):
-        ax.text(
-            x[i], y[i], i + 1, ha="center", va="center", color="white", zorder=4, weight="bold"
-        )
+        ax.text(x[i], y[i], i + 1, ha="center", va="center", color="white", zorder=4, weight="bold")
     ax.set_xlim(-2.5, 2.5)
     ax.set_ylim(-1.35, 1.35)
     ax.axis("off")
