@@ -15,7 +15,8 @@ import cellplm_jax
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cellplm_jax"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+# What a command refuses is its exit status; nobody calls its functions.
+MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "cli" not in p.relative_to(PACKAGE).parts]
 ERRORS = {"InputError", "ConfigError", "CheckpointError", "MissingDependencyError"}
 # Modules whose functions take and return arrays and little else.
 OF_ARRAYS = ("evaluate", "losses", "model")
@@ -73,7 +74,7 @@ def public_callables() -> Iterator[tuple[str, object]]:
         elif inspect.isclass(value):
             yield name, value
             for verb in VERBS:
-                if inspect.isroutine(found := getattr(value, verb, None)):
+                if callable(found := getattr(value, verb, None)):
                     yield f"{name}.{verb}", found
 
 
