@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: demo test lint types parity multiprocess notebooks notebooks-full smoke debug-pretrain clean
+.PHONY: demo test lint types docs docs-links parity multiprocess notebooks notebooks-full smoke debug-pretrain clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,13 @@ $(VENV)/.installed: setup.py pyproject.toml
 $(VENV)/.parity: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
 	$(BIN)/python -m pip install --quiet --no-deps 'cellplm==0.1.0.post2'
+	touch $@
+
+# The site needs nothing that tests or training do.
+$(VENV)/.docs: setup.py pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
@@ -35,6 +42,12 @@ lint: $(VENV)/.installed
 
 types: $(VENV)/.installed
 	$(BIN)/pyright
+
+docs: $(VENV)/.docs  ## the site in docs/_build/html; every warning is an error, links within the site are checked
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+docs-links: $(VENV)/.docs  ## follow the links to other sites; needs the internet
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/links
 
 parity: $(VENV)/.parity  ## the original, run live beside ours
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m parity tests
@@ -61,4 +74,4 @@ smoke:  ## install, load and embed with another Python: make smoke PYTHON=python
 	cd / && $(abspath $(BIN))/python $(abspath tools/smoke.py)
 
 clean:
-	rm -rf $(VENV) demo runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache

@@ -20,6 +20,8 @@ EXPORT = ["flatbuffers>=24"]
 HUB = ["huggingface_hub>=0.34", "safetensors>=0.5"]
 # Makes docs/notebooks from their sources, and runs them.
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pillow>=10"]
+# The site: `make docs`.
+DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2025.7", "sphinx-copybutton>=0.5"]
 DEV = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -80,6 +82,7 @@ setup(
         # Reading and writing PyTorch checkpoints needs torch alone; comparing with the original needs the original.
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
+        "docs": [*DOCS, *EVAL],
         "dev": [*DEV, *TRAIN, *EVAL, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},

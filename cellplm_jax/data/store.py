@@ -75,7 +75,7 @@ class CellStore(Protocol):
     Attributes:
         genes: Vocabulary, Ensembl ids.
         samples: The sample table; the position in it is the sample's number everywhere.
-        label_names: Names of the labels in :attr:`CellRun.labels`; empty where cells have none.
+        label_names: Names of the labels in ``CellRun.labels``; empty where cells have none.
     """
 
     genes: list[str]

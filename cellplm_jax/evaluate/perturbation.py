@@ -96,7 +96,11 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
 
 
 def mean_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Average scores over perturbations; NaN ones are left out, and NaN is left where all are."""
+    """Average scores over perturbations; NaN ones are left out, and NaN is left where all are.
+
+    Args:
+        scores: float [perturbations] by name, from :func:`change_scores`.
+    """
     return {
         name: float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
         for name, values in scores.items()

@@ -421,7 +421,14 @@ def convert_state_dict(
 
 
 def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
-    """Return the parameters under their published names; the inverse of :func:`convert_state_dict`, bit for bit."""
+    """Return the parameters under their published names; the inverse of :func:`convert_state_dict`, bit for bit.
+
+    Args:
+        converted: Config and parameters.
+
+    Raises:
+        CheckpointError: A parameter that the config names is not there, or one is there that it does not name.
+    """
     from flax.traverse_util import flatten_dict
 
     flat = flatten_dict(converted.params)

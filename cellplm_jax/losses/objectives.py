@@ -54,7 +54,7 @@ def scale_to_total(mean: jax.Array, total: jax.Array, entries: jax.Array) -> jax
 def count_nll_reference(
     reconstruction: Reconstruction, truth: CellBatch, entries: jax.Array
 ) -> jax.Array:
-    """Return the same as :func:`count_nll`, by the plain form at every entry; tests compare the two."""
+    """Return [samples, cells] as :func:`count_nll`, by the plain form at every entry; tests compare the two."""
     counts = truth.dense_counts(reconstruction.mean.shape[-1])
     total = jnp.sum(jnp.where(entries, counts, 0.0), axis=-1)
     mean = scale_to_total(reconstruction.mean, total, entries)
@@ -96,7 +96,7 @@ def count_nll(
 
 
 def mean_terms(reconstruction: Reconstruction, counts: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return the part of :func:`count_nll` that involves the mean; arguments and result as there."""
+    """Return [samples, cells]: the part of :func:`count_nll` that involves the mean; arguments as there."""
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     arrays = [reconstruction.mean, counts, entries]
     if reconstruction.zero_logits is not None:
@@ -385,7 +385,7 @@ def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> N
 
 
 def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:
-    """Return the KL warm-up factor at a step: ``min(step, W - 1) / W``, 1 without warm-up.
+    """Return the KL warm-up factor at a step, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
 
     The released VAE counts calls in an attribute that its checkpoints lose (``CellPLM/latent/autoencoders.py:79``);
     here it is a function of the training step.

@@ -24,7 +24,7 @@ TILE = 128
 
 
 def nonzero(total: jax.Array) -> jax.Array:
-    """Replace 0 by 1, so that a sample without cells divides to 0 and has gradients without NaN."""
+    """Replace 0 by 1 in an array [...], so that a sample without cells divides to 0 and has gradients without NaN."""
     return jnp.where(total > 0, total, 1.0)
 
 
@@ -190,7 +190,13 @@ class Flow(struct.PyTreeNode):
 
 
 def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow:
-    """Return the parts of flow attention that depend on queries and keys; arguments as :func:`flow_attention`."""
+    """Return the parts of flow attention that depend on queries and keys.
+
+    Args:
+        query: [samples, cells, heads, head_width].
+        key: Likewise.
+        groups: Which cells attend to one another.
+    """
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
@@ -266,7 +272,7 @@ def flow_weights(
 def softmax_weights(
     query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
 ) -> jax.Array:
-    """Return the weights of :func:`softmax_attention` for chosen cells; see :func:`flow_weights`."""
+    """Return [samples, heads, rows, cells], the weights of :func:`softmax_attention`; see :func:`flow_weights`."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query[:, rows], key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     return nn.softmax(jnp.where(groups.cell_mask[:, None, None, :], scores, -1e30), axis=-1)
@@ -275,7 +281,7 @@ def softmax_weights(
 def softmax_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, groups: CellGroups
 ) -> jax.Array:
-    """Scaled dot-product attention, quadratic in the number of cells; shapes as :func:`flow_attention`."""
+    """Scaled dot-product attention, quadratic in cells; [samples, cells, heads, head_width] in and out."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     seen = groups.cell_mask[:, None, :]

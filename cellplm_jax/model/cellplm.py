@@ -126,7 +126,7 @@ class CellPLM(nn.Module):
         return self.decoder(z, batch, train=train, part="hidden")
 
     def decode_output(self, hidden: jax.Array) -> Reconstruction:
-        """Apply the decoder's output layer, which has an axis of genes, to any cells of :meth:`decode_hidden`."""
+        """Apply the decoder's output layer, which has an axis of genes, to [..., hidden] of :meth:`decode_hidden`."""
         return self.decoder(hidden, None, part="output")
 
 
@@ -219,7 +219,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
     Args:
         config: The architecture.
-        key: PRNG key.
+        key: PRNG key [].
 
     Returns:
         The nested parameter dictionary (the ``"params"`` collection).

@@ -21,7 +21,7 @@ DISPERSION_RANGE = (1e-4, 1e4)
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return ``clip(exp(x), *bounds)`` without the overflow of the exponential, which makes its gradient NaN.
+    """Return ``clip(exp(x), *bounds)`` [...] without the overflow of the exponential, whose gradient is NaN.
 
     Its derivative is itself within the bounds and 0 outside, in one pass over the array.
     """

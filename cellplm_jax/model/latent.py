@@ -25,7 +25,8 @@ from cellplm_jax.structs import LatentNoise, LatentOutput
 
 
 def normal_log_density(x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """Return log N(x; mean, diag(variance + 1e-8)) summed over the last axis (``autoencoders.py``, ``log_normal``)."""
+    """Return log N(x; mean, diag(variance + 1e-8)) summed over the last axis of [..., latent]
+    (``autoencoders.py``, ``log_normal``)."""
     variance = variance + 1e-8
     return -0.5 * jnp.sum(
         math.log(2.0 * math.pi) + jnp.log(variance) + (x - mean) ** 2 / variance, axis=-1
@@ -35,7 +36,8 @@ def normal_log_density(x: jax.Array, mean: jax.Array, variance: jax.Array) -> ja
 def normal_kl(
     mean: jax.Array, variance: jax.Array, prior_mean: jax.Array, prior_variance: jax.Array
 ) -> jax.Array:
-    """Return KL(N(mean, variance) || N(prior_mean, prior_variance)) in nats, summed over the last axis."""
+    """Return KL(N(mean, variance) || N(prior_mean, prior_variance)) in nats, summed over the
+    last axis of [..., latent]."""
     ratio = variance / prior_variance
     distance = (mean - prior_mean) ** 2 / prior_variance
     return 0.5 * jnp.sum(ratio + distance - 1.0 - jnp.log(ratio), axis=-1)
@@ -65,7 +67,7 @@ def mixture_kl(
 
 
 def categorical_kl_from_uniform(logits: jax.Array) -> jax.Array:
-    """Return KL(softmax(logits) || uniform) in nats, at most log(clusters)."""
+    """Return KL(softmax(logits) || uniform) [...] in nats, of logits [..., clusters]; at most log(clusters)."""
     log_probability = nn.log_softmax(logits, axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
     return math.log(logits.shape[-1]) - entropy
@@ -73,7 +75,7 @@ def categorical_kl_from_uniform(logits: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def reverse_gradient(x: jax.Array) -> jax.Array:
-    """Return x; its gradient is negated (Ganin & Lempitsky 2015)."""
+    """Return x [...]; its gradient is negated (Ganin & Lempitsky 2015)."""
     return x
 
 

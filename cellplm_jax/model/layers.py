@@ -27,7 +27,7 @@ ENTRIES = ("samples", "cells", "genes")
 
 
 def along(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Say along which logical axes an activation lies; without a mesh this does nothing."""
+    """Say along which logical axes an activation [...] lies; without a mesh this does nothing."""
     return nn.with_logical_constraint(values, axes)
 
 
@@ -70,7 +70,7 @@ def prelu(name: str) -> nn.PReLU:
 
 
 def exact_gelu(x: jax.Array) -> jax.Array:
-    """Return GELU with the error function, not its tanh approximation."""
+    """Return GELU of x [...] with the error function, not its tanh approximation."""
     return nn.gelu(x, approximate=False)
 
 
@@ -118,7 +118,7 @@ def layer_norm(name: str) -> Norm:
 
 
 def make_norm(kind: str, groups: int, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the normalisation named in a configuration; every kind works on one cell at a time.
+    """Return the normalisation named in a configuration, of [..., hidden]; every kind works on one cell at a time.
 
     Args:
         kind: ``"groupnorm"``, ``"layernorm"``, ``"rmsnorm"`` or ``"none"``.

@@ -51,7 +51,7 @@ def _rank_in_sample(
 
 
 def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
-    """Return ``floor(fraction * count)`` as int32, without losing one where float32 lands just under a whole number."""
+    """Return ``floor(fraction * count)``, int32 [...], without losing one where float32 is just below it."""
     return jnp.floor(count * (fraction * (1.0 + 2.5e-7))).astype(jnp.int32)
 
 
@@ -60,7 +60,7 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
 
     Args:
         key: PRNG key.
-        batch: Padded sentences of at most ``cells`` cells.
+        batch: Padded rows [samples, cells].
         config: ``drop_cells`` and ``maximum_cells``.
 
     Returns:
@@ -155,7 +155,7 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
 
     Args:
         key: PRNG key.
-        shape: Usually (samples, cells).
+        shape: Usually [samples, cells].
         config: With ``beta``, rates come from Beta(a, 4/r + 2 - a), capped at ``maximum_rate``
             (``CellPLM/utils/mask.py:73``; for r = .25 that is Beta(5, 13), mean .28); otherwise all equal r.
 

@@ -34,11 +34,11 @@ class ContextGroups(CellGroups):
     found: list[jax.Array] = struct.field(pytree_node=False, default_factory=list)
 
     def total(self, values: jax.Array) -> jax.Array:
-        """Return a known sum, or the chunk's own."""
+        """Return a known sum over the cells of [samples, cells, ...], or the chunk's own."""
         return self._next(CellGroups.total, values)
 
     def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        """Return a known sum of outer products, or the chunk's own."""
+        """Return a known sum of outer products of [samples, cells, ...], or the chunk's own."""
         return self._next(CellGroups.outer_total, left, right)
 
     def _next(self, summed, *values):

@@ -119,6 +119,7 @@ class CellTypeAnnotator(Estimator):
 
     Raises:
         ConfigError: There is no such option, or its value is impossible.
+        InputError: Likewise, or the options contradict one another.
     """
 
     task: ClassVar[str] = "annotation"

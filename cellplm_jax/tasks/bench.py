@@ -180,6 +180,9 @@ def bench_training(
 
     Returns:
         As :func:`bench_embedding`; cells are those that are read, before a part of them is dropped.
+
+    Raises:
+        InputError: The configuration spreads the cells of a row over devices (``mesh.cells`` above 1).
     """
     model = dataclasses.replace(config.model, genes=genes)
     config = dataclasses.replace(config, model=model, accumulate=1)

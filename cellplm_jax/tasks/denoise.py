@@ -587,6 +587,9 @@ def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.nda
         table: The cells.
         train: int, the training cells.
         among: int, the cells whose batches are looked at.
+
+    Raises:
+        InputError: A batch has no training cell.
     """
     there = set(table.batch[train])
     without = [name for name in dict.fromkeys(table.batch[among]) if name not in there]
@@ -601,7 +604,14 @@ def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.nda
 
 
 def require_counts_decoder(model: Pretrained) -> None:
-    """Refuse a model that cannot predict counts."""
+    """Refuse a model that cannot predict counts.
+
+    Args:
+        model: What a fit or a zero-shot prediction would start from.
+
+    Raises:
+        InputError: It has a task head, or a decoder of something else.
+    """
     kind = "a task head" if model.config.head.kind != "none" else model.config.decoder.kind
     if kind not in COUNT_DECODERS:
         msg = explain(

@@ -236,6 +236,9 @@ def embed_source(
 
     Returns:
         float32 [cells, latent]; NaN for cells of no group.
+
+    Raises:
+        InputError: ``cells_per_context`` is below 1, or counts or keys cannot be used.
     """
     if cells_per_context is not None and cells_per_context < 1:
         msg = explain(
@@ -408,7 +411,14 @@ def _chunks_of_context(
 
 
 def check_key(key_added: str) -> None:
-    """Raise InputError where a name cannot be a key of an AnnData file."""
+    """Refuse a name that cannot be a key of an AnnData file.
+
+    Args:
+        key_added: The name.
+
+    Raises:
+        InputError: It is empty or has a slash in it.
+    """
     if not key_added or "/" in key_added:
         msg = explain(
             f"key_added = {key_added!r}",
@@ -419,7 +429,14 @@ def check_key(key_added: str) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Raise InputError where a file cannot be written at ``out``, before any work is done."""
+    """Refuse, before any work is done, a place where no file can be written.
+
+    Args:
+        out: The file to be.
+
+    Raises:
+        InputError: Its folder is not there, or it is a folder.
+    """
     parent = out.parent
     if not parent.is_dir():
         msg = explain(
@@ -456,7 +473,15 @@ def written_whole(out: Path) -> Iterator[Path]:
 
 
 def check_copy(path: Path, out: Path) -> None:
-    """Raise InputError where no copy of ``path`` can be written at ``out``, before any work is done."""
+    """Refuse, before any work is done, a copy that cannot be written.
+
+    Args:
+        path: What is to be copied.
+        out: The copy to be.
+
+    Raises:
+        InputError: ``path`` is a folder, both are the same file, or see :func:`check_output`.
+    """
     check_output(out)
     if path.is_dir():
         msg = explain(

@@ -102,7 +102,8 @@ class GeneImputer(Estimator):
             By default 3,000 from scratch, else all. Genes asked for in ``fit`` by name are not counted.
         linear: Pool the network with ridge regression.
         quiet: No progress.
-        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+        **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
+            ``learning_rate``, ``seed``...
 
     Attributes:
         panel: Genes that cells are seen through: those that panel and reference share. Empty before ``fit``.

@@ -313,7 +313,14 @@ def _wanted_vocabulary(
 
 
 def read_genes(path: str | os.PathLike) -> list[str]:
-    """Read a vocabulary from a text file: one gene a line, blank lines and lines beginning with # left out."""
+    """Read a vocabulary from a text file: one gene a line, blank lines and lines beginning with # left out.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It cannot be read as text.
+    """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

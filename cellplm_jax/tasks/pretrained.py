@@ -52,6 +52,9 @@ class Pretrained:
         step: Training step of the weights; 0 for a converted or untrained model.
         precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
             the hardware has it, with embeddings at a cosine of .999 or more to the exact ones. Sums are float32.
+
+    Raises:
+        InputError: There is no such precision.
     """
 
     config: ModelConfig

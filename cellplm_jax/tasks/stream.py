@@ -176,7 +176,7 @@ def _free_memory() -> int:
 
 
 class StreamedEncoder:
-    """Encoder and latent over contexts of any size; what it computes is what :meth:`Pretrained.encode` does.
+    """Encoder and latent over contexts of any size; to the numbers of :attr:`cellplm_jax.Pretrained.encode`.
 
     Args:
         config: The architecture; :meth:`supports` says which.
