@@ -57,23 +57,14 @@ cells.obs[["cell_type", "cellplm_cell_type", "cellplm_confidence"]].head()
 # %% [markdown]
 # ## Where it errs
 #
-# Rows are the names that marker genes gave, columns the predictions; every row adds up to 1.
+# Rows are the names that marker genes gave, columns the predictions; colours are shares of a row.
 
 # %%
-from sklearn.metrics import ConfusionMatrixDisplay
+from cellplm_jax.evaluate.annotation import confusion_table
 
-figure, ax = plt.subplots(figsize=(6, 5), layout="constrained")
-ConfusionMatrixDisplay.from_predictions(
-    cells.obs["cell_type"].astype(str),
-    cells.obs["cellplm_cell_type"].astype(str),
-    normalize="true",
-    values_format=".2f",
-    cmap="Blues",
-    xticks_rotation=40,
-    colorbar=False,
-    ax=ax,
-)
-plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+true = cells.obs["cell_type"].astype(str)
+predicted = cells.obs["cellplm_cell_type"].astype(str)
+cellplm.plot.confusion_matrix(confusion_table(true, predicted))
 plt.show()
 
 # %% [markdown]
@@ -83,19 +74,7 @@ plt.show()
 # Numbers are cells.
 
 # %%
-confidence = cells.obs["cellplm_confidence"].to_numpy()
-right = (
-    cells.obs["cellplm_cell_type"].astype(str) == cells.obs["cell_type"].astype(str)
-).to_numpy()
-part = np.digitize(confidence, [0.5, 0.7, 0.8, 0.9, 0.97])
-figure, ax = plt.subplots(figsize=(4.5, 4), layout="constrained")
-ax.plot([0.3, 1], [0.3, 1], color="0.7", lw=1)
-for number in np.unique(part):
-    chosen = part == number
-    x, y = confidence[chosen].mean(), right[chosen].mean()
-    ax.plot(x, y, "o", color="#0072B2")
-    ax.annotate(f"{chosen.sum()}", (x, y), xytext=(-6, 6), textcoords="offset points", ha="right")
-ax.set(xlabel="mean confidence", ylabel="share that is right", title="Calibration")
+cellplm.plot.calibration(predicted == true, cells.obs["cellplm_confidence"])
 plt.show()
 
 # %% [markdown]

@@ -85,23 +85,15 @@ print({name: round(float(value), 3) for name, value in scores.items()})
 # %%
 best = list(imputer.confidence[imputed.columns].sort_values(ascending=False).index[:3])
 places = truth.obsm["spatial"]
-figure, axes = plt.subplots(len(best), 3, figsize=(11, 3.2 * len(best)), layout="constrained")
-for row, gene in zip(axes, best, strict=True):
-    counted, predicted = true[:, column[gene]], imputed[gene].to_numpy()
-    limits = (0.0, float(np.quantile(counted, 0.99)))
-    widest = float(np.quantile(np.abs(predicted - counted), 0.99))
-    for ax, values, title, colors in zip(
-        row,
-        (counted, predicted, predicted - counted),
-        (f"{gene}: counted", "imputed", "difference"),
-        (
-            {"color_limits": limits},
-            {"color_limits": limits},
-            {"color_limits": (-widest, widest), "color_map": "RdBu_r"},
-        ),
-        strict=True,
-    ):
-        cellplm.plot.spatial(places, values, title=title, unit="µm", ax=ax, **colors)
+for gene in best:
+    cellplm.plot.spatial_comparison(
+        places,
+        true[:, column[gene]],
+        imputed[gene],
+        title=gene,
+        names=("counted", "imputed"),
+        unit="µm",
+    )
 plt.show()
 
 # %% [markdown]
