@@ -17,7 +17,7 @@ from cellplm_jax.losses import objectives as objectives_module
 from cellplm_jax.losses.objectives import chunked_count_loss, reconstruction_loss
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.model.decoder import Decoder
-from cellplm_jax.model.masking import drop_cells
+from cellplm_jax.model.masking import drop_cells, masked_width, sample_gene_mask
 from cellplm_jax.train.step import loss_terms
 from tests.model.common import GENES, make_batch, random_counts, random_params, shapes_of, tiny
 
@@ -225,6 +225,39 @@ def test_a_training_loss_in_chunks_is_the_plain_one(precision):
     tolerance = 1e-4 if precision == "float32" else 3e-2
     for one, two in zip(jax.tree.leaves(slopes), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(two, one, atol=tolerance * max(float(jnp.abs(one).max()), 1e-3))
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@EVERY
+def test_cells_without_a_masked_entry_are_not_decoded(kind, chunk):
+    batch = BATCHES[kind]()
+    masking = MaskingConfig(cell_fraction=0.6, gene_fraction=0.4, drop_cells=0.0)
+    config = TrainConfig(model=tiny(dropout=0.0), masking=masking, chunk_cells=chunk)
+    mask = sample_gene_mask(jax.random.key(1), batch, GENES, masking)
+    params = random_params(init_params(config.model, jax.random.key(0)))
+    rngs = {"latent": jax.random.key(2), "dropout": jax.random.key(3)}
+    widths = []
+
+    def loss(params, masked):
+        return loss_terms(params, batch, config, gene_mask=mask, rngs=rngs, masked=masked)
+
+    def count(module, z, *rest, **options):
+        widths.append(z.shape[1])
+        return plain(module, z, *rest, **options)
+
+    plain = Decoder._hidden
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "_hidden", count)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+        (_, every), of_every = gradient(params, None)
+        (_, some), of_some = gradient(params, masked_width(batch, masking))
+    assert widths[-1] <= max(batch.pieces, 0.6 * widths[0] + 1)
+    assert float(every["reconstruction"]) > 0 or kind == "empty"
+    for name, value in every.items():
+        np.testing.assert_allclose(some[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), of_some, of_every
+    )
 
 
 def test_a_chunked_step_needs_no_array_of_cells_by_genes_but_the_mask():

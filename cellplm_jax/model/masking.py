@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import jax
@@ -89,8 +90,25 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     if segment is not None:
         # More samples may be kept than there is room for; who goes is drawn among all of them.
         keep &= _rank(jnp.where(keep, noise, jnp.inf)) < width
-    # Kept cells move to the front of their piece, in the order they are in: their stored counts stay in one run.
-    place = jnp.where(keep, jnp.cumsum(keep, axis=-1) - 1, cells)
+    return keep_cells(batch, batch.unfold(keep), width)[0]
+
+
+def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch, Callable]:
+    """Leave cells out of a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
+
+    Args:
+        batch: The cells.
+        keep: bool [samples, cells]; False for padding.
+        width: Cells of a piece in the result; those past them are lost.
+
+    Returns:
+        The batch, whose counts stay where they are while ``slot`` says where each cell went; and a function that takes
+        what is known of each cell, [samples, cells, ...], to [samples, pieces * width, ...] (anything on padding).
+    """
+    cells = batch.cell_mask.shape[1] // batch.pieces
+    folded = batch.fold(keep)
+    # In the order they are in: the stored counts of kept cells stay in one run.
+    place = jnp.where(folded, jnp.cumsum(folded, axis=-1) - 1, cells)
     slot = jnp.minimum(place, width)
     if batch.slot is not None:
         # Cells were dropped before: follow each from where it sits now.
@@ -100,7 +118,7 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     else:
         moved = slot
     source = jnp.argsort(place, axis=-1)[..., :width]
-    number = jnp.minimum(keep.sum(axis=-1, keepdims=True), width)
+    number = jnp.minimum(folded.sum(axis=-1, keepdims=True), width)
 
     def gather(values):
         if values is None:
@@ -109,7 +127,7 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         picked = batch.over_pieces(lambda table, index: table[index])(batch.fold(values), source)
         return batch.unfold(picked)
 
-    return batch.replace(
+    kept = batch.replace(
         cell_mask=batch.unfold(jnp.arange(width) < number),
         segment=gather(batch.segment),
         coordinates=gather(batch.coordinates),
@@ -120,6 +138,7 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         platform=gather(batch.platform),
         slot=moved,
     )
+    return kept, gather
 
 
 def follow_cells(values: jax.Array, batch: CellBatch, *, fill: float | bool = 0) -> jax.Array:
@@ -172,6 +191,12 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
     below = jnp.minimum(place.astype(jnp.int32), len(table) - 2)
     drawn = table[below] + (place - below) * (table[below + 1] - table[below])
     return jnp.minimum(drawn, config.maximum_rate)
+
+
+def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
+    """Return how many cells of a piece :func:`sample_gene_mask` masks at most."""
+    cells = batch.cell_mask.shape[1] // batch.pieces
+    return max(1, min(cells, int(cells * config.cell_fraction * (1.0 + 2.5e-7))))
 
 
 def sample_gene_mask(

@@ -23,7 +23,7 @@ from cellplm_jax.losses.objectives import (
     warmup_factor,
 )
 from cellplm_jax.model.cellplm import CellPLM, in_precision
-from cellplm_jax.model.masking import drop_cells, sample_gene_mask
+from cellplm_jax.model.masking import drop_cells, keep_cells, masked_width, sample_gene_mask
 from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
 from cellplm_jax.train.sharding import (
@@ -36,6 +36,9 @@ from cellplm_jax.train.sharding import (
 from cellplm_jax.train.state import TrainState, create_state
 
 Metrics = dict[str, jax.Array]
+
+MASKED_CELLS_ONLY = ("negative_binomial", "zero_inflated_negative_binomial")
+"""Objectives that score the cells with a masked entry and no others."""
 
 
 def compute_params(params: Any, config: TrainConfig) -> Any:
@@ -57,6 +60,7 @@ def loss_terms(
     warmup: jax.Array | float = 1.0,
     noise: LatentNoise | None = None,
     rngs: dict[str, jax.Array] | None = None,
+    masked: int | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Compute the pretraining loss of a batch whose masks have been drawn.
 
@@ -68,6 +72,8 @@ def loss_terms(
         warmup: KL warm-up factor.
         noise: Random numbers of the latent; None draws them from ``rngs["latent"]``.
         rngs: PRNG keys of the ``"dropout"`` and ``"latent"`` streams.
+        masked: Cells of a piece that have a masked entry, at most; None: not known. Where the objective is about them
+            alone, the others are not decoded.
 
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
@@ -82,30 +88,35 @@ def loss_terms(
     )
 
     chunked = config.chunk_cells > 0 and config.objective.kind != "mean_squared_error"
+    decoded, z = batch, inferred.z
+    if masked is not None and gene_mask is not None and config.objective.kind in MASKED_CELLS_ONLY:
+        scored = batch.cell_mask & gene_mask.any(axis=-1)
+        decoded, follow = keep_cells(batch, scored, masked)
+        z, gene_mask = follow(z), follow(gene_mask)
 
     def decode_and_score(variables, z, gene_mask):
         if chunked:
             hidden = model.apply(
-                variables, _narrow(z, config), batch, train=True, rngs=rngs,
+                variables, _narrow(z, config), decoded, train=True, rngs=rngs,
                 method=CellPLM.decode_hidden,
             )  # fmt: skip
             return chunked_count_loss(
                 partial(_output_layer, model),
                 variables["params"]["decoder"],
                 hidden,
-                batch,
+                decoded,
                 config.objective,
                 chunk=config.chunk_cells,
                 gene_mask=gene_mask,
             )
         reconstruction = model.apply(
-            variables, _narrow(z, config), batch, train=True, rngs=rngs, method=CellPLM.decode
+            variables, _narrow(z, config), decoded, train=True, rngs=rngs, method=CellPLM.decode
         )
-        return reconstruction_loss(reconstruction, batch, config.objective, gene_mask=gene_mask)
+        return reconstruction_loss(reconstruction, decoded, config.objective, gene_mask=gene_mask)
 
     if config.rematerialize and not chunked:
         decode_and_score = jax.checkpoint(decode_and_score)
-    terms = decode_and_score(variables, inferred.z, gene_mask)
+    terms = decode_and_score(variables, z, gene_mask)
     latent = latent_loss(
         inferred, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
     )
@@ -205,8 +216,9 @@ def _masked_loss(
     """Drop cells, draw masks, and compute the loss."""
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     batch = drop_cells(drop_key, batch, config.masking)
-    gene_mask = None
+    gene_mask, masked = None, None
     if config.masking.cell_fraction > 0 and config.masking.gene_fraction > 0:
+        masked = masked_width(batch, config.masking)
         gene_mask = sample_gene_mask(
             mask_key, batch, config.model.genes, config.masking, chunk=config.chunk_cells
         )
@@ -217,6 +229,7 @@ def _masked_loss(
         gene_mask=gene_mask,
         warmup=warmup,
         rngs={"dropout": dropout_key, "latent": latent_key},
+        masked=masked,
     )
     return loss, {**metrics, "cells": batch.cell_mask.sum().astype(jnp.float32)}
 
