@@ -372,7 +372,7 @@ def test_version_and_help(command):
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
     assert set(cli_commands()) == {
         "demo", "plan", "prepare", "embed", "cluster", "integrate", "annotate", "impute",
-        "denoise", "perturb", "samples", "convert", "export", "info", "doctor", "completion",
+        "denoise", "perturb", "samples", "convert", "export", "info", "doctor", "completion", "bench",
     }  # fmt: skip
     for name in cli_commands():
         status, out, _ = command(name, "--help")

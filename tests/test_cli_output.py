@@ -128,7 +128,7 @@ def test_every_verb_has_json_and_quiet_and_an_example():
             yield parser
 
     verbs = list(leaves(build_parser()))
-    assert len(verbs) == 22
+    assert len(verbs) == 25
     for parser in verbs:
         assert "example:" in parser.format_help()
         if parser.prog == "cellplm completion":

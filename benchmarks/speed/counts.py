@@ -27,8 +27,9 @@ def real(cells: int) -> sparse.csr_matrix:
     """Return counts of PBMC3k [cells, 19,374], its most widely found genes in the first columns."""
     import anndata
 
-    table = anndata.read_h5ad(ROOT / "cellplm_jax" / "resources" / "pbmc3k.h5ad")
-    counts = sparse.csr_matrix(table.X, dtype=np.float32)[:cells]
+    stored = anndata.read_h5ad(ROOT / "cellplm_jax" / "resources" / "pbmc3k.h5ad").X[:cells]
+    parts = stored.data.astype(np.float32), stored.indices.astype(np.int32), stored.indptr
+    counts = sparse.csr_matrix(parts, shape=stored.shape)
     order = np.argsort(-counts.getnnz(axis=0), kind="stable")[:GENES]
     chosen = counts[:, order]
     if chosen.shape[1] < GENES:

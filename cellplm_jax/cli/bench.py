@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from cellplm_jax.cli.options import command, positive
+from cellplm_jax.cli.options import add_output, command, positive
 from cellplm_jax.cli.output import plain, say
 
 PRECISIONS = ("float32", "bfloat16")
@@ -65,6 +65,7 @@ def add_bench(commands: Any) -> None:
         verb.add_argument(
             "--repeats", type=positive, default=5, metavar="N", help="runs after the first (5)"
         )
+        add_output(verb)
     for verb in (embed, train):
         verb.add_argument(
             "--precision", choices=PRECISIONS, help="of the matrix products (float32)"
@@ -78,11 +79,13 @@ def add_bench(commands: Any) -> None:
         )
 
 
-def _conclude(facts: dict[str, Any]) -> None:
+def _conclude(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Write the figures as JSON, with and without ``--json``, and one line for people to standard error."""
     rate = f"{facts['cells_per_second']:,.0f} cells/s"
     if facts.get("share_of_peak"):
         rate += f", {facts['share_of_peak']:.0%} of the peak of matrix products"
-    say(f"{facts['task']}: {rate} on {facts['device']}", sys.stderr)
+    if not arguments.quiet:
+        say(f"{facts['task']}: {rate} on {facts['device']}", sys.stderr)
     say(json.dumps(plain(facts), indent=2, allow_nan=False))
 
 
@@ -92,13 +95,14 @@ def _embed(arguments: argparse.Namespace) -> None:
 
     model = load(arguments.model, precision=arguments.precision or "float32")
     _conclude(
+        arguments,
         bench_embedding(
             model,
             data=arguments.input,
             cells=arguments.cells,
             nonzeros=arguments.nonzeros,
             repeats=arguments.repeats,
-        )
+        ),
     )
 
 
@@ -117,12 +121,13 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.chunk_cells is not None:
         changes["chunk_cells"] = arguments.chunk_cells
     _conclude(
+        arguments,
         bench_training(
             dataclasses.replace(config, **changes),
             genes=arguments.genes,
             nonzeros=arguments.nonzeros,
             repeats=arguments.repeats,
-        )
+        ),
     )
 
 
@@ -132,5 +137,6 @@ def _load(arguments: argparse.Namespace) -> None:
 
     genes = load("small").genes
     _conclude(
-        bench_loading(arguments.input, genes, cells=arguments.cells, repeats=arguments.repeats)
+        arguments,
+        bench_loading(arguments.input, genes, cells=arguments.cells, repeats=arguments.repeats),
     )

@@ -201,7 +201,8 @@ def test_places_help_where_the_signal_is_spatial(monkeypatch):
         found = imputer(None, epochs=16, cells_per_context=96, cells_per_step=96)
         found.fit(truth[:, PANEL].copy(), reference=reference)
         pearson[kind] = found.score(truth)["pearson"]
-    assert pearson["sinusoidal"] > pearson["none"] + 0.2
+    # Without places there may be nothing to go by: the same is then predicted for every cell, which has no correlation.
+    assert pearson["sinusoidal"] > np.nan_to_num(pearson["none"]) + 0.2
 
 
 # Saved, and opened elsewhere
