@@ -87,18 +87,17 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., width] to the same shape, in the type of ``x`` and the parameters."""
+        """Map [..., width] to the same shape, in the parameters' type: a wider residual stream stays as it is."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = None
         if self.kind != "rmsnorm":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        kind = jnp.promote_types(x.dtype, scale.dtype)
         # Statistics, scale and bias in float32; rounded once.
         x = without_leading_one(self._standardised, x.astype(jnp.float32))
         x = x * spread(scale.astype(jnp.float32), x.shape)
         if bias is not None:
             x = x + spread(bias.astype(jnp.float32), x.shape)
-        return x.astype(kind)
+        return x.astype(scale.dtype)
 
     def _standardised(self, x: jax.Array) -> jax.Array:
         if self.kind == "rmsnorm":

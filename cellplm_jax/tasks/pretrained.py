@@ -193,7 +193,6 @@ class Pretrained:
 
         def run(params, hidden, cell_mask):
             variables = {"params": params}
-            hidden = hidden.astype(self.precision)
             hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
             return model.apply(variables, hidden, method=CellPLM.infer).mean
 
@@ -202,7 +201,7 @@ class Pretrained:
     @cached_property
     def encode_streamed(self) -> StreamedEncoder:
         """The same as :meth:`encode` for contexts of any size, in passes over chunks."""
-        return StreamedEncoder(self.config, self.encode, self.precision)
+        return StreamedEncoder(self.config, self.encode)
 
     @cached_property
     def attend(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:

@@ -182,23 +182,14 @@ class StreamedEncoder:
         config: The architecture; :meth:`supports` says which.
         at_once: ``(params, hidden, cell_mask) -> embedding`` of whole contexts, which chunks are where no cell sees
             another.
-        precision: Type that the encoder computes in.
     """
 
-    def __init__(
-        self, config: ModelConfig, at_once: Callable[..., jax.Array], precision: str = "float32"
-    ):
+    def __init__(self, config: ModelConfig, at_once: Callable[..., jax.Array]):
         self.config, self._at_once = config, at_once
         model = CellPLM(config)
-
-        def narrowed(function):
-            return jax.jit(
-                lambda params, hidden, *rest: function(params, hidden.astype(precision), *rest)
-            )
-
-        self._sums = narrowed(partial(chunk_sums, config=config))
-        self._layer = narrowed(partial(chunk_layer, config=config))
-        self._conclude = narrowed(
+        self._sums = jax.jit(partial(chunk_sums, config=config))
+        self._layer = jax.jit(partial(chunk_layer, config=config))
+        self._conclude = jax.jit(
             lambda params, hidden: model.apply(
                 {"params": params}, hidden, method=CellPLM.embed_encoded
             )
