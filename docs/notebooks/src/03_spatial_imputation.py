@@ -83,7 +83,7 @@ print({name: round(float(value), 3) for name, value in scores.items()})
 # difference. The counts are noisy; the imputed values are an expectation, and smoother.
 
 # %%
-best = list(imputer.confidence[imputed.columns].sort_values(ascending=False).index[:3])
+best = list(imputer.confidence[imputed.columns].sort_values(ascending=False).index[:2])
 places = truth.obsm["spatial"]
 for gene in best:
     cellplm.plot.spatial_comparison(
