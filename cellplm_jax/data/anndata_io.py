@@ -431,7 +431,8 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> _Opened:
     places: dict[str, _Place] = {}
     if "X" in store and str(store["X"].attrs.get("encoding-type", "")) != "null":
         places["X"] = stored("X", "X", "var")
-    if "raw" in store and "X" in store["raw"]:
+    # Written element by element, an AnnData without raw has an empty data set in its place.
+    if "raw" in store and hasattr(store["raw"], "keys") and "X" in store["raw"]:
         places["raw.X"] = stored("raw.X", "raw/X", "raw/var")
     layers = tuple(store["layers"].keys()) if "layers" in store else ()
     for key in layers:

@@ -827,3 +827,13 @@ def test_import_is_light():
 
     code = "import sys, cellplm_jax.data.anndata_io; sys.exit(bool({'anndata', 'jax', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_file_written_element_by_element_has_an_empty_raw(tmp_path):
+    counts = sparse.csr_matrix(np.eye(3, dtype=np.float32))
+    adata = ad.AnnData(counts, var=pd.DataFrame(index=["G1", "G2", "G3"]))
+    with h5py.File(tmp_path / "cells.h5ad", "w") as file:
+        ad.io.write_elem(file, "/", adata)
+        assert file["raw"].shape is None
+    with open_counts(tmp_path / "cells.h5ad", ["G1", "G2", "G3"], minimum_genes=1) as source:
+        np.testing.assert_array_equal(source.read(0, 3).toarray(), counts.toarray())
