@@ -134,7 +134,8 @@ def _requirements() -> Iterator[tuple[str, str]]:
         metadata = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return
-    yield "python", metadata.get("Requires-Python") or ""
+    declared = metadata.get_all("Requires-Python") or [""]
+    yield "python", declared[0]
     for text in metadata.get_all("Requires-Dist") or []:
         requirement = Requirement(text)
         if requirement.marker is None:

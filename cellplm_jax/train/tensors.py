@@ -79,5 +79,5 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the numbers, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
