@@ -223,7 +223,8 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         "# A whole file as one context",
         "",
-        "`python benchmarks/speed/one_context.py`, bundled `small` model, float32, "
+        f"`python benchmarks/speed/one_context.py --sizes {' '.join(str(row['cells']) for row in rows)}`, "
+        "bundled `small` model, float32, "
         f"{content['machine']}, {content['date']}, "
         + ", ".join(f"{name} {version}" for name, version in content["versions"].items())
         + ".",
