@@ -15,10 +15,7 @@ from cellplm_jax.plot.style import (
     HATCHES,
     MARKERS,
     PALETTE,
-    STYLE,
-    new_axes,
-    pyplot_module,
-    widen,
+    picture,
 )
 
 if TYPE_CHECKING:
@@ -75,16 +72,16 @@ def comparison_bars(
         InputError: The table is empty or holds something else than numbers.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     frame = _frame(table, "The table")
     spread = None
     if errors is not None:
         spread = _frame(errors, "The table of errors").reindex_like(frame)
     methods, scores = frame.shape
     width = 0.84 / methods
-    with pyplot.rc_context(STYLE):
-        room = scores * (methods * 0.36 + 0.25) + 0.7
-        axes = new_axes(ax, (float(np.clip(room, 3.2, 12.0)), 3.4))
+    room = scores * (methods * 0.36 + 0.25) + 0.7
+    with picture(
+        ax, (float(np.clip(room, 3.2, 12.0)), 3.4), title=title, show=show, beside=True
+    ) as axes:
         for place, (method, row) in enumerate(frame.iterrows()):
             left = np.arange(scores) + (place - (methods - 1) / 2) * width
             height = row.to_numpy()
@@ -135,12 +132,6 @@ def comparison_bars(
             axes.legend(
                 frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
             )
-        if title:
-            axes.set_title(title, loc="left")
-        if ax is None:
-            widen(axes)
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -170,13 +161,11 @@ def table_bars(
         InputError: There is no row.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     if not values:
         raise InputError(explain("no rows to draw", "at least one name and number", "Give some"))
     names, heights = [str(name) for name in values], np.array([*values.values()], np.float64)
     whole = bool(np.all(heights == np.round(heights)))
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (5.6, 0.26 * len(names) + 0.8))
+    with picture(ax, (5.6, 0.26 * len(names) + 0.8), title=title, show=show) as axes:
         places = np.arange(len(names))
         axes.barh(places, heights, color=color, height=0.72)
         for place, height in zip(places, heights, strict=True):
@@ -195,10 +184,6 @@ def table_bars(
             axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axes.margins(x=0.14, y=0.02)
         axes.spines[["top", "right"]].set_visible(False)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -226,14 +211,12 @@ def confusion_matrix(
         InputError: The table is empty or holds something else than numbers.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     frame = _frame(counts, "The table of confusions")
     cells = frame.to_numpy()
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1.0)
     rows, columns = frame.shape
-    with pyplot.rc_context(STYLE):
-        side = float(np.clip(0.34 * max(rows, columns), 1.8, 9.0))
-        axes = new_axes(ax, (side + 2.4, side + 1.3))
+    side = float(np.clip(0.34 * max(rows, columns), 1.8, 9.0))
+    with picture(ax, (side + 2.4, side + 1.3), title=title, show=show) as axes:
         drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="equal")
         totals = cells.sum(axis=1).astype(int)
         names = [f"{name} ({n:,})" for name, n in zip(frame.index, totals, strict=True)]
@@ -255,10 +238,6 @@ def confusion_matrix(
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=22)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.set_label("share of the row")
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -291,7 +270,6 @@ def calibration(
         InputError: The two have not the same length, or a confidence is not between 0 and 1.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     right, confidence = np.asarray(right, bool), np.asarray(confidence, np.float64)
     if right.shape != confidence.shape or right.ndim != 1 or not len(right):
         msg = explain(
@@ -308,8 +286,7 @@ def calibration(
     filled = np.flatnonzero(size)
     x = np.bincount(place, weights=confidence, minlength=bins)[filled] / size[filled]
     y = np.bincount(place, weights=right, minlength=bins)[filled] / size[filled]
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (4.0, 3.8))
+    with picture(ax, (4.0, 3.8), title=title, show=show) as axes:
         axes.plot([0, 1], [0, 1], color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
         axes.plot(x, y, color=PALETTE[0], linewidth=1.2, zorder=2)
         area = 18 + 130 * np.sqrt(size[filled] / size.max())
@@ -326,10 +303,6 @@ def calibration(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#E8E8E8", linewidth=0.6)
         axes.set_axisbelow(True)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -363,13 +336,11 @@ def histogram(
         InputError: There is no finite value.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     numbers = np.asarray(values, np.float64).ravel()
     numbers = numbers[np.isfinite(numbers)]
     if not numbers.size:
         raise InputError(explain("no finite value to draw", "at least one", "Check the values"))
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (4.8, 2.8))
+    with picture(ax, (4.8, 2.8), title=title, show=show) as axes:
         axes.hist(
             numbers, bins=bins, range=limits, color=PALETTE[0], edgecolor="white", linewidth=0.4
         )
@@ -382,10 +353,6 @@ def histogram(
         axes.set_ylabel(counted)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -413,14 +380,14 @@ def change_map(
         InputError: The table is empty or holds something else than numbers.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     frame = _frame(change, "The table of changes")
     values = frame.to_numpy()
     reach = float(np.nanmax(np.abs(values))) or 1.0
     rows, columns = frame.shape
-    with pyplot.rc_context(STYLE):
-        width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))
-        axes = new_axes(ax, (width, float(np.clip(0.26 * rows + 1.3, 1.9, 10.0))))
+    width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))
+    with picture(
+        ax, (width, float(np.clip(0.26 * rows + 1.3, 1.9, 10.0))), title=title, show=show
+    ) as axes:
         drawn = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
         axes.set_xticks(
             np.arange(columns), [str(name) for name in frame.columns], rotation=60, ha="right",
@@ -435,10 +402,6 @@ def change_map(
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=18)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.set_label(value_label)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -468,7 +431,6 @@ def ablation_dots(
         InputError: The reference is not there, or a variant has no finite score.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     seeds = {str(name): np.asarray(values, np.float64).ravel() for name, values in scores.items()}
     if reference not in seeds:
         msg = explain(
@@ -481,8 +443,7 @@ def ablation_dots(
         if not values.size or not np.isfinite(values).all():
             msg = explain(f"variant '{name}' has no finite score", "one a seed", "Leave it out")
             raise InputError(msg)
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (5.6, 0.3 * len(seeds) + 0.9))
+    with picture(ax, (5.6, 0.3 * len(seeds) + 0.9), title=title, show=show) as axes:
         whole = seeds[reference].mean()
         axes.axvline(whole, color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
         for place, (name, values) in enumerate(seeds.items()):
@@ -508,10 +469,6 @@ def ablation_dots(
         axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -541,7 +498,6 @@ def benchmark_lines(
         InputError: There is nothing to draw, or a number is not above 0.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     numbers = [n for curve in curves.values() for pair in curve.items() for n in pair]
     if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
         msg = explain(
@@ -550,8 +506,7 @@ def benchmark_lines(
             "Leave out the others",
         )
         raise InputError(msg)
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (4.8, 3.4))
+    with picture(ax, (4.8, 3.4), title=title, show=show, beside=True) as axes:
         for place, (method, curve) in enumerate(curves.items()):
             sizes = sorted(curve)
             axes.plot(
@@ -567,10 +522,4 @@ def benchmark_lines(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)
-        if title:
-            axes.set_title(title, loc="left")
-        if ax is None:
-            widen(axes)
-    if show:
-        pyplot.show()
     return axes

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellplm_jax.errors import InputError, explain, require
-from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, new_axes, pyplot_module
+from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, picture, pyplot_module
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +249,6 @@ def fitting_curves(
         InputError: The history is empty, or has no such quantity.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     rows = [{**row, "step": row["epoch"]} for row in history]
     names = {"train": key, "heldout": f"validation_{key}"}
     curves = {split: _series(rows, "train", name) for split, name in names.items()}
@@ -262,8 +261,7 @@ def fitting_curves(
             "Name one of these" if known else "Call fit first",
         )
         raise InputError(msg)
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (4.6, 3.0))
+    with picture(ax, (4.6, 3.0), title=title, show=show) as axes:
         for split, (epochs, values) in curves.items():
             line = _curve(axes, split, epochs, values, None)
             line.set_label({"train": "training", "heldout": "validation"}[split])
@@ -284,10 +282,6 @@ def fitting_curves(
         axes.grid(axis="y", color="#E0E0E0", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
-        if title:
-            axes.set_title(title, loc="left")
-    if show:
-        pyplot.show()
     return axes
 
 

@@ -16,9 +16,8 @@ from cellplm_jax.plot.style import (
     STYLE,
     UNKNOWN_COLOR,
     UNKNOWN_LABELS,
-    new_axes,
+    picture,
     pyplot_module,
-    widen,
 )
 
 if TYPE_CHECKING:
@@ -257,10 +256,8 @@ def umap(
         InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     points = _points(coordinates)
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (4.6, 4.2))
+    with picture(ax, (4.6, 4.2), title=title, show=show, beside=True) as axes:
         _scatter(
             axes,
             points,
@@ -280,12 +277,6 @@ def umap(
         axes.set_xlabel(f"{axis_name} 1", loc="left")
         axes.set_ylabel(f"{axis_name} 2", loc="bottom")
         axes.margins(0.04)
-        if title:
-            axes.set_title(title, loc="left")
-        if ax is None:
-            widen(axes)
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -334,14 +325,12 @@ def spatial(
         InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     points = _points(coordinates)
     extent = np.ptp(points, axis=0)
     extent = np.where(extent > 0, extent, max(extent.max(), 1.0))
-    with pyplot.rc_context(STYLE):
-        long = 5.0 / max(extent)
-        width, height = np.maximum(extent * long, (1.8, 1.5)) + np.array((0.2, 0.4))
-        axes = new_axes(ax, (float(width), float(height)))
+    long = 5.0 / max(extent)
+    width, height = np.maximum(extent * long, (1.8, 1.5)) + np.array((0.2, 0.4))
+    with picture(ax, (float(width), float(height)), title=title, show=show, beside=True) as axes:
         if point_size is None:
             box = axes.get_window_extent()
             scale = 72 / axes.figure.dpi * min(box.width / extent[0], box.height / extent[1])
@@ -374,13 +363,8 @@ def spatial(
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-        if title:
-            axes.set_title(title, loc="left")
         if ax is None:
             axes.set_anchor("W")  # the legend follows the tissue, not the box around it
-            widen(axes)
-    if show:
-        pyplot.show()
     return axes
 
 
@@ -556,7 +540,6 @@ def gene_map(
         InputError: Shapes do not fit, coordinates are not finite, or a gene to show is not there.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     effects = require("matplotlib.patheffects", "eval", "Plotting")
     points = _points(coordinates)
     names = [str(gene) for gene in genes]
@@ -571,8 +554,7 @@ def gene_map(
                 nearest(name, names, "Check the name"),
             )
             raise InputError(msg)
-    with pyplot.rc_context(STYLE):
-        axes = new_axes(ax, (5.2, 4.6))
+    with picture(ax, (5.2, 4.6), title=title, show=show, beside=True) as axes:
         size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
         axes.scatter(*points.T, s=size, c="#CFCFCF", linewidths=0, rasterized=True, zorder=1)
         for number, (group, members) in enumerate(groups.items()):
@@ -599,10 +581,4 @@ def gene_map(
             axes.legend(
                 frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
             )
-        if title:
-            axes.set_title(title, loc="left")
-        if ax is None:
-            widen(axes)
-    if show:
-        pyplot.show()
     return axes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cellplm_jax.errors import require
@@ -76,11 +78,34 @@ def pyplot_module() -> Any:
     return require("matplotlib.pyplot", "eval", "Plotting")
 
 
-def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """Return ``ax``, or the Axes of a new figure of this size in inches."""
-    if ax is not None:
-        return ax
-    return pyplot_module().subplots(figsize=size, layout="constrained")[1]
+@contextlib.contextmanager
+def picture(
+    ax: Axes | None,
+    size: tuple[float, float],
+    *,
+    title: str | None,
+    show: bool,
+    beside: bool = False,
+) -> Iterator[Axes]:
+    """Draw one plot in the common style: give the Axes to draw on, then set the title and show it where asked.
+
+    Args:
+        ax: Where to draw. None: a new figure.
+        size: Of the new figure, in inches.
+        title: Above the plot.
+        show: Call ``matplotlib.pyplot.show()`` at the end.
+        beside: A new figure grows by the legend or colour bar beside the data.
+    """
+    pyplot = pyplot_module()
+    with pyplot.rc_context(STYLE):
+        axes = pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+        yield axes
+        if title:
+            axes.set_title(title, loc="left")
+        if beside and ax is None:
+            widen(axes)
+    if show:
+        pyplot.show()
 
 
 def widen(axes: Axes) -> None:
