@@ -19,6 +19,11 @@ from cellplm_jax.errors import ConfigError, explain, nearest
 
 ConfigType = TypeVar("ConfigType")
 
+Precision = Literal["float32", "bfloat16"]
+"""Of the factors of large matrix products."""
+
+PRECISIONS: tuple[str, ...] = typing.get_args(Precision)
+
 
 def _require(condition: bool, found: str, expected: str, remedy: str) -> None:
     if not condition:
@@ -489,7 +494,7 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     rematerialize: bool = False
     chunk_cells: int = 0
     maximum_skipped: int = 10

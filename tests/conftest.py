@@ -142,3 +142,20 @@ def make_labelled(cells: int = 90, *, seed: int = 0, spatial: bool = False):
     kind = np.random.default_rng(seed).integers(0, 3, cells)  # as make_counts draws it
     adata.obs["kind"] = np.array(["alpha", "beta", "gamma"], object)[kind]
     return adata
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command; return status, standard output and standard error."""
+
+    from cellplm_jax.cli import main
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

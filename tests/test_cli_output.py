@@ -12,25 +12,10 @@ import numpy as np
 import pytest
 
 from cellplm_jax import doctor
-from cellplm_jax.cli import build_parser, main
+from cellplm_jax.cli import build_parser
 from cellplm_jax.cli.output import conclude, plain, styled
 from cellplm_jax.errors import InputError, nearest
 from tests.conftest import make_adata
-
-
-@pytest.fixture
-def command(capsys):
-    """Run the command; return status, standard output and standard error."""
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(

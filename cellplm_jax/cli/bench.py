@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from cellplm_jax.cli.options import add_output, command, positive
-from cellplm_jax.cli.output import plain, say
-
-PRECISIONS = ("float32", "bfloat16")
+from cellplm_jax.cli.options import add_output, add_precision, command, positive
+from cellplm_jax.cli.output import conclude, say
 
 
 def add_bench(commands: Any) -> None:
@@ -66,10 +63,10 @@ def add_bench(commands: Any) -> None:
             "--repeats", type=positive, default=5, metavar="N", help="runs after the first (5)"
         )
         add_output(verb)
+        # Figures are for machines, with and without --json.
+        verb.set_defaults(json=True)
     for verb in (embed, train):
-        verb.add_argument(
-            "--precision", choices=PRECISIONS, help="of the matrix products (float32)"
-        )
+        add_precision(verb, "float32" if verb is embed else None)
         verb.add_argument(
             "--nonzeros",
             type=positive,
@@ -80,20 +77,20 @@ def add_bench(commands: Any) -> None:
 
 
 def _conclude(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Write the figures as JSON, with and without ``--json``, and one line for people to standard error."""
+    """Write the figures, and one line for people to standard error."""
     rate = f"{facts['cells_per_second']:,.0f} cells/s"
     if facts.get("share_of_peak"):
         rate += f", {facts['share_of_peak']:.0%} of the peak of matrix products"
     if not arguments.quiet:
         say(f"{facts['task']}: {rate} on {facts['device']}", sys.stderr)
-    say(json.dumps(plain(facts), indent=2, allow_nan=False))
+    conclude(arguments, [], facts)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.bench import bench_embedding
     from cellplm_jax.tasks.pretrained import load
 
-    model = load(arguments.model, precision=arguments.precision or "float32")
+    model = load(arguments.model, precision=arguments.precision)
     _conclude(
         arguments,
         bench_embedding(

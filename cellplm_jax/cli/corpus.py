@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax.cli import reports
-from cellplm_jax.cli.options import add_output, command, positive
+from cellplm_jax.cli.options import add_counts, add_output, command, positive
 from cellplm_jax.cli.output import conclude, fail, say, table_lines
 
 
@@ -82,15 +82,9 @@ def add_prepare(commands: Any) -> None:
     parser.add_argument(
         "--platform-key", metavar="K", help="column of obs naming how a sample was measured"
     )
-    parser.add_argument(
-        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
-    )
+    add_counts(parser)
     parser.add_argument(
         "--label-key", metavar="K", help="column of obs with labels of cells, for the probe"
-    )
-    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
-    parser.add_argument(
-        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
     )
     parser.add_argument(
         "--genes", metavar="FILE", help="vocabulary, one gene a line (chosen from the files)"

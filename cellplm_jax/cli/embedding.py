@@ -10,7 +10,9 @@ from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
     READING,
     RECIPE,
+    add_counts,
     add_output,
+    add_precision,
     add_task,
     command,
     counts_only,
@@ -41,13 +43,7 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
     )
-    parser.add_argument(
-        "--spatial-key", metavar="K", help="key of obsm with coordinates ('spatial' where present)"
-    )
-    parser.add_argument("--layer", metavar="L", help="layer with the counts (found by itself)")
-    parser.add_argument(
-        "--gene-key", metavar="K", help="column of var with gene ids (found by itself)"
-    )
+    add_counts(parser)
     parser.add_argument(
         "--cells-per-context", type=positive, metavar="N", help="cells of a context at most (all)"
     )
@@ -63,12 +59,7 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "--minimum-genes", type=positive, metavar="N", help="fewest known genes accepted"
     )
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the matrix products; bfloat16 is faster where the hardware has it (float32)",
-    )
+    add_precision(parser)
     parser.add_argument(
         "--color",
         action="append",
@@ -80,11 +71,10 @@ def add_embed(commands: Any) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.cluster import known_columns
-    from cellplm_jax.tasks.embed import check_output, embed_file
+    from cellplm_jax.tasks.embed import embed_file
     from cellplm_jax.tasks.pretrained import load
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     colors = arguments.color or ([arguments.batch_key] if arguments.batch_key else [])
     known_columns(arguments.input, arguments.color or [])
     model = load(arguments.model, precision=arguments.precision)
@@ -157,8 +147,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.cluster import cluster_file, draw_clusters, known_columns
     from cellplm_jax.tasks.embed import check_output
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     if arguments.picture:
         check_output(Path(arguments.picture))
     columns = [key for key in (arguments.label_key, arguments.batch_key) if key]
@@ -247,10 +236,8 @@ def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
 
 def _integrate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.integrate import BatchIntegrator
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     unused = ("spatial_key", "split_key", "patience", "validation_fraction")
     _integrate_only(arguments, *unused)
     if arguments.batch_key is None:
@@ -274,11 +261,9 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
 
 
 def _integrate_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.embed import check_output
     from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
     reading = given(arguments, ("layer", "gene_key", "cells_per_context"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from cellplm_jax.cli import reports
@@ -56,10 +55,8 @@ def add_annotate(commands: Any) -> None:
 
 def _annotate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     annotator = CellTypeAnnotator(
         source(arguments),
         method=arguments.method,
@@ -86,10 +83,8 @@ def _annotate_fit(arguments: argparse.Namespace) -> None:
 
 def _annotate_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.annotate import LABEL, CellTypeAnnotator
-    from cellplm_jax.tasks.embed import check_output
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     annotator = CellTypeAnnotator.load(arguments.model, quiet=arguments.quiet)
     messages = annotator.predict_file(
         arguments.input,
@@ -142,10 +137,8 @@ def add_impute(commands: Any) -> None:
 
 def _impute_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.impute import GeneImputer
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     counts_only(arguments, "split_key")
     imputer = GeneImputer(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
     reference = ("reference", "reference_batch_key", "reference_layer", "reference_gene_key")
@@ -165,11 +158,9 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
 
 
 def _impute_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.embed import check_output
     from cellplm_jax.tasks.impute import IMPUTED, GeneImputer
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     counts_only(arguments)
     imputer = GeneImputer.load(arguments.model, quiet=arguments.quiet)
     genes = names_in(arguments.impute)
@@ -216,10 +207,8 @@ def add_denoise(commands: Any) -> None:
 
 def _denoise_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.denoise import Denoiser
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     counts_only(arguments)
     denoiser = Denoiser(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
     denoiser.fit(arguments.input, **given(arguments, READING))
@@ -231,10 +220,8 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.denoise import LAYER, Denoiser
-    from cellplm_jax.tasks.embed import check_output
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     counts_only(arguments)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
@@ -318,10 +305,8 @@ def add_perturb(commands: Any) -> None:
 
 def _perturb_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.perturb import PerturbationPredictor
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     predictor = PerturbationPredictor(
         source(arguments),
         quiet=arguments.quiet,
@@ -419,10 +404,8 @@ def add_samples(commands: Any) -> None:
 
 def _samples_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.samples import SampleClassifier
-    from cellplm_jax.train.checkpoint import check_new_directory
 
-    check_new_directory(arguments.out)
-    reports.check(arguments)
+    reports.check_new(arguments)
     classifier = SampleClassifier(
         source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE)
     )
@@ -446,12 +429,10 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
 
 
 def _samples_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.embed import check_output
     from cellplm_jax.tasks.samples import LABEL, SampleClassifier
     from cellplm_jax.tasks.tables import check_table, write_table
 
-    check_output(Path(arguments.out))
-    reports.check(arguments)
+    reports.check_file(arguments)
     if arguments.table is not None:
         check_table(arguments.table)
     classifier = SampleClassifier.load(arguments.model, quiet=arguments.quiet)

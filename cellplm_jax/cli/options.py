@@ -63,6 +63,41 @@ def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) ->
     parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
 
 
+PRECISIONS = ("float32", "bfloat16")
+"""Those of ``cellplm_jax.config``, which is not imported for the help alone."""
+
+
+def add_counts(parser: argparse.ArgumentParser, default: str = "") -> None:
+    """Add the options that say where counts and coordinates are: ``--spatial-key``, ``--layer``, ``--gene-key``.
+
+    Args:
+        parser: Of the verb.
+        default: What else to say of their defaults.
+    """
+    parser.add_argument(
+        "--spatial-key",
+        metavar="K",
+        help=f"key of obsm with coordinates ('spatial' where present{default})",
+    )
+    parser.add_argument(
+        "--layer", metavar="L", help=f"layer with the counts (found by itself{default})"
+    )
+    parser.add_argument(
+        "--gene-key", metavar="K", help=f"column of var with gene ids (found by itself{default})"
+    )
+
+
+def add_precision(parser: argparse.ArgumentParser, default: str | None = "float32") -> None:
+    """Add ``--precision``; ``default`` None: that of the configuration."""
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default,
+        help="of the matrix products; bfloat16 is faster where the hardware has it "
+        f"({default or 'of the config'})",
+    )
+
+
 def positive(text: str) -> int:
     """Return the positive whole number in a text, as a type of ``argparse``."""
     try:
@@ -148,19 +183,7 @@ def add_task(
             metavar="K",
             help=f"column of obs naming the tissue sample: one context each{default}",
         )
-        add(
-            verb,
-            "--spatial-key",
-            metavar="K",
-            help=f"key of obsm with coordinates ('spatial' where present{default})",
-        )
-        add(verb, "--layer", metavar="L", help=f"layer with the counts (found by itself{default})")
-        add(
-            verb,
-            "--gene-key",
-            metavar="K",
-            help=f"column of var with gene ids (found by itself{default})",
-        )
+        add_counts(verb, default)
         add(
             verb,
             "--values",

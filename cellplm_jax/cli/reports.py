@@ -1,4 +1,4 @@
-"""``--report``: whether a page can be written, and the writing of it."""
+"""What a verb writes: whether it can be written, before any work is done, and the page of ``--report``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax.errors import InputError, explain, require
+
+
+def check_new(arguments: argparse.Namespace) -> None:
+    """Refuse the directory of ``--out``, where it holds something, and a report that cannot be written."""
+    from cellplm_jax.train.checkpoint import check_new_directory
+
+    check_new_directory(arguments.out)
+    check(arguments)
+
+
+def check_file(arguments: argparse.Namespace) -> None:
+    """Refuse the file of ``--out`` and a report where they cannot be written."""
+    from cellplm_jax.tasks.embed import check_output
+
+    check_output(Path(arguments.out))
+    check(arguments)
 
 
 def check(arguments: argparse.Namespace) -> None:

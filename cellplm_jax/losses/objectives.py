@@ -25,7 +25,7 @@ from cellplm_jax.losses.likelihoods import (
     zero_inflated_mean_terms,
     zero_inflated_negative_binomial_nll,
 )
-from cellplm_jax.products import spread, without_leading_one
+from cellplm_jax.products import spread, weighted_sum, without_leading_one
 from cellplm_jax.structs import CellBatch, LatentOutput, Reconstruction
 
 
@@ -47,8 +47,13 @@ def scale_to_total(mean: jax.Array, total: jax.Array, entries: jax.Array) -> jax
         float [samples, cells, genes]; 0 outside ``entries``.
     """
     mean = jnp.where(entries, mean, 0.0)
+    return mean * (total / _divisor(mean))[..., None]
+
+
+def _divisor(mean: jax.Array) -> jax.Array:
+    """Return the sum of each cell's mean; 1 where that is 0."""
     predicted = mean.sum(axis=-1)
-    return mean * (total / jnp.where(predicted > 0, predicted, 1.0))[..., None]
+    return jnp.where(predicted > 0, predicted, 1.0)
 
 
 def count_nll_reference(
@@ -124,43 +129,31 @@ def _scaled_mean_terms(dispersion, mean, counts, entries):
     and by ``mean``, through the scale too, ``scale (q - sum(q mean) / sum(mean))``: fewer passes over the entries than
     what reverse mode makes of the forward. Counts have no gradient.
     """
-    _, counts, scaled, _ = _scaled(mean, counts, entries)
+    counts = jnp.where(entries, counts, 0.0)
+    scaled = scale_to_total(mean, counts.sum(axis=-1), entries)
     # What is left out has count and mean 0, whose terms are 0.
     return negative_binomial_mean_terms(counts, scaled, dispersion).sum(axis=-1)
 
 
-def _scaled(mean, counts, entries):
-    """Return mean and counts of the entries, the mean scaled to the counts' total, and the scale [..., 1]."""
-    counts, mean = jnp.where(entries, counts, 0.0), jnp.where(entries, mean, 0.0)
-    predicted = mean.sum(axis=-1, keepdims=True)
-    scale = counts.sum(axis=-1, keepdims=True) / jnp.where(predicted > 0, predicted, 1.0)
-    return mean, counts, mean * scale, scale
-
-
 def _scaled_forward(dispersion, mean, counts, entries):
-    return _scaled_mean_terms(dispersion, mean, counts, entries), (
-        dispersion,
-        mean,
-        counts,
-        entries,
-    )
+    given = (dispersion, mean, counts, entries)
+    return _scaled_mean_terms(*given), given
 
 
 def _scaled_backward(saved, gradient):
     dispersion, mean, counts, entries = saved
-    mean, counts, scaled, scale = _scaled(mean, counts, entries)
+    counts, mean = jnp.where(entries, counts, 0.0), jnp.where(entries, mean, 0.0)
+    divisor = _divisor(mean)
+    scale = counts.sum(axis=-1) / divisor
+    scaled = mean * scale[..., None]
     theta = dispersion + EPSILON
     ratio = (dispersion + counts) / (theta + scaled)
     slope = jnp.where(entries, ratio - counts / (scaled + EPSILON), 0.0)
-    predicted = mean.sum(axis=-1, keepdims=True)
-    through_scale = jnp.sum(slope * mean, axis=-1, keepdims=True)
-    through_scale = through_scale / jnp.where(predicted > 0, predicted, 1.0)
-    of_mean = jnp.where(entries, gradient[..., None] * scale * (slope - through_scale), 0.0)
+    through_scale = jnp.sum(slope * mean, axis=-1) / divisor
+    of_mean = (gradient * scale)[..., None] * (slope - through_scale[..., None])
     by_entry = jnp.log1p(scaled / theta) - ratio * scaled / theta + counts / theta
-    # A product: on a CPU far faster than a sum over cells, see ``products.spread``.
-    over = tuple(range(gradient.ndim))
-    of_dispersion = jax.lax.dot_general(gradient, by_entry, ((over, over), ((), ())))
-    return of_dispersion, of_mean, None, None
+    of_dispersion = weighted_sum(gradient, by_entry)
+    return of_dispersion, jnp.where(entries, of_mean, 0.0), None, None
 
 
 _scaled_mean_terms.defvjp(_scaled_forward, _scaled_backward)

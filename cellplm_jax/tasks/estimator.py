@@ -44,7 +44,7 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import Pretrained, load, located, opened, publish
+from cellplm_jax.tasks.pretrained import Pretrained, load_located, located, opened, publish
 from cellplm_jax.train.checkpoint import (
     ESTIMATOR_FILE,
     TENSOR_FILES,
@@ -585,8 +585,8 @@ class Estimator(abc.ABC):
         Raises:
             CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
         """
-        where, name = _located(directory)
-        content = read_estimator(name)
+        where, name = located(directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"]))
+        content = read_estimator(where, name)
         if content["class"] != cls.__name__:
             msg = explain(
                 f"'{directory}' holds a fitted {content['class']}",
@@ -594,7 +594,7 @@ class Estimator(abc.ABC):
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
             raise CheckpointError(msg)
-        model = load(name)
+        model = load_located(where, name)
         arrays = {}
         if has_item(where, "estimator"):
             arrays = restore_item(where, item="estimator", step=model.step)[0]
@@ -611,20 +611,22 @@ class Estimator(abc.ABC):
         return found
 
 
-def read_estimator(directory: str | os.PathLike) -> dict[str, Any]:
+def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:
     """Return what ``estimator.json`` of a directory says.
 
     Args:
-        directory: From :meth:`Estimator.save`, or the ``hf://`` address of one that was published.
+        directory: Where an estimator was saved to.
+        name: What messages call it; None: the directory.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
     """
-    path = epath.Path(_located(directory)[0]) / ESTIMATOR_FILE
+    path = epath.Path(directory) / ESTIMATOR_FILE
+    name = name or os.fspath(directory)
     if not path.is_file():
         what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
         msg = explain(
-            f"'{directory}' {what}",
+            f"'{name}' {what}",
             "the directory of a fitted estimator",
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
@@ -633,12 +635,8 @@ def read_estimator(directory: str | os.PathLike) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["class"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(_damaged(directory, error)) from error
+        raise CheckpointError(_damaged(name, error)) from error
     return content
-
-
-def _located(directory: str | os.PathLike) -> tuple[str, str]:
-    return located(directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"]))
 
 
 def _damaged(directory: str | os.PathLike, error: Exception) -> str:

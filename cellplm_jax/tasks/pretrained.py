@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.cache import keep_compiled
-from cellplm_jax.config import ModelConfig
+from cellplm_jax.config import PRECISIONS, ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
@@ -34,9 +34,6 @@ from cellplm_jax.train.checkpoint import (
 
 # Parts of the parameter tree that an embedding needs.
 EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
-
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(eq=False)
@@ -335,10 +332,26 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
     """
-    text, name = located(source)
+    return load_located(*located(source), step=step, precision=precision)
+
+
+def load_located(
+    directory: str, name: str, *, step: int | None = None, precision: str = "float32"
+) -> Pretrained:
+    """Open a model whose place is known.
+
+    Args:
+        directory: From :func:`located`.
+        name: Likewise; what messages call it and the model remembers.
+        step: See :func:`load`.
+        precision: See :func:`load`.
+
+    Raises:
+        CheckpointError: See :func:`load`.
+    """
     keep_compiled()
-    files = read_root(text)
-    params, found_step = restore_item(text, step=step)
+    files = read_root(directory)
+    params, found_step = restore_item(directory, step=step)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
     # A step that was saved before the data grew has fewer covariate rows than the run has now.
     shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
