@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 
 
 def processor() -> str:
-    """Return the name of this machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """Return the name of this machine's processor, as ``cellplm bench`` has it."""
+    # Imported here: programs of other methods' environments ask for versions alone.
+    from cellplm_jax.tasks.bench import processor as name
+
+    return name()
 
 
 def machine() -> str:

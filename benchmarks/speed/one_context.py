@@ -111,15 +111,11 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
 
     with open_counts(path, model.genes) as source:
         # Compiles every program on cells of the same shapes, so that the clock sees none of it.
-        first = min(
-            source.cells,
-            2 * stream.STREAM_CHUNK if source.cells > stream.STREAM_CELLS else source.cells,
-        )
-        warm = stream.STREAM_CELLS
         if source.cells > stream.STREAM_CELLS:
-            stream.STREAM_CELLS = 1
-        embed_source(source, model, groups=[np.arange(first)], spatial_key=None)
-        stream.STREAM_CELLS = warm
+            first = np.arange(stream.STREAM_CELLS + 1)
+        else:
+            first = np.arange(source.cells)
+        embed_source(source, model, groups=[first], spatial_key=None)
         waiting = Waiting()
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -30,6 +30,9 @@ from cellplm_jax.train.metrics import embedding_flops, model_flops, peak_flops
 
 HERE = Path(__file__).resolve().parent
 
+# Workers import what this program can.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
 CHUNK = 128
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "original": ("original", {}),
@@ -48,23 +51,19 @@ class Side:
     Args:
         name: One of :data:`SIDES`.
         job: What both sides are told.
-        python: The interpreter.
         directory: Where results go.
     """
 
-    def __init__(self, name: str, job: dict[str, Any], python: str, directory: Path):
+    def __init__(self, name: str, job: dict[str, Any], directory: Path):
         worker, changes = SIDES[name]
         self.name, self.seconds = name, []
         self.job = {**job, **changes}
         if job["task"] == "embed":
             self.job["result"] = str(directory / f"{name.replace(', ', '-')}.npy")
-        # Torch does not set its own number of threads from affinity alone; jax takes what it finds.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        if job["device"] == "cpu":
-            environment["JAX_PLATFORMS"] = "cpu"
+        platform = {"JAX_PLATFORMS": "cpu"} if job["device"] == "cpu" else {}
         self.process = subprocess.Popen(
-            [python, str(HERE / f"{worker}.py"), json.dumps(self.job)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [sys.executable, str(HERE / f"{worker}.py"), json.dumps(self.job)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**ENVIRONMENT, **platform},
         )  # fmt: skip
 
     def answer(self) -> dict[str, Any]:
@@ -84,13 +83,12 @@ class Side:
         self.seconds.append(self.answer()["seconds"])
 
 
-def compare(job: dict[str, Any], names: tuple[str, ...], python: str, repeats: int) -> list[dict]:
+def compare(job: dict[str, Any], names: tuple[str, ...], repeats: int) -> list[dict]:
     """Run a job on several sides in turn.
 
     Args:
         job: Task, counts, cells, weights, device.
         names: Sides, the original first.
-        python: The interpreter of both.
         repeats: Rounds.
 
     Returns:
@@ -101,7 +99,7 @@ def compare(job: dict[str, Any], names: tuple[str, ...], python: str, repeats: i
         # One after another, or preparing one would disturb the other's compilation time.
         sides, started = [], []
         for name in names:
-            side = Side(name, job, python, Path(directory))
+            side = Side(name, job, Path(directory))
             started.append(side.answer())
             sides.append(side)
         for _ in range(repeats):
@@ -173,9 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         prefix = str(Path(directory, "published"))
         write = [sys.executable, str(HERE / "original.py"), "write-weights", prefix]
-        subprocess.run(
-            write, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        )
+        subprocess.run(write, check=True, env=ENVIRONMENT)
         for task in args.tasks:
             for counts in args.counts:
                 for cells in args.cells:
@@ -183,7 +179,7 @@ def main() -> None:
                            "device": args.device, "precision": "float32", "chunk_cells": 0}  # fmt: skip
                     names = EMBED_SIDES if task == "embed" else TRAIN_SIDES
                     names = tuple(n for n in names if args.sides is None or n in args.sides)
-                    found = compare(job, names, sys.executable, args.repeats)
+                    found = compare(job, names, args.repeats)
                     rows += found
                     for row in found:
                         print(
@@ -204,13 +200,15 @@ def main() -> None:
 def table(content: dict[str, Any]) -> str:
     """Return the results in Markdown."""
     peak, rows = content["matmul_flops"], content["rows"]
+    sizes = " ".join(str(cells) for cells in sorted({row["cells"] for row in rows}))
     versions: dict[str, str] = {}
     for row in rows:
         versions |= row["versions"]
     lines = [
         "# Speed beside the original",
         "",
-        f"`python benchmarks/speed/run.py --device {content['device']}` on {content['machine']}, {content['date']}, "
+        f"`python benchmarks/speed/run.py --device {content['device']} --cells {sizes}` on {content['machine']}, "
+        f"{content['date']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         "",
@@ -227,18 +225,11 @@ def table(content: dict[str, Any]) -> str:
         found = [row for row in rows if row["task"] == task]
         if not found:
             continue
-        head = (
-            "| counts | cells | | cells/s | times | peak MiB | of the original's | first run, s |"
-        )
-        rule = "|---|---|---|---|---|---|---|---|"
+        names = ["counts", "cells", "", "cells/s", "times", "peak MiB", "of the original's"]
+        names += ["first run, s", "share of peak"]
         if task == "embed":
-            head, rule = (
-                head + " share of peak | largest difference | least cosine |",
-                rule + "---|---|---|",
-            )
-        else:
-            head, rule = head + " share of peak |", rule + "---|"
-        lines += ["", f"## {title}", "", head, rule]
+            names += ["largest difference", "least cosine"]
+        lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for row in found:
             low, high = row["speedup_range"]
             kind = "bfloat16" if "bfloat16" in row["side"] else "float32"

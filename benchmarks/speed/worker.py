@@ -25,8 +25,8 @@ def serve(prepare: Callable[[dict[str, Any]], Callable[[], Any]]) -> None:
     """Prepare the job named on the command line, then run it as often as asked.
 
     Args:
-        prepare: Given the job, returns a function without arguments; what it returns is kept for the runner by
-            ``finish`` of the job, where there is one.
+        prepare: Given the job, returns a function without arguments; where the job names a ``result``, what it returned
+            last is written there.
     """
     job = json.loads(sys.argv[1])
     began = time.perf_counter()

@@ -142,7 +142,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
         quiet=arguments.quiet,
     )
-    reports.write(arguments, "corpus", arguments.out)
+    if arguments.report is not None:
+        from cellplm_jax.tasks.info import describe_corpus
+
+        reports.write(arguments, "corpus", describe_corpus(arguments.out, quiet=True))
     conclude(
         arguments,
         [

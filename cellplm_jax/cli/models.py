@@ -121,7 +121,7 @@ def _info(arguments: argparse.Namespace) -> None:
         reports.check(arguments)
         silent = arguments.json or arguments.quiet
         facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=silent)
-        reports.write(arguments, "corpus", arguments.model)
+        reports.write(arguments, "corpus", facts)
         conclude(arguments, [describe_corpus_text(facts)], facts)
         return
     if arguments.verify:

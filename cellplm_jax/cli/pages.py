@@ -535,12 +535,10 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
 # --- pages of corpora and models -----------------------------------------------------------------
 
 
-def corpus(path: str | os.PathLike) -> Page:
-    """Show a corpus: its parts."""
+def corpus(facts: Mapping[str, Any]) -> Page:
+    """Show a corpus: its parts, from :func:`cellplm_jax.tasks.info.describe_corpus`."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.info import describe_corpus
 
-    facts = describe_corpus(path, quiet=True)
     totals = facts["totals"]
     columns = ("dataset", "samples", "cells", "genes_measured", "spatial_samples", "labels")
     rows = [[row[name] for name in columns] for row in facts["datasets"]]

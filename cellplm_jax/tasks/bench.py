@@ -68,7 +68,7 @@ def machine_facts() -> dict[str, Any]:
     device = jax.local_devices()[0]
     return {
         "backend": jax.default_backend(),
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "device": device.device_kind if device.platform != "cpu" else processor(),
         "devices": jax.device_count(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -77,7 +77,8 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
