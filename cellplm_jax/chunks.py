@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cellplm_jax.products import linear_product
+from cellplm_jax.products import linear_product, zeros_after
 from cellplm_jax.structs import CellBatch
 
 BLOCK = 32_768
@@ -30,8 +30,8 @@ class CountChunks(struct.PyTreeNode):
     be whole: :meth:`fresh` says which of its cells the one before did not have.
 
     Attributes:
-        cell: int32 [samples, (pieces,) nonzeros + BLOCK], each stored count's cell in its piece.
-        gene: int32, likewise.
+        cell: int32 [samples, (pieces,) nonzeros], each stored count's cell in its piece.
+        gene: uint, likewise.
         begin: int32 [samples, (pieces,) chunks], where the stored counts of each chunk begin.
         end: int32, likewise: where they end.
         blocks: int32 scalar, blocks of the fullest chunk.
@@ -78,8 +78,8 @@ class CountChunks(struct.PyTreeNode):
             )
         begin, end = batch.over_pieces(bounds)(batch.indptr, slot)
         return cls(
-            cell=_longer(batch.cell_of_nonzero()),
-            gene=_longer(batch.gene.astype(jnp.int32)),
+            cell=batch.cell_of_nonzero(),
+            gene=batch.gene,
             begin=begin,
             end=end,
             blocks=jnp.max(-(-(end - begin) // BLOCK)),
@@ -105,23 +105,27 @@ class CountChunks(struct.PyTreeNode):
         """Scatter one value per stored count of a chunk.
 
         Args:
-            values: float [samples, (pieces,) nonzeros + BLOCK], from :meth:`padded`.
+            values: float [samples, (pieces,) nonzeros].
             index: int32 scalar, which chunk.
 
         Returns:
             [samples, (pieces,) size, genes] of the values' dtype.
         """
-        start = self.start(index)
+        start, stored = self.start(index), self.gene.shape[-1]
+        width = min(BLOCK, stored)
 
         def scatter(cell, gene, values, begin, end):
             def block(number, dense):
-                place = begin + number * BLOCK
-                at = jax.lax.dynamic_slice_in_dim(cell, place, BLOCK) - start
+                # The last block begins early enough to be whole, and leaves out what the one before had.
+                wanted = begin + number * BLOCK
+                place = jnp.minimum(wanted, stored - width)
+                at = jax.lax.dynamic_slice_in_dim(cell, place, width) - start
                 # Outside of the chunk: dropped cells, padding, and what belongs to the next block's chunk.
-                inside = (jnp.arange(BLOCK) + place < end) & (at >= 0)
+                entry = jnp.arange(width) + place
+                inside = (entry >= wanted) & (entry < end) & (at >= 0)
                 at = jnp.where(inside, at, self.size)
-                which = jax.lax.dynamic_slice_in_dim(gene, place, BLOCK)
-                value = jax.lax.dynamic_slice_in_dim(values, place, BLOCK)
+                which = jax.lax.dynamic_slice_in_dim(gene, place, width)
+                value = jax.lax.dynamic_slice_in_dim(values, place, width)
                 return dense.at[at, which].add(value.astype(dense.dtype), mode="drop")
 
             # In float32: a CPU would widen a narrow array for every block and round it again.
@@ -131,10 +135,6 @@ class CountChunks(struct.PyTreeNode):
         return _over_pieces(scatter)(
             self.cell, self.gene, values, self.begin[..., index], self.end[..., index]
         )
-
-    def padded(self, values: jax.Array) -> jax.Array:
-        """Return values [samples, (pieces,) nonzeros] with room for a last block behind them."""
-        return _longer(values)
 
     def rows(self, values: jax.Array, index: jax.Array) -> jax.Array:
         """Take a chunk's cells: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
@@ -147,10 +147,6 @@ class CountChunks(struct.PyTreeNode):
         return jax.lax.dynamic_update_slice_in_dim(
             values, chunk.astype(values.dtype), self.start(index), axis=self.begin.ndim - 1
         )
-
-
-def _longer(values: jax.Array) -> jax.Array:
-    return jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, BLOCK)])
 
 
 def _over_pieces(function: Callable) -> Callable:
@@ -299,7 +295,6 @@ def chunked_product(
     Returns:
         [samples, (pieces,) cells, width] of the table's type.
     """
-    values = chunks.padded(values)
     empty = jnp.zeros((*chunks.begin.shape[:-1], chunks.cells, table.shape[1]), table.dtype)
 
     def add(index, product):
@@ -322,7 +317,6 @@ def _product_forward(table, chunks, values, hidden):
 
 def _product_backward(saved, gradient):
     table, chunks, values, hidden = saved
-    values = chunks.padded(values)
 
     def at(index):
         fresh = chunks.fresh(index)[:, None]
@@ -330,7 +324,9 @@ def _product_backward(saved, gradient):
         expression = _expression(chunks, values, hidden, index)
         return jnp.einsum("...cg,...ch->gh", expression, rows, preferred_element_type=jnp.float32)
 
-    return _summed(at, chunks.number).astype(table.dtype), None, None, None
+    empty = zeros_after(gradient, table.shape)
+    product = jax.lax.fori_loop(0, chunks.number, lambda index, sum: sum + at(index), empty)
+    return product.astype(table.dtype), None, None, None
 
 
 chunked_product.defvjp(_product_forward, _product_backward)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cellplm_jax.products import linear_product, spread, without_leading_one
+from cellplm_jax.products import (
+    linear_product,
+    spread,
+    taken_rows,
+    without_leading_one,
+    zeros_after,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
@@ -62,3 +68,29 @@ def test_without_leading_one_gives_back_the_shape(samples):
     found = without_leading_one(rows, left, right)
     assert seen == [2 if samples == 1 else 3]
     np.testing.assert_allclose(found, (left * right).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
+def test_taken_rows_and_their_gradient_are_those_of_indexing(kind):
+    table = jax.random.normal(jax.random.key(0), (7, 5)).astype(kind)
+    index = jnp.asarray([[0, 3, 3], [6, 0, 2]])
+    weight = jax.random.normal(jax.random.key(1), (2, 3, 5))
+
+    def loss(take):
+        return lambda table: jnp.sum(take(table, index).astype(jnp.float32) * weight)
+
+    np.testing.assert_array_equal(
+        np.asarray(taken_rows(table, index), np.float32), np.asarray(table[index], np.float32)
+    )
+    found = jax.grad(loss(taken_rows))(table)
+    expected = jax.grad(loss(lambda table, index: table[index]))(table)
+    assert found.dtype == kind
+    tolerance = 1e-6 if kind == jnp.float32 else 1e-2
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), atol=tolerance
+    )
+
+
+def test_zeros_after_a_value_are_zeros():
+    for value in (3.0, -2.0, 0.0):
+        np.testing.assert_array_equal(zeros_after(jnp.full((2, 2), value), (3,)), np.zeros(3))

@@ -202,7 +202,7 @@ def chunked_count_loss(
     chunks = CountChunks.of(truth, chunk, genes)
     given = {
         "batch": truth,
-        "counts": chunks.padded(truth.count.astype(jnp.float32)),
+        "counts": truth.count.astype(jnp.float32),
         "weight": truth.fold(weight),
         "gene_mask": None if gene_mask is None else truth.fold(gene_mask),
         "target_genes": target_genes if targeted else None,

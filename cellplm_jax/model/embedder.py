@@ -10,7 +10,7 @@ from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
-from cellplm_jax.products import linear_product, weighted_sum
+from cellplm_jax.products import linear_product, taken_rows, weighted_sum
 from cellplm_jax.structs import CellBatch
 
 
@@ -31,7 +31,7 @@ def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int,
     average = weighted_sum(jnp.full(table.shape[0], 1 / table.shape[0], table.dtype), table)
     if index is None:
         return jnp.broadcast_to(average, (*shape, table.shape[1]))
-    rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
+    rows = taken_rows(table, jnp.clip(index, 0, table.shape[0] - 1))
     return jnp.where((index < 0)[..., None], average, rows)
 
 

@@ -128,7 +128,10 @@ def make_norm(kind: str, groups: int, name: str) -> Callable[[jax.Array], jax.Ar
 
 
 class Dropout(nn.Module):
-    """Dropout as ``flax.linen.Dropout``, from half as many random bits: the rate is a multiple of 2^-16.
+    """Dropout as ``flax.linen.Dropout``, with a mask that is drawn and kept in few bits.
+
+    The rate is a multiple of 2^-16, since one random word decides on two entries, and what the backward pass needs of
+    the mask is one bit an entry.
 
     Attributes:
         rate: Share of the entries that are set to 0; the others are divided by ``1 - rate``.
@@ -141,9 +144,42 @@ class Dropout(nn.Module):
         """Map [...] to the same shape, drawing from the ``"dropout"`` stream unless ``deterministic``."""
         if deterministic or self.rate == 0.0:
             return x
-        bits = jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16)
-        keep = bits >= round(self.rate * 65536)
+        bits = kept_bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 8)), self.rate)
+        # Bit i of byte j is about entry i * bytes + j, so that no short axis comes last.
+        keep = (bits[..., None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None]) & 1
+        keep = keep.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] == 1
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros((), x.dtype))
+
+
+def kept_bits(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+    """Draw bits that are 0 with a given probability.
+
+    Args:
+        key: PRNG key.
+        shape: The shape of the result.
+        rate: The probability, rounded to a multiple of 2^-16.
+
+    Returns:
+        uint8 of that shape, eight independent bits each.
+    """
+    threshold = round(rate * 65536)
+
+    def draw(index, bits):
+        words = jax.random.bits(jax.random.fold_in(key, index), shape, jnp.uint32)
+        low, high = (words & 0xFFFF) >= threshold, (words >> 16) >= threshold
+        place = jnp.asarray(index, jnp.uint8)
+        return bits | (low.astype(jnp.uint8) << place) | (high.astype(jnp.uint8) << (place + 4))
+
+    def loop(bits):
+        return jax.lax.fori_loop(0, 4, draw, bits)
+
+    def unrolled(bits):
+        for index in range(4):
+            bits = draw(index, bits)
+        return bits
+
+    # On a CPU a loop, which no compiler looks into: fused with the backward pass, the words themselves would be kept.
+    return jax.lax.platform_dependent(jnp.zeros(shape, jnp.uint8), cpu=loop, default=unrolled)
 
 
 class Hidden(nn.Module):

@@ -181,18 +181,23 @@ def training_step(
         metrics = {k: v if k == "cells" else average(v) for k, v in metrics.items()}
 
     optimizer = make_optimizer(config.optimizer, config.steps)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-    def chosen(new, old):
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    def updated(params, moments):
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments
 
+    # A branch, not a choice entry by entry: with that, a CPU copies both moments at the start of the step and holds
+    # the copies through all of it (551 MiB at 72 M parameters).
+    params, moments = jax.lax.cond(
+        finite, updated, lambda *state: state, state.params, state.optimizer
+    )
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     state = TrainState(
         step=state.step + 1,
-        params=chosen(optax.apply_updates(state.params, updates), state.params),
-        optimizer=chosen(optimizer_state, state.optimizer),
+        params=params,
+        optimizer=moments,
         skipped=state.skipped + skipped,
         skipped_in_a_row=(state.skipped_in_a_row + skipped) * skipped,
     )
