@@ -82,6 +82,13 @@ class Side:
         self.tell("run")
         self.seconds.append(self.answer()["seconds"])
 
+    def finish(self) -> dict[str, Any]:
+        """End the process; return its peak memory and versions."""
+        self.tell("end")
+        last = self.answer()
+        self.process.wait()
+        return last
+
 
 def compare(job: dict[str, Any], names: tuple[str, ...], repeats: int) -> list[dict]:
     """Run a job on several sides in turn.
@@ -107,9 +114,7 @@ def compare(job: dict[str, Any], names: tuple[str, ...], repeats: int) -> list[d
                 side.run()
         rows = []
         for side, start in zip(sides, started, strict=True):
-            side.tell("end")
-            end = side.answer()
-            side.process.wait()
+            end = side.finish()
             rows.append(
                 {
                     "task": job["task"], "counts": job["counts"], "cells": job["cells"],
@@ -197,20 +202,23 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(table(content))
 
 
+def table_versions(rows: list[dict[str, Any]]) -> str:
+    """Return the versions of what ran, in words."""
+    versions: dict[str, str] = {}
+    for row in rows:
+        versions |= row["versions"]
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
 def table(content: dict[str, Any]) -> str:
     """Return the results in Markdown."""
     peak, rows = content["matmul_flops"], content["rows"]
     sizes = " ".join(str(cells) for cells in sorted({row["cells"] for row in rows}))
-    versions: dict[str, str] = {}
-    for row in rows:
-        versions |= row["versions"]
     lines = [
         "# Speed beside the original",
         "",
         f"`python benchmarks/speed/run.py --device {content['device']} --cells {sizes}` on {content['machine']}, "
-        f"{content['date']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".",
+        f"{content['date']}, {table_versions(rows)}.",
         "",
         "The published architecture (82.4 M parameters, 19,374 genes), the same weights and cells on both sides. Each "
         f"side is a process; runs alternate, {content['repeats']} of each after one that compiles. 'Times': the median "
