@@ -118,9 +118,9 @@ def run(notebook, *, fast: bool, timeout: int) -> None:
         "PYTHONWARNINGS": "ignore:IProgress not found",
     }
     if fast:
-        # Most of a reduced run is compiling, which need not be done well.
-        flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+        # Most of a reduced run is compiling, which need not be done well (flags as in tests/conftest.py).
+        quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
     folder = tempfile.mkdtemp(prefix="cellplm-notebook-")
     before = dict(os.environ)
     os.environ.update(environment)

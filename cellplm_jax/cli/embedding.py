@@ -220,18 +220,9 @@ def add_integrate(commands: Any) -> None:
 
 def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
     """Refuse options that all tasks have and integration cannot use."""
-    if arguments.values not in (None, "counts"):
-        counts_only(arguments)
-    arguments.values = None
-    for name in others:
-        if getattr(arguments, name, None) is not None:
-            option = f"--{name.replace('_', '-')}"
-            msg = explain(
-                f"{option} was given to integrate {arguments.verb}",
-                "the options it has: all cells are fitted, for all epochs, without coordinates",
-                f"Leave {option} out",
-            )
-            raise InputError(msg)
+    expected = "the options it has: all cells are fitted, for all epochs, without coordinates"
+    task = f"integrate {arguments.verb}"
+    counts_only(arguments, *others, task=task, expected=expected, instead="")
 
 
 def _integrate_fit(arguments: argparse.Namespace) -> None:

@@ -239,8 +239,14 @@ def source(arguments: argparse.Namespace) -> str | None:
     return None if arguments.model == "none" else arguments.model
 
 
-def counts_only(arguments: argparse.Namespace, *others: str) -> None:
-    """Refuse options that all tasks have and this one cannot use."""
+def counts_only(
+    arguments: argparse.Namespace,
+    *others: str,
+    task: str | None = None,
+    expected: str = "a random part of the cells for validation",
+    instead: str = " and set --validation-fraction",
+) -> None:
+    """Refuse options that all tasks have and this one cannot use: values that are not counts, and ``others``."""
     if arguments.values not in (None, "counts"):
         msg = explain(
             f"--values {arguments.values}",
@@ -252,11 +258,8 @@ def counts_only(arguments: argparse.Namespace, *others: str) -> None:
     for name in others:
         if getattr(arguments, name, None) is not None:
             option = f"--{name.replace('_', '-')}"
-            msg = explain(
-                f"{option} was given to {arguments.command}",
-                "a random part of the cells for validation",
-                f"Leave {option} out and set --validation-fraction",
-            )
+            given_to = f"{option} was given to {task or arguments.command}"
+            msg = explain(given_to, expected, f"Leave {option} out{instead}")
             raise InputError(msg)
 
 

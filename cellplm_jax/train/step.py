@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -36,6 +36,9 @@ from cellplm_jax.train.sharding import (
 from cellplm_jax.train.state import TrainState, create_state
 
 Metrics = dict[str, jax.Array]
+
+# A run that continues in the same process, and the next one of the same configuration, are not traced a second time.
+_compiled_once = lru_cache(maxsize=8)
 
 MASKED_CELLS_ONLY = ("negative_binomial", "zero_inflated_negative_binomial")
 """Objectives that score the cells with a masked entry and no others."""
@@ -353,6 +356,7 @@ def embedding_step(params: Any, batch: CellBatch, config: TrainConfig) -> jax.Ar
     return model.apply(variables, hidden, method=CellPLM.infer).mean
 
 
+@_compiled_once
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Return the shapes, types and shardings of a run's state."""
     shapes = jax.eval_shape(lambda: create_state(config))
@@ -415,11 +419,16 @@ def create_sharded_state(
         mesh: Its mesh.
         gene_means: See :func:`cellplm_jax.train.state.create_state`.
     """
+    return _compile_creation(config, mesh)(gene_means)
+
+
+@_compiled_once
+def _compile_creation(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    create = MeshFunction(lambda means: create_state(config, means), mesh, out_shardings=shardings)
-    return create(gene_means)
+    return MeshFunction(lambda means: create_state(config, means), mesh, out_shardings=shardings)
 
 
+@_compiled_once
 def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     """Return the jitted training step: ``(state, batch) -> (state, metrics)``, the old state donated.
 
@@ -440,6 +449,7 @@ def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     )
 
 
+@_compiled_once
 def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     """Return the jitted ``(params, batch, key) -> sums`` of :func:`evaluation_step`; the key draws what is hidden."""
 
@@ -449,6 +459,7 @@ def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     return MeshFunction(run, mesh, out_shardings=replicated(mesh))
 
 
+@_compiled_once
 def compile_embedding_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     """Return the jitted ``(params, batch) -> embedding`` of :func:`embedding_step`, whole on every device."""
     return MeshFunction(

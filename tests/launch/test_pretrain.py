@@ -29,61 +29,74 @@ def launch(*arguments):
     )
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """A folder with one file whose genes are human ones."""
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with one file whose genes are human ones; read only."""
     ids = sorted(load_human_table().symbols)[: len(VOCABULARY)]
     adata = make_adata(30)
     translate = dict(zip(VOCABULARY, ids, strict=True))
     adata.var_names = [translate.get(name, name) for name in adata.var_names]
-    (tmp_path / "corpus").mkdir()
-    adata.write_h5ad(tmp_path / "corpus" / "cells.h5ad")
-    return tmp_path / "corpus"
+    folder = tmp_path_factory.mktemp("launch") / "corpus"
+    folder.mkdir()
+    adata.write_h5ad(folder / "cells.h5ad")
+    return folder
+
+
+# The runs below differ in where their cells come from and in nothing that is compiled: the second finds the programs
+# of the first in the cache of the test session.
+RUN = [
+    "--config=configs/pretrain.py:debug",
+    "--config.steps=2",
+    "--config.data.cells=8",
+    "--config.data.rows=1",
+    "--config.model.positions.kind=grid",
+    "--config.masking.beta=False",
+    "--config.optimizer.learning_rate=1e-4",
+]
 
 
 def test_debug_variant_trains_and_opens(corpus, tmp_path):
     workdir = tmp_path / "run"
-    result = launch(
-        "--config=configs/pretrain.py:debug",
-        f"--corpus={corpus}",
-        f"--workdir={workdir}",
-        "--batch_key=batch",
-        "--config.steps=2",
-        "--config.data.cells=8",
-        "--config.data.rows=1",
-        "--config.model.positions.kind=none",
-        "--config.masking.beta=False",
-        "--config.optimizer.learning_rate=1e-4",
-    )
+    result = launch(*RUN, f"--corpus={corpus}", f"--workdir={workdir}", "--batch_key=batch")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("2 steps, ")
     assert f"cellplm_jax.load({str(workdir)!r})" in result.stdout
     assert "Traceback" not in result.stderr
     model = load(workdir)
     assert model.step == 2
-    assert model.config.positions.kind == "none"
+    assert model.config.positions.kind == "grid"
     assert model.config.decoder.batches == 2
     assert set(model.genes) <= set(load_human_table().symbols)
 
 
-def test_a_prepared_corpus_is_read_from_disk(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """The command of a finished run on a prepared corpus, and its work directory; read only."""
     from cellplm_jax.tasks.prepare import prepare
 
-    prepare([corpus], tmp_path / "prepared", sample_key="batch", quiet=True)
-    command = [
-        "--config=configs/pretrain.py:debug",
-        f"--corpus={tmp_path / 'prepared'}",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.steps=2",
-        "--config.data.cells=8",
-        "--config.data.rows=1",
-    ]
+    folder = tmp_path_factory.mktemp("finished")
+    prepare([corpus], folder / "prepared", sample_key="batch", quiet=True)
+    command = [*RUN, f"--corpus={folder / 'prepared'}", f"--workdir={folder / 'run'}"]
     result = launch(*command)
     assert result.returncode == 0, result.stderr
-    assert load(tmp_path / "run").step == 2
+    return command, folder / "run"
+
+
+def test_a_prepared_corpus_is_read_from_disk(finished):
+    command, workdir = finished
+    assert load(workdir).step == 2
     # The same command on a finished run is done at once.
     again = launch(*command)
     assert again.returncode == 0, again.stderr
+
+
+def test_another_configuration_in_the_same_directory(finished):
+    command, workdir = finished
+    result = launch(*command, "--config.model.hidden=64")
+    assert result.returncode == 2
+    assert "model.hidden" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert load(workdir).config.hidden == 32
 
 
 COMMON = ["--config=configs/pretrain.py:debug", "--workdir=run"]
@@ -125,20 +138,3 @@ def test_bad_input_is_one_message_and_status_2(corpus, arguments, said):
     assert result.stderr.startswith("pretrain: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (ROOT / "run").exists()
-
-
-def test_another_configuration_in_the_same_directory(corpus, tmp_path):
-    command = [
-        "--config=configs/pretrain.py:debug",
-        f"--corpus={corpus}",
-        f"--workdir={tmp_path / 'run'}",
-        "--config.steps=1",
-        "--config.data.cells=8",
-        "--config.data.rows=1",
-    ]
-    assert launch(*command).returncode == 0
-    result = launch(*command, "--config.model.hidden=64")
-    assert result.returncode == 2
-    assert "model.hidden" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert load(tmp_path / "run").config.hidden == 32
