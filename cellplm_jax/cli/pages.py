@@ -20,6 +20,9 @@ from cellplm_jax.report import Figure, Section, Table, Text
 DRAWN_CELLS = 5000
 """Cells of a map at most; a random part of more."""
 
+DRAWN_GENES = 6
+"""Genes that are drawn at most where they were named."""
+
 NEIGHBORS = 15
 """Of the graph that maps are laid out by."""
 
@@ -689,6 +692,9 @@ def denoised(
     drawn = _some(cells.n_obs)
     found = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
     after = "expected if not zero" if facts.get("detected") else "expected"
+    totals = "The expected counts of a cell add up to what was counted in it."
+    if facts.get("detected"):
+        totals = "Counts given that they are not zero are larger than what was counted."
     names = _named(found.genes)
     rows = [
         [name, *found.table.loc[gene, list(found.table)]]
@@ -720,8 +726,8 @@ def denoised(
                     names=("counted", after), logarithmic=True,
                 ),
                 "Mean expected count against mean count, a point a gene",
-                f"A point a gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line denoising keeps the "
-                "mean: it moves counts between cells, and does not add any.",
+                f"A point a gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line the mean is kept. "
+                f"{totals}",
                 "Means of all genes",
             ),
             *_input(facts),
@@ -756,7 +762,7 @@ def _before_and_after(
         return [_no_map("Before and after")]
     there = np.isfinite(points).all(axis=1)
     sections: list[Section] = []
-    for number in _contrasting(found.after) if not chosen else range(min(6, len(names))):
+    for number in range(min(DRAWN_GENES if chosen else 2, len(names))):
         axes = plot.cell_panels(
             points[there],
             {
@@ -771,15 +777,6 @@ def _before_and_after(
             Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
         )  # fmt: skip
     return sections
-
-
-def _contrasting(values: np.ndarray) -> list[int]:
-    """Return the first column and the first that lies elsewhere: the one that goes with it least of all."""
-    if values.shape[1] < 2:
-        return list(range(values.shape[1]))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        others = np.corrcoef(values.T)[0, 1:]
-    return [0, 1 + int(np.nan_to_num(others, nan=1.0).argmin())]
 
 
 def perturbed(found: Any) -> Page:
@@ -852,9 +849,13 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
             "Which cells decide",
         ),
     ]  # fmt: skip
-    # What stands for sample or label itself says nothing of the kinds of cells.
-    own = {LABEL, estimator.facts.get("label_key"), estimator.facts.get("sample_key")}
-    for name in _telling(cells.obs.drop(columns=list(own & set(cells.obs)))):
+    # What all cells of a sample share says nothing of the kinds of cells.
+    key = estimator.facts.get("sample_key")
+    within = cells.obs.drop(columns=LABEL, errors="ignore")
+    if key in within:
+        sample = within[key].astype(str)
+        within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
+    for name in _telling(within):
         groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
         means = groups.mean().sort_values(ascending=False)
         listed = [(group, int(groups.size()[group]), float(mean)) for group, mean in means.items()]

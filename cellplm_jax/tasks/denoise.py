@@ -672,7 +672,8 @@ def before_and_after(
         path: ``.h5ad`` file with both.
         layer_written: Name of the layer.
         rows: int [cells], rising: which cells are looked at.
-        genes: Which genes to look at; None: those whose predicted values differ most between cells.
+        genes: Which genes to look at; None: those whose predicted values differ most between cells, the second of them
+            one that is high in other cells than the first.
         number: How many, without ``genes``.
         **keys: As for :meth:`Denoiser.predict`.
 
@@ -708,7 +709,7 @@ def before_and_after(
     names = [model.genes[gene] for gene in column[known]]
     logs = log_normalize(after, total=total).astype(np.float32)
     if genes is None:
-        places = np.argsort(-logs.var(axis=0), kind="stable")[:number]
+        places = _telling_genes(logs, number)
     else:
         places = _places_of(genes, names)
     before = log_normalize(counts[:, places], total=total).toarray()
@@ -740,6 +741,18 @@ def before_and_after(
         counts=counts,
         coordinates=None if cells.coordinates is None else cells.coordinates[rows],
     )
+
+
+def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
+    """Return int: columns that vary most over the cells; the second goes with the first least of a hundred such."""
+    order = np.argsort(-logs.var(axis=0), kind="stable")[:100]
+    if len(order) < 3:
+        return order[:number]
+    first = np.broadcast_to(logs[:, order[:1]], (len(logs), len(order) - 1))
+    like = np.nan_to_num(pearson_per_gene(logs[:, order[1:]], first), nan=1.0)
+    second = order[1 + int(like.argmin())]
+    others = [place for place in order[1:] if place != second]
+    return np.array([order[0], second, *others][:number], int)
 
 
 def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
