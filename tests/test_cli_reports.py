@@ -140,7 +140,7 @@ def test_every_score_that_is_shown_says_what_it_means():
     labels = np.arange(60) % 3
     scores = annotation_scores(labels, np.random.default_rng(0).permutation(labels))
     # Leiden takes seconds to import: its names are taken from where they are listed.
-    listed = re.findall(r"``(\w+)``", integration_scores.__doc__.split("Returns:")[1])
+    listed = re.findall(r"``(\w+)``", integration_scores.__doc__.split("Returns:")[1].split("Raises:")[0])
     assert {"ilisi", "kbet_per_label", "ari", "clusters"} <= set(listed)
     shown = {**scores, **dict.fromkeys(listed, 0.5)}
     known = pages._scores(shown, "").rows
@@ -256,7 +256,7 @@ def test_denoised(tiny_run, tmp_path, capsys):
     gene = VOCABULARY[3]
     shown = pages.denoised(out, Denoiser(tiny_run), {}, [gene])
     assert sum(isinstance(section, Figure) for section in shown.sections) == 2
-    assert [row[0] for row in table(shown, "Genes").rows] == [gene]
+    assert [row[0] for row in table(shown, "Genes").rows] == pages._named([gene])
     capsys.readouterr()
     assert main([*run[:-2], "--show", gene]) == 2
     assert "--show was given without --report" in capsys.readouterr().err
