@@ -140,7 +140,9 @@ def test_every_score_that_is_shown_says_what_it_means():
     labels = np.arange(60) % 3
     scores = annotation_scores(labels, np.random.default_rng(0).permutation(labels))
     # Leiden takes seconds to import: its names are taken from where they are listed.
-    listed = re.findall(r"``(\w+)``", integration_scores.__doc__.split("Returns:")[1].split("Raises:")[0])
+    listed = re.findall(
+        r"``(\w+)``", integration_scores.__doc__.split("Returns:")[1].split("Raises:")[0]
+    )
     assert {"ilisi", "kbet_per_label", "ari", "clusters"} <= set(listed)
     shown = {**scores, **dict.fromkeys(listed, 0.5)}
     known = pages._scores(shown, "").rows
