@@ -704,7 +704,7 @@ def denoised(
     which = (
         "The genes that were named"
         if genes
-        else "The genes whose expected counts differ most between cells"
+        else "Genes whose expected counts differ between cells; the second is high where the first is low"
     )
     return Page(
         f"Denoised counts of {Path(path).name}",
