@@ -320,6 +320,7 @@ def test_a_map_is_coloured_by_what_tells_cells_apart():
     obs = pd.DataFrame(
         {"one": ["a"] * 40, "name": [f"c{n}" for n in range(40)], "type": ["a", "b"] * 20, "n": range(40)}
     )  # fmt: skip
+    obs["again"] = obs["type"].astype("category")
     assert pages._telling(obs) == ["type"]
 
 

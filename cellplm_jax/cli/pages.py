@@ -205,14 +205,16 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 def _telling(obs: Any) -> list[str]:
-    """Return at most two columns of words with 2 to 30 groups: what a map is coloured by where nobody said."""
+    """Return at most two different columns of words, of 2 to 30 groups: the colours of a map where nobody named any."""
     import pandas as pd
 
-    found = [
-        str(name)
-        for name, column in obs.items()
-        if not pd.api.types.is_numeric_dtype(column.dtype) and 2 <= column.nunique() <= 30
-    ]
+    found: list[str] = []
+    for name, column in obs.items():
+        words = column.astype(str)
+        if pd.api.types.is_numeric_dtype(column.dtype) or not 2 <= column.nunique() <= 30:
+            continue
+        if not any(words.equals(obs[other].astype(str)) for other in found):
+            found.append(str(name))
     return found[:2]
 
 
