@@ -124,11 +124,13 @@ thead th{background:var(--head);font-weight:600;white-space:nowrap}
 tbody th{font-weight:500;border-top:1px solid var(--line)}
 .long{min-width:14rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-pre{margin:0;padding:.8rem 1rem;font:.88rem/1.5 ui-monospace,SFMono-Regular,Consolas,"Liberation Mono",monospace}
+pre{margin:0;padding:.8rem 1rem;white-space:pre-wrap;font:.88rem/1.5 ui-monospace,SFMono-Regular,Consolas,
+"Liberation Mono",monospace}
 footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
 @media (max-width:40rem){main{padding:1.5rem 1rem 2rem}h1{font-size:1.5rem}th,td{padding:.38rem .6rem}
 .image{padding:.4rem}}
-@media (max-width:33rem){.wide img{min-width:min(var(--width),30rem)}.wide .hint{display:block}}
+@media (max-width:33rem){.wide img{min-width:max(min(var(--width),30rem),calc(var(--width)*.62))}
+.wide .hint{display:block}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--head:#eee}
 body{font-size:11pt}main{max-width:none;padding:0}figure{break-inside:avoid}h2{break-after:avoid}.box{overflow:visible}}
 """
@@ -345,7 +347,7 @@ def _section(section: Any) -> str:
 def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> str:
     """Return the whole report as HTML text; see :func:`write_report`.
 
-    The text depends on the arguments alone: no date, no random identifiers.
+    The text depends on the arguments and the version of the package alone: no date, no random identifiers.
 
     Args:
         title: Of the page.
@@ -358,6 +360,8 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
     Raises:
         InputError: A section is of another type, a table has a row of another length, or a picture cannot be shown.
     """
+    import cellplm_jax
+
     body = "".join(_section(section) for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -367,7 +371,7 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header>\n<h1>{_escape(title)}</h1>\n{_paragraphs(summary)}</header>\n{body}"
-        "<footer>Written by cellplm-jax.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Written by cellplm-jax {_escape(cellplm_jax.__version__)}.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -75,6 +75,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False  # the licence says it
 html_theme_options = {
     "light_css_variables": {
         "color-brand-primary": "#0b6e99",

@@ -22,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from cellplm_jax.cli import main, pages
+from cellplm_jax.errors import InputError
 from cellplm_jax.report import Figure, Table, render_report
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 
@@ -87,7 +88,7 @@ def test_annotation(tiny_run, tmp_path, capsys):
     assert main(list(map(str, [*fit, "--report", tmp_path / "fit.html"]))) == 0
     facts = json.loads(capsys.readouterr().out)
     text = (tmp_path / "fit.html").read_text()
-    for word in ("Confusions", "Calibration", "Fitting", "By cell type", "alpha", "macro_f1"):
+    for word in ("Confusions", "Calibration", "Fitting", "By cell type", "alpha", "macro F1"):
         assert word in text
     assert f"{facts['validation_cells']} validation cells" in text
     predict = ["annotate", "predict", tmp_path / "in.h5ad", "--model", saved, "--out", out]
@@ -117,12 +118,40 @@ def test_a_fit_without_validation_says_so():
 
 def test_clusters():
     cells = make_adata(30)
-    cells.obs["group"] = pd.Categorical([str(n % 3) for n in range(30)])
+    cells.obs["group"] = pd.Categorical([str(n % 11) for n in range(30)])
+    cells.obs["kind"] = ["a" if n % 11 == 10 else "b" for n in range(30)]
     cells.obsm["X_umap"] = np.random.default_rng(0).random((30, 2))
-    page = pages.clusters(cells, ["group", "batch"], "X_cellplm", {"ari": 0.5})
-    assert headings(page) == ["Clusters", "Sizes", "Scores"]
-    assert sum(isinstance(section, Figure) for section in page.sections) == 3
-    assert "30 cells in 3 clusters" in rendered(page)
+    page = pages.clusters("made.h5ad", cells, ["group", "kind"], "X_cellplm", {"ari": 0.5})
+    assert headings(page) == ["Clusters", "What is in them", "Scores"]
+    assert sum(isinstance(section, Figure) for section in page.sections) == 2
+    rows = table(page, "What is in them").rows
+    assert [row[0] for row in rows] == list(map(str, range(11)))  # "10" after "9"
+    assert rows[10] == ["10", 2, "7%", "a (100%)"]
+    ((name, value, meaning),) = table(page, "Scores").rows
+    assert (name, value) == ("ARI", 0.5)
+    assert "agreement" in meaning
+    assert "30 cells in 11 clusters, of 2 to 3 cells." in rendered(page)
+
+
+def test_every_score_that_is_shown_says_what_it_means():
+    from cellplm_jax.evaluate.annotation import annotation_scores
+    from cellplm_jax.evaluate.embedding import integration_scores
+
+    labels = np.arange(60) % 3
+    scores = annotation_scores(labels, np.random.default_rng(0).permutation(labels))
+    # Leiden takes seconds to import: its names are taken from where they are listed.
+    listed = re.findall(
+        r"``(\w+)``", integration_scores.__doc__.split("Returns:")[1].split("Raises:")[0]
+    )
+    assert {"ilisi", "kbet_per_label", "ari", "clusters"} <= set(listed)
+    shown = {**scores, **dict.fromkeys(listed, 0.5)}
+    known = pages._scores(shown, "").rows
+    assert all(meaning for *_, meaning in known)
+    assert len(known) == len(shown) - len(pages.SAME)
+    # Those left out are others by another name.
+    assert scores["micro_f1"] == pytest.approx(scores["accuracy"])
+    assert scores["weighted_recall"] == pytest.approx(scores["accuracy"])
+    assert scores["macro_recall"] == pytest.approx(scores["macro_accuracy"])
 
 
 def test_integration_before_and_after(tmp_path):
@@ -139,39 +168,160 @@ def test_integration_before_and_after(tmp_path):
     assert headings(page) == ["Before", "Integrated", "Scores"]
 
 
-def test_imputation(tmp_path):
-    cells = make_adata(30)
-    values = pd.DataFrame(
-        np.random.default_rng(0).random((30, 4)), index=cells.obs_names, columns=VOCABULARY[:4]
-    )
+@pytest.fixture
+def imputer(tiny_model):
+    """An imputer of the last ten genes from the others, as if it had been fitted, and cells with all of them."""
+    from cellplm_jax.tasks.impute import GeneImputer
+
+    made = GeneImputer(None)
+    made.model = tiny_model
+    made.panel, made.imputed = list(VOCABULARY[:30]), list(VOCABULARY[30:])
+    made._columns = np.arange(30, 40)
+    made.confidence = pd.Series(np.linspace(0.9, 0.0, 10), index=made.imputed)
+    made.facts = {"imputed_genes": 10, "shared_genes": 30, "training_cells": 9}
+    return made, make_adata(30)[:, VOCABULARY].copy()
+
+
+def test_imputed_genes_beside_what_was_measured(imputer):
+    estimator, cells = imputer
+    counts = cells.X.toarray()
+    total = counts[:, :30].sum(axis=1, keepdims=True)
+    truth = np.log1p(1e4 * counts[:, 30:] / np.maximum(total, 1))
+    values = pd.DataFrame(counts[:, 30:].copy(), index=cells.obs_names, columns=estimator.imputed)
+    # Right but for the last gene, where it is the wrong way round.
+    values.iloc[:, -1] = values.iloc[:, -1].max() - values.iloc[:, -1]
+    found = estimator.beside_measured(cells, values)
+    measured = found.pearson.dropna()
+    assert (measured.iloc[:-1] > 0.999).all()
+    assert found.pearson.iloc[-1] < 0
+    assert [pair.gene for pair in found.pairs] == [estimator.imputed[n] for n in (0, 4, 9)]
+    assert all(pair.gene == pair.other for pair in found.pairs)
+    np.testing.assert_allclose(found.pairs[0].measured, truth[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(found.pairs[0].imputed, truth[:, 0], rtol=1e-5)
+    # Without them: the gene of the panel that goes with an imputed one.
+    panel = cells[:, :30].copy()
+    values.iloc[:, 0] = counts[:, 7]
+    found = estimator.beside_measured(panel, values)
+    assert found.pearson.empty
+    assert (found.pairs[0].gene, found.pairs[0].other) == (estimator.imputed[0], VOCABULARY[7])
+    with pytest.raises(InputError, match="30 cells and a prediction for 29"):
+        estimator.beside_measured(panel, values.iloc[1:])
+
+
+def test_imputation(imputer, tmp_path):
+    estimator, cells = imputer
+    counts = cells.X.toarray()
+    values = pd.DataFrame(counts[:, 30:], index=cells.obs_names, columns=estimator.imputed)
     cells.obsm["cellplm_imputed"] = values
     cells.write_h5ad(tmp_path / "out.h5ad")
-    confidence = pd.Series([0.1, 0.9, np.nan, 0.5], index=VOCABULARY[:4])
-    estimator = SimpleNamespace(
-        confidence=confidence, reading=SimpleNamespace(spatial_key="spatial"), history=[],
-        messages=[], task="imputation",
-        facts={"imputed_genes": 4, "shared_genes": 20, "training_cells": 9, "mean_confidence": 0.5},
-    )  # fmt: skip
-    page = pages.imputed(tmp_path / "out.h5ad", estimator)
+    page = pages.imputed(tmp_path / "out.h5ad", estimator, {})
+    assert headings(page) == ["Imputed genes", "Was the confidence right?", "In the tissue"]
+    assert table(page, "Imputed genes").columns[2] == "correlation here"
+    assert sum(isinstance(section, Figure) for section in page.sections) == 4
+    assert "are measured in this file after all" in rendered(page)
+    panel = cells[:, :30].copy()
+    panel.write_h5ad(tmp_path / "panel.h5ad")
+    page = pages.imputed(tmp_path / "panel.h5ad", estimator, {})
     genes = [row[0] for row in table(page, "Imputed genes").rows]
-    assert genes == [VOCABULARY[1], VOCABULARY[3], VOCABULARY[0], VOCABULARY[2]]
-    assert sum(isinstance(section, Figure) for section in page.sections) == 3
-    assert rendered(page)
+    assert genes == pages._named(estimator.imputed)
+    assert "correlation here" not in table(page, "Imputed genes").columns
+    assert "after all" not in rendered(page)
     page = pages.imputer(estimator)
-    assert [row[1] for row in table(page, "Genes").rows] == [0.9, 0.5, 0.1]
+    assert [row[1] for row in table(page, "Genes").rows] == list(estimator.confidence)
 
 
-def test_denoised(tmp_path):
-    cells = make_adata(30)
-    layer = np.full(cells.shape, 2.0, np.float32)
-    layer[:, -1] = np.nan
+def test_a_table_in_obsm_opens_again_where_names_of_cells_are_nullable(tmp_path):
+    from cellplm_jax.data.anndata_io import write_h5ad
+    from cellplm_jax.tasks.embed import write_copy
+
+    cells = make_adata(5)
+    cells.obs.index = pd.Index(pd.array(list(cells.obs_names), dtype="string"))
+    write_h5ad(cells, tmp_path / "in.h5ad")
+    names = pd.Index(list(cells.obs_names), dtype=object)
+    values = pd.DataFrame({"a": np.arange(5.0)}, index=names)
+    write_copy(tmp_path / "in.h5ad", tmp_path / "out.h5ad", obsm={"values": values})
+    assert list(ad.read_h5ad(tmp_path / "out.h5ad").obsm["values"]["a"]) == [0, 1, 2, 3, 4]
+
+
+def test_denoised(tiny_run, tmp_path, capsys):
+    from cellplm_jax.tasks.denoise import Denoiser
+
+    make_adata(30).write_h5ad(tmp_path / "in.h5ad")
+    out, page = tmp_path / "out.h5ad", tmp_path / "page.html"
+    run = ["denoise", "predict", tmp_path / "in.h5ad", "--model", tiny_run, "--zero-shot"]
+    run = list(map(str, [*run, "--out", out, "--quiet", "--report", page]))
+    assert main(run) == 0
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 3  # two genes, and the means of all
+    for word in ("Before and after", "Means of all genes", "Places in the tissue."):
+        assert word in text
+    gene = VOCABULARY[3]
+    shown = pages.denoised(out, Denoiser(tiny_run), {}, [gene])
+    assert sum(isinstance(section, Figure) for section in shown.sections) == 2
+    assert [row[0] for row in table(shown, "Genes").rows] == pages._named([gene])
+    capsys.readouterr()
+    assert main([*run[:-2], "--show", gene]) == 2
+    assert "--show was given without --report" in capsys.readouterr().err
+
+
+def test_before_and_after(tiny_run, tmp_path):
+    from cellplm_jax.tasks.denoise import Denoiser, before_and_after
+
+    cells = make_adata(30)[:, VOCABULARY].copy()
+    counts = cells.X.toarray()
+    layer = np.full(cells.shape, 0.25, np.float32)
+    layer[:, 5] = 2.0 * counts[:, 5]
+    layer[:, 6] = 1.0
     cells.layers["cellplm_denoised"] = layer
     cells.write_h5ad(tmp_path / "out.h5ad")
-    page = pages.denoised(tmp_path / "out.h5ad", SimpleNamespace(messages=[]))
-    rows = dict(table(page, "Expected counts").rows)
-    assert rows["genes"] == str(cells.n_vars - 1)
-    assert rows["mean total"] == f"{2 * (cells.n_vars - 1):.4g}"
-    assert rendered(page)
+    denoiser, rows = Denoiser(tiny_run), np.arange(0, 30, 2)
+    found = before_and_after(denoiser, tmp_path / "out.h5ad", rows=rows, genes=[VOCABULARY[5]])
+    assert found.genes == [VOCABULARY[5]]
+    total = counts[rows].sum(axis=1)
+    np.testing.assert_allclose(
+        found.before[:, 0], np.log1p(1e4 * counts[rows, 5] / total), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        found.after[:, 0], np.log1p(2e4 * counts[rows, 5] / total), rtol=1e-5
+    )
+    row = found.table.iloc[0]
+    assert row["share_counted"] == pytest.approx((counts[rows, 5] > 0).mean())
+    assert row["mean_after"] == pytest.approx(2 * row["mean_before"])
+    empty = counts[rows] == 0
+    assert found.zeros == pytest.approx(empty.mean())
+    assert found.expected_zeros == pytest.approx(empty[:, 6].sum() / empty.sum())
+    np.testing.assert_allclose(found.coordinates, cells.obsm["spatial"][rows])
+    with pytest.raises(InputError, match="was not denoised"):
+        before_and_after(denoiser, tmp_path / "out.h5ad", rows=rows, genes=["NOSUCHGENE"])
+
+
+def test_the_second_gene_lies_elsewhere():
+    from cellplm_jax.tasks.denoise import _telling_genes
+
+    base = np.linspace(0, 3, 20)
+    values = np.stack([base, 0.9 * base, 0.8 * base[::-1], 0.01 * base], axis=1)
+    assert list(_telling_genes(values, 3)) == [0, 2, 1]
+
+
+def test_losses_that_lie_apart_are_drawn_apart():
+    rows = [
+        {"epoch": n, "loss": 800.0 - n, "validation_loss": 60.0 - n / 10, "validation_score": n / 10 - 60.0}
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    apart = SimpleNamespace(history=rows, facts={"best_epoch": 3})
+    assert len(pages._curve(apart)) == 2
+    near = [{**row, "validation_loss": row["loss"] + 0.5, "validation_score": None} for row in rows]
+    assert len(pages._curve(SimpleNamespace(history=near, facts={"best_epoch": 3}))) == 1
+    scored = [{**row, "validation_score": 0.5} for row in near]
+    assert len(pages._curve(SimpleNamespace(history=scored, facts={"best_epoch": 3}))) == 2
+
+
+def test_a_map_is_coloured_by_what_tells_cells_apart():
+    obs = pd.DataFrame(
+        {"one": ["a"] * 40, "name": [f"c{n}" for n in range(40)], "type": ["a", "b"] * 20, "n": range(40)}
+    )  # fmt: skip
+    obs["again"] = obs["type"].astype("category")
+    assert pages._telling(obs) == ["type"]
 
 
 def test_perturbations():
@@ -182,7 +332,7 @@ def test_perturbations():
     page = pages.perturbed(found)
     rows = table(page, "Perturbations").rows
     assert rows[0][:2] == ("A", "seen")
-    assert rows[0][3].split(", ")[0].endswith("-2.00")
+    assert rows[0][3].split(", ")[0].endswith("\N{MINUS SIGN}2.00")
     assert "Careful." in rendered(page)
 
 
@@ -193,9 +343,19 @@ def test_samples(tmp_path):
     rows = pd.DataFrame(
         {"label": ["no", "yes"], "confidence": [0.9, 0.8], "cells": [10, 20]}, index=["d1", "d2"]
     )
-    page = pages.samples(tmp_path / "out.h5ad", rows, SimpleNamespace(messages=[]))
+    cells.obs["donor"] = ["d1"] * 10 + ["d2"] * 20
+    cells.obs["disease"] = ["no"] * 10 + ["yes"] * 20
+    cells.obs["kind"] = ["up" if n % 2 else "down" for n in range(30)]
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    facts = {"sample_key": "donor", "label_key": "disease"}
+    page = pages.samples(tmp_path / "out.h5ad", rows, SimpleNamespace(messages=[], facts=facts))
     assert table(page, "Samples").rows[1] == ("d2", "yes", 0.8, 20)
     assert "2 samples: 1 no, 1 yes." in rendered(page)
+    # Kinds of cells, and not what all cells of a sample share.
+    found = [s for s in page.sections if isinstance(s, Table) and "mean contribution" in s.columns]
+    assert [s.columns[0] for s in found if s.columns[0] != "batch"] == ["kind"]
+    means = {name: mean for name, _, mean in next(s for s in found if s.columns[0] == "kind").rows}
+    assert means["up"] == pytest.approx(cells.obs["cellplm_contribution"][1::2].mean(), abs=1e-6)
 
 
 def test_a_model_and_its_run(tiny_run, tmp_path, capsys):

@@ -103,6 +103,37 @@ def test_spatial_comparison_shares_colours_and_centres_the_difference():
         plot.spatial_comparison(points, truth[:3], truth)
 
 
+def test_panels_of_the_same_cells_share_colours_where_asked():
+    points = np.random.default_rng(0).random((50, 2))
+    panels = {"counted": np.linspace(0, 2, 50), "expected": np.linspace(1, 5, 50)}
+    for tissue in (False, True):
+        axes = plot.cell_panels(points, panels, shared_colors=True, tissue=tissue)
+        first, second = (ax.collections[-1].get_clim() for ax in axes)
+        assert first == second
+        assert [ax.get_title(loc="left") for ax in axes] == list(panels)
+        assert bool(axes[0].yaxis_inverted()) is tissue
+    first, second = (ax.collections[-1].get_clim() for ax in plot.cell_panels(points, panels))
+    assert first != second
+    with pytest.raises(InputError, match="no panel"):
+        plot.cell_panels(points, {})
+    with pytest.raises(InputError, match="one value a cell"):
+        plot.cell_panels(points, {"a": [1.0]})
+
+
+def test_agreement_leaves_out_what_has_no_logarithm():
+    measured, predicted = [0.0, 1.0, 10.0, np.nan], [1.0, 2.0, 0.0, 3.0]
+    axes = plot.agreement(measured, predicted, value_label="mean", logarithmic=True)
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), [[1, 2]])
+    assert axes.get_xscale() == "log"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("mean, measured", "mean, predicted")
+    axes = plot.agreement(measured, predicted, value_label="mean")
+    assert len(axes.collections[0].get_offsets()) == 3
+    with pytest.raises(InputError, match="2 measured and 1 predicted"):
+        plot.agreement([1.0, 2.0], [1.0], value_label="mean")
+    with pytest.raises(InputError, match="no pair"):
+        plot.agreement([0.0], [1.0], value_label="mean", logarithmic=True)
+
+
 def test_gene_map_names_the_genes_that_are_asked_for():
     points = np.random.default_rng(0).random((5, 2))
     genes = ["CD3D", "CD3E", "MS4A1", "LYZ", "NKG7"]

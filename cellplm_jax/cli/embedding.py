@@ -193,7 +193,9 @@ def _cluster(arguments: argparse.Namespace) -> None:
         lines.append(f"wrote {arguments.picture}")
         facts["wrote"].append(arguments.picture)
     shown = [arguments.key_added, *columns]
-    reports.write(arguments, "clusters", cells, shown, arguments.use_rep, facts["scores"])
+    reports.write(
+        arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
+    )
     conclude(arguments, lines, facts, messages=messages)
 
 

@@ -112,7 +112,7 @@ def add_impute(commands: Any) -> None:
         fit_example="cellplm impute fit spatial.h5ad --reference cells.h5ad --model small --out imputer",
         predict_example="cellplm impute predict spatial.h5ad --model imputer --out imputed.h5ad",
         fit_report="the curve of the fit, and the confidence of every gene",
-        predict_report="the imputed genes, and maps of the most certain ones where cells have coordinates",
+        predict_report="the imputed genes, and maps of some beside measured ones where cells have coordinates",
     )
     fit.add_argument(
         "--reference",
@@ -172,7 +172,7 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         **given(arguments, READING),
     )
     number = len(imputer.imputed if genes is None else genes)
-    reports.write(arguments, "imputed", arguments.out, imputer)
+    reports.write(arguments, "imputed", arguments.out, imputer, given(arguments, READING))
     conclude(
         arguments,
         [f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes"],
@@ -192,13 +192,19 @@ def add_denoise(commands: Any) -> None:
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
         fit_report="the curve of the fit",
-        predict_report="the expected counts: totals of the cells and means of the genes",
+        predict_report="some genes before and after on a map of the cells, and the means of all",
     )
     predict.add_argument(
         "--log-normalized", action="store_true", help="a second layer of log-normalised values"
     )
     predict.add_argument(
         "--detected", action="store_true", help="counts given that they are not zero"
+    )
+    predict.add_argument(
+        "--show",
+        metavar="GENES",
+        help="genes that the report draws: names separated by commas, or a file with one a line "
+        "(two that differ most between cells)",
     )
     predict.add_argument(
         "--zero-shot", action="store_true", help="--model is a pretrained model that was not fitted"
@@ -223,6 +229,14 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
 
     reports.check_file(arguments)
     counts_only(arguments)
+    shown = names_in(arguments.show)
+    if shown and arguments.report is None:
+        msg = explain(
+            "--show was given without --report",
+            "a page to show genes on",
+            "Add --report FILE.html, or leave out --show",
+        )
+        raise InputError(msg)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
     messages = denoiser.predict_file(
@@ -232,7 +246,7 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
         detected=arguments.detected,
         **given(arguments, READING),
     )
-    reports.write(arguments, "denoised", arguments.out, denoiser)
+    reports.write(arguments, "denoised", arguments.out, denoiser, given(arguments, READING), shown)
     conclude(
         arguments,
         [f"wrote {arguments.out}: layers['{LAYER}']"],

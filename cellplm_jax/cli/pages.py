@@ -7,6 +7,7 @@ layout of maps, on a random part of the cells where there are very many.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,73 @@ from cellplm_jax.report import Figure, Section, Table, Text
 DRAWN_CELLS = 5000
 """Cells of a map at most; a random part of more."""
 
+DRAWN_GENES = 6
+"""Genes that are drawn at most where they were named."""
+
 NEIGHBORS = 15
 """Of the graph that maps are laid out by."""
 
 LISTED = 20
 """Rows of a list that has no end."""
+
+NAMES = {
+    "label_key": "column with the labels",
+    "perturbation_key": "column with the perturbations",
+    "covariate_key": "column with the groups",
+    "sample_key": "column with the samples",
+    "epochs": "epochs run",
+    "best_epoch": "epoch that was kept",
+    "stopped_early": "stopped before the last epoch",
+    "seconds": "time of the fit (s)",
+    "shared_genes": "genes that panel and reference share",
+    "mean_confidence": "mean confidence (correlation)",
+    "validation_loss": "loss on validation cells (nats a cell, lower is better)",
+    "validation_f1": "macro F1 on validation cells, network alone",
+    "validation_f1_linear": "macro F1 on validation cells, logistic regression alone",
+    "validation_f1_pooled": "macro F1 on validation cells, the two together",
+    "strength": "strength of mixing",
+    "left_out_perturbations_rmse": "error on left-out perturbations (RMSE of changes)",
+    "left_out_perturbations_rmse_of_mean_change": "the same of the mean change of the others",
+    "left_out_groups_rmse": "error on left-out groups (RMSE of changes)",
+    "left_out_groups_rmse_of_mean_change": "the same of the mean change of the others",
+    "left_out_samples_cross_entropy": "cross-entropy on left-out samples (nats, lower is better)",
+    "cross_entropy_of_frequencies": "the same of guessing by how frequent labels are",
+    "nonzeros": "counts that are not zero",
+    "unknown_genes": "names of the files that are no known gene",
+    "genes_outside_vocabulary": "genes of the files that were not chosen",
+    "megabytes": "size on disk (MB)",
+}
+"""Of facts whose own names do not say enough."""
+
+TASKS = {
+    "annotation": "Cell types", "imputation": "Imputed genes", "denoising": "Denoising",
+    "integration": "Integration", "perturbation": "Perturbations", "samples": "Tissue samples",
+}  # fmt: skip
+"""What pages call the tasks of estimators."""
+
+
+SCORES = {
+    "accuracy": ("accuracy", "share of the cells that got their true type"),
+    "macro_accuracy": ("macro accuracy", "share of a type's cells that are found, mean of the types"),
+    "macro_f1": ("macro F1", "precision and recall together, mean of the types; 1 is best"),
+    "weighted_f1": ("weighted F1", "the same, types weighted by their cells"),
+    "macro_precision": ("macro precision", "share of the cells with a label that are of that type, mean of the types"),
+    "weighted_precision": ("weighted precision", "the same, types weighted by their cells"),
+    "calibration_error": ("calibration error", "how far confidence is from the share that is right; 0 is best"),
+    "ari": ("ARI", "agreement of clusters and types; 1: the same, 0: as by chance"),
+    "nmi": ("NMI", "what clusters tell of types and types of clusters; 1: everything, 0: nothing"),
+    "knn_accuracy": ("kNN accuracy", "share of the cells whose nearest cells are mostly of their own type"),
+    "label_silhouette": ("silhouette of types", "1: types lie far apart, 0: they touch, below: mixed"),
+    "ilisi": ("iLISI", "batches around a cell; 1: evenly mixed, 0: one alone"),
+    "kbet": ("kBET", "share of the cells around which batches are mixed as they are overall"),
+    "kbet_per_label": ("kBET within types", "the same among the cells of each type, mean of the types"),
+    "batch_silhouette": ("overlap of batches", "within types; 1: they lie on one another, 0: apart"),
+    "clusters": ("clusters", "how many there are"),
+}  # fmt: skip
+"""Of scores by their names in results: what people call them, and what they say."""
+
+SAME = ("micro_f1", "macro_recall", "weighted_recall")
+"""Scores that are accuracy or macro accuracy by another name where every cell has one label."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +104,7 @@ class Page:
 def _facts(facts: Mapping[str, Any], heading: str = "Facts", caption: str = "") -> Table:
     """Return plain facts as a table of two columns; nested ones are left out."""
     rows = [
-        (name.replace("_", " "), _shown(value))
+        (NAMES.get(name, name.replace("_", " ")), _shown(value))
         for name, value in facts.items()
         if isinstance(value, str | int | float | np.generic) and value != ""
     ]
@@ -58,7 +121,26 @@ def _shown(value: Any) -> str:
 
 def _messages(messages: Sequence[str]) -> list[Section]:
     """Return what the work had to say."""
-    return [Text("\n\n".join(messages), heading="Remarks")] if messages else []
+    said = [message for message in messages if message != "Started fresh: nothing."]
+    return [Text("\n\n".join(said), heading="Remarks")] if said else []
+
+
+def _scores(scores: Mapping[str, float], caption: str, heading: str = "Scores") -> Table:
+    """Return scores as a table that says what each means."""
+    rows = []
+    for key, value in scores.items():
+        if key in SAME:
+            continue
+        name, meaning = SCORES.get(key, (key.replace("_", " "), ""))
+        rows.append((name, float(value), meaning))
+    return Table(["score", "value", "what it says"], rows, caption, heading)
+
+
+def _named(genes: Sequence[Any]) -> list[str]:
+    """Return genes by their symbols where these are known."""
+    from cellplm_jax.data.genes import symbols_of
+
+    return symbols_of([str(gene) for gene in genes])
 
 
 def _some(cells: int) -> np.ndarray:
@@ -79,10 +161,14 @@ def _map(
     heading: str,
     name: str = "UMAP",
 ) -> list[Section]:
-    """Return maps of cells, a picture a column."""
+    """Return maps of cells, a picture a column; one without colours where there is no column."""
     from cellplm_jax import plot
 
     found: list[Section] = []
+    if not columns:
+        one = np.full(len(coordinates), "cells", object)
+        axes = plot.umap(coordinates, one, axis_name=name, legend=False)
+        return [Figure(axes, f"{name} of the cells", caption, heading)]
     for title, values in columns.items():
         axes = plot.umap(coordinates, values, title=title, axis_name=name)
         alt = f"{name} of the cells, coloured by {title}"
@@ -100,10 +186,36 @@ def _columns(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict[s
         column = obs[name].iloc[cells]
         if not pd.api.types.is_float_dtype(column.dtype):
             text = column.astype(object).where(column.notna(), "unknown").astype(str)
-            often = text.value_counts().index[:30]
-            column = pd.Categorical(text.where(text.isin(often), "others"))
+            often = set(text.value_counts().index[:30])
+            shown = text.where(text.isin(often), "others")
+            column = pd.Categorical(shown, sorted(set(shown), key=_natural))
         found[str(name)] = column
     return found
+
+
+def _natural(text: str) -> list[Any]:
+    """Return a key that sorts "2" before "10", and "others" last."""
+    parts = [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in _DIGITS.split(text)
+    ]
+    return [text == "others", parts]
+
+
+_DIGITS = re.compile(r"(\d+)")
+
+
+def _telling(obs: Any) -> list[str]:
+    """Return at most two different columns of words, of 2 to 30 groups: the colours of a map where nobody named any."""
+    import pandas as pd
+
+    found: list[str] = []
+    for name, column in obs.items():
+        words = column.astype(str)
+        if pd.api.types.is_numeric_dtype(column.dtype) or not 2 <= column.nunique() <= 30:
+            continue
+        if not any(words.equals(obs[other].astype(str)) for other in found):
+            found.append(str(name))
+    return found[:2]
 
 
 def _laid_out(embedding: np.ndarray, cells: np.ndarray) -> np.ndarray | None:
@@ -120,6 +232,13 @@ def _no_map(heading: str) -> Text:
     return Text(f"Too few cells to lay out: a map needs more than {NEIGHBORS}.", heading=heading)
 
 
+def _share(facts: Mapping[str, Any], part: str, whole: str) -> str | None:
+    """Return "3 of 4" from two facts; None: one is not there."""
+    if part not in facts or whole not in facts:
+        return None
+    return f"{_shown(facts[part])} of {_shown(facts[whole])}"
+
+
 def _input(facts: Mapping[str, Any]) -> list[Section]:
     """Return what the counts turned out to be, from the facts of ``uns``."""
     read = facts.get("input") or {}
@@ -130,9 +249,8 @@ def _input(facts: Mapping[str, Any]) -> list[Section]:
         ("stored as", read.get("storage")),
         ("gene names from", read.get("gene_key")),
         ("cells", _shown(read["cells"]) if "cells" in read else None),
-        ("genes of the file that the model knows", _shown(genes["matched"]) if "matched" in genes else None),
-        ("genes of the model that the file has", f"{_shown(genes['genes_matched'])} of {_shown(genes['vocabulary'])}"
-         if "vocabulary" in genes else None),
+        ("genes of the file that the model knows", _share(genes, "matched", "names")),
+        ("genes of the model that the file has", _share(genes, "genes_matched", "vocabulary")),
         ("cells without counts", _shown(read["cells_without_counts"]) if "cells_without_counts" in read else None),
     ]  # fmt: skip
     context = facts.get("context") or {}
@@ -146,25 +264,51 @@ def _input(facts: Mapping[str, Any]) -> list[Section]:
 
 
 def _curve(estimator: Any) -> list[Section]:
-    """Return the history of a fit: the loss, and the score where there is one."""
+    """Return the history of a fit: the loss, and the score where it is another quantity."""
+    from cellplm_jax import plot
+
+    history, best = estimator.history, estimator.facts.get("best_epoch")
+    names = {name for row in history for name in row}
+    pictures: list[tuple[str, list[dict[str, float]], str]] = []
+    if names & {"loss", "validation_loss"}:
+        note = "Loss in nats a cell, lower is better"
+        if _apart(history):
+            # The loss of a fit counts other entries than that of the validation: on one axis both would be flat.
+            pictures = [
+                ("loss", _without(history, "validation_loss"), f"{note}, of the training cells."),
+                ("loss", _without(history, "loss"), f"{note}, of what was hidden in the validation cells."),
+            ]  # fmt: skip
+        else:
+            pictures = [("loss", list(history), f"{note}.")]
+    mirrored = all(
+        row.get("validation_score") in (None, -row.get("validation_loss", np.nan))
+        for row in history
+    )
+    if names & {"score", "validation_score"} and not mirrored:
+        pictures.append(("score", list(history), "Score, higher is better."))
     found: list[Section] = []
-    for key in ("loss", "score"):
-        names = {name for row in estimator.history for name in row}
-        if names & {key, f"validation_{key}"}:
-            found.append(
-                Figure(
-                    estimator.plot_history(key=key),
-                    f"{key} over the epochs of the fit",
-                    "Training values are running means over the faint raw ones; the dotted line is the epoch that was "
-                    "kept." if key == "loss" else "",
-                    "Fitting" if key == "loss" else None,
-                )
-            )  # fmt: skip
+    for key, rows, caption in pictures:
+        if not found:
+            caption += " The dotted line is the epoch that was kept"
+            caption += "; strong lines are running means." if len(rows) > 40 else "."
+        axes = plot.fitting_curves(rows, key=key, best_epoch=best)
+        heading = None if found else "Fitting"
+        found.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
     return found
 
 
-def _name(estimator: Any) -> str:
-    return type(estimator).__name__
+def _apart(history: Sequence[Mapping[str, float]]) -> bool:
+    """Tell whether losses of training and validation lie so far apart that one axis is no good for both."""
+    sides = [[row[name] for row in history if name in row] for name in ("loss", "validation_loss")]
+    if not all(sides):
+        return False
+    low, high = sorted(sides, key=max)
+    return max(low) < min(high) - 3 * max(np.ptp(low), np.ptp(high))
+
+
+def _without(history: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
+    """Return a history without one of its quantities."""
+    return [{key: value for key, value in row.items() if key != name} for row in history]
 
 
 # --- pages of what was fitted --------------------------------------------------------------------
@@ -174,9 +318,8 @@ def fit(estimator: Any) -> Page:
     """Show a fitted estimator: facts, curve, remarks."""
     facts = estimator.facts
     return Page(
-        f"{_name(estimator)}: fitted",
-        f"Fitted to {_shown(facts.get('training_cells', facts.get('cells', 0)))} cells for "
-        f"{estimator.task}.",
+        f"{TASKS.get(estimator.task, estimator.task)}: fitted",
+        f"Fitted to {_shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
         [_facts(facts), *_curve(estimator), *_messages(estimator.messages)],
     )
 
@@ -220,7 +363,7 @@ def annotator(estimator: Any) -> Page:
         )
         each = per_class_scores(truth, found)
         sections += [
-            Table(["score", "value"], list(scores.items()), note, "Scores"),
+            _scores(scores, note),
             Table(
                 ["cell type", *map(str, each.columns)],
                 [[name, *row] for name, *row in each.itertuples()],
@@ -252,18 +395,22 @@ def imputer(estimator: Any) -> Page:
     known = estimator.confidence.dropna().sort_values(ascending=False)
     sections: list[Section] = []
     if len(known):
-        rows = list(known.items())
+        rows = list(zip(_named(known.index), known, strict=True))
+        caption = "The genes, the most certain first."
         if len(rows) > LISTED:
             rows = [*rows[: LISTED // 2], *rows[-LISTED // 2 :]]
+            caption = f"The {LISTED // 2} most and the {LISTED // 2} least certain of {len(known):,} genes."
         sections = [
             Figure(
-                plot.histogram(known, value_label="confidence", counted="genes"),
+                plot.histogram(known, value_label="confidence (correlation)", counted="genes"),
                 "Histogram of the confidence of the imputed genes",
-                "Correlation of a gene with its measured values on held-out reference cells seen through the panel.",
+                "Confidence of a gene: correlation of predicted and measured values over reference cells that were "
+                "held out and seen through the panel alone. 1: predicted exactly, 0: nothing is known of it. It says "
+                "nothing of how your cells differ from the reference.",
                 "How certain the genes are",
             ),
-            Table(["gene", "confidence"], rows, "The most and the least certain genes.", "Genes"),
-        ]
+            Table(["gene", "confidence"], rows, caption, "Genes"),
+        ]  # fmt: skip
     facts = estimator.facts
     summary = f"{facts['imputed_genes']:,} genes are predicted from {facts['shared_genes']:,} measured ones."
     if "mean_confidence" in facts:
@@ -285,10 +432,11 @@ def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
     coordinates = _laid_out(z, drawn)
     sections: list[Section] = [_no_map("The embedding")]
     if coordinates is not None:
-        columns = _columns(cells.obs, colors, drawn) or {
-            "all cells": np.full(len(drawn), "cells", object)
-        }
-        caption = f"UMAP of obsm['{key}'], {_of(len(drawn), len(z))}. For looking at: distances mean little."
+        columns = _columns(cells.obs, colors or _telling(cells.obs), drawn)
+        caption = f"UMAP of obsm['{key}'], {_of(len(drawn), len(z))}: a point a cell, like ones near one another. " \
+            "For looking at: distances between groups mean little."  # fmt: skip
+        if not colors:
+            caption += " --color colours it by a column of obs."
         sections = _map(coordinates, columns, caption, "The embedding")
     return Page(
         f"Embedding of {Path(path).name}",
@@ -297,30 +445,52 @@ def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
     )  # fmt: skip
 
 
-def clusters(cells: Any, columns: Sequence[str], key: str, scores: Mapping[str, float]) -> Page:
-    """Show clustered cells: a UMAP a column, sizes, scores."""
-    from cellplm_jax import plot
+def clusters(
+    path: str | os.PathLike,
+    cells: Any,
+    columns: Sequence[str],
+    key: str,
+    scores: Mapping[str, float],
+) -> Page:
+    """Show clustered cells: a UMAP a column, what is in every cluster, scores.
 
-    cluster = columns[0]
+    Args:
+        path: The file that was written.
+        cells: With the clusters and ``obsm["X_umap"]``.
+        columns: Of ``obs``: the clusters, then known types and batches where they were named.
+        key: The embedding.
+        scores: Against those.
+    """
+    cluster, *known = columns
     sizes = cells.obs[cluster].value_counts()
     drawn = _some(cells.n_obs)
     shown = _columns(cells.obs, columns, drawn)
-    caption = f"UMAP of obsm['{key}'], {_of(len(drawn), cells.n_obs)}."
+    caption = f"UMAP of obsm['{key}'], {_of(len(drawn), cells.n_obs)}: a point a cell, like ones near one another."
     sections = _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Clusters")
-    bars = {f"cluster {name}": int(count) for name, count in sizes.items()}
-    sections.append(
-        Figure(plot.table_bars(bars, value_label="cells"), "Cells of every cluster", "", "Sizes")
-    )
+    sections.append(_contents(cells.obs, cluster, known))
     if scores:
-        sections.append(
-            Table(
-                ["score", "value"],
-                list(scores.items()),
-                "Against the columns that were named; clusters never see them. Higher is better.",
-                "Scores",
-            )
-        )
-    return Page("Clusters", f"{cells.n_obs:,} cells in {len(sizes)} clusters.", sections)
+        against = " and ".join(f"obs['{name}']" for name in known)
+        note = f"Against {against}, which clustering never saw; higher is better."
+        sections.append(_scores({name: n for name, n in scores.items()}, note))
+    return Page(
+        f"Clusters of {Path(path).name}",
+        f"{cells.n_obs:,} cells in {len(sizes)} clusters, of {min(sizes):,} to {max(sizes):,} cells.",
+        sections,
+    )
+
+
+def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
+    """Return a row a cluster: its cells, and the most frequent value of each column with its share."""
+    rows = []
+    for name in sorted(map(str, obs[cluster].unique()), key=_natural):
+        own = obs[obs[cluster].astype(str) == name]
+        row: list[Any] = [name, len(own), f"{len(own) / len(obs):.0%}"]
+        for column in known:
+            often = own[column].astype(object).fillna("unknown").astype(str).value_counts()
+            row.append(f"{often.index[0]} ({often.iloc[0] / len(own):.0%})")
+        rows.append(row)
+    names = ["cluster", "cells", "share", *(f"most frequent {column}" for column in known)]
+    return Table(names, rows, "", "What is in them")
 
 
 def integrated(
@@ -333,7 +503,7 @@ def integrated(
     cells = read_annotations(path, obsm=[key, *before], uns=["cellplm_integration"])
     drawn = _some(cells.n_obs)
     known = [name for name in columns if name in cells.obs.columns]
-    shown = _columns(cells.obs, known, drawn) or {"all cells": np.full(len(drawn), "cells", object)}
+    shown = _columns(cells.obs, known, drawn)
     sections: list[Section] = []
     first = next((name for name in before if name in cells.obsm), None)
     for name, heading in ((first, "Before"), (key, "Integrated")):
@@ -351,7 +521,7 @@ def integrated(
                  "cellplm embed on it first.", "Before")
         )  # fmt: skip
     if scores:
-        sections.append(Table(["score", "value"], list(scores.items()), "", "Scores"))
+        sections.append(_scores(scores, ""))
     facts = cells.uns.get("cellplm_integration", {})
     summary = f"{cells.n_obs:,} cells" + (f", batches of '{known[0]}'." if known else ".")
     return Page("Integrated embedding", summary, [*sections, *_input(facts)])
@@ -397,71 +567,218 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     )
 
 
-def imputed(path: str | os.PathLike, estimator: Any) -> Page:
-    """Show imputed genes: confidence and mean of each, and maps of the most certain ones."""
+def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) -> Page:
+    """Show imputed genes: how certain each is, and maps of a few beside what was measured.
+
+    Args:
+        path: The file that was written.
+        estimator: That predicted.
+        keys: How the cells were read where that was not as in the fit.
+    """
     from cellplm_jax import plot
     from cellplm_jax.tasks.embed import read_annotations
     from cellplm_jax.tasks.impute import FACTS, IMPUTED
 
-    spatial_key = estimator.reading.spatial_key or "spatial"
+    spatial_key = estimator.reading.changed(**keys).spatial_key or "spatial"
     cells = read_annotations(path, obsm=[IMPUTED, spatial_key], uns=[FACTS])
     values = cells.obsm[IMPUTED]
+    facts = cells.uns.get(FACTS, {})
+    logged = bool(facts.get("log_normalized", False))
+    beside = estimator.beside_measured(path, values, log_normalized=logged, **keys)
     confidence = estimator.confidence.reindex(values.columns)
     order = confidence.sort_values(ascending=False, na_position="last").index
+    names = dict(zip(order, _named(order), strict=True))
+    checked = beside.pearson.reindex(order)
     mean, top = values.mean(axis=0), values.max(axis=0)
-    sections: list[Section] = [
-        Table(
-            ["gene", "confidence", "mean", "largest"],
-            [(gene, confidence[gene], float(mean[gene]), float(top[gene])) for gene in order[:LISTED]],
-            f"The {min(LISTED, len(order))} most certain of {len(order)} genes; expected values of the cells.",
-            "Imputed genes",
-        )
-    ]  # fmt: skip
-    if spatial_key in cells.obsm:
-        drawn = _some(cells.n_obs)
-        points = np.asarray(cells.obsm[spatial_key], np.float64)[drawn, :2]
-        there = np.isfinite(points).all(axis=1)
-        for number, gene in enumerate(order[:3]):
-            if there.any():
-                axes = plot.spatial(
-                    points[there], values[gene].to_numpy(float)[drawn][there], title=str(gene),
-                    color_label="imputed",
-                )  # fmt: skip
-                heading = "In the tissue" if number == 0 else None
-                sections.append(Figure(axes, f"{gene} as imputed, in the tissue", "", heading))
-    return Page(
-        f"Imputed genes of {Path(path).name}",
-        f"{len(order):,} genes predicted for {cells.n_obs:,} cells. How certain each is was found on reference cells, "
-        "not on these.",
-        [*sections, *_input(cells.uns.get(FACTS, {}))],
+    unit = "log1p of counts per 10,000" if logged else "counts"
+    columns = ["gene", "confidence", "correlation here", f"mean ({unit})", f"largest ({unit})"]
+    rows = [
+        [names[gene], confidence[gene], checked[gene], float(mean[gene]), float(top[gene])]
+        for gene in order[:LISTED]
+    ]
+    summary = (
+        f"{len(order):,} genes predicted for {cells.n_obs:,} cells. How certain each is was found on reference cells "
+        "that were held out, not on these."
     )
+    caption = f"The {min(LISTED, len(order))} most certain of {len(order):,} genes. Confidence: correlation of " \
+        "predicted and measured values on held-out reference cells."  # fmt: skip
+    sections: list[Section] = []
+    if len(beside.pearson):
+        summary += (
+            f" {len(beside.pearson):,} of them are measured in this file after all, unseen by the prediction: their "
+            f"median correlation with it is {np.nanmedian(beside.pearson):.2f}."
+        )
+        caption += (
+            " Correlation here: with what was measured in these cells, of log-normalised values."
+        )
+    else:
+        columns.pop(2)
+        rows = [row[:2] + row[3:] for row in rows]
+    sections.append(Table(columns, rows, caption, "Imputed genes"))
+    known = beside.pearson[confidence.reindex(beside.pearson.index).notna()].dropna()
+    if len(known) >= 10:
+        sections.append(
+            Figure(
+                plot.agreement(
+                    confidence[known.index], known, value_label="correlation",
+                    names=("on held-out reference cells", "in these cells"),
+                ),
+                "Correlation in these cells against the confidence of the fit, a point a gene",
+                "A point a gene that this file measures. Below the line the gene is predicted worse here than in the "
+                "reference.",
+                "Was the confidence right?",
+            )
+        )  # fmt: skip
+    if spatial_key in cells.obsm:
+        sections += _beside(beside, np.asarray(cells.obsm[spatial_key], np.float64)[:, :2], names)
+    return Page(f"Imputed genes of {Path(path).name}", summary, [*sections, *_input(facts)])
 
 
-def denoised(path: str | os.PathLike, estimator: Any) -> Page:
-    """Show denoised counts: how the genes' means and zeros changed."""
+def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[Section]:
+    """Return maps in the tissue of imputed genes beside measured ones."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, layer_summary
+
+    drawn = _some(len(points))
+    drawn = drawn[np.isfinite(points[drawn]).all(axis=1)]
+    if not len(drawn):
+        return []
+    scale = "log1p of counts per 10,000"
+    found: list[Section] = []
+    for pair in beside.pairs:
+        gene = names.get(pair.gene, pair.gene)
+        values = pair.imputed[drawn], pair.measured[drawn]
+        if len(beside.pearson):
+            correlation = float(beside.pearson[pair.gene])
+            axes = plot.spatial_comparison(
+                points[drawn], values[1], values[0], value_label=scale,
+                title=f"{gene}: correlation {correlation:.2f}",
+            )[0]  # fmt: skip
+            alt = f"{gene} in the tissue as measured, as imputed, and the difference"
+            caption = "Of the genes that this file measures: the most certain one, one from the middle, and the " \
+                "least certain one. Difference: red is predicted too high, blue too low."  # fmt: skip
+        else:
+            (other,) = _named([pair.other])
+            axes = plot.cell_panels(
+                points[drawn], {f"{gene}, imputed": values[0], f"{other}, measured": values[1]},
+                color_label=scale, tissue=True,
+            )[0]  # fmt: skip
+            alt = f"{gene} as imputed and {other} as measured, in the tissue"
+            caption = "The most certain genes. What they truly are here is not known, so beside each stands the " \
+                "measured gene of the panel that it goes with most closely."  # fmt: skip
+        heading = None if found else "In the tissue"
+        found.append(Figure(axes, alt, "" if found else caption, heading))
+    return found
+
+
+def denoised(
+    path: str | os.PathLike,
+    estimator: Any,
+    keys: Mapping[str, Any],
+    genes: Sequence[str] | None = None,
+) -> Page:
+    """Show denoised counts: some genes before and after, and how means and zeros changed.
+
+    Args:
+        path: The file that was written.
+        estimator: That predicted.
+        keys: How the cells were read where that was not as in the fit.
+        genes: To look at; None: some that differ most between cells.
+    """
+    from cellplm_jax import plot
+    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
     from cellplm_jax.tasks.embed import read_annotations
 
-    cells = read_annotations(path, uns=[FACTS])
-    summary = layer_summary(path, LAYER)
-    sections: list[Section] = [_facts(summary, "Expected counts")]
-    sections.append(
-        Figure(
-            plot.histogram(
-                np.log10(np.maximum(summary["gene_means"], 1e-6)),
-                value_label="log10 of the mean expected count",
-                counted="genes",
-            ),
-            "Histogram of the mean expected count of the genes",
-            f"Of {summary['genes']:,} genes over the first {summary['cells_read']:,} cells.",
-        )
+    embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
+    cells = read_annotations(path, obsm=embeddings, uns=[FACTS])
+    facts = cells.uns.get(FACTS, {})
+    drawn = _some(cells.n_obs)
+    found = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
+    after = "expected if not zero" if facts.get("detected") else "expected"
+    totals = "The expected counts of a cell add up to what was counted in it."
+    if facts.get("detected"):
+        totals = "Counts given that they are not zero are larger than what was counted."
+    names = _named(found.genes)
+    rows = [
+        [name, *found.table.loc[gene, list(found.table)]]
+        for name, gene in zip(names, found.genes, strict=True)
+    ]
+    columns = ["gene", "share of cells with a count", "mean count", f"mean {after}", "correlation"]
+    which = (
+        "The genes that were named"
+        if genes
+        else "Genes whose expected counts differ between cells; the second is high where the first is low"
     )
     return Page(
         f"Denoised counts of {Path(path).name}",
-        f"layers['{LAYER}']: expected counts of {cells.n_obs:,} cells.",
-        [*sections, *_input(cells.uns.get(FACTS, {})), *_messages(estimator.messages)],
-    )
+        f"layers['{LAYER}']: {after} counts of {len(found.means_after):,} genes in {cells.n_obs:,} cells. "
+        f"{found.zeros:.0%} of the counts are zero; in {found.expected_zeros:.1%} of these at least half a count is "
+        "expected. What is expected comes from a cell's other genes and its neighbours: use it to look and to rank, "
+        "not to test for differences.",
+        [
+            *_before_and_after(found, cells, drawn, names, after, chosen=genes is not None),
+            Table(
+                columns,
+                rows,
+                f"{which}. Correlation: over the cells, of counts and {after} ones, both log-normalised.",
+                "Genes",
+            ),
+            Figure(
+                plot.agreement(
+                    found.means_before, found.means_after, value_label="mean of a gene (counts a cell)",
+                    names=("counted", after), logarithmic=True,
+                ),
+                "Mean expected count against mean count, a point a gene",
+                f"A point a gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line the mean is kept. "
+                f"{totals}",
+                "Means of all genes",
+            ),
+            *_input(facts),
+            *_messages(estimator.messages),
+        ],
+    )  # fmt: skip
+
+
+def _before_and_after(
+    found: Any, cells: Any, drawn: np.ndarray, names: Sequence[str], after: str, *, chosen: bool
+) -> list[Section]:
+    """Return maps of genes before and after denoising: in the tissue, or on a UMAP of the cells."""
+    from cellplm_jax import plot
+    from cellplm_jax.evaluate.embedding import pca_baseline
+
+    points, place = found.coordinates, "Places in the tissue."
+    tissue = points is not None
+    if points is None:
+        key = next(iter(cells.obsm), None)
+        if key == "X_umap":
+            points, place = (
+                np.asarray(cells.obsm[key], np.float64)[drawn, :2],
+                "The map is obsm['X_umap'].",
+            )
+        elif key is not None:
+            points, place = _laid_out(cells.obsm[key], drawn), f"UMAP of obsm['{key}']."
+        elif len(drawn) > NEIGHBORS:
+            components = pca_baseline(found.counts)
+            points = _laid_out(components, np.arange(len(drawn)))
+            place = "UMAP of the principal components of the counts, before denoising."
+    if points is None:
+        return [_no_map("Before and after")]
+    there = np.isfinite(points).all(axis=1)
+    sections: list[Section] = []
+    for number in range(min(DRAWN_GENES if chosen else 2, len(names))):
+        axes = plot.cell_panels(
+            points[there],
+            {
+                f"{names[number]}, counted": found.before[there, number],
+                f"{names[number]}, {after}": found.after[there, number],
+            },
+            color_label="log1p of counts per 10,000", shared_colors=True, tissue=tissue,
+        )[0]  # fmt: skip
+        caption = f"{place} Both panels of a gene share their colours." if not sections else ""
+        heading = None if sections else "Before and after"
+        sections.append(
+            Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
+        )  # fmt: skip
+    return sections
 
 
 def perturbed(found: Any) -> Page:
@@ -476,25 +793,28 @@ def perturbed(found: Any) -> Page:
     for perturbation, values in change.iterrows():
         order = values.abs().sort_values(ascending=False).index[:5]
         listed = ", ".join(f"{names[gene]} {values[gene]:+.2f}" for gene in order)
+        listed = listed.replace(" -", " \N{MINUS SIGN}")
         rows.append(
             (perturbation, found.known[perturbation], float(np.sqrt((values**2).mean())), listed)
         )
     more = "" if len(found.change) <= 30 else f" The first 30 of {len(found.change)} perturbations."
     return Page(
         "Predicted perturbations",
-        f"Changes of {found.change.shape[1]:,} genes under {len(found.change):,} perturbations, to control cells."
-        f"{more}",
+        f"Changes of {found.change.shape[1]:,} genes under {len(found.change):,} perturbations, relative to control "
+        f"cells.{more}",
         [
             Figure(
                 plot.change_map(change[largest].rename(columns=names)),
                 "Map of the changes of the genes that change most",
-                "Change of mean log-normalised expression; the genes with the largest change anywhere.",
+                "The genes that change most under any of these. Change: of the mean of log1p of counts per 10,000; +1 "
+                "is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
                 "Changes",
             ),
             Table(
-                ["perturbation", "known", "size (rms)", "largest changes"],
+                ["perturbation", "known", "size", "largest changes"],
                 rows,
-                "Known: whether it, or its parts, were in the training data.",
+                "Known: whether it, or its parts, were in the training data. Size: root mean square of the changes of "
+                "all genes.",
                 "Perturbations",
             ),
             *_messages(found.messages),
@@ -506,30 +826,44 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
     """Show labelled samples, and how their cells speak for the label."""
     from cellplm_jax import plot
     from cellplm_jax.tasks.embed import read_annotations
-    from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS
+    from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
 
     cells = read_annotations(path, uns=[FACTS])
+    facts = cells.uns.get(FACTS, {})
     counts = table["label"].value_counts()
     rows = [
         (name, str(row["label"]), float(row["confidence"]), int(row["cells"]))
         for name, row in table.iterrows()
     ]
     found = ", ".join(f"{n} {label}" for label, n in counts.items() if n)
-    return Page(
-        f"Samples of {Path(path).name}",
-        f"{len(table):,} samples: {found}.",
-        [
-            Table(["sample", "label", "confidence", "cells"], rows, "", "Samples"),
-            Figure(
-                plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution"),
-                "Histogram of the contributions of the cells",
-                "How much a cell speaks for its sample's label (below 0: against it).",
-                "Which cells decide",
-            ),
-            *_input(cells.uns.get(FACTS, {})),
-            *_messages(estimator.messages),
-        ],
-    )
+    sections: list[Section] = [
+        Table(
+            ["sample", "label", "confidence", "cells"],
+            rows,
+            "Confidence: probability of the label.",
+            "Samples",
+        ),
+        Figure(
+            plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution to the label (log-odds)"),
+            "Histogram of the contributions of the cells",
+            "How much a cell speaks for its sample's label; below 0: against it. The mean over a sample's cells is "
+            "what decides.",
+            "Which cells decide",
+        ),
+    ]  # fmt: skip
+    # What all cells of a sample share says nothing of the kinds of cells.
+    key = estimator.facts.get("sample_key")
+    within = cells.obs.drop(columns=LABEL, errors="ignore")
+    if key in within:
+        sample = within[key].astype(str)
+        within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
+    for name in _telling(within):
+        groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
+        means = groups.mean().sort_values(ascending=False)
+        listed = [(group, int(groups.size()[group]), float(mean)) for group, mean in means.items()]
+        sections.append(Table([name, "cells", "mean contribution"], listed))
+    sections += [*_input(facts), *_messages(estimator.messages)]
+    return Page(f"Samples of {Path(path).name}", f"{len(table):,} samples: {found}.", sections)
 
 
 # --- pages of corpora and models -----------------------------------------------------------------
@@ -546,7 +880,7 @@ def corpus(facts: Mapping[str, Any]) -> Page:
     notes = [f"{row['dataset']}: {note}" for row in facts["datasets"] for note in row["notes"]]
     reported = {name: n for name, n in facts["counters"].items() if n}
     return Page(
-        f"Corpus {Path(facts['path']).name}",
+        f"Corpus in {Path(facts['path']).name}",
         f"{totals['cells']:,} cells in {totals['samples']:,} samples ({totals['spatial_samples']:,} spatial), "
         f"{facts['vocabulary']['genes']:,} genes.",
         [
@@ -557,7 +891,14 @@ def corpus(facts: Mapping[str, Any]) -> Page:
                 "",
                 "Sizes",
             ),
-            _facts({**totals, **reported, "bytes": facts["bytes"] or "", "fingerprint": facts["fingerprint"]}),
+            _facts(
+                {
+                    "nonzeros": totals["nonzeros"],
+                    **reported,
+                    "megabytes": facts["bytes"] / 1e6 if facts["bytes"] else "",
+                    "fingerprint": facts["fingerprint"],
+                }
+            ),
             *_messages(notes),
         ],
     )  # fmt: skip
@@ -594,7 +935,8 @@ def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
         for name, value in facts["config"].items()
         for key, item in (value.items() if isinstance(value, dict) else [("", value)])
     ]
-    sections.append(Table(["", "value"], flat, "", "Configuration"))
+    caption = "Fields of cellplm_jax.config.ModelConfig, whose documentation says what each means."
+    sections.append(Table(["", "value"], flat, caption, "Configuration"))
     return Page(
         f"Model {facts['id']}",
         f"{facts['parameters']['total']:,} parameters, {facts['genes']['count']:,} genes"

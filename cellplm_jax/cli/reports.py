@@ -87,9 +87,7 @@ def write(arguments: argparse.Namespace, page: str, *found: Any) -> None:
 
 
 def _how(arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yield how the run is repeated, and by what it was made."""
-    import cellplm_jax
-    from cellplm_jax.report import Code, Text
+    """Yield how the run is repeated."""
+    from cellplm_jax.report import Code
 
     yield Code(shlex.join(["cellplm", *arguments.words]), heading="How it was made")
-    yield Text(f"cellplm-jax {cellplm_jax.__version__}.")

@@ -1162,6 +1162,17 @@ def _settle(
     return counts
 
 
+@contextlib.contextmanager
+def nullable_strings() -> Iterator[None]:
+    """Let anndata write nullable strings, which files of newer pandas hold, where it has a setting for them."""
+    import anndata
+
+    with contextlib.ExitStack() as stack:
+        if hasattr(anndata.settings, "allow_write_nullable_strings"):
+            stack.enter_context(anndata.settings.override(allow_write_nullable_strings=True))
+        yield
+
+
 def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: Any) -> None:
     """Write an ``.h5ad`` file whole or not at all.
 
@@ -1177,17 +1188,13 @@ def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: 
     Raises:
         InputError: The folder of ``path`` does not exist, or ``path`` is a folder.
     """
-    import anndata
-
     target = Path(path).expanduser()
     if not target.parent.is_dir() or target.is_dir():
         found = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
         msg = explain(f"'{target}' {found}", "the name of a file to write", "Check the path")
         raise InputError(msg)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
-    with contextlib.ExitStack() as stack:
-        if hasattr(anndata.settings, "allow_write_nullable_strings"):
-            stack.enter_context(anndata.settings.override(allow_write_nullable_strings=True))
+    with nullable_strings():
         try:
             adata.write_h5ad(temporary, **options)
             temporary.replace(target)

@@ -10,6 +10,7 @@ so that a figure survives a grey printer. Nothing here computes a score.
 
 from cellplm_jax.plot.charts import (
     ablation_dots,
+    agreement,
     benchmark_lines,
     calibration,
     change_map,
@@ -19,7 +20,14 @@ from cellplm_jax.plot.charts import (
     table_bars,
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
-from cellplm_jax.plot.maps import cell_attention, gene_map, spatial, spatial_comparison, umap
+from cellplm_jax.plot.maps import (
+    cell_attention,
+    cell_panels,
+    gene_map,
+    spatial,
+    spatial_comparison,
+    umap,
+)
 from cellplm_jax.plot.style import PALETTE, UNKNOWN_COLOR, UNKNOWN_LABELS
 
 __all__ = [
@@ -27,9 +35,11 @@ __all__ = [
     "UNKNOWN_COLOR",
     "UNKNOWN_LABELS",
     "ablation_dots",
+    "agreement",
     "benchmark_lines",
     "calibration",
     "cell_attention",
+    "cell_panels",
     "change_map",
     "comparison_bars",
     "confusion_matrix",

@@ -351,8 +351,70 @@ def histogram(
         )  # fmt: skip
         axes.set_xlabel(value_label)
         axes.set_ylabel(counted)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    return axes
+
+
+def agreement(
+    measured: Any,
+    predicted: Any,
+    *,
+    value_label: str,
+    names: tuple[str, str] = ("measured", "predicted"),
+    logarithmic: bool = False,
+    title: str | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw predicted against measured numbers, a point each; on the dashed line they are equal.
+
+    Args:
+        measured: float [n].
+        predicted: float [n].
+        value_label: What both are.
+        names: Of the two axes.
+        logarithmic: Both axes are logarithmic; pairs that are not above 0 are left out.
+        title: Above the plot.
+        ax: Where to draw. None: a new figure.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: The two have not the same length, or there is nothing to draw.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    x, y = np.asarray(measured, np.float64).ravel(), np.asarray(predicted, np.float64).ravel()
+    if x.shape != y.shape:
+        msg = explain(
+            f"{len(x)} measured and {len(y)} predicted numbers", "one of each", "Pair them first"
+        )
+        raise InputError(msg)
+    drawn = np.isfinite(x) & np.isfinite(y)
+    if logarithmic:
+        drawn &= (x > 0) & (y > 0)
+    x, y = x[drawn], y[drawn]
+    if not len(x):
+        raise InputError(explain("no pair of numbers to draw", "at least one", "Check the values"))
+    with picture(ax, (4.2, 3.9), title=title, show=show) as axes:
+        size = float(np.clip(9_000 / len(x), 2.0, 18.0))
+        axes.scatter(x, y, s=size, color=PALETTE[0], alpha=0.35, linewidths=0, rasterized=True)
+        if logarithmic:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+        axes.axline(
+            (low, low), (high, high) if high > low else (low + 1, low + 1),
+            color="#4D4D4D", linewidth=1.0, linestyle=(0, (4, 2)), zorder=3,
+        )  # fmt: skip
+        axes.set_xlabel(f"{value_label}, {names[0]}")
+        axes.set_ylabel(f"{value_label}, {names[1]}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E8E8E8", linewidth=0.6)
+        axes.set_axisbelow(True)
     return axes
 
 

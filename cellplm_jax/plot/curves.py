@@ -277,6 +277,7 @@ def fitting_curves(
         if everything.min() > 0 and everything.max() > 50 * everything.min():
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(key.replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#E0E0E0", linewidth=0.6)

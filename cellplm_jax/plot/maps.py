@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -477,7 +478,6 @@ def spatial_comparison(
         InputError: Shapes do not fit, or coordinates are not finite.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    pyplot = pyplot_module()
     points = _points(coordinates)
     values = [np.asarray(column, np.float64) for column in (truth, predicted)]
     for column in values:
@@ -486,10 +486,7 @@ def spatial_comparison(
     difference = values[1] - values[0]
     finite = np.abs(difference[np.isfinite(difference)])
     reach = float(np.percentile(finite, 99)) if finite.size and finite.max() > 0 else 1.0
-    extent = np.maximum(np.ptp(points, axis=0), 1e-9)
-    height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(1, 3, figsize=(12.6, height + 0.6), layout="constrained")
+    with _side_by_side(points, 3, title=title, show=show) as axes:
         drawn = (
             (values[0], names[0], color_map, together, value_label),
             (values[1], names[1], color_map, together, value_label),
@@ -503,11 +500,86 @@ def spatial_comparison(
             )  # fmt: skip
         # White points vanish on white paper.
         axes[2].set_facecolor("#E6E6E6")
+    return axes
+
+
+def cell_panels(
+    coordinates: Any,
+    panels: Mapping[str, Any],
+    *,
+    title: str | None = None,
+    color_label: str | None = None,
+    color_map: str = "viridis",
+    shared_colors: bool = False,
+    tissue: bool = False,
+    axis_name: str = "UMAP",
+    point_size: float | None = None,
+    unit: str | None = None,
+    image_origin: bool = True,
+    show: bool = False,
+) -> np.ndarray:
+    """Draw several quantities of the same cells side by side, for example a gene before and after denoising.
+
+    Args:
+        coordinates: float [cells, 2].
+        panels: Title of a panel to float [cells].
+        title: Above all.
+        color_label: What the values are.
+        color_map: matplotlib colour map.
+        shared_colors: All panels have the limits of all values together; else each has its own.
+        tissue: The coordinates are places in a tissue, see :func:`spatial`; else those of a map, see :func:`umap`.
+        axis_name: See :func:`umap`.
+        point_size: Area of a point in square points. None: by the number of cells.
+        unit: See :func:`spatial`.
+        image_origin: See :func:`spatial`.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        Object array of the Axes.
+
+    Raises:
+        InputError: There is no panel, shapes do not fit, or coordinates are not finite.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    points = _points(coordinates)
+    columns = {str(name): np.asarray(values, np.float64) for name, values in panels.items()}
+    if not columns:
+        raise InputError(explain("no panel to draw", "at least one", "Name what to draw"))
+    for column in columns.values():
+        _values_of(column, len(points))
+    limits = _limits(np.concatenate(list(columns.values())), None) if shared_colors else None
+    with _side_by_side(points if tissue else None, len(columns), title=title, show=show) as axes:
+        for ax, (name, column) in zip(axes, columns.items(), strict=True):
+            options: dict[str, Any] = {
+                "title": name, "color_label": color_label, "color_map": color_map,
+                "color_limits": limits, "point_size": point_size, "ax": ax,
+            }  # fmt: skip
+            if tissue:
+                spatial(points, column, unit=unit, image_origin=image_origin, **options)
+            else:
+                umap(points, column, axis_name=axis_name, **options)
+    return axes
+
+
+@contextlib.contextmanager
+def _side_by_side(
+    tissue: np.ndarray | None, number: int, *, title: str | None, show: bool
+) -> Iterator[np.ndarray]:
+    """Give a row of Axes, as high as the tissue at these points needs; None: almost square ones."""
+    pyplot = pyplot_module()
+    height = 3.2
+    if tissue is not None:
+        extent = np.maximum(np.ptp(tissue, axis=0), 1e-9)
+        height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
+    with pyplot.rc_context(STYLE):
+        figure, grid = pyplot.subplots(
+            1, number, figsize=(4.2 * number, height + 0.6), layout="constrained", squeeze=False
+        )
+        yield grid[0]
         if title:
             figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
     if show:
         pyplot.show()
-    return axes
 
 
 def gene_map(

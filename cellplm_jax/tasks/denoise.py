@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,13 +17,15 @@ from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
     gene_means,
     hide_nonzeros,
     log_normalize,
 )
+from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.losses.objectives import (
     average_over,
     count_nll,
@@ -622,30 +625,145 @@ def require_counts_decoder(model: Pretrained) -> None:
         raise InputError(msg)
 
 
-def layer_summary(
-    path: str | os.PathLike, layer: str = LAYER, *, cells: int = 4096
-) -> dict[str, Any]:
-    """Summarise a layer that was written, from its first cells.
+@dataclass(frozen=True, eq=False)
+class BeforeAndAfter:
+    """Counts beside what was predicted for them, in the same cells.
+
+    Attributes:
+        genes: Names of genes to look at, as the model calls them.
+        before: float [cells, genes], log-normalised counts.
+        after: float [cells, genes], the same of the predicted ones, by the same totals.
+        table: A row a gene of ``genes``: ``share_counted`` of the cells with a count, ``mean_before`` and
+            ``mean_after`` in counts a cell, ``pearson`` over the cells of before and after.
+        means_before: float [all genes], mean count a cell.
+        means_after: float [all genes], mean predicted count a cell.
+        zeros: Share of the entries that are zero in the counts.
+        expected_zeros: Share of these for which at least half a count is predicted.
+        counts: CSR [cells, all genes], the counts.
+        coordinates: float [cells, 2] where the cells have places in a tissue.
+    """
+
+    genes: list[str]
+    before: np.ndarray
+    after: np.ndarray
+    table: pd.DataFrame
+    means_before: np.ndarray
+    means_after: np.ndarray
+    zeros: float
+    expected_zeros: float
+    counts: sparse.csr_matrix
+    coordinates: np.ndarray | None
+
+
+def before_and_after(
+    denoiser: Denoiser,
+    path: str | os.PathLike,
+    layer_written: str = LAYER,
+    *,
+    rows: np.ndarray,
+    genes: Sequence[str] | None = None,
+    number: int = 10,
+    **keys: Any,
+) -> BeforeAndAfter:
+    """Put a layer that was written beside the counts it was predicted from, for looking at.
 
     Args:
-        path: ``.h5ad`` file with the layer, dense.
-        layer: Its name.
-        cells: How many cells are read at most.
+        denoiser: That wrote it.
+        path: ``.h5ad`` file with both.
+        layer_written: Name of the layer.
+        rows: int [cells], rising: which cells are looked at.
+        genes: Which genes to look at; None: those whose predicted values differ most between cells, the second of them
+            one that is high in other cells than the first.
+        number: How many, without ``genes``.
+        **keys: As for :meth:`Denoiser.predict`.
 
     Returns:
-        ``cells_read``; ``genes``, those that the model knows; ``mean_total``, expected counts of a cell;
-        ``median_entry``; ``gene_means``, float [genes].
+        Values of these genes, and means of all.
+
+    Raises:
+        InputError: A gene asked for is not among those denoised, or the file cannot be read.
     """
     import h5py
 
+    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    cells = read_cells(
+        path,
+        model.genes,
+        layer=reading.layer,
+        gene_key=reading.gene_key,
+        spatial_key=reading.spatial_key,
+        minimum_genes=0,
+    )
+    column = np.asarray(cells.report.genes.column, int)
+    known = np.flatnonzero(column >= 0)
+    # Of names that stand for one gene the first; together they are that gene's counts.
+    _, first = np.unique(column[known], return_index=True)
+    known = known[np.sort(first)]
+    total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
     with h5py.File(path) as file:
-        values = np.asarray(file[f"layers/{layer}"][:cells], np.float32)
-    known = np.isfinite(values).all(axis=0)
-    values = values[:, known]
-    return {
-        "cells_read": len(values),
-        "genes": int(known.sum()),
-        "mean_total": float(values.sum(axis=1).mean()),
-        "median_entry": float(np.median(values)),
-        "gene_means": values.mean(axis=0),
-    }
+        values: Any = file[f"layers/{layer_written}"]
+        after = np.concatenate(
+            [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]
+        ).astype(np.float32)
+    counts = sparse.csr_matrix(cells.counts[rows][:, column[known]])
+    names = [model.genes[gene] for gene in column[known]]
+    logs = log_normalize(after, total=total).astype(np.float32)
+    if genes is None:
+        places = _telling_genes(logs, number)
+    else:
+        places = _places_of(genes, names)
+    before = log_normalize(counts[:, places], total=total).toarray()
+    found = np.nan_to_num(pearson_per_gene(before, logs[:, places]), nan=0.0)
+    nonzero = counts[:, places] > 0
+    stored = sparse.csr_matrix(
+        (np.ones(counts.nnz, bool), counts.indices, counts.indptr), counts.shape
+    )
+    half = after >= 0.5
+    both = stored.multiply(half).sum()
+    empty = half.size - counts.nnz
+    return BeforeAndAfter(
+        genes=[names[place] for place in places],
+        before=before,
+        after=logs[:, places].astype(np.float64),
+        table=pd.DataFrame(
+            {
+                "share_counted": np.asarray(nonzero.mean(axis=0)).ravel(),
+                "mean_before": np.asarray(counts[:, places].mean(axis=0)).ravel(),
+                "mean_after": after[:, places].mean(axis=0),
+                "pearson": found,
+            },
+            index=pd.Index([names[place] for place in places], dtype=object),
+        ),
+        means_before=np.asarray(counts.mean(axis=0)).ravel(),
+        means_after=after.mean(axis=0),
+        zeros=empty / max(half.size, 1),
+        expected_zeros=float((half.sum() - both) / max(empty, 1)),
+        counts=counts,
+        coordinates=None if cells.coordinates is None else cells.coordinates[rows],
+    )
+
+
+def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
+    """Return int: columns that vary most over the cells; the second goes with the first least of a hundred such."""
+    order = np.argsort(-logs.var(axis=0), kind="stable")[:100]
+    if len(order) < 3:
+        return order[:number]
+    first = np.broadcast_to(logs[:, order[:1]], (len(logs), len(order) - 1))
+    like = np.nan_to_num(pearson_per_gene(logs[:, order[1:]], first), nan=1.0)
+    second = order[1 + int(like.argmin())]
+    others = [place for place in order[1:] if place != second]
+    return np.array([order[0], second, *others][:number], int)
+
+
+def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Return int: where genes that are to be looked at are among those that were denoised."""
+    found = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
+    missing = [str(gene) for gene, place in zip(genes, found, strict=True) if place < 0]
+    if missing:
+        msg = explain(
+            f"gene '{missing[0]}' was not denoised",
+            f"one of the {len(names)} genes that data and model share",
+            nearest(missing[0], symbols_of(names), "Check the name"),
+        )
+        raise InputError(msg)
+    return found

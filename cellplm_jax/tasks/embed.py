@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
+from cellplm_jax.data.anndata_io import CountSource, Values, nullable_strings, open_counts
 from cellplm_jax.data.batches import (
     Sample,
     bucket,
@@ -504,7 +504,7 @@ def write_copy(
     out: Path,
     *,
     obs: Mapping[str, Any] | None = None,
-    obsm: Mapping[str, np.ndarray] | None = None,
+    obsm: Mapping[str, Any] | None = None,
     obsp: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
     uns: Mapping[str, Any] | None = None,
@@ -521,12 +521,20 @@ def write_copy(
         uns: Anything AnnData can write, by name.
     """
     import h5py
-    from anndata.io import write_elem
+    import pandas as pd
+    from anndata.io import read_elem, write_elem
 
     with written_whole(out) as partial:
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
-        with h5py.File(partial, "r+") as file:
+        with h5py.File(partial, "r+") as file, nullable_strings():
+            if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
+                # AnnData opens a file only where the names of a table are stored as those of its cells are.
+                cells: Any = read_elem(file["obs"])
+                obsm = {
+                    name: value.set_axis(cells.index) if isinstance(value, pd.DataFrame) else value
+                    for name, value in (obsm or {}).items()
+                }
             added = (("obsm", obsm), ("obsp", obsp), ("layers", layers), ("uns", uns))
             for group, values in added:
                 for name, value in (values or {}).items():

@@ -634,7 +634,7 @@ class GeneImputer(Estimator):
         frame, _, facts, messages = self._imputed(
             path, self.reading.changed(**keys), self._places(genes), log_normalized
         )
-        write_copy(path, out, obsm={key_added: frame}, uns={FACTS: facts})  # type: ignore[dict-item]
+        write_copy(path, out, obsm={key_added: frame}, uns={FACTS: facts})
         return messages
 
     def score(
@@ -684,6 +684,88 @@ class GeneImputer(Estimator):
         true, predicted = self._compared(adata, truth, keys)
         table = imputation_table(true, predicted.to_numpy(), list(predicted.columns))
         return table.assign(confidence=self.confidence.reindex(table.index))
+
+    def beside_measured(
+        self,
+        adata: AnnData | str | os.PathLike,
+        imputed: pd.DataFrame,
+        *,
+        log_normalized: bool = False,
+        pairs: int = 3,
+        **keys: Any,
+    ) -> BesideMeasured:
+        """Put a prediction beside what the same cells were measured for, for looking at; nothing is predicted anew.
+
+        Where the cells measure imputed genes after all (the prediction never looks at those), each of these is compared
+        with itself. Else an imputed gene is put beside the gene of the panel it goes with most closely: whether it lies
+        where it should can then be judged by what is known of that one.
+
+        Args:
+            adata: The cells, as for :meth:`predict`.
+            imputed: What :meth:`predict` returned for them.
+            log_normalized: It returned log-normalised values.
+            pairs: How many genes are put beside something: of measured ones the most and the least certain and those
+                between, of others the most certain.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            Correlations of measured genes, and the pairs.
+
+        Raises:
+            InputError: The cells cannot be read, or are not those of the prediction.
+        """
+        model = self._fitted()
+        reading = self.reading.changed(**keys)
+        table = read_cells(
+            adata,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            spatial_key=None,
+            minimum_genes=0,
+        )
+        if len(table) != len(imputed):
+            msg = explain(
+                f"{len(table)} cells and a prediction for {len(imputed)}",
+                "the prediction for these cells",
+                "Pass what predict returned for them",
+            )
+            raise InputError(msg)
+        shown = np.isin(model.genes, self.panel)
+        total = _panel_totals(table, shown, np.arange(len(table)))
+        columns = self._columns[self._places(list(imputed.columns))]
+        order = np.argsort(-self.confidence.reindex(imputed.columns).fillna(-2.0), kind="stable")
+        counted = np.bincount(table.counts.indices, minlength=len(model.genes)) > 0
+
+        def logs(genes: np.ndarray) -> np.ndarray:
+            return log_normalize(sparse.csr_matrix(table.counts[:, genes]), total=total).toarray()
+
+        def predicted(places: np.ndarray) -> np.ndarray:
+            values = imputed.iloc[:, places].to_numpy(np.float64)
+            return values if log_normalized else log_normalize(values, total=total)
+
+        there = np.array([place for place in order if counted[columns[place]]], int)
+        if len(there):
+            truth, values = logs(columns[there]), predicted(there)
+            pearson = pearson_per_gene(truth, values)
+            chosen = np.unique(np.linspace(0, len(there) - 1, min(pairs, len(there))).round())
+            found = [
+                Beside(name := str(imputed.columns[there[n]]), values[:, n], name, truth[:, n])
+                for n in chosen.astype(int)
+            ]
+            return BesideMeasured(pd.Series(pearson, index=imputed.columns[there]), found)
+        places, panel = np.asarray(order[:pairs], int), np.flatnonzero(shown & counted)
+        found = []
+        if len(panel):
+            values, measured = predicted(places), logs(panel)
+            for number, place in enumerate(places):
+                own = np.broadcast_to(values[:, [number]], measured.shape)
+                close = np.nan_to_num(pearson_per_gene(measured, own), nan=-2.0).argmax()
+                name = str(model.genes[panel[close]])
+                found.append(
+                    Beside(str(imputed.columns[place]), own[:, 0], name, measured[:, close])
+                )
+        return BesideMeasured(pd.Series(dtype=float), found)
 
     def _compared(
         self, adata: Any, truth: Any, keys: dict[str, Any]
@@ -862,6 +944,37 @@ class GeneImputer(Estimator):
             )
             for scale in self.pool
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """An imputed gene beside a measured one, in the same cells.
+
+    Attributes:
+        gene: The imputed gene.
+        imputed: float [cells], log-normalised by the panel's counts of the cell.
+        other: The measured gene; the same one where it was measured.
+        measured: float [cells], on the same scale.
+    """
+
+    gene: str
+    imputed: np.ndarray
+    other: str
+    measured: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class BesideMeasured:
+    """A prediction beside what was measured, of :meth:`GeneImputer.beside_measured`.
+
+    Attributes:
+        pearson: Correlation over the cells of imputed and measured log-normalised values, by imputed gene that the
+            cells measure after all, the most certain first; empty where they measure none.
+        pairs: A few genes to look at.
+    """
+
+    pearson: pd.Series
+    pairs: list[Beside]
 
 
 LOG, COUNTS = "log_normalized", "counts"
