@@ -132,10 +132,11 @@ def zeros_after(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     it: 76 MiB for the gradient of a gene table (CPU, jax 0.10.2).
 
     Args:
-        value: What must come first, any shape; where its first entry is not finite, so may be the result.
+        value: What must come first, any shape; where it holds a NaN, so does the result.
         shape: The shape of the result.
     """
-    return jnp.full(shape, jnp.minimum(jnp.abs(value.ravel()[0].astype(jnp.float32)), 0))
+    # Of all entries, since one alone would have to be fetched from the device that holds it.
+    return jnp.full(shape, jnp.minimum(jnp.min(jnp.abs(value)).astype(jnp.float32), 0))
 
 
 @jax.custom_vjp

@@ -160,7 +160,7 @@ def kept_bits(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
         rate: The probability, rounded to a multiple of 2^-16.
 
     Returns:
-        uint8 of that shape, eight independent bits each.
+        uint8 [...] of that shape, eight independent bits each.
     """
     threshold = round(rate * 65536)
 
