@@ -105,12 +105,13 @@ class CountChunks(struct.PyTreeNode):
         """Scatter one value per stored count of a chunk.
 
         Args:
-            values: float [samples, (pieces,) nonzeros].
+            values: float or int [samples, (pieces,) nonzeros].
             index: int32 scalar, which chunk.
 
         Returns:
-            [samples, (pieces,) size, genes] of the values' dtype.
+            [samples, (pieces,) size, genes] of the values' dtype; float32 where they are integers.
         """
+        kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
         start, stored = self.start(index), self.gene.shape[-1]
         width = min(BLOCK, stored)
 
@@ -130,7 +131,7 @@ class CountChunks(struct.PyTreeNode):
 
             # In float32: a CPU would widen a narrow array for every block and round it again.
             empty = jnp.zeros((self.size, self.genes), jnp.float32)
-            return jax.lax.fori_loop(0, self.blocks, block, empty).astype(values.dtype)
+            return jax.lax.fori_loop(0, self.blocks, block, empty).astype(kind)
 
         return _over_pieces(scatter)(
             self.cell, self.gene, values, self.begin[..., index], self.end[..., index]

@@ -69,6 +69,9 @@ def prepare_step(job: dict[str, Any], counts: Any) -> Callable[[], float]:
     random = np.random.RandomState(1)
     batch = pad_batch([Sample(name="cells", counts=counts)], cells=cells, nonzeros=counts.nnz)
     batch = batch.replace(
+        # As the input pipeline of a run gives them.
+        gene=batch.gene.astype(np.uint16),
+        count=batch.count.astype(np.uint16),
         batch=random.randint(0, BATCHES, (1, cells)).astype(np.int32),
         dataset=random.randint(0, DATASETS, (1, cells)).astype(np.int32),
         platform=None,

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 # Workers import what this program can.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
-CHUNK = 64
+CHUNK = 256
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "original": ("original", {}),
     "ours": ("ours", {}),

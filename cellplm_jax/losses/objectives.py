@@ -28,6 +28,9 @@ from cellplm_jax.losses.likelihoods import (
 from cellplm_jax.products import spread, weighted_sum, without_leading_one
 from cellplm_jax.structs import CellBatch, LatentOutput, Reconstruction
 
+# A likelihood holds a dozen arrays of a chunk by genes, an embedder two.
+LIKELIHOOD_SHARE = 4
+
 
 def average_over(values: jax.Array, cells: jax.Array) -> jax.Array:
     """Return the mean of ``values`` [samples, cells] where ``cells`` (bool, same shape) is True; 0 if nowhere."""
@@ -181,7 +184,7 @@ def chunked_count_loss(
         hidden: float [samples, cells, width].
         truth: The counts to be explained; see :class:`cellplm_jax.chunks.CountChunks` for their order.
         config: Names the objective; any but ``"mean_squared_error"``.
-        chunk: Cells of a piece at once.
+        chunk: Cells of a piece at once, where one array of them by genes is held; a quarter of them is taken here.
         gene_mask: See :func:`reconstruction_loss`.
         target_genes: See :func:`reconstruction_loss`.
 
@@ -199,10 +202,9 @@ def chunked_count_loss(
         gene_mask = None
     scored = truth.cell_mask if gene_mask is None else truth.cell_mask & gene_mask.any(axis=-1)
     weight = scored / jnp.maximum(scored.sum(), 1).astype(jnp.float32)
-    chunks = CountChunks.of(truth, chunk, genes)
+    chunks = CountChunks.of(truth, -(-chunk // LIKELIHOOD_SHARE), genes)
     given = {
         "batch": truth,
-        "counts": truth.count.astype(jnp.float32),
         "weight": truth.fold(weight),
         "gene_mask": None if gene_mask is None else truth.fold(gene_mask),
         "target_genes": target_genes if targeted else None,
@@ -281,7 +283,7 @@ def _chunk_of_loss(
         return batch.unfold(chunks.rows(values, index))
 
     reconstruction = output(params, batch.unfold(rows))
-    counts = batch.unfold(chunks.dense(given["counts"], index))
+    counts = batch.unfold(chunks.dense(batch.count, index))
     weight = batch.unfold(chunks.rows(given["weight"], index) * chunks.fresh(index))
     if batch.segment is not None:
         batch = batch.replace(segment=of_chunk(batch.fold(batch.segment)))
