@@ -4,12 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
+# What `make smoke` installs: the checkout, or a wheel that `make dist` built.
+WHEEL ?= .
 # Processes the test suite is spread over; 0: one, in order.
 WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: demo test lint types docs docs-links parity multiprocess notebooks notebooks-full smoke debug-pretrain clean
+.PHONY: demo test lint types docs docs-links parity multiprocess notebooks notebooks-full dist smoke extras \
+	debug-pretrain clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,10 +71,21 @@ debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in s
 	$(BIN)/python launch/pretrain.py --config=configs/pretrain.py:debug \
 		--corpus=runs/debug-corpus --workdir=runs/debug
 
-smoke:  ## install, load and embed with another Python: make smoke PYTHON=python3.13 VENV=.venv313
+dist: $(VENV)/.installed  ## source distribution, and the wheel made from it, in dist/; checked to be complete
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python tools/check_dist.py dist
+
+smoke:  ## install, load and embed with another Python: make smoke PYTHON=python3.13 VENV=.venv313 (WHEEL=dist/....whl)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '.[train]'
+	$(BIN)/python -m pip install --quiet '$(WHEEL)[train]'
 	cd / && $(abspath $(BIN))/python $(abspath tools/smoke.py)
+
+extras: smoke  ## every extra resolves there; nothing more is installed
+	for extra in $$($(BIN)/python -c 'from importlib.metadata import metadata; \
+			print(*metadata("cellplm-jax").get_all("Provides-Extra"))'); do \
+		$(BIN)/python -m pip install --quiet --dry-run "$(WHEEL)[$$extra]" && echo "extra $$extra resolves" || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache

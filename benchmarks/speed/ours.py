@@ -50,7 +50,7 @@ def prepare_step(job: dict[str, Any], counts: Any) -> Callable[[], float]:
     """Return a function that takes one optimizer step on a batch in host memory."""
     import jax
 
-    from cellplm_jax.config import DataConfig, OptimizerConfig, TrainConfig
+    from cellplm_jax.config import DataConfig, MaskingConfig, OptimizerConfig, TrainConfig
     from cellplm_jax.data.batches import Sample, pad_batch
     from cellplm_jax.interop.torch_checkpoint import model_config
     from cellplm_jax.train.sharding import make_mesh
@@ -63,6 +63,8 @@ def prepare_step(job: dict[str, Any], counts: Any) -> Callable[[], float]:
         model=model_config(published),
         optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=1e-8, warmup_steps=0),
         data=DataConfig(rows=1, cells=cells, segments=1),
+        # No more are dropped from a large batch than from a small one.
+        masking=MaskingConfig(maximum_cells=0),
         precision=job["precision"],
         chunk_cells=job["chunk_cells"],
     )
