@@ -34,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 CHUNK = 256
+# Rounding alone leaves the cosine of two embeddings of a cell above this; another mixture component does not.
+SAME = 0.9995
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "original": ("original", {}),
     "ours": ("ours", {}),
@@ -134,13 +136,10 @@ def compare(job: dict[str, Any], names: tuple[str, ...], repeats: int) -> list[d
                 row["largest_difference"] = float(
                     np.abs(found - theirs).max() / np.abs(theirs).max()
                 )
-                row["least_cosine"] = float(
-                    (
-                        (found * theirs).sum(1)
-                        / np.linalg.norm(found, axis=1)
-                        / np.linalg.norm(theirs, axis=1)
-                    ).min()
-                )
+                cosine = (found * theirs).sum(1)
+                cosine /= np.linalg.norm(found, axis=1) * np.linalg.norm(theirs, axis=1)
+                row["least_cosine"] = float(cosine.min())
+                row["cells_apart"] = int((cosine < SAME).sum())
         return rows
 
 
@@ -227,7 +226,8 @@ def table(content: dict[str, Any]) -> str:
         "Memory is the most that the process ever held, loading included.",
         "",
         f"'synthetic': about 1,500 stored counts a cell. 'chunked': `chunk_cells={CHUNK}`. In training, 30 % of the "
-        "cells are dropped on both sides; cells/s count those that were read.",
+        "cells are dropped on both sides; cells/s count those that were read. The latent mean follows the most "
+        "probable of sixteen components. Where two of them tie, rounding decides: the last column counts them.",
     ]
     for task, title in (("embed", "Embedding"), ("train", "A training step")):
         found = [row for row in rows if row["task"] == task]
@@ -236,7 +236,7 @@ def table(content: dict[str, Any]) -> str:
         names = ["counts", "cells", "", "cells/s", "times", "peak MiB", "of the original's"]
         names += ["first run, s", "share of peak"]
         if task == "embed":
-            names += ["largest difference", "least cosine"]
+            names += ["largest difference", "least cosine", f"cells under {SAME}"]
         lines += ["", f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for row in found:
             low, high = row["speedup_range"]
@@ -249,6 +249,7 @@ def table(content: dict[str, Any]) -> str:
             ]  # fmt: skip
             if task == "embed":
                 cells += [f"{row['largest_difference']:.1e}", f"{row['least_cosine']:.6f}"]
+                cells.append(str(row["cells_apart"]))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -28,8 +28,8 @@ from cellplm_jax.losses.likelihoods import (
 from cellplm_jax.products import spread, weighted_sum, without_leading_one
 from cellplm_jax.structs import CellBatch, LatentOutput, Reconstruction
 
-# A likelihood holds a dozen arrays of a chunk by genes, an embedder two.
-LIKELIHOOD_SHARE = 4
+# A likelihood holds sixteen arrays of a chunk by genes in its backward pass, an embedder two.
+LIKELIHOOD_SHARE = 8
 
 
 def average_over(values: jax.Array, cells: jax.Array) -> jax.Array:
