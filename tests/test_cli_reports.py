@@ -262,6 +262,10 @@ def test_denoised(tiny_run, tmp_path, capsys):
     capsys.readouterr()
     assert main([*run[:-2], "--show", gene]) == 2
     assert "--show was given without --report" in capsys.readouterr().err
+    out.unlink()
+    assert main([*run, "--show", "NOSUCHGENE"]) == 2
+    assert "gene 'NOSUCHGENE' was not denoised" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_before_and_after(tiny_run, tmp_path):

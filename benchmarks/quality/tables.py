@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+# Between a mean and its deviation, which belong on one line.
+BESIDE = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 TITLES = {
     "annotation": (
         "Annotation",
@@ -90,7 +92,7 @@ def _table(methods: dict[str, dict[str, Any]], main: str) -> list[str]:
         cells = []
         for name in names:
             value = entry["scores"].get(name)
-            spread = f" ± {value[1]:.3f}" if value and entry["seeds"] > 1 else ""
+            spread = f"{BESIDE}{value[1]:.3f}" if value and entry["seeds"] > 1 else ""
             cells.append(f"{value[0]:.3f}{spread}" if value else "-")
         errors = f" ({entry['errors'][0]})" if entry["errors"] else ""
         seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.0f}"

@@ -225,7 +225,7 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser, check_genes
 
     reports.check_file(arguments)
     counts_only(arguments)
@@ -239,6 +239,8 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
         raise InputError(msg)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
+    if shown:
+        check_genes(denoiser, arguments.input, shown, **given(arguments, READING))
     messages = denoiser.predict_file(
         arguments.input,
         arguments.out,

@@ -695,10 +695,7 @@ def before_and_after(
         minimum_genes=0,
     )
     column = np.asarray(cells.report.genes.column, int)
-    known = np.flatnonzero(column >= 0)
-    # Of names that stand for one gene the first; together they are that gene's counts.
-    _, first = np.unique(column[known], return_index=True)
-    known = known[np.sort(first)]
+    known = _known_columns(column)
     total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
     with h5py.File(path) as file:
         values: Any = file[f"layers/{layer_written}"]
@@ -741,6 +738,35 @@ def before_and_after(
         counts=counts,
         coordinates=None if cells.coordinates is None else cells.coordinates[rows],
     )
+
+
+def _known_columns(column: np.ndarray) -> np.ndarray:
+    """Return int: the columns of a file that the model knows; of names that stand for one gene the first."""
+    known = np.flatnonzero(column >= 0)
+    # Together they are that gene's counts.
+    _, first = np.unique(column[known], return_index=True)
+    return known[np.sort(first)]
+
+
+def check_genes(
+    denoiser: Denoiser, path: str | os.PathLike, genes: Sequence[str], **keys: Any
+) -> None:
+    """Refuse genes that :func:`before_and_after` would refuse, before the work is done.
+
+    Args:
+        denoiser: That is to predict.
+        path: The ``.h5ad`` file that it will read.
+        genes: Which genes are to be looked at.
+        **keys: As for :meth:`Denoiser.predict`.
+
+    Raises:
+        InputError: One of them is not among those denoised, or the file cannot be read.
+    """
+    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    read = {"layer": reading.layer, "gene_key": reading.gene_key, "minimum_genes": 0}
+    with open_counts(Path(path).expanduser(), model.genes, **read) as source:
+        column = np.asarray(source.report.genes.column, int)
+    _places_of(genes, [model.genes[gene] for gene in column[_known_columns(column)]])
 
 
 def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
