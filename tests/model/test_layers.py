@@ -73,9 +73,8 @@ def plain_gelu(x):
 @pytest.mark.parametrize(
     ("kind", "tolerance"), [("float32", 1e-6), ("bfloat16", 2**-7)], ids=["float32", "bfloat16"]
 )
-@pytest.mark.parametrize("width", [64, 20])
-def test_gelu_and_its_gradient_are_those_of_its_definition(width, kind, tolerance):
-    x, gradient = 3 * jax.random.normal(jax.random.key(0), (2, 2, 30, width))
+def test_gelu_and_its_gradient_are_those_of_its_definition(kind, tolerance):
+    x, gradient = 3 * jax.random.normal(jax.random.key(0), (2, 2, 30, 64))
     x, gradient = x.astype(kind), gradient.astype(kind)
     wanted, wanted_back = jax.vjp(plain_gelu, x.astype("float32"))
     found, found_back = jax.vjp(jax.jit(exact_gelu), x)
