@@ -67,6 +67,7 @@ def prepare_step(job: dict[str, Any], counts: Any) -> Callable[[], float]:
         masking=MaskingConfig(maximum_cells=0),
         precision=job["precision"],
         chunk_cells=job["chunk_cells"],
+        rematerialize=job["rematerialize"],
     )
     random = np.random.RandomState(1)
     batch = pad_batch([Sample(name="cells", counts=counts)], cells=cells, nonzeros=counts.nnz)

@@ -42,6 +42,11 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "ours, bfloat16": ("ours", {"precision": "bfloat16"}),
     "ours, chunked": ("ours", {"chunk_cells": CHUNK}),
     "ours, chunked, bfloat16": ("ours", {"chunk_cells": CHUNK, "precision": "bfloat16"}),
+    "ours, chunked, recomputed": ("ours", {"chunk_cells": CHUNK, "rematerialize": True}),
+    "ours, chunked, recomputed, bfloat16": (
+        "ours",
+        {"chunk_cells": CHUNK, "rematerialize": True, "precision": "bfloat16"},
+    ),
 }
 EMBED_SIDES = ("original", "ours", "ours, bfloat16")
 TRAIN_SIDES = ("original", "ours", "ours, chunked", "ours, chunked, bfloat16")
@@ -180,7 +185,8 @@ def main() -> None:
             for counts in args.counts:
                 for cells in args.cells:
                     job = {"task": task, "counts": counts, "cells": cells, "prefix": prefix,
-                           "device": args.device, "precision": "float32", "chunk_cells": 0}  # fmt: skip
+                           "device": args.device, "precision": "float32", "chunk_cells": 0,
+                           "rematerialize": False}  # fmt: skip
                     names = EMBED_SIDES if task == "embed" else TRAIN_SIDES
                     names = tuple(n for n in names if args.sides is None or n in args.sides)
                     found = compare(job, names, args.repeats)

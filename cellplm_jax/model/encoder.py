@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellAttention, CellGroups
 from cellplm_jax.model.layers import CELLS, Dropout, Hidden, along, dense, exact_gelu, layer_norm
+from cellplm_jax.model.recompute import recomputed
 
 
 class TransformerLayer(nn.Module):
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
         if encoder.kind in ("flow", "softmax", "performer"):
             kind = TransformerLayer
             if self.rematerialize:
-                kind = nn.remat(TransformerLayer, static_argnums=(3,))
+                kind = recomputed(TransformerLayer)
             for layer in range(encoder.layers):
                 hidden = kind(config, layer, name=f"layer_{layer}")(hidden, groups, train)
         elif encoder.kind == "mlp":

@@ -181,3 +181,40 @@ def test_dropout_needs_its_stream_only_while_training(kind):
     np.testing.assert_array_equal(noisy, again)
     assert np.abs(noisy - other)[MASK].max() > 0.1
     assert np.abs(noisy - run(kind, states()))[MASK].max() > 0.1
+
+
+def value_and_gradients(recompute, mask=MASK, width=HIDDEN, layers=2):
+    """Return a function of (params, hidden) and arguments for it; dropout is on."""
+    config = tiny(hidden=width, encoder={"kind": "flow", "layers": layers})
+    module = Encoder(config, rematerialize=recompute)
+    groups, hidden = CellGroups(jnp.asarray(mask)), jnp.ones((*mask.shape, width))
+    params = random_params(shapes_of(module, hidden, groups, train=False))
+
+    def loss(params, hidden):
+        rngs = {"dropout": jax.random.key(3)}
+        out = module.apply({"params": params}, hidden, groups, train=True, rngs=rngs)
+        return (jnp.sin(out) * groups.cell_mask[..., None]).sum()
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), params
+
+
+def test_what_is_computed_again_changes_no_number():
+    hidden = jnp.asarray(states())
+    (kept, params), (again, _) = (value_and_gradients(recompute) for recompute in (False, True))
+    wanted, found = kept(params, hidden), again(params, hidden)
+    for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-4)
+
+
+def test_computing_again_keeps_one_array_a_layer():
+    mask, layers = np.ones((1, 256), bool), 4
+
+    def size(recompute):
+        function, params = value_and_gradients(recompute, mask=mask, width=128, layers=layers)
+        hidden = jnp.zeros((1, 256, 128))
+        compiled = function.lower(params, hidden).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / hidden.nbytes
+
+    kept, again = size(False), size(True)
+    # What a layer keeps is a dozen times its input; computing again, one layer at a time has that.
+    assert again < kept - 8 * (layers - 1)
