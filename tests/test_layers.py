@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,16 @@ LEVELS = {
 SIBLINGS = ("data", "model", "losses", "evaluate")
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every module a file imports, anywhere in it, as dotted names with what is taken from them."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -54,7 +61,7 @@ def imports(path: Path) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
             found.add(node.args[0].value)  # an optional import
-    return found
+    return frozenset(found)
 
 
 def own(path: Path) -> set[str]:
@@ -116,7 +123,7 @@ def test_fences():
 def top_level_imports(path: Path) -> set[str]:
     """What importing a file imports."""
     found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -124,8 +131,9 @@ def top_level_imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def names_used(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return found | {name.split(".")[-1] for name in imports(path)}
@@ -140,7 +148,7 @@ def test_one_module_lays_arrays_out():
     ):
         assert {module for module, path in MODULES.items() if name in names_used(path)} == modules
     # The step names the mesh as a type and makes none.
-    step = ast.parse(MODULES["train.step"].read_text())
+    step = tree_of(MODULES["train.step"])
     made = [
         n for n in ast.walk(step) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "Mesh"
     ]
@@ -167,7 +175,7 @@ def test_numpy_modules_do_not_import_jax():
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_assert_and_no_print(module):
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(MODULES[module])):
         assert not isinstance(node, ast.Assert), f"{module}:{node.lineno} asserts"
         if isinstance(node, ast.Call):
             assert getattr(node.func, "id", "") != "print", f"{module}:{node.lineno} prints"
@@ -175,7 +183,7 @@ def test_no_assert_and_no_print(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_everything_public_is_documented(module):
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = tree_of(MODULES[module])
     assert ast.get_docstring(tree), module
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
