@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import sparse, stats
+from scipy import sparse, special
 
 from cellplm_jax.errors import InputError, explain, require
 
@@ -419,7 +419,7 @@ def _acceptance(
     observed = np.stack([(near == code).sum(axis=1) for code in np.unique(codes)], axis=1)
     expected = neighbors * size / size.sum()
     statistic = ((observed - expected) ** 2 / expected).sum(axis=1)
-    return float(np.mean(stats.chi2.sf(statistic, len(size) - 1) >= alpha))
+    return float(np.mean(special.chdtrc(len(size) - 1, statistic) >= alpha))
 
 
 def _batch_codes(batches: Any, cells: int) -> np.ndarray:
