@@ -34,7 +34,7 @@ SIDES = (
 
 
 def measure(cells: int, side: str, prefix: str) -> dict[str, Any]:
-    """Return the peak memory and the seconds of a step of a process that takes two."""
+    """Return the peak memory of a process that takes two steps."""
     job = {"task": "train", "counts": "synthetic", "cells": cells, "prefix": prefix,
            "device": "cpu", "precision": "float32", "chunk_cells": 0, "rematerialize": False}  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
@@ -42,7 +42,7 @@ def measure(cells: int, side: str, prefix: str) -> dict[str, Any]:
         process.answer()
         process.run()
         last = process.finish()
-    return {"side": side, "cells": cells, "seconds": process.seconds[0], **last}
+    return {"side": side, "cells": cells, **last}
 
 
 def slope(rows: list[dict[str, Any]]) -> float:
@@ -66,13 +66,11 @@ def table(content: dict[str, Any]) -> str:
         "compiler, parameters, gradients and both moments included. 'recomputed': `rematerialize=true`, the encoder's "
         "layers computed again in the backward pass.",
         "",
-        "| | cells read | peak MiB | seconds a step |",
-        "|---|---|---|---|",
+        "| | cells read | peak MiB |",
+        "|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['side']} | {row['cells']:,} | {row['peak_mib']:,.0f} | {row['seconds']:.1f} |"
-        )
+        lines.append(f"| {row['side']} | {row['cells']:,} | {row['peak_mib']:,.0f} |")
     lines.append("")
     for side in SIDES:
         found = slope([row for row in rows if row["side"] == side])

@@ -29,15 +29,17 @@ class CellPLM(nn.Module):
         config: The architecture.
         rematerialize: Compute the activations of encoder layers again in the backward pass: less memory, more time.
         chunk: Cells of a piece whose counts the embedder makes dense at once; 0: all.
+        sparse_below: Stored counts a cell up to which the embedder leaves them sparse; 0: never.
     """
 
     config: ModelConfig
     rematerialize: bool = False
     chunk: int = 0
+    sparse_below: int = 0
 
     def setup(self):
         """Declare the stages; their names are the top level of the parameter tree."""
-        self.embedder = ExpressionEmbedder(self.config, self.chunk)
+        self.embedder = ExpressionEmbedder(self.config, self.chunk, self.sparse_below)
         self.encoder = Encoder(self.config, self.rematerialize)
         self.pre_latent_norm = layer_norm("pre_latent_norm")
         self.latent = Latent(self.config)

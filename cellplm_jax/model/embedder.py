@@ -10,7 +10,7 @@ from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
-from cellplm_jax.products import linear_product, taken_rows, weighted_sum
+from cellplm_jax.products import linear_product, sparse_product, taken_rows, weighted_sum
 from cellplm_jax.structs import CellBatch
 
 
@@ -63,10 +63,13 @@ class ExpressionEmbedder(nn.Module):
     Attributes:
         config: The model's configuration.
         chunk: Cells of a piece whose counts are dense at once, forward and backward; 0: all.
+        sparse_below: Stored counts a cell up to which counts are multiplied as they are stored, and not made dense;
+            for inference in float32 on a CPU. 0: never.
     """
 
     config: ModelConfig
     chunk: int = 0
+    sparse_below: int = 0
 
     @nn.compact
     def __call__(
@@ -89,11 +92,12 @@ class ExpressionEmbedder(nn.Module):
             chunks = CountChunks.of(batch, self.chunk, config.genes)
             masked = None if gene_mask is None else batch.fold(gene_mask)
             hidden = batch.unfold(chunked_product(table, chunks, values, masked))
+        elif self.sparse_below and gene_mask is None and batch.slot is None and batch.pieces == 1:
+            stored = batch.indptr[:, -1].sum()
+            few = stored <= self.sparse_below * batch.cell_mask.size
+            hidden = jax.lax.cond(few, self._sparse, self._dense, batch, values, table, None)
         else:
-            expression = along(batch.dense(values, config.genes), ENTRIES)
-            if gene_mask is not None:
-                expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
-            hidden = linear_product(expression, table)
+            hidden = self._dense(batch, values, table, gene_mask)
         hidden = along(hidden, CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
@@ -113,3 +117,13 @@ class ExpressionEmbedder(nn.Module):
         hidden = nn.relu(dense(config.hidden, "linear")(hidden))
         hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)
+
+    def _dense(self, batch, values, table, gene_mask):
+        expression = along(batch.dense(values, self.config.genes), ENTRIES)
+        if gene_mask is not None:
+            expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
+        return linear_product(expression, table)
+
+    def _sparse(self, batch, values, table, _):
+        rows = zip(batch.indptr, batch.gene, values, strict=True)
+        return jnp.stack([sparse_product(*row, table) for row in rows])

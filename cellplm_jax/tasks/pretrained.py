@@ -34,6 +34,8 @@ from cellplm_jax.train.checkpoint import (
 
 # Parts of the parameter tree that an embedding needs.
 EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
+# Stored counts a cell up to which a CPU multiplies them faster as they are (benchmarks/speed/embedder.md).
+SPARSE_BELOW = 1024
 
 
 @dataclass(eq=False)
@@ -49,6 +51,8 @@ class Pretrained:
         step: Training step of the weights; 0 for a converted or untrained model.
         precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
             the hardware has it, with embeddings at a cosine of .999 or more to the exact ones. Sums are float32.
+        sparse_below: Stored counts a cell up to which the embedder multiplies them as they are stored instead of making
+            them dense; 0: never; None: what is faster, 1,024 on a CPU in float32 and never elsewhere.
 
     Raises:
         InputError: There is no such precision.
@@ -61,6 +65,7 @@ class Pretrained:
     source: str = "memory"
     step: int = 0
     precision: str = "float32"
+    sparse_below: int | None = None
 
     def __post_init__(self):
         """Check the precision."""
@@ -173,10 +178,16 @@ class Pretrained:
         needed = {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
         return in_precision(jax.device_put(needed), self.precision)
 
+    def _sparse_below(self) -> int:
+        if self.sparse_below is not None:
+            return self.sparse_below
+        on_cpu = jax.default_backend() == "cpu" and self.precision == "float32"
+        return SPARSE_BELOW if on_cpu else 0
+
     @cached_property
     def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
         """Jitted ``(params, batch) -> hidden [samples, cells, hidden]``, each cell on its own."""
-        model = CellPLM(self.config)
+        model = CellPLM(self.config, sparse_below=self._sparse_below())
         return jax.jit(
             lambda params, batch: model.apply(
                 {"params": params}, batch, method=CellPLM.embed_expression

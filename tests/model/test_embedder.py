@@ -265,3 +265,25 @@ def test_dropout_acts_while_training_alone_and_follows_its_key():
     dropped = noisy[active] == 0
     assert 0.35 < dropped.mean() < 0.65
     np.testing.assert_allclose(noisy[active][~dropped], 2 * calm[active][~dropped], rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 1000], ids=["dense after all", "sparse"])
+def test_counts_that_stay_sparse_give_the_same_numbers(limit):
+    config, batch = tiny(), batch_of(cells=8)
+    dense, params = embed(config, batch)
+    module = ExpressionEmbedder(config, sparse_below=limit)
+    found = np.asarray(apply(module, params, batch))
+    cells = np.asarray(batch.cell_mask)
+    np.testing.assert_allclose(found[cells], dense[cells], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cpu_has_a_kernel_for_counts_that_stay_sparse():
+    config, batch = tiny(), batch_of(cells=8)
+    params = random_params(shapes_of(ExpressionEmbedder(config), batch))
+
+    def program(limit):
+        module = ExpressionEmbedder(config, sparse_below=limit)
+        return jax.jit(lambda params: module.apply({"params": params}, batch)).lower(params)
+
+    assert "csr_sparse_dense" in program(1000).as_text()
+    assert "csr_sparse_dense" not in program(0).as_text()
