@@ -112,9 +112,11 @@ def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
     }
 
 
-def _rates(cells: int, timed: dict[str, Any], flops: float, precision: str) -> dict[str, Any]:
+def _rates(
+    cells: int, timed: dict[str, Any], flops: float, precision: str, devices: int = 1
+) -> dict[str, Any]:
     peak, source = peak_flops(precision)
-    share = flops / timed["median_seconds"] / peak
+    share = flops / timed["median_seconds"] / (devices * peak)
     return {
         "cells_per_second": round(cells / timed["median_seconds"], 1),
         "model_flops": flops,
@@ -164,7 +166,7 @@ def bench_embedding(
         "cells": adata.n_obs,
         "nonzeros_per_cell": round(stored / adata.n_obs, 1),
         **timed,
-        **_rates(adata.n_obs, timed, flops, model.precision),
+        **_rates(adata.n_obs, timed, flops, model.precision, len(model.embeds_on)),
     }
 
 

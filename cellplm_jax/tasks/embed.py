@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ from cellplm_jax.train.metrics import ProgressReport
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from scipy import sparse
 
 # Cells whose counts are made dense on the device at once; the context itself may be far larger.
 CHUNK_CELLS = 512
@@ -258,7 +260,7 @@ def embed_source(
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
                 said = lambda text, n=done: progress.update(n, text)  # noqa: E731
-                embedding[cells[index]] = _embed_context(
+                embedding[cells[index]] = embed_context(
                     source, model, cells[index], here, waiting, said
                 )
                 done += len(index)
@@ -290,27 +292,47 @@ def _coordinates(source: CountSource, spatial_key: str | None) -> np.ndarray | N
     return source.coordinates(spatial_key, required=spatial_key != "spatial")
 
 
-def _embed_context(
-    source: CountSource,
+class RowSource(Protocol):
+    """What cells of a context are read from: an opened file, or a sample of a corpus."""
+
+    def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
+        """Read cells by their numbers: float32 CSR [cells, genes] in the columns of the model's vocabulary."""
+        ...
+
+
+def embed_context(
+    source: RowSource,
     model: Pretrained,
     cells: np.ndarray,
     coordinates: np.ndarray | None,
     waiting: Waiting | None,
     said: Callable[[str], None],
 ) -> np.ndarray:
-    """Embed one context: the embedder over chunks of cells, then the encoder over all of them."""
+    """Embed one context: the embedder over chunks of cells, then the encoder over all of them.
+
+    Args:
+        source: Its cells have the genes of the model.
+        model: The model.
+        cells: int [n], numbers of the cells in the source.
+        coordinates: float [n, 2], scaled; None: none.
+        waiting: Given the time that was waited for data.
+        said: Told how far it is.
+
+    Returns:
+        float32 [n, latent].
+    """
     if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
         hidden = express_context(source, model, cells, coordinates, waiting=waiting, said=said)
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)
-        model.encode_streamed(model.device_params, hidden, embedding, said=said)
+        params, *others = model.weight_copies
+        model.encode_streamed(params, hidden, embedding, others=others, said=said)
         return embedding
     hidden, mask = express_padded(source, model, cells, coordinates, waiting=waiting, said=said)
-    embedding = model.encode(model.device_params, jax.device_put(hidden), jax.device_put(mask))
-    return np.asarray(embedding)[0, : len(cells)]
+    return np.asarray(model.encode_context(hidden, mask))[0, : len(cells)]
 
 
 def express_padded(
-    source: CountSource,
+    source: RowSource,
     model: Pretrained,
     cells: np.ndarray,
     coordinates: np.ndarray | None,
@@ -334,7 +356,7 @@ def express_padded(
 
 
 def express_context(
-    source: CountSource,
+    source: RowSource,
     model: Pretrained,
     cells: np.ndarray,
     coordinates: np.ndarray | None,
@@ -358,12 +380,16 @@ def express_context(
         float32 [padded, hidden], before any attention, 0 past the cells; in memory or, where it is large, on disk.
     """
     hidden = host_array((padded or len(cells), model.config.hidden))
-    batches = Ahead(_chunks_of_context(source, model, cells, coordinates))
+    devices = len(model.embeds_on)
+    batches = Ahead(_chunks_of_context(source, model, cells, coordinates), depth=1 + devices)
     started = time.perf_counter()
-    chunks = ((part, model.embed_expression(model.device_params, batch)) for part, batch in batches)
+    chunks = (
+        (part, model.embed_expression(model.weight_copies[turn], batch))
+        for part, turn, batch in batches
+    )
     # Closed also where the work fails: the thread must not read on from a source that is closed.
     with contextlib.closing(chunks):
-        for part, chunk in one_behind(chunks):
+        for part, chunk in one_behind(chunks, devices):
             hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
             said(f"{part.stop} of {len(cells)} cells read")
     if waiting is not None:
@@ -372,9 +398,10 @@ def express_context(
 
 
 def _chunks_of_context(
-    source: CountSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
-) -> Iterator[tuple[slice, CellBatch]]:
-    """Yield the cells of a context as batches of one shape on the device, with their places in the context."""
+    source: RowSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+) -> Iterator[tuple[slice, int, CellBatch]]:
+    """Yield the cells of a context as batches of one shape: places in it, number of the device, the batch on it."""
+    turns = itertools.cycle(range(len(model.embeds_on)))
     rows = min(CHUNK_CELLS, bucket(len(cells)))
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
     positions = model.config.positions
@@ -406,7 +433,8 @@ def _chunks_of_context(
             )
             # The embedder reads counts and places alone; covariates and panels belong to the decoder.
             batch = batch.replace(measured=None, dataset=None, platform=None)
-            yield part, jax.device_put(batch)
+            turn = next(turns)
+            yield part, turn, jax.device_put(batch, model.embeds_on[turn])
             begin = end
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.cache import keep_compiled
-from cellplm_jax.config import PRECISIONS, ModelConfig
+from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
@@ -31,6 +31,7 @@ from cellplm_jax.train.checkpoint import (
     restore_item,
     save_model,
 )
+from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, over_cells
 
 # Parts of the parameter tree that an embedding needs.
 EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
@@ -53,9 +54,12 @@ class Pretrained:
             the hardware has it, with embeddings at a cosine of .999 or more to the exact ones. Sums are float32.
         sparse_below: Stored counts a cell up to which the embedder multiplies them as they are stored instead of making
             them dense; 0: never; None: what is faster, 1,024 on a CPU in float32 and never elsewhere.
+        devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
+            shares the cells of a context out over them. None: all accelerators that this process has, or JAX's default
+            device where that was set; on the CPU the first device alone, because several are the same cores.
 
     Raises:
-        InputError: There is no such precision.
+        InputError: There is no such precision, or ``devices`` are none, repeated or another process's.
     """
 
     config: ModelConfig
@@ -66,9 +70,10 @@ class Pretrained:
     step: int = 0
     precision: str = "float32"
     sparse_below: int | None = None
+    devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
-        """Check the precision."""
+        """Check precision and devices."""
         if self.precision not in PRECISIONS:
             msg = explain(
                 f"precision = '{self.precision}'",
@@ -76,6 +81,8 @@ class Pretrained:
                 "Pass one of them",
             )
             raise InputError(msg)
+        if self.devices is not None:
+            self.devices = _own_devices(self.devices)
 
     @property
     def id(self) -> str:
@@ -173,15 +180,38 @@ class Pretrained:
         )
 
     @cached_property
-    def device_params(self) -> dict[str, Any]:
-        """The weights an embedding needs, on the default device."""
+    def embeds_on(self) -> tuple[jax.Device | None, ...]:
+        """The devices that embed; None, alone: JAX's default device."""
+        if self.devices is not None:
+            return tuple(self.devices)
+        local = jax.local_devices()
+        if (
+            len(local) == 1
+            or local[0].platform == "cpu"
+            or jax.config.jax_default_device is not None
+        ):
+            return (None,)
+        return tuple(local)
+
+    @cached_property
+    def weight_copies(self) -> tuple[dict[str, Any], ...]:
+        """The weights an embedding needs, on each of the devices that embed."""
         needed = {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
-        return in_precision(jax.device_put(needed), self.precision)
+        return tuple(
+            in_precision(jax.device_put(needed, device), self.precision)
+            for device in self.embeds_on
+        )
+
+    @property
+    def device_params(self) -> dict[str, Any]:
+        """The weights an embedding needs, on the first of the devices that embed."""
+        return self.weight_copies[0]
 
     def _sparse_below(self) -> int:
         if self.sparse_below is not None:
             return self.sparse_below
-        on_cpu = jax.default_backend() == "cpu" and self.precision == "float32"
+        platform = self.devices[0].platform if self.devices else jax.default_backend()
+        on_cpu = platform == "cpu" and self.precision == "float32"
         return SPARSE_BELOW if on_cpu else 0
 
     @cached_property
@@ -197,14 +227,43 @@ class Pretrained:
     @cached_property
     def encode(self) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
         """Jitted ``(params, hidden, cell_mask) -> embedding [samples, cells, latent]`` of whole contexts."""
-        model = CellPLM(self.config)
+        return jax.jit(self._encode)
 
-        def run(params, hidden, cell_mask):
-            variables = {"params": params}
-            hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
-            return model.apply(variables, hidden, method=CellPLM.infer).mean
+    def _encode(self, params: Any, hidden: jax.Array, cell_mask: jax.Array) -> jax.Array:
+        model, variables = CellPLM(self.config), {"params": params}
+        hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
+        return model.apply(variables, hidden, method=CellPLM.infer).mean
 
-        return jax.jit(run)
+    @cached_property
+    def _encode_together(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
+        """The same as :meth:`encode` by all devices that embed, each with its share of the cells."""
+        devices: Any = self.embeds_on
+        mesh = make_mesh(MeshConfig(cells=len(devices)), devices)
+        run = MeshFunction(self._encode, mesh)
+        params, shared = joined_copies(mesh, self.weight_copies), over_cells(mesh)
+
+        def encode(hidden: np.ndarray, cell_mask: np.ndarray) -> jax.Array:
+            return run(params, *jax.device_put((hidden, cell_mask), shared))
+
+        return encode
+
+    def encode_context(self, hidden: np.ndarray, cell_mask: np.ndarray) -> jax.Array:
+        """Encode contexts at once: on all devices that embed where they divide the cells, else on the first.
+
+        With flow attention the devices send one another sums over cells alone.
+
+        Args:
+            hidden: float32 [samples, cells, hidden] from the embedder.
+            cell_mask: bool [samples, cells].
+
+        Returns:
+            float32 [samples, cells, latent].
+        """
+        devices = self.embeds_on
+        if len(devices) > 1 and hidden.shape[1] % len(devices) == 0:
+            return self._encode_together(hidden, cell_mask)
+        hidden, cell_mask = (jax.device_put(array, devices[0]) for array in (hidden, cell_mask))
+        return self.encode(self.device_params, hidden, cell_mask)
 
     @cached_property
     def encode_streamed(self) -> StreamedEncoder:
@@ -222,8 +281,9 @@ class Pretrained:
 
     @cached_property
     def output_params(self) -> dict[str, Any]:
-        """The weights of the decoder or task head, on the default device."""
-        return jax.device_put({k: v for k, v in self.params.items() if k in ("decoder", "head")})
+        """The weights of the decoder or task head, on the first of the devices that embed."""
+        needed = {k: v for k, v in self.params.items() if k in ("decoder", "head")}
+        return jax.device_put(needed, self.embeds_on[0])
 
     @cached_property
     def predict(self) -> Callable[[Any, jax.Array, jax.Array, jax.Array | None], jax.Array]:
@@ -244,6 +304,23 @@ class Pretrained:
                 {"params": params}, z, batch, method=CellPLM.decode
             )
         )
+
+
+def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """Check devices that a user named."""
+    devices, index = tuple(devices), jax.process_index()
+    if not devices or len(set(devices)) < len(devices):
+        found = "no devices" if not devices else "devices that repeat"
+    elif any(device.process_index != index for device in devices):
+        found = f"devices of other processes than this one, which is {index}"
+    else:
+        return devices
+    msg = explain(
+        f"{found} were given",
+        "different devices of this process",
+        "Choose among jax.local_devices(), or leave devices out",
+    )
+    raise InputError(msg)
 
 
 BUNDLED = ("small",)
@@ -321,7 +398,11 @@ def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tu
 
 
 def load(
-    source: str | os.PathLike, *, step: int | None = None, precision: str = "float32"
+    source: str | os.PathLike,
+    *,
+    step: int | None = None,
+    precision: str = "float32",
+    devices: Sequence[jax.Device] | None = None,
 ) -> Pretrained:
     """Open a trained model.
 
@@ -334,6 +415,7 @@ def load(
             ``uns["cellplm"]["model_source"]`` of what it embeds.
         step: Step to open; None: the best by held-out likelihood, else the latest.
         precision: ``"float32"`` or ``"bfloat16"``, see :class:`Pretrained`.
+        devices: Devices of this process that embed together, see :class:`Pretrained`; None: all accelerators.
 
     Returns:
         A :class:`Pretrained`; its arrays are numpy, on no device yet.
@@ -343,11 +425,16 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*located(source), step=step, precision=precision)
+    return load_located(*located(source), step=step, precision=precision, devices=devices)
 
 
 def load_located(
-    directory: str, name: str, *, step: int | None = None, precision: str = "float32"
+    directory: str,
+    name: str,
+    *,
+    step: int | None = None,
+    precision: str = "float32",
+    devices: Sequence[jax.Device] | None = None,
 ) -> Pretrained:
     """Open a model whose place is known.
 
@@ -356,6 +443,7 @@ def load_located(
         name: Likewise; what messages call it and the model remembers.
         step: See :func:`load`.
         precision: See :func:`load`.
+        devices: See :func:`load`.
 
     Raises:
         CheckpointError: See :func:`load`.
@@ -377,6 +465,7 @@ def load_located(
         source=name,
         step=found_step,
         precision=precision,
+        devices=devices,
     )
 
 

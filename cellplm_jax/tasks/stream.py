@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -104,13 +104,18 @@ class Waiting:
         ]
 
 
-def one_behind(results: Iterable[Item]) -> Iterator[Item]:
-    """Yield each result when the next one has been started, so that a device computes while the host copies."""
-    behind: list[Item] = []
+def one_behind(results: Iterable[Item], devices: int = 1) -> Iterator[Item]:
+    """Yield each result when the next one has been started, so that a device computes while the host copies.
+
+    Args:
+        results: Started when they are asked for.
+        devices: How many devices they come from, in turn: a result waits until its device has the next one to do.
+    """
+    behind: deque[Item] = deque()
     for result in results:
         behind.append(result)
-        if len(behind) == 2:
-            yield behind.pop(0)
+        if len(behind) == devices + 1:
+            yield behind.popleft()
     yield from behind
 
 
@@ -206,6 +211,7 @@ class StreamedEncoder:
         hidden: np.ndarray,
         embedding: np.ndarray,
         *,
+        others: Sequence[Any] = (),
         chunk: int = STREAM_CHUNK,
         said: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -215,19 +221,21 @@ class StreamedEncoder:
             params: The weights an embedding needs, on the device.
             hidden: float32 [cells, hidden] from the embedder; overwritten with the last layer's output.
             embedding: float32 [cells, latent]; filled.
+            others: The same weights on further devices: chunks go to the devices in turn.
             chunk: Cells on the device at once.
             said: Told what is being done, chunk by chunk.
         """
         flow = self.config.encoder.kind == "flow"
         layers = self.config.encoder.layers if flow else 0
+        copies = (params, *others)
         for number in range(layers):
-            weights = params["encoder"][f"layer_{number}"]
+            weights = [copy["encoder"][f"layer_{number}"] for copy in copies]
             known: tuple[np.ndarray, ...] = ()
             for turn in range(len(FLOW_ROUNDS)):
                 title = f"layer {number + 1} of {layers}, pass {turn + 1} of 4"
                 total = None
                 for _, found in self._chunks(
-                    hidden, chunk, lambda h, mask, w=weights, k=known: self._sums(w, h, mask, k)
+                    hidden, chunk, weights, lambda w, h, mask, k=known: self._sums(w, h, mask, k)
                 ):
                     # Sums of chunks are added in float64, so that their number does not matter.
                     found = [np.asarray(value, np.float64) for value in found]
@@ -235,26 +243,30 @@ class StreamedEncoder:
                     said(title)
                 known += tuple(np.asarray(value, np.float32) for value in total or ())
             for cells, found in self._chunks(
-                hidden, chunk, lambda h, mask, w=weights, k=known: self._layer(w, h, mask, k)
+                hidden, chunk, weights, lambda w, h, mask, k=known: self._layer(w, h, mask, k)
             ):
                 hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
                 said(f"layer {number + 1} of {layers}, pass 4 of 4")
 
-        def conclude(hidden, mask):
+        def conclude(params, hidden, mask):
             return self._conclude(params, hidden) if flow else self._at_once(params, hidden, mask)
 
-        for cells, found in self._chunks(hidden, chunk, conclude):
+        for cells, found in self._chunks(hidden, chunk, copies, conclude):
             embedding[cells] = np.asarray(found)[0, : cells.stop - cells.start]
             said("latent")
 
     @staticmethod
-    def _chunks(hidden: np.ndarray, chunk: int, work: Callable) -> Iterator[tuple[slice, Any]]:
+    def _chunks(
+        hidden: np.ndarray, chunk: int, weights: Sequence[Any], work: Callable
+    ) -> Iterator[tuple[slice, Any]]:
+        """Yield ``work(weights, chunk, mask)`` of every chunk, on the devices of the weights in turn."""
+
         def started():
-            for start in range(0, len(hidden), chunk):
+            for number, start in enumerate(range(0, len(hidden), chunk)):
                 cells = slice(start, min(start + chunk, len(hidden)))
                 padded = np.zeros((1, chunk, hidden.shape[1]), np.float32)
                 padded[0, : cells.stop - start] = hidden[cells]
                 mask = np.arange(chunk)[None, :] < cells.stop - start
-                yield cells, work(padded, mask)
+                yield cells, work(weights[number % len(weights)], padded, mask)
 
-        return one_behind(started())
+        return one_behind(started(), len(weights))

@@ -148,6 +148,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def over_cells(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of arrays [samples, cells, ...] of which every device holds its share of the cells."""
+    return NamedSharding(mesh, _spec(("samples", "cells")))
+
+
+def joined_copies(mesh: Mesh, copies: Sequence[Any]) -> Any:
+    """Make one tree of arrays, which every device holds whole, of the trees that the devices hold; nothing is copied.
+
+    Args:
+        mesh: Of the devices of the copies.
+        copies: Trees of equal arrays, each on one device.
+    """
+
+    def join(*leaves: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(
+            leaves[0].shape, replicated(mesh), list(leaves)
+        )
+
+    return jax.tree.map(join, *copies)
+
+
 def batch_shardings(mesh: Mesh, batch: CellBatch, *, accumulated: bool = True) -> CellBatch:
     """Return the shardings of a batch's fields.
 

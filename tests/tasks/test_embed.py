@@ -179,7 +179,7 @@ def test_coordinates_of_contexts_are_scaled_by_sample(tiny_model, monkeypatch):
     seen = []
     monkeypatch.setattr(
         embed_module,
-        "_embed_context",
+        "embed_context",
         lambda source, model, cells, coordinates, *_: (
             seen.append((cells, coordinates)) or np.zeros((len(cells), 16), np.float32)
         ),
