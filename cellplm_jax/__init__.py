@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.cluster import cluster, cluster_file
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
+    from cellplm_jax.tasks.embed_corpus import embed_corpus
     from cellplm_jax.tasks.export import export_model
     from cellplm_jax.tasks.genes import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
@@ -55,6 +56,7 @@ _WHERE = {
     "cluster": "cellplm_jax.tasks.cluster",
     "cluster_file": "cellplm_jax.tasks.cluster",
     "embed": "cellplm_jax.tasks.embed",
+    "embed_corpus": "cellplm_jax.tasks.embed_corpus",
     "embed_file": "cellplm_jax.tasks.embed",
     "export_model": "cellplm_jax.tasks.export",
     "gene_embeddings": "cellplm_jax.tasks.genes",

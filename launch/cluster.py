@@ -151,7 +151,7 @@ class StopRequest:
         return self.requested if self._agree is None else self._agree(step)
 
 
-def leave(status: int, *, joined: bool) -> None:
+def leave(status: int, *, joined: bool, together: bool = True) -> None:
     """End the process with a status that reaches whoever started it.
 
     Processes that are done or preempted leave together. A failed one leaves at once: waiting for others that wait for
@@ -161,6 +161,8 @@ def leave(status: int, *, joined: bool) -> None:
     Args:
         status: One of the ``EXIT_`` constants.
         joined: What :func:`join` returned.
+        together: Whether processes that are done or preempted wait for one another. False where others may be at work
+            for long, and nothing is lost when they are ended.
     """
     if not joined:
         sys.exit(status)
@@ -169,7 +171,7 @@ def leave(status: int, *, joined: bool) -> None:
     first = jax.process_index() == 0
     sys.stdout.flush()
     sys.stderr.flush()
-    if status in (EXIT_DONE, EXIT_PREEMPTED):
+    if together and status in (EXIT_DONE, EXIT_PREEMPTED):
         jax.distributed.shutdown()
         sys.exit(status)
     if first:

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Runs launch/pretrain.py as several processes on this machine:
+# Runs launch/pretrain.py, or another program of launch/, as several processes on this machine:
 #
 #   bash launch/local_multiprocess.sh N --config=... --corpus=... --workdir=... [any other flag of pretrain.py]
+#   bash launch/local_multiprocess.sh N --program=embed --corpus=... --model=... --out=...
 #
 # Options of this script, anywhere among the flags:
+#   --program=NAME launch/NAME.py instead of launch/pretrain.py
 #   --dry-run      print the commands and run nothing
 #   --devices=K    K devices a process, simulated on the CPU
 #   --logs=DIR     where process-0.log, process-1.log, ... go (default: a new directory under ${TMPDIR:-/tmp})
@@ -30,19 +32,22 @@ esac
 shift
 
 dry_run=
+program=pretrain
 devices=
 logs=
 flags=()
 for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=1 ;;
+    --program=*) program="${argument#*=}" ;;
     --devices=*) devices="${argument#*=}" ;;
     --logs=*) logs="${argument#*=}" ;;
     --coordinator_address* | --num_processes* | --process_id*) usage "$argument is set by this script" ;;
     *) flags+=("$argument") ;;
   esac
 done
-[ "${#flags[@]}" -gt 0 ] || usage "no flags for launch/pretrain.py; expected at least --corpus and --workdir"
+[ -e "$root/launch/$program.py" ] || usage "there is no launch/$program.py; expected --program=pretrain or embed"
+[ "${#flags[@]}" -gt 0 ] || usage "no flags for launch/$program.py; expected at least --corpus=..."
 case "$devices" in *[!0-9]* | 0) usage "--devices=$devices; expected a number" ;; esac
 
 python="${PYTHON:-}"
@@ -64,7 +69,7 @@ fi
 
 pids=()
 for ((k = 0; k < number; k++)); do
-  command=("$python" "$root/launch/pretrain.py" "${flags[@]}"
+  command=("$python" "$root/launch/$program.py" "${flags[@]}"
     "--coordinator_address=127.0.0.1:$port" "--num_processes=$number" "--process_id=$k")
   gpu=()
   case "$JAX_PLATFORMS" in *cuda* | *gpu*) gpu=("JAX_LOCAL_DEVICE_IDS=$k") ;; esac

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from cellplm_jax.config import TrainConfig
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError, InputError, explain
 from launch import cluster
 
 
@@ -60,15 +60,73 @@ def check_config_keys(arguments: Sequence[str], known: Sequence[str] | None = No
         raise ConfigError(msg)
 
 
+def process_flags() -> Callable[[], bool]:
+    """Define the flags by which the processes of a run find one another.
+
+    Returns:
+        Connects them, see :func:`launch.cluster.join`; to be called once flags are parsed.
+    """
+    coordinator = flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "host:port where process 0 listens; normally found by itself.",
+    )
+    processes = flags.DEFINE_integer(
+        "num_processes", None, "Processes of the run; normally found by itself."
+    )
+    process = flags.DEFINE_integer(
+        "process_id", None, "Number of this process, from 0; normally found by itself."
+    )
+    initialization = flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds within which all processes have to be there."
+    )
+    heartbeat = flags.DEFINE_integer(
+        "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
+    )
+
+    def join() -> bool:
+        return cluster.join(
+            coordinator.value,
+            processes.value,
+            process.value,
+            initialization_timeout=initialization.value,
+            heartbeat_timeout=heartbeat.value,
+        )
+
+    return join
+
+
+def check_no_more(argv: Sequence[str]) -> None:
+    """Refuse what is no flag.
+
+    Args:
+        argv: What :func:`parse_flags` returned.
+
+    Raises:
+        InputError: There is more than the program's name.
+    """
+    if len(argv) > 1:
+        msg = explain(
+            f"unexpected argument '{argv[1]}'",
+            "options of the form --name=value",
+            "Put an equals sign between an option and its value",
+        )
+        raise InputError(msg)
+
+
 def parse_flags(
-    argv: list[str], *, program: str, example: str, check: Callable[[list[str]], Any]
+    argv: list[str],
+    *,
+    program: str,
+    example: str = "",
+    check: Callable[[list[str]], Any] = lambda argv: None,
 ) -> list[str]:
     """Parse the command line; whatever is wrong with it becomes one message and exit status 2.
 
     Args:
         argv: The command line.
         program: Name in front of the message.
-        example: A value of ``--config``.
+        example: A value of ``--config``, where the program has that.
         check: Raises where a ``--config.`` key is wrong or the configuration cannot be loaded; called before the flags
             are parsed.
 
@@ -79,7 +137,8 @@ def parse_flags(
         check(argv)
         rest = flags.FLAGS(argv)
         # A file that cannot be loaded shows at the first look.
-        flags.FLAGS["config"].value.to_dict()
+        if "config" in flags.FLAGS:
+            flags.FLAGS["config"].value.to_dict()
         return rest
     except ConfigError as error:
         message = str(error)

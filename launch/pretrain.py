@@ -40,21 +40,8 @@ _BATCH_KEY = flags.DEFINE_string(
 _SPATIAL_KEY = flags.DEFINE_string(
     "spatial_key", "spatial", "Key of obsm with coordinates, for .h5ad files."
 )
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port where process 0 listens; normally found by itself."
-)
-_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the run; normally found by itself."
-)
-_PROCESS = flags.DEFINE_integer(
-    "process_id", None, "Number of this process, from 0; normally found by itself."
-)
-_INITIALIZATION = flags.DEFINE_integer(
-    "initialization_timeout", 300, "Seconds within which all processes have to be there."
-)
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds of silence after which a process counts as dead."
-)
+_JOIN = options.process_flags()
+flags.adopt_module_key_flags(options)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -163,23 +150,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     joined = False
     try:
-        if len(argv) > 1:
-            msg = explain(
-                f"unexpected argument '{argv[1]}'",
-                "options of the form --name=value",
-                "Put an equals sign between an option and its value",
-            )
-            raise InputError(msg)
+        options.check_no_more(argv)
         # What can be refused before the processes are connected is refused by each on its own.
         from_config_dict(TrainConfig, _CONFIG.value)
         find_data(_CORPUS.value)
-        joined = cluster.join(
-            _COORDINATOR.value,
-            _PROCESSES.value,
-            _PROCESS.value,
-            initialization_timeout=_INITIALIZATION.value,
-            heartbeat_timeout=_HEARTBEAT.value,
-        )
+        joined = _JOIN()
         status = run(joined)
     except CellPLMError as error:
         sys.stderr.write(f"pretrain: {error}\n")

@@ -3,7 +3,8 @@
 #
 #   bash launch/tpu_pod.sh COMMAND --project=ID --zone=ZONE --name=NAME --accelerator=TYPE [options] -- FLAGS
 #
-# FLAGS are those of launch/pretrain.py: --config=... --corpus=gs://... --workdir=gs://...
+# FLAGS are those of launch/pretrain.py: --config=... --corpus=gs://... --workdir=gs://..., or with --program=embed those
+# of launch/embed.py: --corpus=gs://... --model=... --out=gs://...
 #
 # Commands:
 #   up       all of it: create, wait, set up, run, watch (recreate and resume when preempted), fetch logs, delete.
@@ -24,6 +25,7 @@
 #   --python=3.12              Python that uv installs on the workers
 #   --extras=tpu,train,gcp     extras of cellplm-jax to install
 #   --attempts=20              failures in a row (without ten minutes of running between) before giving up
+#   --program=embed            run launch/embed.py instead of launch/pretrain.py
 #   --keep                     do not delete the slice at the end
 #   --state=DIR                what this script keeps here: the code as first sent, logs (default runs/tpu/NAME)
 #   --dry-run                  print every command, run none
@@ -53,7 +55,7 @@ case "$command" in
 esac
 
 project="${PROJECT:-}" zone="${ZONE:-}" name="${NAME:-}" accelerator="${ACCELERATOR:-}"
-runtime='' python=3.12 extras=tpu,train,gcp attempts=20 state_directory='' dry_run='' keep=''
+runtime='' python=3.12 extras=tpu,train,gcp attempts=20 state_directory='' dry_run='' keep='' program=pretrain
 create_options=()
 flags=()
 while [ "$#" -gt 0 ]; do
@@ -67,6 +69,7 @@ while [ "$#" -gt 0 ]; do
     --extras=*) extras="${1#*=}" ;;
     --attempts=*) attempts="${1#*=}" ;;
     --state=*) state_directory="${1#*=}" ;;
+    --program=*) program="${1#*=}" ;;
     --spot | --reserved | --internal-ips) create_options+=("$1") ;;
     --network=* | --subnetwork=* | --service-account=*) create_options+=("$1") ;;
     --keep) keep=1 ;;
@@ -76,7 +79,7 @@ while [ "$#" -gt 0 ]; do
       flags=("$@")
       break
       ;;
-    *) fail "unknown option '$1'; flags of pretrain.py go after --" ;;
+    *) fail "unknown option '$1'; flags of $program.py go after --" ;;
   esac
   shift
 done
@@ -101,11 +104,16 @@ case "$command" in
 esac
 case "$command" in
   up | watch | run)
-    [ "${#flags[@]}" -gt 0 ] || fail "no flags for pretrain.py; give them after --"
-    for needed in --corpus= --workdir=; do
+    case "$program" in
+      pretrain) written=--workdir= ;;
+      embed) written=--out= ;;
+      *) fail "unknown program '$program'; expected pretrain or embed" ;;
+    esac
+    [ "${#flags[@]}" -gt 0 ] || fail "no flags for $program.py; give them after --"
+    for needed in --corpus= "$written"; do
       found=
       for flag in "${flags[@]}"; do case "$flag" in "$needed"*) found="$flag" ;; esac; done
-      [ -n "$found" ] || fail "pretrain.py needs $needed...; give it after --"
+      [ -n "$found" ] || fail "$program.py needs $needed...; give it after --"
       case "$found" in
         "$needed"gs://*) ;;
         *) fail "'$found' is on this machine's disk, or on a worker's, which goes with it; give a gs:// address" ;;
@@ -222,8 +230,10 @@ bash cellplm-jax/launch/tpu_worker.sh setup $(quoted "$python" "$extras")"
 }
 
 start_run() {
-  say "starting pretrain.py on all workers"
-  on_all_workers "bash cellplm-jax/launch/tpu_worker.sh start $(quoted "${flags[@]}")"
+  say "starting $program.py on all workers"
+  local start=("${flags[@]}")
+  if [ "$program" != pretrain ]; then start=("--program=$program" "${flags[@]}"); fi
+  on_all_workers "bash cellplm-jax/launch/tpu_worker.sh start $(quoted "${start[@]}")"
 }
 
 fetch_logs() {

@@ -2,7 +2,8 @@
 # What launch/tpu_pod.sh runs on every worker of a TPU slice:
 #
 #   tpu_worker.sh setup PYTHON EXTRAS   own Python and environment beside the code (the image's Python is 3.10, too old)
-#   tpu_worker.sh start FLAGS...        start pretrain.py in the background; nothing where it runs already
+#   tpu_worker.sh start FLAGS...        start pretrain.py (with --program=NAME among the flags: NAME.py) in the
+#                                       background; nothing where it runs already
 #   tpu_worker.sh run FLAGS...          what 'start' puts in the background: runs it, keeps its log and exit status
 #   tpu_worker.sh status                one line: cellplm-worker HOST absent|idle|running|finished STATUS
 #   tpu_worker.sh stop                  SIGTERM: save and end
@@ -51,13 +52,17 @@ start() {
 }
 
 run() {
-  local workdir='' argument
+  local workdir='' program=pretrain argument flags=()
   for argument in "$@"; do
+    case "$argument" in
+      --program=*) program="${argument#--program=}" ;;
+      *) flags+=("$argument") ;;
+    esac
     case "$argument" in --workdir=gs://*) workdir="${argument#--workdir=}" ;; esac
   done
   cd "$code"
   printf '== %s started: %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*" >> "$directory/log"
-  "$environment/bin/python" launch/pretrain.py "$@" >> "$directory/log" 2>&1 &
+  "$environment/bin/python" "launch/$program.py" ${flags[@]+"${flags[@]}"} >> "$directory/log" 2>&1 &
   local pid=$! code_seen=0
   echo "$pid" > "$directory/pid"
   # Python catches SIGTERM itself; this shell only has to be there to note how it ended.

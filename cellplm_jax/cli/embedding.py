@@ -8,6 +8,7 @@ from typing import Any
 
 from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
+    DEFAULTS,
     READING,
     RECIPE,
     add_counts,
@@ -18,6 +19,7 @@ from cellplm_jax.cli.options import (
     counts_only,
     given,
     positive,
+    refuse,
     source,
 )
 from cellplm_jax.cli.output import conclude, fitted_line, scores_line
@@ -30,15 +32,23 @@ def add_embed(commands: Any) -> None:
         commands,
         "embed",
         _embed,
-        "embed the cells of an .h5ad file",
-        "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html",
+        "embed the cells of an .h5ad file, or of a whole corpus",
+        "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html\n"
+        "  cellplm embed corpus --model small --out embedded.zarr",
     )
-    parser.add_argument("input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer")
+    parser.add_argument(
+        "input",
+        metavar="IN.h5ad",
+        help="raw counts: in X, raw.X or a usual layer; or a corpus made by cellplm prepare, a folder or gs:// address",
+    )
     parser.add_argument(
         "--model", required=True, help="checkpoint directory or pretraining work directory"
     )
     parser.add_argument(
-        "--out", required=True, metavar="OUT.h5ad", help="the input plus the embedding"
+        "--out",
+        required=True,
+        metavar="OUT.h5ad",
+        help="the input plus the embedding; of a corpus: a zarr store, on which the same command goes on",
     )
     parser.add_argument(
         "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
@@ -48,12 +58,15 @@ def add_embed(commands: Any) -> None:
         "--cells-per-context", type=positive, metavar="N", help="cells of a context at most (all)"
     )
     parser.add_argument(
-        "--key-added", default="X_cellplm", metavar="K", help="key of obsm to write (X_cellplm)"
+        "--key-added",
+        default=DEFAULTS["key_added"],
+        metavar="K",
+        help="key of obsm to write (X_cellplm)",
     )
     parser.add_argument(
         "--values",
         choices=("counts", "normalized", "log1p"),
-        default="counts",
+        default=DEFAULTS["values"],
         help="what the matrix holds; anything but raw counts has to be said (counts)",
     )
     parser.add_argument(
@@ -70,6 +83,8 @@ def add_embed(commands: Any) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
+    if _is_corpus(arguments.input):
+        return _embed_corpus(arguments)
     from cellplm_jax.tasks.cluster import known_columns
     from cellplm_jax.tasks.embed import embed_file
     from cellplm_jax.tasks.pretrained import load
@@ -100,6 +115,52 @@ def _embed(arguments: argparse.Namespace) -> None:
         {"wrote": [arguments.out], "key_added": arguments.key_added, "model": model.id},
         messages=messages,
     )
+
+
+def _is_corpus(path: str) -> bool:
+    """Say whether the input is a corpus; what reads one is not loaded for a file."""
+    if path.startswith("gs://"):
+        return True
+    if not Path(path).expanduser().is_dir():
+        return False
+    from cellplm_jax.data.corpus import is_corpus
+
+    return is_corpus(path)
+
+
+def _embed_corpus(arguments: argparse.Namespace) -> None:
+    unused = ("batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
+              "values", "minimum_genes", "color", "report")  # fmt: skip
+    refuse(
+        arguments,
+        unused,
+        "embed with a corpus",
+        "the samples, genes, counts and places that the corpus was prepared with, and --model, --out, --precision",
+    )
+    from cellplm_jax.data.corpus import open_corpus
+    from cellplm_jax.tasks.embed_corpus import embed_corpus
+    from cellplm_jax.tasks.pretrained import load
+
+    corpus = open_corpus(arguments.input)
+    model = load(arguments.model, precision=arguments.precision)
+    found = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
+    line = f"{arguments.out}: obsm['X_cellplm'] of {found.cells} cells in {found.samples} samples by {model.id}"
+    if not found.embedded:
+        line = f"nothing to do, {line}"
+    elif found.embedded < found.samples:
+        line = f"wrote {line}, {found.embedded} of the samples now"
+    else:
+        line = f"wrote {line}"
+    facts = {
+        "wrote": [arguments.out],
+        "key_added": "X_cellplm",
+        "model": model.id,
+        "cells": found.cells,
+        "samples": found.samples,
+        "embedded_samples": found.embedded,
+        "complete": found.complete,
+    }
+    conclude(arguments, [line], facts, messages=found.messages)
 
 
 def add_cluster(commands: Any) -> None:

@@ -63,6 +63,9 @@ def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) ->
     parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
 
 
+DEFAULTS = {"key_added": "X_cellplm", "values": "counts"}
+"""Of options whose default is not None."""
+
 PRECISIONS = ("float32", "bfloat16")
 """Those of ``cellplm_jax.config``, which is not imported for the help alone."""
 
@@ -255,11 +258,35 @@ def counts_only(
         )
         raise InputError(msg)
     arguments.values = None
-    for name in others:
-        if getattr(arguments, name, None) is not None:
+    refuse(arguments, others, task or arguments.command, expected, instead)
+
+
+def refuse(
+    arguments: argparse.Namespace,
+    names: Sequence[str],
+    given_to: str,
+    expected: str,
+    instead: str = "",
+) -> None:
+    """Refuse options that cannot be used here.
+
+    Args:
+        arguments: The command line; an option whose value is not its default was given.
+        names: The options.
+        given_to: What cannot use them.
+        expected: What it needs instead.
+        instead: What else to do than leave the option out.
+
+    Raises:
+        InputError: One of them was given.
+    """
+    for name in names:
+        value = getattr(arguments, name, None)
+        if value is not None and value != DEFAULTS.get(name):
             option = f"--{name.replace('_', '-')}"
-            given_to = f"{option} was given to {task or arguments.command}"
-            msg = explain(given_to, expected, f"Leave {option} out{instead}")
+            msg = explain(
+                f"{option} was given to {given_to}", expected, f"Leave {option} out{instead}"
+            )
             raise InputError(msg)
 
 

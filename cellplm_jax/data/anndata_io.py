@@ -997,7 +997,7 @@ class CountSource:
         data = data.astype(np.float32)
         if values == "log1p":
             data = np.expm1(data)
-        return self._remap(data, stored)
+        return in_vocabulary(data, stored.indices, stored.indptr, self._column, self.genes)
 
     def _damage(self, stored: _Entries, cells: np.ndarray, sound: np.ndarray) -> str:
         """Name the worst kind of bad value, how many there are, and the first."""
@@ -1029,21 +1029,35 @@ class CountSource:
             else "Correct or remove these values, or pass layer=... (--layer) naming another matrix",
         )
 
-    def _remap(self, data: np.ndarray, stored: _Entries) -> sparse.csr_matrix:
-        """Move entries to vocabulary columns, drop those of other genes, sum duplicates."""
-        indices, indptr = self._column[stored.indices], stored.indptr
-        kept = indices >= 0
-        if not kept.all():
-            before = np.zeros(kept.size + 1, dtype=np.int64)
-            np.cumsum(kept, out=before[1:])
-            indptr, indices, data = before[indptr], indices[kept], data[kept]
-        matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, self.genes))
-        if not matrix.has_sorted_indices:
-            # Two counting sorts: half the time of sorting row by row, and entries of a cell end up in order.
-            matrix = sparse.csr_matrix(matrix.tocsc())
-        matrix.sum_duplicates()
-        matrix.eliminate_zeros()
-        return matrix
+
+def in_vocabulary(
+    data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, column: np.ndarray, genes: int
+) -> sparse.csr_matrix:
+    """Move the entries of compressed rows to vocabulary columns, drop those of other genes, sum duplicates.
+
+    Args:
+        data: float32 [entries].
+        indices: int [entries], gene of each in the source.
+        indptr: int [rows + 1].
+        column: int32 [genes of the source], from :func:`cellplm_jax.data.genes.map_genes`; -1 for other genes.
+        genes: Size of the vocabulary.
+
+    Returns:
+        float32 CSR [rows, genes], canonical.
+    """
+    indices = column[indices]
+    kept = indices >= 0
+    if not kept.all():
+        before = np.zeros(kept.size + 1, dtype=np.int64)
+        np.cumsum(kept, out=before[1:])
+        indptr, indices, data = before[indptr], indices[kept], data[kept]
+    matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, genes))
+    if not matrix.has_sorted_indices:
+        # Two counting sorts: half the time of sorting row by row, and entries of a cell end up in order.
+        matrix = sparse.csr_matrix(matrix.tocsc())
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def open_counts(

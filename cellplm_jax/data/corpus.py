@@ -24,18 +24,22 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore
 
 from cellplm_jax.data.store import CellRun, SampleRecord
 from cellplm_jax.errors import CellPLMError, InputError, explain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
 """Version of the corpus format; a reader refuses others."""
@@ -115,11 +119,15 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def explain_write_errors(what: str) -> Iterator[None]:
+def explain_write_errors(
+    what: str, *, room: str = "room for about 3 bytes a stored count", kept: str = "parts"
+) -> Iterator[None]:
     """Turn a full disk or a folder that cannot be written into one clear message.
 
     Args:
         what: What is being written, for the message.
+        room: What it needs.
+        kept: What of it is kept once it is finished.
 
     Raises:
         InputError: Instead of the error of the operating system or of TensorStore.
@@ -135,9 +143,9 @@ def explain_write_errors(what: str) -> Iterator[None]:
         if full or any(sign in text.lower() for sign in _FULL):
             msg = explain(
                 f"{what} could not be written because the disk is full ({_shortened(text)})",
-                "room for about 3 bytes a stored count",
+                room,
                 "Free some space or choose another folder, and run the same command again; finished "
-                "parts are kept",
+                f"{kept} are kept",
             )
             raise InputError(msg) from error
         if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -301,7 +309,7 @@ class PartWriter:
                 "shape": [self.cells, len(self.genes)],
             }
         )
-        with _anndata_settings():
+        with anndata_settings():
             for name in ("layers", "obsp", "varm", "varp", "uns"):
                 anndata.io.write_elem(root, name, {})
         types = (index_type(len(self.genes)), np.dtype(np.uint16))
@@ -352,7 +360,7 @@ class PartWriter:
         var = pd.DataFrame(
             {"measured": known}, index=pd.Index(np.asarray(self.genes, dtype=object))
         )
-        with _anndata_settings():
+        with anndata_settings():
             anndata.io.write_elem(root, "obs", obs)
             anndata.io.write_elem(root, "var", var)
             anndata.io.write_elem(root, "obsm", {})
@@ -528,7 +536,7 @@ def _crc(values: np.ndarray) -> int:
 
 
 @contextlib.contextmanager
-def _anndata_settings() -> Iterator[None]:
+def anndata_settings() -> Iterator[None]:
     """Write zarr v3, and nullable strings where this anndata has a setting for them."""
     import anndata
 
@@ -651,31 +659,51 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
 # ---------------------------------------------------------------------------------------------
 
 
-class _Folder:
-    """A local folder or gs:// prefix seen through TensorStore."""
+class Folder:
+    """A local folder or gs:// prefix seen through TensorStore.
 
-    def __init__(self, path: str | os.PathLike, context: Any):
+    Args:
+        path: Where it is; it need not exist yet.
+        context: Of TensorStore; None: one without a cache.
+
+    Attributes:
+        path: Where it is, as it was given.
+        local: The folder on this machine; None at a gs:// address.
+    """
+
+    def __init__(self, path: str | os.PathLike, context: Any = None):
         text = os.fspath(path)
-        self.path, self.context = text.rstrip("/"), context
+        self.path = text.rstrip("/")
+        self.context = tensorstore.Context() if context is None else context
+        self.local: Path | None = None
         if text.startswith("gs://"):
             bucket, _, prefix = self.path.removeprefix("gs://").partition("/")
             self._driver = {"driver": "gcs", "bucket": bucket}
             self._prefix = f"{prefix}/" if prefix else ""
         else:
             self._driver = {"driver": "file"}
-            self._prefix = f"{Path(text).expanduser().resolve()}/"
-        self._store: Any = None
+            self.local = Path(text).expanduser().resolve()
+            self._prefix = f"{self.local}/"
+        self._opened: Any = None
+
+    @property
+    def _store(self) -> Any:
+        if self._opened is None:
+            kvstore = {**self._driver, "path": self._prefix}
+            self._opened = tensorstore.KvStore.open(kvstore, context=self.context).result()
+        return self._opened
 
     def spec(self, name: str) -> dict[str, Any]:
         """Return the TensorStore specification of a folder inside."""
         return {**self._driver, "path": f"{self._prefix}{name}/"}
 
     def request(self, name: str) -> Callable[[], bytes | None]:
-        """Start reading a small file; call the result for its bytes, None where there is no such file."""
+        """Start reading a small file; call the result for its bytes, None where there is no such file.
+
+        Raises:
+            InputError: It cannot be read; so does the result.
+        """
         try:
-            if self._store is None:
-                kvstore = {**self._driver, "path": self._prefix}
-                self._store = tensorstore.KvStore.open(kvstore, context=self.context).result()
             pending = self._store.read(name)
         except (ValueError, RuntimeError, OSError) as error:
             raise InputError(self._unreachable(name, error)) from error
@@ -693,6 +721,44 @@ class _Folder:
         """Return the bytes of a small file; None where there is no such file."""
         return self.request(name)()
 
+    def write(self, name: str, text: bytes) -> None:
+        """Write a small file; it is replaced whole or not at all."""
+        self._store.write(name, text).result()
+
+    def copy_in(self, source: Path, last: str) -> None:
+        """Copy a folder of small files of this machine here.
+
+        Args:
+            source: The folder.
+            last: The file that says that all of them are there; written when the others are.
+        """
+        paths = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
+        final = paths.pop(last)
+        waiting = [self._store.write(name, path.read_bytes()) for name, path in paths.items()]
+        for written in waiting:
+            written.result()
+        self.write(last, final.read_bytes())
+
+    def names(self, inside: str) -> list[str]:
+        """Return the names of all files of a folder inside, from this folder on."""
+        found = self._store.list(_inside(inside)).result()
+        return sorted(name.decode() for name in found)
+
+    def fetch(self, inside: str, target: Path) -> None:
+        """Copy a folder inside, of small files, to a new folder on this machine."""
+        waiting = {name: self.request(name) for name in self.names(inside)}
+        for name, wait in waiting.items():
+            path = target / name.removeprefix(f"{inside}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(wait() or b"")
+
+    def remove(self, inside: str) -> None:
+        """Remove a folder inside, where it is there."""
+        if self.local is not None:
+            shutil.rmtree(self.local / inside, ignore_errors=True)
+        else:
+            self._store.delete_range(_inside(inside)).result()
+
     def _unreachable(self, name: str, error: Exception) -> str:
         reason = " ".join(str(error).split())[:240]
         return explain(
@@ -700,6 +766,11 @@ class _Folder:
             "a corpus that this machine may read",
             "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
         )
+
+
+def _inside(folder: str) -> tensorstore.KvStore.KeyRange:
+    """Return the keys of a folder; "0" comes after "/"."""
+    return tensorstore.KvStore.KeyRange(f"{folder}/", f"{folder}0")
 
 
 @dataclass(frozen=True)
@@ -733,7 +804,7 @@ class Corpus:
 
     def __init__(
         self,
-        folder: _Folder,
+        folder: Folder,
         context: Any,
         genes: list[str],
         index: dict[str, Any],
@@ -845,6 +916,50 @@ class Corpus:
             coordinates=found.get("obsm/spatial"),
             labels=labels,
         )
+
+    def coordinates(self, sample: int) -> np.ndarray | None:
+        """Return float32 [cells, 2], scaled over the sample and NaN for a cell without; None: no cell has any.
+
+        Raises:
+            InputError: The part is damaged.
+        """
+        row = self.samples[sample]
+        if not row.spatial:
+            return None
+        number, first, _ = self._where[sample]
+        (found,) = self._read(number, {"obsm/spatial": (first, first + row.cells)})
+        return found
+
+    def cell_table(self, part: int) -> pd.DataFrame:
+        """Read ``obs`` of a part: its cells by their original names, with sample, row in the source and label.
+
+        Args:
+            part: Position in :attr:`parts`.
+
+        Raises:
+            InputError: The part is damaged.
+        """
+        import zarr
+        from anndata.io import read_elem
+
+        inside = f"parts/{self.parts[part].name}.zarr/obs"
+        with tempfile.TemporaryDirectory() as temporary:
+            try:
+                if self._folder.local is None:
+                    self._folder.fetch(inside, Path(temporary))
+                    place = Path(temporary)
+                else:
+                    place = self._folder.local / inside
+                table: Any = read_elem(zarr.open_group(str(place), mode="r"))
+            except InputError:
+                raise
+            except (OSError, KeyError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:240]
+                raise InputError(self._damaged(part, f"obs cannot be read: {reason}")) from error
+        cells = self.parts[part].record["cells"]
+        if len(table) != cells:
+            raise InputError(self._damaged(part, f"obs has {len(table)} cells of {cells}"))
+        return table
 
     def measured(self, sample: int) -> np.ndarray | None:
         """Return bool [genes], the genes measured in a sample; None: all."""
@@ -974,7 +1089,7 @@ def is_corpus(path: str | os.PathLike) -> bool:
     """Say whether a folder or gs:// prefix holds a corpus."""
     if not os.fspath(path).startswith("gs://"):
         return (Path(path).expanduser() / _INDEX).is_file()
-    return _Folder(path, tensorstore.Context()).read(_INDEX) is not None
+    return Folder(path, tensorstore.Context()).read(_INDEX) is not None
 
 
 def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> Corpus:
@@ -992,7 +1107,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             the one the index describes.
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    folder = _Folder(path, context)
+    folder = Folder(path, context)
     text = folder.read(_INDEX)
     if text is None:
         msg = explain(
@@ -1045,7 +1160,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
     return Corpus(folder, context, genes, index, records)
 
 
-def _parse(folder: _Folder, name: str, text: bytes) -> dict[str, Any]:
+def _parse(folder: Folder, name: str, text: bytes) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError as error:

@@ -259,11 +259,12 @@ class Pretrained:
         Returns:
             float32 [samples, cells, latent].
         """
-        devices = self.embeds_on
-        if len(devices) > 1 and hidden.shape[1] % len(devices) == 0:
+        number = len(self.embeds_on)
+        if number > 1 and hidden.shape[1] % number == 0:
             return self._encode_together(hidden, cell_mask)
-        hidden, cell_mask = (jax.device_put(array, devices[0]) for array in (hidden, cell_mask))
-        return self.encode(self.device_params, hidden, cell_mask)
+        return self.encode(
+            self.device_params, *jax.device_put((hidden, cell_mask), self.embeds_on[0])
+        )
 
     @cached_property
     def encode_streamed(self) -> StreamedEncoder:

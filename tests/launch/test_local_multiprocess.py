@@ -90,6 +90,7 @@ def test_a_second_signal_kills(scene):
         (["two", *FLAGS], "number of processes"),
         ([0, *FLAGS], "number of processes"),
         ([2], "no flags"),
+        ([2, *FLAGS, "--program=absent"], "no launch/absent.py"),
         ([2, *FLAGS, "--process_id=1"], "is set by this script"),
         ([2, *FLAGS, "--devices=x"], "expected a number"),
     ],
@@ -106,3 +107,10 @@ def test_gpus_are_dealt_out(scene):
     lines = result.stdout.splitlines()
     assert "JAX_LOCAL_DEVICE_IDS=0" in lines[0]
     assert "JAX_LOCAL_DEVICE_IDS=1" in lines[1]
+
+
+def test_another_program_is_started(scene):
+    result = scene.run(SCRIPT, 2, "--program=embed", *FLAGS, "--dry-run", **PYTHON)
+    assert result.returncode == 0, result.stderr
+    assert all("/launch/embed.py " in line for line in result.stdout.splitlines())
+    assert "--program" not in result.stdout

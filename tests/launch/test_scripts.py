@@ -56,6 +56,11 @@ def test_a_script_without_arguments_says_what_it_expects(scene, script):
         ("tpu_pod.sh", ["watch", *POD, "--dry-run", "--", *FLAGS], "queued-resources describe"),
         ("tpu_pod.sh", ["setup", *POD, "--dry-run"], "tpu_worker.sh"),
         ("tpu_pod.sh", ["run", *POD, "--dry-run", "--", *FLAGS], "gs://b/corpus"),
+        (
+            "tpu_pod.sh",
+            ["run", *POD, "--program=embed", "--dry-run", "--", FLAGS[1], "--out=gs://b/e.zarr"],
+            r"start\ --program=embed\ --corpus=gs://b/corpus\ --out=gs://b/e.zarr",
+        ),
         ("tpu_pod.sh", ["status", *POD, "--dry-run"], "--worker=all"),
         ("tpu_pod.sh", ["logs", *POD, "--dry-run"], "--output-directory="),
         ("tpu_pod.sh", ["stop", *POD, "--dry-run"], "tpu_worker.sh"),

@@ -70,6 +70,14 @@ def test_other_statuses_are_passed_on(scene, code):
     assert call[-4].endswith("launch/pretrain.py")
 
 
+def test_another_program_is_run(scene):
+    scene.answers("task", "exit 0")
+    assert scene.run("slurm.sbatch", *FLAGS, **JOB, PROGRAM="embed").returncode == 0
+    (call,) = scene.calls("srun")
+    assert call[-4].endswith("launch/embed.py")
+    assert scene.run("slurm.sbatch", *FLAGS, **JOB, PROGRAM="absent").returncode == 2
+
+
 def test_processes_stopped_by_something_else_go_back_too(scene):
     scene.answers("task", "exit 143")
     assert scene.run("slurm.sbatch", *FLAGS, **JOB).returncode == 0

@@ -225,6 +225,8 @@ def test_a_stopped_run_is_not_started_again(scene, pod, tmp_path):
         (["up", *POD, "--accelerator=v9-8", "--", *FLAGS], "no runtime version is known"),
         (["up", *SLICE], "no flags for pretrain.py"),
         (["up", *SLICE, "--", *FLAGS[:2]], "--workdir="),
+        (["up", *SLICE, "--program=embed", "--", *FLAGS], "embed.py needs --out="),
+        (["up", *SLICE, "--program=absent", "--", *FLAGS], "unknown program 'absent'"),
         (["up", *SLICE, "--", *FLAGS[:2], "--workdir=runs/1"], "give a gs:// address"),
         (["up", *SLICE, "--config=x", "--", *FLAGS], "unknown option '--config=x'"),
         (["uq", *SLICE], "unknown command 'uq'"),

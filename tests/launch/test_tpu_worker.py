@@ -68,6 +68,15 @@ def test_life_of_a_worker(scene, worker):
     assert copy[-1].startswith("gs://b/run/logs/")
 
 
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid is not installed")
+def test_a_worker_runs_another_program(scene, worker):
+    scene.answers("process", "exit 0")
+    worker("setup", "3.12", "tpu")
+    worker("start", "--program=embed", "--corpus=c", "--out=o")
+    wait_for(lambda: worker("status") == "finished 0")
+    assert scene.calls("python") == [["launch/embed.py", "--corpus=c", "--out=o"]]
+
+
 def test_a_worker_whose_shell_was_ended_too_is_not_running(scene, worker):
     worker("setup", "3.12", "tpu")
     (worker.home / "cellplm-run").mkdir()

@@ -1,0 +1,549 @@
+"""Embedding of a whole corpus: every tissue sample a context, by all processes of a job, into one store.
+
+The store is AnnData-encoded zarr v3 from its first moment on; rows of samples that are not done are NaN. Processes
+never wait for one another: each embeds the samples that :func:`deal` gives it, writes their rows, then marks them. Two
+samples may share a chunk; TensorStore writes part of one by reading, changing and replacing it on the condition that
+nobody else has replaced it meanwhile (a lock of the file system, a generation at gs://), else it does so again.
+
+The marks are an array in ``uns``: AnnData's reader refuses a store with members that it does not know beside ``obs``,
+``uns`` and the like, and in ``uns`` a reader of an unfinished store sees which samples are there. Chunks of one byte
+make every mark a file of its own, which nobody else writes. The last process has the root say ``complete`` and then
+removes them, so that a finished store is read without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+import tensorstore
+from flax.traverse_util import flatten_dict
+from scipy import sparse
+
+from cellplm_jax.data.anndata_io import in_vocabulary
+from cellplm_jax.data.corpus import (
+    LABEL_COLUMN,
+    Corpus,
+    Folder,
+    anndata_settings,
+    explain_write_errors,
+    open_corpus,
+)
+from cellplm_jax.data.genes import GeneMapping, map_genes
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.tasks.embed import check_output, embed_context
+from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
+from cellplm_jax.tasks.stream import Waiting
+from cellplm_jax.train.metrics import ProgressReport
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KEY = "X_cellplm"
+"""Key of ``obsm`` with the embedding."""
+
+CHUNK_VALUES = 2**20
+"""Values of a chunk of it, one file of 4 MiB: what a small sample has to read and write again at its two ends."""
+
+CREATION_SECONDS = 900
+"""How long processes wait for process 0 to lay out the store."""
+
+POLL_SECONDS = 1.0
+"""Pause between looks at a store that another process writes."""
+
+FORMAT = 1
+"""Version of what the root says of the work."""
+
+_ROOT = "zarr.json"
+_STATE = "cellplm_embedding"
+_ROWS = f"obsm/{KEY}"
+_DONE = "uns/cellplm/samples_done"
+
+
+class CorpusEmbedding(NamedTuple):
+    """What became of embedding a corpus.
+
+    Attributes:
+        out: The store.
+        cells: Cells of the corpus.
+        samples: Samples of the corpus.
+        embedded: Samples that this call embedded.
+        complete: Whether all samples are there; False: other processes are still at theirs.
+        messages: What the corpus turned out to be, a sentence each.
+    """
+
+    out: str
+    cells: int
+    samples: int
+    embedded: int
+    complete: bool
+    messages: list[str]
+
+
+def embed_corpus(
+    corpus: Corpus | str | os.PathLike,
+    model: Pretrained | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    quiet: bool = False,
+) -> CorpusEmbedding:
+    """Embed all cells of a corpus, every tissue sample as one context, into one store.
+
+    The store opens with ``anndata.read_zarr``: ``obsm["X_cellplm"]`` is float32 [cells, latent] in the order of the
+    corpus; ``obs`` has the ``sample`` and ``dataset`` of every cell, its ``source_row`` in the file it came from, and
+    its ``label`` where the corpus has labels, under the name the cell had there (with ``-DATASET`` behind it where the
+    corpus has several data sets); ``uns["cellplm"]`` is as :func:`cellplm_jax.embed` writes it.
+
+    Called in several processes at once, each embeds a share of the samples; they meet in the store alone. Whatever was
+    interrupted goes on with another call, in any number of processes: only samples that are not finished are embedded.
+
+    Args:
+        corpus: Made by ``cellplm prepare``: a folder, a ``gs://`` address, or from :func:`open_corpus`.
+        model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
+        out: The store: a folder that all processes see, or a ``gs://`` address. New, or begun by the same model on the
+            same corpus.
+        process_index: Number of this process, from 0; None: that of JAX, which is 0 without a job.
+        process_count: Processes of the job; None: that of JAX, which is 1 without a job.
+        quiet: No progress on standard error.
+
+    Returns:
+        What was done.
+
+    Raises:
+        InputError: The corpus cannot be read or shares too few genes with the model; ``out`` cannot be written, or is
+            something else: another model's, another corpus', in another precision; process 0 made no store in time.
+    """
+    index, count = _place(process_index, process_count)
+    model = opened(model)
+    corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
+    mapping = map_genes(corpus.genes, model.genes)
+    folder = Folder(out)
+    state = {
+        "format": FORMAT,
+        "corpus": corpus.fingerprint(),
+        "weights": weights_fingerprint(model),
+        "model": model.id,
+        "precision": model.precision,
+        "complete": False,
+    }
+    cells = [sample.cells for sample in corpus.samples]
+    messages = [f"Genes of the corpus: {mapping.summary()}"]
+    if model.config.positions.kind == "none" and any(s.spatial for s in corpus.samples):
+        messages.append("Coordinates were not used: this model was trained without positions")
+    with explain_write_errors(
+        f"the embedding '{folder.path}'",
+        room=f"{sum(cells) * model.config.latent_size * 4 / 1e9:.2g} GB for the embedding",
+        kept="samples",
+    ):
+        if folder.local is not None and folder.local.is_file():
+            raise InputError(_something_else(folder))
+        if folder.read(_ROOT) is None:
+            if index == 0:
+                _create(folder, corpus, model, mapping, state)
+            else:
+                _wait_for_store(folder)
+        _check_same(_read_state(folder), state, folder.path)
+        done = _done_samples(folder)
+        if done is None:
+            messages.append(f"'{folder.path}' was complete already; nothing was embedded")
+            return CorpusEmbedding(folder.path, sum(cells), len(cells), 0, True, messages)
+        waiting = Waiting()
+        mine = deal(cells, count)[index]
+        left = [sample for sample in mine if not done[sample]]
+        title = "embedding" if count == 1 else f"embedding ({index + 1} of {count})"
+        progress = ProgressReport(title, sum(cells[s] for s in left), unit="cells", quiet=quiet)
+        if len(left) < len(mine):
+            progress.say(f"{len(mine) - len(left)} of {len(mine)} samples were done already")
+        try:
+            _embed_samples(corpus, model, mapping, folder, left, waiting, progress)
+        finally:
+            progress.close()
+        complete = _complete(folder)
+    messages += waiting.messages()
+    return CorpusEmbedding(folder.path, sum(cells), len(cells), len(left), complete, messages)
+
+
+def deal(cells: Sequence[int], processes: int) -> list[list[int]]:
+    """Deal samples to processes: the largest first, each to the process with the fewest cells so far.
+
+    All samples are dealt, done or not, so that processes that start at different times agree without talking. Each
+    goes through its own in this order, so what is left of an interrupted job is the end of it, balanced as well.
+
+    Args:
+        cells: Cells of each sample.
+        processes: How many processes there are.
+
+    Returns:
+        The samples of each process, largest first.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [(0, process) for process in range(processes)]
+    for sample in sorted(range(len(cells)), key=lambda number: (-cells[number], number)):
+        load, process = heapq.heappop(loads)
+        shares[process].append(sample)
+        heapq.heappush(loads, (load + cells[sample], process))
+    return shares
+
+
+def wait_until_complete(out: str | os.PathLike) -> None:
+    """Wait until all processes have embedded their samples; for as long as it takes.
+
+    Args:
+        out: The store.
+    """
+    folder, pause = Folder(out), POLL_SECONDS
+    while not _complete(folder):
+        time.sleep(pause)
+        pause = min(2 * pause, 30 * POLL_SECONDS)
+
+
+def weights_fingerprint(model: Pretrained) -> str:
+    """Return a short hash of all that an embedding depends on: architecture, genes and weights.
+
+    Args:
+        model: The model.
+    """
+    facts = json.dumps([dataclasses.asdict(model.config), model.genes], sort_keys=True, default=str)
+    digest = hashlib.sha256(facts.encode())
+    for path, leaf in sorted(flatten_dict(model.params).items()):
+        if path[0] in EMBEDDING_PARTS:
+            digest.update("/".join(path).encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SampleRows:
+    """The cells of one sample of a corpus in the columns of a model's vocabulary, as embedding reads them.
+
+    Args:
+        corpus: The corpus.
+        sample: Number of the sample.
+        mapping: From the genes of the corpus to those of the model.
+    """
+
+    def __init__(self, corpus: Corpus, sample: int, mapping: GeneMapping):
+        self._corpus, self._sample, self._mapping = corpus, sample, mapping
+        self.cells = corpus.samples[sample].cells
+
+    def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
+        """Read cells by their numbers in the sample, in one run that holds them all.
+
+        Args:
+            indices: int [n], normally consecutive.
+
+        Returns:
+            float32 CSR [n, genes of the model], canonical.
+        """
+        indices = np.asarray(indices, np.int64)
+        low, high = (int(indices.min()), int(indices.max()) + 1) if len(indices) else (0, 0)
+        run = self._corpus.read(self._sample, low, high)
+        rows = in_vocabulary(
+            run.count.astype(np.float32),
+            run.gene,
+            run.indptr,
+            self._mapping.column,
+            len(self._mapping.measured),
+        )
+        consecutive = len(indices) == high - low and (np.diff(indices) == 1).all()
+        return rows if consecutive else sparse.csr_matrix(rows[indices - low])
+
+
+# -- parts of the above --------------------------------------------------------------------------
+
+
+def _place(index: int | None, count: int | None) -> tuple[int, int]:
+    """Return which process this is, of how many."""
+    if index is None and count is None:
+        return jax.process_index(), jax.process_count()
+    if index is None or count is None or not 0 <= index < count:
+        msg = explain(
+            f"process_index = {index} and process_count = {count}",
+            "a number of processes and a number from 0 below it, or neither",
+            "Give both",
+        )
+        raise InputError(msg)
+    return index, count
+
+
+def _embed_samples(
+    corpus: Corpus,
+    model: Pretrained,
+    mapping: GeneMapping,
+    folder: Folder,
+    left: Sequence[int],
+    waiting: Waiting,
+    progress: ProgressReport,
+) -> None:
+    """Embed samples, write their rows and mark them."""
+    if not left:
+        return
+    rows, done = _open(folder, _ROWS), _open(folder, _DONE)
+    cells = [sample.cells for sample in corpus.samples]
+    first = np.concatenate([[0], np.cumsum(cells)])
+    embedded = 0
+    for sample in left:
+        if cells[sample]:
+            found = embed_context(
+                SampleRows(corpus, sample, mapping),
+                model,
+                np.arange(cells[sample]),
+                corpus.coordinates(sample),
+                waiting,
+                lambda text, n=embedded: progress.update(n, text),
+            )
+            rows[int(first[sample]) : int(first[sample + 1])].write(found).result()
+        # Only what is written is marked: a process that ends in between embeds the sample again.
+        done[sample].write(1).result()
+        embedded += cells[sample]
+        progress.update(embedded)
+
+
+def _open(folder: Folder, array: str) -> Any:
+    spec = {"driver": "zarr3", "kvstore": folder.spec(array)}
+    return tensorstore.open(spec, read=True, write=True, context=folder.context).result()
+
+
+def _read_state(folder: Folder) -> dict[str, Any]:
+    """Return what the root of the store says of the work."""
+    text = folder.read(_ROOT) or b""
+    try:
+        state = json.loads(text)["attributes"][_STATE]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(_something_else(folder)) from error
+    if state.get("format") != FORMAT:
+        msg = explain(
+            f"'{folder.path}' was begun in format {state.get('format')}",
+            f"format {FORMAT}",
+            "Go on with the version of cellplm-jax that began it, or name another output",
+        )
+        raise InputError(msg)
+    return state
+
+
+def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
+    """Refuse to go on with a store that other work began."""
+    for name, what in (
+        ("corpus", "of the corpus"),
+        ("weights", "by the model"),
+        ("precision", "in the precision"),
+    ):
+        if found[name] != wanted[name]:
+            names = [
+                f"{state['model']} ({state[name]})" if name == "weights" else state[name]
+                for state in (found, wanted)
+            ]
+            msg = explain(
+                f"'{path}' holds an embedding {what} {names[0]}",
+                f"one {what} {names[1]}, or a new folder",
+                "Name another output, or delete this one to begin again",
+            )
+            raise InputError(msg)
+
+
+def _something_else(folder: Folder) -> str:
+    return explain(
+        f"'{folder.path}' holds something else",
+        "a new folder, or the embedding of a corpus that was begun before",
+        "Name another output",
+    )
+
+
+def _done_samples(folder: Folder) -> np.ndarray | None:
+    """Return uint8 [samples], 1 for those that are done; None: all are, and the root says so."""
+    try:
+        done = _open(folder, _DONE).read().result()
+    except ValueError:
+        done = None
+    # Looked at last: marks are removed after the root says complete, so what was read until now may lack some.
+    if _read_state(folder)["complete"]:
+        return None
+    if done is None:
+        msg = explain(
+            f"'{folder.path}' does not say which samples are done",
+            f"the array {_DONE}",
+            "Copy the store again, or delete it to begin again",
+        )
+        raise InputError(msg)
+    return done
+
+
+def _complete(folder: Folder) -> bool:
+    """Say whether all samples are done; who sees it first writes it down and removes the marks."""
+    done = _done_samples(folder)
+    if done is None or not done.all():
+        return done is None
+    root = json.loads(folder.read(_ROOT) or b"")
+    root["attributes"][_STATE]["complete"] = True
+    folder.write(_ROOT, json.dumps(root, indent=2).encode())
+    folder.remove(_DONE)
+    return True
+
+
+def _wait_for_store(folder: Folder) -> None:
+    """Wait for process 0 to lay out the store; its root is the last of it."""
+    end = time.monotonic() + CREATION_SECONDS
+    while folder.read(_ROOT) is None:
+        if time.monotonic() > end:
+            msg = explain(
+                f"there is no store '{folder.path}' after {CREATION_SECONDS:.0f} s",
+                "the one that process 0 of the job lays out first, in a place that all processes see",
+                "Look at what became of process 0, and start all processes again",
+            )
+            raise InputError(msg)
+        time.sleep(POLL_SECONDS)
+
+
+def _create(
+    folder: Folder,
+    corpus: Corpus,
+    model: Pretrained,
+    mapping: GeneMapping,
+    state: dict[str, Any],
+) -> None:
+    """Lay out the store with everything but the embedding; it appears whole or not at all."""
+    if folder.local is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            built = Path(temporary) / "store"
+            _build(built, corpus, model, mapping, state)
+            folder.copy_in(built, last=_ROOT)
+        return
+    target = folder.local
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(_something_else(folder))
+    if not target.exists():
+        check_output(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _build(partial, corpus, model, mapping, state)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _build(
+    target: Path, corpus: Corpus, model: Pretrained, mapping: GeneMapping, state: dict[str, Any]
+) -> None:
+    import pandas as pd
+    import zarr
+    from anndata.io import write_elem
+
+    table = _cell_table(corpus)
+    root = zarr.open_group(str(target), mode="w", zarr_format=3)
+    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", _STATE: state})
+    with anndata_settings():
+        write_elem(root, "obs", table)
+        write_elem(root, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
+        for name in ("obsm", "varm", "obsp", "varp", "layers"):
+            write_elem(root, name, {})
+        write_elem(root, "uns", {"cellplm": _provenance(corpus, model, mapping)})
+    latent = model.config.latent_size
+    rows = max(1, CHUNK_VALUES // latent)
+    _create_array(target / _ROWS, "float32", [len(table), latent], [rows, latent], "NaN")
+    _create_array(target / _DONE, "uint8", [len(corpus.samples)], [1], 0)
+
+
+def _create_array(
+    path: Path, dtype: str, shape: list[int], chunks: list[int], missing: int | str
+) -> None:
+    """Write what describes an array; chunks that are not there read as ``missing``."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": {
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+            # Embeddings hardly compress; damage is found by the checksum.
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+            "fill_value": missing,
+            "attributes": {"encoding-type": "array", "encoding-version": "0.2.0"},
+        },
+    }
+    tensorstore.open(spec, create=True).result()
+
+
+def _cell_table(corpus: Corpus) -> pd.DataFrame:
+    """Return ``obs``: what the parts say of their cells, in the order of the corpus."""
+    import pandas as pd
+
+    samples = corpus.samples
+    cells = [sample.cells for sample in samples]
+
+    def of_sample(names: list[str]) -> pd.Categorical:
+        categories = list(dict.fromkeys(names))
+        number = {name: code for code, name in enumerate(categories)}
+        return pd.Categorical.from_codes(
+            np.repeat([number[name] for name in names], cells), categories=categories
+        )
+
+    tables = [corpus.cell_table(part) for part in range(len(corpus.parts))]
+    names = [np.asarray(table.index.astype(str), object) for table in tables]
+    datasets = list(dict.fromkeys(part.record["dataset"] for part in corpus.parts))
+    if len(datasets) > 1:
+        # As anndata.concat(..., index_unique="-") does it.
+        names = [
+            own + f"-{part.record['dataset']}"
+            for own, part in zip(names, corpus.parts, strict=True)
+        ]
+    columns: dict[str, Any] = {
+        "sample": of_sample([sample.name for sample in samples]),
+        "dataset": of_sample([sample.dataset_name for sample in samples]),
+        "source_row": np.concatenate([np.asarray(table["source_row"]) for table in tables]),
+    }
+    if corpus.label_names:
+        codes = [
+            table[LABEL_COLUMN].cat.set_categories(corpus.label_names).cat.codes
+            if LABEL_COLUMN in table
+            else np.full(len(table), -1)
+            for table in tables
+        ]
+        columns[LABEL_COLUMN] = pd.Categorical.from_codes(
+            np.concatenate(codes), categories=corpus.label_names
+        )
+    return pd.DataFrame(columns, index=pd.Index(np.concatenate(names)))
+
+
+def _provenance(corpus: Corpus, model: Pretrained, mapping: GeneMapping) -> dict[str, Any]:
+    """Return ``uns["cellplm"]`` with the keys that embedding a file writes."""
+    import cellplm_jax
+
+    spatial = any(sample.spatial for sample in corpus.samples)
+    used = spatial and model.config.positions.kind != "none"
+    return {
+        "model": model.id,
+        "model_source": model.source,
+        "precision": model.precision,
+        "version": cellplm_jax.__version__,
+        "key_added": KEY,
+        "context": {
+            "batch_key": "sample",
+            "cells_per_context": 0,
+            "coordinates": "spatial" if used else "",
+        },
+        "input": {
+            "source": corpus.path.rstrip("/").rsplit("/", 1)[-1],
+            "corpus": corpus.fingerprint(),
+            "matrix": "X",
+            "values": "counts",
+            "gene_key": "genes.txt",
+            "genes": mapping.as_dict(),
+            "cells": sum(sample.cells for sample in corpus.samples),
+            "samples": len(corpus.samples),
+        },
+    }
