@@ -148,7 +148,9 @@ def explain_write_errors(
                 f"{kept} are kept",
             )
             raise InputError(msg) from error
-        if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
+        # As TensorStore says it.
+        if denied or text.startswith("PERMISSION_DENIED"):
             msg = explain(
                 f"{what} could not be written ({_shortened(text)})",
                 "a folder that may be written",
@@ -763,7 +765,7 @@ class Folder:
         reason = " ".join(str(error).split())[:240]
         return explain(
             f"'{self.path}/{name}' cannot be read ({reason})",
-            "a corpus that this machine may read",
+            "a place that this machine may read",
             "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
         )
 

@@ -221,12 +221,21 @@ def test_processes_wait_for_the_first_one(place, tiny_model, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing_half_laid_out(place, tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), r"disk is full.*finished samples are kept"),
+        (RuntimeError("PERMISSION_DENIED: Error writing"), r"could not be written.*permissions"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_half_laid_out(
+    place, tiny_model, tmp_path, monkeypatch, error, said
+):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(module, "_create_array", full)
-    with pytest.raises(InputError, match=r"disk is full.*finished samples are kept"):
+    with pytest.raises(InputError, match=said):
         embed_corpus(place / "corpus", tiny_model, tmp_path / "x.zarr", quiet=True)
     assert list(tmp_path.iterdir()) == []
 
