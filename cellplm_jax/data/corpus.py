@@ -936,7 +936,7 @@ class Corpus:
         """Read ``obs`` of a part: its cells by their original names, with sample, row in the source and label.
 
         Args:
-            part: Position in :attr:`parts`.
+            part: Position in ``parts``.
 
         Raises:
             InputError: The part is damaged.

@@ -111,7 +111,8 @@ def embed_corpus(
     interrupted goes on with another call, in any number of processes: only samples that are not finished are embedded.
 
     Args:
-        corpus: Made by ``cellplm prepare``: a folder, a ``gs://`` address, or from :func:`open_corpus`.
+        corpus: Made by ``cellplm prepare``: a folder, a ``gs://`` address, or an opened one
+            (``cellplm_jax.data.corpus.open_corpus``).
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
         out: The store: a folder that all processes see, or a ``gs://`` address. New, or begun by the same model on the
             same corpus.
