@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from counts import GENES, make_counts  # noqa: E402
 from machine import machine, versions_of  # noqa: E402
+from run import ranged  # noqa: E402
 
 from cellplm_jax.products import linear_product  # noqa: E402
 
@@ -160,7 +161,7 @@ def table(content: dict[str, Any]) -> str:
         rate = row["cells"] / statistics.median(row["seconds"])
         low, middle, high = min(row["times"]), statistics.median(row["times"]), max(row["times"])
         lines.append(
-            f"| {row['counts']} | {row['type']} | {row['way']} | {rate:,.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['counts']} | {row['type']} | {row['way']} | {rate:,.0f} | {ranged(middle, low, high)} "
             f"| {row['difference']:.1e} |"
         )
     return "\n".join(lines) + "\n"

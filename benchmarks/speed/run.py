@@ -207,6 +207,11 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(table(content))
 
 
+def ranged(middle: float, low: float, high: float) -> str:
+    """Return a median with its range, which belong on one line."""
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})".replace(" ", "\N{NO-BREAK SPACE}")
+
+
 def table_versions(rows: list[dict[str, Any]]) -> str:
     """Return the versions of what ran, in words."""
     versions: dict[str, str] = {}
@@ -250,7 +255,7 @@ def table(content: dict[str, Any]) -> str:
             share = row["flops"] / statistics.median(row["seconds"]) / peak[kind]
             cells = [
                 row["counts"], f"{row['cells']:,}", row["side"], f"{row['cells_per_second']:,.0f}",
-                f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})", f"{row['peak_mib']:,.0f}",
+                ranged(row["speedup"], low, high), f"{row['peak_mib']:,.0f}",
                 f"{row['memory_ratio']:.2f}", f"{row['first_s']:.1f}", f"{share:.0%}",
             ]  # fmt: skip
             if task == "embed":
