@@ -51,8 +51,8 @@ class Pretrained:
         source: What it was loaded from; for a model from the hub with the commit that was resolved.
         step: Training step of the weights; 0 for a converted or untrained model.
         precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
-            the hardware has it. Sums are float32. Embeddings lie at a cosine above .9999 to the exact ones, but for cells
-            whose two most probable mixture components tie: half a percent, near .999.
+            the hardware has it. Sums are float32. Embeddings lie at a cosine above .9999 to the exact ones, but for
+            cells whose two most probable mixture components tie: half a percent, near .999.
         sparse_below: Stored counts a cell up to which the embedder multiplies them as they are stored instead of making
             them dense; 0: never; None: what is faster, 1,024 on a CPU in float32 and never elsewhere.
         devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
