@@ -36,7 +36,7 @@ $(VENV)/.docs: setup.py pyproject.toml
 demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
 	$(BIN)/cellplm demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
-test: $(VENV)/.installed  ## the test suite, but for what needs torch or several processes that train together
+test: $(VENV)/.installed  ## the test suite, but for what needs torch or processes that train
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not parity and not multiprocess'
 
 lint: $(VENV)/.installed
@@ -55,7 +55,7 @@ docs-links: $(VENV)/.docs  ## follow the links to other sites; needs the interne
 parity: $(VENV)/.parity  ## the original, run live beside ours
 	JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=3 $(BIN)/python -m pytest -m parity tests
 
-multiprocess: $(VENV)/.installed  ## the same run as 1, 2 and 4 processes; resumed on others; told to stop
+multiprocess: $(VENV)/.installed  ## the same run as 1, 2 and 4 processes; resumed on others; killed, and told to stop
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m multiprocess tests
 
 notebooks: $(VENV)/.parity  ## every notebook runs from top to bottom, in a reduced setting

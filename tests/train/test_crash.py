@@ -15,6 +15,9 @@ import pytest
 from cellplm_jax.train.metrics import read_metrics
 from tests.conftest import ROOT
 
+# Minutes of real processes: with the other tests of processes, not with `make test`.
+pytestmark = pytest.mark.multiprocess
+
 _SPEC = importlib.util.spec_from_file_location(
     "kill_resume", ROOT / "benchmarks" / "robustness" / "kill_resume.py"
 )
