@@ -224,13 +224,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     status = cluster.EXIT_DONE
     try:
-        if len(argv) > 1:
-            msg = explain(
-                f"unexpected argument '{argv[1]}'",
-                "options of the form --name=value",
-                "Put an equals sign between an option and its value",
-            )
-            raise InputError(msg)
+        options.check_no_more(argv)
         run()
     except CellPLMError as error:
         sys.stderr.write(f"finetune: {error}\n")

@@ -138,13 +138,13 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
         "the samples, genes, counts and places that the corpus was prepared with, and --model, --out, --precision",
     )
     from cellplm_jax.data.corpus import open_corpus
-    from cellplm_jax.tasks.embed_corpus import embed_corpus
+    from cellplm_jax.tasks.embed_corpus import KEY, embed_corpus
     from cellplm_jax.tasks.pretrained import load
 
     corpus = open_corpus(arguments.input)
     model = load(arguments.model, precision=arguments.precision)
     found = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
-    line = f"{arguments.out}: obsm['X_cellplm'] of {found.cells} cells in {found.samples} samples by {model.id}"
+    line = f"{arguments.out}: obsm['{KEY}'] of {found.cells} cells in {found.samples} samples by {model.id}"
     if not found.embedded:
         line = f"nothing to do, {line}"
     elif found.embedded < found.samples:
@@ -153,7 +153,7 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
         line = f"wrote {line}"
     facts = {
         "wrote": [arguments.out],
-        "key_added": "X_cellplm",
+        "key_added": KEY,
         "model": model.id,
         "cells": found.cells,
         "samples": found.samples,

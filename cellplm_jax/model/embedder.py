@@ -95,7 +95,7 @@ class ExpressionEmbedder(nn.Module):
         elif self.sparse_below and gene_mask is None and batch.slot is None and batch.pieces == 1:
             stored = batch.indptr[:, -1].sum()
             few = stored <= self.sparse_below * batch.cell_mask.size
-            hidden = jax.lax.cond(few, self._sparse, self._dense, batch, values, table, None)
+            hidden = jax.lax.cond(few, self._sparse, self._dense, batch, values, table)
         else:
             hidden = self._dense(batch, values, table, gene_mask)
         hidden = along(hidden, CELLS)
@@ -118,12 +118,12 @@ class ExpressionEmbedder(nn.Module):
         hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)
 
-    def _dense(self, batch, values, table, gene_mask):
+    def _dense(self, batch, values, table, gene_mask=None):
         expression = along(batch.dense(values, self.config.genes), ENTRIES)
         if gene_mask is not None:
             expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
         return linear_product(expression, table)
 
-    def _sparse(self, batch, values, table, _):
+    def _sparse(self, batch, values, table):
         rows = zip(batch.indptr, batch.gene, values, strict=True)
         return jnp.stack([sparse_product(*row, table) for row in rows])
