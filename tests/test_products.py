@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cellplm_jax.products import (
+    batched_product,
     linear_product,
     spread,
     taken_rows,
@@ -46,6 +47,26 @@ def test_products_of_float32_are_the_plain_ones():
     np.testing.assert_array_equal(linear_product(values, kernel), values @ kernel)
     text = str(jax.make_jaxpr(linear_product)(values, kernel))
     assert "platform" not in text
+
+
+@pytest.mark.parametrize("of_left", ["rows", "columns"])
+@pytest.mark.parametrize("of_right", ["rows", "columns"])
+def test_batched_products_and_their_gradients_are_those_of_einsum(of_left, of_right):
+    left = normal(2, 3, *((5, 4) if of_left == "rows" else (4, 5)))
+    right = normal(2, 3, *((5, 6) if of_right == "rows" else (6, 5)), seed=1)
+    weight = normal(2, 3, 4, 6, seed=2)
+    letters = f"{'si' if of_left == 'rows' else 'is'},...{'so' if of_right == 'rows' else 'os'}"
+    plain = lambda left, right: jnp.einsum(f"...{letters}->...io", left, right)  # noqa: E731
+    fast = lambda left, right: batched_product(left, right, of_left, of_right)  # noqa: E731
+    np.testing.assert_allclose(fast(left, right), plain(left, right), rtol=1e-5, atol=1e-5)
+    slopes, wanted = (
+        jax.grad(lambda left, right, of=of: (of(left, right) * weight).sum(), argnums=(0, 1))(
+            left, right
+        )
+        for of in (fast, plain)
+    )
+    for found, right_one in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(found, right_one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 4), (2, 3, 4), (6, 4)])

@@ -37,6 +37,10 @@ class ContextGroups(CellGroups):
         """Return a known sum over the cells of [samples, cells, ...], or the chunk's own."""
         return self._next(CellGroups.total, values)
 
+    def weighted_total(self, values: jax.Array, weights: jax.Array) -> jax.Array:
+        """Return a known weighted sum over the cells of [samples, cells, ...], or the chunk's own."""
+        return self._next(CellGroups.weighted_total, values, weights)
+
     def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
         """Return a known sum of outer products of [samples, cells, ...], or the chunk's own."""
         return self._next(CellGroups.outer_total, left, right)
