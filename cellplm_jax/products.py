@@ -139,27 +139,6 @@ def _batched_backward(summed_of_left, summed_of_right, saved, gradient):
 batched_product.defvjp(_batched_forward, _batched_backward)
 
 
-def sparse_product(
-    indptr: jax.Array, column: jax.Array, values: jax.Array, rows: jax.Array
-) -> jax.Array:
-    """Multiply a CSR matrix with a dense one, by the sparse kernel that JAX has for CPUs in float32.
-
-    Args:
-        indptr: int32 [cells + 1]; what lies behind its last entry is not read.
-        column: integer [nonzeros].
-        values: float32 [nonzeros].
-        rows: float32 [columns, width].
-
-    Returns:
-        float32 [cells, width].
-    """
-    # Imported where it is used: it takes a tenth of a second.
-    from jax.experimental import sparse
-
-    shape = (indptr.shape[0] - 1, rows.shape[0])
-    return sparse.BCSR((values, column.astype(indptr.dtype), indptr), shape=shape) @ rows
-
-
 def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """Sum rows by weight, as a matrix product with float32 sums.
 

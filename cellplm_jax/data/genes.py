@@ -61,6 +61,8 @@ _SPECIES = {
 _OTHER_ID = re.compile(r"ENS(?!MUS)([A-Z]{3})[A-Z]*G\d{11}(\.\d+)?")
 _MOUSE_ID = re.compile(r"ENSMUSG\d{11}(\.\d+)?")
 _MOUSE_SYMBOL = re.compile(r"[A-Z][a-z]+[a-z0-9.\-]*|\d+[A-Z]\d+Rik|mt-[A-Z][a-z0-9]+")
+# Any letter.
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 def is_ensembl(name: str) -> bool:
@@ -315,10 +317,7 @@ class _Vocabulary:
         self.by_fold = {name: min(found) for name, found in folds.items() if len(found) == 1}
 
     def resolve(self, name: str, *, mouse: bool) -> _Match:
-        """Find the column of one non-empty name; ``mouse``: in a file of mouse genes."""
-        position = self.exact.get(name)
-        if position is not None:
-            return _Match(position, "exact")
+        """Find the column of a non-empty name that is not in the vocabulary; ``mouse``: in a file of mouse genes."""
         if mouse:
             return self._resolve_mouse(name)
         if is_ensembl(name):
@@ -359,6 +358,11 @@ class _Vocabulary:
         return _Match(position, ORTHOLOGUE) if position >= 0 else _Match()
 
 
+@functools.lru_cache(maxsize=2)
+def _indexed(names: tuple[str, ...]) -> _Vocabulary:
+    return _Vocabulary(names)
+
+
 def map_genes(
     names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
 ) -> GeneMapping:
@@ -388,22 +392,24 @@ def map_genes(
             species than human and mouse, or the vocabulary repeats a gene.
     """
     names = [str(name).strip() for name in names]
-    index = _Vocabulary(vocabulary)
-    mouse = _looks_like_mouse(names)
-    matches = [index.resolve(name, mouse=mouse) if name else _Match() for name in names]
-
-    column = np.full(len(names), -1, dtype=np.int32)
-    rules: Counter[str] = Counter()
+    index = _indexed(tuple(vocabulary))
+    exact = [index.exact.get(name, -1) for name in names]
+    column = np.array(exact, dtype=np.int32)
+    others = np.flatnonzero(column < 0)
+    rules: Counter[str] = Counter(exact=len(names) - len(others))
     examples: dict[str, list[str]] = {category: [] for category in _CATEGORIES}
+    matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
-    for row, (name, match) in enumerate(zip(names, matches, strict=True)):
-        shown = name
+    mouse = bool(len(others)) and _looks_like_mouse(names)
+    for row in others:
+        name = shown = names[row]
+        match = index.resolve(name, mouse=mouse) if name else _Match()
         if match.column >= 0:
             column[row] = match.column
             rules[match.rule] += 1
-            target = index.names[match.column]
-            category, shown = "matched", name if name == target else f"{name} -> {target}"
-        elif len(match.candidates) > 1:
+            matched.append((row, f"{name} -> {index.names[match.column]}"))
+            continue
+        if len(match.candidates) > 1:
             ambiguous += 1
             category, shown = "ambiguous", f"{name} -> {' or '.join(match.candidates)}"
         else:
@@ -411,25 +417,27 @@ def map_genes(
         if shown and len(examples[category]) < EXAMPLES:
             examples[category].append(shown)
 
+    examples["matched"] = [shown for _, shown in sorted(matched)[:EXAMPLES]]
     hits = np.bincount(column[column >= 0], minlength=len(index.names))
     repeated = np.flatnonzero(hits > 1)
     for position in repeated[:EXAMPLES]:
-        sources = [names[row] for row in np.flatnonzero(column == position)]
-        examples["duplicated"].append(f"{' + '.join(sources)} -> {index.names[position]}")
+        sources = Counter(names[row] for row in np.flatnonzero(column == position))
+        shown = " + ".join(name if n == 1 else f"{name} ({n} times)" for name, n in sources.items())
+        examples["duplicated"].append(f"{shown} -> {index.names[position]}")
     absent = np.flatnonzero(hits == 0)
     examples["missing"] = [index.names[position] for position in absent[:EXAMPLES]]
-    matched = int((column >= 0).sum())
+    found = int((column >= 0).sum())
     mapping = GeneMapping(
         column=column,
         measured=hits > 0,
-        matched=matched,
-        unmatched=len(names) - matched,
+        matched=found,
+        unmatched=len(names) - found,
         ambiguous=ambiguous,
         blank=names.count(""),
         missing=len(absent),
         duplicated=len(repeated),
-        by_rule=dict(rules),
-        examples={category: tuple(found) for category, found in examples.items() if found},
+        by_rule=dict(+rules),
+        examples={category: tuple(shown) for category, shown in examples.items() if shown},
     )
     require_matches(mapping, names, minimum=minimum)
     return mapping
@@ -457,8 +465,11 @@ def require_matches(
         minimum = min(MINIMUM_GENES, len(mapping.measured))
     if minimum <= 0:
         return
+    few = 2 * mapping.matched < len(names)
+    if mapping.genes_matched >= minimum and not few:
+        return
     species = other_species(names)
-    if mapping.genes_matched >= minimum and not (species and 2 * mapping.matched < len(names)):
+    if mapping.genes_matched >= minimum and not species:
         return
     shown = [str(name) for name in names if str(name).strip()][:EXAMPLES]
     quoted = ", ".join(f"'{name}'" for name in shown) if shown else "only empty names"
@@ -512,6 +523,6 @@ def other_species(names: Sequence[str]) -> str:
 
 def _looks_like_mouse(names: Sequence[str]) -> bool:
     """Say whether most names are mouse ids or are written the way mouse symbols are."""
-    named = [str(name) for name in names if any(letter.isalpha() for letter in str(name))]
+    named = [str(name) for name in names if _LETTER.search(str(name))]
     mouse = sum(bool(_MOUSE_ID.fullmatch(n) or _MOUSE_SYMBOL.fullmatch(n)) for n in named)
     return 2 * mouse > len(named)

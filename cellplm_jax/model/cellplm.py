@@ -29,17 +29,15 @@ class CellPLM(nn.Module):
         config: The architecture.
         rematerialize: Compute the activations of encoder layers again in the backward pass: less memory, more time.
         chunk: Cells of a piece whose counts the embedder makes dense at once; 0: all.
-        sparse_below: Stored counts a cell up to which the embedder leaves them sparse; 0: never.
     """
 
     config: ModelConfig
     rematerialize: bool = False
     chunk: int = 0
-    sparse_below: int = 0
 
     def setup(self):
         """Declare the stages; their names are the top level of the parameter tree."""
-        self.embedder = ExpressionEmbedder(self.config, self.chunk, self.sparse_below)
+        self.embedder = ExpressionEmbedder(self.config, self.chunk)
         self.encoder = Encoder(self.config, self.rematerialize)
         self.pre_latent_norm = layer_norm("pre_latent_norm")
         self.latent = Latent(self.config)
@@ -81,10 +79,15 @@ class CellPLM(nn.Module):
         return ModelOutput(hidden=hidden, latent=latent, prediction=prediction)
 
     def embed_expression(
-        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
+        self,
+        batch: CellBatch,
+        *,
+        gene_mask: jax.Array | None = None,
+        gene_sum: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Return float32 [samples, cells, hidden]: each cell on its own, before any attention."""
-        return self.embedder(batch, gene_mask=gene_mask, train=train)
+        return self.embedder(batch, gene_mask=gene_mask, gene_sum=gene_sum, train=train)
 
     def represent(
         self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False

@@ -10,7 +10,7 @@ from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, along, dense, make_norm
 from cellplm_jax.model.positions import Positions
-from cellplm_jax.products import linear_product, sparse_product, taken_rows, weighted_sum
+from cellplm_jax.products import linear_product, taken_rows, weighted_sum
 from cellplm_jax.structs import CellBatch
 
 
@@ -63,23 +63,27 @@ class ExpressionEmbedder(nn.Module):
     Attributes:
         config: The model's configuration.
         chunk: Cells of a piece whose counts are dense at once, forward and backward; 0: all.
-        sparse_below: Stored counts a cell up to which counts are multiplied as they are stored, and not made dense;
-            for inference in float32 on a CPU. 0: never.
     """
 
     config: ModelConfig
     chunk: int = 0
-    sparse_below: int = 0
 
     @nn.compact
     def __call__(
-        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
+        self,
+        batch: CellBatch,
+        *,
+        gene_mask: jax.Array | None = None,
+        gene_sum: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Return float32 [samples, cells, hidden].
 
         Args:
             batch: The cells.
             gene_mask: bool [samples, cells, genes]; True hides an entry from the input. None: nothing is hidden.
+            gene_sum: float32 [samples, cells, hidden]; the sums of gene embeddings weighted by
+                :func:`transform_counts`, where the host has computed them. None: they are computed here.
             train: Whether dropout is on.
         """
         config = self.config
@@ -88,16 +92,17 @@ class ExpressionEmbedder(nn.Module):
         )
         # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
         values = transform_counts(batch, config).astype(table.dtype)
-        if self.chunk:
+        if gene_sum is not None:
+            hidden = gene_sum.astype(table.dtype)
+        elif self.chunk:
             chunks = CountChunks.of(batch, self.chunk, config.genes)
             masked = None if gene_mask is None else batch.fold(gene_mask)
             hidden = batch.unfold(chunked_product(table, chunks, values, masked))
-        elif self.sparse_below and gene_mask is None and batch.slot is None and batch.pieces == 1:
-            stored = batch.indptr[:, -1].sum()
-            few = stored <= self.sparse_below * batch.cell_mask.size
-            hidden = jax.lax.cond(few, self._sparse, self._dense, batch, values, table)
         else:
-            hidden = self._dense(batch, values, table, gene_mask)
+            expression = along(batch.dense(values, config.genes), ENTRIES)
+            if gene_mask is not None:
+                expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
+            hidden = linear_product(expression, table)
         hidden = along(hidden, CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
@@ -117,13 +122,3 @@ class ExpressionEmbedder(nn.Module):
         hidden = nn.relu(dense(config.hidden, "linear")(hidden))
         hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)
-
-    def _dense(self, batch, values, table, gene_mask=None):
-        expression = along(batch.dense(values, self.config.genes), ENTRIES)
-        if gene_mask is not None:
-            expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
-        return linear_product(expression, table)
-
-    def _sparse(self, batch, values, table):
-        rows = zip(batch.indptr, batch.gene, values, strict=True)
-        return jnp.stack([sparse_product(*row, table) for row in rows])

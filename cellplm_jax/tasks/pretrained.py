@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
+from cellplm_jax.model.embedder import transform_counts
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
@@ -35,8 +36,6 @@ from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, o
 
 # Parts of the parameter tree that an embedding needs.
 EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
-# Stored counts a cell up to which a CPU multiplies them faster as they are (benchmarks/speed/embedder.md).
-SPARSE_BELOW = 1024
 
 
 @dataclass(eq=False)
@@ -53,14 +52,16 @@ class Pretrained:
         precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
             the hardware has it. Sums are float32. Embeddings lie at a cosine above .9999 to the exact ones, but for
             cells whose two most probable mixture components tie: half a percent, near .999.
-        sparse_below: Stored counts a cell up to which the embedder multiplies them as they are stored instead of making
-            them dense; 0: never; None: what is faster, 1,024 on a CPU in float32 and never elsewhere.
+        stored_product: Whether the embedder multiplies counts as they are stored, on the cores of the host and in
+            float32 whatever the precision, instead of making them dense on the device. None: where the device is a CPU
+            and Numba is installed (extra ``cpu``), three to five times as fast (``benchmarks/speed/embedder.md``).
         devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
             shares the cells of a context out over them. None: all accelerators that this process has, or JAX's default
             device where that was set; on the CPU the first device alone, because several are the same cores.
 
     Raises:
         InputError: There is no such precision, or ``devices`` are none, repeated or another process's.
+        MissingDependencyError: ``stored_product`` is True and Numba is not installed; raised by the first embedding.
     """
 
     config: ModelConfig
@@ -70,7 +71,7 @@ class Pretrained:
     source: str = "memory"
     step: int = 0
     precision: str = "float32"
-    sparse_below: int | None = None
+    stored_product: bool | None = None
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -208,22 +209,37 @@ class Pretrained:
         """The weights an embedding needs, on the first of the devices that embed."""
         return self.weight_copies[0]
 
-    def _sparse_below(self) -> int:
-        if self.sparse_below is not None:
-            return self.sparse_below
+    @cached_property
+    def multiplies_stored(self) -> bool:
+        """Whether the embedder multiplies counts as they are stored, see ``stored_product``."""
+        if self.stored_product is not None:
+            return self.stored_product
         platform = self.devices[0].platform if self.devices else jax.default_backend()
-        on_cpu = platform == "cpu" and self.precision == "float32"
-        return SPARSE_BELOW if on_cpu else 0
+        return platform == "cpu" and numba_works()
 
     @cached_property
     def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
-        """Jitted ``(params, batch) -> hidden [samples, cells, hidden]``, each cell on its own."""
-        model = CellPLM(self.config, sparse_below=self._sparse_below())
-        return jax.jit(
-            lambda params, batch: model.apply(
-                {"params": params}, batch, method=CellPLM.embed_expression
+        """``(params, batch) -> hidden [samples, cells, hidden]``, each cell on its own."""
+        model = CellPLM(self.config)
+
+        def express(params, batch, gene_sum=None):
+            return model.apply(
+                {"params": params}, batch, gene_sum=gene_sum, method=CellPLM.embed_expression
             )
-        )
+
+        express = jax.jit(express)
+        if not self.multiplies_stored:
+            return express
+        module = require("cellplm_jax.stored_product", "cpu", "Multiplying counts as stored")
+        table = np.ascontiguousarray(self.params["embedder"]["gene_embedding"], np.float32)
+        transform = jax.jit(partial(transform_counts, config=self.config))
+
+        def express_stored(params, batch):
+            rows = zip(batch.indptr, batch.gene, np.asarray(transform(batch)), strict=True)
+            products = [module.stored_product(*map(np.asarray, row), table) for row in rows]
+            return express(params, batch, np.stack(products))
+
+        return express_stored
 
     @cached_property
     def encode(self) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
@@ -323,6 +339,16 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
         "Choose among jax.local_devices(), or leave devices out",
     )
     raise InputError(msg)
+
+
+@cache
+def numba_works() -> bool:
+    """Return whether Numba is installed and fits the NumPy beside it."""
+    try:
+        import cellplm_jax.stored_product  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 BUNDLED = ("small",)
