@@ -13,6 +13,8 @@ VERSION = re.search(
 # Training reads through Grain; several processes of `cellplm prepare` are dask's.
 TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=2025.1"]
 EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
+# Multiplies counts as they are stored where a CPU embeds; scanpy, of EVAL, brings it as well.
+CPU = ["numba>=0.61"]
 # Work directories at gs:// addresses; corpora are read without it.
 GCP = ["gcsfs>=2024.6"]
 EXPORT = ["flatbuffers>=24"]
@@ -70,6 +72,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "cpu": CPU,
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
         # Also what `cellplm plan` compiles with, on machines without a TPU.
@@ -83,7 +86,7 @@ setup(
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
         "docs": [*DOCS, *EVAL],
-        "dev": [*DEV, *TRAIN, *EVAL, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
+        "dev": [*DEV, *TRAIN, *EVAL, *CPU, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},
     classifiers=[

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-# Entries of the table that all cells pass before the next ones: 4 MiB.
-BLOCK_ENTRIES = 2**20
+# Entries of the table that all cells pass before the next ones: 2 MiB of float32.
+BLOCK_ENTRIES = 2**19
 
 
 def stored_product(
@@ -29,7 +33,7 @@ def stored_product(
         indptr: int32 [cells + 1].
         column: int32 [nonzeros], rising within each cell.
         value: float32 [nonzeros].
-        table: float32 [columns, width], contiguous.
+        table: float32 or bfloat16 [columns, width], contiguous; sums are float32.
 
     Returns:
         float32 [cells, width].
@@ -37,6 +41,9 @@ def stored_product(
     cells, width = len(indptr) - 1, table.shape[1]
     product = np.zeros((cells, width), np.float32)
     block = max(1, BLOCK_ENTRIES // width)
+    if table.dtype.itemsize == 2:
+        # Numba has no bfloat16.
+        table = table.view(np.uint16)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     # Cells in runs of about as many stored counts each.
@@ -49,6 +56,22 @@ def stored_product(
     with ThreadPoolExecutor(cores, thread_name_prefix="stored_product") as pool:
         list(pool.map(multiply, edges[:-1], edges[1:]))
     return product
+
+
+def _widen(_, entry):
+    """Return a float32 as it is, and a bfloat16, whose bits are given as uint16, as float32."""
+
+    def build(_, builder, signature, values):
+        (value,) = values
+        if signature.args[0] == types.float32:
+            return value
+        bits = builder.zext(value, ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(entry), build
+
+
+_widened: Any = intrinsic(_widen)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"})
@@ -70,10 +93,15 @@ def _add_rows(indptr, column, value, table, product, first, last, block):
                 of_a, of_b = table[column[here]], table[column[here + 1]]
                 of_c, of_d = table[column[here + 2]], table[column[here + 3]]
                 for i in range(width):
-                    total[i] += a * of_a[i] + b * of_b[i] + c * of_c[i] + d * of_d[i]
+                    total[i] += (
+                        a * _widened(of_a[i])
+                        + b * _widened(of_b[i])
+                        + c * _widened(of_c[i])
+                        + d * _widened(of_d[i])
+                    )
                 here += 4
             while here < after:
                 a, of_a = value[here], table[column[here]]
                 for i in range(width):
-                    total[i] += a * of_a[i]
+                    total[i] += a * _widened(of_a[i])
                 here += 1

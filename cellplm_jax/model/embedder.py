@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import ModelConfig
@@ -52,6 +53,27 @@ def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
     cell = jnp.minimum(batch.cell_of_nonzero(), library.shape[-1] - 1)
     size = batch.over_pieces(lambda table, index: table[index])(library, cell)
     return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
+
+
+def transform_stored(indptr: np.ndarray, count: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Apply the configured input transform on the host: :func:`transform_counts` of one row in numpy.
+
+    Args:
+        indptr: int [cells + 1].
+        count: number [nonzeros]; those behind the last entry of ``indptr`` are left out.
+        config: Names the transform.
+
+    Returns:
+        float32 [stored].
+    """
+    count = count[: indptr[-1]].astype(np.float32)
+    if config.embedder.input_transform == "log1p":
+        return np.log1p(count)
+    # The sums before each cell end where it starts; float64 keeps whole counts whole.
+    library = np.diff(np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])[indptr])
+    size = np.maximum(library, 1.0).astype(np.float32)
+    per_count = np.repeat(size, np.diff(indptr))
+    return np.log1p(count / per_count * np.float32(config.embedder.target_sum))
 
 
 class ExpressionEmbedder(nn.Module):

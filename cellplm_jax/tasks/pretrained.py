@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
-from cellplm_jax.model.embedder import transform_counts
+from cellplm_jax.model.embedder import transform_stored
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
@@ -52,9 +52,9 @@ class Pretrained:
         precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
             the hardware has it. Sums are float32. Embeddings lie at a cosine above .9999 to the exact ones, but for
             cells whose two most probable mixture components tie: half a percent, near .999.
-        stored_product: Whether the embedder multiplies counts as they are stored, on the cores of the host and in
-            float32 whatever the precision, instead of making them dense on the device. None: where the device is a CPU
-            and Numba is installed (extra ``cpu``), three to five times as fast (``benchmarks/speed/embedder.md``).
+        stored_product: Whether the embedder multiplies counts as they are stored, on the cores of the host, instead of
+            making them dense on the device. None: where the device is a CPU and Numba is installed (extra ``cpu``),
+            three to five times as fast (``benchmarks/speed/embedder.md``).
         devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
             shares the cells of a context out over them. None: all accelerators that this process has, or JAX's default
             device where that was set; on the CPU the first device alone, because several are the same cores.
@@ -218,28 +218,34 @@ class Pretrained:
         return platform == "cpu" and numba_works()
 
     @cached_property
-    def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
-        """``(params, batch) -> hidden [samples, cells, hidden]``, each cell on its own."""
+    def express(self) -> Callable[..., jax.Array]:
+        """Jitted ``(params, batch, gene_sum=None) -> hidden [samples, cells, hidden]``, each cell on its own."""
         model = CellPLM(self.config)
-
-        def express(params, batch, gene_sum=None):
-            return model.apply(
+        return jax.jit(
+            lambda params, batch, gene_sum=None: model.apply(
                 {"params": params}, batch, gene_sum=gene_sum, method=CellPLM.embed_expression
             )
+        )
 
-        express = jax.jit(express)
+    @cached_property
+    def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
+        """``(params, batch) -> hidden [samples, cells, hidden]``; the sums of gene embeddings by host or device."""
         if not self.multiplies_stored:
-            return express
-        module = require("cellplm_jax.stored_product", "cpu", "Multiplying counts as stored")
-        table = np.ascontiguousarray(self.params["embedder"]["gene_embedding"], np.float32)
-        transform = jax.jit(partial(transform_counts, config=self.config))
+            return self.express
+        require("numba", "cpu", "Multiplying counts as they are stored")
+        from cellplm_jax.stored_product import stored_product
 
-        def express_stored(params, batch):
-            rows = zip(batch.indptr, batch.gene, np.asarray(transform(batch)), strict=True)
-            products = [module.stored_product(*map(np.asarray, row), table) for row in rows]
-            return express(params, batch, np.stack(products))
+        table = np.asarray(self.device_params["embedder"]["gene_embedding"])
 
-        return express_stored
+        def embed_expression(params, batch):
+            stored = map(np.asarray, (batch.indptr, batch.gene, batch.count))
+            sums = [
+                stored_product(indptr, gene, transform_stored(indptr, count, self.config), table)
+                for indptr, gene, count in zip(*stored, strict=True)
+            ]
+            return self.express(params, batch, np.stack(sums))
+
+        return embed_expression
 
     @cached_property
     def encode(self) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:

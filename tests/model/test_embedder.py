@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cellplm_jax.model.embedder import ExpressionEmbedder, mean_row_lookup, transform_counts
+from cellplm_jax.model.embedder import (
+    ExpressionEmbedder,
+    mean_row_lookup,
+    transform_counts,
+    transform_stored,
+)
 from cellplm_jax.structs import CellBatch
 from tests.model.common import (
     GENES,
@@ -267,23 +272,22 @@ def test_dropout_acts_while_training_alone_and_follows_its_key():
     np.testing.assert_allclose(noisy[active][~dropped], 2 * calm[active][~dropped], rtol=1e-5)
 
 
-@pytest.mark.parametrize("limit", [1, 1000], ids=["dense after all", "sparse"])
-def test_counts_that_stay_sparse_give_the_same_numbers(limit):
+@pytest.mark.parametrize("transform", ["log1p", "library_log1p"])
+def test_the_host_transforms_as_the_device_does(transform):
+    config, batch = tiny(embedder={"input_transform": transform}), batch_of(cells=8)
+    wanted = np.asarray(transform_counts(batch, config))
+    for row, indptr in enumerate(np.asarray(batch.indptr)):
+        found = transform_stored(indptr, np.asarray(batch.count[row]), config)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted[row, : indptr[-1]], rtol=1e-6)
+
+
+def test_sums_that_were_computed_elsewhere_are_taken():
     config, batch = tiny(), batch_of(cells=8)
     dense, params = embed(config, batch)
-    module = ExpressionEmbedder(config, sparse_below=limit)
-    found = np.asarray(apply(module, params, batch))
-    cells = np.asarray(batch.cell_mask)
-    np.testing.assert_allclose(found[cells], dense[cells], rtol=1e-5, atol=1e-6)
-
-
-def test_a_cpu_has_a_kernel_for_counts_that_stay_sparse():
-    config, batch = tiny(), batch_of(cells=8)
-    params = random_params(shapes_of(ExpressionEmbedder(config), batch))
-
-    def program(limit):
-        module = ExpressionEmbedder(config, sparse_below=limit)
-        return jax.jit(lambda params: module.apply({"params": params}, batch)).lower(params)
-
-    assert "csr_sparse_dense" in program(1000).as_text()
-    assert "csr_sparse_dense" not in program(0).as_text()
+    expression = np.asarray(batch.dense(transform_counts(batch, config), config.genes))
+    sums = expression @ np.asarray(params["gene_embedding"])
+    found = apply(ExpressionEmbedder(config), params, batch, gene_sum=sums)
+    np.testing.assert_allclose(found, dense, rtol=1e-5, atol=1e-6)
+    other = apply(ExpressionEmbedder(config), params, batch, gene_sum=sums + 1)
+    assert np.abs(np.asarray(other) - dense).max() > 1e-3

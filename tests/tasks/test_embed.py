@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import sys
 
 import anndata as ad
 import h5py
@@ -16,11 +17,11 @@ from scipy import sparse
 from cellplm_jax.config import PositionsConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.tasks import embed as embed_module
 from cellplm_jax.tasks import stream
 from cellplm_jax.tasks.embed import embed, embed_file
-from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.pretrained import Pretrained, numba_works
 from tests.conftest import SHARED, VOCABULARY, make_adata, make_counts
 
 KEY = "X_cellplm"
@@ -255,7 +256,7 @@ def test_number_of_compilations_is_logarithmic(tiny_model, monkeypatch):
         embed(make_adata(int(cells), seed=seed, spatial=bool(seed % 2)), model)
     largest = bucket(int(sizes.max()))
     assert model.encode._cache_size() <= 2 * math.log2(largest / 32) + 1
-    assert model.embed_expression._cache_size() <= 2 * math.log2(128 / 32) + 1
+    assert 1 <= model.express._cache_size() <= 2 * math.log2(128 / 32) + 1
 
 
 def test_a_thousand_sizes_need_few_shapes(tiny_model):
@@ -280,6 +281,39 @@ def test_a_thousand_sizes_need_few_shapes(tiny_model):
             embed_module.embed_source(source, model, groups=[np.arange(cells)], spatial_key=None)
     assert len(set(sizes.tolist())) > 500
     assert len(shapes["express"]) + len(shapes["encode"]) <= 2 * math.log2(bucket(largest))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stored_counts_and_dense_ones_embed_alike(tiny_model, precision, monkeypatch):
+    pytest.importorskip("numba")
+    from cellplm_jax.stored_product import stored_product
+
+    adata = make_adata(50)
+    made, given = {}, []
+    monkeypatch.setattr(
+        "cellplm_jax.stored_product.stored_product",
+        lambda *arguments: given.append(arguments) or stored_product(*arguments),
+    )
+    for stored in (False, True):
+        model = dataclasses.replace(tiny_model, precision=precision, stored_product=stored)
+        assert model.multiplies_stored is stored
+        made[stored] = embedding(adata, model)
+        assert bool(given) is stored
+    assert given[0][3].dtype == precision
+    limit = 1e-5 if precision == "float32" else 0.02
+    np.testing.assert_allclose(made[True], made[False], atol=limit * np.abs(made[False]).max())
+
+
+def test_without_numba_counts_are_made_dense(tiny_model, monkeypatch):
+    numba_works.cache_clear()
+    for name in ("numba", "cellplm_jax.stored_product"):
+        monkeypatch.setitem(sys.modules, name, None)
+    model = dataclasses.replace(tiny_model)
+    assert not model.multiplies_stored
+    embed(make_adata(8), model)
+    with pytest.raises(MissingDependencyError, match=r"cellplm-jax\[cpu\]"):
+        embed(make_adata(8), dataclasses.replace(tiny_model, stored_product=True))
+    numba_works.cache_clear()
 
 
 def test_bfloat16_is_close_and_says_so(tiny_model, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import scipy.sparse as sparse
@@ -137,7 +136,7 @@ def test_empty_rows_are_harmless(tiny_model):
     layouts = lay_out(table, contexts, tiny_model.config, cells_per_step=96)
     assert [layout.example.batch.cell_mask.shape for layout in layouts] == [(3, 32)] * 2
     assert layouts[1].contexts[-1] == -1
-    model = jax.jit(tiny_model.embed_expression)
+    model = tiny_model.express
     assert np.isfinite(model(tiny_model.device_params, layouts[1].example.batch)).all()
 
 
