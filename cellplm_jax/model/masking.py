@@ -224,15 +224,16 @@ def sample_gene_mask(
     chosen = floor_of_fraction(present, config.cell_fraction)
     masked_cells = batch.unfold((rank < chosen) & folded)
     rates = jnp.where(masked_cells, masking_rates(rate_key, cell_mask.shape, config), 0.0)
-    # Half the random bits of a float32 draw; a rate is rounded to a multiple of 2^-16. Every cell has a key of its own,
+    # One random word decides on two entries; a rate is rounded to a multiple of 2^-16. Every cell has a key of its own,
     # so that cells can be drawn in any portions. The barrier keeps the compiler from drawing them again in every place
     # that reads the mask.
     threshold = jnp.round(rates * 65536).astype(jnp.uint32)
     keys = jax.random.split(gene_key, cell_mask.shape)
 
     def drawn(keys, threshold):
-        bits = jax.vmap(lambda key: jax.random.bits(key, (genes,), jnp.uint16))(keys.ravel())
-        return bits.reshape(*keys.shape, genes) < threshold[..., None]
+        words = jax.vmap(lambda key: jax.random.bits(key, (-(-genes // 2),), jnp.uint32))
+        words, limit = words(keys.ravel()).reshape(*keys.shape, -1), threshold[..., None]
+        return jnp.concatenate([words & 0xFFFF < limit, words >> 16 < limit], axis=-1)[..., :genes]
 
     if chunk:
         keys, threshold = batch.fold(keys), batch.fold(threshold)
