@@ -68,10 +68,10 @@ def _linear_backward(widen, saved, gradient):
     gradient = gradient.astype(values.dtype)
     last, others = values.ndim - 1, tuple(range(values.ndim - 1))
     of_values = _dot(gradient, kernel, (((last,), (1,)), ((), ())))
-    if values.dtype != jnp.bfloat16:
+    if values.dtype != jnp.bfloat16 and values.ndim == 3 and values.shape[0] == 1:
         # Of two axes a CPU's kernel sums over the first as it is; of more, values are computed again turned around.
-        values, gradient = (x.reshape(-1, x.shape[-1]) for x in (values, gradient))
-        others = (0,)
+        # Only an axis of length 1 is left out: axes that are split over devices cannot be joined.
+        values, gradient, others = values[0], gradient[0], (0,)
     return of_values, _dot(values, gradient, ((others, others), ((), ())))
 
 

@@ -42,6 +42,17 @@ def test_narrow_products_round_once_and_so_do_their_gradients(widen):
     np.testing.assert_allclose(np.float64(of_kernel), wanted, atol=2**-8 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 30), (2, 5, 30), (6, 30)])
+def test_gradients_of_float32_products_are_the_plain_ones(shape):
+    values, kernel, weight = normal(*shape), normal(30, 7, seed=1), normal(*shape[:-1], 7, seed=2)
+    found, wanted = (
+        jax.grad(lambda v, k, of=of: (of(v, k) * weight).sum(), argnums=(0, 1))(values, kernel)
+        for of in (linear_product, jnp.matmul)
+    )
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
+
+
 def test_products_of_float32_are_the_plain_ones():
     values, kernel = normal(2, 5, 30), normal(30, 7, seed=1)
     np.testing.assert_array_equal(linear_product(values, kernel), values @ kernel)
