@@ -9,6 +9,7 @@ them at a time, so that a cell's sum is read and written once for four. Numba co
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -74,7 +75,16 @@ def _widen(_, entry):
 _widened: Any = intrinsic(_widen)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+def _compiled(function: Callable) -> Callable:
+    """Compile a function that runs beside other threads, and keep the result on disk where there is a place for it."""
+    options = {"nogil": True, "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return numba.njit(**options)(function)
+
+
+@_compiled
 def _add_rows(indptr, column, value, table, product, first, last, block):
     """Add to rows ``first`` to ``last`` (exclusive) of ``product`` their weighted rows of ``table``."""
     width = table.shape[1]

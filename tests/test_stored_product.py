@@ -59,3 +59,15 @@ def test_neither_cores_nor_other_cells_change_a_number(monkeypatch):
     np.testing.assert_array_equal(together, alone)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     np.testing.assert_array_equal(product(counts, table), together)
+
+
+def test_nowhere_to_keep_what_was_compiled(monkeypatch):
+    compiling = module.numba.njit
+
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compiling(**options)
+
+    monkeypatch.setattr(module.numba, "njit", njit)
+    assert module._compiled(lambda number: number + 1)(2) == 3

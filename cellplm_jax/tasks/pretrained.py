@@ -349,10 +349,10 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 
 @cache
 def numba_works() -> bool:
-    """Return whether Numba is installed and fits the NumPy beside it."""
+    """Return whether Numba is installed, complete, and fits the NumPy beside it."""
     try:
         import cellplm_jax.stored_product  # noqa: F401
-    except ImportError:
+    except (ImportError, OSError):
         return False
     return True
 
