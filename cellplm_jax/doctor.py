@@ -30,7 +30,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         ("scanpy", "leidenalg", "igraph", "matplotlib", "sklearn"),
         "clusters, UMAP, scores, pictures, reports and cellplm demo",
     ),
-    "cpu": (("numba",), "embedding on a CPU at twice the speed"),
+    "cpu": (("numba",), "a faster embedder on a CPU"),
     "export": (("flatbuffers",), "cellplm export"),
     "torch": (("torch",), "cellplm convert, of published checkpoints"),
     "gcp": (("gcsfs",), "work directories at gs://"),

@@ -42,9 +42,9 @@ def stored_product(
     cells, width = len(indptr) - 1, table.shape[1]
     product = np.zeros((cells, width), np.float32)
     block = max(1, BLOCK_ENTRIES // width)
-    if table.dtype.itemsize == 2:
-        # Numba has no bfloat16.
-        table = table.view(np.uint16)
+    # Numba has no bfloat16.
+    narrow = table.dtype.name == "bfloat16"
+    table = table.view(np.uint16) if narrow else table.astype(np.float32, copy=False)
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     # Cells in runs of about as many stored counts each.
@@ -90,7 +90,7 @@ def _add_rows(indptr, column, value, table, product, first, last, block):
     width = table.shape[1]
     place = indptr[first:last].copy()
     for start in range(0, table.shape[0], block):
-        stop = start + block
+        stop = min(start + block, table.shape[0])
         for row in range(first, last):
             total = product[row]
             here, end = place[row - first], indptr[row + 1]

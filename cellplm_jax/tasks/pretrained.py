@@ -54,7 +54,7 @@ class Pretrained:
             cells whose two most probable mixture components tie: half a percent, near .999.
         stored_product: Whether the embedder multiplies counts as they are stored, on the cores of the host, instead of
             making them dense on the device. None: where the device is a CPU and Numba is installed (extra ``cpu``),
-            three to five times as fast (``benchmarks/speed/embedder.md``).
+            three to four and a half times as fast (``benchmarks/speed/embedder.md``).
         devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
             shares the cells of a context out over them. None: all accelerators that this process has, or JAX's default
             device where that was set; on the CPU the first device alone, because several are the same cores.
@@ -235,9 +235,8 @@ class Pretrained:
         require("numba", "cpu", "Multiplying counts as they are stored")
         from cellplm_jax.stored_product import stored_product
 
-        table = np.asarray(self.device_params["embedder"]["gene_embedding"])
-
         def embed_expression(params, batch):
+            table = np.asarray(params["embedder"]["gene_embedding"])
             stored = map(np.asarray, (batch.indptr, batch.gene, batch.count))
             sums = [
                 stored_product(indptr, gene, transform_stored(indptr, count, self.config), table)
