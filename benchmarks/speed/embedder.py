@@ -31,7 +31,6 @@ from machine import machine, versions_of  # noqa: E402
 from run import ranged  # noqa: E402
 
 from cellplm_jax.products import linear_product  # noqa: E402
-from cellplm_jax.stored_product import stored_product  # noqa: E402
 
 HIDDEN = 1024
 WAYS = {
@@ -106,6 +105,9 @@ def ways(given: dict[str, jax.Array], counts: Any) -> dict[str, Callable[[], jax
     }
     table = np.asarray(given["table"])
     if given["table"].devices().pop().platform == "cpu":
+        # Imported where it is used: an accelerator's machine needs no Numba.
+        from cellplm_jax.stored_product import stored_product
+
         found["stored"] = lambda: finish(
             jnp.asarray(
                 stored_product(counts.indptr, counts.indices, np.log1p(counts.data), table)

@@ -198,7 +198,7 @@ def main() -> None:
             path.unlink()
     content = {
         "machine": machine(), "date": time.strftime("%Y-%m-%d"),
-        "versions": versions_of(("jax", "jaxlib", "flax", "numpy")),
+        "versions": versions_of(("jax", "jaxlib", "flax", "numpy", "numba")),
         "difference": difference, "rows": rows,
     }  # fmt: skip
     args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")

@@ -55,4 +55,4 @@ def versions() -> dict[str, str]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from machine import versions_of
 
-    return versions_of(("torch", "cellplm", "jax", "jaxlib", "flax", "optax", "numpy"))
+    return versions_of(("torch", "cellplm", "jax", "jaxlib", "flax", "optax", "numpy", "numba"))

@@ -114,20 +114,9 @@ class ExpressionEmbedder(nn.Module):
         table = self.param(
             "gene_embedding", nn.initializers.normal(0.005), (config.genes, config.hidden)
         )
-        # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
-        values = transform_counts(batch, config).astype(table.dtype)
-        if gene_sum is not None:
-            hidden = gene_sum.astype(table.dtype)
-        elif self.chunk:
-            chunks = CountChunks.of(batch, self.chunk, config.genes)
-            masked = None if gene_mask is None else batch.fold(gene_mask)
-            hidden = batch.unfold(chunked_product(table, chunks, values, masked))
-        else:
-            expression = along(batch.dense(values, config.genes), ENTRIES)
-            if gene_mask is not None:
-                expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
-            hidden = linear_product(expression, table)
-        hidden = along(hidden, CELLS)
+        if gene_sum is None:
+            gene_sum = self._gene_sum(batch, table, gene_mask)
+        hidden = along(gene_sum.astype(table.dtype), CELLS)
         if config.positions.kind != "none":
             hidden = hidden + Positions(config, name="positions")(
                 batch.cell_mask,
@@ -146,3 +135,16 @@ class ExpressionEmbedder(nn.Module):
         hidden = nn.relu(dense(config.hidden, "linear")(hidden))
         hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)
+
+    def _gene_sum(self, batch, table, gene_mask):
+        config = self.config
+        # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
+        values = transform_counts(batch, config).astype(table.dtype)
+        if self.chunk:
+            chunks = CountChunks.of(batch, self.chunk, config.genes)
+            masked = None if gene_mask is None else batch.fold(gene_mask)
+            return batch.unfold(chunked_product(table, chunks, values, masked))
+        expression = along(batch.dense(values, config.genes), ENTRIES)
+        if gene_mask is not None:
+            expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
+        return linear_product(expression, table)

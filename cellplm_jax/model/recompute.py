@@ -22,7 +22,7 @@ def apart(values: Any, gradients: Any) -> tuple[Any, Any]:
     Nothing that needs the result can begin before all gradients are there.
 
     Args:
-        values: Tree of float arrays.
+        values: Tree of float or integer arrays.
         gradients: Tree of float arrays.
     """
 

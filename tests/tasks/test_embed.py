@@ -308,12 +308,14 @@ def test_without_numba_counts_are_made_dense(tiny_model, monkeypatch):
     numba_works.cache_clear()
     for name in ("numba", "cellplm_jax.stored_product"):
         monkeypatch.setitem(sys.modules, name, None)
-    model = dataclasses.replace(tiny_model)
-    assert not model.multiplies_stored
-    embed(make_adata(8), model)
-    with pytest.raises(MissingDependencyError, match=r"cellplm-jax\[cpu\]"):
-        embed(make_adata(8), dataclasses.replace(tiny_model, stored_product=True))
-    numba_works.cache_clear()
+    try:
+        model = dataclasses.replace(tiny_model)
+        assert not model.multiplies_stored
+        embed(make_adata(8), model)
+        with pytest.raises(MissingDependencyError, match=r"cellplm-jax\[cpu\]"):
+            embed(make_adata(8), dataclasses.replace(tiny_model, stored_product=True))
+    finally:
+        numba_works.cache_clear()
 
 
 def test_bfloat16_is_close_and_says_so(tiny_model, monkeypatch):
