@@ -257,6 +257,11 @@ class ModelConfig:
         norm: Normalisation of embedder, MLP encoders and decoder (released: GroupNorm over the channels of a cell).
         norm_groups: Groups of ``"groupnorm"``.
         dropout: Dropout rate outside the attention.
+        trunk: ``"none"`` (published: an embedder network, a layer norm before the latent) or ``"projection"``: the gene
+            sum itself is the residual stream, centred over the cells of the context and scaled to unit root mean square
+            before the latent, so that a model can start as a linear projection of its corpus
+            (:mod:`cellplm_jax.train.projection`).
+        centre_cells: Weight of the corpus mean in that centring, in cells: the mean of a small context is unreliable.
         embedder, positions, encoder, latent, decoder, head: The parts.
     """
 
@@ -265,6 +270,8 @@ class ModelConfig:
     norm: Literal["groupnorm", "layernorm", "rmsnorm", "none"] = "groupnorm"
     norm_groups: int = 4
     dropout: float = 0.2
+    trunk: Literal["none", "projection"] = "none"
+    centre_cells: float = 10.0
     embedder: EmbedderConfig = field(default_factory=EmbedderConfig)
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -277,6 +284,7 @@ class ModelConfig:
             self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
         )
         _at_least(self, "", 1, "hidden", "norm_groups")
+        _positive(self, "", "centre_cells")
         _fraction(self.dropout, "dropout")
         if self.encoder.kind in ("flow", "softmax", "performer"):
             _require(
@@ -299,6 +307,28 @@ class ModelConfig:
                 f"hidden = {self.hidden} with sinusoidal positions",
                 "a multiple of 4 (sine and cosine of two axes)",
                 "Change hidden or positions.kind",
+            )
+        if self.trunk == "projection":
+            _require(
+                self.latent.kind in ("gaussian_mixture", "gaussian", "deterministic")
+                and not (
+                    self.latent.kind == "gaussian_mixture" and self.latent.inference == "released"
+                ),
+                f"trunk = 'projection' with latent.kind = '{self.latent.kind}'",
+                "a latent whose mean is linear in the hidden state",
+                "Use latent.kind = 'gaussian_mixture' with inference = 'paper'",
+            )
+            _require(
+                self.encoder.kind in ("flow", "softmax", "performer", "none"),
+                f"trunk = 'projection' with encoder.kind = '{self.encoder.kind}'",
+                "an encoder with a residual stream",
+                "Use encoder.kind = 'flow'",
+            )
+            _require(
+                self.embedder.input_transform == "library_log1p",
+                f"trunk = 'projection' with embedder.input_transform = '{self.embedder.input_transform}'",
+                "'library_log1p', which the components are computed from",
+                "Set it",
             )
         for name, weight in (
             ("latent.adversarial_weight", self.latent.adversarial_weight),
@@ -333,6 +363,11 @@ class MaskingConfig:
         maximum_rate: Cap of a drawn rate (released: .9).
         drop_cells: Fraction of the cells dropped from the sentence first.
         maximum_cells: At most this many cells are kept after dropping; 0: no limit.
+        panel_fraction: Fraction of the tissue samples of a batch that are reduced to a random gene panel, as if the
+            other genes had not been measured.
+        panel_minimum: Smallest panel as a fraction of the genes; the fraction is drawn log-uniformly from there to 1.
+        library_of_visible: Scale counts to the library size of the genes that are left, as inference does with a panel,
+            instead of that of all genes.
     """
 
     cell_fraction: float = 0.75
@@ -342,9 +377,15 @@ class MaskingConfig:
     maximum_rate: float = 0.9
     drop_cells: float = 0.3
     maximum_cells: int = 4000
+    panel_fraction: float = 0.0
+    panel_minimum: float = 0.02
+    library_of_visible: bool = False
 
     def __post_init__(self):
         _fraction(self.cell_fraction, "masking.cell_fraction", below_one=False)
+        _fraction(self.panel_fraction, "masking.panel_fraction", below_one=False)
+        _positive(self, "masking", "panel_minimum")
+        _fraction(self.panel_minimum, "masking.panel_minimum", below_one=False)
         _fraction(self.gene_fraction, "masking.gene_fraction", below_one=False)
         _fraction(self.drop_cells, "masking.drop_cells")
         _fraction(self.maximum_rate, "masking.maximum_rate", below_one=False)
@@ -370,6 +411,9 @@ class ObjectiveConfig:
             more), ``"imputation"``, ``"denoising"``, ``"zero_inflated_negative_binomial"`` or
             ``"mean_squared_error"`` (on library-size-normalised log1p values).
         masked_part: Add the masked entries once more (the released ``dae``).
+        restoration_weight: Weight of latent restoration: 1 - the cosine of each cell's latent, inferred from its masked
+            counts, to the latent that the trunk alone gives its complete counts. Needs ``model.trunk = "projection"``;
+            0 leaves it out.
     """
 
     kind: Literal[
@@ -380,6 +424,10 @@ class ObjectiveConfig:
         "mean_squared_error",
     ] = "negative_binomial"
     masked_part: bool = True
+    restoration_weight: float = 0.0
+
+    def __post_init__(self):
+        _at_least(self, "objective", 0, "restoration_weight")
 
 
 @dataclass(frozen=True)
@@ -392,6 +440,7 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up.
         final_fraction: Learning rate at the end as a fraction of the peak (cosine decay over ``TrainConfig.steps``).
         clip_norm: Global gradient norm above which gradients are scaled down; 0: no clipping.
+        freeze_trunk: Keep the parameters of the projection (:data:`cellplm_jax.model.cellplm.TRUNK`) as they start.
     """
 
     learning_rate: float = 2e-4
@@ -399,6 +448,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     final_fraction: float = 0.1
     clip_norm: float = 1.0
+    freeze_trunk: bool = False
 
     def __post_init__(self):
         _positive(self, "optimizer", "learning_rate")
@@ -437,6 +487,31 @@ class DataConfig:
         _fraction(self.heldout_fraction, "data.heldout_fraction")
         _at_least(self, "data", 1, "rows", "cells", "segments", "minimum_cells", "threads")
         _at_least(self, "data", 1, "prefetch")
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """How a run with a trunk starts: principal components of the corpus, and discriminants of its clusters.
+
+    Attributes:
+        genes: Number of highly variable genes that have loadings; the others start at zero.
+        components: Principal components of standardized log expression, centred by tissue sample.
+        discriminants: Linear discriminants of the clusters of each dataset, appended to the latent; 0: none.
+        discriminant_weight: Norm of the discriminants relative to the components.
+        maximum_cells: Maximum number of cells read, spread evenly over the samples.
+        passes: Passes over the data of the randomized decomposition.
+    """
+
+    genes: int = 8000
+    components: int = 200
+    discriminants: int = 40
+    discriminant_weight: float = 1.0
+    maximum_cells: int = 200_000
+    passes: int = 4
+
+    def __post_init__(self):
+        _at_least(self, "projection", 1, "genes", "components", "passes", "maximum_cells")
+        _at_least(self, "projection", 0, "discriminants", "discriminant_weight")
 
 
 @dataclass(frozen=True)
@@ -482,6 +557,7 @@ class TrainConfig:
             in a row the run stops with a diagnosis.
         log_every, evaluate_every, checkpoint_every: Steps between these.
         probe_every: Steps between probes of the embedding on held-out cells with labels; 0: none.
+        projection: How a new run with ``model.trunk = "projection"`` computes its start from the corpus.
         keep_checkpoints: Most recent checkpoints kept besides the best.
     """
 
@@ -491,6 +567,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    projection: ProjectionConfig = field(default_factory=lambda: ProjectionConfig())
     steps: int = 1000
     seed: int = 0
     accumulate: int = 1
@@ -509,6 +586,33 @@ class TrainConfig:
         _at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
         _at_least(self, "", 0, "chunk_cells")
         _at_least(self, "", 0, "probe_every")
+        trunk = self.model.trunk == "projection"
+        for name, used in (
+            ("objective.restoration_weight", self.objective.restoration_weight > 0),
+            ("optimizer.freeze_trunk", self.optimizer.freeze_trunk),
+        ):
+            _require(
+                trunk or not used,
+                f"{name} is on with model.trunk = 'none'",
+                "model.trunk = 'projection'",
+                f"Set model.trunk, or switch {name} off",
+            )
+        if trunk:
+            wanted = self.projection.components
+            _require(
+                wanted <= self.model.hidden,
+                f"projection.components = {wanted} with model.hidden = {self.model.hidden}",
+                "at most as many components as hidden dimensions",
+                "Change one of them",
+            )
+            wanted += self.projection.discriminants
+            _require(
+                wanted <= self.model.latent_size,
+                f"projection.components + projection.discriminants = {wanted} with latent.size = "
+                f"{self.model.latent_size}",
+                "at most as many as latent dimensions",
+                "Change one of them",
+            )
         _require(
             self.data.cells % self.mesh.cells == 0,
             f"data.cells = {self.data.cells} with mesh.cells = {self.mesh.cells}",

@@ -540,3 +540,22 @@ def regression_loss(prediction: jax.Array, truth: jax.Array, entries: jax.Array)
     entries = jnp.broadcast_to(entries, truth.shape)
     squared = jnp.where(entries, (prediction - truth) ** 2, 0.0)
     return squared.sum() / jnp.maximum(entries.sum(), 1)
+
+
+def restoration_loss(latent: jax.Array, target: jax.Array, cell_mask: jax.Array) -> jax.Array:
+    """Return the mean of 1 - cosine between two latents of the same cells.
+
+    Args:
+        latent: float [samples, cells, latent].
+        target: The same shape; what ``latent`` should point to.
+        cell_mask: bool [samples, cells].
+
+    Returns:
+        float32 scalar between 0 and 2.
+    """
+
+    def unit(values):
+        length = jnp.sum(values * values, axis=-1, keepdims=True)
+        return values * jax.lax.rsqrt(length + 1e-12)
+
+    return average_over(1 - jnp.sum(unit(latent) * unit(target), axis=-1), cell_mask)

@@ -12,10 +12,10 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellGroups, flow_weights, softmax_weights
 from cellplm_jax.model.decoder import Decoder
 from cellplm_jax.model.embedder import ExpressionEmbedder
-from cellplm_jax.model.encoder import Encoder
+from cellplm_jax.model.encoder import Centre, Encoder
 from cellplm_jax.model.heads import Head
 from cellplm_jax.model.latent import Latent
-from cellplm_jax.model.layers import layer_norm
+from cellplm_jax.model.layers import Norm
 from cellplm_jax.structs import CellBatch, LatentNoise, LatentOutput, ModelOutput, Reconstruction
 
 
@@ -39,7 +39,10 @@ class CellPLM(nn.Module):
         """Declare the stages; their names are the top level of the parameter tree."""
         self.embedder = ExpressionEmbedder(self.config, self.chunk)
         self.encoder = Encoder(self.config, self.rematerialize)
-        self.pre_latent_norm = layer_norm("pre_latent_norm")
+        if self.config.trunk == "projection":
+            self.centre = Centre(self.config)
+        kind = "layernorm" if self.config.trunk == "none" else "rmsnorm"
+        self.pre_latent_norm = Norm(kind, name="pre_latent_norm")
         self.latent = Latent(self.config)
         if self.config.head.kind == "none":
             self.decoder = Decoder(self.config)
@@ -95,11 +98,22 @@ class CellPLM(nn.Module):
         """Return [samples, cells, hidden]: cells embedded, and then aware of the others of their sample."""
         hidden = self.embed_expression(batch, gene_mask=gene_mask, train=train)
         groups = CellGroups(batch.cell_mask, batch.segment, batch.segments, batch.pieces)
-        return self.pre_latent_norm(self.encoder(hidden, groups, train=train))
+        return self._encoded(hidden, groups, train)
 
     def encode(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool = False) -> jax.Array:
         """Let the cells of each row attend to one another; [samples, cells, hidden] in and out."""
-        return self.pre_latent_norm(self.encoder(hidden, CellGroups(cell_mask), train=train))
+        return self._encoded(hidden, CellGroups(cell_mask), train)
+
+    def trunk(self, batch: CellBatch) -> jax.Array:
+        """Return the latent [samples, cells, latent] of complete counts by the projection alone, past the encoder."""
+        hidden = self.embed_expression(batch)
+        groups = CellGroups(batch.cell_mask, batch.segment, batch.segments, batch.pieces)
+        return self.infer(self.pre_latent_norm(self.centre(hidden, groups))).mean
+
+    def _encoded(self, hidden: jax.Array, groups: CellGroups, train: bool) -> jax.Array:
+        if self.config.trunk == "projection":
+            hidden = self.centre(hidden, groups)
+        return self.pre_latent_norm(self.encoder(hidden, groups, train=train))
 
     def infer(
         self, hidden: jax.Array, *, noise: LatentNoise | None = None, train: bool = False
@@ -133,6 +147,15 @@ class CellPLM(nn.Module):
     def decode_output(self, hidden: jax.Array) -> Reconstruction:
         """Apply the decoder's output layer, which has an axis of genes, to [..., hidden] of :meth:`decode_hidden`."""
         return self.decoder(hidden, None, part="output")
+
+
+TRUNK = (
+    ("embedder", "gene_embedding"),
+    ("centre", "context_mean"),
+    ("latent", "mean"),
+    ("latent", "linear"),
+)
+"""Leading path entries of the parameters that make up the projection of a model with a trunk."""
 
 
 NARROW_PARTS = ("embedder", "encoder", "pre_latent_norm", "decoder")

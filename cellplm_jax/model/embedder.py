@@ -82,7 +82,8 @@ class ExpressionEmbedder(nn.Module):
     """Counts of any subset of the vocabulary, plus position and covariate, to one vector a cell.
 
     ``E_i = sum_j x_ij h_j`` (+ position, + covariate), then Linear - ReLU - Dropout - Norm
-    (``CellPLM/embedder/omics.py``). Genes that are not measured contribute nothing and cost nothing.
+    (``CellPLM/embedder/omics.py``); with ``trunk = "projection"`` the sum itself. Genes that are not measured contribute
+    nothing and cost nothing.
 
     Attributes:
         config: The model's configuration.
@@ -118,13 +119,19 @@ class ExpressionEmbedder(nn.Module):
             gene_sum = self._gene_sum(batch, table, gene_mask)
         hidden = along(gene_sum.astype(table.dtype), CELLS)
         if config.positions.kind != "none":
-            hidden = hidden + Positions(config, name="positions")(
+            places = Positions(config, name="positions")(
                 batch.cell_mask,
                 batch.coordinates,
                 batch.has_coordinates,
                 batch.eigenvectors,
                 train=train,
             ).astype(hidden.dtype)
+            if config.trunk == "projection":
+                # Positions start on the dimensions that hold no component.
+                places = places * self.param(
+                    "position_scale", nn.initializers.ones, (config.hidden,)
+                )
+            hidden = hidden + places
         if config.embedder.covariate:
             covariate = self.param(
                 "batch_embedding",
@@ -132,6 +139,8 @@ class ExpressionEmbedder(nn.Module):
                 (config.decoder.batches, config.hidden),
             )
             hidden = hidden + mean_row_lookup(covariate, batch.batch, batch.cell_mask.shape)
+        if config.trunk == "projection":
+            return hidden
         hidden = nn.relu(dense(config.hidden, "linear")(hidden))
         hidden = Dropout(config.dropout, name="dropout")(hidden, deterministic=not train)
         return make_norm(config.norm, config.norm_groups, "norm")(hidden)

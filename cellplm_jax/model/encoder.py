@@ -43,6 +43,36 @@ class TransformerLayer(nn.Module):
         return along(hidden + dropout(inner, "out_dropout"), CELLS)
 
 
+class Centre(nn.Module):
+    """Subtraction of the mean over the cells of a context, shrunk towards the mean of the corpus.
+
+    A context of ``n`` cells with mean ``m`` is centred at ``(n m + k c) / (n + k)``, where ``c`` is the learned
+    ``context_mean`` and ``k`` is ``centre_cells``: a single cell is centred at the corpus.
+
+    Attributes:
+        config: The model's configuration.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, groups: CellGroups) -> jax.Array:
+        """Map [samples, cells, hidden] to the same shape, in float32."""
+        prior = self.param("context_mean", nn.initializers.zeros, (self.config.hidden,))
+        hidden = hidden.astype(jnp.float32)
+        members = groups.one_hot()
+        total = jnp.einsum("bcs,bch->bsh", members, hidden)
+        centre = context_centre(
+            total, members.sum(axis=1)[..., None], prior, self.config.centre_cells
+        )
+        return along(hidden - jnp.einsum("bcs,bsh->bch", members, centre), CELLS)
+
+
+def context_centre(total, cells, prior, weight):
+    """Return ``(total + weight * prior) / (cells + weight)``; numpy or JAX arrays [..., hidden]."""
+    return (total + weight * prior) / (cells + weight)
+
+
 class Encoder(nn.Module):
     """The configured encoder over padded sentences.
 

@@ -128,7 +128,7 @@ class Latent(nn.Module):
         if config.kind == "none":
             output = LatentOutput(z=hidden, mean=hidden)
         elif config.kind == "deterministic":
-            z = dense(config.size, "linear")(hidden)
+            z = self._scaled(dense(config.size, "linear")(hidden))
             output = LatentOutput(z=z, mean=z)
         elif config.kind == "gaussian":
             output = self._gaussian(hidden, noise if train else None)
@@ -149,10 +149,16 @@ class Latent(nn.Module):
             gumbel=jax.random.gumbel(gumbel_key, (*shape, config.clusters)),
         )
 
+    def _scaled(self, z: jax.Array) -> jax.Array:
+        """Scale each cell's latent to unit root mean square where the model has a trunk."""
+        if self.config.trunk == "none":
+            return z
+        return z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + 1e-12)
+
     def _posterior(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of q(z|x): variance exp(clip(log_variance, -5, 5)) + 1e-4."""
         size = self.config.latent.size
-        mean = dense(size, "mean")(hidden)
+        mean = self._scaled(dense(size, "mean")(hidden))
         # Starts at variance exp(-4): at variance 1 the first hundreds of steps would decode noise.
         start = nn.initializers.constant(-4.0)
         layer = Dense(size, bias_init=start, name="log_variance")

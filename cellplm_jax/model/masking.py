@@ -250,3 +250,45 @@ def sample_gene_mask(
     else:
         mask = drawn(keys, threshold)
     return jax.lax.optimization_barrier(along(mask, ENTRIES))
+
+
+def sample_visible(
+    key: jax.Array,
+    batch: CellBatch,
+    gene_mask: jax.Array | None,
+    config: MaskingConfig,
+    genes: int,
+) -> jax.Array:
+    """Draw which stored counts the input keeps: those outside ``gene_mask`` and inside each sample's panel.
+
+    Args:
+        key: PRNG key.
+        batch: Cells.
+        gene_mask: bool [samples, cells, genes]; True is hidden. None: nothing.
+        config: ``panel_fraction`` of the samples get a panel of a log-uniform share of the genes.
+        genes: Size of the vocabulary.
+
+    Returns:
+        bool [samples, (pieces,) nonzeros].
+    """
+    visible = jnp.ones(batch.gene.shape, bool)
+    if gene_mask is not None:
+        visible = ~batch.at_nonzeros(gene_mask).astype(bool)
+    if config.panel_fraction == 0:
+        return visible
+    reduced_key, share_key, gene_key = jax.random.split(key, 3)
+    shape = (batch.cell_mask.shape[0], batch.segments)
+    reduced = jax.random.bernoulli(reduced_key, config.panel_fraction, shape)
+    low = jnp.log(config.panel_minimum)
+    share = jnp.exp(jax.random.uniform(share_key, shape, minval=low, maxval=0.0))
+    share = jnp.where(reduced, share, 1.0)
+    rank = jax.random.uniform(gene_key, (*shape, genes))
+    panel = rank < share[..., None]  # [samples, segments, genes]
+    cell = batch.cell_of_nonzero()
+    segment = jnp.zeros_like(cell)
+    if batch.segment is not None:
+        lookup = batch.over_pieces(lambda table, at: table.at[at].get(mode="fill", fill_value=0))
+        segment = lookup(batch.fold(batch.segment), cell)
+    gene = batch.gene.astype(jnp.int32)
+    inside = jax.vmap(lambda table, segment, gene: table[segment, gene])(panel, segment, gene)
+    return visible & inside

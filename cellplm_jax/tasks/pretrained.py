@@ -35,7 +35,7 @@ from cellplm_jax.train.checkpoint import (
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, over_cells
 
 # Parts of the parameter tree that an embedding needs.
-EMBEDDING_PARTS = ("embedder", "encoder", "pre_latent_norm", "latent")
+EMBEDDING_PARTS = ("embedder", "centre", "encoder", "pre_latent_norm", "latent")
 
 
 @dataclass(eq=False)

@@ -20,6 +20,7 @@ import numpy as np
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.model.encoder import context_centre
 from cellplm_jax.model.streaming import FLOW_ROUNDS, chunk_layer, chunk_sums
 
 Item = TypeVar("Item")
@@ -203,7 +204,8 @@ class StreamedEncoder:
     @staticmethod
     def supports(config: ModelConfig) -> bool:
         """Return whether contexts of this architecture can be encoded in chunks."""
-        return config.encoder.kind in ("flow", *LOCAL_KINDS)
+        local = LOCAL_KINDS if config.trunk == "none" else ()
+        return config.encoder.kind in ("flow", *local)
 
     def __call__(
         self,
@@ -228,6 +230,8 @@ class StreamedEncoder:
         flow = self.config.encoder.kind == "flow"
         layers = self.config.encoder.layers if flow else 0
         copies = (params, *others)
+        if self.config.trunk == "projection":
+            self._centre(params["centre"]["context_mean"], hidden, chunk)
         for number in range(layers):
             weights = [copy["encoder"][f"layer_{number}"] for copy in copies]
             known: tuple[np.ndarray, ...] = ()
@@ -254,6 +258,15 @@ class StreamedEncoder:
         for cells, found in self._chunks(hidden, chunk, copies, conclude):
             embedding[cells] = np.asarray(found)[0, : cells.stop - cells.start]
             said("latent")
+
+    def _centre(self, prior: Any, hidden: np.ndarray, chunk: int) -> None:
+        """Centre a context in place, as :class:`cellplm_jax.model.encoder.Centre` does."""
+        starts = range(0, len(hidden), chunk)
+        total = sum(hidden[start : start + chunk].sum(axis=0, dtype=np.float64) for start in starts)
+        weight = self.config.centre_cells
+        centre = context_centre(total, len(hidden), np.asarray(prior, np.float64), weight)
+        for start in starts:
+            hidden[start : start + chunk] -= centre.astype(np.float32)
 
     @staticmethod
     def _chunks(

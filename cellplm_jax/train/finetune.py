@@ -132,7 +132,7 @@ def is_frozen(path: Path, config: FinetuneConfig) -> bool:
         config: The recipe.
     """
     if config.freeze == "encoder" or config.adapter_rank > 0:
-        return path[0] in ("embedder", "encoder", "pre_latent_norm")
+        return path[0] in ("embedder", "centre", "encoder", "pre_latent_norm")
     return config.freeze == "embedder" and path[0] == "embedder"
 
 
@@ -191,7 +191,7 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
         layers: Layers of the encoder.
     """
     depth = layers + 2  # of latent, decoder, head
-    if path[0] == "embedder":
+    if path[0] in ("embedder", "centre"):
         depth = 0
     elif path[0] == "pre_latent_norm":
         depth = layers + 1

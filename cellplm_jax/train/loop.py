@@ -22,7 +22,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.config import TrainConfig
-from cellplm_jax.data.pipeline import TrainingBatches, gene_means, split_heldout
+from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, gene_means, split_heldout
 from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
 from cellplm_jax.structs import CellBatch
@@ -43,6 +43,7 @@ from cellplm_jax.train.metrics import (
     peak_flops,
     read_metrics,
 )
+from cellplm_jax.train.projection import Projection, fit_projection
 from cellplm_jax.train.sharding import MeshFunction, local_rows, make_mesh, to_global
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.step import abstract_state, compile_training_step, create_sharded_state
@@ -139,7 +140,10 @@ def pretrain(
     if start:
         state, facts = _restored_state(checkpoints, start, config, mesh)
     else:
-        state = create_sharded_state(config, mesh, gene_means(store, train))
+        start_of_trunk = None
+        if config.model.trunk == "projection":
+            start_of_trunk = _shared_projection(config, store, train, progress.say)
+        state = create_sharded_state(config, mesh, gene_means(store, train), start_of_trunk)
         facts = {"evaluated": False, "probed": False}
     facts |= {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
 
@@ -203,6 +207,30 @@ def pretrain(
             _draw(folder)
     rate = log.rates.cells_per_second
     return RunResult(folder, step, {} if stopped else scores, rate, stopped)
+
+
+def _shared_projection(
+    config: TrainConfig,
+    store: CellStore,
+    train: Sequence[SampleRange],
+    on_progress: Callable[[str], None],
+) -> Projection:
+    """Compute the projection on the first process and give it to all, so that they start from the same bits."""
+    if jax.process_count() == 1:
+        return fit_projection(store, train, config, on_progress=on_progress)
+    from jax.experimental import multihost_utils
+
+    recipe, genes = config.projection, config.model.genes
+    if jax.process_index() == 0:
+        projection = fit_projection(store, train, config, on_progress=on_progress)
+        sizes = np.array([projection.table.shape[1], projection.discriminants.shape[1]])
+    else:
+        projection, sizes = None, np.array([recipe.components, recipe.discriminants])
+    components, discriminants = map(int, multihost_utils.broadcast_one_to_all(sizes))
+    if projection is None:
+        empty = (genes, components), (components,), (components, discriminants)
+        projection = Projection(*(np.zeros(shape, np.float32) for shape in empty))
+    return Projection(*map(np.asarray, multihost_utils.broadcast_one_to_all(projection)))
 
 
 def _due(step: int, every: int, last: bool, stopped: bool) -> bool:

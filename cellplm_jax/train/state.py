@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.train.optim import make_optimizer
+from cellplm_jax.train.projection import Projection, start_from
 
 
 class TrainState(struct.PyTreeNode):
@@ -35,18 +36,25 @@ class TrainState(struct.PyTreeNode):
     skipped_in_a_row: jax.Array
 
 
-def create_state(config: TrainConfig, gene_means: ArrayLike | None = None) -> TrainState:
+def create_state(
+    config: TrainConfig,
+    gene_means: ArrayLike | None = None,
+    projection: Projection | None = None,
+) -> TrainState:
     """Initialise a run; a pure function, so it can be traced for shapes.
 
     Args:
         config: The run.
         gene_means: float [genes], mean count of each gene. The decoder's output bias starts at their logarithm, so
             that training need not spend its first hundreds of steps on learning which genes are common.
+        projection: The start of a model with a trunk; None: random.
     """
     params = init_params(config.model, jax.random.key(config.seed))
     if gene_means is not None and "log_mean" in params.get("decoder", {}):
         means = jnp.asarray(gene_means, jnp.float32)
         params["decoder"]["log_mean"]["bias"] = jnp.log(means + 1e-4)
+    if projection is not None:
+        params = start_from(params, projection, config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

@@ -20,12 +20,20 @@ from cellplm_jax.losses.objectives import (
     chunked_count_loss,
     latent_loss,
     reconstruction_loss,
+    restoration_loss,
     warmup_factor,
 )
-from cellplm_jax.model.cellplm import CellPLM, in_precision
-from cellplm_jax.model.masking import drop_cells, keep_cells, masked_width, sample_gene_mask
+from cellplm_jax.model.cellplm import TRUNK, CellPLM, in_precision
+from cellplm_jax.model.masking import (
+    drop_cells,
+    keep_cells,
+    masked_width,
+    sample_gene_mask,
+    sample_visible,
+)
 from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
+from cellplm_jax.train.projection import Projection
 from cellplm_jax.train.sharding import (
     MeshFunction,
     batch_shardings,
@@ -64,6 +72,7 @@ def loss_terms(
     noise: LatentNoise | None = None,
     rngs: dict[str, jax.Array] | None = None,
     masked: int | None = None,
+    visible: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Compute the pretraining loss of a batch whose masks have been drawn.
 
@@ -77,14 +86,20 @@ def loss_terms(
         rngs: PRNG keys of the ``"dropout"`` and ``"latent"`` streams.
         masked: Cells of a piece that have a masked entry, at most; None: not known. Where the objective is about them
             alone, the others are not decoded.
+        visible: bool [samples, (pieces,) nonzeros], the stored counts that the input keeps, in place of ``gene_mask``
+            there; None: as ``gene_mask`` says.
 
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
     """
     model = CellPLM(config.model, rematerialize=config.rematerialize, chunk=config.chunk_cells)
     variables = {"params": compute_params(params, config)}
+    given, hide = batch, gene_mask
+    if visible is not None:
+        # Hidden counts become zero, so that the library size is that of what is left.
+        given, hide = batch.replace(count=jnp.where(visible, batch.count, 0)), None
     hidden = model.apply(
-        variables, batch, gene_mask=gene_mask, train=True, rngs=rngs, method=CellPLM.represent
+        variables, given, gene_mask=hide, train=True, rngs=rngs, method=CellPLM.represent
     )
     inferred = model.apply(
         variables, hidden, noise=noise, train=True, rngs=rngs, method=CellPLM.infer
@@ -124,6 +139,11 @@ def loss_terms(
         inferred, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
     )
     loss = terms["reconstruction"] + latent["latent"]
+    if config.objective.restoration_weight:
+        target = jax.lax.stop_gradient(model.apply(variables, batch, method=CellPLM.trunk))
+        distance = restoration_loss(inferred.mean, target, batch.cell_mask)
+        terms = {**terms, "restoration": distance}
+        loss = loss + config.objective.restoration_weight * distance
     return loss, {"loss": loss, **terms, **latent}
 
 
@@ -183,12 +203,16 @@ def training_step(
         gradients = jax.tree.map(average, gradients)
         metrics = {k: v if k == "cells" else average(v) for k, v in metrics.items()}
 
+    if config.optimizer.freeze_trunk:
+        gradients = without_trunk(gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
     def updated(params, moments):
         updates, moments = optimizer.update(gradients, moments, params)
+        if config.optimizer.freeze_trunk:
+            updates = without_trunk(updates)
         return optax.apply_updates(params, updates), moments
 
     # A branch, not a choice entry by entry: with that, a CPU copies both moments at the start of the step and holds
@@ -218,6 +242,17 @@ def training_step(
     return state, metrics
 
 
+def without_trunk(tree: Any) -> Any:
+    """Set the leaves of the projection to zero in a tree shaped like the parameters."""
+
+    def kept(path, leaf):
+        names = tuple(entry.key for entry in path)
+        frozen = any(names[: len(start)] == start for start in TRUNK)
+        return jnp.zeros_like(leaf) if frozen else leaf
+
+    return jax.tree_util.tree_map_with_path(kept, tree)
+
+
 def _masked_loss(
     params: Any, batch: CellBatch, key: jax.Array, warmup: jax.Array, config: TrainConfig
 ) -> tuple[jax.Array, Metrics]:
@@ -230,6 +265,11 @@ def _masked_loss(
         gene_mask = sample_gene_mask(
             mask_key, batch, config.model.genes, config.masking, chunk=config.chunk_cells
         )
+    visible = None
+    if config.masking.library_of_visible:
+        visible = sample_visible(
+            jax.random.fold_in(mask_key, 1), batch, gene_mask, config.masking, config.model.genes
+        )
     loss, metrics = loss_terms(
         params,
         batch,
@@ -238,6 +278,7 @@ def _masked_loss(
         warmup=warmup,
         rngs={"dropout": dropout_key, "latent": latent_key},
         masked=masked,
+        visible=visible,
     )
     return loss, {**metrics, "cells": batch.cell_mask.sum().astype(jnp.float32)}
 
@@ -410,7 +451,10 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
 
 
 def create_sharded_state(
-    config: TrainConfig, mesh: Mesh, gene_means: np.ndarray | None = None
+    config: TrainConfig,
+    mesh: Mesh,
+    gene_means: np.ndarray | None = None,
+    projection: Projection | None = None,
 ) -> TrainState:
     """Initialise a run with every array born where it will live.
 
@@ -418,14 +462,19 @@ def create_sharded_state(
         config: The run.
         mesh: Its mesh.
         gene_means: See :func:`cellplm_jax.train.state.create_state`.
+        projection: Likewise.
     """
-    return _compile_creation(config, mesh)(gene_means)
+    return _compile_creation(config, mesh)(gene_means, projection)
 
 
 @_compiled_once
 def _compile_creation(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return MeshFunction(lambda means: create_state(config, means), mesh, out_shardings=shardings)
+    return MeshFunction(
+        lambda means, projection: create_state(config, means, projection),
+        mesh,
+        out_shardings=shardings,
+    )
 
 
 @_compiled_once

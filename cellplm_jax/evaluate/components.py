@@ -1,0 +1,144 @@
+"""Principal components and discriminants of expression, computed from blocks of cells that fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from scipy import linalg
+
+OVERSAMPLING = 20
+"""Extra directions of the randomized decomposition."""
+
+CLIP = 8.0
+"""Largest standardized expression, in standard deviations."""
+
+
+def variable_genes(
+    mean: np.ndarray, variance: np.ndarray, number: int, usable: np.ndarray | None = None
+) -> np.ndarray:
+    """Choose highly variable genes by dispersion, compared with genes of similar mean.
+
+    Genes are binned by log mean into 20 quantiles; the dispersion (variance / mean) is standardized within each bin
+    (Satija et al. 2015, as in ``scanpy.pp.highly_variable_genes``).
+
+    Args:
+        mean: float [genes], mean log expression.
+        variance: float [genes].
+        number: Maximum number of genes.
+        usable: bool [genes], genes that may be chosen; None: those with a positive mean.
+
+    Returns:
+        int [chosen], most variable first.
+    """
+    usable = mean > 0 if usable is None else usable & (mean > 0)
+    dispersion = variance / np.maximum(mean, 1e-6)
+    level = np.log(mean + 1e-6)
+    score = np.full(len(mean), -np.inf)
+    if usable.any():
+        edges = np.quantile(level[usable], np.linspace(0, 1, 21)[1:-1])
+        bins = np.digitize(level, edges)
+        for place in np.unique(bins[usable]):
+            inside = usable & (bins == place)
+            spread = dispersion[inside].std()
+            score[inside] = (dispersion[inside] - dispersion[inside].mean()) / max(spread, 1e-9)
+    order = np.argsort(-score, kind="stable")
+    return order[: min(number, int(usable.sum()))]
+
+
+def principal_components(
+    blocks: Callable[[], Iterable[np.ndarray]],
+    genes: int,
+    components: int,
+    *,
+    passes: int = 4,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decompose a matrix of cells by genes that is only seen in blocks of rows (Halko et al. 2011).
+
+    Args:
+        blocks: Returns the blocks, float32 [cells, genes], centred; called once per pass.
+        genes: Number of columns.
+        components: Number of components; fewer are returned if the matrix has fewer columns.
+        passes: Passes over the blocks, at least 2; the last one gives the singular values.
+        seed: Seed of the random directions.
+        advance: Called after each block.
+
+    Returns:
+        Loadings float32 [genes, components] and singular values float64 [components], largest first. The sign of a
+        component is such that its loadings have a positive sum of cubes.
+    """
+    width = min(components + OVERSAMPLING, genes)
+    basis = np.random.default_rng(seed).standard_normal((genes, width)).astype(np.float32)
+    basis = np.linalg.qr(basis)[0]
+    for _ in range(max(passes - 1, 1)):
+        total = np.zeros((genes, width), np.float32)
+        for block in blocks():
+            total += block.T @ (block @ basis)
+            advance()
+        basis = np.linalg.qr(total)[0]
+    gram = np.zeros((width, width))
+    for block in blocks():
+        projected = block @ basis
+        gram += projected.T @ projected
+        advance()
+    values, vectors = np.linalg.eigh(gram)
+    order = np.argsort(-values)[: min(components, genes)]
+    loadings = basis @ vectors[:, order].astype(np.float32)
+    sign = np.where((loadings.astype(np.float64) ** 3).sum(axis=0) < 0, -1, 1)
+    strength = np.sqrt(np.maximum(values[order], 0))
+    return (loadings * sign).astype(np.float32), strength
+
+
+class Discriminants:
+    """Pooled scatter of several datasets, each with clusters of its own, and the directions that separate them.
+
+    Each dataset adds its within-cluster and between-cluster scatter, weighted by the square root of its cells; clusters
+    of a dataset weigh as the square root of their size (linear discriminant analysis with a shrunken pooled covariance).
+
+    Args:
+        dimensions: Width of the embeddings.
+        shrinkage: Weight of the identity in the within-cluster scatter.
+        minimum_cells: Clusters with fewer cells do not add to the scatter between clusters.
+    """
+
+    def __init__(self, dimensions: int, *, shrinkage: float = 0.1, minimum_cells: int = 5):
+        self._within = np.zeros((dimensions, dimensions))
+        self._between = np.zeros((dimensions, dimensions))
+        self._shrinkage, self._minimum = shrinkage, minimum_cells
+
+    def add(self, embedding: np.ndarray, clusters: Any) -> None:
+        """Add a dataset: float [cells, dimensions], centred, and the cluster of each cell."""
+        _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+        large = sizes >= self._minimum
+        if large.sum() < 2:
+            return
+        embedding = np.asarray(embedding, np.float64)
+        totals = np.zeros((len(sizes), embedding.shape[1]))
+        np.add.at(totals, codes, embedding)
+        means = totals / sizes[:, None]
+        inside = embedding - means[codes]
+        weight = np.sqrt(len(embedding))
+        self._within += weight / len(embedding) * inside.T @ inside
+        share = np.sqrt(sizes) * large
+        outside = means - embedding.mean(axis=0)
+        self._between += weight * (outside * (share / share.sum())[:, None]).T @ outside
+
+    def directions(self, number: int) -> np.ndarray:
+        """Return float64 [dimensions, number], the most discriminating direction first; no columns without data."""
+        size = len(self._within)
+        if not np.trace(self._within) > 0 or not np.trace(self._between) > 0:
+            return np.zeros((size, 0))
+        within = self._within / (np.trace(self._within) / size)
+        within = (1 - self._shrinkage) * within + self._shrinkage * np.eye(size)
+        between = self._between / (np.trace(self._between) / size)
+        values, vectors = linalg.eigh(between, within)
+        return vectors[:, np.argsort(-values)[:number]]
+
+
+def unit_length(embedding: np.ndarray) -> np.ndarray:
+    """Scale each row of [cells, dimensions] to length 1; a row of zeros stays as it is."""
+    length = np.linalg.norm(embedding, axis=1, keepdims=True)
+    return embedding / np.maximum(length, 1e-9)
