@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,8 @@ LEVELS = {
     "config": 1,
     "structs": 1,
     "cache": 1,
-    # Loops over parts of a batch, for model and losses alike.
-    "chunks": 1,
-    "products": 1,
-    # Imported where it is used: it needs Numba.
-    "stored_product": 1,
+    # Fast forms of array operations, for model, losses and tasks alike.
+    "kernels": 1,
     "data": 2,
     "model": 2,
     "losses": 2,
@@ -100,13 +98,15 @@ def users(library: str) -> set[str]:
 
 
 def test_fences():
-    # The table of logical axes is Linen's to apply.
-    assert {part_of(m) for m in users("flax.linen") - {"train.sharding"}} == {"model"}
+    # The table of logical axes is Linen's to apply, and so is what a layer computes again.
+    assert {part_of(m) for m in users("flax.linen") - {"train.sharding", "kernels.remat"}} == {
+        "model"
+    }
     assert users("orbax") == {"train.checkpoint"}
     assert users("safetensors") == {"train.tensors"}
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {"data", "tasks", "demo"}
-    assert users("numba") == {"stored_product", "tasks.pretrained"}
+    assert users("numba") == {"kernels.sparse_numba", "tasks.pretrained"}
     assert users("ml_collections") == set()
     assert users("absl") == set()
     for library in (
@@ -121,6 +121,28 @@ def test_fences():
             top = {name.split(".")[0] for name in top_level_imports(MODULES[module])}
             assert library not in top, f"{module} needs {library} to be imported"
     assert {part_of(module) for module in users("torch")} == {"interop"}
+
+
+# Changes of layout: one expression each, with nothing to compare.
+LAYOUTS = {"by_head", "join_heads", "one_hot_heads"}
+
+
+def test_every_kernel_has_a_reference_a_test_and_a_reason():
+    kernels = {}
+    for module, path in MODULES.items():
+        if part_of(module) == "kernels":
+            assert {part for part in own(path)} <= {"kernels", "structs"}, module
+            tests = ROOT / "tests" / "kernels" / f"test_{path.stem}.py"
+            functions = {n.name: n for n in tree_of(path).body if isinstance(n, ast.FunctionDef)}
+            for name, node in functions.items():
+                if name.startswith("_") or name.endswith("_reference") or name in LAYOUTS:
+                    continue
+                kernels[name] = module
+                assert f"{name}_reference" in functions, f"{module}.{name} has no reference"
+                assert {name, f"{name}_reference"} <= names_used(tests), f"{module}.{name}: no test"
+                reason = ast.get_docstring(node).partition("Why: ")[2].partition("\n\n")[0]
+                assert re.search(r"jax 0\.\d+", reason), f"{module}.{name}: why, for which jax?"
+    assert len(kernels) > 10
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 from cellplm_jax.config import MaskingConfig
-from cellplm_jax.model.layers import ENTRIES, along
+from cellplm_jax.model.layers import ENTRIES, constrain
 from cellplm_jax.structs import CellBatch
 
 
@@ -249,4 +249,4 @@ def sample_gene_mask(
         mask = batch.unfold(jax.lax.fori_loop(0, -(-cells // size), draw, mask))
     else:
         mask = drawn(keys, threshold)
-    return jax.lax.optimization_barrier(along(mask, ENTRIES))
+    return jax.lax.optimization_barrier(constrain(mask, ENTRIES))

@@ -233,7 +233,7 @@ class Pretrained:
         if not self.multiplies_stored:
             return self.express
         require("numba", "cpu", "Multiplying counts as they are stored")
-        from cellplm_jax.stored_product import stored_product
+        from cellplm_jax.kernels.sparse_numba import stored_product
 
         def embed_expression(params, batch):
             table = np.asarray(params["embedder"]["gene_embedding"])
@@ -350,7 +350,7 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 def numba_works() -> bool:
     """Return whether Numba is installed, complete, and fits the NumPy beside it."""
     try:
-        import cellplm_jax.stored_product  # noqa: F401
+        import cellplm_jax.kernels.sparse_numba  # noqa: F401
     except (ImportError, OSError):
         return False
     return True

@@ -286,12 +286,12 @@ def test_a_thousand_sizes_need_few_shapes(tiny_model):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_stored_counts_and_dense_ones_embed_alike(tiny_model, precision, monkeypatch):
     pytest.importorskip("numba")
-    from cellplm_jax.stored_product import stored_product
+    from cellplm_jax.kernels.sparse_numba import stored_product
 
     adata = make_adata(50)
     made, given = {}, []
     monkeypatch.setattr(
-        "cellplm_jax.stored_product.stored_product",
+        "cellplm_jax.kernels.sparse_numba.stored_product",
         lambda *arguments: given.append(arguments) or stored_product(*arguments),
     )
     for stored in (False, True):
@@ -306,7 +306,7 @@ def test_stored_counts_and_dense_ones_embed_alike(tiny_model, precision, monkeyp
 
 def test_without_numba_counts_are_made_dense(tiny_model, monkeypatch):
     numba_works.cache_clear()
-    for name in ("numba", "cellplm_jax.stored_product"):
+    for name in ("numba", "cellplm_jax.kernels.sparse_numba"):
         monkeypatch.setitem(sys.modules, name, None)
     try:
         model = dataclasses.replace(tiny_model)
