@@ -21,6 +21,7 @@ LEVELS = {
     "config": 1,
     "structs": 1,
     "cache": 1,
+    "storage": 1,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,

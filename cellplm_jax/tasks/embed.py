@@ -23,6 +23,7 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.storage import atomic_write
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.tasks import stream
 from cellplm_jax.tasks.pretrained import Pretrained, opened
@@ -482,24 +483,6 @@ def check_output(out: Path) -> None:
         raise InputError(msg)
 
 
-@contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """Give another name to write to; the file gets its own when that went well, and is gone where it did not.
-
-    Args:
-        out: Where the file is to be.
-
-    Yields:
-        A path beside it.
-    """
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def check_copy(path: Path, out: Path) -> None:
     """Refuse, before any work is done, a copy that cannot be written.
 
@@ -552,7 +535,7 @@ def write_copy(
     import pandas as pd
     from anndata.io import read_elem, write_elem
 
-    with written_whole(out) as partial:
+    with atomic_write(out) as partial:
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file, nullable_strings():

@@ -18,7 +18,6 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,13 +34,12 @@ from cellplm_jax.data.anndata_io import in_vocabulary
 from cellplm_jax.data.corpus import (
     LABEL_COLUMN,
     Corpus,
-    Folder,
     anndata_settings,
-    explain_write_errors,
     open_corpus,
 )
 from cellplm_jax.data.genes import GeneMapping, map_genes
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
 from cellplm_jax.tasks.embed import check_output, embed_context
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
 from cellplm_jax.tasks.stream import Waiting
@@ -147,7 +145,7 @@ def embed_corpus(
     with explain_write_errors(
         f"the embedding '{folder.path}'",
         room=f"{sum(cells) * model.config.latent_size * 4 / 1e9:.2g} GB for the embedding",
-        kept="samples",
+        again="finished samples are kept",
     ):
         if folder.local is not None and folder.local.is_file():
             raise InputError(_something_else(folder))
@@ -426,12 +424,8 @@ def _create(
         raise InputError(_something_else(folder))
     if not target.exists():
         check_output(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
+    with atomic_write(target) as partial:
         _build(partial, corpus, model, mapping, state)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build(

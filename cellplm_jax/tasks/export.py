@@ -14,8 +14,9 @@ import numpy as np
 
 from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.storage import atomic_write
 from cellplm_jax.structs import CellBatch
-from cellplm_jax.tasks.embed import check_output, written_whole
+from cellplm_jax.tasks.embed import check_output
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -79,7 +80,7 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         "jax": jax.__version__,
         "cellplm_jax": cellplm_jax.__version__,
     }
-    with written_whole(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         archive.writestr(PROGRAM, program.serialize())
         archive.writestr(GENES, "".join(f"{gene}\n" for gene in model.genes))
         archive.writestr(CARD, json.dumps(card, indent=2, default=str) + "\n")

@@ -13,6 +13,7 @@ from etils import epath
 from cellplm_jax.config import to_dict
 from cellplm_jax.data.corpus import open_corpus
 from cellplm_jax.errors import InputError
+from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.pretrained import load
 from cellplm_jax.train.metrics import ProgressReport, read_metrics
 
@@ -130,7 +131,7 @@ def describe_corpus(
             }
         )
     size = None
-    if not os.fspath(path).startswith("gs://"):
+    if not is_remote(path):
         folder = Path(path).expanduser()
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {

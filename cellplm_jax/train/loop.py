@@ -49,7 +49,7 @@ from cellplm_jax.train.step import abstract_state, compile_training_step, create
 from cellplm_jax.train.workdir import (
     added_samples,
     check_room,
-    explained_writes,
+    explain_workdir_errors,
     machine_facts,
     open_workdir,
     rows_of,
@@ -198,7 +198,7 @@ def pretrain(
     if start >= config.steps:
         scores = evaluate(state.params)
     if first_process:
-        with explained_writes(folder):
+        with explain_workdir_errors(folder):
             _complete_card(folder, config, step, start, state, log, time.monotonic() - began)
             _draw(folder)
     rate = log.rates.cells_per_second
@@ -236,7 +236,7 @@ def _describe_run(
         store=store_facts(store),
     )
     if files != found:
-        with explained_writes(workdir):
+        with explain_workdir_errors(workdir):
             write_root(workdir, files)
 
 

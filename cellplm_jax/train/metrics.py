@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.config import ModelConfig, TrainConfig
-from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import init_params
+from cellplm_jax.storage import atomic_write_text, explain_write_errors, is_remote
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("tpu v2", 22.5e12),
@@ -302,7 +302,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, resume_step: int = 0):
-        self._remote = epath.Path(workdir) if "://" in os.fspath(workdir) else None
+        self._remote = epath.Path(workdir) if is_remote(workdir) else None
         self._scratch = tempfile.TemporaryDirectory() if self._remote is not None else None
         self._folder = Path(workdir if self._scratch is None else self._scratch.name)
         self._copied = time.monotonic()
@@ -313,10 +313,8 @@ class MetricsWriter:
             # A run that starts over writes its step 0 again.
             last = resume_step if resume_step > 0 else -1
             kept = [row for row in read_metrics(source) if row.get("step", 0) <= last]
-        partial = self.path.with_suffix(".partial")
         with self._explained():
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            partial.replace(self.path)
+            atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = self.path.open("a", encoding="utf-8")
             self._tensorboard = _EventFile.open(self._folder / "tensorboard")
 
@@ -366,18 +364,10 @@ class MetricsWriter:
             closing.callback(self._file.close)
             self.flush()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            msg = explain(
-                f"'{self.path.parent}' cannot be written ({error.strerror or error})",
-                "a work directory with room that may be written",
-                "Free some space or correct its permissions, and run the same command again: it continues from the "
-                "last checkpoint",
-            )
-            raise InputError(msg) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explain_write_errors(
+            f"'{self.path.parent}'", again="it continues from the last checkpoint", catch=OSError
+        )
 
 
 class _EventFile:
