@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.batches import MemoryStore
 from cellplm_jax.data.datasets import UNASSIGNED, pbmc3k
@@ -377,7 +378,6 @@ def _write_report(
 ) -> None:
     import json
 
-    import cellplm_jax
     from cellplm_jax.report import Code, Figure, Table, Text, write_report
 
     columns = {
@@ -438,7 +438,7 @@ def _write_report(
             heading="Use this model",
         ),
         Text(
-            f"cellplm-jax {cellplm_jax.__version__}, jax {jax.__version__}, {device.platform} "
+            f"cellplm-jax {__version__}, jax {jax.__version__}, {device.platform} "
             f"({device.device_kind}), {os.cpu_count()} CPU cores, seed {seed}, {facts['seconds']:.0f} s in all.",
             heading="Machine",
         ),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cellplm_jax
+from cellplm_jax._version import __version__
 
 DISTRIBUTION = "cellplm-jax"
 
@@ -96,7 +96,7 @@ class _Report:
 
 
 def _software(report: _Report) -> None:
-    report.add("cellplm-jax", f"{cellplm_jax.__version__}, {Path(cellplm_jax.__file__).parent}")
+    report.add("cellplm-jax", f"{__version__}, {Path(__file__).parent}")
     ranges = dict(_requirements())
     version = platform.python_version()
     _versioned(report, "Python", version, ranges.get("python", ""), "Make an environment with it")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cellplm_jax._version import __version__
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
@@ -360,8 +361,6 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
     Raises:
         InputError: A section is of another type, a table has a row of another length, or a picture cannot be shown.
     """
-    import cellplm_jax
-
     body = "".join(_section(section) for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -371,7 +370,7 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header>\n<h1>{_escape(title)}</h1>\n{_paragraphs(summary)}</header>\n{body}"
-        f"<footer>Written by cellplm-jax {_escape(cellplm_jax.__version__)}.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Written by cellplm-jax {_escape(__version__)}.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 

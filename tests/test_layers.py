@@ -18,10 +18,12 @@ MODULES = {
 }
 LEVELS = {
     "errors": 0,
+    "_version": 0,
     "config": 1,
     "structs": 1,
     "cache": 1,
     "storage": 1,
+    "progress": 1,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,
@@ -92,6 +94,29 @@ def test_imports_point_downwards(module):
             assert other not in SIBLINGS, f"{module} imports its sibling {other}"
         if LEVELS[part] < 4:
             assert other != "presets", f"{module} imports presets"
+
+
+def test_no_module_imports_the_package_itself():
+    """Everything at the top of the package is loaded from the modules below it."""
+    for module, path in MODULES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                assert "cellplm_jax" not in {alias.name for alias in node.names}, module
+            if isinstance(node, ast.ImportFrom) and node.module == "cellplm_jax":
+                assert {alias.name for alias in node.names} <= set(LEVELS), module
+
+
+def test_no_import_circle():
+    """Imports inside functions count too."""
+    graph = {
+        module: {name.removeprefix("cellplm_jax.") for name in imports(path)} & set(MODULES)
+        for module, path in MODULES.items()
+    }
+    assert sum(map(len, graph.values())) > 200
+    while graph:
+        leaves = {module for module, needed in graph.items() if not needed & set(graph)}
+        assert leaves, f"these import one another in a circle: {sorted(graph)}"
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
 
 
 def users(library: str) -> set[str]:

@@ -98,7 +98,7 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
     from cellplm_jax.tasks import stream
     from cellplm_jax.tasks.bench import peak_memory
     from cellplm_jax.tasks.embed import embed_source
-    from cellplm_jax.tasks.stream import Waiting
+    from cellplm_jax.tasks.stream import IOWait
 
     if streamed:
         stream.STREAM_CELLS, stream.STREAM_CHUNK = 1, 1024
@@ -116,7 +116,7 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
         else:
             first = np.arange(source.cells)
         embed_source(source, model, groups=[first], spatial_key=None)
-        waiting = Waiting()
+        waiting = IOWait()
         watcher = threading.Thread(target=watch)
         watcher.start()
         began = time.perf_counter()

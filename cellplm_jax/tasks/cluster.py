@@ -21,7 +21,7 @@ from cellplm_jax.tasks.embed import (
     read_and_embed,
     write_copy,
 )
-from cellplm_jax.tasks.pretrained import Pretrained, opened
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -269,4 +269,4 @@ def _model(
             ),
         )
         raise InputError(msg)
-    return opened(model)
+    return as_pretrained(model)

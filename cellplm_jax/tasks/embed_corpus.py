@@ -30,6 +30,7 @@ import tensorstore
 from flax.traverse_util import flatten_dict
 from scipy import sparse
 
+from cellplm_jax._version import __version__
 from cellplm_jax.data.anndata_io import in_vocabulary
 from cellplm_jax.data.corpus import (
     LABEL_COLUMN,
@@ -39,11 +40,11 @@ from cellplm_jax.data.corpus import (
 )
 from cellplm_jax.data.genes import GeneMapping, map_genes
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
 from cellplm_jax.tasks.embed import check_output, embed_context
-from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
-from cellplm_jax.tasks.stream import Waiting
-from cellplm_jax.train.metrics import ProgressReport
+from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
+from cellplm_jax.tasks.stream import IOWait
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +127,7 @@ def embed_corpus(
             something else: another model's, another corpus', in another precision; process 0 made no store in time.
     """
     index, count = _place(process_index, process_count)
-    model = opened(model)
+    model = as_pretrained(model)
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     mapping = map_genes(corpus.genes, model.genes)
     folder = Folder(out)
@@ -159,7 +160,7 @@ def embed_corpus(
         if done is None:
             messages.append(f"'{folder.path}' was complete already; nothing was embedded")
             return CorpusEmbedding(folder.path, sum(cells), len(cells), 0, True, messages)
-        waiting = Waiting()
+        waiting = IOWait()
         mine = deal(cells, count)[index]
         left = [sample for sample in mine if not done[sample]]
         title = "embedding" if count == 1 else f"embedding ({index + 1} of {count})"
@@ -283,7 +284,7 @@ def _embed_samples(
     mapping: GeneMapping,
     folder: Folder,
     left: Sequence[int],
-    waiting: Waiting,
+    waiting: IOWait,
     progress: ProgressReport,
 ) -> None:
     """Embed samples, write their rows and mark them."""
@@ -516,15 +517,13 @@ def _cell_table(corpus: Corpus) -> pd.DataFrame:
 
 def _provenance(corpus: Corpus, model: Pretrained, mapping: GeneMapping) -> dict[str, Any]:
     """Return ``uns["cellplm"]`` with the keys that embedding a file writes."""
-    import cellplm_jax
-
     spatial = any(sample.spatial for sample in corpus.samples)
     used = spatial and model.config.positions.kind != "none"
     return {
         "model": model.id,
         "model_source": model.source,
         "precision": model.precision,
-        "version": cellplm_jax.__version__,
+        "version": __version__,
         "key_added": KEY,
         "context": {
             "batch_key": "sample",

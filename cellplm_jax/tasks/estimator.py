@@ -26,12 +26,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from etils import epath
 
+from cellplm_jax._version import __version__
 from cellplm_jax.cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.presets import preset
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
@@ -44,7 +46,13 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import Pretrained, load_located, located, opened, publish
+from cellplm_jax.tasks.pretrained import (
+    Pretrained,
+    as_pretrained,
+    load_located,
+    publish,
+    resolve_source,
+)
 from cellplm_jax.train.checkpoint import (
     ESTIMATOR_FILE,
     TENSOR_FILES,
@@ -55,7 +63,6 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.train.metrics import ProgressReport
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -155,7 +162,7 @@ class Estimator(abc.ABC):
         **training: Any,
     ):
         keep_compiled()
-        self.base = None if model is None else opened(model)
+        self.base = None if model is None else as_pretrained(model)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None
         self.genes: int | None = genes
@@ -323,14 +330,12 @@ class Estimator(abc.ABC):
             start: From :meth:`_begin`.
             params: Of the same architecture.
         """
-        import cellplm_jax
-
         card = {
             **start.card,
             "kind": "fine-tuned",
             "task": self.task,
             "fine_tuned_from": "nothing" if self.base is None else self.base.id,
-            "made_by": f"cellplm-jax {cellplm_jax.__version__}",
+            "made_by": f"cellplm-jax {__version__}",
         }
         self.model = Pretrained(start.config, params, start.genes, card, start.source, start.step)
         return self.model
@@ -497,14 +502,12 @@ class Estimator(abc.ABC):
             InputError: It has not been fitted.
             CheckpointError: The directory is not empty, or there is no such format.
         """
-        import cellplm_jax
-
         model = self._fitted()
         state, arrays = self._state()
         content = {
             "format": 1,
             "class": type(self).__name__,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "training": to_dict(self.training),
             "genes": self.genes,
             "reading": dataclasses.asdict(self.reading),
@@ -585,7 +588,9 @@ class Estimator(abc.ABC):
         Raises:
             CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
         """
-        where, name = located(directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"]))
+        where, name = resolve_source(
+            directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"])
+        )
         content = read_estimator(where, name)
         if content["class"] != cls.__name__:
             msg = explain(

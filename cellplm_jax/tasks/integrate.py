@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import ConfigError, InputError, explain
@@ -294,15 +295,13 @@ class BatchIntegrator(Estimator):
         self, data: Any, reading: Reading, key_added: str
     ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
         """Embed in contexts of all batches; return z, facts for ``uns``, and sentences about the input."""
-        import cellplm_jax
-
         model = self._fitted()
         z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         return (
             z,
             {
                 "model": model.id,
-                "version": cellplm_jax.__version__,
+                "version": __version__,
                 "key_added": key_added,
                 "strength": self.strength,
                 "batches_fitted": list(self.batch_rows),

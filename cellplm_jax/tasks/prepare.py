@@ -43,6 +43,7 @@ from cellplm_jax.data.corpus import (
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.data.store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote
 
 Vocabulary = Literal["union", "intersection"]
@@ -556,10 +557,6 @@ def _run_stage(
     Raises:
         InputError: It failed for a file; every such file is named.
     """
-    from cellplm_jax.train.metrics import (
-        ProgressReport,
-    )  # brings jax, which workers need not wait for
-
     total = sum(sizes[name] for name in tasks)
     report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
     lock = threading.Lock()  # dask reports progress from a thread of its own

@@ -399,7 +399,9 @@ def publish(
         return hub.push(folder, repo_id, **options)
 
 
-def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tuple[str, str]:
+def resolve_source(
+    source: str | os.PathLike, *, extra_files: Iterable[str] = ()
+) -> tuple[str, str]:
     """Return where a model lies that a user named: the one place that knows what a source may be.
 
     Args:
@@ -458,7 +460,7 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*located(source), step=step, precision=precision, devices=devices)
+    return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
 
 
 def load_located(
@@ -472,7 +474,7 @@ def load_located(
     """Open a model whose place is known.
 
     Args:
-        directory: From :func:`located`.
+        directory: From :func:`resolve_source`.
         name: Likewise; what messages call it and the model remembers.
         step: See :func:`load`.
         precision: See :func:`load`.
@@ -502,7 +504,7 @@ def load_located(
     )
 
 
-def opened(model: Pretrained | str | os.PathLike) -> Pretrained:
+def as_pretrained(model: Pretrained | str | os.PathLike) -> Pretrained:
     """Return a model as it is, or open what :func:`load` takes."""
     return model if isinstance(model, Pretrained) else load(model)
 

@@ -25,6 +25,7 @@ from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.pipeline import TrainingBatches, gene_means, split_heldout
 from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.train.checkpoint import (
     BEST_METRIC,
@@ -38,7 +39,6 @@ from cellplm_jax.train.checkpoint import (
 from cellplm_jax.train.heldout import HeldoutEvaluation
 from cellplm_jax.train.metrics import (
     MetricsWriter,
-    ProgressReport,
     StepRates,
     peak_flops,
     read_metrics,

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig, to_dict
 from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import CheckpointError, InputError, explain
@@ -265,11 +266,9 @@ def run_card(
         heldout: Ranges of cells held out.
         facts: What the caller knows of the data; kept as it is.
     """
-    import cellplm_jax
-
     return {
         **(facts or {}),
-        "made_by": f"cellplm-jax {cellplm_jax.__version__}",
+        "made_by": f"cellplm-jax {__version__}",
         "kind": "pretrained",
         "datasets": len({sample.dataset_name for sample in store.samples}),
         "training_samples": len({part.sample for part in train}),

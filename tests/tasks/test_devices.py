@@ -13,7 +13,7 @@ from cellplm_jax.errors import InputError
 from cellplm_jax.tasks import embed as embed_module
 from cellplm_jax.tasks import stream
 from cellplm_jax.tasks.pretrained import Pretrained
-from cellplm_jax.tasks.stream import one_behind
+from cellplm_jax.tasks.stream import overlap
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, over_cells
 from tests.conftest import VOCABULARY, make_adata
 from tests.model.common import tiny
@@ -162,7 +162,7 @@ def test_as_many_results_are_behind_as_there_are_devices():
             log.append(f"start {number}")
             yield number
 
-    for number in one_behind(started(), 2):
+    for number in overlap(started(), 2):
         log.append(f"take {number}")
     assert log == [
         "start 0", "start 1", "start 2", "take 0", "start 3", "take 1", "take 2", "take 3",
