@@ -20,9 +20,9 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.batches import MemoryStore
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.datasets import UNASSIGNED, pbmc3k
 from cellplm_jax.data.pipeline import SampleRange, split_heldout
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import require
 from cellplm_jax.presets import preset
 from cellplm_jax.storage import atomic_write, atomic_write_text
@@ -378,7 +378,7 @@ def _write_report(
 ) -> None:
     import json
 
-    from cellplm_jax.report import Code, Figure, Table, Text, write_report
+    from cellplm_jax.report.html import Code, Figure, Table, Text, write_report
 
     columns = {
         "ARI": "ari",

@@ -206,7 +206,7 @@ def _has_tpu() -> bool:
 
 def _memory(report: _Report) -> None:
     from cellplm_jax.presets import preset
-    from cellplm_jax.tasks.stream import STREAM_CELLS, available_memory
+    from cellplm_jax.tasks.long_context import STREAM_CELLS, available_memory
 
     free = available_memory()
     report.add("memory", f"{free / 1e9:.1f} GB free for new work", "good" if free > 4e9 else "poor")
@@ -231,7 +231,7 @@ def _memory(report: _Report) -> None:
 
 
 def _caches(report: _Report) -> None:
-    from cellplm_jax.cache import VARIABLE, cache_directory, keep_compiled
+    from cellplm_jax.compilation_cache import VARIABLE, cache_directory, keep_compiled
 
     if cache_directory() is None:
         report.add("compiled programs", f"not kept: {VARIABLE}=off", "poor", f"Unset {VARIABLE}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellplm_jax._version import __version__
-from cellplm_jax.cli import bench, corpus, embedding, estimators, machine, models
+from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
 from cellplm_jax.cli.output import fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError
@@ -42,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_info(commands)
     corpus.add_plan(commands)
     bench.add_bench(commands)
-    machine.add_doctor(commands)
-    machine.add_completion(commands, parser)
+    install.add_doctor(commands)
+    install.add_completion(commands, parser)
     return parser
 
 

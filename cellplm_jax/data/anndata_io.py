@@ -1112,7 +1112,7 @@ def open_counts(
         )
         raise InputError(msg)
     try:
-        return _settle(opened, vocabulary, layer, gene_key, values, minimum_genes)
+        return _resolve(opened, vocabulary, layer, gene_key, values, minimum_genes)
     except (OSError, KeyError) as error:
         opened.close()
         if isinstance(source, anndata.AnnData):
@@ -1123,7 +1123,7 @@ def open_counts(
         raise
 
 
-def _settle(
+def _resolve(
     opened: _Opened,
     vocabulary: Sequence[str],
     layer: str | None,

@@ -8,8 +8,9 @@ A corpus is a folder, or a gs:// prefix to read from::
     parts/NAME.json   its sample table, measured genes and checksums; written last, so a part without it is unfinished
 
 Counts are compressed sparse rows: uint16 counts and gene indices (uint32 beyond 65,536 genes), sharded, lz4, each chunk
-with its CRC-32C. The cells of a sample lie together, in the order of :func:`cellplm_jax.data.store.storage_order`, so
-that what training wants to see together is one contiguous read. TensorStore reads, from any number of threads.
+with its CRC-32C. The cells of a sample lie together, in the order of
+:func:`cellplm_jax.data.cell_store.storage_order`, so that what training wants to see together is one contiguous read.
+TensorStore reads, from any number of threads.
 
 :class:`PartWriter` and :func:`write_index` make a corpus, :func:`open_corpus` reads one.
 """
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore
 
-from cellplm_jax.data.store import CellRun, SampleRecord
+from cellplm_jax.data.cell_store import CellRun, SampleRecord
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.storage import Folder, atomic_write_text, explain_write_errors, is_remote
 
@@ -634,7 +635,7 @@ class Part:
 
 
 class Corpus:
-    """An open corpus, a :class:`cellplm_jax.data.store.CellStore`. Made by :func:`open_corpus`.
+    """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Made by :func:`open_corpus`.
 
     Attributes:
         path: Where it is.

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.kernels.matmul import dependent_zeros, linear_product
-from cellplm_jax.structs import CellBatch
 
 BLOCK = 32_768
 """Stored counts that are scattered at once."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.batch import CellBatch, LatentOutput, Reconstruction
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError, explain
 from cellplm_jax.kernels.chunked import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
@@ -26,7 +27,6 @@ from cellplm_jax.losses.likelihoods import (
     zero_inflated_mean_terms,
     zero_inflated_negative_binomial_nll,
 )
-from cellplm_jax.structs import CellBatch, LatentOutput, Reconstruction
 
 # A likelihood holds sixteen arrays of a chunk by genes in its backward pass, an embedder two.
 LIKELIHOOD_SHARE = 8

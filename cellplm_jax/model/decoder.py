@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.embedder import mean_row_lookup
 from cellplm_jax.model.layers import (
@@ -21,7 +22,6 @@ from cellplm_jax.model.layers import (
     output_dense,
     prelu,
 )
-from cellplm_jax.structs import CellBatch, Reconstruction
 
 MEAN_RANGE = (1e-5, 1e6)
 DISPERSION_RANGE = (1e-4, 1e4)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.kernels.chunked import CountChunks, chunked_product
 from cellplm_jax.kernels.matmul import embedding_lookup, linear_product
 from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, constrain, dense, make_norm
 from cellplm_jax.model.positions import Positions
-from cellplm_jax.structs import CellBatch
 
 
 def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import betaincinv
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import MaskingConfig
 from cellplm_jax.model.layers import ENTRIES, constrain
-from cellplm_jax.structs import CellBatch
 
 
 def _rank(noise: jax.Array) -> jax.Array:

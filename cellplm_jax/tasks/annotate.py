@@ -263,7 +263,7 @@ class CellTypeAnnotator(Estimator):
             self._fit_neighbors(adata, table, train, codes)
         else:
             self._fit_head(table, train, valid, codes, transductive)
-        self._tell()
+        self._log_messages()
         return self
 
     def _check_unseen(

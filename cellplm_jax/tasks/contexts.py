@@ -14,6 +14,7 @@ import pandas as pd
 from flax import struct
 from scipy import sparse
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import (
@@ -25,7 +26,6 @@ from cellplm_jax.data.batches import (
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
 from cellplm_jax.errors import InputError, explain, nearest
-from cellplm_jax.structs import CellBatch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -280,7 +280,7 @@ class Layout:
     contexts: np.ndarray
 
 
-def lay_out(
+def make_examples(
     table: CellTable,
     contexts: Sequence[np.ndarray],
     config: ModelConfig,

@@ -43,7 +43,7 @@ from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from cellplm_jax.structs import Reconstruction
+    from cellplm_jax.batch import Reconstruction
 
 LAYER = "cellplm_denoised"
 """Layer that ``predict`` writes; the log-normalised one has ``_log1p`` behind it."""
@@ -168,7 +168,7 @@ class Denoiser(Estimator):
         )
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
-        self._tell()
+        self._log_messages()
         return self
 
     def _fitted(self) -> Pretrained:

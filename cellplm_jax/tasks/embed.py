@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from cellplm_jax._version import __version__
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.anndata_io import CountSource, Values, nullable_strings, open_counts
 from cellplm_jax.data.batches import (
     Sample,
@@ -26,10 +27,9 @@ from cellplm_jax.data.batches import (
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.structs import CellBatch
-from cellplm_jax.tasks import stream
+from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
-from cellplm_jax.tasks.stream import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -323,7 +323,7 @@ def embed_context(
     Returns:
         float32 [n, latent].
     """
-    if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
+    if len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config):
         hidden = express_context(
             source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
         )

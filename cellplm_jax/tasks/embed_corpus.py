@@ -43,8 +43,8 @@ from cellplm_jax.errors import InputError, explain
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
 from cellplm_jax.tasks.embed import check_output, embed_context
+from cellplm_jax.tasks.long_context import IOWait
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
-from cellplm_jax.tasks.stream import IOWait
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,20 +27,20 @@ import numpy as np
 from etils import epath
 
 from cellplm_jax._version import __version__
-from cellplm_jax.cache import keep_compiled
+from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
     Layout,
     contexts_of,
-    lay_out,
+    make_examples,
     read_cells,
     source_groups,
     variable_genes,
@@ -269,9 +269,9 @@ class Estimator(abc.ABC):
         part: np.ndarray | None = None,
         targets: Mapping[str, np.ndarray] | None = None,
     ) -> list[Layout]:
-        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.lay_out`."""
+        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.make_examples`."""
         limit = self.training.cells_per_context or None
-        return lay_out(
+        return make_examples(
             table,
             contexts_of(table.batch, cells, limit=limit, part=part),
             model.config,
@@ -340,7 +340,7 @@ class Estimator(abc.ABC):
         self.model = Pretrained(start.config, params, start.genes, card, start.source, start.step)
         return self.model
 
-    def _tell(self) -> None:
+    def _log_messages(self) -> None:
         """Show the messages of the fit, unless quiet."""
         report = ProgressReport(self.task, 1, quiet=self.quiet)
         for message in self.messages:

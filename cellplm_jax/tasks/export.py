@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cellplm_jax._version import __version__
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.structs import CellBatch
 from cellplm_jax.tasks.embed import check_output
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 

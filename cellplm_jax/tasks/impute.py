@@ -36,7 +36,7 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     gather,
-    lay_out,
+    make_examples,
     own_vocabulary,
     read_cells,
     variable_genes,
@@ -265,7 +265,7 @@ class GeneImputer(Estimator):
         self._judge(source, valid, predicted)
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
-        self._tell()
+        self._log_messages()
         return self
 
     def _tables(
@@ -397,7 +397,7 @@ class GeneImputer(Estimator):
         limit = self.training.cells_per_context or None
         contexts = contexts_of(shown.batch, cells, limit=limit)
         layouts = [
-            lay_out(
+            make_examples(
                 table,
                 contexts,
                 start.config,

@@ -17,7 +17,7 @@ from cellplm_jax.errors import ConfigError, InputError, explain
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
-from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, lay_out
+from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
 from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
@@ -174,7 +174,7 @@ class BatchIntegrator(Estimator):
             examples=examples,
             validate=None,
         )
-        self._tell()
+        self._log_messages()
         return self
 
     def _deal(
@@ -186,7 +186,7 @@ class BatchIntegrator(Estimator):
         by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
         limit = self.training.cells_per_context or len(cells)
         count = -(-len(cells) // limit)
-        return lay_out(
+        return make_examples(
             table,
             [by_batch[first::count] for first in range(count)],
             start.config,

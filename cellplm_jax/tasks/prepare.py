@@ -30,6 +30,7 @@ import pandas as pd
 import scipy.sparse as sparse
 
 from cellplm_jax.data.anndata_io import CountSource, open_counts
+from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.data.corpus import (
     FORMAT,
     PartSample,
@@ -41,7 +42,6 @@ from cellplm_jax.data.corpus import (
     write_index,
 )
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.data.store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cellplm_jax.cache import keep_compiled
+from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
 from cellplm_jax.model.embedder import transform_stored
-from cellplm_jax.structs import CellBatch, Reconstruction
-from cellplm_jax.tasks.stream import StreamedEncoder
+from cellplm_jax.tasks.long_context import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     WeightFormat,

@@ -157,7 +157,7 @@ class SampleClassifier(Estimator):
             "left_out_samples_cross_entropy": error,
             "cross_entropy_of_frequencies": float(-(share * np.log(share)).sum()),
         }
-        self._tell()
+        self._log_messages()
         return self
 
     # -- predicting -----------------------------------------------------------------------------

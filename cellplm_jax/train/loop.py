@@ -21,12 +21,12 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import TrainingBatches, gene_means, split_heldout
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.structs import CellBatch
 from cellplm_jax.train.checkpoint import (
     BEST_METRIC,
     ModelFiles,

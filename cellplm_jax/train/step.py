@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from cellplm_jax.batch import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.config import MaskingConfig, TrainConfig
 from cellplm_jax.losses.likelihoods import (
     negative_binomial_nll,
@@ -24,7 +25,6 @@ from cellplm_jax.losses.objectives import (
 )
 from cellplm_jax.model.cellplm import CellPLM, in_precision
 from cellplm_jax.model.masking import drop_cells, keep_cells, masked_width, sample_gene_mask
-from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
 from cellplm_jax.train.sharding import (
     MeshFunction,

@@ -19,7 +19,7 @@ from etils import epath
 
 from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig, to_dict
-from cellplm_jax.data.store import CellStore
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.errors import CheckpointError, InputError, explain
 from cellplm_jax.storage import explain_write_errors, is_remote
 from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root

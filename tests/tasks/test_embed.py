@@ -19,7 +19,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.tasks import embed as embed_module
-from cellplm_jax.tasks import stream
+from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.embed import embed, embed_file
 from cellplm_jax.tasks.pretrained import Pretrained, numba_works
 from tests.conftest import SHARED, VOCABULARY, make_adata, make_counts
@@ -329,8 +329,8 @@ def test_bfloat16_is_close_and_says_so(tiny_model, monkeypatch):
     assert cosine.min() > 0.999
     assert np.abs(found - exact).max() > 1e-6  # it was really narrow
     # The same in passes over chunks.
-    monkeypatch.setattr(stream, "STREAM_CELLS", 100)
-    monkeypatch.setattr(stream, "STREAM_CHUNK", 64)
+    monkeypatch.setattr(long_context, "STREAM_CELLS", 100)
+    monkeypatch.setattr(long_context, "STREAM_CHUNK", 64)
     streamed = embedding(adata, dataclasses.replace(narrow))
     np.testing.assert_allclose(streamed, found, atol=0.02 * np.abs(found).max())
 

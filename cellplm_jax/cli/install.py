@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from cellplm_jax.cli.options import add_output, command
-from cellplm_jax.cli.output import conclude, say, styled
+from cellplm_jax.cli.output import print_result, say, styled
 
 SHELLS = ("bash", "zsh", "tcsh")
 """Shells that completion is written for."""
@@ -36,7 +36,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from cellplm_jax.doctor import diagnose
 
     facts = diagnose()
-    conclude(arguments, list(_doctor_lines(facts)), facts)
+    print_result(arguments, list(_doctor_lines(facts)), facts)
     return 0 if facts["usable"] else 1
 
 

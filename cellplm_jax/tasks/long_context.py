@@ -20,7 +20,7 @@ import numpy as np
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import CellPLM
-from cellplm_jax.model.streaming import FLOW_ROUNDS, chunk_layer, chunk_sums
+from cellplm_jax.model.long_context import FLOW_ROUNDS, chunk_layer, chunk_sums
 
 Item = TypeVar("Item")
 

@@ -12,8 +12,8 @@ import pytest
 
 import cellplm_jax as cellplm
 from cellplm_jax.errors import InputError
-from cellplm_jax.tasks import stream
-from cellplm_jax.tasks.stream import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
+from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from tests.model.common import HIDDEN, tiny
 
 
@@ -66,7 +66,7 @@ def test_embed_streams_large_contexts_to_the_same_numbers(monkeypatch):
         asked.append(len(given[1]))
         return original(self, *given, chunk=128, **named)
 
-    monkeypatch.setattr(stream, "STREAM_CELLS", 250)
+    monkeypatch.setattr(long_context, "STREAM_CELLS", 250)
     monkeypatch.setattr(StreamedEncoder, "__call__", spy)
     streamed = cellplm.embed(adata, "small").obsm["X_cellplm"]
     assert asked == [300]
@@ -134,7 +134,7 @@ def test_results_are_taken_when_the_next_one_runs():
 def test_large_arrays_lie_on_disk_and_too_large_ones_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert not isinstance(host_array((10, 4)), np.memmap)
-    monkeypatch.setattr(stream, "available_memory", lambda: 200)
+    monkeypatch.setattr(long_context, "available_memory", lambda: 200)
     spilled = host_array((10, 4))
     assert isinstance(spilled, np.memmap)
     assert not spilled.any()
@@ -146,7 +146,7 @@ def test_large_arrays_lie_on_disk_and_too_large_ones_are_refused(monkeypatch, tm
 
 
 def test_available_memory_is_a_plausible_number():
-    assert 1e7 < stream.available_memory() < 1e14
+    assert 1e7 < long_context.available_memory() < 1e14
 
 
 def test_a_user_is_told_of_long_waits_alone():
