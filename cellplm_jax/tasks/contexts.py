@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -395,11 +394,6 @@ def source_groups(
     if batch_key is not None:
         batch = source.column(batch_key)
     return contexts_of(batch, np.arange(source.cells), part=part)
-
-
-def name_of(data: Any) -> str:
-    """Return what messages call the data."""
-    return f"'{Path(data).name}'" if isinstance(data, str | os.PathLike) else "the AnnData"
 
 
 def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
