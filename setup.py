@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "cellplm_jax" / "__init__.py").read_text(), re.MULTILINE
+    r'^__version__ = "(.+)"$', (ROOT / "cellplm_jax" / "_version.py").read_text(), re.MULTILINE
 ).group(1)
 
 # Training reads through Grain; several processes of `cellplm prepare` are dask's.

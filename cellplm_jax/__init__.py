@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from cellplm_jax._version import __version__
 
 if TYPE_CHECKING:
     from cellplm_jax.config import FinetuneConfig, ModelConfig, TrainConfig
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     )
     from cellplm_jax.presets import preset
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
-    from cellplm_jax.tasks.attention import cell_attention
+    from cellplm_jax.tasks.attention_weights import cell_attention
     from cellplm_jax.tasks.cluster import cluster, cluster_file
     from cellplm_jax.tasks.denoise import Denoiser
     from cellplm_jax.tasks.embed import embed, embed_file
     from cellplm_jax.tasks.embed_corpus import embed_corpus
     from cellplm_jax.tasks.export import export_model
-    from cellplm_jax.tasks.genes import gene_embeddings
+    from cellplm_jax.tasks.gene_embeddings import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
     from cellplm_jax.tasks.integrate import BatchIntegrator
     from cellplm_jax.tasks.perturb import PerturbationPredictor
@@ -52,14 +52,14 @@ _WHERE = {
     "Pretrained": "cellplm_jax.tasks.pretrained",
     "SampleClassifier": "cellplm_jax.tasks.samples",
     "TrainConfig": "cellplm_jax.config",
-    "cell_attention": "cellplm_jax.tasks.attention",
+    "cell_attention": "cellplm_jax.tasks.attention_weights",
     "cluster": "cellplm_jax.tasks.cluster",
     "cluster_file": "cellplm_jax.tasks.cluster",
     "embed": "cellplm_jax.tasks.embed",
     "embed_corpus": "cellplm_jax.tasks.embed_corpus",
     "embed_file": "cellplm_jax.tasks.embed",
     "export_model": "cellplm_jax.tasks.export",
-    "gene_embeddings": "cellplm_jax.tasks.genes",
+    "gene_embeddings": "cellplm_jax.tasks.gene_embeddings",
     "load": "cellplm_jax.tasks.pretrained",
     "preset": "cellplm_jax.presets",
     "pretrain": "cellplm_jax.tasks.pretrain",

@@ -17,13 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.batches import MemoryStore
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.datasets import UNASSIGNED, pbmc3k
 from cellplm_jax.data.pipeline import SampleRange, split_heldout
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import require
 from cellplm_jax.presets import preset
+from cellplm_jax.storage import atomic_write, atomic_write_text
 from cellplm_jax.tasks.embed import embed
 from cellplm_jax.tasks.pretrain import read_samples
 from cellplm_jax.tasks.pretrained import Pretrained, load
@@ -337,9 +339,8 @@ def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -
     written = {}
     for name, drawn in figures.items():
         path = out / f"{name}.png"
-        partial = path.with_suffix(".partial.png")
-        drawn.savefig(partial, dpi=110)
-        os.replace(partial, path)
+        with atomic_write(path) as partial:
+            drawn.savefig(partial, format="png", dpi=110)
         written[name] = path.read_bytes()
         plt.close(drawn)
     return written
@@ -377,8 +378,7 @@ def _write_report(
 ) -> None:
     import json
 
-    import cellplm_jax
-    from cellplm_jax.report import Code, Figure, Table, Text, write_report
+    from cellplm_jax.report.html import Code, Figure, Table, Text, write_report
 
     columns = {
         "ARI": "ari",
@@ -438,7 +438,7 @@ def _write_report(
             heading="Use this model",
         ),
         Text(
-            f"cellplm-jax {cellplm_jax.__version__}, jax {jax.__version__}, {device.platform} "
+            f"cellplm-jax {__version__}, jax {jax.__version__}, {device.platform} "
             f"({device.device_kind}), {os.cpu_count()} CPU cores, seed {seed}, {facts['seconds']:.0f} s in all.",
             heading="Machine",
         ),
@@ -449,6 +449,5 @@ def _write_report(
         summary=verdict(table),
         sections=sections,
     )
-    partial = out / "scores.json.partial"
-    partial.write_text(json.dumps({"scores": table, "facts": facts}, indent=2), encoding="utf-8")
-    os.replace(partial, out / "scores.json")
+    text = json.dumps({"scores": table, "facts": facts}, indent=2)
+    atomic_write_text(out / "scores.json", text)

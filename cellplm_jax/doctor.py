@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cellplm_jax
+from cellplm_jax._version import __version__
 
 DISTRIBUTION = "cellplm-jax"
 
@@ -96,7 +96,7 @@ class _Report:
 
 
 def _software(report: _Report) -> None:
-    report.add("cellplm-jax", f"{cellplm_jax.__version__}, {Path(cellplm_jax.__file__).parent}")
+    report.add("cellplm-jax", f"{__version__}, {Path(__file__).parent}")
     ranges = dict(_requirements())
     version = platform.python_version()
     _versioned(report, "Python", version, ranges.get("python", ""), "Make an environment with it")
@@ -206,7 +206,7 @@ def _has_tpu() -> bool:
 
 def _memory(report: _Report) -> None:
     from cellplm_jax.presets import preset
-    from cellplm_jax.tasks.stream import STREAM_CELLS, available_memory
+    from cellplm_jax.tasks.long_context import STREAM_CELLS, available_memory
 
     free = available_memory()
     report.add("memory", f"{free / 1e9:.1f} GB free for new work", "good" if free > 4e9 else "poor")
@@ -231,7 +231,7 @@ def _memory(report: _Report) -> None:
 
 
 def _caches(report: _Report) -> None:
-    from cellplm_jax.cache import VARIABLE, cache_directory, keep_compiled
+    from cellplm_jax.compilation_cache import VARIABLE, cache_directory, keep_compiled
 
     if cache_directory() is None:
         report.add("compiled programs", f"not kept: {VARIABLE}=off", "poor", f"Unset {VARIABLE}")

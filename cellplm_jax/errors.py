@@ -1,8 +1,8 @@
 """Errors a user of the library can meet.
 
-Every message says three things in this order: what was found, what was expected, and what to do about it. Code that
-raises one of these builds the text with :func:`explain`, so the form is the same everywhere. The command line turns
-an :class:`CellPLMError` into exit status 2 and one message without a traceback.
+Every message says three things in this order: what was found, what was expected, and what to do about it. The errors
+build it from these three with :func:`explain`, so the form is the same everywhere. The command line turns a
+:class:`CellPLMError` into exit status 2 and one message without a traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from collections.abc import Iterable
 
 
 class CellPLMError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of every error this package raises on purpose.
+
+    Args:
+        found: What the library met, with the offending name or number in it; the whole message without ``expected``.
+        expected: What it needs instead.
+        remedy: What the user can do, as an instruction; "": nothing more is to be said.
+    """
+
+    def __init__(self, found: str, expected: str | None = None, remedy: str = ""):
+        # One argument, the message, so that an error that comes from another process is the same.
+        super().__init__(found if expected is None else explain(found, expected, remedy))
 
 
 class InputError(CellPLMError, ValueError):
@@ -30,19 +40,22 @@ class MissingDependencyError(CellPLMError, ImportError):
     """An optional dependency is needed for what was asked; the message names the extra to install."""
 
 
-def explain(found: str, expected: str, remedy: str) -> str:
+def explain(found: str, expected: str, remedy: str = "") -> str:
     """Return the one message form of this package.
 
     Args:
         found: What the library met, with the offending name or number in it.
         expected: What it needs instead.
-        remedy: What the user can do, as an instruction.
+        remedy: What the user can do, as an instruction; "": nothing more is to be said.
 
     Returns:
         ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised.
     """
+    text = f"{found.rstrip('.;')}; expected {expected.rstrip('.')}."
+    if not remedy:
+        return text
     remedy = remedy.rstrip(".")
-    return f"{found.rstrip('.;')}; expected {expected.rstrip('.')}. {remedy}{'' if remedy.endswith('?') else '.'}"
+    return f"{text} {remedy}{'' if remedy.endswith('?') else '.'}"
 
 
 def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
@@ -84,9 +97,8 @@ def require(module: str, extra: str, purpose: str):
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != module.split(".")[0]:
             raise
-        msg = explain(
+        raise MissingDependencyError(
             f"{purpose} needs the Python package '{module.split('.')[0]}', which is not installed",
             f"an environment with the extra '{extra}'",
             f"Run: pip install 'cellplm-jax[{extra}]'",
-        )
-        raise MissingDependencyError(msg) from error
+        ) from error

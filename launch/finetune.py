@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
@@ -29,6 +28,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.storage import atomic_write, is_remote
 from cellplm_jax.train.workdir import first_difference
 from launch import cluster, estimators, options
 
@@ -83,7 +83,7 @@ def check_workdir(workdir: Path, wanted: dict[str, Any]) -> bool:
     Raises:
         InputError: It holds the results of something else, or other files.
     """
-    if "://" in str(_WORKDIR.value):
+    if is_remote(str(_WORKDIR.value)):
         msg = explain(
             f"--workdir={_WORKDIR.value}", "a local directory", "Fit locally, then copy the results"
         )
@@ -141,20 +141,15 @@ def run() -> None:
     metrics = {"task": task, "class": kind.__name__, "fit": estimator.facts}
     if test is not None:
         metrics["test"] = estimator.score(test)
-    partial = workdir.with_name(f"{workdir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(workdir) as partial:
+        partial.mkdir()
         estimator.save(partial / ESTIMATOR)
         _write_json(partial / CONFIG, wanted)
         _write_json(partial / METRICS, metrics)
         if estimator.history:
             _write_json(partial / HISTORY, estimator.history)
             _draw(estimator, partial / PICTURE)
-        if workdir.exists():
-            workdir.rmdir()
-        os.replace(partial, workdir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     facts = estimator.facts
     line = f"{task}: fitted in {time.monotonic() - started:.0f} s"
     if "best_epoch" in facts:

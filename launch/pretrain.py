@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import TrainConfig, from_config_dict
 from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.storage import is_remote
 from launch import cluster, options
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/pretrain.py:small", "Configuration.")
@@ -66,7 +67,7 @@ def find_data(entries: Sequence[str]) -> list[str]:
     found: list[str] = []
     for entry in entries:
         path = Path(entry)
-        corpus = "://" in entry or (path / "corpus.json").is_file()
+        corpus = is_remote(entry) or (path / "corpus.json").is_file()
         if corpus and len(entries) > 1:
             msg = explain(
                 f"--corpus names the prepared corpus '{entry}' and {len(entries) - 1} more",

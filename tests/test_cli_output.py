@@ -13,7 +13,7 @@ import pytest
 
 from cellplm_jax import doctor
 from cellplm_jax.cli import build_parser
-from cellplm_jax.cli.output import conclude, plain, styled
+from cellplm_jax.cli.output import plain, print_result, styled
 from cellplm_jax.errors import InputError, nearest
 from tests.conftest import make_adata
 
@@ -92,9 +92,9 @@ def test_documents_are_json_whatever_the_numbers():
 
 def test_lines_or_a_document(capsys):
     arguments = SimpleNamespace(json=False, quiet=False, report=None)
-    conclude(arguments, ["wrote it"], {"cells": 3}, messages=["by the way"])
+    print_result(arguments, ["wrote it"], {"cells": 3}, messages=["by the way"])
     assert capsys.readouterr() == ("wrote it\n", "by the way\n")
-    conclude(
+    print_result(
         SimpleNamespace(json=True, quiet=True, report="r.html"), ["wrote it"], {"cells": 3},
         messages=["by the way"],
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ MODULES = {
 }
 LEVELS = {
     "errors": 0,
+    "_version": 0,
     "config": 1,
-    "structs": 1,
-    "cache": 1,
-    # Loops over parts of a batch, for model and losses alike.
-    "chunks": 1,
-    "products": 1,
-    # Imported where it is used: it needs Numba.
-    "stored_product": 1,
+    "batch": 1,
+    "compilation_cache": 1,
+    "storage": 1,
+    "progress": 1,
+    # Fast forms of array operations, for model, losses and tasks alike.
+    "kernels": 1,
     "data": 2,
     "model": 2,
     "losses": 2,
@@ -95,18 +96,43 @@ def test_imports_point_downwards(module):
             assert other != "presets", f"{module} imports presets"
 
 
+def test_no_module_imports_the_package_itself():
+    """Everything at the top of the package is loaded from the modules below it."""
+    for module, path in MODULES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                assert "cellplm_jax" not in {alias.name for alias in node.names}, module
+            if isinstance(node, ast.ImportFrom) and node.module == "cellplm_jax":
+                assert {alias.name for alias in node.names} <= set(LEVELS), module
+
+
+def test_no_import_circle():
+    """Imports inside functions count too."""
+    graph = {
+        module: {name.removeprefix("cellplm_jax.") for name in imports(path)} & set(MODULES)
+        for module, path in MODULES.items()
+    }
+    assert sum(map(len, graph.values())) > 200
+    while graph:
+        leaves = {module for module, needed in graph.items() if not needed & set(graph)}
+        assert leaves, f"these import one another in a circle: {sorted(graph)}"
+        graph = {module: needed for module, needed in graph.items() if module not in leaves}
+
+
 def users(library: str) -> set[str]:
     return {module for module, path in MODULES.items() if uses(path, library)}
 
 
 def test_fences():
-    # The table of logical axes is Linen's to apply.
-    assert {part_of(m) for m in users("flax.linen") - {"train.sharding"}} == {"model"}
+    # The table of logical axes is Linen's to apply, and so is what a layer computes again.
+    assert {part_of(m) for m in users("flax.linen") - {"train.sharding", "kernels.remat"}} == {
+        "model"
+    }
     assert users("orbax") == {"train.checkpoint"}
     assert users("safetensors") == {"train.tensors"}
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {"data", "tasks", "demo"}
-    assert users("numba") == {"stored_product", "tasks.pretrained"}
+    assert users("numba") == {"kernels.sparse_numba", "tasks.pretrained"}
     assert users("ml_collections") == set()
     assert users("absl") == set()
     for library in (
@@ -121,6 +147,28 @@ def test_fences():
             top = {name.split(".")[0] for name in top_level_imports(MODULES[module])}
             assert library not in top, f"{module} needs {library} to be imported"
     assert {part_of(module) for module in users("torch")} == {"interop"}
+
+
+# Changes of layout: one expression each, with nothing to compare.
+LAYOUTS = {"by_head", "join_heads", "one_hot_heads"}
+
+
+def test_every_kernel_has_a_reference_a_test_and_a_reason():
+    kernels = {}
+    for module, path in MODULES.items():
+        if part_of(module) == "kernels":
+            assert {part for part in own(path)} <= {"kernels", "batch"}, module
+            tests = ROOT / "tests" / "kernels" / f"test_{path.stem}.py"
+            functions = {n.name: n for n in tree_of(path).body if isinstance(n, ast.FunctionDef)}
+            for name, node in functions.items():
+                if name.startswith("_") or name.endswith("_reference") or name in LAYOUTS:
+                    continue
+                kernels[name] = module
+                assert f"{name}_reference" in functions, f"{module}.{name} has no reference"
+                assert {name, f"{name}_reference"} <= names_used(tests), f"{module}.{name}: no test"
+                reason = ast.get_docstring(node).partition("Why: ")[2].partition("\n\n")[0]
+                assert re.search(r"jax 0\.\d+", reason), f"{module}.{name}: why, for which jax?"
+    assert len(kernels) > 10
 
 
 def top_level_imports(path: Path) -> set[str]:
@@ -168,8 +216,9 @@ def test_no_module_knows_of_other_processes():
 
 def test_numpy_modules_do_not_import_jax():
     command = [module for module in MODULES if part_of(module) == "cli"]
+    pages = [module for module in MODULES if part_of(module) == "report"]
     pictures = [module for module in MODULES if part_of(module) == "plot"]
-    for module in ("errors", "config", "presets", "report", *pictures, *command):
+    for module in ("errors", "config", "presets", *pages, *pictures, *command):
         assert not any(n.split(".")[0] == "jax" for n in top_level_imports(MODULES[module])), module
     for module in MODULES:
         if part_of(module) == "evaluate" or module in ("data.genes", "data.anndata_io"):

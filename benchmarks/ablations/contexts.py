@@ -12,12 +12,12 @@ from pretraining import LABEL_KEY, NEIGHBORS, annotated_cells, fit_annotator, kn
 from scipy import sparse
 
 import cellplm_jax
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import scale_coordinates
 from cellplm_jax.evaluate.annotation import annotation_scores
 from cellplm_jax.evaluate.embedding import knn_accuracy
 from cellplm_jax.evaluate.reconstruction import masked_correlation
-from cellplm_jax.structs import CellBatch
 from cellplm_jax.tasks.annotate import CellTypeAnnotator
 from cellplm_jax.tasks.pretrained import Pretrained
 

@@ -30,13 +30,13 @@ from counts import GENES, make_counts  # noqa: E402
 from machine import machine, versions_of  # noqa: E402
 from run import ranged  # noqa: E402
 
-from cellplm_jax.products import linear_product  # noqa: E402
+from cellplm_jax.kernels.matmul import linear_product  # noqa: E402
 
 HIDDEN = 1024
 WAYS = {
     "scattered": "counts go to the device as they are stored and become a dense matrix there: what the embedder "
     "does on an accelerator, and without Numba",
-    "stored": "`cellplm_jax.stored_product`, compiled by Numba, on all cores: what it does on a CPU with Numba",
+    "stored": "`cellplm_jax.kernels.sparse_numba`, compiled by Numba, on all cores: what it does on a CPU with Numba",
     "scattered, composed": "the same, the gene embeddings multiplied by the linear layer beforehand (inference)",
     "dense on the host": "the dense matrix is made by the host",
     "BCSR": "`jax.experimental.sparse`",
@@ -106,7 +106,7 @@ def ways(given: dict[str, jax.Array], counts: Any) -> dict[str, Callable[[], jax
     table = np.asarray(given["table"])
     if given["table"].devices().pop().platform == "cpu":
         # Imported where it is used: an accelerator's machine needs no Numba.
-        from cellplm_jax.stored_product import stored_product
+        from cellplm_jax.kernels.sparse_numba import stored_product
 
         found["stored"] = lambda: finish(
             jnp.asarray(

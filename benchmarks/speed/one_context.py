@@ -95,13 +95,13 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
 
     import cellplm_jax as cellplm
     from cellplm_jax.data.anndata_io import open_counts
-    from cellplm_jax.tasks import stream
+    from cellplm_jax.tasks import long_context
     from cellplm_jax.tasks.bench import peak_memory
     from cellplm_jax.tasks.embed import embed_source
-    from cellplm_jax.tasks.stream import Waiting
+    from cellplm_jax.tasks.long_context import IOWait
 
     if streamed:
-        stream.STREAM_CELLS, stream.STREAM_CHUNK = 1, 1024
+        long_context.STREAM_CELLS, long_context.STREAM_CHUNK = 1, 1024
     model = cellplm.load("small")
     most, stop = [0], threading.Event()
 
@@ -111,12 +111,12 @@ def measure(path: Path, streamed: bool, out: Path | None) -> dict[str, Any]:
 
     with open_counts(path, model.genes) as source:
         # Compiles every program on cells of the same shapes, so that the clock sees none of it.
-        if source.cells > stream.STREAM_CELLS:
-            first = np.arange(stream.STREAM_CELLS + 1)
+        if source.cells > long_context.STREAM_CELLS:
+            first = np.arange(long_context.STREAM_CELLS + 1)
         else:
             first = np.arange(source.cells)
         embed_source(source, model, groups=[first], spatial_key=None)
-        waiting = Waiting()
+        waiting = IOWait()
         watcher = threading.Thread(target=watch)
         watcher.start()
         began = time.perf_counter()

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from cellplm_jax.cli.options import add_output, add_precision, command, positive
-from cellplm_jax.cli.output import conclude, say
+from cellplm_jax.cli.output import print_result, say
 
 
 def add_bench(commands: Any) -> None:
@@ -83,7 +83,7 @@ def _conclude(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
         rate += f", {facts['share_of_peak']:.0%} of the peak of matrix products"
     if not arguments.quiet:
         say(f"{facts['task']}: {rate} on {facts['device']}", sys.stderr)
-    conclude(arguments, [], facts)
+    print_result(arguments, [], facts)
 
 
 def _embed(arguments: argparse.Namespace) -> None:

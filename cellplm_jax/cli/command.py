@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import cellplm_jax
-from cellplm_jax.cli import bench, corpus, embedding, estimators, machine, models
+from cellplm_jax._version import __version__
+from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
 from cellplm_jax.cli.output import fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError
@@ -25,9 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         "or input, 1 anything else.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"cellplm-jax {cellplm_jax.__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"cellplm-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     corpus.add_demo(commands)
     corpus.add_prepare(commands)
@@ -44,8 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_info(commands)
     corpus.add_plan(commands)
     bench.add_bench(commands)
-    machine.add_doctor(commands)
-    machine.add_completion(commands)
+    install.add_doctor(commands)
+    install.add_completion(commands, parser)
     return parser
 
 

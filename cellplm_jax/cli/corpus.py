@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import add_counts, add_output, command, positive
-from cellplm_jax.cli.output import conclude, fail, say, table_lines
+from cellplm_jax.cli.output import check_report, fail, print_result, say, table_lines, write_page
 
 
 def add_demo(commands: Any) -> None:
@@ -50,7 +49,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         f"model:  {model}   (cellplm embed FILE.h5ad --model {model} --out OUT.h5ad)",
     ]
     facts = {"scores": table, "verdict": verdict(table), "wrote": [report, model]}
-    conclude(arguments, lines, facts)
+    print_result(arguments, lines, facts)
 
 
 def add_prepare(commands: Any) -> None:
@@ -123,7 +122,7 @@ def add_prepare(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.prepare import prepare, summary_text
 
-    reports.check(arguments)
+    check_report(arguments)
     summary = prepare(
         arguments.inputs,
         arguments.out,
@@ -145,8 +144,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.report is not None:
         from cellplm_jax.tasks.info import describe_corpus
 
-        reports.write(arguments, "corpus", describe_corpus(arguments.out, quiet=True))
-    conclude(
+        write_page(arguments, "corpus", describe_corpus(arguments.out, quiet=True))
+    print_result(
         arguments,
         [
             summary_text(summary),
@@ -232,7 +231,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
         say=None if arguments.quiet else lambda text: say(f"plan: {text}", sys.stderr),
     )
-    conclude(arguments, [search.plan_text(report)], report)
+    print_result(arguments, [search.plan_text(report)], report)
     if report["best"] is None:
         fail("cellplm plan", report["reason"])
         return 3

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
     DEFAULTS,
     READING,
@@ -17,12 +16,19 @@ from cellplm_jax.cli.options import (
     add_task,
     command,
     counts_only,
-    given,
+    passed_options,
     positive,
-    refuse,
+    reject_options,
     source,
 )
-from cellplm_jax.cli.output import conclude, fitted_line, scores_line
+from cellplm_jax.cli.output import (
+    check_new_file,
+    check_new_folder,
+    fitted_line,
+    print_result,
+    scores_line,
+    write_page,
+)
 from cellplm_jax.errors import InputError, explain
 
 
@@ -89,7 +95,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.embed import embed_file
     from cellplm_jax.tasks.pretrained import load
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     colors = arguments.color or ([arguments.batch_key] if arguments.batch_key else [])
     known_columns(arguments.input, arguments.color or [])
     model = load(arguments.model, precision=arguments.precision)
@@ -108,8 +114,8 @@ def _embed(arguments: argparse.Namespace) -> None:
         minimum_genes=arguments.minimum_genes,
         quiet=arguments.quiet,
     )
-    reports.write(arguments, "embedding", arguments.out, arguments.key_added, colors)
-    conclude(
+    write_page(arguments, "embedding", arguments.out, arguments.key_added, colors)
+    print_result(
         arguments,
         [f"wrote {arguments.out}: obsm['{arguments.key_added}'] by {model.id}"],
         {"wrote": [arguments.out], "key_added": arguments.key_added, "model": model.id},
@@ -131,7 +137,7 @@ def _is_corpus(path: str) -> bool:
 def _embed_corpus(arguments: argparse.Namespace) -> None:
     unused = ("batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
               "values", "minimum_genes", "color", "report")  # fmt: skip
-    refuse(
+    reject_options(
         arguments,
         unused,
         "embed with a corpus",
@@ -160,7 +166,7 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
         "embedded_samples": found.embedded,
         "complete": found.complete,
     }
-    conclude(arguments, [line], facts, messages=found.messages)
+    print_result(arguments, [line], facts, messages=found.messages)
 
 
 def add_cluster(commands: Any) -> None:
@@ -208,7 +214,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.cluster import cluster_file, draw_clusters, known_columns
     from cellplm_jax.tasks.embed import check_output
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     if arguments.picture:
         check_output(Path(arguments.picture))
     columns = [key for key in (arguments.label_key, arguments.batch_key) if key]
@@ -254,10 +260,10 @@ def _cluster(arguments: argparse.Namespace) -> None:
         lines.append(f"wrote {arguments.picture}")
         facts["wrote"].append(arguments.picture)
     shown = [arguments.key_added, *columns]
-    reports.write(
+    write_page(
         arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
     )
-    conclude(arguments, lines, facts, messages=messages)
+    print_result(arguments, lines, facts, messages=messages)
 
 
 def add_integrate(commands: Any) -> None:
@@ -291,7 +297,7 @@ def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
 def _integrate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.integrate import BatchIntegrator
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     unused = ("spatial_key", "split_key", "patience", "validation_fraction")
     _integrate_only(arguments, *unused)
     if arguments.batch_key is None:
@@ -305,32 +311,30 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
         source(arguments),
         strength=arguments.strength,
         quiet=arguments.quiet,
-        **given(arguments, RECIPE),
+        **passed_options(arguments, RECIPE),
     )
-    integrator.fit(arguments.input, **given(arguments, READING))
+    integrator.fit(arguments.input, **passed_options(arguments, READING))
     integrator.save(arguments.out)
-    reports.write(arguments, "fit", integrator)
+    write_page(arguments, "fit", integrator)
     line = fitted_line(arguments, f"{integrator.facts['batches']} batches", integrator.facts)
-    conclude(arguments, [line], {"wrote": [arguments.out], **integrator.facts})
+    print_result(arguments, [line], {"wrote": [arguments.out], **integrator.facts})
 
 
 def _integrate_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
-    reading = given(arguments, ("layer", "gene_key", "cells_per_context"))
+    reading = passed_options(arguments, ("layer", "gene_key", "cells_per_context"))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
     lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
     scores: dict[str, float] = {}
     if arguments.label_key:
-        keys = {**reading, **given(arguments, ("batch_key", "label_key"))}
+        keys = {**reading, **passed_options(arguments, ("batch_key", "label_key"))}
         scores = integrator.score(arguments.input, **keys)
         lines.append(scores_line(scores))
     columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
-    reports.write(
-        arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores
-    )
+    write_page(arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores)
     facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
-    conclude(arguments, lines, facts, messages=messages)
+    print_result(arguments, lines, facts, messages=messages)

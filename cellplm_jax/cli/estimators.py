@@ -5,17 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import (
     READING,
     RECIPE,
     add_task,
     counts_only,
-    given,
     names_in,
+    passed_options,
     source,
 )
-from cellplm_jax.cli.output import conclude, fitted_line, number_of
+from cellplm_jax.cli.output import (
+    check_new_file,
+    check_new_folder,
+    check_report,
+    fitted_line,
+    number_of,
+    print_result,
+    write_page,
+)
 from cellplm_jax.errors import InputError, explain
 
 
@@ -56,44 +63,44 @@ def add_annotate(commands: Any) -> None:
 def _annotate_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.annotate import CellTypeAnnotator
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     annotator = CellTypeAnnotator(
         source(arguments),
         method=arguments.method,
         unknown_threshold=arguments.unknown_threshold,
         class_weights="balanced" if arguments.balanced else None,
         quiet=arguments.quiet,
-        **given(arguments, RECIPE),
+        **passed_options(arguments, RECIPE),
     )
     annotator.fit(
         arguments.input,
         label_key=arguments.label_key,
         transductive=arguments.transductive,
-        **given(arguments, READING),
+        **passed_options(arguments, READING),
     )
     annotator.save(arguments.out)
     facts = annotator.facts
     what = f"{len(annotator.labels)} cell types"
     if "validation_f1" in facts:
         what += f", validation macro F1 {facts['validation_f1']:.3f}"
-    reports.write(arguments, "annotator", annotator)
+    write_page(arguments, "annotator", annotator)
     line = fitted_line(arguments, what, facts)
-    conclude(arguments, [line], {"wrote": [arguments.out], "labels": annotator.labels, **facts})
+    print_result(arguments, [line], {"wrote": [arguments.out], "labels": annotator.labels, **facts})
 
 
 def _annotate_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.annotate import LABEL, CellTypeAnnotator
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     annotator = CellTypeAnnotator.load(arguments.model, quiet=arguments.quiet)
     messages = annotator.predict_file(
         arguments.input,
         arguments.out,
         umap=arguments.report is not None,
-        **given(arguments, READING),
+        **passed_options(arguments, READING),
     )
-    reports.write(arguments, "annotated", arguments.out, annotator)
-    conclude(
+    write_page(arguments, "annotated", arguments.out, annotator)
+    print_result(
         arguments,
         [f"wrote {arguments.out}: obs['{LABEL}'], {len(annotator.labels)} cell types"],
         {"wrote": [arguments.out], "column": LABEL, "labels": annotator.labels},
@@ -138,29 +145,31 @@ def add_impute(commands: Any) -> None:
 def _impute_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.impute import GeneImputer
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     counts_only(arguments, "split_key")
-    imputer = GeneImputer(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
+    imputer = GeneImputer(
+        source(arguments), quiet=arguments.quiet, **passed_options(arguments, RECIPE)
+    )
     reference = ("reference", "reference_batch_key", "reference_layer", "reference_gene_key")
     imputer.fit(
         arguments.input,
         genes=names_in(arguments.impute),
-        **given(arguments, (*READING, *reference)),
+        **passed_options(arguments, (*READING, *reference)),
     )
     imputer.save(arguments.out)
     facts = imputer.facts
     what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
     if "mean_confidence" in facts:
         what += f", mean confidence {facts['mean_confidence']:.3f}"
-    reports.write(arguments, "imputer", imputer)
+    write_page(arguments, "imputer", imputer)
     line = fitted_line(arguments, what, facts)
-    conclude(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
+    print_result(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
 
 
 def _impute_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.impute import IMPUTED, GeneImputer
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     counts_only(arguments)
     imputer = GeneImputer.load(arguments.model, quiet=arguments.quiet)
     genes = names_in(arguments.impute)
@@ -169,11 +178,11 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         arguments.out,
         genes=genes,
         log_normalized=arguments.log_normalized,
-        **given(arguments, READING),
+        **passed_options(arguments, READING),
     )
     number = len(imputer.imputed if genes is None else genes)
-    reports.write(arguments, "imputed", arguments.out, imputer, given(arguments, READING))
-    conclude(
+    write_page(arguments, "imputed", arguments.out, imputer, passed_options(arguments, READING))
+    print_result(
         arguments,
         [f"wrote {arguments.out}: obsm['{IMPUTED}'], {number} genes"],
         {"wrote": [arguments.out], "key_added": IMPUTED, "genes": number},
@@ -214,20 +223,22 @@ def add_denoise(commands: Any) -> None:
 def _denoise_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.denoise import Denoiser
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     counts_only(arguments)
-    denoiser = Denoiser(source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE))
-    denoiser.fit(arguments.input, **given(arguments, READING))
+    denoiser = Denoiser(
+        source(arguments), quiet=arguments.quiet, **passed_options(arguments, RECIPE)
+    )
+    denoiser.fit(arguments.input, **passed_options(arguments, READING))
     denoiser.save(arguments.out)
-    reports.write(arguments, "fit", denoiser)
+    write_page(arguments, "fit", denoiser)
     line = fitted_line(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
-    conclude(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
+    print_result(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.denoise import LAYER, Denoiser, check_genes
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     counts_only(arguments)
     shown = names_in(arguments.show)
     if shown and arguments.report is None:
@@ -240,16 +251,18 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
     if shown:
-        check_genes(denoiser, arguments.input, shown, **given(arguments, READING))
+        check_genes(denoiser, arguments.input, shown, **passed_options(arguments, READING))
     messages = denoiser.predict_file(
         arguments.input,
         arguments.out,
         log_normalized=arguments.log_normalized,
         detected=arguments.detected,
-        **given(arguments, READING),
+        **passed_options(arguments, READING),
     )
-    reports.write(arguments, "denoised", arguments.out, denoiser, given(arguments, READING), shown)
-    conclude(
+    write_page(
+        arguments, "denoised", arguments.out, denoiser, passed_options(arguments, READING), shown
+    )
+    print_result(
         arguments,
         [f"wrote {arguments.out}: layers['{LAYER}']"],
         {"wrote": [arguments.out], "layer": LAYER, "detected": arguments.detected},
@@ -322,17 +335,17 @@ def add_perturb(commands: Any) -> None:
 def _perturb_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.perturb import PerturbationPredictor
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     predictor = PerturbationPredictor(
         source(arguments),
         quiet=arguments.quiet,
-        **given(arguments, ("method", "gene_features", *RECIPE)),
+        **passed_options(arguments, ("method", "gene_features", *RECIPE)),
     )
     predictor.fit(
         arguments.input,
         perturbation_key=arguments.perturbation_key,
         control=arguments.control,
-        **given(arguments, ("covariate_key", "targets", *READING)),
+        **passed_options(arguments, ("covariate_key", "targets", *READING)),
     )
     predictor.save(arguments.out)
     facts = predictor.facts
@@ -340,8 +353,8 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
     if facts["groups"] > 1:
         line += f" in {facts['groups']} groups"
     line += f", {number_of(facts['genes'], 'gene')}, {number_of(facts['control_cells'], 'control cell')}"
-    reports.write(arguments, "fit", predictor)
-    conclude(arguments, [line], {"wrote": [arguments.out], **facts})
+    write_page(arguments, "fit", predictor)
+    print_result(arguments, [line], {"wrote": [arguments.out], **facts})
 
 
 def _perturb_predict(arguments: argparse.Namespace) -> None:
@@ -349,8 +362,8 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.tables import check_table, read_names, write_table
 
     check_table(arguments.out)
-    reports.check(arguments)
-    reading = given(arguments, READING)
+    check_report(arguments)
+    reading = passed_options(arguments, READING)
     if reading and arguments.controls is None:
         option = f"--{next(iter(reading)).replace('_', '-')}"
         msg = explain(
@@ -374,13 +387,13 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
         f"wrote {arguments.out}: {number_of(len(found.known), 'perturbation')} ({kinds}), "
         f"{number_of(found.change.shape[1], 'gene')} each"
     )
-    reports.write(arguments, "perturbed", found)
+    write_page(arguments, "perturbed", found)
     facts = {
         "wrote": [arguments.out],
         "known": found.known.to_dict(),
         "genes": found.change.shape[1],
     }
-    conclude(arguments, [line], facts, messages=found.messages)
+    print_result(arguments, [line], facts, messages=found.messages)
 
 
 def add_samples(commands: Any) -> None:
@@ -421,15 +434,15 @@ def add_samples(commands: Any) -> None:
 def _samples_fit(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.samples import SampleClassifier
 
-    reports.check_new(arguments)
+    check_new_folder(arguments)
     classifier = SampleClassifier(
-        source(arguments), quiet=arguments.quiet, **given(arguments, RECIPE)
+        source(arguments), quiet=arguments.quiet, **passed_options(arguments, RECIPE)
     )
     classifier.fit(
         arguments.input,
         sample_key=arguments.sample_key,
         label_key=arguments.label_key,
-        **given(arguments, READING),
+        **passed_options(arguments, READING),
     )
     classifier.save(arguments.out)
     facts = classifier.facts
@@ -440,20 +453,22 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
         f"{facts['left_out_samples_cross_entropy']:.3f} (of the labels' frequencies "
         f"{facts['cross_entropy_of_frequencies']:.3f})"
     )
-    reports.write(arguments, "fit", classifier)
-    conclude(arguments, [line], {"wrote": [arguments.out], "labels": classifier.labels, **facts})
+    write_page(arguments, "fit", classifier)
+    print_result(
+        arguments, [line], {"wrote": [arguments.out], "labels": classifier.labels, **facts}
+    )
 
 
 def _samples_predict(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.samples import LABEL, SampleClassifier
     from cellplm_jax.tasks.tables import check_table, write_table
 
-    reports.check_file(arguments)
+    check_new_file(arguments)
     if arguments.table is not None:
         check_table(arguments.table)
     classifier = SampleClassifier.load(arguments.model, quiet=arguments.quiet)
     table, messages = classifier.predict_file(
-        arguments.input, arguments.out, **given(arguments, ("sample_key", *READING))
+        arguments.input, arguments.out, **passed_options(arguments, ("sample_key", *READING))
     )
     if arguments.table is not None:
         write_table(table, arguments.table, index=True)
@@ -464,6 +479,6 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         lines.append(f"wrote {arguments.table}")
         wrote.append(arguments.table)
-    reports.write(arguments, "samples", arguments.out, table, classifier)
+    write_page(arguments, "samples", arguments.out, table, classifier)
     facts = {"wrote": wrote, "samples": table.to_dict(orient="index")}
-    conclude(arguments, lines, facts, messages=messages)
+    print_result(arguments, lines, facts, messages=messages)

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli import reports
 from cellplm_jax.cli.options import add_output, command
-from cellplm_jax.cli.output import conclude
+from cellplm_jax.cli.output import check_report, print_result, write_page
 from cellplm_jax.errors import InputError, explain
 
 
@@ -49,7 +48,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise InputError(msg)
     if arguments.to_torch is not None:
         paths = convert.to_published(arguments.input, arguments.to_torch)
-        conclude(arguments, [f"wrote {path}" for path in paths], {"wrote": list(paths)})
+        print_result(arguments, [f"wrote {path}" for path in paths], {"wrote": list(paths)})
         return
     if arguments.config is None:
         msg = explain(
@@ -59,7 +58,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
         raise InputError(msg)
     lines = convert.from_published(arguments.input, arguments.config, arguments.out)
-    conclude(arguments, lines, {"wrote": [arguments.out], "lines": lines})
+    print_result(arguments, lines, {"wrote": [arguments.out], "lines": lines})
 
 
 def add_export(commands: Any) -> None:
@@ -85,7 +84,7 @@ def _export(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
         f"{', '.join(card['platforms'])}; JAX {card['jax']} wrote it."
     )
-    conclude(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
+    print_result(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
 
 
 def add_info(commands: Any) -> None:
@@ -118,11 +117,11 @@ def _info(arguments: argparse.Namespace) -> None:
     )
 
     if is_corpus(arguments.model):
-        reports.check(arguments)
+        check_report(arguments)
         silent = arguments.json or arguments.quiet
         facts = describe_corpus(arguments.model, verify=arguments.verify, quiet=silent)
-        reports.write(arguments, "corpus", facts)
-        conclude(arguments, [describe_corpus_text(facts)], facts)
+        write_page(arguments, "corpus", facts)
+        print_result(arguments, [describe_corpus_text(facts)], facts)
         return
     if arguments.verify:
         msg = explain(
@@ -131,7 +130,7 @@ def _info(arguments: argparse.Namespace) -> None:
             "Leave out --verify, or check the path",
         )
         raise InputError(msg)
-    reports.check(arguments)
+    check_report(arguments)
     facts = describe(arguments.model)
-    reports.write(arguments, "model", arguments.model, facts)
-    conclude(arguments, [describe_text(facts)], facts)
+    write_page(arguments, "model", arguments.model, facts)
+    print_result(arguments, [describe_text(facts)], facts)

@@ -231,7 +231,7 @@ def add_task(
     return first, second
 
 
-def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+def passed_options(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Return the options that were given, by name."""
     found = {name: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in found.items() if value is not None}
@@ -258,10 +258,10 @@ def counts_only(
         )
         raise InputError(msg)
     arguments.values = None
-    refuse(arguments, others, task or arguments.command, expected, instead)
+    reject_options(arguments, others, task or arguments.command, expected, instead)
 
 
-def refuse(
+def reject_options(
     arguments: argparse.Namespace,
     names: Sequence[str],
     given_to: str,

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from cellplm_jax.data.genes import (
     require_matches,
 )
 from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.storage import atomic_write
 
 if TYPE_CHECKING:
     import anndata
@@ -1112,7 +1112,7 @@ def open_counts(
         )
         raise InputError(msg)
     try:
-        return _settle(opened, vocabulary, layer, gene_key, values, minimum_genes)
+        return _resolve(opened, vocabulary, layer, gene_key, values, minimum_genes)
     except (OSError, KeyError) as error:
         opened.close()
         if isinstance(source, anndata.AnnData):
@@ -1123,7 +1123,7 @@ def open_counts(
         raise
 
 
-def _settle(
+def _resolve(
     opened: _Opened,
     vocabulary: Sequence[str],
     layer: str | None,
@@ -1207,11 +1207,5 @@ def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: 
         found = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
         msg = explain(f"'{target}' {found}", "the name of a file to write", "Check the path")
         raise InputError(msg)
-    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.tmp"
-    with nullable_strings():
-        try:
-            adata.write_h5ad(temporary, **options)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with nullable_strings(), atomic_write(target) as partial:
+        adata.write_h5ad(partial, **options)

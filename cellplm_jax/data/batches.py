@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import scipy.sparse as sparse
 
-from cellplm_jax.data.store import LARGEST_STORED_COUNT, CellRun, SampleRecord, storage_order
+from cellplm_jax.batch import CellBatch
+from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, CellRun, SampleRecord, storage_order
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.structs import CellBatch
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def pad_batch(
 
 
 class MemoryStore:
-    """Samples in memory as a :class:`cellplm_jax.data.store.CellStore`.
+    """Samples in memory as a :class:`cellplm_jax.data.cell_store.CellStore`.
 
     Args:
         samples: Tissue samples, counts in the order of ``genes``.

@@ -8,8 +8,9 @@ A corpus is a folder, or a gs:// prefix to read from::
     parts/NAME.json   its sample table, measured genes and checksums; written last, so a part without it is unfinished
 
 Counts are compressed sparse rows: uint16 counts and gene indices (uint32 beyond 65,536 genes), sharded, lz4, each chunk
-with its CRC-32C. The cells of a sample lie together, in the order of :func:`cellplm_jax.data.store.storage_order`, so
-that what training wants to see together is one contiguous read. TensorStore reads, from any number of threads.
+with its CRC-32C. The cells of a sample lie together, in the order of
+:func:`cellplm_jax.data.cell_store.storage_order`, so that what training wants to see together is one contiguous read.
+TensorStore reads, from any number of threads.
 
 :class:`PartWriter` and :func:`write_index` make a corpus, :func:`open_corpus` reads one.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorstore
 
-from cellplm_jax.data.store import CellRun, SampleRecord
-from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.data.cell_store import CellRun, SampleRecord
+from cellplm_jax.errors import InputError, explain
+from cellplm_jax.storage import Folder, atomic_write_text, explain_write_errors, is_remote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +62,6 @@ LABEL_COLUMN = "label"
 
 _INDEX = "corpus.json"
 _GENES = "genes.txt"
-_FULL = ("no space left", "enospc", "file too large", "disk quota", "quota exceeded")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,67 +102,23 @@ def write_genes(folder: str | os.PathLike, genes: Sequence[str]) -> None:
         InputError: The disk is full or the folder cannot be written.
     """
     folder = Path(folder)
-    with explain_write_errors(f"the corpus '{folder}'"):
+    with explain_corpus_errors(f"the corpus '{folder}'"):
         (folder / "parts").mkdir(parents=True, exist_ok=True)
-        write_text_whole(folder / _GENES, _gene_text(genes))
+        atomic_write_text(folder / _GENES, _gene_text(genes))
 
 
-def write_text_whole(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it, so that it appears whole or not at all."""
-    partial = path.parent / f".{path.name}.partial"
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def explain_write_errors(
-    what: str, *, room: str = "room for about 3 bytes a stored count", kept: str = "parts"
-) -> Iterator[None]:
+def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
     """Turn a full disk or a folder that cannot be written into one clear message.
 
     Args:
         what: What is being written, for the message.
-        room: What it needs.
-        kept: What of it is kept once it is finished.
 
     Raises:
         InputError: Instead of the error of the operating system or of TensorStore.
     """
-    try:
-        yield
-    except CellPLMError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        number = error.errno if isinstance(error, OSError) else None
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or any(sign in text.lower() for sign in _FULL):
-            msg = explain(
-                f"{what} could not be written because the disk is full ({_shortened(text)})",
-                room,
-                "Free some space or choose another folder, and run the same command again; finished "
-                f"{kept} are kept",
-            )
-            raise InputError(msg) from error
-        denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
-        # As TensorStore says it.
-        if denied or text.startswith("PERMISSION_DENIED"):
-            msg = explain(
-                f"{what} could not be written ({_shortened(text)})",
-                "a folder that may be written",
-                "Choose another folder, or correct its permissions",
-            )
-            raise InputError(msg) from error
-        raise
-
-
-def _shortened(text: str) -> str:
-    """Cut a long text of the operating system from its beginning, at a word."""
-    return text if len(text) <= 160 else f"... {text[-160:].partition(' ')[2]}"
+    return explain_write_errors(
+        what, room="room for about 3 bytes a stored count", again="finished parts are kept"
+    )
 
 
 def index_type(genes: int) -> np.dtype:
@@ -294,7 +250,7 @@ class PartWriter:
     # -- parts of the above ----------------------------------------------------------------------
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explain_write_errors(f"part '{self.name}' of the corpus '{self.folder}'")
+        return explain_corpus_errors(f"part '{self.name}' of the corpus '{self.folder}'")
 
     def _start(self) -> None:
         """Lay out the store and the arrays of the counts."""
@@ -419,7 +375,7 @@ class PartWriter:
         marker.unlink(missing_ok=True)
         shutil.rmtree(store, ignore_errors=True)
         self._partial.replace(store)
-        write_text_whole(marker, text)
+        atomic_write_text(marker, text)
 
 
 class _Stream:
@@ -579,8 +535,8 @@ def write_index(
         genes, {name: (folder / "parts" / f"{name}.json").read_bytes() for name in parts}
     )
     index["vocabulary"]["chosen"] = dict(vocabulary or {})
-    with explain_write_errors(f"the index of the corpus '{folder}'"):
-        write_text_whole(folder / _INDEX, json.dumps(index, indent=1) + "\n")
+    with explain_corpus_errors(f"the index of the corpus '{folder}'"):
+        atomic_write_text(folder / _INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -661,120 +617,6 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
 # ---------------------------------------------------------------------------------------------
 
 
-class Folder:
-    """A local folder or gs:// prefix seen through TensorStore.
-
-    Args:
-        path: Where it is; it need not exist yet.
-        context: Of TensorStore; None: one without a cache.
-
-    Attributes:
-        path: Where it is, as it was given.
-        local: The folder on this machine; None at a gs:// address.
-    """
-
-    def __init__(self, path: str | os.PathLike, context: Any = None):
-        text = os.fspath(path)
-        self.path = text.rstrip("/")
-        self.context = tensorstore.Context() if context is None else context
-        self.local: Path | None = None
-        if text.startswith("gs://"):
-            bucket, _, prefix = self.path.removeprefix("gs://").partition("/")
-            self._driver = {"driver": "gcs", "bucket": bucket}
-            self._prefix = f"{prefix}/" if prefix else ""
-        else:
-            self._driver = {"driver": "file"}
-            self.local = Path(text).expanduser().resolve()
-            self._prefix = f"{self.local}/"
-        self._opened: Any = None
-
-    @property
-    def _store(self) -> Any:
-        if self._opened is None:
-            kvstore = {**self._driver, "path": self._prefix}
-            self._opened = tensorstore.KvStore.open(kvstore, context=self.context).result()
-        return self._opened
-
-    def spec(self, name: str) -> dict[str, Any]:
-        """Return the TensorStore specification of a folder inside."""
-        return {**self._driver, "path": f"{self._prefix}{name}/"}
-
-    def request(self, name: str) -> Callable[[], bytes | None]:
-        """Start reading a small file; call the result for its bytes, None where there is no such file.
-
-        Raises:
-            InputError: It cannot be read; so does the result.
-        """
-        try:
-            pending = self._store.read(name)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(self._unreachable(name, error)) from error
-
-        def wait() -> bytes | None:
-            try:
-                found = pending.result()
-            except (ValueError, RuntimeError, OSError) as error:
-                raise InputError(self._unreachable(name, error)) from error
-            return bytes(found.value) if found.state == "value" else None
-
-        return wait
-
-    def read(self, name: str) -> bytes | None:
-        """Return the bytes of a small file; None where there is no such file."""
-        return self.request(name)()
-
-    def write(self, name: str, text: bytes) -> None:
-        """Write a small file; it is replaced whole or not at all."""
-        self._store.write(name, text).result()
-
-    def copy_in(self, source: Path, last: str) -> None:
-        """Copy a folder of small files of this machine here.
-
-        Args:
-            source: The folder.
-            last: The file that says that all of them are there; written when the others are.
-        """
-        paths = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
-        final = paths.pop(last)
-        waiting = [self._store.write(name, path.read_bytes()) for name, path in paths.items()]
-        for written in waiting:
-            written.result()
-        self.write(last, final.read_bytes())
-
-    def names(self, inside: str) -> list[str]:
-        """Return the names of all files of a folder inside, from this folder on."""
-        found = self._store.list(_inside(inside)).result()
-        return sorted(name.decode() for name in found)
-
-    def fetch(self, inside: str, target: Path) -> None:
-        """Copy a folder inside, of small files, to a new folder on this machine."""
-        waiting = {name: self.request(name) for name in self.names(inside)}
-        for name, wait in waiting.items():
-            path = target / name.removeprefix(f"{inside}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(wait() or b"")
-
-    def remove(self, inside: str) -> None:
-        """Remove a folder inside, where it is there."""
-        if self.local is not None:
-            shutil.rmtree(self.local / inside, ignore_errors=True)
-        else:
-            self._store.delete_range(_inside(inside)).result()
-
-    def _unreachable(self, name: str, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:240]
-        return explain(
-            f"'{self.path}/{name}' cannot be read ({reason})",
-            "a place that this machine may read",
-            "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
-        )
-
-
-def _inside(folder: str) -> tensorstore.KvStore.KeyRange:
-    """Return the keys of a folder; "0" comes after "/"."""
-    return tensorstore.KvStore.KeyRange(f"{folder}/", f"{folder}0")
-
-
 @dataclass(frozen=True)
 class Part:
     """One part of an open corpus.
@@ -793,7 +635,7 @@ class Part:
 
 
 class Corpus:
-    """An open corpus, a :class:`cellplm_jax.data.store.CellStore`. Made by :func:`open_corpus`.
+    """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Made by :func:`open_corpus`.
 
     Attributes:
         path: Where it is.
@@ -1089,7 +931,7 @@ class Corpus:
 
 def is_corpus(path: str | os.PathLike) -> bool:
     """Say whether a folder or gs:// prefix holds a corpus."""
-    if not os.fspath(path).startswith("gs://"):
+    if not is_remote(path):
         return (Path(path).expanduser() / _INDEX).is_file()
     return Folder(path, tensorstore.Context()).read(_INDEX) is not None
 

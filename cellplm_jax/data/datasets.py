@@ -9,16 +9,13 @@ real cells their labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellplm_jax.data.bundled import pbmc3k
 from cellplm_jax.data.simulate import simulate_tissue
 from cellplm_jax.errors import InputError, explain
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 __all__ = [
     "PBMC_MARKERS",
@@ -43,8 +40,6 @@ PBMC_MARKERS: Mapping[str, tuple[str, ...]] = {
     "megakaryocyte": ("PPBP", "PF4", "GNG11", "SDPR", "TUBB1", "GP9", "ITGA2B"),
 }
 """Seven textbook marker genes (symbols of the PBMC3k release) for each kind of cell in human blood."""
-
-_RESOURCE = "pbmc3k.h5ad"
 
 
 class MarkerAnnotation(NamedTuple):
@@ -178,43 +173,3 @@ def annotate_by_markers(
     labels = np.asarray(cell_types, dtype=object)[scores.argmax(axis=1)]
     labels[(lead < margin) | (ordered[:, -1] <= 0)] = UNASSIGNED
     return MarkerAnnotation(labels.astype(str), scores, lead, cell_types)
-
-
-def pbmc3k() -> AnnData:
-    """Load the bundled real data: 2,700 blood cells of a healthy donor, raw counts of 13,714 genes.
-
-    The well-known 10x Genomics data set "3k PBMCs from a Healthy Donor" (CC BY 4.0; attribution and the list of
-    changes in ``uns`` and in the licence file beside the resource). Every call returns a new object, read from the
-    installed package in a fraction of a second.
-
-    Sets the following fields of the result:
-
-    - ``X``: raw counts, CSR float32, shape ``[2700, 13714]``.
-    - ``obs_names``: cell barcodes; ``var_names``: gene symbols as released (unique).
-    - ``obs["cell_type"]``: categorical, from :func:`annotate_by_markers` with its defaults. These labels rest on
-      marker genes alone, so that they can be used to judge embeddings; ambiguous cells are ``"unassigned"`` and are
-      best left out of scores.
-    - ``var["ensembl_id"]``: Ensembl gene ids, brought up to date where the released id has been retired;
-      ``var["released_ensembl_id"]``: the ids as released.
-    - ``uns``: title, source, licence, attribution, what was changed, how the labels were made.
-
-    Returns:
-        The data, ready for :func:`cellplm_jax.embed`.
-
-    Raises:
-        InputError: The resource file is missing from the installation.
-    """
-    resource = resources.files("cellplm_jax") / "resources" / _RESOURCE
-    if not resource.is_file():
-        msg = explain(
-            f"the bundled file resources/{_RESOURCE} is not part of this installation",
-            "the counts that every cellplm-jax wheel carries",
-            "Reinstall cellplm-jax, or in a source checkout run: python tools/build_pbmc3k.py",
-        )
-        raise InputError(msg)
-    import anndata
-
-    with resources.as_file(resource) as path:
-        adata = anndata.read_h5ad(path)
-    adata.X = adata.X.astype(np.float32)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return adata

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import DataConfig, TrainConfig
 from cellplm_jax.data.batches import laplacian_eigenvectors
-from cellplm_jax.data.store import CellStore
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.errors import InputError, explain, require
-from cellplm_jax.structs import CellBatch
 
 BLOCK_CELLS = 256
 """Cells of a block at most: what is read in one piece, and what an epoch permutes."""
@@ -407,7 +407,7 @@ class _Window:
     segments: int
 
 
-def _know(sources: Sequence[_Source], name: str, threads: int) -> None:
+def _precompute(sources: Sequence[_Source], name: str, threads: int) -> None:
     """Compute a cached property of all sources; the offsets of cells it needs are read several at a time."""
     unknown = [source for source in sources if name not in vars(source)]
     with ThreadPoolExecutor(threads) as pool:
@@ -431,9 +431,11 @@ def _windows(
     """
     cells, pieces = config.data.cells, config.mesh.cells
     small = [source for source in sources if source.cells <= cells]
-    _know(small, "whole", config.data.threads)
+    _precompute(small, "whole", config.data.threads)
     whole = {id(source) for source in small if source.whole <= nonzeros}
-    _know([source for source in sources if id(source) not in whole], "bounds", config.data.threads)
+    _precompute(
+        [source for source in sources if id(source) not in whole], "bounds", config.data.threads
+    )
     windows = []
     for number, source in enumerate(sources):
         if id(source) in whole:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cellplm_jax.data.bundled import pbmc3k
 from cellplm_jax.errors import InputError, explain
 
 if TYPE_CHECKING:
@@ -396,8 +397,6 @@ def _expressed_ids() -> list[str]:
 
     Such genes are in the vocabulary of practically any model; among all named human genes more than half are not.
     """
-    from cellplm_jax.data.datasets import pbmc3k
-
     blood = pbmc3k()
     detected = np.bincount(blood.X.indices, minlength=blood.n_vars)  # pyright: ignore
     identifiers = blood.var["ensembl_id"].to_numpy(dtype=str)

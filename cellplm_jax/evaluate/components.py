@@ -96,7 +96,8 @@ class Discriminants:
     """Pooled scatter of several datasets, each with clusters of its own, and the directions that separate them.
 
     Each dataset adds its within-cluster and between-cluster scatter, weighted by the square root of its cells; clusters
-    of a dataset weigh as the square root of their size (linear discriminant analysis with a shrunken pooled covariance).
+    of a dataset weigh as the square root of their size. This is linear discriminant analysis with a pooled, shrunken
+    covariance.
 
     Args:
         dimensions: Width of the embeddings.

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cellplm_jax._version import __version__
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.train.checkpoint import (
     CARD_FILE,
@@ -174,8 +175,6 @@ def push(
         CheckpointError: The hub refused, or cannot be reached. What was there before is as it was.
         MissingDependencyError: huggingface_hub is not installed.
     """
-    import cellplm_jax
-
     address = parse_address(f"{SCHEME}{repository}")
     if str(address) != f"{SCHEME}{address.repository}":
         msg = explain(
@@ -209,7 +208,7 @@ def push(
         done = api.create_commit(
             address.repository,
             operations,
-            commit_message=message or f"Model from cellplm-jax {cellplm_jax.__version__}",
+            commit_message=message or f"Model from cellplm-jax {__version__}",
             revision=revision,
         )
     pinned = HubAddress(address.repository, done.oid)

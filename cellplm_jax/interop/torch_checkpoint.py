@@ -24,6 +24,7 @@ import numpy as np
 from cellplm_jax import config as configuration
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, explain, require
+from cellplm_jax.storage import atomic_write
 
 # Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may leave them out.
 DEFAULTS: dict[str, Any] = {
@@ -642,14 +643,8 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
     prefix.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = prefix.with_name(f"{prefix.name}.best.ckpt")
     config = prefix.with_name(f"{prefix.name}.config.json")
-    partial = [path.with_name(f"{path.name}.partial") for path in (checkpoint, config)]
-    try:
-        torch.save({"model_state_dict": state_dict}, partial[0])
+    with atomic_write(config) as partial_config, atomic_write(checkpoint) as partial:
+        torch.save({"model_state_dict": state_dict}, partial)
         text = json.dumps({**converted.published_config, "gene_list": converted.genes})
-        partial[1].write_text(text, encoding="utf-8")
-        os.replace(partial[0], checkpoint)
-        os.replace(partial[1], config)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+        partial_config.write_text(text, encoding="utf-8")
     return checkpoint, config

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cellplm_jax.chunks import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
+from cellplm_jax.batch import CellBatch, LatentOutput, Reconstruction
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.kernels.chunked import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
+from cellplm_jax.kernels.matmul import broadcast, squeeze_single_row, weighted_sum
 from cellplm_jax.losses.likelihoods import (
     EPSILON,
     negative_binomial_count_terms,
@@ -25,8 +27,6 @@ from cellplm_jax.losses.likelihoods import (
     zero_inflated_mean_terms,
     zero_inflated_negative_binomial_nll,
 )
-from cellplm_jax.products import spread, weighted_sum, without_leading_one
-from cellplm_jax.structs import CellBatch, LatentOutput, Reconstruction
 
 # A likelihood holds sixteen arrays of a chunk by genes in its backward pass, an embedder two.
 LIKELIHOOD_SHARE = 8
@@ -109,7 +109,7 @@ def mean_terms(reconstruction: Reconstruction, counts: jax.Array, entries: jax.A
     arrays = [reconstruction.mean, counts, entries]
     if reconstruction.zero_logits is not None:
         arrays.append(reconstruction.zero_logits)
-    return without_leading_one(partial(_mean_terms, reconstruction.dispersion), *arrays)
+    return squeeze_single_row(partial(_mean_terms, reconstruction.dispersion), *arrays)
 
 
 def _mean_terms(dispersion, mean, counts, entries, zero_logits=None):
@@ -117,7 +117,7 @@ def _mean_terms(dispersion, mean, counts, entries, zero_logits=None):
         return _scaled_mean_terms(dispersion, mean, counts, entries)
     counts = jnp.where(entries, counts, 0.0)
     mean = scale_to_total(mean, counts.sum(axis=-1), entries)
-    nll = zero_inflated_mean_terms(counts, mean, spread(dispersion, mean.shape), zero_logits)
+    nll = zero_inflated_mean_terms(counts, mean, broadcast(dispersion, mean.shape), zero_logits)
     return jnp.where(entries, nll, 0.0).sum(axis=-1)
 
 
@@ -182,7 +182,7 @@ def chunked_count_loss(
         output: The output layer: ``(params, hidden) -> Reconstruction``, each cell by itself.
         params: Its parameters.
         hidden: float [samples, cells, width].
-        truth: The counts to be explained; see :class:`cellplm_jax.chunks.CountChunks` for their order.
+        truth: The counts to be explained; see :class:`cellplm_jax.kernels.chunked.CountChunks` for their order.
         config: Names the objective; any but ``"mean_squared_error"``.
         chunk: Cells of a piece at once, where one array of them by genes is held; a quarter of them is taken here.
         gene_mask: See :func:`reconstruction_loss`.

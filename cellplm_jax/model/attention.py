@@ -16,12 +16,12 @@ import numpy as np
 from flax import struct
 
 from cellplm_jax.config import ModelConfig
+from cellplm_jax.kernels.heads import by_head, join_heads, one_hot_heads, scaled
+from cellplm_jax.kernels.matmul import batched_product
+from cellplm_jax.kernels.tiles import tiled_apply, tiled_outer_total
 from cellplm_jax.model.layers import Dropout, dense
-from cellplm_jax.products import batched_product
 
 FLOW_EPSILON = 1e-6
-# Cells of a tile of packed attention: large enough for a matrix unit, small against a row.
-TILE = 128
 
 
 def nonzero(total: jax.Array) -> jax.Array:
@@ -29,50 +29,11 @@ def nonzero(total: jax.Array) -> jax.Array:
     return jnp.where(total > 0, total, 1.0)
 
 
-def by_head(values: jax.Array) -> jax.Array:
-    """Exchange cells and heads: [..., cells, heads, width] to [..., heads, cells, width], or back.
-
-    A product of each head's cells is fast where the heads come first; a compiler that has to move them by itself takes
-    up to ten times as long (CPU, jax 0.10.2).
-    """
-    return values.swapaxes(-3, -2)
-
-
-def _flat(values: jax.Array) -> jax.Array:
-    """Join heads and width: [..., heads, width] to [..., heads * width]."""
-    return values.reshape(*values.shape[:-2], -1)
-
-
-def _one_hot_heads(heads: int, width: int) -> jax.Array:
-    """Return float32 [heads * width, heads]: which head an entry of :func:`_flat` belongs to."""
-    return jnp.repeat(jnp.eye(heads), width, axis=0)
-
-
-@jax.custom_vjp
-def scaled(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Multiply the vectors [..., heads, width] of each head by a number [..., heads] each."""
-    return values * weights[..., None]
-
-
-def _scaled_backward(saved, gradient):
-    values, weights = saved
-    # As a product: a CPU sums the last of four axes ten times slower.
-    of_weights = _flat(values * gradient) @ _one_hot_heads(*values.shape[-2:])
-    return gradient * weights[..., None], of_weights
-
-
-scaled.defvjp(
-    lambda values, weights: (scaled(values, weights), (values, weights)), _scaled_backward
-)
-
-
 class CellGroups(struct.PyTreeNode):
     """Which cells of a row may see one another, and the sums over them that linear attention is made of.
 
     With one sample a row every sum is a plain one over the cells. With several, sums of vectors go through a one-hot
-    matrix, and the sums of outer products go tile by tile: the cells of a piece are sorted by segment, so cutting
-    at every multiple of :data:`TILE` and at every segment's start gives ``cells / TILE + segments`` runs of at most
-    ``TILE`` cells, each within one segment. That costs at most about twice the plain sum, however many there are.
+    matrix, and the sums of outer products go tile by tile, see :mod:`cellplm_jax.kernels.tiles`.
 
     Attributes:
         cell_mask: bool [samples, cells].
@@ -111,8 +72,8 @@ class CellGroups(struct.PyTreeNode):
             return self.total(scaled(values, weights))
         # Every head's weights with every head's vectors, of which those of the same head are kept: one product.
         weights = weights * self.one_hot()
-        mixed = batched_product(weights, _flat(values), "rows", "rows")
-        kept = (mixed * _one_hot_heads(*values.shape[-2:]).T).sum(axis=1)
+        mixed = batched_product(weights, join_heads(values), "rows", "rows")
+        kept = (mixed * one_hot_heads(*values.shape[-2:]).T).sum(axis=1)
         return kept.reshape(-1, 1, *values.shape[-2:])
 
     def of_cell(self, totals: jax.Array) -> jax.Array:
@@ -129,10 +90,10 @@ class CellGroups(struct.PyTreeNode):
         Returns:
             float [samples, cells, heads].
         """
-        heads = _one_hot_heads(*values.shape[-2:])
+        heads = one_hot_heads(*values.shape[-2:])
         if self.segment is None:
-            return batched_product(_flat(values), _flat(totals).swapaxes(1, 2) * heads)
-        return _flat(values * self.of_cell(totals)) @ heads
+            return batched_product(join_heads(values), join_heads(totals).swapaxes(1, 2) * heads)
+        return join_heads(values * self.of_cell(totals)) @ heads
 
     def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
         """Sum the outer products of two vectors a cell over each segment.
@@ -148,13 +109,7 @@ class CellGroups(struct.PyTreeNode):
             left = by_head(left * self.cell_mask[:, :, None, None])
             return batched_product(left, by_head(right), "rows", "rows")[:, None]
 
-        def of_piece(tiles, left, right):
-            cut = left[tiles.block] * tiles.inside[:, None, :, None]
-            product = batched_product(cut, right[tiles.block], "rows", "rows")
-            return jax.ops.segment_sum(product, tiles.segment, self.segments)
-
-        over_pieces = jax.vmap(jax.vmap(of_piece))
-        return over_pieces(self._tiles(), self._blocks(left), self._blocks(right)).sum(axis=1)
+        return tiled_outer_total(left, right, *self._layout())
 
     def apply(self, values: jax.Array, memory: jax.Array) -> jax.Array:
         """Multiply each cell's vector with its segment's matrix.
@@ -169,57 +124,10 @@ class CellGroups(struct.PyTreeNode):
         if self.segment is None:
             return by_head(batched_product(by_head(values), memory[:, 0]))
 
-        def of_piece(tiles, values, memory):
-            cut = values[tiles.block] * tiles.inside[:, None, :, None]
-            product = batched_product(cut, memory[tiles.segment])
-            return jax.ops.segment_sum(product, tiles.block, values.shape[0])
+        return tiled_apply(values, memory, *self._layout())
 
-        over_pieces = jax.vmap(jax.vmap(of_piece, in_axes=(0, 0, None)))
-        mixed = by_head(over_pieces(self._tiles(), self._blocks(values), memory))
-        mixed = mixed.reshape(*mixed.shape[:2], -1, *mixed.shape[4:])
-        mixed = mixed[:, :, : self.cell_mask.shape[1] // self.pieces]
-        return mixed.reshape(*self.cell_mask.shape, *mixed.shape[3:])
-
-    def _blocks(self, values: jax.Array) -> jax.Array:
-        """Cut [samples, cells, heads, width] into [samples, pieces, blocks, heads, TILE, width], padded with zeros."""
-        samples, cells = self.cell_mask.shape
-        per_piece = cells // self.pieces
-        blocks = -(-per_piece // TILE)
-        folded = values.reshape(samples, self.pieces, per_piece, *values.shape[2:])
-        spare = [(0, 0), (0, 0), (0, blocks * TILE - per_piece)] + [(0, 0)] * (values.ndim - 2)
-        padded = jnp.pad(folded, spare)
-        return by_head(padded.reshape(samples, self.pieces, blocks, TILE, *values.shape[2:]))
-
-    def _tiles(self) -> _Tiles:
-        samples, cells = self.cell_mask.shape
-        per_piece = cells // self.pieces
-        blocks = -(-per_piece // TILE)
-        # Padding counts as a segment past the last one.
-        label = jnp.where(self.cell_mask, self.segment, self.segments)
-        label = label.reshape(samples, self.pieces, per_piece)
-
-        def of_piece(label):
-            first = jnp.searchsorted(label, jnp.arange(self.segments + 1, dtype=label.dtype))
-            edges = jnp.concatenate([jnp.arange(blocks, dtype=first.dtype) * TILE, first[1:]])
-            start = jnp.sort(edges)
-            stop = jnp.append(start[1:], per_piece)
-            block = jnp.minimum(start // TILE, blocks - 1)
-            segment = label[jnp.minimum(start, per_piece - 1)]
-            place = block[:, None] * TILE + jnp.arange(TILE)
-            inside = (place >= start[:, None]) & (place < stop[:, None])
-            # A tile of padding is empty; its segment is any valid one.
-            inside &= (segment < self.segments)[:, None]
-            return _Tiles(block, jnp.minimum(segment, self.segments - 1), inside)
-
-        return jax.vmap(jax.vmap(of_piece))(label)
-
-
-class _Tiles(struct.PyTreeNode):
-    """Runs of cells within one block and one segment: block and segment [tiles], bool [tiles, TILE]."""
-
-    block: jax.Array
-    segment: jax.Array
-    inside: jax.Array
+    def _layout(self):
+        return self.cell_mask, self.segment, self.segments, self.pieces
 
 
 class Flow(struct.PyTreeNode):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.batch import CellBatch, LatentNoise, LatentOutput, ModelOutput, Reconstruction
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellGroups, flow_weights, softmax_weights
 from cellplm_jax.model.decoder import Decoder
@@ -16,7 +17,6 @@ from cellplm_jax.model.encoder import Centre, Encoder
 from cellplm_jax.model.heads import Head
 from cellplm_jax.model.latent import Latent
 from cellplm_jax.model.layers import Norm
-from cellplm_jax.structs import CellBatch, LatentNoise, LatentOutput, ModelOutput, Reconstruction
 
 
 class CellPLM(nn.Module):

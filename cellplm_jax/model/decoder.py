@@ -10,10 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.embedder import mean_row_lookup
-from cellplm_jax.model.layers import ENTRIES, Hidden, along, dense, make_norm, output_dense, prelu
-from cellplm_jax.structs import CellBatch, Reconstruction
+from cellplm_jax.model.layers import (
+    ENTRIES,
+    Hidden,
+    constrain,
+    dense,
+    make_norm,
+    output_dense,
+    prelu,
+)
 
 MEAN_RANGE = (1e-5, 1e6)
 DISPERSION_RANGE = (1e-4, 1e4)
@@ -126,7 +134,7 @@ class Decoder(nn.Module):
         config, decoder = self.config, self.config.decoder
 
         def by_gene(name, x):
-            return along(output_dense(config.genes, name)(x), ENTRIES)
+            return constrain(output_dense(config.genes, name)(x), ENTRIES)
 
         if decoder.kind in ("gaussian", "residual"):
             return Reconstruction(mean=by_gene("mean", x))

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cellplm_jax.chunks import CountChunks, chunked_product
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, along, dense, make_norm
+from cellplm_jax.kernels.chunked import CountChunks, chunked_product
+from cellplm_jax.kernels.matmul import embedding_lookup, linear_product
+from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, constrain, dense, make_norm
 from cellplm_jax.model.positions import Positions
-from cellplm_jax.products import linear_product, taken_rows
-from cellplm_jax.structs import CellBatch
 
 
 def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
@@ -34,7 +34,7 @@ def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int,
     average = linear_product(weights, table)[0]
     if index is None:
         return jnp.broadcast_to(average, (*shape, table.shape[1]))
-    rows = taken_rows(table, jnp.clip(index, 0, table.shape[0] - 1))
+    rows = embedding_lookup(table, jnp.clip(index, 0, table.shape[0] - 1))
     return jnp.where((index < 0)[..., None], average, rows)
 
 
@@ -82,8 +82,8 @@ class ExpressionEmbedder(nn.Module):
     """Counts of any subset of the vocabulary, plus position and covariate, to one vector a cell.
 
     ``E_i = sum_j x_ij h_j`` (+ position, + covariate), then Linear - ReLU - Dropout - Norm
-    (``CellPLM/embedder/omics.py``); with ``trunk = "projection"`` the sum itself. Genes that are not measured contribute
-    nothing and cost nothing.
+    (``CellPLM/embedder/omics.py``); with ``trunk = "projection"`` the sum itself. Genes that are not measured
+    contribute nothing and cost nothing.
 
     Attributes:
         config: The model's configuration.
@@ -117,7 +117,7 @@ class ExpressionEmbedder(nn.Module):
         )
         if gene_sum is None:
             gene_sum = self._gene_sum(batch, table, gene_mask)
-        hidden = along(gene_sum.astype(table.dtype), CELLS)
+        hidden = constrain(gene_sum.astype(table.dtype), CELLS)
         if config.positions.kind != "none":
             places = Positions(config, name="positions")(
                 batch.cell_mask,
@@ -153,7 +153,7 @@ class ExpressionEmbedder(nn.Module):
             chunks = CountChunks.of(batch, self.chunk, config.genes)
             masked = None if gene_mask is None else batch.fold(gene_mask)
             return batch.unfold(chunked_product(table, chunks, values, masked))
-        expression = along(batch.dense(values, config.genes), ENTRIES)
+        expression = constrain(batch.dense(values, config.genes), ENTRIES)
         if gene_mask is not None:
             expression = jnp.where(gene_mask, jnp.zeros((), table.dtype), expression)
         return linear_product(expression, table)

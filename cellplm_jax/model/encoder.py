@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from cellplm_jax.config import ModelConfig
+from cellplm_jax.kernels.gelu import exact_gelu
+from cellplm_jax.kernels.remat import recomputed
 from cellplm_jax.model.attention import CellAttention, CellGroups
-from cellplm_jax.model.layers import CELLS, Dropout, Hidden, along, dense, exact_gelu, layer_norm
-from cellplm_jax.model.recompute import recomputed
+from cellplm_jax.model.layers import CELLS, Dropout, Hidden, constrain, dense, layer_norm
 
 
 class TransformerLayer(nn.Module):
@@ -40,7 +41,7 @@ class TransformerLayer(nn.Module):
         )
         inner = dropout(exact_gelu(inner), "feedforward_dropout")
         inner = dense(config.hidden, "feedforward_out")(inner)
-        return along(hidden + dropout(inner, "out_dropout"), CELLS)
+        return constrain(hidden + dropout(inner, "out_dropout"), CELLS)
 
 
 class Centre(nn.Module):
@@ -65,7 +66,7 @@ class Centre(nn.Module):
         centre = context_centre(
             total, members.sum(axis=1)[..., None], prior, self.config.centre_cells
         )
-        return along(hidden - jnp.einsum("bcs,bsh->bch", members, centre), CELLS)
+        return constrain(hidden - jnp.einsum("bcs,bsh->bch", members, centre), CELLS)
 
 
 def context_centre(total, cells, prior, weight):

@@ -19,9 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cellplm_jax.batch import LatentNoise, LatentOutput
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import Dense, dense, prelu
-from cellplm_jax.structs import LatentNoise, LatentOutput
 
 
 def normal_log_density(x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:

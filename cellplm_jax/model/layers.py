@@ -8,15 +8,13 @@ approximation against exact). The functions here pin the PyTorch side once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from cellplm_jax.model.recompute import apart
-from cellplm_jax.products import linear_product, spread, without_leading_one
+from cellplm_jax.kernels.dropout import dropped, kept_bits
+from cellplm_jax.kernels.matmul import broadcast, linear_product, squeeze_single_row
 
 EPSILON = 1e-5
 RMS_EPSILON = 1e-6
@@ -29,7 +27,7 @@ CELLS = ("samples", "cells", None)
 ENTRIES = ("samples", "cells", "genes")
 
 
-def along(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def constrain(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Say along which logical axes an activation [...] lies; without a mesh this does nothing."""
     return nn.with_logical_constraint(values, axes)
 
@@ -54,7 +52,7 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
         x = linear_product(x, kernel, widen=self.widen)
-        return x + spread(bias.astype(x.dtype), x.shape)
+        return x + broadcast(bias.astype(x.dtype), x.shape)
 
 
 def dense(features: int, name: str) -> Dense:
@@ -70,35 +68,6 @@ def output_dense(features: int, name: str) -> Dense:
 def prelu(name: str) -> nn.PReLU:
     """Return a PReLU with one learnt slope that starts at .25."""
     return nn.PReLU(negative_slope_init=0.25, name=name)
-
-
-@jax.custom_vjp
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """Return GELU of x [...] with the error function, not its tanh approximation.
-
-    The backward pass starts from x again, where differentiating the terms keeps three more arrays.
-    """
-    return nn.gelu(x, approximate=False)
-
-
-def _gelu_backward(x, gradient):
-    def of(x, gradient):
-        x = x.astype(jnp.float32)
-        density = jnp.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
-        slope = 0.5 * jax.lax.erfc(-x * np.sqrt(0.5)) + x * density
-        return (slope * gradient).astype(gradient.dtype)
-
-    def loop(x, gradient):
-        def turn(state):
-            return jnp.zeros((), bool), of(x, state[1])
-
-        return jax.lax.while_loop(lambda state: state[0], turn, (jnp.ones((), bool), gradient))[1]
-
-    # On a CPU a loop of one turn, which no compiler looks into: it would keep the terms of the forward pass.
-    return (jax.lax.platform_dependent(x, gradient, cpu=loop, default=of),)
-
-
-exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _gelu_backward)
 
 
 class Norm(nn.Module):
@@ -120,10 +89,10 @@ class Norm(nn.Module):
         if self.kind != "rmsnorm":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         # Statistics, scale and bias in float32; rounded once.
-        x = without_leading_one(self._standardised, x.astype(jnp.float32))
-        x = x * spread(scale.astype(jnp.float32), x.shape)
+        x = squeeze_single_row(self._standardised, x.astype(jnp.float32))
+        x = x * broadcast(scale.astype(jnp.float32), x.shape)
         if bias is not None:
-            x = x + spread(bias.astype(jnp.float32), x.shape)
+            x = x + broadcast(bias.astype(jnp.float32), x.shape)
         return x.astype(scale.dtype)
 
     def _standardised(self, x: jax.Array) -> jax.Array:
@@ -173,60 +142,6 @@ class Dropout(nn.Module):
             return x
         bits = kept_bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 8)), self.rate)
         return dropped(x, bits, self.rate)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dropped(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
-    """Set entries to 0 and divide the others by ``1 - rate``; the backward pass keeps the bits alone.
-
-    Args:
-        x: float [..., width].
-        bits: uint8 [..., ceil(width / 8)], from :func:`kept_bits`. Bit i of byte j is about entry i * bytes + j.
-        rate: The share of bits that are 0.
-    """
-    # Side by side: entries that look their bits up one by one take a CPU six times as long (jax 0.10.2).
-    keep = jnp.concatenate([(bits >> i) & 1 == 1 for i in range(8)], axis=-1)[..., : x.shape[-1]]
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
-
-
-def _dropped_backward(rate, bits, gradient):
-    # Apart, or the compiler keeps what it made of the bits: eight times as much.
-    bits, gradient = apart(bits, gradient)
-    return dropped(gradient, bits, rate), None
-
-
-dropped.defvjp(lambda x, bits, rate: (dropped(x, bits, rate), bits), _dropped_backward)
-
-
-def kept_bits(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """Draw bits that are 0 with a given probability.
-
-    Args:
-        key: PRNG key.
-        shape: The shape of the result.
-        rate: The probability, rounded to a multiple of 2^-16.
-
-    Returns:
-        uint8 [...] of that shape, eight independent bits each.
-    """
-    threshold = round(rate * 65536)
-
-    def draw(index, bits):
-        words = jax.random.bits(jax.random.fold_in(key, index), shape, jnp.uint32)
-        low, high = (words & 0xFFFF) >= threshold, (words >> 16) >= threshold
-        place = jnp.asarray(index, jnp.uint8)
-        return bits | (low.astype(jnp.uint8) << place) | (high.astype(jnp.uint8) << (place + 4))
-
-    def loop(bits):
-        return jax.lax.fori_loop(0, 4, draw, bits)
-
-    def unrolled(bits):
-        for index in range(4):
-            bits = draw(index, bits)
-        return bits
-
-    # On a CPU a loop, which no compiler looks into: fused with the backward pass, the words themselves would be kept.
-    return jax.lax.platform_dependent(jnp.zeros(shape, jnp.uint8), cpu=loop, default=unrolled)
 
 
 class Hidden(nn.Module):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import betaincinv
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import MaskingConfig
-from cellplm_jax.model.layers import ENTRIES, along
-from cellplm_jax.structs import CellBatch
+from cellplm_jax.model.layers import ENTRIES, constrain
 
 
 def _rank(noise: jax.Array) -> jax.Array:
@@ -249,7 +249,7 @@ def sample_gene_mask(
         mask = batch.unfold(jax.lax.fori_loop(0, -(-cells // size), draw, mask))
     else:
         mask = drawn(keys, threshold)
-    return jax.lax.optimization_barrier(along(mask, ENTRIES))
+    return jax.lax.optimization_barrier(constrain(mask, ENTRIES))
 
 
 def sample_visible(

@@ -24,6 +24,7 @@ from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain, r
 from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
 from cellplm_jax.plan.hlo import cost
 from cellplm_jax.plan.roofline import estimate
+from cellplm_jax.storage import atomic_write_text
 
 # What libtpu must be told on a machine without a TPU: not to look for one, nor for the metadata server of a cloud.
 ENVIRONMENT = {
@@ -330,9 +331,7 @@ def main(argv: list[str]) -> int:
         )
     except CellPLMError as error:
         result = {"error": {"kind": type(error).__name__, "message": str(error)}}
-    part = Path(argv[1]).with_suffix(".partial")
-    part.write_text(json.dumps(result), encoding="utf-8")
-    part.rename(argv[1])
+    atomic_write_text(argv[1], json.dumps(result))
     return 0
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import log_softmax, softmax
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.errors import InputError, explain, require
@@ -262,7 +263,7 @@ class CellTypeAnnotator(Estimator):
             self._fit_neighbors(adata, table, train, codes)
         else:
             self._fit_head(table, train, valid, codes, transductive)
-        self._tell()
+        self._log_messages()
         return self
 
     def _check_unseen(
@@ -603,8 +604,6 @@ class CellTypeAnnotator(Estimator):
         self, data: Any, reading: Reading
     ) -> tuple[np.ndarray, dict[str, Any], list[str], np.ndarray]:
         """Return float32 [cells, labels], facts for ``uns``, sentences about the input, and float32 [cells, latent]."""
-        import cellplm_jax
-
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         if self._reference is not None:
@@ -617,7 +616,7 @@ class CellTypeAnnotator(Estimator):
         facts = {
             "labels": list(self.labels),
             "model": model.id,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "method": self.method,
             "temperature": float(self.temperature),
             "pool": list(self.pool),

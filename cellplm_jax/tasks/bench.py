@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import Sample, pad_batch
@@ -63,8 +64,6 @@ def made_up_counts(cells: int, genes: int, nonzeros: int, *, seed: int = 0) -> s
 
 def machine_facts() -> dict[str, Any]:
     """Return where a measurement was made: processor or accelerator, cores, versions."""
-    import cellplm_jax
-
     device = jax.local_devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -73,7 +72,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "cellplm_jax": cellplm_jax.__version__,
+        "cellplm_jax": __version__,
     }
 
 

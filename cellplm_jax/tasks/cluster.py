@@ -12,6 +12,7 @@ import pandas as pd
 
 from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
+from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import (
     Context,
     check_copy,
@@ -19,9 +20,8 @@ from cellplm_jax.tasks.embed import (
     embed,
     read_and_embed,
     write_copy,
-    written_whole,
 )
-from cellplm_jax.tasks.pretrained import Pretrained, opened
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -209,7 +209,7 @@ def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike
     for ax, column in zip(axes[0], columns, strict=True):
         plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
     try:
-        with written_whole(out) as partial:
+        with atomic_write(out) as partial:
             figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
     finally:
         pyplot.close(figure)
@@ -269,4 +269,4 @@ def _model(
             ),
         )
         raise InputError(msg)
-    return opened(model)
+    return as_pretrained(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +13,7 @@ import pandas as pd
 from flax import struct
 from scipy import sparse
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import (
@@ -25,7 +25,6 @@ from cellplm_jax.data.batches import (
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
 from cellplm_jax.errors import InputError, explain, nearest
-from cellplm_jax.structs import CellBatch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -280,7 +279,7 @@ class Layout:
     contexts: np.ndarray
 
 
-def lay_out(
+def make_examples(
     table: CellTable,
     contexts: Sequence[np.ndarray],
     config: ModelConfig,
@@ -395,11 +394,6 @@ def source_groups(
     if batch_key is not None:
         batch = source.column(batch_key)
     return contexts_of(batch, np.arange(source.cells), part=part)
-
-
-def name_of(data: Any) -> str:
-    """Return what messages call the data."""
-    return f"'{Path(data).name}'" if isinstance(data, str | os.PathLike) else "the AnnData"
 
 
 def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
@@ -42,7 +43,7 @@ from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from cellplm_jax.structs import Reconstruction
+    from cellplm_jax.batch import Reconstruction
 
 LAYER = "cellplm_denoised"
 """Layer that ``predict`` writes; the log-normalised one has ``_log1p`` behind it."""
@@ -167,7 +168,7 @@ class Denoiser(Estimator):
         )
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
-        self._tell()
+        self._log_messages()
         return self
 
     def _fitted(self) -> Pretrained:
@@ -394,8 +395,6 @@ class Denoiser(Estimator):
         width: int | None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
         """Return the layers, facts for ``uns``, and sentences about the input."""
-        import cellplm_jax
-
         if not key_added or "/" in key_added:
             msg = explain(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
             raise InputError(msg)
@@ -426,7 +425,7 @@ class Denoiser(Estimator):
             layers,
             {
                 "model": model.id,
-                "version": cellplm_jax.__version__,
+                "version": __version__,
                 "zero_shot": bool(self.facts.get("zero_shot", False)),
                 "detected": detected,
                 "layers": names,

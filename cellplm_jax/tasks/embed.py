@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from cellplm_jax._version import __version__
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.anndata_io import CountSource, Values, nullable_strings, open_counts
 from cellplm_jax.data.batches import (
     Sample,
@@ -23,11 +25,11 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.structs import CellBatch
-from cellplm_jax.tasks import stream
-from cellplm_jax.tasks.pretrained import Pretrained, opened
-from cellplm_jax.tasks.stream import Ahead, StreamedEncoder, Waiting, host_array, one_behind
-from cellplm_jax.train.metrics import ProgressReport
+from cellplm_jax.progress import ProgressReport
+from cellplm_jax.storage import atomic_write
+from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -89,7 +91,9 @@ def embed(
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
     context = Context(batch_key, spatial_key, cells_per_context)
-    embedding, provenance, _ = read_and_embed(adata, opened(model), read, context, key_added, quiet)
+    embedding, provenance, _ = read_and_embed(
+        adata, as_pretrained(model), read, context, key_added, quiet
+    )
     adata.obsm[key_added] = embedding
     adata.uns["cellplm"] = provenance
     return adata
@@ -139,7 +143,7 @@ def embed_file(
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
     context = Context(batch_key, spatial_key, cells_per_context, require_coordinates)
-    model = opened(model)
+    model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
     return messages
@@ -175,8 +179,6 @@ def read_and_embed(
     Returns:
         float32 [cells, latent]; facts for ``uns``; sentences about the input.
     """
-    import cellplm_jax
-
     with open_counts(data, model.genes, **read) as source:
         if context.require_coordinates and context.spatial_key is not None:
             source.coordinates(context.spatial_key, required=True)
@@ -187,7 +189,7 @@ def read_and_embed(
             spatial_key=context.spatial_key,
             cells_per_context=context.cells_per_context,
             quiet=quiet,
-            waiting=(waiting := Waiting()),
+            waiting=(waiting := IOWait()),
         )
         messages = source.report.messages() + waiting.messages()
         key = context.spatial_key
@@ -199,7 +201,7 @@ def read_and_embed(
             "model": model.id,
             "model_source": model.source,
             "precision": model.precision,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "key_added": key_added,
             "context": {
                 "batch_key": context.batch_key or "",
@@ -221,7 +223,7 @@ def embed_source(
     groups: Sequence[np.ndarray] | None = None,
     title: str = "embedding",
     quiet: bool = True,
-    waiting: Waiting | None = None,
+    waiting: IOWait | None = None,
 ) -> np.ndarray:
     """Embed an opened source of counts.
 
@@ -259,9 +261,9 @@ def embed_source(
             placed = None if coordinates is None else scale_coordinates(coordinates[cells])
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
-                said = lambda text, n=done: progress.update(n, text)  # noqa: E731
+                on_progress = lambda text, n=done: progress.update(n, text)  # noqa: E731
                 embedding[cells[index]] = embed_context(
-                    source, model, cells[index], here, waiting, said
+                    source, model, cells[index], here, waiting, on_progress
                 )
                 done += len(index)
                 progress.update(done)
@@ -305,8 +307,8 @@ def embed_context(
     model: Pretrained,
     cells: np.ndarray,
     coordinates: np.ndarray | None,
-    waiting: Waiting | None,
-    said: Callable[[str], None],
+    waiting: IOWait | None,
+    on_progress: Callable[[str], None],
 ) -> np.ndarray:
     """Embed one context: the embedder over chunks of cells, then the encoder over all of them.
 
@@ -316,18 +318,22 @@ def embed_context(
         cells: int [n], numbers of the cells in the source.
         coordinates: float [n, 2], scaled; None: none.
         waiting: Given the time that was waited for data.
-        said: Told how far it is.
+        on_progress: Told how far it is.
 
     Returns:
         float32 [n, latent].
     """
-    if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
-        hidden = express_context(source, model, cells, coordinates, waiting=waiting, said=said)
+    if len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config):
+        hidden = express_context(
+            source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+        )
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)
         params, *others = model.weight_copies
-        model.encode_streamed(params, hidden, embedding, others=others, said=said)
+        model.encode_streamed(params, hidden, embedding, others=others, on_progress=on_progress)
         return embedding
-    hidden, mask = express_padded(source, model, cells, coordinates, waiting=waiting, said=said)
+    hidden, mask = express_padded(
+        source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+    )
     return np.asarray(model.encode_context(hidden, mask))[0, : len(cells)]
 
 
@@ -362,8 +368,8 @@ def express_context(
     coordinates: np.ndarray | None,
     *,
     padded: int | None = None,
-    waiting: Waiting | None = None,
-    said: Callable[[str], None] = lambda text: None,
+    waiting: IOWait | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
     """Run the embedder over the cells of one context, a chunk at a time, reading ahead of it.
 
@@ -374,14 +380,14 @@ def express_context(
         coordinates: float [n, 2], scaled; None: none.
         padded: Rows of the result; None: n.
         waiting: Given the time that was waited for data.
-        said: Told how far it is.
+        on_progress: Told how far it is.
 
     Returns:
         float32 [padded, hidden], before any attention, 0 past the cells; in memory or, where it is large, on disk.
     """
     hidden = host_array((padded or len(cells), model.config.hidden))
     devices = len(model.embeds_on)
-    batches = Ahead(_chunks_of_context(source, model, cells, coordinates), depth=1 + devices)
+    batches = Prefetcher(_chunks_of_context(source, model, cells, coordinates), depth=1 + devices)
     started = time.perf_counter()
     chunks = (
         (part, model.embed_expression(model.weight_copies[turn], batch))
@@ -389,9 +395,9 @@ def express_context(
     )
     # Closed also where the work fails: the thread must not read on from a source that is closed.
     with contextlib.closing(chunks):
-        for part, chunk in one_behind(chunks, devices):
+        for part, chunk in overlap(chunks, devices):
             hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
-            said(f"{part.stop} of {len(cells)} cells read")
+            on_progress(f"{part.stop} of {len(cells)} cells read")
     if waiting is not None:
         waiting.add(batches.waited, time.perf_counter() - started)
     return hidden
@@ -482,24 +488,6 @@ def check_output(out: Path) -> None:
         raise InputError(msg)
 
 
-@contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """Give another name to write to; the file gets its own when that went well, and is gone where it did not.
-
-    Args:
-        out: Where the file is to be.
-
-    Yields:
-        A path beside it.
-    """
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def check_copy(path: Path, out: Path) -> None:
     """Refuse, before any work is done, a copy that cannot be written.
 
@@ -552,7 +540,7 @@ def write_copy(
     import pandas as pd
     from anndata.io import read_elem, write_elem
 
-    with written_whole(out) as partial:
+    with atomic_write(out) as partial:
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file, nullable_strings():

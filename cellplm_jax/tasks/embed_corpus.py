@@ -18,7 +18,6 @@ import hashlib
 import heapq
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,21 +30,21 @@ import tensorstore
 from flax.traverse_util import flatten_dict
 from scipy import sparse
 
+from cellplm_jax._version import __version__
 from cellplm_jax.data.anndata_io import in_vocabulary
 from cellplm_jax.data.corpus import (
     LABEL_COLUMN,
     Corpus,
-    Folder,
     anndata_settings,
-    explain_write_errors,
     open_corpus,
 )
 from cellplm_jax.data.genes import GeneMapping, map_genes
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.progress import ProgressReport
+from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
 from cellplm_jax.tasks.embed import check_output, embed_context
-from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
-from cellplm_jax.tasks.stream import Waiting
-from cellplm_jax.train.metrics import ProgressReport
+from cellplm_jax.tasks.long_context import IOWait
+from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +127,7 @@ def embed_corpus(
             something else: another model's, another corpus', in another precision; process 0 made no store in time.
     """
     index, count = _place(process_index, process_count)
-    model = opened(model)
+    model = as_pretrained(model)
     corpus = corpus if isinstance(corpus, Corpus) else open_corpus(corpus)
     mapping = map_genes(corpus.genes, model.genes)
     folder = Folder(out)
@@ -147,7 +146,7 @@ def embed_corpus(
     with explain_write_errors(
         f"the embedding '{folder.path}'",
         room=f"{sum(cells) * model.config.latent_size * 4 / 1e9:.2g} GB for the embedding",
-        kept="samples",
+        again="finished samples are kept",
     ):
         if folder.local is not None and folder.local.is_file():
             raise InputError(_something_else(folder))
@@ -161,7 +160,7 @@ def embed_corpus(
         if done is None:
             messages.append(f"'{folder.path}' was complete already; nothing was embedded")
             return CorpusEmbedding(folder.path, sum(cells), len(cells), 0, True, messages)
-        waiting = Waiting()
+        waiting = IOWait()
         mine = deal(cells, count)[index]
         left = [sample for sample in mine if not done[sample]]
         title = "embedding" if count == 1 else f"embedding ({index + 1} of {count})"
@@ -285,7 +284,7 @@ def _embed_samples(
     mapping: GeneMapping,
     folder: Folder,
     left: Sequence[int],
-    waiting: Waiting,
+    waiting: IOWait,
     progress: ProgressReport,
 ) -> None:
     """Embed samples, write their rows and mark them."""
@@ -426,12 +425,8 @@ def _create(
         raise InputError(_something_else(folder))
     if not target.exists():
         check_output(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
+    with atomic_write(target) as partial:
         _build(partial, corpus, model, mapping, state)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build(
@@ -522,15 +517,13 @@ def _cell_table(corpus: Corpus) -> pd.DataFrame:
 
 def _provenance(corpus: Corpus, model: Pretrained, mapping: GeneMapping) -> dict[str, Any]:
     """Return ``uns["cellplm"]`` with the keys that embedding a file writes."""
-    import cellplm_jax
-
     spatial = any(sample.spatial for sample in corpus.samples)
     used = spatial and model.config.positions.kind != "none"
     return {
         "model": model.id,
         "model_source": model.source,
         "precision": model.precision,
-        "version": cellplm_jax.__version__,
+        "version": __version__,
         "key_added": KEY,
         "context": {
             "batch_key": "sample",

@@ -26,25 +26,33 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import numpy as np
 from etils import epath
 
-from cellplm_jax.cache import keep_compiled
+from cellplm_jax._version import __version__
+from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.presets import preset
-from cellplm_jax.structs import CellBatch, Reconstruction
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
     Layout,
     contexts_of,
-    lay_out,
+    make_examples,
     read_cells,
     source_groups,
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import Pretrained, load_located, located, opened, publish
+from cellplm_jax.tasks.pretrained import (
+    Pretrained,
+    as_pretrained,
+    load_located,
+    publish,
+    resolve_source,
+)
 from cellplm_jax.train.checkpoint import (
     ESTIMATOR_FILE,
     TENSOR_FILES,
@@ -55,7 +63,6 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.train.metrics import ProgressReport
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -155,7 +162,7 @@ class Estimator(abc.ABC):
         **training: Any,
     ):
         keep_compiled()
-        self.base = None if model is None else opened(model)
+        self.base = None if model is None else as_pretrained(model)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None
         self.genes: int | None = genes
@@ -262,9 +269,9 @@ class Estimator(abc.ABC):
         part: np.ndarray | None = None,
         targets: Mapping[str, np.ndarray] | None = None,
     ) -> list[Layout]:
-        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.lay_out`."""
+        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.make_examples`."""
         limit = self.training.cells_per_context or None
-        return lay_out(
+        return make_examples(
             table,
             contexts_of(table.batch, cells, limit=limit, part=part),
             model.config,
@@ -323,19 +330,17 @@ class Estimator(abc.ABC):
             start: From :meth:`_begin`.
             params: Of the same architecture.
         """
-        import cellplm_jax
-
         card = {
             **start.card,
             "kind": "fine-tuned",
             "task": self.task,
             "fine_tuned_from": "nothing" if self.base is None else self.base.id,
-            "made_by": f"cellplm-jax {cellplm_jax.__version__}",
+            "made_by": f"cellplm-jax {__version__}",
         }
         self.model = Pretrained(start.config, params, start.genes, card, start.source, start.step)
         return self.model
 
-    def _tell(self) -> None:
+    def _log_messages(self) -> None:
         """Show the messages of the fit, unless quiet."""
         report = ProgressReport(self.task, 1, quiet=self.quiet)
         for message in self.messages:
@@ -497,14 +502,12 @@ class Estimator(abc.ABC):
             InputError: It has not been fitted.
             CheckpointError: The directory is not empty, or there is no such format.
         """
-        import cellplm_jax
-
         model = self._fitted()
         state, arrays = self._state()
         content = {
             "format": 1,
             "class": type(self).__name__,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "training": to_dict(self.training),
             "genes": self.genes,
             "reading": dataclasses.asdict(self.reading),
@@ -585,7 +588,9 @@ class Estimator(abc.ABC):
         Raises:
             CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
         """
-        where, name = located(directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"]))
+        where, name = resolve_source(
+            directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"])
+        )
         content = read_estimator(where, name)
         if content["class"] != cls.__name__:
             msg = explain(

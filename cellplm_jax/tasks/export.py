@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cellplm_jax._version import __version__
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.model.cellplm import CellPLM
-from cellplm_jax.structs import CellBatch
-from cellplm_jax.tasks.embed import check_output, written_whole
-from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, opened
+from cellplm_jax.storage import atomic_write
+from cellplm_jax.tasks.embed import check_output
+from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What an artifact runs on."""
@@ -53,12 +55,10 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         InputError: The model needs more than counts and places, or ``out`` cannot be written.
         MissingDependencyError: flatbuffers is not installed.
     """
-    import cellplm_jax
-
     out = Path(out).expanduser()
     check_output(out)
     require("flatbuffers", "export", "cellplm export")
-    model = opened(model)
+    model = as_pretrained(model)
     if model.config.positions.kind == "laplacian":
         msg = explain(
             "a model with positions of the kind 'laplacian', which needs eigenvectors of the tissue's graph",
@@ -77,9 +77,9 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         "platforms": list(PLATFORMS),
         "calling_convention": int(program.calling_convention_version),
         "jax": jax.__version__,
-        "cellplm_jax": cellplm_jax.__version__,
+        "cellplm_jax": __version__,
     }
-    with written_whole(out) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         archive.writestr(PROGRAM, program.serialize())
         archive.writestr(GENES, "".join(f"{gene}\n" for gene in model.genes))
         archive.writestr(CARD, json.dumps(card, indent=2, default=str) + "\n")

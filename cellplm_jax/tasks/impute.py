@@ -16,6 +16,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import sparse
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
@@ -35,7 +36,7 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     gather,
-    lay_out,
+    make_examples,
     own_vocabulary,
     read_cells,
     variable_genes,
@@ -264,7 +265,7 @@ class GeneImputer(Estimator):
         self._judge(source, valid, predicted)
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
-        self._tell()
+        self._log_messages()
         return self
 
     def _tables(
@@ -396,7 +397,7 @@ class GeneImputer(Estimator):
         limit = self.training.cells_per_context or None
         contexts = contexts_of(shown.batch, cells, limit=limit)
         layouts = [
-            lay_out(
+            make_examples(
                 table,
                 contexts,
                 start.config,
@@ -827,8 +828,6 @@ class GeneImputer(Estimator):
         self, data: Any, reading: Reading, places: np.ndarray, log_normalized: bool
     ) -> tuple[pd.DataFrame, np.ndarray, dict[str, Any], list[str]]:
         """Return the prediction, totals over the panel float [cells], facts, and sentences about the input."""
-        import cellplm_jax
-
         model = self._fitted()
         if self._seen is None:
             self._seen = panel_model(model, self.panel)
@@ -871,7 +870,7 @@ class GeneImputer(Estimator):
         )
         facts = {
             "model": model.id,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "log_normalized": log_normalized,
             "genes": columns,
             "confidence": self.confidence.to_numpy(float)[places],

@@ -13,8 +13,10 @@ from etils import epath
 from cellplm_jax.config import to_dict
 from cellplm_jax.data.corpus import open_corpus
 from cellplm_jax.errors import InputError
+from cellplm_jax.progress import ProgressReport
+from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.pretrained import load
-from cellplm_jax.train.metrics import ProgressReport, read_metrics
+from cellplm_jax.train.metrics import read_metrics
 
 
 def describe(source: str | os.PathLike) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def describe_corpus(
             }
         )
     size = None
-    if not os.fspath(path).startswith("gs://"):
+    if not is_remote(path):
         folder = Path(path).expanduser()
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {

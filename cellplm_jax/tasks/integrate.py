@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import ConfigError, InputError, explain
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
-from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, lay_out
+from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
 from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
@@ -173,7 +174,7 @@ class BatchIntegrator(Estimator):
             examples=examples,
             validate=None,
         )
-        self._tell()
+        self._log_messages()
         return self
 
     def _deal(
@@ -185,7 +186,7 @@ class BatchIntegrator(Estimator):
         by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
         limit = self.training.cells_per_context or len(cells)
         count = -(-len(cells) // limit)
-        return lay_out(
+        return make_examples(
             table,
             [by_batch[first::count] for first in range(count)],
             start.config,
@@ -294,15 +295,13 @@ class BatchIntegrator(Estimator):
         self, data: Any, reading: Reading, key_added: str
     ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
         """Embed in contexts of all batches; return z, facts for ``uns``, and sentences about the input."""
-        import cellplm_jax
-
         model = self._fitted()
         z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         return (
             z,
             {
                 "model": model.id,
-                "version": cellplm_jax.__version__,
+                "version": __version__,
                 "key_added": key_added,
                 "strength": self.strength,
                 "batches_fitted": list(self.batch_rows),

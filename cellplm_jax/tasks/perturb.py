@@ -28,7 +28,7 @@ from cellplm_jax.tasks.contexts import (
     contexts_of,
     gather,
     labels_of,
-    lay_out,
+    make_examples,
     read_cells,
 )
 from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
@@ -313,7 +313,7 @@ class PerturbationPredictor(Estimator):
             "genes": len(table.genes),
         }
         self._tell_left_out_errors()
-        self._tell()
+        self._log_messages()
         return self
 
     def _tell_left_out_errors(self) -> None:
@@ -478,7 +478,7 @@ class PerturbationPredictor(Estimator):
         return dataclasses.replace(config, head=head)
 
     def _lay_out(self, table: CellTable, cells: np.ndarray, model: Pretrained) -> list[Layout]:
-        return lay_out(
+        return make_examples(
             table,
             contexts_of(table.batch, cells, limit=self.training.cells_per_context or None),
             model.config,

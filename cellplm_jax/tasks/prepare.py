@@ -30,20 +30,21 @@ import pandas as pd
 import scipy.sparse as sparse
 
 from cellplm_jax.data.anndata_io import CountSource, open_counts
+from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.data.corpus import (
     FORMAT,
     PartSample,
     PartWriter,
-    explain_write_errors,
+    explain_corpus_errors,
     index_type,
     vocabulary_hash,
     write_genes,
     write_index,
-    write_text_whole,
 )
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.data.store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
+from cellplm_jax.progress import ProgressReport
+from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote
 
 Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
@@ -252,7 +253,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike]) -> dict[str, Path]:
 
 
 def _local_folder(out: str | os.PathLike) -> Path:
-    if "://" in os.fspath(out):
+    if is_remote(out):
         msg = explain(
             f"--out is '{os.fspath(out)}'",
             "a folder of this machine's file system",
@@ -371,7 +372,7 @@ def _settle_vocabulary(
 def _locked(folder: Path) -> Iterator[dict[str, Any]]:
     """Make the folder a corpus, keep a second writer out, and yield what ``corpus.json`` says."""
     index = folder / "corpus.json"
-    with explain_write_errors(f"the corpus '{folder}'"):
+    with explain_corpus_errors(f"the corpus '{folder}'"):
         (folder / "parts").mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "parts", os.O_RDONLY)
     with contextlib.ExitStack() as stack:
@@ -386,8 +387,8 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
             )
             raise InputError(msg) from error
         if not index.exists():
-            with explain_write_errors(f"the corpus '{folder}'"):
-                write_text_whole(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
+            with explain_corpus_errors(f"the corpus '{folder}'"):
+                atomic_write_text(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
         try:
             state = json.loads(index.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -556,10 +557,6 @@ def _run_stage(
     Raises:
         InputError: It failed for a file; every such file is named.
     """
-    from cellplm_jax.train.metrics import (
-        ProgressReport,
-    )  # brings jax, which workers need not wait for
-
     total = sum(sizes[name] for name in tasks)
     report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
     lock = threading.Lock()  # dask reports progress from a thread of its own
@@ -771,10 +768,13 @@ def _count_file(
             expressed += np.bincount(block.indices, minlength=len(candidates))
             advance(stop)
         measured = counts.measured
-    with explain_write_errors(f"'{kept}'"):
-        partial = parts / f".{name}.genes.partial.npz"
-        np.savez_compressed(partial, key=key, expressed=expressed, measured=measured)
-        partial.replace(kept)
+    # An open file: numpy adds a suffix to the name of a new one.
+    with (
+        explain_corpus_errors(f"'{kept}'"),
+        atomic_write(kept) as partial,
+        partial.open("wb") as file,
+    ):
+        np.savez_compressed(file, key=key, expressed=expressed, measured=measured)
     return expressed, measured
 
 
@@ -854,7 +854,7 @@ def _write_file(
     spool = Spool(folder / "parts" / f".{name}.spool", index_type(len(genes)), nonzeros_in_memory)
     clipped = 0
     with (
-        explain_write_errors(f"part '{name}' of the corpus '{folder}'"),
+        explain_corpus_errors(f"part '{name}' of the corpus '{folder}'"),
         contextlib.closing(spool),
         open_counts(path, genes, layer=keys.layer, gene_key=keys.gene) as source,
     ):

@@ -15,9 +15,9 @@ import scipy.sparse as sparse
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.anndata_io import CountSource, open_counts
 from cellplm_jax.data.batches import MemoryStore, Sample, scale_coordinates
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.train import loop
 

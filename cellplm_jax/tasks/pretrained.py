@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from cellplm_jax.cache import keep_compiled
+from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
 from cellplm_jax.model.embedder import transform_stored
-from cellplm_jax.structs import CellBatch, Reconstruction
-from cellplm_jax.tasks.stream import StreamedEncoder
+from cellplm_jax.tasks.long_context import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     WeightFormat,
@@ -233,7 +233,7 @@ class Pretrained:
         if not self.multiplies_stored:
             return self.express
         require("numba", "cpu", "Multiplying counts as they are stored")
-        from cellplm_jax.stored_product import stored_product
+        from cellplm_jax.kernels.sparse_numba import stored_product
 
         def embed_expression(params, batch):
             table = np.asarray(params["embedder"]["gene_embedding"])
@@ -350,7 +350,7 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 def numba_works() -> bool:
     """Return whether Numba is installed, complete, and fits the NumPy beside it."""
     try:
-        import cellplm_jax.stored_product  # noqa: F401
+        import cellplm_jax.kernels.sparse_numba  # noqa: F401
     except (ImportError, OSError):
         return False
     return True
@@ -399,7 +399,9 @@ def publish(
         return hub.push(folder, repo_id, **options)
 
 
-def located(source: str | os.PathLike, *, extra_files: Iterable[str] = ()) -> tuple[str, str]:
+def resolve_source(
+    source: str | os.PathLike, *, extra_files: Iterable[str] = ()
+) -> tuple[str, str]:
     """Return where a model lies that a user named: the one place that knows what a source may be.
 
     Args:
@@ -458,7 +460,7 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*located(source), step=step, precision=precision, devices=devices)
+    return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
 
 
 def load_located(
@@ -472,7 +474,7 @@ def load_located(
     """Open a model whose place is known.
 
     Args:
-        directory: From :func:`located`.
+        directory: From :func:`resolve_source`.
         name: Likewise; what messages call it and the model remembers.
         step: See :func:`load`.
         precision: See :func:`load`.
@@ -502,7 +504,7 @@ def load_located(
     )
 
 
-def opened(model: Pretrained | str | os.PathLike) -> Pretrained:
+def as_pretrained(model: Pretrained | str | os.PathLike) -> Pretrained:
     """Return a model as it is, or open what :func:`load` takes."""
     return model if isinstance(model, Pretrained) else load(model)
 

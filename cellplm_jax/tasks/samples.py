@@ -12,6 +12,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.special import softmax
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError, explain
@@ -156,7 +157,7 @@ class SampleClassifier(Estimator):
             "left_out_samples_cross_entropy": error,
             "cross_entropy_of_frequencies": float(-(share * np.log(share)).sum()),
         }
-        self._tell()
+        self._log_messages()
         return self
 
     # -- predicting -----------------------------------------------------------------------------
@@ -235,8 +236,6 @@ class SampleClassifier(Estimator):
         self, data: AnnData | Path, reading: Reading
     ) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any], list[str]]:
         """Return the table of samples, columns of ``obs``, facts for ``uns``, and sentences about the input."""
-        import cellplm_jax
-
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         samples = _column(_obs_of(data), reading)
@@ -265,7 +264,7 @@ class SampleClassifier(Estimator):
         facts = {
             "labels": list(self.labels),
             "model": model.id,
-            "version": cellplm_jax.__version__,
+            "version": __version__,
             "penalty": float(self.penalty),
             **facts,
         }

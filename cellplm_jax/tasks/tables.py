@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.tasks.embed import check_output, written_whole
+from cellplm_jax.storage import atomic_write
+from cellplm_jax.tasks.embed import check_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,7 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = F
         InputError: See :func:`check_table`.
     """
     path = check_table(path)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         table.to_csv(
             partial,
             sep=SEPARATORS[Path(path.name.removesuffix(".gz")).suffix],

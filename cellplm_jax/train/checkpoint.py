@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain
+from cellplm_jax.storage import atomic_write, atomic_write_text, explain_write_errors, is_remote
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
 
@@ -69,25 +70,6 @@ class ModelFiles:
     store: dict[str, Any] | None = None
 
 
-def write_text_whole(path: epath.Path, text: str) -> None:
-    """Write a small file whole or not at all; objects of a store are whole by nature.
-
-    Args:
-        path: The file.
-        text: Its contents.
-    """
-    if _remote(path):
-        path.write_text(text, encoding="utf-8")
-        return
-    partial = Path(path).with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
     """Write the root files of a checkpoint, each whole or not at all.
 
@@ -104,9 +86,9 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
         content["published"] = files.published
     if files.store is not None:
         content["store"] = files.store
-    write_text_whole(folder / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
+    atomic_write_text(folder / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
     write_card(folder, files.card)
-    write_text_whole(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    atomic_write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
@@ -117,7 +99,7 @@ def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
         card: Its contents.
     """
     text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-    write_text_whole(epath.Path(directory) / CARD_FILE, text)
+    atomic_write_text(epath.Path(directory) / CARD_FILE, text)
 
 
 def read_root(directory: str | os.PathLike) -> ModelFiles:
@@ -185,12 +167,8 @@ meanwhile leaves no step with half of its files."""
 _ITEMS = ("params", "optimizer", "unused", "estimator")
 
 
-def _remote(directory: epath.Path) -> bool:
-    return "://" in os.fspath(directory)
-
-
 def _absolute(directory: epath.Path) -> epath.Path:
-    return directory if _remote(directory) else directory.resolve()
+    return directory if is_remote(directory) else directory.resolve()
 
 
 def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool = False):
@@ -351,7 +329,7 @@ class RunCheckpoints:
         """Wait until everything saved so far is on disk."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
-        if not _remote(self.directory):
+        if not is_remote(self.directory):
             self._remove(self.directory.glob(_TRASH))
 
     def close(self) -> None:
@@ -363,7 +341,7 @@ class RunCheckpoints:
 
     def _remove_unfinished(self) -> None:
         """Remove what saves and removals that were cut off left behind. Orbax would also remove foreign folders."""
-        if _remote(self.directory):
+        if is_remote(self.directory):
             # An object store has no rename: there an unfinished step is known by its missing commit file.
             steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
             self._remove([step for step in steps if not (step / "commit_success.txt").exists()])
@@ -377,27 +355,18 @@ class RunCheckpoints:
                 with contextlib.suppress(OSError):
                     folder.rmtree()
 
-    @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            msg = explain(
-                f"{what} of '{self.directory}' cannot be saved ({_first_line(error)})",
-                "a work directory that may be written, with room for another checkpoint",
-                "Free some space or correct its permissions, and run the same command again: checkpoints saved before "
-                "are intact, and it continues from the latest of them",
-            )
-            raise CheckpointError(msg) from error
+    def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return explain_write_errors(
+            f"{what} of '{self.directory}'",
+            room="room for another checkpoint",
+            again="checkpoints saved before are intact, and it continues from the latest of them",
+            catch=Exception,
+            raises=CheckpointError,
+        )
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what an exception says in one line; a full disk is named, however deep its error lies."""
-    text = f"{error} {error.__cause__ or ''}"
-    if re.search(r"no space left|ENOSPC|disk quota|RESOURCE_EXHAUSTED", text, re.IGNORECASE):
-        return "no space left on the disk"
+    """Return what an exception says in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -500,30 +469,21 @@ def save_model(
         )
         raise CheckpointError(msg)
     directory = check_new_directory(directory)
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     items = {"params": _as_arrays(params)}
     if unused:
         items["unused"] = _as_arrays(unused)
     if estimator:
         items["estimator"] = _as_arrays(estimator)
-    try:
+    with atomic_write(directory) as partial:
         write_root(partial, files)
         for name, text in (texts or {}).items():
-            write_text_whole(epath.Path(partial) / name, text)
+            atomic_write_text(partial / name, text)
         if format == "orbax":
             _write_step(partial, items, step)
         else:
             for item, tree in items.items():
                 flat = {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
                 write_tensors(partial / TENSOR_FILES[item], flat, step=step)
-        if directory.exists():
-            directory.rmdir()
-        os.replace(partial, directory)
-    finally:
-        if partial.exists():
-            import shutil
-
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:

@@ -21,12 +21,12 @@ import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cellplm_jax.batch import CellBatch, ModelOutput
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig
 from cellplm_jax.errors import CellPLMError, explain
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
-from cellplm_jax.structs import CellBatch, ModelOutput
-from cellplm_jax.train.metrics import ProgressReport
+from cellplm_jax.progress import ProgressReport
 
 Path = tuple[str, ...]
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange, heldout_batches
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.evaluate.embedding import (
     batch_mixing,
@@ -20,7 +21,6 @@ from cellplm_jax.evaluate.embedding import (
     knn_accuracy,
     leiden_clusters,
 )
-from cellplm_jax.structs import CellBatch
 from cellplm_jax.train.metrics import heldout_scores
 from cellplm_jax.train.sharding import local_rows, make_mesh, to_global
 from cellplm_jax.train.step import (

@@ -21,11 +21,12 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, gene_means, split_heldout
-from cellplm_jax.data.store import CellStore
 from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
-from cellplm_jax.structs import CellBatch
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.train.checkpoint import (
     BEST_METRIC,
     ModelFiles,
@@ -38,7 +39,6 @@ from cellplm_jax.train.checkpoint import (
 from cellplm_jax.train.heldout import HeldoutEvaluation
 from cellplm_jax.train.metrics import (
     MetricsWriter,
-    ProgressReport,
     StepRates,
     peak_flops,
     read_metrics,
@@ -50,7 +50,7 @@ from cellplm_jax.train.step import abstract_state, compile_training_step, create
 from cellplm_jax.train.workdir import (
     added_samples,
     check_room,
-    explained_writes,
+    explain_workdir_errors,
     machine_facts,
     open_workdir,
     rows_of,
@@ -202,7 +202,7 @@ def pretrain(
     if start >= config.steps:
         scores = evaluate(state.params)
     if first_process:
-        with explained_writes(folder):
+        with explain_workdir_errors(folder):
             _complete_card(folder, config, step, start, state, log, time.monotonic() - began)
             _draw(folder)
     rate = log.rates.cells_per_second
@@ -264,7 +264,7 @@ def _describe_run(
         store=store_facts(store),
     )
     if files != found:
-        with explained_writes(workdir):
+        with explain_workdir_errors(workdir):
             write_root(workdir, files)
 
 

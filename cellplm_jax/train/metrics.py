@@ -1,4 +1,4 @@
-"""What a run reports: held-out scores, rates, and where they are written (JSON lines, TensorBoard, screen)."""
+"""What a run reports: held-out scores, rates, and where they are written (JSON lines, TensorBoard)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import contextlib
 import json
 import math
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.config import ModelConfig, TrainConfig
-from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import init_params
+from cellplm_jax.storage import atomic_write_text, explain_write_errors, is_remote
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("tpu v2", 22.5e12),
@@ -302,7 +301,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, resume_step: int = 0):
-        self._remote = epath.Path(workdir) if "://" in os.fspath(workdir) else None
+        self._remote = epath.Path(workdir) if is_remote(workdir) else None
         self._scratch = tempfile.TemporaryDirectory() if self._remote is not None else None
         self._folder = Path(workdir if self._scratch is None else self._scratch.name)
         self._copied = time.monotonic()
@@ -313,10 +312,8 @@ class MetricsWriter:
             # A run that starts over writes its step 0 again.
             last = resume_step if resume_step > 0 else -1
             kept = [row for row in read_metrics(source) if row.get("step", 0) <= last]
-        partial = self.path.with_suffix(".partial")
         with self._explained():
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            partial.replace(self.path)
+            atomic_write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = self.path.open("a", encoding="utf-8")
             self._tensorboard = _EventFile.open(self._folder / "tensorboard")
 
@@ -366,18 +363,10 @@ class MetricsWriter:
             closing.callback(self._file.close)
             self.flush()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            msg = explain(
-                f"'{self.path.parent}' cannot be written ({error.strerror or error})",
-                "a work directory with room that may be written",
-                "Free some space or correct its permissions, and run the same command again: it continues from the "
-                "last checkpoint",
-            )
-            raise InputError(msg) from error
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explain_write_errors(
+            f"'{self.path.parent}'", again="it continues from the last checkpoint", catch=OSError
+        )
 
 
 class _EventFile:
@@ -419,83 +408,3 @@ class _EventFile:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
-
-
-def _rate(done: int, seconds: float, unit: str) -> str:
-    """Return how fast work goes, such as ``"1,250 cells/s"``; ``""`` where nothing can be said yet."""
-    if done <= 0 or seconds <= 0:
-        return ""
-    rate = done / seconds
-    if rate < 1:
-        return f"{1 / rate:.1f} s per {unit.removesuffix('s')}"
-    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
-
-
-class ProgressReport:
-    """Progress of long work: a live bar on a terminal, plain lines elsewhere, on standard error.
-
-    Args:
-        title: What is being done.
-        total: Units of the whole work.
-        unit: What is counted, in the plural.
-        quiet: Say nothing.
-        every: Seconds between plain lines.
-    """
-
-    def __init__(
-        self, title: str, total: int, *, unit: str = "steps", quiet: bool = False, every: float = 10
-    ):
-        self.title, self.total, self.unit, self.every = title, total, unit, every
-        self._start = self._last = time.monotonic()
-        self._settled: tuple[float, int] | None = None
-        self._bar = self._task = None
-        self._plain = not quiet
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._plain = False
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(title, total=total, note="", rate="")
-            self._bar.start()
-
-    def update(self, done: int, note: str = "") -> None:
-        """Report that ``done`` units are finished."""
-        if self._settled is None:
-            # The first unit carries the compilation; rates are taken from the second one on.
-            self._settled = (time.monotonic(), done)
-        now = time.monotonic()
-        since, before = self._settled
-        rate = _rate(done - before, now - since, self.unit)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note, rate=rate)
-            return
-        if self._plain and (now - self._last >= self.every or done >= self.total):
-            self._last = now
-            line = f"{self.title}: {done}/{self.total} {self.unit}, {now - self._start:.0f} s"
-            line += f", {rate}" if rate else ""
-            if before < done < self.total:
-                line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
-            sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
-            sys.stderr.flush()
-
-    def say(self, text: str) -> None:
-        """Write a line of its own, unless the report is quiet."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        elif self._plain:
-            sys.stderr.write(f"{self.title}: {text}\n")
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """Finish the bar."""
-        if self._bar is not None:
-            self._bar.stop()

@@ -2,9 +2,9 @@
 
 Counts are scaled to 10,000 per cell and log-transformed, centred by tissue sample and divided by each gene's standard
 deviation over the corpus. The loadings of their principal components, divided by the root of the singular values,
-become the gene embeddings, so that the weighted gene sum of the embedder *is* the projection of a cell. Clusters of each
-dataset then give linear discriminants, which the map to the latent appends. Encoder layers start at zero and add to the
-projection while they train.
+become the gene embeddings, so that the weighted gene sum of the embedder *is* the projection of a cell. Clusters of
+each dataset then give linear discriminants, which the map to the latent appends. Encoder layers start at zero and add
+to the projection while they train.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from scipy import sparse
 
 from cellplm_jax.config import ModelConfig, TrainConfig
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange
-from cellplm_jax.data.store import CellStore
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.components import (
     CLIP,
     Discriminants,
@@ -97,12 +97,11 @@ def fit_projection(
     mean, deviation, usable = _gene_statistics(groups, len(store.genes))
     chosen = variable_genes(mean, deviation**2, recipe.genes, usable)
     if len(chosen) < 2:
-        msg = explain(
+        raise InputError(
             f"{len(chosen)} genes are detected in {DETECTED:.1%} of the cells that measure them",
             "genes to compute components from",
             "Train on more cells, or set model.trunk = 'none'",
         )
-        raise InputError(msg)
     on_progress(f"principal components of {len(chosen):,} genes")
     view = _Standardized(
         groups, chosen, mean, np.maximum(deviation, 0.1), config.model.centre_cells

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import MeshConfig
 from cellplm_jax.errors import ConfigError, explain
-from cellplm_jax.structs import CellBatch
 
 MESH_AXES = ("data", "cells", "genes")
 

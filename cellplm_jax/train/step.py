@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from cellplm_jax.batch import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.config import MaskingConfig, TrainConfig
 from cellplm_jax.losses.likelihoods import (
     negative_binomial_nll,
@@ -31,7 +32,6 @@ from cellplm_jax.model.masking import (
     sample_gene_mask,
     sample_visible,
 )
-from cellplm_jax.structs import CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.train.optim import make_optimizer
 from cellplm_jax.train.projection import Projection
 from cellplm_jax.train.sharding import (

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from cellplm_jax.errors import CheckpointError, explain, require
+from cellplm_jax.storage import is_remote
 
 EXTRA = "hub"
 
@@ -56,7 +57,7 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             local = path
-            if "://" in os.fspath(path):
+            if is_remote(path):
                 local = path.copy(Path(folder) / path.name)
             with library.safe_open(os.fspath(local), framework="numpy") as opened:
                 about = opened.metadata() or {}

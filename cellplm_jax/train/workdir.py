@@ -10,16 +10,18 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig, to_dict
-from cellplm_jax.data.store import CellStore
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.errors import CheckpointError, InputError, explain
+from cellplm_jax.storage import explain_write_errors, is_remote
 from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root
 
 CHANGEABLE = (
@@ -200,8 +202,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     return None if old == new else f"{path}: {old!r} there, {new!r} now"
 
 
-@contextlib.contextmanager
-def explained_writes(workdir: str | os.PathLike) -> Iterator[None]:
+def explain_workdir_errors(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
     """Turn what the operating system says of a directory that cannot be written into one message.
 
     Args:
@@ -210,15 +211,7 @@ def explained_writes(workdir: str | os.PathLike) -> Iterator[None]:
     Raises:
         InputError: Instead of the ``OSError``.
     """
-    try:
-        yield
-    except OSError as error:
-        msg = explain(
-            f"the work directory '{workdir}' cannot be written ({error.strerror or error})",
-            "a directory that may be written and has room",
-            "Name another one, free some space or correct its permissions",
-        )
-        raise InputError(msg) from error
+    return explain_write_errors(f"the work directory '{workdir}'", catch=OSError)
 
 
 def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
@@ -234,11 +227,11 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     """
     folder = epath.Path(workdir)
     probe = folder / f".writable-{jax.process_index()}"
-    with explained_writes(workdir):
+    with explain_workdir_errors(workdir):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("x")
         probe.unlink()
-    if "://" in os.fspath(workdir):
+    if is_remote(workdir):
         return
     size = sum(
         int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state)
@@ -273,11 +266,9 @@ def run_card(
         heldout: Ranges of cells held out.
         facts: What the caller knows of the data; kept as it is.
     """
-    import cellplm_jax
-
     return {
         **(facts or {}),
-        "made_by": f"cellplm-jax {cellplm_jax.__version__}",
+        "made_by": f"cellplm-jax {__version__}",
         "kind": "pretrained",
         "datasets": len({sample.dataset_name for sample in store.samples}),
         "training_samples": len({part.sample for part in train}),

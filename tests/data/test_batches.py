@@ -18,7 +18,7 @@ from cellplm_jax.data.batches import (
     pad_batch,
     scale_coordinates,
 )
-from cellplm_jax.data.store import moore_curve
+from cellplm_jax.data.cell_store import moore_curve
 from cellplm_jax.errors import InputError
 from tests.conftest import VOCABULARY, make_samples
 

@@ -17,7 +17,7 @@ import pytest
 import scipy.sparse
 from sklearn.metrics import adjusted_rand_score
 
-from cellplm_jax.data import datasets
+from cellplm_jax.data import bundled, datasets
 from cellplm_jax.data.datasets import PBMC_MARKERS, UNASSIGNED, annotate_by_markers, pbmc3k
 from cellplm_jax.errors import InputError
 
@@ -114,7 +114,7 @@ def test_can_be_written_and_read(blood, tmp_path):
 
 
 def test_missing_resource_is_one_clear_message(monkeypatch):
-    monkeypatch.setattr(datasets, "_RESOURCE", "absent.h5ad")
+    monkeypatch.setattr(bundled, "_RESOURCE", "absent.h5ad")
     with pytest.raises(InputError, match=r"absent\.h5ad.*expected.*tools/build_pbmc3k\.py"):
         pbmc3k()
 

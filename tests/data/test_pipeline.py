@@ -10,6 +10,7 @@ import pytest
 
 from cellplm_jax.config import DataConfig, MeshConfig, ModelConfig, PositionsConfig, TrainConfig
 from cellplm_jax.data.batches import MemoryStore, laplacian_eigenvectors
+from cellplm_jax.data.cell_store import CellRun, SampleRecord, moore_curve
 from cellplm_jax.data.corpus import PartSample, PartWriter, open_corpus, write_genes, write_index
 from cellplm_jax.data.pipeline import (
     SampleRange,
@@ -21,7 +22,6 @@ from cellplm_jax.data.pipeline import (
     split_heldout,
     window_sizes,
 )
-from cellplm_jax.data.store import CellRun, SampleRecord, moore_curve
 from cellplm_jax.errors import ConfigError, InputError
 from tests.conftest import VOCABULARY, make_samples, make_store
 

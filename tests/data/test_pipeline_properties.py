@@ -9,8 +9,8 @@ import pytest
 
 from cellplm_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from cellplm_jax.data import pipeline
+from cellplm_jax.data.cell_store import CellRun, SampleRecord
 from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, heldout_batches
-from cellplm_jax.data.store import CellRun, SampleRecord
 
 
 class MarkedStore:

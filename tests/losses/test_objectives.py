@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.metrics import log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
+from cellplm_jax.batch import LatentOutput, Reconstruction
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError
 from cellplm_jax.losses.objectives import (
@@ -27,7 +28,6 @@ from cellplm_jax.losses.objectives import (
     scale_to_total,
     warmup_factor,
 )
-from cellplm_jax.structs import LatentOutput, Reconstruction
 from tests.model.common import GENES, make_batch, random_counts
 
 DENSE = [random_counts(6, seed=1), random_counts(3, seed=2)]

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import DecoderConfig, EncoderConfig, LatentConfig, ModelConfig
-from cellplm_jax.structs import CellBatch
 
 GENES, HIDDEN = 40, 32
 

@@ -16,7 +16,6 @@ from cellplm_jax.model.attention import (
     flow_weights,
     orthogonal_features,
     performer_attention,
-    scaled,
     softmax_attention,
     softmax_weights,
 )
@@ -188,17 +187,6 @@ def test_flow_gradient_equals_finite_differences():
 
     expected = (reference(1e-5) - reference(-1e-5)) / 2e-5
     assert got == pytest.approx(expected, rel=1e-3)
-
-
-def test_scaling_by_head_has_the_plain_gradient():
-    values, weight, _ = queries_keys_values(2, 4)
-    scale = weight[..., 0]
-    found, wanted = (
-        jax.grad(lambda v, s, of=of: (of(v, s) * weight).sum(), argnums=(0, 1))(values, scale)
-        for of in (scaled, lambda v, s: v * s[..., None])
-    )
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
-    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-6)
 
 
 def test_performer_approaches_softmax_attention_with_more_features():

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.model.embedder import (
     ExpressionEmbedder,
     mean_row_lookup,
     transform_counts,
     transform_stored,
 )
-from cellplm_jax.structs import CellBatch
 from tests.model.common import (
     GENES,
     HIDDEN,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cellplm_jax.batch import LatentNoise
 from cellplm_jax.model.latent import (
     Latent,
     categorical_kl_from_uniform,
@@ -18,7 +19,6 @@ from cellplm_jax.model.latent import (
     normal_log_density,
     reverse_gradient,
 )
-from cellplm_jax.structs import LatentNoise
 from tests.model.common import (
     HIDDEN,
     apply,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import MaskingConfig
 from cellplm_jax.model.masking import drop_cells, masking_rates, sample_gene_mask
-from cellplm_jax.structs import CellBatch
 from tests.model.common import GENES, make_batch, random_counts
 
 LENGTHS = [20, 13, 1, 7]

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.interop.torch_checkpoint import Converted, to_state_dict
-from cellplm_jax.structs import CellBatch
 
 
 @dataclasses.dataclass(frozen=True)

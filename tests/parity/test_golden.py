@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from cellplm_jax.batch import LatentNoise
 from cellplm_jax.config import LatentConfig, ObjectiveConfig, PositionsConfig
 from cellplm_jax.interop.torch_checkpoint import convert_state_dict, to_state_dict
 from cellplm_jax.losses.objectives import classification_loss, latent_loss, reconstruction_loss
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.positions import Positions, grid_square, sinusoidal_encoding
-from cellplm_jax.structs import LatentNoise
 
 from .common import (
     Sentence,

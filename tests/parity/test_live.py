@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cellplm_jax.batch import LatentNoise
 from cellplm_jax.config import ObjectiveConfig
 from cellplm_jax.interop.torch_checkpoint import (
     as_published,
@@ -27,7 +28,6 @@ from cellplm_jax.interop.torch_checkpoint import (
 )
 from cellplm_jax.losses.objectives import latent_loss, reconstruction_loss
 from cellplm_jax.model.cellplm import CellPLM, init_params
-from cellplm_jax.structs import LatentNoise
 
 from .common import (
     Sentence,

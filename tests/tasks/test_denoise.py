@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from scipy import sparse, stats
 
+from cellplm_jax.batch import Reconstruction
 from cellplm_jax.config import HeadConfig
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import hide_nonzeros
 from cellplm_jax.presets import preset
-from cellplm_jax.structs import Reconstruction
 from cellplm_jax.tasks import estimator as estimator_module
 from cellplm_jax.tasks.denoise import Denoiser, expected_counts, expected_logs
 from tests.conftest import ROOT, VOCABULARY, make_adata

@@ -11,9 +11,9 @@ import pytest
 import cellplm_jax as cellplm
 from cellplm_jax.errors import InputError
 from cellplm_jax.tasks import embed as embed_module
-from cellplm_jax.tasks import stream
+from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.long_context import overlap
 from cellplm_jax.tasks.pretrained import Pretrained
-from cellplm_jax.tasks.stream import one_behind
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, over_cells
 from tests.conftest import VOCABULARY, make_adata
 from tests.model.common import tiny
@@ -96,7 +96,7 @@ def test_cells_that_devices_do_not_divide_are_encoded_by_the_first(tiny_model):
 
 def test_contexts_in_passes_go_over_all_devices(tiny_model, several, monkeypatch):
     wanted = embedding(tiny_model)
-    monkeypatch.setattr(stream, "STREAM_CELLS", 40)
+    monkeypatch.setattr(long_context, "STREAM_CELLS", 40)
     found: dict[str, list] = {"_sums": [], "_layer": [], "_conclude": []}
     for name, places in found.items():
         original = getattr(several.encode_streamed, name)
@@ -107,9 +107,9 @@ def test_contexts_in_passes_go_over_all_devices(tiny_model, several, monkeypatch
             return result
 
         monkeypatch.setattr(several.encode_streamed, name, noting)
-    call = stream.StreamedEncoder.__call__
+    call = long_context.StreamedEncoder.__call__
     monkeypatch.setattr(
-        stream.StreamedEncoder,
+        long_context.StreamedEncoder,
         "__call__",
         lambda self, *given, **named: call(self, *given, chunk=8, **named),
     )
@@ -162,7 +162,7 @@ def test_as_many_results_are_behind_as_there_are_devices():
             log.append(f"start {number}")
             yield number
 
-    for number in one_behind(started(), 2):
+    for number in overlap(started(), 2):
         log.append(f"take {number}")
     assert log == [
         "start 0", "start 1", "start 2", "take 0", "start 3", "take 1", "take 2", "take 3",

@@ -19,7 +19,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.tasks import embed as embed_module
-from cellplm_jax.tasks import stream
+from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.embed import embed, embed_file
 from cellplm_jax.tasks.pretrained import Pretrained, numba_works
 from tests.conftest import SHARED, VOCABULARY, make_adata, make_counts
@@ -286,12 +286,12 @@ def test_a_thousand_sizes_need_few_shapes(tiny_model):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_stored_counts_and_dense_ones_embed_alike(tiny_model, precision, monkeypatch):
     pytest.importorskip("numba")
-    from cellplm_jax.stored_product import stored_product
+    from cellplm_jax.kernels.sparse_numba import stored_product
 
     adata = make_adata(50)
     made, given = {}, []
     monkeypatch.setattr(
-        "cellplm_jax.stored_product.stored_product",
+        "cellplm_jax.kernels.sparse_numba.stored_product",
         lambda *arguments: given.append(arguments) or stored_product(*arguments),
     )
     for stored in (False, True):
@@ -306,7 +306,7 @@ def test_stored_counts_and_dense_ones_embed_alike(tiny_model, precision, monkeyp
 
 def test_without_numba_counts_are_made_dense(tiny_model, monkeypatch):
     numba_works.cache_clear()
-    for name in ("numba", "cellplm_jax.stored_product"):
+    for name in ("numba", "cellplm_jax.kernels.sparse_numba"):
         monkeypatch.setitem(sys.modules, name, None)
     try:
         model = dataclasses.replace(tiny_model)
@@ -329,8 +329,8 @@ def test_bfloat16_is_close_and_says_so(tiny_model, monkeypatch):
     assert cosine.min() > 0.999
     assert np.abs(found - exact).max() > 1e-6  # it was really narrow
     # The same in passes over chunks.
-    monkeypatch.setattr(stream, "STREAM_CELLS", 100)
-    monkeypatch.setattr(stream, "STREAM_CHUNK", 64)
+    monkeypatch.setattr(long_context, "STREAM_CELLS", 100)
+    monkeypatch.setattr(long_context, "STREAM_CHUNK", 64)
     streamed = embedding(adata, dataclasses.replace(narrow))
     np.testing.assert_allclose(streamed, found, atol=0.02 * np.abs(found).max())
 

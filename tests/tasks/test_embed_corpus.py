@@ -225,7 +225,7 @@ def test_processes_wait_for_the_first_one(place, tiny_model, tmp_path, monkeypat
     ("error", "said"),
     [
         (OSError(28, "No space left on device"), r"disk is full.*finished samples are kept"),
-        (RuntimeError("PERMISSION_DENIED: Error writing"), r"could not be written.*permissions"),
+        (RuntimeError("PERMISSION_DENIED: Error writing"), r"cannot be written.*permissions"),
     ],
 )
 def test_where_nothing_can_be_written_nothing_is_half_laid_out(

@@ -18,7 +18,7 @@ from cellplm_jax.tasks.contexts import (
     deal,
     gather,
     labels_of,
-    lay_out,
+    make_examples,
     read_cells,
     variable_genes,
 )
@@ -103,7 +103,7 @@ def test_examples_hold_every_cell_once_in_few_shapes(tiny_model):
     table = read_cells(make_adata(150), VOCABULARY)
     contexts = [np.arange(100), np.arange(100, 120), np.arange(120, 148), np.zeros(0, int)]
     numbers = np.arange(150)
-    layouts = lay_out(
+    layouts = make_examples(
         table,
         contexts,
         tiny_model.config,
@@ -133,7 +133,7 @@ def test_examples_hold_every_cell_once_in_few_shapes(tiny_model):
 def test_empty_rows_are_harmless(tiny_model):
     table = read_cells(make_adata(60), VOCABULARY)
     contexts = np.split(np.arange(60), 5)
-    layouts = lay_out(table, contexts, tiny_model.config, cells_per_step=96)
+    layouts = make_examples(table, contexts, tiny_model.config, cells_per_step=96)
     assert [layout.example.batch.cell_mask.shape for layout in layouts] == [(3, 32)] * 2
     assert layouts[1].contexts[-1] == -1
     model = tiny_model.express

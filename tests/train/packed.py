@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellplm_jax.structs import CellBatch
+from cellplm_jax.batch import CellBatch
 from tests.conftest import make_counts
 
 

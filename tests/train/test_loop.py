@@ -477,7 +477,7 @@ def test_a_full_disk_while_saving(tmp_path, monkeypatch):
         saved(self, state, **options)
 
     monkeypatch.setattr(RunCheckpoints, "save", save)
-    with pytest.raises(CheckpointError, match=r"step 20 of .*no space left on the disk"):
+    with pytest.raises(CheckpointError, match=r"step 20 of .*the disk is full"):
         run(tmp_path / "run")
     monkeypatch.setattr(RunCheckpoints, "save", saved)
     assert steps_of(tmp_path / "run") == [10]

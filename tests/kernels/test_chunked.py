@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cellplm_jax import chunks as chunks_module
-from cellplm_jax.chunks import CountChunks, chunked_product
 from cellplm_jax.config import MaskingConfig, ObjectiveConfig, TrainConfig
+from cellplm_jax.kernels import chunked as chunks_module
+from cellplm_jax.kernels.chunked import (
+    CountChunks,
+    chunked_product,
+    chunked_product_reference,
+    summed_in_parts,
+    summed_in_parts_reference,
+    summed_over_chunks,
+    summed_over_chunks_reference,
+)
 from cellplm_jax.losses import objectives as objectives_module
 from cellplm_jax.losses.objectives import chunked_count_loss, reconstruction_loss
 from cellplm_jax.model.cellplm import init_params
@@ -137,6 +145,54 @@ def test_the_product_and_its_gradient_are_the_plain_ones(kind, size, masked):
     (_, found), found_slope = jax.jit(jax.value_and_grad(chunked, has_aux=True))(table)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found_slope, slope, atol=2e-5)
+    folded = None if hidden is None else batch.fold(hidden)
+    chunks = CountChunks.of(batch, size, GENES)
+    reference = batch.unfold(chunked_product_reference(table, chunks, values, folded))
+    np.testing.assert_allclose(reference, expected, atol=1e-5)
+
+
+@EVERY
+def test_sums_over_chunks_have_the_value_and_gradients_of_the_reference(kind):
+    batch = BATCHES[kind]()
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.standard_normal((GENES, 6)), jnp.float32)
+    cells = batch.fold(jnp.asarray(random.standard_normal((*batch.cell_mask.shape, 6)), "float32"))
+
+    def of_chunk(chunks, index, table, rows, given):
+        product = jnp.tanh(chunks.dense(given, index) @ table * rows)
+        return jnp.sum(product * chunks.fresh(index)[:, None]), {"rows": jnp.sum(rows**2)}
+
+    def run(of):
+        def loss(table, cells):
+            return of(of_chunk, CountChunks.of(batch, 4, GENES), table, cells, batch.count)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(table, cells)
+
+    (wanted, slopes), (found, found_slopes) = (
+        run(summed_over_chunks_reference),
+        run(summed_over_chunks),
+    )
+    for one, two in zip(
+        *map(jax.tree.leaves, ((wanted, slopes), (found, found_slopes))), strict=True
+    ):
+        np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_in_parts_have_the_value_and_gradient_of_the_reference():
+    values, given = jnp.arange(1.0, 5.0), jnp.arange(3.0)
+
+    def of_part(index, values, given):
+        part = jnp.sin(values * given[index])
+        return part.sum(), part[0]
+
+    wanted, found = (
+        jax.value_and_grad(lambda values, of=of: of(of_part, 3, values, given), has_aux=True)(
+            values
+        )
+        for of in (summed_in_parts_reference, summed_in_parts)
+    )
+    for one, two in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 OBJECTIVES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.data.genes import symbols_of
-from cellplm_jax.tasks.pretrained import Pretrained, opened
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 
 def gene_embeddings(
@@ -28,7 +28,7 @@ def gene_embeddings(
     Raises:
         CheckpointError: There is no such model.
     """
-    model = opened(model)
+    model = as_pretrained(model)
     table = np.array(model.params["embedder"]["gene_embedding"], np.float32)
     names = symbols_of(model.genes) if symbols else list(model.genes)
     return pd.DataFrame(

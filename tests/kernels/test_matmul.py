@@ -7,13 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cellplm_jax.products import (
+from cellplm_jax.kernels.matmul import (
     batched_product,
+    batched_product_reference,
+    broadcast,
+    broadcast_reference,
+    dependent_zeros,
+    dependent_zeros_reference,
+    embedding_lookup,
+    embedding_lookup_reference,
     linear_product,
-    spread,
-    taken_rows,
-    without_leading_one,
-    zeros_after,
+    linear_product_reference,
+    squeeze_single_row,
+    squeeze_single_row_reference,
+    weighted_sum,
+    weighted_sum_reference,
 )
 
 
@@ -47,7 +55,7 @@ def test_gradients_of_float32_products_are_the_plain_ones(shape):
     values, kernel, weight = normal(*shape), normal(30, 7, seed=1), normal(*shape[:-1], 7, seed=2)
     found, wanted = (
         jax.grad(lambda v, k, of=of: (of(v, k) * weight).sum(), argnums=(0, 1))(values, kernel)
-        for of in (linear_product, jnp.matmul)
+        for of in (linear_product, linear_product_reference)
     )
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
@@ -55,7 +63,9 @@ def test_gradients_of_float32_products_are_the_plain_ones(shape):
 
 def test_products_of_float32_are_the_plain_ones():
     values, kernel = normal(2, 5, 30), normal(30, 7, seed=1)
-    np.testing.assert_array_equal(linear_product(values, kernel), values @ kernel)
+    np.testing.assert_array_equal(
+        linear_product(values, kernel), linear_product_reference(values, kernel)
+    )
     text = str(jax.make_jaxpr(lambda v, k: linear_product(v, k))(values, kernel))
     assert "platform" not in text
 
@@ -66,8 +76,7 @@ def test_batched_products_and_their_gradients_are_those_of_einsum(of_left, of_ri
     left = normal(2, 3, *((5, 4) if of_left == "rows" else (4, 5)))
     right = normal(2, 3, *((5, 6) if of_right == "rows" else (6, 5)), seed=1)
     weight = normal(2, 3, 4, 6, seed=2)
-    letters = f"{'si' if of_left == 'rows' else 'is'},...{'so' if of_right == 'rows' else 'os'}"
-    plain = lambda left, right: jnp.einsum(f"...{letters}->...io", left, right)  # noqa: E731
+    plain = lambda left, right: batched_product_reference(left, right, of_left, of_right)  # noqa: E731
     fast = lambda left, right: batched_product(left, right, of_left, of_right)  # noqa: E731
     np.testing.assert_allclose(fast(left, right), plain(left, right), rtol=1e-5, atol=1e-5)
     slopes, wanted = (
@@ -81,15 +90,15 @@ def test_batched_products_and_their_gradients_are_those_of_einsum(of_left, of_ri
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 4), (2, 3, 4), (6, 4)])
-def test_spread_broadcasts_and_sums_its_gradient(shape):
+def test_broadcast_sums_its_gradient(shape):
     vector, weight = jnp.arange(4.0), normal(*shape)
-    np.testing.assert_array_equal(spread(vector, shape), jnp.broadcast_to(vector, shape))
-    slope = jax.grad(lambda v: (spread(v, shape) * weight).sum())(vector)
+    np.testing.assert_array_equal(broadcast(vector, shape), broadcast_reference(vector, shape))
+    slope = jax.grad(lambda v: (broadcast(v, shape) * weight).sum())(vector)
     np.testing.assert_allclose(slope, weight.reshape(-1, 4).sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_without_leading_one_gives_back_the_shape(samples):
+def test_squeeze_single_row_gives_back_the_shape(samples):
     left, right = normal(samples, 3, 4), normal(samples, 3, 4, seed=1)
     seen = []
 
@@ -97,13 +106,13 @@ def test_without_leading_one_gives_back_the_shape(samples):
         seen.append(a.ndim)
         return (a * b).sum(-1)
 
-    found = without_leading_one(rows, left, right)
+    found = squeeze_single_row(rows, left, right)
     assert seen == [2 if samples == 1 else 3]
-    np.testing.assert_allclose(found, (left * right).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(found, squeeze_single_row_reference(rows, left, right), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
-def test_taken_rows_and_their_gradient_are_those_of_indexing(kind):
+def test_embedding_lookup_and_its_gradient_are_those_of_indexing(kind):
     table = jax.random.normal(jax.random.key(0), (7, 5)).astype(kind)
     index = jnp.asarray([[0, 3, 3], [6, 0, 2]])
     weight = jax.random.normal(jax.random.key(1), (2, 3, 5))
@@ -112,10 +121,11 @@ def test_taken_rows_and_their_gradient_are_those_of_indexing(kind):
         return lambda table: jnp.sum(take(table, index).astype(jnp.float32) * weight)
 
     np.testing.assert_array_equal(
-        np.asarray(taken_rows(table, index), np.float32), np.asarray(table[index], np.float32)
+        np.asarray(embedding_lookup(table, index), np.float32),
+        np.asarray(embedding_lookup_reference(table, index), np.float32),
     )
-    found = jax.grad(loss(taken_rows))(table)
-    expected = jax.grad(loss(lambda table, index: table[index]))(table)
+    found = jax.grad(loss(embedding_lookup))(table)
+    expected = jax.grad(loss(embedding_lookup_reference))(table)
     assert found.dtype == kind
     tolerance = 1e-6 if kind == jnp.float32 else 1e-2
     np.testing.assert_allclose(
@@ -123,6 +133,19 @@ def test_taken_rows_and_their_gradient_are_those_of_indexing(kind):
     )
 
 
-def test_zeros_after_a_value_are_zeros():
+def test_dependent_zeros_are_zeros():
     for value in (3.0, -2.0, 0.0):
-        np.testing.assert_array_equal(zeros_after(jnp.full((2, 2), value), (3,)), np.zeros(3))
+        value = jnp.full((2, 2), value)
+        found, wanted = (of(value, (3,)) for of in (dependent_zeros, dependent_zeros_reference))
+        np.testing.assert_array_equal(found, np.zeros(3))
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_weighted_sums_are_sums_of_rows(shape):
+    weights, rows = normal(*shape), normal(*shape, 4, seed=1)
+    np.testing.assert_allclose(
+        weighted_sum(weights, rows), weighted_sum_reference(weights, rows), rtol=1e-5, atol=1e-6
+    )
+    narrow = weighted_sum(weights.astype(jnp.bfloat16), rows.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16

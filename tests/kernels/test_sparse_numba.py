@@ -9,8 +9,8 @@ from scipy import sparse
 
 pytest.importorskip("numba")
 
-from cellplm_jax import stored_product as module
-from cellplm_jax.stored_product import stored_product
+from cellplm_jax.kernels import sparse_numba as module
+from cellplm_jax.kernels.sparse_numba import stored_product, stored_product_reference
 
 
 def stored(cells: int, genes: int, density: float = 0.2, seed: int = 0) -> sparse.csr_matrix:
@@ -36,6 +36,8 @@ def test_equals_the_dense_product(kind, cells, monkeypatch):
     assert found.dtype == np.float32
     assert found.shape == (cells, 24)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+    plain = stored_product_reference(counts.indptr, counts.indices, counts.data, table)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
 
 
 def test_cells_without_counts_and_what_lies_behind_the_last_entry():

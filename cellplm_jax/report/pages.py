@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cellplm_jax.report import Figure, Section, Table, Text
+from cellplm_jax.report.html import Figure, Section, Table, Text
 
 DRAWN_CELLS = 5000
 """Cells of a map at most; a random part of more."""
@@ -91,7 +91,7 @@ SAME = ("micro_f1", "macro_recall", "weighted_recall")
 
 @dataclass(frozen=True)
 class Page:
-    """A page before it is written; see :func:`cellplm_jax.report.write_report`."""
+    """A page before it is written; see :func:`cellplm_jax.report.html.write_report`."""
 
     title: str
     summary: str

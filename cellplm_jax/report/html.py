@@ -15,13 +15,14 @@ import numbers
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cellplm_jax._version import __version__
 from cellplm_jax.errors import InputError, explain
+from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
 _FIGURE_DPI = 192  # two pixels of the image to one of the page: sharp on dense screens
 _WIDE = 480  # pixels of the page, the 30rem of the style below
@@ -360,8 +361,6 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
     Raises:
         InputError: A section is of another type, a table has a row of another length, or a picture cannot be shown.
     """
-    import cellplm_jax
-
     body = "".join(_section(section) for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
@@ -371,7 +370,7 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{_escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header>\n<h1>{_escape(title)}</h1>\n{_paragraphs(summary)}</header>\n{body}"
-        f"<footer>Written by cellplm-jax {_escape(cellplm_jax.__version__)}.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Written by cellplm-jax {_escape(__version__)}.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -397,27 +396,7 @@ def write_report(
     """
     target = Path(path)
     text = render_report(title=title, summary=summary, sections=sections)
-    temporary: str | None = None
-    try:
+    with explain_write_errors(f"The report '{target}'", catch=OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files only the owner can read
-        os.replace(temporary, target)
-        temporary = None
-    except OSError as error:
-        msg = explain(
-            f"The report cannot be written to {str(target)!r} ({error.strerror})",
-            "a file name in a folder you can write to",
-            "Choose another path",
-        )
-        raise InputError(msg) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        atomic_write_text(target, text)
     return target

@@ -16,7 +16,7 @@ from cellplm_jax.data.batches import scale_coordinates
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.tasks.contexts import deal, source_groups
 from cellplm_jax.tasks.embed import express_padded
-from cellplm_jax.tasks.pretrained import Pretrained, opened
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -70,7 +70,7 @@ def cell_attention(
         InputError: There are no such cells, the model has no attention of this kind, or the counts, genes or keys
             cannot be used.
     """
-    model = opened(model)
+    model = as_pretrained(model)
     kind = model.config.encoder.kind
     if kind not in ("flow", "softmax"):
         msg = explain(

@@ -13,8 +13,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from cellplm_jax import report
 from cellplm_jax.errors import InputError
+from cellplm_jax.report import html as report
 
 VOID = {"meta", "link", "img", "br"}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from cellplm_jax.cli.options import add_output, command
-from cellplm_jax.cli.output import conclude, say, styled
+from cellplm_jax.cli.output import print_result, say, styled
 
 SHELLS = ("bash", "zsh", "tcsh")
 """Shells that completion is written for."""
@@ -35,7 +36,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from cellplm_jax.doctor import diagnose
 
     facts = diagnose()
-    conclude(arguments, list(_doctor_lines(facts)), facts)
+    print_result(arguments, list(_doctor_lines(facts)), facts)
     return 0 if facts["usable"] else 1
 
 
@@ -58,12 +59,12 @@ def _doctor_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield styled("Not usable: " + "; ".join(facts["broken"]) + ".", "red")
 
 
-def add_completion(commands: Any) -> None:
-    """Add ``completion``."""
+def add_completion(commands: Any, whole: argparse.ArgumentParser) -> None:
+    """Add ``completion``, for all verbs of a parser."""
     parser = command(
         commands,
         "completion",
-        _completion,
+        partial(_completion, whole),
         "print a script that lets a shell complete verbs, options and file names",
         "cellplm completion bash > ~/.local/share/bash-completion/completions/cellplm\n"
         "  cellplm completion zsh > ~/.zfunc/_cellplm      # with fpath+=~/.zfunc before compinit in ~/.zshrc",
@@ -71,12 +72,9 @@ def add_completion(commands: Any) -> None:
     parser.add_argument("shell", choices=SHELLS, help="which shell")
 
 
-def _completion(arguments: argparse.Namespace) -> None:
+def _completion(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     import shtab
 
-    from cellplm_jax.cli.command import build_parser
-
-    parser = build_parser()
     for found in _parsers(parser):
         for action in found._actions:
             if action.choices is None and action.metavar in (*_FILES, *_FOLDERS):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cellplm_jax import cache
+from cellplm_jax import compilation_cache as cache
 
 PROGRAM = """
 import jax

@@ -21,9 +21,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from cellplm_jax.cli import main, pages
+from cellplm_jax.cli import main
 from cellplm_jax.errors import InputError
-from cellplm_jax.report import Figure, Table, render_report
+from cellplm_jax.report import pages
+from cellplm_jax.report.html import Figure, Table, render_report
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 
 

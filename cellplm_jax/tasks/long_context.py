@@ -21,7 +21,7 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.encoder import context_centre
-from cellplm_jax.model.streaming import FLOW_ROUNDS, chunk_layer, chunk_sums
+from cellplm_jax.model.long_context import FLOW_ROUNDS, chunk_layer, chunk_sums
 
 Item = TypeVar("Item")
 
@@ -38,7 +38,7 @@ LOCAL_KINDS = ("mlp", "residual_mlp", "none")
 """Encoders in which no cell sees another."""
 
 
-class Ahead(Generic[Item]):
+class Prefetcher(Generic[Item]):
     """Iterate over items that a thread makes ahead of their use.
 
     Args:
@@ -75,7 +75,7 @@ class Ahead(Generic[Item]):
 
 
 @dataclass
-class Waiting:
+class IOWait:
     """How long work waited for its data.
 
     Attributes:
@@ -105,7 +105,7 @@ class Waiting:
         ]
 
 
-def one_behind(results: Iterable[Item], devices: int = 1) -> Iterator[Item]:
+def overlap(results: Iterable[Item], devices: int = 1) -> Iterator[Item]:
     """Yield each result when the next one has been started, so that a device computes while the host copies.
 
     Args:
@@ -215,7 +215,7 @@ class StreamedEncoder:
         *,
         others: Sequence[Any] = (),
         chunk: int = STREAM_CHUNK,
-        said: Callable[[str], None] = lambda text: None,
+        on_progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Encode one context.
 
@@ -225,7 +225,7 @@ class StreamedEncoder:
             embedding: float32 [cells, latent]; filled.
             others: The same weights on further devices: chunks go to the devices in turn.
             chunk: Cells on the device at once.
-            said: Told what is being done, chunk by chunk.
+            on_progress: Told what is being done, chunk by chunk.
         """
         flow = self.config.encoder.kind == "flow"
         layers = self.config.encoder.layers if flow else 0
@@ -244,20 +244,20 @@ class StreamedEncoder:
                     # Sums of chunks are added in float64, so that their number does not matter.
                     found = [np.asarray(value, np.float64) for value in found]
                     total = found if total is None else list(map(np.add, total, found))
-                    said(title)
+                    on_progress(title)
                 known += tuple(np.asarray(value, np.float32) for value in total or ())
             for cells, found in self._chunks(
                 hidden, chunk, weights, lambda w, h, mask, k=known: self._layer(w, h, mask, k)
             ):
                 hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
-                said(f"layer {number + 1} of {layers}, pass 4 of 4")
+                on_progress(f"layer {number + 1} of {layers}, pass 4 of 4")
 
         def conclude(params, hidden, mask):
             return self._conclude(params, hidden) if flow else self._at_once(params, hidden, mask)
 
         for cells, found in self._chunks(hidden, chunk, copies, conclude):
             embedding[cells] = np.asarray(found)[0, : cells.stop - cells.start]
-            said("latent")
+            on_progress("latent")
 
     def _centre(self, prior: Any, hidden: np.ndarray, chunk: int) -> None:
         """Centre a context in place, as :class:`cellplm_jax.model.encoder.Centre` does."""
@@ -282,4 +282,4 @@ class StreamedEncoder:
                 mask = np.arange(chunk)[None, :] < cells.stop - start
                 yield cells, work(weights[number % len(weights)], padded, mask)
 
-        return one_behind(started(), len(weights))
+        return overlap(started(), len(weights))

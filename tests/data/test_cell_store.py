@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellplm_jax.data.store import CellRun, moore_curve, storage_order
+from cellplm_jax.data.cell_store import CellRun, moore_curve, storage_order
 
 
 def spread(place):

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from cellplm_jax.products import linear_product, zeros_after
-from cellplm_jax.structs import CellBatch
+from cellplm_jax.batch import CellBatch
+from cellplm_jax.kernels.matmul import dependent_zeros, linear_product
 
 BLOCK = 32_768
 """Stored counts that are scattered at once."""
@@ -165,14 +165,28 @@ def _over_pieces(function: Callable) -> Callable:
     return mapped
 
 
+def summed_over_chunks_reference(
+    function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
+) -> tuple[jax.Array, Any]:
+    """Return :func:`summed_over_chunks` as a sum, differentiated by JAX."""
+    return summed_in_parts_reference(
+        lambda index, params, given: function(
+            chunks, index, params, chunks.rows(cells, index), given
+        ),
+        chunks.number,
+        params,
+        given,
+    )
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def summed_over_chunks(
     function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
 ) -> tuple[jax.Array, Any]:
     """Sum a scalar function over chunks; where its gradient is asked for, that is computed in the same pass.
 
-    Reverse mode would keep or compute again what every chunk holds. But the gradient of a sum is known up to one
-    factor when the chunk is at hand, so it is taken there and then, and nothing of the chunk stays.
+    Why: reverse mode would keep or compute again what every chunk holds. But the gradient of a sum is known up to one
+    factor when the chunk is at hand, so it is taken there and then, and nothing of the chunk stays (jax 0.10.2).
 
     Args:
         function: ``(chunks, index, params, rows, given) -> (scalar, auxiliary)``, where ``rows`` is a chunk's part of
@@ -233,11 +247,23 @@ def _scaled(factor: jax.Array, gradients: Any, types: Any) -> Any:
 summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 
 
+def summed_in_parts_reference(
+    function: Callable, number: int, params: Any, given: Any
+) -> tuple[jax.Array, Any]:
+    """Return :func:`summed_in_parts` as a sum, differentiated by JAX."""
+    value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
+    for more in rest:
+        value = jax.tree.map(jnp.add, value, more)
+    return value
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def summed_in_parts(
     function: Callable, number: int, params: Any, given: Any
 ) -> tuple[jax.Array, Any]:
     """Sum a scalar function over parts of anything, its gradient taken part by part; see :func:`summed_over_chunks`.
+
+    Why: see there (jax 0.10.2).
 
     Args:
         function: ``(index, params, given) -> (scalar, auxiliary)``, differentiable in ``params``.
@@ -281,11 +307,28 @@ def _parts_backward(function, number, saved, cotangent):
 summed_in_parts.defvjp(_parts_forward, _parts_backward)
 
 
+def chunked_product_reference(
+    table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
+) -> jax.Array:
+    """Return :func:`chunked_product` by one product of the dense counts."""
+
+    def scatter(cell, gene, values):
+        dense = jnp.zeros((chunks.cells, chunks.genes), values.dtype)
+        return dense.at[cell, gene].add(values, mode="drop")
+
+    expression = _over_pieces(scatter)(chunks.cell, chunks.gene.astype(jnp.int32), values)
+    if hidden is not None:
+        expression = jnp.where(hidden, jnp.zeros((), values.dtype), expression)
+    return expression @ table
+
+
 @jax.custom_vjp
 def chunked_product(
     table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
 ) -> jax.Array:
     """Multiply sparse expression with a table, chunk by chunk in both directions.
+
+    Why: the dense counts of a whole batch would be held until the backward pass (jax 0.10.2).
 
     Args:
         table: float [genes, width].
@@ -325,7 +368,7 @@ def _product_backward(saved, gradient):
         expression = _expression(chunks, values, hidden, index)
         return jnp.einsum("...cg,...ch->gh", expression, rows, preferred_element_type=jnp.float32)
 
-    empty = zeros_after(gradient, table.shape)
+    empty = dependent_zeros(gradient, table.shape)
     product = jax.lax.fori_loop(0, chunks.number, lambda index, sum: sum + at(index), empty)
     return product.astype(table.dtype), None, None, None
 

@@ -40,12 +40,19 @@ def _dot(left: jax.Array, right: jax.Array, axes: Axes) -> jax.Array:
     return plain(left, right)
 
 
+def linear_product_reference(
+    values: jax.Array, kernel: jax.Array, widen: bool = False
+) -> jax.Array:
+    """Return :func:`linear_product`, differentiated by JAX."""
+    return jnp.matmul(values, kernel, preferred_element_type=jnp.float32 if widen else None)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear_product(values: jax.Array, kernel: jax.Array, widen: bool = False) -> jax.Array:
     """Multiply [..., in] with [in, out], both of one type; narrow ones on the fast path of the backend.
 
-    The kernel's gradient is the sum of outer products as it lies in memory. The one that JAX derives is its transpose,
-    for which a CPU first turns the gradient around: half as long again as the product (jax 0.10.2).
+    Why: the kernel's gradient is the sum of outer products as it lies in memory. The one that JAX derives is its
+    transpose, for which a CPU first turns the gradient around: half as long again as the product (jax 0.10.2).
 
     Args:
         values: float [..., in].
@@ -79,6 +86,18 @@ linear_product.defvjp(
 Side = Literal["rows", "columns"]
 
 
+def batched_product_reference(
+    left: jax.Array,
+    right: jax.Array,
+    summed_of_left: Side = "columns",
+    summed_of_right: Side = "rows",
+) -> jax.Array:
+    """Return :func:`batched_product`, differentiated by JAX."""
+    of_left = "si" if summed_of_left == "rows" else "is"
+    of_right = "so" if summed_of_right == "rows" else "os"
+    return jnp.einsum(f"...{of_left},...{of_right}->...io", left, right)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def batched_product(
     left: jax.Array,
@@ -88,8 +107,8 @@ def batched_product(
 ) -> jax.Array:
     """Multiply matrices of one type with leading batch axes; gradients come out as their factors lie in memory.
 
-    Derivatives that JAX makes of a batched product are transposed ones, and on a CPU moving those back takes as long as
-    the product (jax 0.10.2).
+    Why: derivatives that JAX makes of a batched product are transposed ones, and on a CPU moving those back takes as
+    long as the product (jax 0.10.2).
 
     Args:
         left: float [..., rows, columns].
@@ -127,10 +146,15 @@ def _batched_backward(summed_of_left, summed_of_right, saved, gradient):
 batched_product.defvjp(_batched_forward, _batched_backward)
 
 
+def weighted_sum_reference(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return :func:`weighted_sum` as a sum of rows."""
+    return jnp.sum(weights[..., None] * rows, axis=tuple(range(weights.ndim)))
+
+
 def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """Sum rows by weight, as a matrix product with float32 sums.
 
-    A compiler that is left to it fuses a sum over rows, column by column, with all that leads to it, and on a CPU
+    Why: a compiler that is left to it fuses a sum over rows, column by column, with all that leads to it, and on a CPU
     sums columns fifty times slower than a product does (2.5 M entries, jax 0.10.2: 11 ms against .24).
 
     Args:
@@ -147,29 +171,41 @@ def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     return total.astype(rows.dtype)
 
 
+def broadcast_reference(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return :func:`broadcast`, differentiated by JAX."""
+    return jnp.broadcast_to(vector, shape)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def spread(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def broadcast(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Broadcast [width] to [..., width]; the gradient is summed by :func:`weighted_sum`.
+
+    Why: see there (CPU, jax 0.10.2).
 
     Args:
         vector: float [width].
         shape: The result's shape; its last entry is ``width``.
     """
-    return jnp.broadcast_to(vector, shape)
+    return broadcast_reference(vector, shape)
 
 
-def _spread_backward(shape, _, gradient):
+def _broadcast_backward(shape, _, gradient):
     return (weighted_sum(jnp.ones(shape[:-1], gradient.dtype), gradient),)
 
 
-spread.defvjp(lambda vector, shape: (spread(vector, shape), None), _spread_backward)
+broadcast.defvjp(lambda vector, shape: (broadcast(vector, shape), None), _broadcast_backward)
 
 
-def zeros_after(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def dependent_zeros_reference(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return :func:`dependent_zeros` without the dependence."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def dependent_zeros(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return float32 zeros that are not set up before a value is known.
 
-    A compiler that is given constant zeros to sum into makes them at the start of a step and holds them through all of
-    it: 76 MiB for the gradient of a gene table (CPU, jax 0.10.2).
+    Why: a compiler that is given constant zeros to sum into makes them at the start of a step and holds them through
+    all of it: 76 MiB for the gradient of a gene table (CPU, jax 0.10.2).
 
     Args:
         value: What must come first, any shape; where it holds a NaN, so does the result.
@@ -179,33 +215,46 @@ def zeros_after(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.full(shape, jnp.minimum(jnp.min(jnp.abs(value)).astype(jnp.float32), 0))
 
 
-@jax.custom_vjp
-def taken_rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Take rows of a table [rows, width]: int [...] within it to [..., width]; its gradient is summed in float32."""
+def embedding_lookup_reference(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Return :func:`embedding_lookup`, differentiated by JAX."""
     return table[index]
 
 
-def _taken_rows_backward(saved, gradient):
+@jax.custom_vjp
+def embedding_lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Take rows of a table [rows, width]: int [...] within it to [..., width]; its gradient is summed in float32.
+
+    Why: JAX sums the gradient in the type of the table, and holds its zeros through the whole step (CPU, jax 0.10.2).
+    """
+    return embedding_lookup_reference(table, index)
+
+
+def _embedding_lookup_backward(saved, gradient):
     index, like = saved
-    total = zeros_after(gradient, (like.shape[0], gradient.shape[-1]))
+    total = dependent_zeros(gradient, (like.shape[0], gradient.shape[-1]))
     total = total.at[index].add(gradient.astype(jnp.float32))
     return total.astype(like.dtype), None
 
 
-taken_rows.defvjp(
+embedding_lookup.defvjp(
     lambda table, index: (
-        taken_rows(table, index),
+        embedding_lookup(table, index),
         (index, jnp.zeros((*table.shape[:1], 0), table.dtype)),
     ),
-    _taken_rows_backward,
+    _embedding_lookup_backward,
 )
 
 
-def without_leading_one(function: Callable, *values: jax.Array) -> jax.Array:
+def squeeze_single_row_reference(function: Callable, *values: jax.Array) -> jax.Array:
+    """Return :func:`squeeze_single_row` with the axis left in."""
+    return function(*values)
+
+
+def squeeze_single_row(function: Callable, *values: jax.Array) -> jax.Array:
     """Apply a function of [cells, ...] arrays, or of [samples, cells, ...] ones, without a leading axis of length 1.
 
-    A CPU sums the last axis of products of [1, cells, genes] arrays thirty times slower than of [cells, genes] ones
-    (jax 0.10.2), and a single row is what most contexts are.
+    Why: a CPU sums the last axis of products of [1, cells, genes] arrays thirty times slower than of [cells, genes]
+    ones (jax 0.10.2), and a single row is what most contexts are.
 
     Args:
         function: Works on each cell by itself, with any leading axes.

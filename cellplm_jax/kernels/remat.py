@@ -16,10 +16,17 @@ import jax.numpy as jnp
 from flax.core import lift
 
 
-def apart(values: Any, gradients: Any) -> tuple[Any, Any]:
+def barrier_reference(values: Any, gradients: Any) -> tuple[Any, Any]:
+    """Return :func:`barrier` for compilers that keep optimization barriers."""
+    return jax.lax.optimization_barrier((values, gradients))
+
+
+def barrier(values: Any, gradients: Any) -> tuple[Any, Any]:
     """Return both as they are, such that what follows from the values is not taken for what followed before.
 
     Nothing that needs the result can begin before all gradients are there.
+
+    Why: a loop of one turn, because XLA's CPU compiler drops optimization barriers (jax 0.10.2).
 
     Args:
         values: Tree of float or integer arrays.
@@ -35,14 +42,20 @@ def apart(values: Any, gradients: Any) -> tuple[Any, Any]:
 
         return jax.lax.while_loop(lambda state: state[0], turn, (jnp.ones((), bool), leaves))[1]
 
-    def barrier(leaves):
-        return jax.lax.optimization_barrier(leaves)
+    return jax.lax.platform_dependent(
+        (values, gradients), cpu=loop, default=lambda leaves: barrier_reference(*leaves)
+    )
 
-    return jax.lax.platform_dependent((values, gradients), cpu=loop, default=barrier)
+
+def recomputed_reference(module: type[nn.Module]) -> type[nn.Module]:
+    """Return :func:`recomputed` for compilers that keep optimization barriers."""
+    return nn.remat(module, static_argnums=(3,))
 
 
 def recomputed(module: type[nn.Module]) -> type[nn.Module]:
     """Return a module class that keeps its first argument alone for the backward pass.
+
+    Why: ``flax.linen.remat`` saves no memory on a CPU (jax 0.10.2).
 
     Args:
         module: A class whose ``__call__`` takes ``(hidden, groups, train)``: float activations, a tree that is not
@@ -66,7 +79,7 @@ def _lifted(function: Callable) -> Callable:
 
         def backward(saved, gradients):
             variables, hidden, given = saved
-            hidden, gradients = apart(hidden, gradients)
+            hidden, gradients = barrier(hidden, gradients)
             pull = jax.vjp(lambda variables, hidden: run(variables, hidden, given), variables, hidden)[1]  # fmt: skip
             return (*pull(gradients), None)
 

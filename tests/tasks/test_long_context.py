@@ -12,8 +12,8 @@ import pytest
 
 import cellplm_jax as cellplm
 from cellplm_jax.errors import InputError
-from cellplm_jax.tasks import stream
-from cellplm_jax.tasks.stream import Ahead, StreamedEncoder, Waiting, host_array, one_behind
+from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from tests.model.common import HIDDEN, tiny
 
 
@@ -32,7 +32,7 @@ def test_a_context_in_passes_is_the_context_at_once(kind, chunk):
     embedding = np.full((150, config.latent_size), np.nan, np.float32)
     said = []
     model.encode_streamed(
-        model.device_params, hidden.copy(), embedding, chunk=chunk, said=said.append
+        model.device_params, hidden.copy(), embedding, chunk=chunk, on_progress=said.append
     )
     np.testing.assert_allclose(embedding, np.asarray(at_once)[0], atol=2e-6)
     assert len(said) == -(-150 // chunk) * ((4 * layers if kind == "flow" else 0) + 1)
@@ -66,7 +66,7 @@ def test_embed_streams_large_contexts_to_the_same_numbers(monkeypatch):
         asked.append(len(given[1]))
         return original(self, *given, chunk=128, **named)
 
-    monkeypatch.setattr(stream, "STREAM_CELLS", 250)
+    monkeypatch.setattr(long_context, "STREAM_CELLS", 250)
     monkeypatch.setattr(StreamedEncoder, "__call__", spy)
     streamed = cellplm.embed(adata, "small").obsm["X_cellplm"]
     assert asked == [300]
@@ -82,7 +82,7 @@ def test_items_are_made_ahead_in_order_and_waiting_is_counted():
             made.append(number)
             yield number
 
-    ahead = Ahead(items(), depth=2)
+    ahead = Prefetcher(items(), depth=2)
     taken = []
     for item in ahead:
         taken.append(item)
@@ -90,7 +90,7 @@ def test_items_are_made_ahead_in_order_and_waiting_is_counted():
         assert len(made) >= min(5, item + 2)
     assert taken == list(range(5))
     assert ahead.waited < 0.1
-    slow = Ahead(items(), depth=1)
+    slow = Prefetcher(items(), depth=1)
     assert list(slow) == taken
     assert slow.waited > 0.05
 
@@ -101,7 +101,7 @@ def test_an_error_in_the_reader_comes_out_where_its_item_would_have():
         msg = "the disk is gone"
         raise OSError(msg)
 
-    ahead = iter(Ahead(items()))
+    ahead = iter(Prefetcher(items()))
     assert next(ahead) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(ahead)
@@ -112,7 +112,7 @@ def test_no_reader_is_left_when_the_work_fails():
         while True:
             yield 0
 
-    taken = (item for item in Ahead(items()))
+    taken = (item for item in Prefetcher(items()))
     assert next(taken) == 0
     taken.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
@@ -126,7 +126,7 @@ def test_results_are_taken_when_the_next_one_runs():
             log.append(f"start {number}")
             yield number
 
-    for number in one_behind(started()):
+    for number in overlap(started()):
         log.append(f"take {number}")
     assert log == ["start 0", "start 1", "take 0", "start 2", "take 1", "take 2"]
 
@@ -134,7 +134,7 @@ def test_results_are_taken_when_the_next_one_runs():
 def test_large_arrays_lie_on_disk_and_too_large_ones_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert not isinstance(host_array((10, 4)), np.memmap)
-    monkeypatch.setattr(stream, "available_memory", lambda: 200)
+    monkeypatch.setattr(long_context, "available_memory", lambda: 200)
     spilled = host_array((10, 4))
     assert isinstance(spilled, np.memmap)
     assert not spilled.any()
@@ -146,14 +146,14 @@ def test_large_arrays_lie_on_disk_and_too_large_ones_are_refused(monkeypatch, tm
 
 
 def test_available_memory_is_a_plausible_number():
-    assert 1e7 < stream.available_memory() < 1e14
+    assert 1e7 < long_context.available_memory() < 1e14
 
 
 def test_a_user_is_told_of_long_waits_alone():
-    assert Waiting().messages() == []
-    assert Waiting(1.0, 100.0).messages() == []
-    assert Waiting(3.0, 5.0).messages() == []
-    assert "40% of 100 s" in Waiting(40.0, 100.0).messages()[0]
+    assert IOWait().messages() == []
+    assert IOWait(1.0, 100.0).messages() == []
+    assert IOWait(3.0, 5.0).messages() == []
+    assert "40% of 100 s" in IOWait(40.0, 100.0).messages()[0]
 
 
 def test_device_memory_of_a_pass_does_not_depend_on_the_context():
@@ -168,6 +168,6 @@ def test_device_memory_of_a_pass_does_not_depend_on_the_context():
             live.append(sum(leaf.nbytes for leaf in jax.live_arrays()))
 
         embedding = np.zeros((cells, config.latent_size), np.float32)
-        model.encode_streamed(params, hidden_of(cells), embedding, chunk=50, said=said)
+        model.encode_streamed(params, hidden_of(cells), embedding, chunk=50, on_progress=said)
         largest.append(max(live))
     assert largest[1] <= 1.1 * largest[0]

@@ -1,0 +1,162 @@
+"""Products of packed rows tile by tile: sums over the cells of each segment, whatever their number.
+
+The cells of a piece are sorted by segment, so cutting at every multiple of :data:`TILE` and at every segment's start
+gives ``cells / TILE + segments`` runs of at most ``TILE`` cells, each within one segment. That costs at most about
+twice the plain sum, however many segments there are.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from cellplm_jax.kernels.heads import by_head
+from cellplm_jax.kernels.matmul import batched_product
+
+# Cells of a tile: large enough for a matrix unit, small against a row.
+TILE = 128
+
+
+def _one_hot(cell_mask: jax.Array, segment: jax.Array, segments: int) -> jax.Array:
+    return jax.nn.one_hot(segment, segments) * cell_mask[..., None]
+
+
+def tiled_outer_total_reference(
+    left: jax.Array,
+    right: jax.Array,
+    cell_mask: jax.Array,
+    segment: jax.Array,
+    segments: int,
+    pieces: int,
+) -> jax.Array:
+    """Return :func:`tiled_outer_total` by a one-hot matrix."""
+    one_hot = _one_hot(cell_mask, segment, segments)
+    return jnp.einsum("bcs,bchi,bcho->bshio", one_hot, left, right)
+
+
+def tiled_outer_total(
+    left: jax.Array,
+    right: jax.Array,
+    cell_mask: jax.Array,
+    segment: jax.Array,
+    segments: int,
+    pieces: int,
+) -> jax.Array:
+    """Sum the outer products of two vectors per cell over each segment.
+
+    Why: a product with a one-hot matrix costs as many times more as there are segments (any backend, jax 0.10).
+
+    Args:
+        left: float [samples, cells, heads, width].
+        right: float [samples, cells, heads, other].
+        cell_mask: bool [samples, cells].
+        segment: int32 [samples, cells], rising within each piece; any value on padding.
+        segments: Samples a row may hold.
+        pieces: Pieces a row is laid out in.
+
+    Returns:
+        float [samples, segments, heads, width, other].
+    """
+
+    def of_piece(tiles, left, right):
+        cut = left[tiles.block] * tiles.inside[:, None, :, None]
+        product = batched_product(cut, right[tiles.block], "rows", "rows")
+        return jax.ops.segment_sum(product, tiles.segment, segments)
+
+    over_pieces = jax.vmap(jax.vmap(of_piece))
+    tiles = _tiles(cell_mask, segment, segments, pieces)
+    return over_pieces(tiles, _blocks(left, pieces), _blocks(right, pieces)).sum(axis=1)
+
+
+def tiled_apply_reference(
+    values: jax.Array,
+    memory: jax.Array,
+    cell_mask: jax.Array,
+    segment: jax.Array,
+    segments: int,
+    pieces: int,
+) -> jax.Array:
+    """Return :func:`tiled_apply` by a one-hot matrix."""
+    one_hot = _one_hot(cell_mask, segment, segments)
+    return jnp.einsum("bcs,bchi,bshio->bcho", one_hot, values, memory)
+
+
+def tiled_apply(
+    values: jax.Array,
+    memory: jax.Array,
+    cell_mask: jax.Array,
+    segment: jax.Array,
+    segments: int,
+    pieces: int,
+) -> jax.Array:
+    """Multiply each cell's vector with its segment's matrix.
+
+    Why: a product with a one-hot matrix costs as many times more as there are segments (any backend, jax 0.10).
+
+    Args:
+        values: float [samples, cells, heads, width].
+        memory: float [samples, segments, heads, width, other].
+        cell_mask: See :func:`tiled_outer_total`.
+        segment: Likewise.
+        segments: Likewise.
+        pieces: Likewise.
+
+    Returns:
+        float [samples, cells, heads, other]; 0 for padding.
+    """
+
+    def of_piece(tiles, values, memory):
+        cut = values[tiles.block] * tiles.inside[:, None, :, None]
+        product = batched_product(cut, memory[tiles.segment])
+        return jax.ops.segment_sum(product, tiles.block, values.shape[0])
+
+    over_pieces = jax.vmap(jax.vmap(of_piece, in_axes=(0, 0, None)))
+    tiles = _tiles(cell_mask, segment, segments, pieces)
+    mixed = by_head(over_pieces(tiles, _blocks(values, pieces), memory))
+    mixed = mixed.reshape(*mixed.shape[:2], -1, *mixed.shape[4:])
+    mixed = mixed[:, :, : cell_mask.shape[1] // pieces]
+    return mixed.reshape(*cell_mask.shape, *mixed.shape[3:])
+
+
+def _blocks(values: jax.Array, pieces: int) -> jax.Array:
+    """Cut [samples, cells, heads, width] into [samples, pieces, blocks, heads, TILE, width], padded with zeros."""
+    samples, cells = values.shape[:2]
+    per_piece = cells // pieces
+    blocks = -(-per_piece // TILE)
+    folded = values.reshape(samples, pieces, per_piece, *values.shape[2:])
+    spare = [(0, 0), (0, 0), (0, blocks * TILE - per_piece)] + [(0, 0)] * (values.ndim - 2)
+    padded = jnp.pad(folded, spare)
+    return by_head(padded.reshape(samples, pieces, blocks, TILE, *values.shape[2:]))
+
+
+class _Tiles(struct.PyTreeNode):
+    """Runs of cells within one block and one segment: block and segment [tiles], bool [tiles, TILE]."""
+
+    block: jax.Array
+    segment: jax.Array
+    inside: jax.Array
+
+
+def _tiles(cell_mask: jax.Array, segment: jax.Array, segments: int, pieces: int) -> _Tiles:
+    samples, cells = cell_mask.shape
+    per_piece = cells // pieces
+    blocks = -(-per_piece // TILE)
+    # Padding counts as a segment past the last one.
+    label = jnp.where(cell_mask, segment, segments)
+    label = label.reshape(samples, pieces, per_piece)
+
+    def of_piece(label):
+        first = jnp.searchsorted(label, jnp.arange(segments + 1, dtype=label.dtype))
+        edges = jnp.concatenate([jnp.arange(blocks, dtype=first.dtype) * TILE, first[1:]])
+        start = jnp.sort(edges)
+        stop = jnp.append(start[1:], per_piece)
+        block = jnp.minimum(start // TILE, blocks - 1)
+        segment = label[jnp.minimum(start, per_piece - 1)]
+        place = block[:, None] * TILE + jnp.arange(TILE)
+        inside = (place >= start[:, None]) & (place < stop[:, None])
+        # A tile of padding is empty; its segment is any valid one.
+        inside &= (segment < segments)[:, None]
+        return _Tiles(block, jnp.minimum(segment, segments - 1), inside)
+
+    return jax.vmap(jax.vmap(of_piece))(label)

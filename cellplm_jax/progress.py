@@ -1,0 +1,86 @@
+"""Progress of long work, on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def _rate(done: int, seconds: float, unit: str) -> str:
+    """Return how fast work goes, such as ``"1,250 cells/s"``; ``""`` where nothing can be said yet."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    if rate < 1:
+        return f"{1 / rate:.1f} s per {unit.removesuffix('s')}"
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
+
+
+class ProgressReport:
+    """Progress of long work: a live bar on a terminal, plain lines elsewhere, on standard error.
+
+    Args:
+        title: What is being done.
+        total: Units of the whole work.
+        unit: What is counted, in the plural.
+        quiet: Say nothing.
+        every: Seconds between plain lines.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, unit: str = "steps", quiet: bool = False, every: float = 10
+    ):
+        self.title, self.total, self.unit, self.every = title, total, unit, every
+        self._start = self._last = time.monotonic()
+        self._settled: tuple[float, int] | None = None
+        self._bar = self._task = None
+        self._plain = not quiet
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._plain = False
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(title, total=total, note="", rate="")
+            self._bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Report that ``done`` units are finished."""
+        if self._settled is None:
+            # The first unit carries the compilation; rates are taken from the second one on.
+            self._settled = (time.monotonic(), done)
+        now = time.monotonic()
+        since, before = self._settled
+        rate = _rate(done - before, now - since, self.unit)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, note=note, rate=rate)
+            return
+        if self._plain and (now - self._last >= self.every or done >= self.total):
+            self._last = now
+            line = f"{self.title}: {done}/{self.total} {self.unit}, {now - self._start:.0f} s"
+            line += f", {rate}" if rate else ""
+            if before < done < self.total:
+                line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
+            sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
+            sys.stderr.flush()
+
+    def say(self, text: str) -> None:
+        """Write a line of its own, unless the report is quiet."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        elif self._plain:
+            sys.stderr.write(f"{self.title}: {text}\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Finish the bar."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,255 @@
+"""Files and folders on this machine or at ``gs://`` addresses: atomic writes and messages for writes that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cellplm_jax.errors import CellPLMError, InputError, explain
+
+if TYPE_CHECKING:
+    import tensorstore
+
+_FULL = ("no space left", "enospc", "file too large", "disk quota", "quota exceeded")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Return whether a path is the address of an object store, such as ``gs://bucket/folder``."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path next to a file or folder; it is renamed when the block ends without an error.
+
+    After an error nothing of it is left, and what was at ``path`` before is unchanged.
+
+    Args:
+        path: The file or folder on this machine. An existing file is replaced, a folder only where it is empty.
+
+    Yields:
+        A path that does not exist yet, in the same folder.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a small UTF-8 file atomically, on this machine or at a ``gs://`` address.
+
+    Args:
+        path: The file; an existing one is replaced.
+        text: Its contents.
+    """
+    if is_remote(path):
+        from etils import epath
+
+        # Object stores replace objects atomically.
+        epath.Path(path).write_text(text, encoding="utf-8")
+        return
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def explain_write_errors(
+    what: str,
+    *,
+    room: str = "enough room",
+    again: str = "",
+    catch: type[Exception] | None = None,
+    raises: type[CellPLMError] = InputError,
+) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear message.
+
+    Args:
+        what: What is being written, for the message.
+        room: How much room it needs.
+        again: What happens when the same command is run again; "": the message does not say.
+        catch: Explain all errors of this type; None: only those that name a full disk or a missing permission.
+        raises: Class of the error.
+
+    Raises:
+        CellPLMError: Of the class ``raises``, instead of the error of the operating system or of TensorStore.
+    """
+    try:
+        yield
+    except CellPLMError:
+        raise
+    except Exception as error:
+        if not isinstance(error, catch or (OSError, ValueError, RuntimeError)):
+            raise
+        reason, full, denied = _diagnosis(error)
+        if catch is None and not (full or denied):
+            raise
+        rerun = f", and run the same command again: {again}" if again else ""
+        if full:
+            msg = explain(
+                f"{what} cannot be written because the disk is full ({reason})",
+                room,
+                f"Free some space or choose another folder{rerun}",
+            )
+        else:
+            msg = explain(
+                f"{what} cannot be written ({reason})",
+                "a folder that may be written"
+                if denied
+                else f"a folder that may be written, with {room}",
+                f"Correct its permissions or choose another folder{rerun}",
+            )
+        raise raises(msg) from error
+
+
+def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
+    """Return the reason of an error in one short line, and whether it is a full disk or a missing permission."""
+    number = error.errno if isinstance(error, OSError) else None
+    lines = str(error).strip().splitlines()
+    reason = " ".join(lines[0].split()) if lines else type(error).__name__
+    if len(reason) > 160:
+        # Paths make reasons long, and the end of a path says most.
+        reason = f"... {reason[-160:].partition(' ')[2]}"
+    everything = f"{error} {error.__cause__ or ''}"
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = full or any(sign in everything.lower() for sign in _FULL)
+    # As TensorStore says it.
+    denied = number in (errno.EACCES, errno.EPERM, errno.EROFS) or everything.startswith(
+        "PERMISSION_DENIED"
+    )
+    return reason, full, denied
+
+
+class Folder:
+    """A local folder or gs:// prefix seen through TensorStore.
+
+    Args:
+        path: Where it is; it need not exist yet.
+        context: Of TensorStore; None: one without a cache.
+
+    Attributes:
+        path: Where it is, as it was given.
+        local: The folder on this machine; None at a gs:// address.
+    """
+
+    def __init__(self, path: str | os.PathLike, context: Any = None):
+        text = os.fspath(path)
+        self.path = text.rstrip("/")
+        if context is None:
+            import tensorstore
+
+            context = tensorstore.Context()
+        self.context = context
+        self.local: Path | None = None
+        if text.startswith("gs://"):
+            bucket, _, prefix = self.path.removeprefix("gs://").partition("/")
+            self._driver = {"driver": "gcs", "bucket": bucket}
+            self._prefix = f"{prefix}/" if prefix else ""
+        else:
+            self._driver = {"driver": "file"}
+            self.local = Path(text).expanduser().resolve()
+            self._prefix = f"{self.local}/"
+        self._opened: Any = None
+
+    @property
+    def _store(self) -> Any:
+        if self._opened is None:
+            import tensorstore
+
+            kvstore = {**self._driver, "path": self._prefix}
+            self._opened = tensorstore.KvStore.open(kvstore, context=self.context).result()
+        return self._opened
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """Return the TensorStore specification of a folder inside."""
+        return {**self._driver, "path": f"{self._prefix}{name}/"}
+
+    def request(self, name: str) -> Callable[[], bytes | None]:
+        """Start reading a small file; call the result for its bytes, None where there is no such file.
+
+        Raises:
+            InputError: It cannot be read; so does the result.
+        """
+        try:
+            pending = self._store.read(name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(self._unreachable(name, error)) from error
+
+        def wait() -> bytes | None:
+            try:
+                found = pending.result()
+            except (ValueError, RuntimeError, OSError) as error:
+                raise InputError(self._unreachable(name, error)) from error
+            return bytes(found.value) if found.state == "value" else None
+
+        return wait
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a small file; None where there is no such file."""
+        return self.request(name)()
+
+    def write(self, name: str, text: bytes) -> None:
+        """Write a small file; it is replaced whole or not at all."""
+        self._store.write(name, text).result()
+
+    def copy_in(self, source: Path, last: str) -> None:
+        """Copy a folder of small files of this machine here.
+
+        Args:
+            source: The folder.
+            last: The file that says that all of them are there; written when the others are.
+        """
+        paths = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
+        final = paths.pop(last)
+        waiting = [self._store.write(name, path.read_bytes()) for name, path in paths.items()]
+        for written in waiting:
+            written.result()
+        self.write(last, final.read_bytes())
+
+    def names(self, inside: str) -> list[str]:
+        """Return the names of all files of a folder inside, from this folder on."""
+        found = self._store.list(_inside(inside)).result()
+        return sorted(name.decode() for name in found)
+
+    def fetch(self, inside: str, target: Path) -> None:
+        """Copy a folder inside, of small files, to a new folder on this machine."""
+        waiting = {name: self.request(name) for name in self.names(inside)}
+        for name, wait in waiting.items():
+            path = target / name.removeprefix(f"{inside}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(wait() or b"")
+
+    def remove(self, inside: str) -> None:
+        """Remove a folder inside, where it is there."""
+        if self.local is not None:
+            shutil.rmtree(self.local / inside, ignore_errors=True)
+        else:
+            self._store.delete_range(_inside(inside)).result()
+
+    def _unreachable(self, name: str, error: Exception) -> str:
+        reason = " ".join(str(error).split())[:240]
+        return explain(
+            f"'{self.path}/{name}' cannot be read ({reason})",
+            "a place that this machine may read",
+            "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
+        )
+
+
+def _inside(folder: str) -> tensorstore.KvStore.KeyRange:
+    """Return the keys of a folder; "0" comes after "/"."""
+    import tensorstore
+
+    return tensorstore.KvStore.KeyRange(f"{folder}/", f"{folder}0")
