@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from scipy import linalg
+from scipy import linalg, sparse
+
+from cellplm_jax.errors import InputError
 
 OVERSAMPLING = 20
 """Extra directions of the randomized decomposition."""
 
-CLIP = 8.0
-"""Largest standardized expression, in standard deviations."""
+CLIP, OWN_CLIP = 8.0, 10.0
+"""Largest standardized expression of a corpus and of a single dataset, in standard deviations."""
+
+BLOCK = 2048
+"""Cells of a block that is dense at once."""
 
 
 def variable_genes(
@@ -90,6 +95,77 @@ def principal_components(
     sign = np.where((loadings.astype(np.float64) ** 3).sum(axis=0) < 0, -1, 1)
     strength = np.sqrt(np.maximum(values[order], 0))
     return (loadings * sign).astype(np.float32), strength
+
+
+def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse.csr_matrix:
+    """Return log1p of counts [cells, genes] scaled to ``target_sum`` per cell."""
+    total = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
+    data = np.log1p(counts.data * np.repeat(target_sum / total, np.diff(counts.indptr)))
+    return sparse.csr_matrix(
+        (data.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape
+    )
+
+
+def own_components(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    sample_of: np.ndarray,
+    *,
+    genes: int = 2000,
+    components: int = 50,
+    minimum_cells: int = 20,
+) -> np.ndarray:
+    """Return principal components of the highly variable genes of a dataset.
+
+    Expression is standardized per gene, clipped at 10 deviations, and centred by tissue sample.
+
+    Args:
+        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
+        sample_of: int [cells], number of each cell's tissue sample.
+        genes: Number of highly variable genes.
+        components: Number of components; fewer are returned if there are few cells or genes.
+        minimum_cells: Samples with fewer cells are centred at the mean of all.
+
+    Returns:
+        float32 [cells, components].
+
+    Raises:
+        InputError: Fewer than 2 genes vary.
+    """
+    cells, sums, squares = 0, np.zeros(0), np.zeros(0)
+    for block in blocks():
+        if not cells:
+            sums, squares = np.zeros((2, block.shape[1]))
+        cells += block.shape[0]
+        sums += np.bincount(block.indices, block.data, len(sums))
+        squares += np.bincount(block.indices, block.data**2, len(sums))
+    mean = sums / max(cells, 1)
+    variance = np.maximum(squares / max(cells, 1) - mean**2, 0)
+    chosen = variable_genes(mean, variance, genes, variance > 1e-12)
+    if len(chosen) < 2 or cells < 3:
+        raise InputError(
+            f"{len(chosen)} genes that vary between {cells} cells",
+            "at least 2 genes and 3 cells to compute components from",
+        )
+    expression = sparse.vstack([block[:, chosen] for block in blocks()]).tocsr()
+    deviation = np.sqrt(variance[chosen]).astype(np.float32)
+    number, sample_of = np.unique(sample_of, return_inverse=True)
+    centre = np.tile(mean[chosen].astype(np.float32), (len(number), 1))
+    for sample in range(len(number)):
+        members = np.flatnonzero(sample_of == sample)
+        if len(members) >= minimum_cells:
+            centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
+
+    def standardized(start: int) -> np.ndarray:
+        rows = slice(start, min(start + BLOCK, cells))
+        dense = (expression[rows].toarray() - centre[sample_of[rows]]) / deviation
+        return np.clip(dense, -OWN_CLIP, OWN_CLIP, out=dense)
+
+    starts = range(0, cells, BLOCK)
+    number = min(components, cells - 1, len(chosen) - 1)
+    loadings, _ = principal_components(
+        lambda: map(standardized, starts), len(chosen), number, passes=6
+    )
+    return np.concatenate([standardized(start) @ loadings for start in starts])
 
 
 class Discriminants:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import numpy as np
@@ -24,10 +24,11 @@ from cellplm_jax.data.batches import (
     pad_batch,
     scale_coordinates,
 )
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks import long_context
+from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
@@ -53,6 +54,7 @@ def embed(
     key_added: str = "X_cellplm",
     values: Values = "counts",
     minimum_genes: int | None = None,
+    adapt: Adapt = "none",
     quiet: bool = True,
 ) -> AnnData:
     """Embed the cells of an AnnData with a pretrained model, in place.
@@ -80,6 +82,9 @@ def embed(
         key_added: Key of ``obsm`` to write.
         values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
         minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
+        adapt: ``"none"``: the zero-shot latent, comparable between files. ``"context"``: joined with the components
+            and clusters of these cells, see :func:`cellplm_jax.tasks.context_components.join_context`; better for
+            one file (``benchmarks/zero_shot``), not comparable between files, and wider. Needs the extra ``eval``.
         quiet: No progress on standard error.
 
     Returns:
@@ -90,7 +95,7 @@ def embed(
     """
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
-    context = Context(batch_key, spatial_key, cells_per_context)
+    context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
     embedding, provenance, _ = read_and_embed(
         adata, as_pretrained(model), read, context, key_added, quiet
     )
@@ -112,6 +117,7 @@ def embed_file(
     key_added: str = "X_cellplm",
     values: Values = "counts",
     minimum_genes: int | None = None,
+    adapt: Adapt = "none",
     require_coordinates: bool = False,
     quiet: bool = False,
 ) -> list[str]:
@@ -129,6 +135,7 @@ def embed_file(
         key_added: See :func:`embed`.
         values: See :func:`embed`.
         minimum_genes: See :func:`embed`.
+        adapt: See :func:`embed`.
         require_coordinates: ``spatial_key`` must be present, also where it is the default one.
         quiet: See :func:`embed`.
 
@@ -142,11 +149,33 @@ def embed_file(
     check_copy(path, out)
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
-    context = Context(batch_key, spatial_key, cells_per_context, require_coordinates)
+    context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
     model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
     return messages
+
+
+Adapt = Literal["none", "context"]
+"""How an embedding adapts to the cells it is computed for."""
+
+
+def check_adapt(adapt: str) -> None:
+    """Refuse an unknown ``adapt`` and a missing extra, before any work is done.
+
+    Raises:
+        InputError: It is neither ``"none"`` nor ``"context"``.
+        MissingDependencyError: It is ``"context"`` without the extra ``eval``.
+    """
+    if adapt not in get_args(Adapt):
+        raise InputError(
+            f"adapt = {adapt!r}",
+            "'none' or 'context'",
+            nearest(adapt, get_args(Adapt), "Pass one of them"),
+        )
+    if adapt == "context":
+        for module in ("scanpy", "igraph"):
+            require(module, "eval", "adapt='context'")
 
 
 class Context(NamedTuple):
@@ -156,6 +185,7 @@ class Context(NamedTuple):
     spatial_key: str | None
     cells_per_context: int | None
     require_coordinates: bool = False
+    adapt: Adapt = "none"
 
 
 def read_and_embed(
@@ -179,6 +209,7 @@ def read_and_embed(
     Returns:
         float32 [cells, latent]; facts for ``uns``; sentences about the input.
     """
+    check_adapt(context.adapt)
     with open_counts(data, model.genes, **read) as source:
         if context.require_coordinates and context.spatial_key is not None:
             source.coordinates(context.spatial_key, required=True)
@@ -191,6 +222,13 @@ def read_and_embed(
             quiet=quiet,
             waiting=(waiting := IOWait()),
         )
+        if context.adapt == "context":
+            embedding = join_context(
+                embedding,
+                source,
+                _tissue_samples(source, context.batch_key),
+                target_sum=model.config.embedder.target_sum,
+            )
         messages = source.report.messages() + waiting.messages()
         key = context.spatial_key
         located = key is not None and key in source.obsm
@@ -208,6 +246,8 @@ def read_and_embed(
                 "cells_per_context": context.cells_per_context or 0,
                 "coordinates": key if located else "",
             },
+            "adapt": context.adapt,
+            "comparable_between_files": context.adapt == "none",
             "input": source.report.as_dict(),
         }
     return embedding, provenance, messages

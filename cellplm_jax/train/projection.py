@@ -21,8 +21,11 @@ from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.components import (
+    BLOCK,
     CLIP,
     Discriminants,
+    log_normalized,
+    own_components,
     principal_components,
     unit_length,
     variable_genes,
@@ -30,14 +33,8 @@ from cellplm_jax.evaluate.components import (
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.model.encoder import context_centre
 
-BLOCK = 2048
-"""Cells of a block that is dense at once."""
-
 CLUSTERED_CELLS = 3000
 """Maximum number of cells of a dataset that are clustered."""
-
-OWN_GENES, OWN_COMPONENTS = 2000, 50
-"""Variable genes and components of a dataset's own, which its clusters are found in besides the projection."""
 
 MEASURED, DETECTED = 0.4, 0.005
 """Share of the cells that measure a gene with loadings, and of those that detect it."""
@@ -196,15 +193,6 @@ def _read_groups(
         yield _Group(name, log_normalized(counts, target), store.measured(part.sample))
 
 
-def log_normalized(counts: sparse.csr_matrix, target: float) -> sparse.csr_matrix:
-    """Return log1p of counts [cells, genes] scaled to ``target`` per cell, as ``"library_log1p"`` does."""
-    total = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
-    data = np.log1p(counts.data * np.repeat(target / total, np.diff(counts.indptr)))
-    return sparse.csr_matrix(
-        (data.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape
-    )
-
-
 def _gene_statistics(
     groups: Sequence[_Group], genes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -301,47 +289,12 @@ JOINED_PROJECTION = 0.7
 
 
 def _own_components(groups: Sequence[_Group], every: int) -> np.ndarray:
-    """Return float32 [cells, components]: components of the variable genes of one dataset, centred by sample."""
-    parts, start = [], 0
-    for group in groups:
+    """Return float32 [cells, components] of every so many cells of a dataset."""
+    parts, sample_of, start = [], [], 0
+    for number, group in enumerate(groups):
         take = np.arange(-start % every, group.expression.shape[0], every)
         parts.append(group.expression[take])
+        sample_of.append(np.full(len(take), number))
         start += group.expression.shape[0]
     everything = sparse.vstack(parts).tocsr()
-    return own_components(everything, [part.shape[0] for part in parts])
-
-
-def own_components(
-    expression: sparse.csr_matrix,
-    sizes: Sequence[int] | None = None,
-    *,
-    genes: int = OWN_GENES,
-    components: int = OWN_COMPONENTS,
-) -> np.ndarray:
-    """Return the principal components of a dataset's own variable genes.
-
-    Args:
-        expression: Log-normalized counts, CSR [cells, genes].
-        sizes: Cells of each tissue sample, in order, which are centred one by one; None: all cells together.
-        genes: Number of highly variable genes.
-        components: Number of components.
-
-    Returns:
-        float32 [cells, components]; fewer components if there are few cells or genes.
-    """
-    mean = np.asarray(expression.mean(axis=0)).ravel()
-    square = np.asarray(expression.multiply(expression).mean(axis=0)).ravel()
-    variance = np.maximum(square - mean**2, 0)
-    chosen = variable_genes(mean, variance, genes)
-    dense = expression[:, chosen].toarray()
-    dense = (dense - dense.mean(axis=0)) / np.maximum(np.sqrt(variance[chosen]), 1e-6)
-    np.clip(dense, -10, 10, out=dense)
-    start = 0
-    for size in sizes or [len(dense)]:
-        if size >= 20 or sizes is None:
-            dense[start : start + size] -= dense[start : start + size].mean(axis=0)
-        start += size
-    dense = dense.astype(np.float32)
-    number = min(components, min(dense.shape) - 1)
-    loadings, _ = principal_components(lambda: [dense], dense.shape[1], number, passes=6)
-    return dense @ loadings
+    return own_components(lambda: [everything], np.concatenate(sample_of))

@@ -1,0 +1,103 @@
+"""Adaptation to a context without training: the zero-shot latent joined with the context's own components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from scipy import sparse
+
+from cellplm_jax.errors import require
+from cellplm_jax.evaluate.components import (
+    BLOCK,
+    Discriminants,
+    log_normalized,
+    own_components,
+    unit_length,
+)
+from cellplm_jax.evaluate.embedding import leiden_clusters
+
+CLUSTERED_CELLS = 10_000
+"""Maximum number of cells that are clustered; the discriminants of the clusters are applied to all."""
+
+DISCRIMINANTS, SHRINKAGE, MINIMUM_CELLS = 30, 0.3, 60
+"""Discriminants appended, the shrinkage of their covariance, and the fewest cells they are computed from."""
+
+
+class RowReader(Protocol):
+    """What the counts are read from."""
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        ...
+
+    def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
+        """Read cells by number: float32 CSR [cells, genes]."""
+        ...
+
+
+def join_context(
+    latent: np.ndarray,
+    source: RowReader,
+    samples: Sequence[np.ndarray],
+    *,
+    target_sum: float = 1e4,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> np.ndarray:
+    """Join a zero-shot latent with the spectral components of the same cells, and separate their clusters.
+
+    The latent and 50 principal components of 2,000 highly variable genes (log-normalized, standardized, centred by
+    tissue sample) are scaled to length 1 per cell and put side by side. Leiden clusters of that joined embedding
+    (resolution 1, 15 neighbours) give linear discriminants, which are appended with the same mean length. Nothing is
+    random, no label is read, and the result describes these cells only: it is not comparable between files.
+
+    Args:
+        latent: float [cells, latent], zero-shot.
+        source: The counts of the same cells, in the vocabulary of the model.
+        samples: int arrays, the cells of each tissue sample.
+        target_sum: Library size before the logarithm.
+        on_progress: Called with each stage.
+
+    Returns:
+        float32 [cells, latent + components + discriminants]; the number of components and discriminants depends on
+        the data.
+
+    Raises:
+        InputError: There are fewer than 3 cells, or no gene varies.
+        MissingDependencyError: The extra ``eval``, which clusters, is not installed.
+    """
+    require("scanpy", "eval", "adapt='context'")
+    require("igraph", "eval", "adapt='context'")
+    on_progress("components of the context")
+    sample_of = np.zeros(len(latent), np.int64)
+    for number, members in enumerate(samples):
+        sample_of[members] = number
+
+    def blocks():
+        for start in range(0, source.cells, BLOCK):
+            rows = np.arange(start, min(start + BLOCK, source.cells))
+            yield log_normalized(source.read_rows(rows).tocsr(), target_sum)
+
+    own = own_components(blocks, sample_of)
+    latent = np.asarray(latent, np.float32)
+    joined = np.hstack([_centred_unit(latent), _centred_unit(own)])
+    if len(joined) < MINIMUM_CELLS:
+        return joined
+    on_progress("clusters of the context")
+    every = -(-len(joined) // CLUSTERED_CELLS)
+    pooled = Discriminants(joined.shape[1], shrinkage=SHRINKAGE)
+    clusters = leiden_clusters(joined[::every])
+    pooled.add(joined[::every], clusters)
+    directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
+    if not directions.shape[1]:
+        return joined
+    separated = joined @ directions.astype(np.float32)
+    separated -= separated.mean(axis=0)
+    length = np.sqrt(np.mean(np.sum(joined**2, axis=1)) / np.mean(np.sum(separated**2, axis=1)))
+    return np.hstack([joined, separated * np.float32(length)])
+
+
+def _centred_unit(values: np.ndarray) -> np.ndarray:
+    return unit_length(values - values.mean(axis=0)).astype(np.float32)
