@@ -319,7 +319,7 @@ class ModelConfig:
                 "Use latent.kind = 'gaussian_mixture' with inference = 'paper'",
             )
             _require(
-                self.encoder.kind in ("flow", "softmax", "performer", "none"),
+                self.encoder.kind != "residual_mlp",
                 f"trunk = 'projection' with encoder.kind = '{self.encoder.kind}'",
                 "an encoder with a residual stream",
                 "Use encoder.kind = 'flow'",

@@ -78,6 +78,7 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "--minimum-genes", type=positive, metavar="N", help="fewest known genes accepted"
     )
+    add_adapt(parser, "none")
     add_precision(parser)
     parser.add_argument(
         "--color",
@@ -86,6 +87,17 @@ def add_embed(commands: Any) -> None:
         help="column of obs that colours the map of the report; may be repeated (--batch-key)",
     )
     add_output(parser, report="what was embedded, and a UMAP of it")
+
+
+def add_adapt(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--adapt``."""
+    parser.add_argument(
+        "--adapt",
+        choices=("none", "context"),
+        default=default,
+        help="context: join the embedding with components and clusters of these cells; better for one file, "
+        f"and not comparable between files ({default})",
+    )
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -112,6 +124,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         key_added=arguments.key_added,
         values=arguments.values,
         minimum_genes=arguments.minimum_genes,
+        adapt=arguments.adapt,
         quiet=arguments.quiet,
     )
     write_page(arguments, "embedding", arguments.out, arguments.key_added, colors)
@@ -135,7 +148,7 @@ def _is_corpus(path: str) -> bool:
 
 
 def _embed_corpus(arguments: argparse.Namespace) -> None:
-    unused = ("batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
+    unused = ("adapt", "batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
               "values", "minimum_genes", "color", "report")  # fmt: skip
     reject_options(
         arguments,
@@ -203,6 +216,7 @@ def add_cluster(commands: Any) -> None:
     parser.add_argument(
         "--label-key", metavar="K", help="column of obs with known types: print scores"
     )
+    add_adapt(parser, "context")
     parser.add_argument(
         "--picture", metavar="PNG", help="draw a UMAP, and write obsm['X_umap'] as well"
     )
@@ -229,6 +243,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
         key_added=arguments.key_added,
         seed=arguments.seed,
         batch_key=arguments.batch_key,
+        adapt=arguments.adapt,
         umap=arguments.picture is not None or arguments.report is not None,
         quiet=arguments.quiet,
     )

@@ -63,7 +63,7 @@ def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) ->
     parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
 
 
-DEFAULTS = {"key_added": "X_cellplm", "values": "counts"}
+DEFAULTS = {"key_added": "X_cellplm", "values": "counts", "adapt": "none"}
 """Of options whose default is not None."""
 
 PRECISIONS = ("float32", "bfloat16")

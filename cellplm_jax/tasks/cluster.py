@@ -14,6 +14,7 @@ from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import (
+    Adapt,
     Context,
     check_copy,
     check_key,
@@ -44,6 +45,7 @@ def cluster(
     seed: int = 0,
     metric: Metric = "euclidean",
     batch_key: str | None = None,
+    adapt: Adapt = "context",
     quiet: bool = True,
 ) -> AnnData:
     """Cluster cells with Leiden on the neighbour graph of an embedding, in place; no label is looked at.
@@ -69,6 +71,8 @@ def cluster(
         seed: Of the search for neighbours and of Leiden: the same seed gives the same clusters.
         metric: Distance between cells.
         batch_key: Where cells are embedded: column of ``obs`` naming the tissue sample, one context each.
+        adapt: Where cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
+            :func:`cellplm_jax.embed`.
         quiet: No progress.
 
     Returns:
@@ -85,6 +89,7 @@ def cluster(
             _model(model, use_rep, list(adata.obsm)),
             batch_key=batch_key,
             key_added=use_rep,
+            adapt=adapt,
             quiet=quiet,
         )
     found = _clustered(
@@ -108,6 +113,7 @@ def cluster_file(
     seed: int = 0,
     metric: Metric = "euclidean",
     batch_key: str | None = None,
+    adapt: Adapt = "context",
     umap: bool = False,
     quiet: bool = False,
 ) -> tuple[AnnData, list[str]]:
@@ -124,6 +130,7 @@ def cluster_file(
         seed: See :func:`cluster`.
         metric: See :func:`cluster`.
         batch_key: See :func:`cluster`.
+        adapt: See :func:`cluster`.
         umap: Lay the graph out as well: ``obsm["X_umap"]``.
         quiet: See :func:`cluster`.
 
@@ -150,7 +157,7 @@ def cluster_file(
         there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
     obsm, uns, messages = {}, {}, []
     if there is None:
-        context = Context(batch_key, "spatial", None)
+        context = Context(batch_key, "spatial", None, adapt=adapt)
         embedder = _model(model, use_rep, keys)
         there, facts, messages = read_and_embed(path, embedder, {}, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts

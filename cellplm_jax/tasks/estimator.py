@@ -232,7 +232,7 @@ class Estimator(abc.ABC):
 
     def _architecture(self) -> ModelConfig:
         """Return the architecture a task starts from: the pretrained one, or ``:small``."""
-        return preset("small").model if self.base is None else self.base.config
+        return preset("scratch").model if self.base is None else self.base.config
 
     def _begin(
         self, table: CellTable, config: ModelConfig, *, gene_means: np.ndarray | None = None

@@ -152,11 +152,13 @@ def start_from(
         latent["log_variance"] = {**layer, "kernel": jnp.zeros_like(layer["kernel"])}
     encoder = {}
     for layer, parts in params.get("encoder", {}).items():
-        encoder[layer] = {
-            **parts,
-            "attention": {**parts["attention"], "out": _zeroed(parts["attention"]["out"])},
-            "feedforward_out": _zeroed(parts["feedforward_out"]),
-        }
+        if "attention" in parts:
+            attention = {**parts["attention"], "out": _zeroed(parts["attention"]["out"])}
+            last = {"attention": attention, "feedforward_out": _zeroed(parts["feedforward_out"])}
+        else:  # an MLP, whose last module is its norm
+            name = "norm" if "norm" in parts else "linear"
+            last = {name: _zeroed(parts[name])}
+        encoder[layer] = {**parts, **last}
     started = {
         **params,
         "embedder": embedder,

@@ -203,7 +203,7 @@ def test_temperature():
 
 
 def test_from_scratch_over_the_genes_of_the_data(monkeypatch, tmp_path):
-    small = dataclasses.replace(preset("small"), model=preset("debug").model)
+    small = dataclasses.replace(preset("scratch"), model=preset("debug").model)
     monkeypatch.setattr(estimator_module, "preset", lambda name: small)
     adata = make_labelled(90, spatial=True)
     found = annotator(None, genes=30, epochs=1).fit(adata, label_key="kind")

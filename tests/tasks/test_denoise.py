@@ -141,7 +141,7 @@ def test_the_seed_decides_everything(tiny_model, fitted):
 
 
 def test_from_scratch_over_the_genes_of_the_data(monkeypatch):
-    small = dataclasses.replace(preset("small"), model=preset("debug").model)
+    small = dataclasses.replace(preset("scratch"), model=preset("debug").model)
     monkeypatch.setattr(estimator_module, "preset", lambda name: small)
     adata = make_adata(60)
     found = denoiser(None, epochs=1).fit(adata)
@@ -150,7 +150,7 @@ def test_from_scratch_over_the_genes_of_the_data(monkeypatch):
 
 
 def test_genes_that_only_validation_cells_express_are_predicted(monkeypatch):
-    small = dataclasses.replace(preset("small"), model=preset("debug").model)
+    small = dataclasses.replace(preset("scratch"), model=preset("debug").model)
     monkeypatch.setattr(estimator_module, "preset", lambda name: small)
     adata = make_adata(60)
     adata.obs["split"] = ["valid" if cell < 10 else "train" for cell in range(60)]

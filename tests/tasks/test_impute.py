@@ -196,7 +196,7 @@ def test_places_help_where_the_signal_is_spatial(monkeypatch):
         model = dataclasses.replace(preset("debug").model, positions=positions, dropout=0.0)
         latent = dataclasses.replace(model.latent, latent_weight=0.005, cluster_weight=0.005)
         model = dataclasses.replace(model, latent=latent)
-        small = dataclasses.replace(preset("small"), model=model)
+        small = dataclasses.replace(preset("scratch"), model=model)
         monkeypatch.setattr(estimator_module, "preset", lambda name, small=small: small)
         found = imputer(None, epochs=16, cells_per_context=96, cells_per_step=96)
         found.fit(truth[:, PANEL].copy(), reference=reference)
