@@ -33,7 +33,7 @@ $(VENV)/.docs: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
-demo: $(VENV)/.installed  ## pretrain small on bundled cells, embed, compare, draw
+demo: $(VENV)/.installed  ## embed bundled cells with the bundled model, compare, draw
 	$(BIN)/cellplm demo --out $(DEMO_OUT) $(DEMO_FLAGS)
 
 test: $(VENV)/.installed  ## the test suite, but for what needs torch or processes that train

@@ -198,9 +198,10 @@ def no_positions(genes: int = 1) -> TrainConfig:
 
 def no_projection(genes: int = 1) -> TrainConfig:
     """Return ``small`` with random weights to start from, and nothing to restore."""
-    base = _with_model(small(genes), trunk="none")
+    base = small(genes)
     return dataclasses.replace(
         base,
+        model=dataclasses.replace(base.model, trunk="none"),
         masking=dataclasses.replace(base.masking, panel_fraction=0.0, library_of_visible=False),
         objective=ObjectiveConfig(),
         optimizer=dataclasses.replace(base.optimizer, freeze_trunk=False),

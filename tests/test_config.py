@@ -66,7 +66,17 @@ def test_presets_differ_from_small_in_what_they_are_named_after():
         "no_latent": {"model.latent.kind"},
         "mlp_encoder": {"model.encoder.kind"},
         "no_positions": {"model.positions.kind"},
-        "no_masks": {"masking.cell_fraction", "masking.gene_fraction"},
+        # Without masking there are no panels either: the network sees every count.
+        "no_masks": {"masking.cell_fraction", "masking.gene_fraction", "masking.panel_fraction"},
+        "no_discriminants": {"projection.discriminants"},
+        "no_restoration": {"objective.restoration_weight"},
+        "no_projection": {
+            "model.trunk",
+            "masking.panel_fraction",
+            "masking.library_of_visible",
+            "objective.restoration_weight",
+            "optimizer.freeze_trunk",
+        },
     }
     for name, paths in expected.items():
         assert changed(to_dict(presets.preset(name)), small) == paths, name

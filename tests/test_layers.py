@@ -39,6 +39,7 @@ LEVELS = {
     "interop": 4,
     "report": 5,
     "demo": 5,
+    "demo_from_scratch": 5,
     "doctor": 5,
     "plan": 5,
     "cli": 5,
@@ -131,7 +132,12 @@ def test_fences():
     assert users("orbax") == {"train.checkpoint"}
     assert users("safetensors") == {"train.tensors"}
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
-    assert {part_of(module) for module in users("anndata")} <= {"data", "tasks", "demo"}
+    assert {part_of(module) for module in users("anndata")} <= {
+        "data",
+        "tasks",
+        "demo",
+        "demo_from_scratch",
+    }
     assert users("numba") == {"kernels.sparse_numba", "tasks.pretrained"}
     assert users("ml_collections") == set()
     assert users("absl") == set()

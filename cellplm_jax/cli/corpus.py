@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli.options import add_counts, add_output, command, positive
+from cellplm_jax.cli.options import add_counts, add_output, command, positive, reject_options
 from cellplm_jax.cli.output import check_report, fail, print_result, say, table_lines, write_page
 
 
@@ -17,12 +17,15 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "pretrain a small model on bundled cells, embed, evaluate and draw",
-        "cellplm demo --out demo",
+        "embed bundled cells with the bundled model, compare with principal components, and draw",
+        "cellplm demo --out demo\n  cellplm demo --from-scratch --out demo",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (demo)")
     parser.add_argument(
-        "--steps", type=positive, metavar="N", help="training steps, for a quick check"
+        "--from-scratch", action="store_true", help="pretrain a model on the cells first"
+    )
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="training steps, with --from-scratch"
     )
     parser.add_argument(
         "--max-cells", type=positive, metavar="N", help="use only N of the 2,700 cells"
@@ -32,23 +35,26 @@ def add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.demo import run_demo, verdict
+    report = Path(arguments.out) / "report.html"
+    options = {"max_cells": arguments.max_cells, "seed": arguments.seed, "quiet": arguments.quiet}
+    if arguments.from_scratch:
+        from cellplm_jax.demo_from_scratch import run_from_scratch, verdict
 
-    table = run_demo(
-        arguments.out,
-        steps=arguments.steps,
-        max_cells=arguments.max_cells,
-        seed=arguments.seed,
-        quiet=arguments.quiet,
-    )
-    report, model = Path(arguments.out) / "report.html", Path(arguments.out) / "model"
+        model = str(Path(arguments.out) / "model")
+        table = run_from_scratch(arguments.out, steps=arguments.steps, **options)
+    else:
+        from cellplm_jax.demo import run_demo, verdict
+
+        reject_options(arguments, ("steps",), "a demo without training", "--from-scratch")
+        model = "small"
+        table = run_demo(arguments.out, **options)
     lines = [
         *table_lines(table),
         verdict(table),
         f"report: {report}",
         f"model:  {model}   (cellplm embed FILE.h5ad --model {model} --out OUT.h5ad)",
     ]
-    facts = {"scores": table, "verdict": verdict(table), "wrote": [report, model]}
+    facts = {"scores": table, "verdict": verdict(table), "wrote": [str(report)], "model": model}
     print_result(arguments, lines, facts)
 
 

@@ -97,6 +97,7 @@ def table_lines(table: Mapping[str, Mapping[str, float]]) -> list[str]:
         "masked_correlation",
         "nb_log_likelihood",
     )
+    columns = [name for name in columns if any(name in scores for scores in table.values())]
     width = max(map(len, table)) + 2
     lines = [" " * width + "".join(f"{name:>20}" for name in columns)]
     for method, scores in table.items():

@@ -8,7 +8,6 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
-from cellplm_jax.errors import require
 from cellplm_jax.evaluate.components import (
     BLOCK,
     Discriminants,
@@ -68,8 +67,6 @@ def join_context(
         InputError: There are fewer than 3 cells, or no gene varies.
         MissingDependencyError: The extra ``eval``, which clusters, is not installed.
     """
-    require("scanpy", "eval", "adapt='context'")
-    require("igraph", "eval", "adapt='context'")
     on_progress("components of the context")
     sample_of = np.zeros(len(latent), np.int64)
     for number, members in enumerate(samples):

@@ -174,8 +174,8 @@ def check_adapt(adapt: str) -> None:
             nearest(adapt, get_args(Adapt), "Pass one of them"),
         )
     if adapt == "context":
-        for module in ("scanpy", "igraph"):
-            require(module, "eval", "adapt='context'")
+        require("scanpy", "eval", "adapt='context'")
+        require("igraph", "eval", "adapt='context'")
 
 
 class Context(NamedTuple):

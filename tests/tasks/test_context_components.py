@@ -1,0 +1,100 @@
+"""adapt='context': what is joined, that it is deterministic, and that it says what it is."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import cellplm_jax
+from cellplm_jax.cli import main
+from cellplm_jax.errors import InputError, MissingDependencyError
+from cellplm_jax.tasks import embed as embed_module
+from tests.conftest import make_adata
+
+
+@pytest.fixture(scope="module")
+def cells():
+    adata = cellplm_jax.datasets.pbmc3k()
+    return adata[::9].copy()
+
+
+def embedded(cells, model="small", **options):
+    adata = cells.copy()
+    cellplm_jax.embed(adata, model, **options)
+    return adata
+
+
+def test_the_latent_and_the_components_are_side_by_side(cells):
+    plain = embedded(cells).obsm["X_cellplm"]
+    adata = embedded(cells, adapt="context")
+    joined = adata.obsm["X_cellplm"]
+    width = plain.shape[1]
+    latent = plain - plain.mean(axis=0)
+    latent /= np.linalg.norm(latent, axis=1, keepdims=True)
+    np.testing.assert_allclose(joined[:, :width], latent, atol=1e-5)
+    own = joined[:, width : width + 50]
+    np.testing.assert_allclose(np.linalg.norm(own, axis=1), 1, atol=1e-5)
+    assert joined.dtype == np.float32
+    assert joined.shape[1] > width + 50
+    assert adata.uns["cellplm"]["adapt"] == "context"
+    assert not adata.uns["cellplm"]["comparable_between_files"]
+    assert embedded(cells).uns["cellplm"]["comparable_between_files"]
+
+
+def test_it_is_the_same_every_time_and_for_every_order_of_cells(cells):
+    first = embedded(cells, adapt="context").obsm["X_cellplm"]
+    np.testing.assert_array_equal(first, embedded(cells, adapt="context").obsm["X_cellplm"])
+    width = embedded(cells).obsm["X_cellplm"].shape[1] + 50
+    order = np.random.default_rng(0).permutation(cells.n_obs)
+    moved = embedded(cells[order], adapt="context").obsm["X_cellplm"]
+    similar = first[order, :width] @ first[order, :width].T
+    np.testing.assert_allclose(moved[:, :width] @ moved[:, :width].T, similar, atol=2e-2)
+
+
+def test_types_are_found_better_than_zero_shot(cells):
+    from cellplm_jax.evaluate.embedding import knn_accuracy
+
+    labels = cells.obs["cell_type"].astype(str).to_numpy()
+    known = labels != "unassigned"
+    scores = [
+        knn_accuracy(embedded(cells, adapt=adapt).obsm["X_cellplm"][known], labels[known])
+        for adapt in ("none", "context")
+    ]
+    assert scores[1] > scores[0] - 0.01
+
+
+def test_few_cells_and_batches_work(tiny_model):
+    adata = make_adata(12)
+    cellplm_jax.embed(adata, tiny_model, adapt="context")
+    assert np.isfinite(adata.obsm["X_cellplm"]).all()
+    adata = make_adata(90)
+    adata.obs["sample"] = ["a", "b", "c"] * 30
+    cellplm_jax.embed(adata, tiny_model, adapt="context", batch_key="sample")
+    assert np.isfinite(adata.obsm["X_cellplm"]).all()
+    with pytest.raises(InputError, match="at least 2 genes and 3 cells"):
+        cellplm_jax.embed(make_adata(2), dataclasses.replace(tiny_model), adapt="context")
+
+
+def test_wrong_values_and_missing_extras_are_refused_before_any_work(tiny_model, monkeypatch):
+    with pytest.raises(InputError, match="Did you mean 'context'"):
+        cellplm_jax.embed(make_adata(8), tiny_model, adapt="contxt")
+
+    def missing(module, extra, purpose):
+        raise MissingDependencyError(f"{purpose} needs {module}", "it", f"install {extra}")
+
+    monkeypatch.setattr(embed_module, "require", missing)
+    with pytest.raises(MissingDependencyError, match="eval"):
+        cellplm_jax.embed(make_adata(8), tiny_model, adapt="context")
+
+
+def test_the_command_line_offers_it(tmp_path, tiny_model):
+    adata = make_adata(70)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    tiny_model.save(tmp_path / "model")
+    for verb in ("embed", "cluster"):
+        out = tmp_path / f"{verb}.h5ad"
+        command = [verb, str(tmp_path / "in.h5ad"), "--model", str(tmp_path / "model"), "--quiet"]
+        assert main([*command, "--out", str(out), "--adapt", "context"]) == 0
+        import anndata
+
+        assert anndata.read_h5ad(out).uns["cellplm"]["adapt"] == "context"
