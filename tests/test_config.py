@@ -67,7 +67,12 @@ def test_presets_differ_from_small_in_what_they_are_named_after():
         "mlp_encoder": {"model.encoder.kind"},
         "no_positions": {"model.positions.kind"},
         # Without masking there are no panels either: the network sees every count.
-        "no_masks": {"masking.cell_fraction", "masking.gene_fraction", "masking.panel_fraction"},
+        "no_masks": {
+            "masking.cell_fraction",
+            "masking.gene_fraction",
+            "masking.panel_fraction",
+            "masking.library_of_visible",
+        },
         "no_discriminants": {"projection.discriminants"},
         "no_restoration": {"objective.restoration_weight"},
         "no_projection": {
