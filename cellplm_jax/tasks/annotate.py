@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -28,8 +28,9 @@ from cellplm_jax.evaluate.annotation import (
 )
 from cellplm_jax.evaluate.embedding import umap_coordinates
 from cellplm_jax.losses.objectives import average_over, classification_loss
+from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import follow_cells
-from cellplm_jax.tasks.contexts import CellTable, gather, labels_of, variable_genes
+from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
 from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, parts_of, split_cells
 from cellplm_jax.tasks.pretrained import Pretrained
@@ -77,11 +78,16 @@ LINEAR_PENALTY = 3.0
 """L2 penalty of the logistic regression (scikit-learn's 1 / C)."""
 
 
+HEAD_PENALTIES = (10.0, 1.0, 100.0)
+"""L2 penalties that the head is solved with; the first one if there are no validation cells."""
+
+
 class CellTypeAnnotator(Estimator):
     """Predicts the cell type of every cell.
 
     ``method="finetune"`` puts a linear head on a deterministic latent and tunes the whole model on labelled cells with
-    the published recipe. ``method="neighbors"`` trains nothing: a cell gets the label of its nearest labelled cells in
+    the published recipe. The head of a pretrained model starts as the exact logistic regression on its latent, and
+    tuning is kept only if it helps on validation cells. ``method="neighbors"`` trains nothing: a cell gets the label of its nearest labelled cells in
     the embedding of the pretrained model.
 
     On a few thousand cells a logistic regression on highly variable genes is hard to beat. So one is fitted beside the
@@ -322,11 +328,15 @@ class CellTypeAnnotator(Estimator):
                 "validation_accuracy": float(np.diag(confusion).sum() / len(truth)),
             }
 
-        self._finetune(
+        pretrained = self.base is not None
+        if pretrained:
+            self._solve_head(start, [*examples, *judged], table, train, codes, weights, validate)
+        result = self._finetune(
             start,
             loss=annotation_loss(start.config, self.training.masking, weights),
             examples=examples,
             validate=validate if len(valid) else None,
+            start_counts=pretrained,
         )
         self.temperature, self.pool, self._linear = 1.0, [], None
         logits = None
@@ -334,12 +344,56 @@ class CellTypeAnnotator(Estimator):
         if len(valid):
             logits = logits_of(jax.device_put(self._fitted().params))
             self.temperature = fit_temperature(logits, codes[valid])
-            self.facts["validation_f1"] = self.history[self.facts["best_epoch"] - 1][SCORE]
+            best = self.facts["best_epoch"]
+            scores = self.history[best - 1] if best else result.start_scores
+            self.facts["validation_f1"] = scores[SCORE]
+            if pretrained:
+                self.facts["validation_f1_start"] = result.start_scores[SCORE]
             self.validation = (codes[valid], softmax(logits / self.temperature, axis=1))
         else:
             self.messages.append("No validation cells: probabilities are not calibrated.")
         if self.linear:
             self._fit_linear(table, train, valid, codes, weights, logits)
+
+    def _solve_head(
+        self,
+        start: Pretrained,
+        layouts: Sequence[Layout],
+        table: CellTable,
+        train: np.ndarray,
+        codes: np.ndarray,
+        weights: np.ndarray | None,
+        validate: Callable[[Any], dict[str, float]],
+    ) -> None:
+        """Set the head of ``start`` to the logistic regression on the pretrained latent, solved exactly.
+
+        Fine-tuning starts from there and is kept only if validation cells say that it helps. The L2 penalty is chosen
+        on the same cells.
+        """
+        model = CellPLM(start.config)
+
+        def latent(params, batch):
+            hidden = model.apply({"params": params}, batch, method=CellPLM.represent)
+            inferred: Any = model.apply({"params": params}, hidden, method=CellPLM.infer)
+            return inferred.mean
+
+        embed, params = jax.jit(latent), jax.device_put(start.params)
+        outputs = [embed(params, layout.example.batch) for layout in layouts]
+        latents = gather(layouts, jax.device_get(outputs), len(table))
+        features = sparse.csr_matrix(latents[train])
+        best = (-np.inf, -np.inf)
+        for penalty in HEAD_PENALTIES:
+            found = fit_linear_classifier(
+                features, codes[train], len(self.labels), penalty=penalty, weights=weights
+            )
+            layer = {"kernel": found.kernel, "bias": found.bias}
+            candidate = {**start.params, "head": {"mlp": {"linear_0": layer}}}
+            if not self.facts["validation_cells"]:
+                start.params = candidate
+                return
+            scores = validate(candidate)
+            if (rank := (scores[SCORE], -scores[LOSS])) > best:
+                best, start.params = rank, candidate
 
     def _fit_linear(
         self,

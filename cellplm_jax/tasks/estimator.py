@@ -287,6 +287,7 @@ class Estimator(abc.ABC):
         loss: Loss,
         examples: Sequence[Layout] | Callable[[int], Sequence[Any]],
         validate: Callable[[Any], Mapping[str, float]] | None,
+        start_counts: bool = False,
     ) -> FinetuneResult:
         """Fine-tune, and keep the best model and the history.
 
@@ -295,6 +296,7 @@ class Estimator(abc.ABC):
             loss: Pure ``(params, example, key) -> (loss, metrics)``.
             examples: The layouts of every epoch, or a function of the epoch that returns its examples.
             validate: See :func:`cellplm_jax.train.finetune.finetune`.
+            start_counts: Likewise.
         """
         if callable(examples):
             of_epoch = examples
@@ -308,6 +310,7 @@ class Estimator(abc.ABC):
             examples=of_epoch,
             validate=validate,
             layers=start.config.encoder.layers,
+            start_counts=start_counts,
             title=f"{self.task}: fitting",
             quiet=self.quiet,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -62,10 +62,11 @@ class FinetuneResult:
         params: The ``"params"`` collection of the best epoch, adapters merged, as numpy arrays.
         history: A dictionary an epoch: ``epoch`` (from 1), ``loss`` and what else the loss reports (means over the
             steps), ``learning_rate``, ``seconds`` since the start, and the validation metrics.
-        best_epoch: The epoch the parameters are of.
+        best_epoch: The epoch the parameters are of; 0: those that training started from.
         stopped_early: Whether patience ended it.
         trained: Scalars that were trained.
         seconds: Time it took, compilation included.
+        start_scores: Validation metrics of epoch 0, if it was validated.
     """
 
     params: dict[str, Any]
@@ -74,6 +75,7 @@ class FinetuneResult:
     stopped_early: bool
     trained: int
     seconds: float
+    start_scores: dict[str, float] = field(default_factory=dict)
 
 
 def corrupted_forward(
@@ -235,6 +237,7 @@ def finetune(
     examples: Callable[[int], Iterable[Any]],
     validate: Callable[[Any], Mapping[str, float]] | None = None,
     layers: int,
+    start_counts: bool = False,
     title: str = "fitting",
     quiet: bool = False,
 ) -> FinetuneResult:
@@ -251,6 +254,7 @@ def finetune(
         validate: Scores parameters: must report :data:`SCORE` (higher is better), and :data:`LOSS` where it can. None:
             all epochs are run and the last parameters are kept.
         layers: Layers of the encoder, for the layer-wise learning rates.
+        start_counts: Validate the given parameters as epoch 0, and keep them if no epoch is better.
         title: What the progress report calls it.
         quiet: No progress.
 
@@ -280,6 +284,10 @@ def finetune(
     history: list[dict[str, float]] = []
     averaged = best = trainable
     best_rank, best_epoch = (-math.inf, -math.inf), 0
+    start_scores: dict[str, float] = {}
+    if start_counts and validate is not None:
+        start_scores = dict(validate(joined(trainable, frozen)))
+        best_rank = (start_scores[SCORE], -start_scores.get(LOSS, 0.0))
     number = skipped = 0
     stopped_early = False
     progress = ProgressReport(title, config.epochs, unit="epochs", quiet=quiet)
@@ -326,6 +334,7 @@ def finetune(
         params=jax.tree.map(np.asarray, joined(best, frozen)),
         history=history,
         best_epoch=best_epoch,
+        start_scores=start_scores,
         stopped_early=stopped_early,
         trained=sum(int(np.size(leaf)) for leaf in jax.tree.leaves(trainable)),
         seconds=time.monotonic() - start,
