@@ -117,7 +117,7 @@ class ExpressionEmbedder(nn.Module):
         )
         if gene_sum is None:
             gene_sum = self._gene_sum(batch, table, gene_mask)
-        hidden = constrain(gene_sum.astype(table.dtype), CELLS)
+        hidden = constrain(jnp.asarray(gene_sum, table.dtype), CELLS)
         if config.positions.kind != "none":
             places = Positions(config, name="positions")(
                 batch.cell_mask,

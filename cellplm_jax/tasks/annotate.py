@@ -87,8 +87,8 @@ class CellTypeAnnotator(Estimator):
 
     ``method="finetune"`` puts a linear head on a deterministic latent and tunes the whole model on labelled cells with
     the published recipe. The head of a pretrained model starts as the exact logistic regression on its latent, and
-    tuning is kept only if it helps on validation cells. ``method="neighbors"`` trains nothing: a cell gets the label of its nearest labelled cells in
-    the embedding of the pretrained model.
+    tuning is kept only if it helps on validation cells. ``method="neighbors"`` trains nothing: a cell gets the label of
+    its nearest labelled cells in the embedding of the pretrained model.
 
     On a few thousand cells a logistic regression on highly variable genes is hard to beat. So one is fitted beside the
     network, on log1p of the counts, and the two are pooled: their log-probabilities are added with weights found on the

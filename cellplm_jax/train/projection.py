@@ -298,5 +298,5 @@ def _own_components(groups: Sequence[_Group], every: int) -> np.ndarray:
         parts.append(group.expression[take])
         sample_of.append(np.full(len(take), number))
         start += group.expression.shape[0]
-    everything = sparse.vstack(parts).tocsr()
+    everything = sparse.csr_matrix(sparse.vstack(parts))
     return own_components(lambda: [everything], np.concatenate(sample_of))
