@@ -12,7 +12,15 @@ VERSION = re.search(
 
 # Training reads through Grain; several processes of `cellplm prepare` are dask's.
 TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=2025.1"]
-EVAL = ["scanpy>=1.11", "leidenalg>=0.10", "igraph>=0.11", "matplotlib>=3.8", "scikit-learn>=1.5"]
+EVAL = [
+    "scanpy>=1.11",
+    "leidenalg>=0.10",
+    "igraph>=0.11",
+    "matplotlib>=3.8",
+    "scikit-learn>=1.5",
+    # Aligns the batches of a file, for adapt="context".
+    "harmonypy>=0.2",
+]
 # Multiplies counts as they are stored where a CPU embeds; scanpy, of EVAL, brings it as well.
 CPU = ["numba>=0.61"]
 # Work directories at gs:// addresses; corpora are read without it.

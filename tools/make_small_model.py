@@ -175,8 +175,8 @@ def main() -> None:
 
     model.card = {
         "name": f"cellplm-{NAME}",
-        "description": "A first, small model, pretrained on a laptop's worth of data. It shows the way a model is used "
-        "and gives notebooks and defaults something to lean on; it is not a foundation model.",
+        "description": "A small model of public human and mouse data. It starts as a projection of its corpus and the "
+        "clusters of its data sets; training adds restoration from masked counts and gene panels, and a decoder.",
         "made_by": f"cellplm-jax {cellplm_jax.__version__}, tools/make_small_model.py",
         "kind": "pretrained",
         "training_data": [
@@ -193,7 +193,7 @@ def main() -> None:
         "training_cells": sum(r.cells for r in train),
         "heldout_samples": len(heldout),
         "heldout_cells": sum(r.cells for r in heldout),
-        "species": "human",
+        "species": "human, and mouse through one-to-one orthologues",
         "steps": model.step,
         "seed": config.seed,
         "machine": f"{platform.machine()}, CPU; jax {jax.__version__}",
@@ -214,8 +214,8 @@ def main() -> None:
             f"mean over {foreign['sample'].nunique()} labelled data sets of which the model saw nothing; Leiden at "
             "resolution 1.0; each tissue sample is a context",
         ),
-        "limits": "Trained for minutes on 0.1 M cells, mostly blood and tumours. Batches are not mixed. Principal "
-        "components of your own data may well do better; compare.",
+        "limits": "Small: mostly blood, bone marrow and tumours. For one file adapt='context' is better than the "
+        "zero-shot embedding; compare with principal components of your own data (benchmarks/zero_shot).",
         "licence": "weights: BSD-2-Clause; trained on public deposits (GEO, 10x Genomics, published supplements)",
     }
     out = bundled_path(NAME)

@@ -8,17 +8,22 @@ from typing import Protocol
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax.errors import require
 from cellplm_jax.evaluate.components import (
     BLOCK,
     Discriminants,
     log_normalized,
     own_components,
+    principal_components,
     unit_length,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
 
 CLUSTERED_CELLS = 10_000
 """Maximum number of cells that are clustered; the discriminants of the clusters are applied to all."""
+
+ALIGNED_COMPONENTS = 50
+"""Components of the joined embedding that are aligned between samples."""
 
 DISCRIMINANTS, SHRINKAGE, MINIMUM_CELLS = 30, 0.3, 60
 """Discriminants appended, the shrinkage of their covariance, and the fewest cells they are computed from."""
@@ -48,9 +53,10 @@ def join_context(
     """Join a zero-shot latent with the spectral components of the same cells, and separate their clusters.
 
     The latent and 50 principal components of 2,000 highly variable genes (log-normalized, standardized, centred by
-    tissue sample) are scaled to length 1 per cell and put side by side. Leiden clusters of that joined embedding
-    (resolution 1, 15 neighbours) give linear discriminants, which are appended with the same mean length. Nothing is
-    random, no label is read, and the result describes these cells only: it is not comparable between files.
+    tissue sample) are scaled to length 1 per cell and put side by side. With several samples, 50 components of that
+    joined embedding are aligned by Harmony (Korsunsky et al. 2019) and scaled to length 1. Leiden clusters (resolution
+    1, 15 neighbours) then give linear discriminants, which are appended with the same mean length. The result is
+    deterministic, reads no label, and describes these cells only: it is not comparable between files.
 
     Args:
         latent: float [cells, latent], zero-shot.
@@ -60,12 +66,11 @@ def join_context(
         on_progress: Called with each stage.
 
     Returns:
-        float32 [cells, latent + components + discriminants]; the number of components and discriminants depends on
-        the data.
+        float32 [cells, dimensions]; the number of dimensions depends on the data.
 
     Raises:
         InputError: There are fewer than 3 cells, or no gene varies.
-        MissingDependencyError: The extra ``eval``, which clusters, is not installed.
+        MissingDependencyError: The extra ``eval``, which clusters and aligns, is not installed.
     """
     on_progress("components of the context")
     sample_of = np.zeros(len(latent), np.int64)
@@ -78,10 +83,12 @@ def join_context(
             yield log_normalized(source.read_rows(rows).tocsr(), target_sum)
 
     own = own_components(blocks, sample_of)
-    latent = np.asarray(latent, np.float32)
-    joined = np.hstack([_centred_unit(latent), _centred_unit(own)])
+    joined = np.hstack([_centred_unit(np.asarray(latent, np.float32)), _centred_unit(own)])
     if len(joined) < MINIMUM_CELLS:
         return joined
+    if len(samples) > 1:
+        on_progress("alignment of the samples")
+        joined = _centred_unit(_aligned(joined, sample_of))
     on_progress("clusters of the context")
     every = -(-len(joined) // CLUSTERED_CELLS)
     pooled = Discriminants(joined.shape[1], shrinkage=SHRINKAGE)
@@ -94,6 +101,24 @@ def join_context(
     separated -= separated.mean(axis=0)
     length = np.sqrt(np.mean(np.sum(joined**2, axis=1)) / np.mean(np.sum(separated**2, axis=1)))
     return np.hstack([joined, separated * np.float32(length)])
+
+
+def _aligned(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
+    """Return components of an embedding [cells, dimensions], corrected by sample."""
+    import pandas as pd
+
+    harmonypy = require("harmonypy", "eval", "adapt='context' with several samples")
+    centred = joined - joined.mean(axis=0)
+    number = min(ALIGNED_COMPONENTS, min(centred.shape) - 1)
+    loadings, _ = principal_components(lambda: [centred], centred.shape[1], number, passes=6)
+    table = pd.DataFrame({"sample": sample_of.astype(str)})
+    corrected = np.asarray(
+        harmonypy.run_harmony(
+            (centred @ loadings).astype(np.float64), table, "sample", random_state=0, verbose=False
+        ).Z_corr
+    )
+    # Releases differ in the orientation of the result.
+    return corrected if corrected.shape[0] == len(joined) else corrected.T
 
 
 def _centred_unit(values: np.ndarray) -> np.ndarray:

@@ -83,8 +83,9 @@ def embed(
         values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
         minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
         adapt: ``"none"``: the zero-shot latent, comparable between files. ``"context"``: joined with the components
-            and clusters of these cells, see :func:`cellplm_jax.tasks.context_components.join_context`; better for
-            one file (``benchmarks/zero_shot``), not comparable between files, and wider. Needs the extra ``eval``.
+            and clusters of these cells and, with ``batch_key``, aligned between batches, see
+            :func:`cellplm_jax.tasks.context_components.join_context`; better for one file
+            (``benchmarks/zero_shot``), not comparable between files, and of another width. Needs the extra ``eval``.
         quiet: No progress on standard error.
 
     Returns:
@@ -176,6 +177,7 @@ def check_adapt(adapt: str) -> None:
     if adapt == "context":
         require("scanpy", "eval", "adapt='context'")
         require("igraph", "eval", "adapt='context'")
+        require("harmonypy", "eval", "adapt='context'")
 
 
 class Context(NamedTuple):
