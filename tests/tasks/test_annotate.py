@@ -371,3 +371,14 @@ def test_the_network_alone_on_request(tiny_model):
     z, _, _ = found._embed(adata, found.reading)
     wanted = jax.nn.softmax(found._head(z) / found.temperature, axis=1)
     np.testing.assert_allclose(probabilities(found, adata), wanted, atol=1e-6)
+
+
+def test_the_head_starts_at_the_exact_regression_and_tuning_has_to_help(tiny_model):
+    found = annotator(tiny_model, linear=False, epochs=2, learning_rate=1e-6)
+    found.fit(split_cells(), **KEYS)
+    # Two steps that move nothing: the start is as good as what follows.
+    assert found.facts["validation_f1"] >= found.facts["validation_f1_start"] > 0.5
+    wild = annotator(tiny_model, linear=False, epochs=2, learning_rate=10.0, warmup_epochs=0)
+    wild.fit(split_cells(), **KEYS)
+    assert wild.facts["validation_f1"] >= wild.facts["validation_f1_start"]
+    assert np.isfinite(probabilities(wild, split_cells())).all()
