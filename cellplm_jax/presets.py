@@ -97,8 +97,10 @@ def small(genes: int = 1) -> TrainConfig:
             learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50, freeze_trunk=True
         ),
         data=DataConfig(rows=1, cells=1024),
-        steps=600,
-        probe_every=200,
+        steps=2000,
+        evaluate_every=500,
+        checkpoint_every=500,
+        probe_every=500,
     )
 
 
