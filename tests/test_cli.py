@@ -375,7 +375,7 @@ def cli_commands():
 
 
 def test_the_demo_is_called_with_its_options(command, monkeypatch, tmp_path):
-    from cellplm_jax import demo
+    from cellplm_jax import demo_from_scratch as demo
 
     row = {
         "ari": 0.5,
@@ -386,9 +386,10 @@ def test_the_demo_is_called_with_its_options(command, monkeypatch, tmp_path):
     }
     table = {name: row for name in (demo.TRAINED, demo.UNTRAINED, demo.COMPONENTS)}
     called = []
-    monkeypatch.setattr(demo, "run_demo", lambda out, **o: called.append((out, o)) or table)
+    monkeypatch.setattr(demo, "run_from_scratch", lambda out, **o: called.append((out, o)) or table)
     out = tmp_path / "here"
-    status, printed, _ = command("demo", "--out", out, "--steps", 3, "--max-cells", 9, "--seed", 4)
+    options = ("--steps", 3, "--max-cells", 9, "--seed", 4)
+    status, printed, _ = command("demo", "--from-scratch", "--out", out, *options)
     assert status == 0
     (where, options) = called[0]
     assert str(where) == str(out)
