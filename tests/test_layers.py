@@ -20,6 +20,7 @@ LEVELS = {
     "config": 1,
     "structs": 1,
     "cache": 1,
+    "platforms": 1,
     # Loops over parts of a batch, for model and losses alike.
     "chunks": 1,
     "products": 1,

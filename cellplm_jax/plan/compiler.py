@@ -10,7 +10,6 @@ is lowered for CUDA and not compiled: :mod:`cellplm_jax.plan.lowered`.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from cellplm_jax.plan import gpus
 from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
 from cellplm_jax.plan.hlo import cost
 from cellplm_jax.plan.roofline import estimate
+from cellplm_jax.platforms import has_cuda_plugin
 
 # What libtpu must be told on a machine without a TPU: not to look for one, nor for the metadata server of a cloud.
 ENVIRONMENT = {
@@ -44,9 +44,6 @@ ENVIRONMENT = {
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
-
-
 def require_compiler(topology: Topology | None = None) -> None:
     """Check that the compiler is installed; for GPUs there is a way without one.
 
@@ -58,18 +55,6 @@ def require_compiler(topology: Topology | None = None) -> None:
     """
     if topology is None or topology.chip.platform == "tpu":
         require("libtpu", "tpu", "Compiling for a TPU")
-
-
-def has_cuda_compiler() -> bool:
-    """Return whether JAX's CUDA plugin is installed, of the version of jaxlib."""
-    wanted = importlib.metadata.version("jaxlib")
-    for name in CUDA_PLUGINS:
-        try:
-            if importlib.metadata.version(name) == wanted:
-                return True
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return False
 
 
 def product_flops(jaxpr: Any) -> float:
@@ -196,7 +181,7 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
         InputError: The compiler does not know the slice.
     """
     require_compiler(topology)
-    if topology.chip.platform == "cuda" and not has_cuda_compiler():
+    if topology.chip.platform == "cuda" and not has_cuda_plugin():
         from cellplm_jax.plan.lowered import lower_step
 
         return lower_step(config, topology, nonzeros)

@@ -31,6 +31,7 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.adapt import start_model
@@ -155,6 +156,7 @@ class Estimator(abc.ABC):
         **training: Any,
     ):
         keep_compiled()
+        check_platforms()
         self.base = None if model is None else opened(model)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None

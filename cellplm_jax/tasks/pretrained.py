@@ -22,6 +22,7 @@ from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
 from cellplm_jax.model.embedder import transform_stored
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.structs import CellBatch, Reconstruction
 from cellplm_jax.tasks.stream import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
@@ -482,6 +483,7 @@ def load_located(
         CheckpointError: See :func:`load`.
     """
     keep_compiled()
+    check_platforms()
     files = read_root(directory)
     params, found_step = restore_item(directory, step=step)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)

@@ -8,8 +8,9 @@ import pytest
 
 from cellplm_jax import cli
 from cellplm_jax.errors import InputError
-from cellplm_jax.plan import compiler, gpus
+from cellplm_jax.plan import gpus
 from cellplm_jax.plan.chips import gpu_chip, known_topologies, parse_topology
+from cellplm_jax.platforms import has_cuda_plugin
 from tests.plan.test_compiler import plain
 
 SMALL = ["--mesh", "data=8", "--genes", "512", "--nonzeros-per-cell", "100", "--batches", "20",
@@ -49,7 +50,7 @@ def test_figures_of_a_gpu_belong_together(name):
 
 
 def test_without_the_plugin_the_lowered_step_gives_a_bound(capsys, monkeypatch):
-    if compiler.has_cuda_compiler():
+    if has_cuda_plugin():
         pytest.skip("the CUDA plugin is installed")
     arguments = ["plan", "--config", "configs/pretrain.py:debug", "--topology", "h100:8"]
     assert cli.main([*arguments, *plain(), *SMALL]) == 0
@@ -70,7 +71,7 @@ def test_without_the_plugin_the_lowered_step_gives_a_bound(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not compiler.has_cuda_compiler(),
+    not has_cuda_plugin(),
     reason="JAX's CUDA plugin is not installed: pip install 'cellplm-jax[cuda13]'",
 )
 def test_with_the_plugin_the_step_compiles_without_a_gpu(capsys):
