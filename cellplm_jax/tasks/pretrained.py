@@ -185,16 +185,7 @@ class Pretrained:
     @cached_property
     def embeds_on(self) -> tuple[jax.Device | None, ...]:
         """The devices that embed; None, alone: JAX's default device."""
-        if self.devices is not None:
-            return tuple(self.devices)
-        local = jax.local_devices()
-        if (
-            len(local) == 1
-            or local[0].platform == "cpu"
-            or jax.config.jax_default_device is not None
-        ):
-            return (None,)
-        return tuple(local)
+        return working_devices(self.devices)
 
     @cached_property
     def weight_copies(self) -> tuple[dict[str, Any], ...]:
@@ -328,6 +319,21 @@ class Pretrained:
                 {"params": params}, z, batch, method=CellPLM.decode
             )
         )
+
+
+def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | None, ...]:
+    """Return the devices that work together; None, alone: JAX's default device.
+
+    Args:
+        devices: Those that were chosen; None: all accelerators of this process, or JAX's default device if that was
+            set; on the CPU the default device alone.
+    """
+    if devices is not None:
+        return tuple(devices)
+    local = jax.local_devices()
+    if len(local) == 1 or local[0].platform == "cpu" or jax.config.jax_default_device is not None:
+        return (None,)
+    return tuple(local)
 
 
 def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
