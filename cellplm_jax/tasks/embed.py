@@ -25,6 +25,7 @@ from cellplm_jax.data.batches import (
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.tasks import stream
+from cellplm_jax.tasks.embed_device import device_rows, embed_on_device
 from cellplm_jax.tasks.pretrained import Pretrained, opened
 from cellplm_jax.tasks.stream import Ahead, StreamedEncoder, Waiting, host_array, one_behind
 from cellplm_jax.train.metrics import ProgressReport
@@ -321,6 +322,9 @@ def embed_context(
     Returns:
         float32 [n, latent].
     """
+    rows = device_rows(source, model)
+    if rows is not None:
+        return np.asarray(embed_on_device(source, rows, model, cells, coordinates, said))  # type: ignore[arg-type]
     if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
         hidden = express_context(source, model, cells, coordinates, waiting=waiting, said=said)
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)

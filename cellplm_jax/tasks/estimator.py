@@ -627,14 +627,14 @@ class Estimator(abc.ABC):
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
             raise CheckpointError(msg)
-        precision = precision or content.get("precision", "float32")
-        model = load_located(where, name, precision=precision, devices=devices)
+        fitted: str = precision or content.get("precision", "float32")
+        model = load_located(where, name, precision=fitted, devices=devices)
         arrays = {}
         if has_item(where, "estimator"):
             arrays = restore_item(where, item="estimator", step=model.step)[0]
         try:
             found = cls(
-                None, genes=content["genes"], quiet=quiet, precision=precision, devices=devices,
+                None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
                 **content["training"],
             )  # fmt: skip
             found.model = model
