@@ -137,8 +137,9 @@ def express_on_device(
         begin += number
         said(f"{begin} of {len(cells)} cells read")
     hidden, sound, empty = (jnp.concatenate(list(part)) for part in zip(*parts, strict=True))
-    padded = bucket(len(cells)) - len(cells)
-    return jnp.pad(hidden, ((0, padded), (0, 0)))[None], sound, empty
+    # Few shapes for small contexts, few rows in vain for large ones.
+    padded = bucket(len(cells)) if len(cells) <= size else -(-len(cells) // size) * size
+    return jnp.pad(hidden, ((0, padded - len(cells)), (0, 0)))[None], sound, empty
 
 
 def _first(result: tuple[jax.Array, ...], number: int) -> tuple[Any, ...]:
