@@ -196,7 +196,7 @@ def short(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the command line; returns the exit status: 0 with at least one row of every stage, else 1."""
+    """Run the command line; returns the exit status: 0 if the table is complete, else 1."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -225,8 +225,19 @@ def main() -> int:
         run.write()
         shutil.rmtree(scratch, ignore_errors=True)
     print((arguments.out / "gpu.md").read_text(encoding="utf-8"))
-    complete = all(run.content["stages"][name]["rows"] for name in arguments.stages)
-    return 0 if complete else 1
+    return 0 if complete(run.content, arguments.stages) else 1
+
+
+def complete(content: dict[str, Any], stages: str) -> bool:
+    """Return whether every stage has a finished row; of a rehearsal also whether nothing failed or was stopped."""
+    for name in stages:
+        stage = content["stages"][name]
+        finished = [row for row in stage["rows"] if "failed" not in row and "skipped" not in row]
+        broken = [row for row in stage["rows"] if "failed" in row]
+        stopped = [outcome for outcome in stage["parts"].values() if outcome != "done"]
+        if not finished or (content["rehearsal"] and (broken or stopped)):
+            return False
+    return True
 
 
 if __name__ == "__main__":
