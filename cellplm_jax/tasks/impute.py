@@ -103,7 +103,7 @@ class GeneImputer(Estimator):
         linear: Pool the network with ridge regression.
         quiet: No progress.
         **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``...
+            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Genes that cells are seen through: those that panel and reference share. Empty before ``fit``.
