@@ -34,7 +34,7 @@ GRACE = 20.0
 REHEARSED = 150.0
 """Seconds that a part of a rehearsal may take at least."""
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = "--xla_backend_optimization_level=0"
 """Flags of a rehearsal, most of which is compilation."""
 
 CARD = {
