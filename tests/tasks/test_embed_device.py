@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from anndata.compat import CupyArray, CupyCSRMatrix
+from anndata.compat import CupyArray, CupySparseMatrix
 from scipy import sparse
 
 import cellplm_jax as cellplm
@@ -47,7 +47,7 @@ class FakeCupy(CupyArray):
         return FakeCupy(self.array.astype(kind))
 
 
-class FakeCupySparse(CupyCSRMatrix):
+class FakeCupySparse(CupySparseMatrix):
     """A CSR matrix of CuPy's manners."""
 
     format, has_canonical_format = "csr", True
@@ -63,9 +63,16 @@ def on_device(adata, kind, change=lambda matrix: matrix):
     matrix = sparse.csr_matrix(adata.X)
     held = change(matrix.toarray()) if kind == "dense" else change(matrix)
     moved = anndata.AnnData(obs=adata.obs, var=adata.var, obsm=dict(adata.obsm))
-    moved.X = None
-    moved._X = FakeCupy(held) if kind == "dense" else FakeCupySparse(held)
+    hold(moved, FakeCupy(held) if kind == "dense" else FakeCupySparse(held))
     return moved
+
+
+def hold(adata, matrix):
+    """Make a matrix the X of an AnnData as it is; AnnData 0.12 would make a NumPy array of one it does not know."""
+    if hasattr(adata, "_X"):
+        adata._X = matrix
+    else:
+        adata.layers[None] = matrix
 
 
 @pytest.fixture
@@ -129,7 +136,7 @@ def test_the_matrix_decides_the_device(tiny_model, monkeypatch):
     wanted = cellplm.embed(adata.copy(), tiny_model).obsm["X_cellplm"]
     moved = on_device(adata, "dense")
     # A CPU's DLPack knows one device alone.
-    moved._X = jax.device_put(moved.X.array, other)
+    hold(moved, jax.device_put(moved.X.array, other))
     places = []
     original = tiny_model.encode
 
