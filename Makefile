@@ -72,7 +72,7 @@ debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in s
 		--corpus=runs/debug-corpus --workdir=runs/debug
 
 gpu-rehearsal: $(VENV)/.installed  ## every stage of the run on a GPU, small and on the CPU; with the original where it is installed
-	$(BIN)/python benchmarks/gpu/run.py --rehearse --minutes 8 --out gpu-rehearsal
+	$(BIN)/python benchmarks/gpu/run.py --rehearse --out gpu-rehearsal
 
 gpu-bundle: $(VENV)/.installed  ## what a machine with a GPU and no network needs for that run, in .gpu-bundle
 	PYTHON=$(abspath $(BIN))/python tools/gpu_bundle.sh
