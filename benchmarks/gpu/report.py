@@ -135,11 +135,11 @@ def _training(rows):
         found.append(
             [f"{row['model']}, {row['parameters'] / 1e6:,.0f} M" if ours else "original, 82 M",
              f"{row['rows']} x {row['cells'] // row['rows']:,}" if ours else number(row["cells"]),
-             row["precision"], number(row.get("chunk_cells")), number(row.get("recomputed")),
+             row["precision"], number(row.get("chunk_cells")), number(row.get("recomputed")), row.get("level", "-"),
              number(row["cells_per_second"]), number(theirs and row["cells_per_second"] / theirs),
              share(row.get("utilisation")), number(row.get("memory_gib")), number(row.get("first_seconds"))]
         )  # fmt: skip
-    names = ["model", "rows x cells", "precision", "chunk", "recomputed", "cells/s", "times the original",
+    names = ["model", "rows x cells", "precision", "chunk", "recomputed", "level", "cells/s", "times the original",
              "model-FLOP utilisation", "peak GiB", "first step, s"]  # fmt: skip
     return table(names, found)
 

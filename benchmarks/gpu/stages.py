@@ -437,6 +437,7 @@ def training(job: Job) -> None:
         ("85m", 32, big, {"chunk_cells": 0, "rematerialize": True}),
         ("85m", 8, small, {"chunk_cells": 512}),
         ("85m", 8, big, {"chunk_cells": 0, "precision": "float32"}),
+        ("85m", 8, big, {"chunk_cells": 0, "level": "UNKNOWN"}),
         ("1b", 16, big, {"chunk_cells": 512, "rematerialize": True}),
         ("1b", 4, big, {"chunk_cells": 512}),
     ]
@@ -480,6 +481,8 @@ def one_step(job: Job, name: str, rows: int, cells: int, changes: dict[str, Any]
     from cellplm_jax.train.sharding import make_mesh
     from cellplm_jax.train.step import compile_training_step, create_sharded_state
 
+    changes = dict(changes)
+    jax.config.update("jax_optimization_level", changes.pop("level", job.choose("O1", "UNKNOWN")))
     config = training_config(job, name, rows, cells, **changes)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     batch, stored = batch_of(job, config)
@@ -499,6 +502,7 @@ def one_step(job: Job, name: str, rows: int, cells: int, changes: dict[str, Any]
     job.row(
         what="training", side="ours", model=name, parameters=parameters, rows=rows, cells=rows * cells,
         precision=kind, chunk_cells=config.chunk_cells, recomputed=config.rematerialize, seconds=seconds,
+        level=jax.config.jax_optimization_level,
         first_seconds=first, cells_per_second=rows * cells / seconds, model_flops=flops,
         utilisation=flops / seconds / job.peaks[kind] if kind in job.peaks else None,
         memory_gib=peak_memory() / 1024, finite=bool(np.isfinite(float(run()))),
