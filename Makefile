@@ -12,7 +12,7 @@ WORKERS ?= 2
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
 .PHONY: demo test lint types docs docs-links parity multiprocess notebooks notebooks-full dist smoke extras \
-	debug-pretrain clean
+	debug-pretrain gpu-rehearsal gpu-bundle clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,12 @@ debug-pretrain: $(VENV)/.installed  ## the pretraining program, end to end, in s
 	$(BIN)/cellplm info runs/debug-corpus --verify
 	$(BIN)/python launch/pretrain.py --config=configs/pretrain.py:debug \
 		--corpus=runs/debug-corpus --workdir=runs/debug
+
+gpu-rehearsal: $(VENV)/.installed  ## every stage of the run on a GPU, small and on the CPU; with the original where it is installed
+	$(BIN)/python benchmarks/gpu/run.py --rehearse --out gpu-rehearsal
+
+gpu-bundle: $(VENV)/.installed  ## what a machine with a GPU and no network needs for that run, in .gpu-bundle
+	PYTHON=$(abspath $(BIN))/python tools/gpu_bundle.sh
 
 dist: $(VENV)/.installed  ## source distribution, and the wheel made from it, in dist/; checked to be complete
 	rm -rf dist build

@@ -155,22 +155,31 @@ def _devices(report: _Report) -> None:
         report.slow.append(
             f"Everything on the CPU: this process has {cores} core{'s' if cores > 1 else ''}."
         )
+    from cellplm_jax import platforms
+
     try:
         import jax
 
         devices = jax.devices()
     except Exception as error:  # a broken driver raises many things
-        report.add(
-            "JAX",
-            f"finds no device ({type(error).__name__}: {str(error).splitlines()[0]})",
-            "bad",
-            "Set JAX_PLATFORMS=cpu, or reinstall JAX for the device of this machine",
-        )
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        if wanted:
+            found, _, remedy = platforms.no_device(wanted, error).partition("; ")
+            report.add("JAX", found, "bad", remedy.partition(". ")[2].rstrip("."))
+        else:
+            reason = " ".join(str(error).split()) or "no message"
+            report.add(
+                "JAX", f"finds no device ({type(error).__name__}: {reason})", "bad",
+                "Set JAX_PLATFORMS=cpu, or reinstall JAX for the device of this machine",
+            )  # fmt: skip
         return
     kinds = sorted({device.device_kind for device in devices})
     kind = devices[0].platform
     report.add("JAX", f"{len(devices)} x {', '.join(kinds)} ({kind})")
-    for device in devices if kind != "cpu" else ():
+    if kind == "gpu":
+        for name, text, state in platforms.gpu_facts(jax.local_devices()):
+            report.add(name, text, state)
+    for device in devices if kind not in ("cpu", "gpu") else ():
         memory = (device.memory_stats() or {}).get("bytes_limit")
         if memory:
             report.add(f"{kind} {device.id}", f"{memory / 1e9:.1f} GB for arrays")
@@ -180,7 +189,10 @@ def _devices(report: _Report) -> None:
         "Fitting and pretraining: JAX has the CPU alone. Embedding a few thousand cells is fine there."
     )
     hidden = os.environ.get("JAX_PLATFORMS", "").lower() == "cpu"
-    for there, name, extra in ((_has_nvidia(), "NVIDIA GPU", "cuda12"), (_has_tpu(), "TPU", "tpu")):
+    for there, name, extra in (
+        (platforms.has_nvidia(), "NVIDIA GPU", "cuda12"),
+        (_has_tpu(), "TPU", "tpu"),
+    ):
         if there and hidden:
             report.add(
                 name, "there, and hidden by JAX_PLATFORMS=cpu", "poor", "Unset JAX_PLATFORMS"
@@ -193,11 +205,6 @@ def _devices(report: _Report) -> None:
                 f"Run: pip install 'cellplm-jax[{extra}]'",
             )
             report.slow.append(f"The {name} of this machine is idle: JAX was installed without it.")
-
-
-def _has_nvidia() -> bool:
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return (gpus.is_dir() and any(gpus.iterdir())) or shutil.which("nvidia-smi") is not None
 
 
 def _has_tpu() -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Without a level of the caller's own, as `make parity` has, also XLA's older emitter of fused kernels, which is there
 # for such cases: the training step of test_sharding compiles in 4.8 s instead of 10.6.
-_QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+_QUICK = ["--xla_backend_optimization_level=0"]
+# Newer versions do not know it, and end where a flag is unknown.
+if version("jaxlib") < "0.11":
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 _flags = os.environ.get("XLA_FLAGS", "")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     if "--xla_force_host_platform_device_count" not in _flags:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cellplm_jax import doctor
+from cellplm_jax import doctor, platforms
 from cellplm_jax.cli import build_parser
 from cellplm_jax.cli.output import plain, print_result, styled
 from cellplm_jax.errors import InputError, nearest
@@ -216,7 +216,7 @@ def test_doctor_knows_the_supported_versions(monkeypatch):
 
 
 def test_doctor_points_at_an_idle_accelerator_and_a_cache_that_is_off(monkeypatch):
-    monkeypatch.setattr(doctor, "_has_nvidia", lambda: True)
+    monkeypatch.setattr(platforms, "has_nvidia", lambda: True)
     monkeypatch.setenv("JAX_PLATFORMS", "")
     monkeypatch.setenv("CELLPLM_CACHE", "off")
     facts = doctor.diagnose()

@@ -22,6 +22,7 @@ LEVELS = {
     "config": 1,
     "batch": 1,
     "compilation_cache": 1,
+    "platforms": 1,
     "storage": 1,
     "progress": 1,
     # Fast forms of array operations, for model, losses and tasks alike.

@@ -61,6 +61,19 @@ def _silence_abandoned_reads() -> None:
     sys.unraisablehook = hook
 
 
+WITHOUT_DEVICES = ("completion", "doctor", "plan")
+"""Verbs that work without the devices that were asked for: the doctor reports that they are missing."""
+
+
+def _check_devices(command: str) -> None:
+    """Refuse ``JAX_PLATFORMS`` that this machine has no device of, before a verb does any work."""
+    if command in WITHOUT_DEVICES:
+        return
+    from cellplm_jax.platforms import check_platforms
+
+    check_platforms()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -76,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.words = words
     _silence_abandoned_reads()
     try:
+        if os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu"):
+            _check_devices(arguments.command)
         return arguments.run(arguments) or 0
     except CellPLMError as error:
         fail(f"cellplm {arguments.command}", str(error))

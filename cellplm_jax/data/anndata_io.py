@@ -22,6 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax.data.device_arrays import (
+    DeviceRows,
+    DeviceSparseRows,
+    is_device_array,
+    is_device_sparse,
+)
 from cellplm_jax.data.genes import (
     ORTHOLOGUE,
     GeneMapping,
@@ -50,11 +56,12 @@ LARGEST_COUNT = 2.0**24
 LARGEST_LOG = 30.0
 """No log1p of a count or of a normalised value reaches this (e**30 is 1e13)."""
 
-_HIGHEST: dict[Values, float] = {
+HIGHEST: dict[Values, float] = {
     "counts": LARGEST_COUNT,
     "normalized": float(np.finfo(np.float32).max),
     "log1p": LARGEST_LOG,
 }
+"""Largest value of each kind."""
 
 _DECLARE = (
     "Pass layer=... (--layer) naming the matrix that holds raw counts, or declare what the values "
@@ -195,7 +202,27 @@ class _DenseRows:
         return np.concatenate(parts)
 
 
-_Rows = _SparseRows | _CompressedColumns | _DenseRows
+class _OnDevice:
+    """Rows of a matrix in the memory of an accelerator, read through the host; embedding takes them from there."""
+
+    def __init__(self, rows: DeviceRows | DeviceSparseRows):
+        self.rows, self.kind, self.shape, self.dtype = rows, rows.kind, rows.shape, rows.dtype
+
+    def read(self, start: int, stop: int) -> _Entries:
+        """Return the entries of consecutive rows."""
+        found = self.rows.on_host(start, stop)
+        if isinstance(found, tuple):
+            return _Entries(*found)
+        return _DenseRows(found).read(0, stop - start)
+
+    def sample(self) -> np.ndarray:
+        """Return non-zero values of rows spread over the matrix."""
+        step = max(1, PROBE_VALUES * 10 // (PROBE_BLOCKS * max(1, self.shape[1])))
+        values = np.concatenate([self.read(*rows).data for rows in _spread(self.shape[0], step)])
+        return values[values != 0]
+
+
+_Rows = _SparseRows | _CompressedColumns | _DenseRows | _OnDevice
 
 
 def _check_pointers(indptr: np.ndarray, length: int, entries: int, axis: str) -> None:
@@ -259,6 +286,10 @@ def _as_rows(matrix: Any) -> _Rows:
 
     if isinstance(matrix, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
         return _stored_rows(matrix.group)
+    if is_device_sparse(matrix):
+        return _OnDevice(DeviceSparseRows(matrix))
+    if is_device_array(matrix):
+        return _OnDevice(DeviceRows(matrix))
     if sparse.issparse(matrix):
         if matrix.format not in ("csr", "csc"):
             matrix = matrix.tocsr()
@@ -854,6 +885,25 @@ class CountSource:
             return block
         return sparse.csr_matrix(block[where])
 
+    @property
+    def stored_rows(self) -> DeviceRows | DeviceSparseRows | None:
+        """The matrix, if it is in the memory of an accelerator."""
+        return self._rows.rows if isinstance(self._rows, _OnDevice) else None
+
+    @property
+    def vocabulary_column(self) -> np.ndarray:
+        """Column of the vocabulary of every gene of the matrix; int [genes of the matrix], -1 for other genes."""
+        return self._column
+
+    def note_empty(self, cells: np.ndarray, empty: np.ndarray) -> None:
+        """Note which cells have no counts, of cells that are not read here.
+
+        Args:
+            cells: int [n].
+            empty: bool [n].
+        """
+        self._empty[cells] = empty
+
     def blocks(self, rows_per_block: int) -> Iterator[sparse.csr_matrix]:
         """Read the whole file in order.
 
@@ -981,7 +1031,7 @@ class CountSource:
         """
         data = stored.data if stored.data.dtype != np.float16 else stored.data.astype(np.float32)
         kind, values = data.dtype.kind, self._report.values
-        highest, sound = _HIGHEST[values], None
+        highest, sound = HIGHEST[values], None
         if kind in "ui" and data.size and (data.min() < 0 or data.max() > highest):
             sound = (data >= 0) & (data <= highest)
         elif kind == "f":
@@ -1003,7 +1053,7 @@ class CountSource:
         """Name the worst kind of bad value, how many there are, and the first."""
         data, counts = stored.data, self._report.values == "counts"
         with np.errstate(invalid="ignore"):
-            above = data > _HIGHEST[self._report.values]
+            above = data > HIGHEST[self._report.values]
             kinds = {
                 "NaN": np.isnan(data),
                 "infinite": np.isinf(data),

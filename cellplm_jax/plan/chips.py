@@ -1,8 +1,9 @@
-"""What is known of TPU chips and of the slices they are rented in.
+"""Figures of TPU chips and GPUs, and the slices and hosts they are rented in.
 
-Figures are the vendor's, from the page of each generation under https://docs.cloud.google.com/tpu/docs/ (``v4``,
-``v5e``, ``v5p``, ``v6e``); no figure here was measured by this project. Memory that a program may use is a little less
-than the chip has: it is what the compiler states when a program does not fit.
+Figures are the vendors', for TPUs from the page of each generation under https://docs.cloud.google.com/tpu/docs/
+(``v4``, ``v5e``, ``v5p``, ``v6e``, ``tpu7x``), for GPUs see :mod:`cellplm_jax.plan.gpus`; no figure here was measured
+by this project. Memory that a program may use is a little less than the chip has: for TPUs it is what the compiler
+states when a program does not fit.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import re
 from dataclasses import dataclass
 
 from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.plan import gpus
 
 GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation of TPU; all figures are a chip's.
+    """One generation of TPU, or one GPU; all figures are those of a JAX device.
 
     Attributes:
         name: As topologies name it.
@@ -32,6 +34,9 @@ class Chip:
         clock: Cycles/s of the matrix units: ``flops`` over operations a cycle.
         cores: Cores of a chip that count in names such as ``v5p-256``; 1 where such names count chips.
         options: What the compiler must be told to see a chip as one device.
+        devices: JAX devices of a chip: 2 for ``tpu7x``, whose chips are two halves with their own memory; else 1.
+        platform: ``"tpu"`` or ``"cuda"``.
+        elements_a_cycle: Single elements gathered or scattered in a cycle: assumed, not measured.
     """
 
     name: str
@@ -44,6 +49,9 @@ class Chip:
     clock: float
     cores: int
     options: tuple[tuple[str, str], ...] = ()
+    devices: int = 1
+    platform: str = "tpu"
+    elements_a_cycle: float = 1.0
 
 
 CHIPS: dict[str, Chip] = {
@@ -97,6 +105,19 @@ CHIPS: dict[str, Chip] = {
         clock=918e12 / (4 * 2 * 256 * 256),
         cores=1,
     ),
+    # Of a device, half a chip. Of the chip: 2307 TFLOP/s, 192 GiB at 7380 GB/s; six links, 1200 GB/s both ways.
+    "tpu7x": Chip(
+        name="tpu7x",
+        flops=2307e12 / 2,
+        memory=94.74 * GIBIBYTE,
+        memory_bandwidth=7380e9 / 2,
+        link_bandwidth=600e9 / 2,
+        dimensions=3,
+        wraps=4,
+        clock=2307e12 / 2 / (4 * 2 * 256 * 256),
+        cores=2,
+        devices=2,
+    ),
 }
 
 # Shapes of slices as they are rented, smallest first; the compiler accepts others too.
@@ -105,12 +126,33 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
 }
+
+
+def gpu_chip(name: str) -> Chip:
+    """Return a GPU of :data:`cellplm_jax.plan.gpus.GPUS`; its links go to a switch, so that every group has all."""
+    gpu = gpus.GPUS[name]
+    clock = gpu.flops / (gpu.multiprocessors * gpu.products_a_cycle)
+    return Chip(
+        name=name,
+        flops=gpu.flops,
+        memory=gpus.MEMORY_SHARE * gpu.memory,
+        memory_bandwidth=float(gpu.memory_bandwidth),
+        link_bandwidth=gpu.link_bandwidth,
+        dimensions=1,
+        wraps=1,
+        clock=clock,
+        cores=1,
+        platform="cuda",
+        # An element moves a sector of memory.
+        elements_a_cycle=gpu.memory_bandwidth / gpus.SECTOR / clock,
+    )
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: chips of one generation, wired as a mesh or torus.
+    """A slice of TPUs, wired as a mesh or torus, or the GPUs of one host.
 
     Attributes:
         chip: The generation.
@@ -127,13 +169,13 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Number of chips; each is one device."""
-        return math.prod(self.shape)
+        """Number of JAX devices."""
+        return math.prod(self.shape) * self.chip.devices
 
     @property
     def accelerator(self) -> str:
-        """The name it is rented by, such as ``v5e-256`` (v4 and v5p count cores, two a chip)."""
-        return f"{self.chip.name}-{self.devices * self.chip.cores}"
+        """The name it is rented by, such as ``v5e-256`` (v4, v5p and tpu7x count cores, two a chip)."""
+        return f"{self.chip.name}-{math.prod(self.shape) * self.chip.cores}"
 
     def ring_bandwidth(self, group: int) -> float:
         """Return the bytes/s that a chip can send in a collective among ``group`` chips.
@@ -157,28 +199,38 @@ class Topology:
 
 
 def known_topologies() -> list[str]:
-    """Return the names of all slices in the tables, as the compiler writes them."""
-    return [f"{name}:{shape}" for name, shapes in SHAPES.items() for shape in shapes]
+    """Return the names of all slices and hosts in the tables, those of slices as the compiler writes them."""
+    slices = [f"{name}:{shape}" for name, shapes in SHAPES.items() for shape in shapes]
+    return [*slices, *gpus.known_hosts()]
 
 
 def parse_topology(name: str) -> Topology:
-    """Read the name of a slice.
+    """Read the name of a slice of TPUs, or of a host of GPUs.
 
     Args:
-        name: ``v5e:16x16`` (chips along each dimension), or the name it is rented by, ``v5e-256``. For v4 and v5p the
-            latter counts cores, two a chip: ``v5p-256`` is 128 chips.
+        name: ``v5e:16x16`` (chips along each dimension), or the name it is rented by, ``v5e-256``. For v4, v5p and
+            tpu7x the latter counts cores, two a chip: ``v5p-256`` is 128 chips. Of GPUs: ``h100:8``, eight of one host.
 
     Raises:
         InputError: There is no such generation or shape; the message lists those that are known.
     """
-    match = re.fullmatch(r"(?:tpu)?(v\w+?)(?:[:=_](\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
-    generation = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}.get(
-        match.group(1) if match else "", match.group(1) if match else ""
+    host = gpus.parse_host(name)
+    if host is not None:
+        return Topology(gpu_chip(host[0]), (host[1],))
+    match = re.fullmatch(
+        r"(?:tpu)?(v\w+?|tpu7x|7x)(?:[:=_](\d+(?:x\d+)*)|-(\d+))", name.strip().lower()
     )
+    generation = {
+        "v5litepod": "v5e",
+        "v5lite": "v5e",
+        "v6lite": "v6e",
+        "7x": "tpu7x",
+        "v7x": "tpu7x",
+    }.get(match.group(1) if match else "", match.group(1) if match else "")
     if match is None or generation not in CHIPS:
         msg = explain(
             f"topology '{name}' is not known",
-            f"one of {', '.join(known_topologies())}, or a name such as v5e-256",
+            f"one of {', '.join(known_topologies())}, or a name such as v5e-256 or h100:8",
             nearest(name, known_topologies(), "Choose one of them"),
         )
         raise InputError(msg)

@@ -1,8 +1,10 @@
-"""Compiling one training step for one mesh of a TPU slice that is not there.
+"""Compiling one training step for one mesh of a TPU slice, or of GPUs, that are not there.
 
-The compiler is ``libtpu``, the same library that runs on TPU machines. It reads its settings from the environment when
-it is first loaded, writes to standard error as it likes, and ends the process where it meets something it cannot
-handle; so it runs in a process of its own, which :func:`compile_apart` starts and in which :func:`compile_step` runs.
+The compiler is ``libtpu``, the same library that runs on TPU machines, or JAX's CUDA plugin, which compiles for a GPU
+that it is given a description of. It reads its settings from the environment when it is first loaded, writes to
+standard error as it likes, and ends the process where it meets something it cannot handle; so it runs in a process of
+its own, which :func:`compile_apart` starts and in which :func:`compile_step` runs. Without the CUDA plugin the step
+is lowered for CUDA and not compiled: :mod:`cellplm_jax.plan.lowered`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cellplm_jax.config import TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain, require
+from cellplm_jax.plan import gpus
 from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
 from cellplm_jax.plan.hlo import cost
+from cellplm_jax.plan.jaxprs import product_flops
 from cellplm_jax.plan.roofline import estimate
+from cellplm_jax.platforms import has_cuda_plugin
 from cellplm_jax.storage import atomic_write_text
 
 # What libtpu must be told on a machine without a TPU: not to look for one, nor for the metadata server of a cloud.
@@ -41,51 +45,17 @@ ENVIRONMENT = {
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def require_compiler() -> None:
-    """Check that the compiler is installed.
+def require_compiler(topology: Topology | None = None) -> None:
+    """Check that the compiler is installed; for GPUs there is a way without one.
+
+    Args:
+        topology: What is compiled for; None: TPUs.
 
     Raises:
         MissingDependencyError: It is not; the message says what to install.
     """
-    require("libtpu", "tpu", "Compiling for a TPU")
-
-
-def product_flops(jaxpr: Any) -> float:
-    """Count the operations of the matrix products of a traced function, all devices together.
-
-    A multiplication and an addition each; the body of a scan as often as it runs, that of a data-dependent loop once,
-    of a conditional the costliest branch. Recomputation in the backward pass is in the trace, so it is counted.
-
-    Args:
-        jaxpr: A jaxpr, open or closed.
-    """
-    total = 0.0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name = equation.primitive.name
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = 1
-            for axis in contracted:
-                inner *= left[axis]
-            total += 2.0 * equation.outvars[0].aval.size * inner
-            continue
-        parts = [product_flops(part) for part in _jaxprs(equation.params.values())]
-        if name == "scan":
-            total += equation.params["length"] * sum(parts)
-        elif name == "cond":
-            total += max(parts, default=0.0)
-        else:
-            total += sum(parts)
-    return total
-
-
-def _jaxprs(values: Any) -> Iterator[Any]:
-    for value in values:
-        if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _jaxprs(value)
+    if topology is None or topology.chip.platform == "tpu":
+        require("libtpu", "tpu", "Compiling for a TPU")
 
 
 def parse_shortage(message: str) -> tuple[float, float] | None:
@@ -127,12 +97,20 @@ def describe_devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = dict(topology.chip.options)
-    if topology.devices == 1:
+    name, chip = topology.name, topology.chip
+    if chip.platform == "cuda":
+        # Hosts, processes of a host, GPUs of a process.
+        options |= {
+            "topology": f"1x1x{topology.devices}",
+            "target_config": gpus.target_config(chip.name),
+        }
+        name = ""
+    elif topology.devices == 1:
         # Hosts have four chips where nothing else is said, and older versions refuse a slice smaller than a host.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **options
+            platform=chip.platform, topology_name=name, **options
         )
     except Exception as error:
         msg = explain(
@@ -145,8 +123,8 @@ def describe_devices(topology: Topology) -> list[Any]:
     if len(devices) != topology.devices:
         msg = explain(
             f"the compiler sees {len(devices)} devices in '{topology.name}'",
-            f"{topology.devices}, one a chip",
-            "Install another version of libtpu",
+            f"{topology.devices}",
+            "Install another version of the compiler",
         )
         raise InputError(msg)
     return devices
@@ -164,7 +142,11 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
         ConfigError: The mesh does not fit the slice or the run's sizes.
         InputError: The compiler does not know the slice.
     """
-    require_compiler()
+    require_compiler(topology)
+    if topology.chip.platform == "cuda" and not has_cuda_plugin():
+        from cellplm_jax.plan.lowered import lower_step
+
+        return lower_step(config, topology, nonzeros)
     from cellplm_jax.train.sharding import check_divides, make_mesh
     from cellplm_jax.train.step import abstract_batch, abstract_state, compile_training_step
 
@@ -179,13 +161,16 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
     result: dict[str, Any] = {
         "parameters": _size(state.params),
         "step_product_flops": flops,
+        "source": "compiled",
         "trace_seconds": traced_at - start,
     }
     dumps = tempfile.TemporaryDirectory(prefix="cellplm-plan-text-")
     try:
-        compiled = lowered.compile(
-            compiler_options={"xla_dump_to": dumps.name, "xla_dump_hlo_as_text": True}
-        )
+        options = {"xla_dump_to": dumps.name, "xla_dump_hlo_as_text": True}
+        if topology.chip.platform == "cuda":
+            # JAX keeps no text that it could not read of a GPU's program, and without a GPU nothing can be tried out.
+            options = {"xla_gpu_autotune_level": 0}
+        compiled = lowered.compile(compiler_options=options)
     except Exception as error:
         shortage = parse_shortage(str(error))
         if shortage is None:
@@ -276,9 +261,12 @@ def compile_apart(
         InputError: The compiler does not know the slice, was stopped, or failed for another reason.
         MissingDependencyError: The compiler is not installed.
     """
-    require_compiler()
+    require_compiler(topology)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment.update(ENVIRONMENT)
+    if topology.chip.platform == "cuda":
+        # Devices for a mesh to lower for, without the plugin.
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.devices}"
     package = str(Path(__file__).resolve().parents[2])
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package, *([inherited] if inherited else [])])

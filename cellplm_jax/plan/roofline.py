@@ -1,10 +1,10 @@
 """From what a step does to how long it takes at the least: a roofline over the resources of a chip.
 
-Nothing here was measured on a TPU. The floor assumes that everything overlaps and runs at its peak; the serial time
-adds the compiler's own schedule, the communication and the accesses to single elements, as if nothing overlapped. A
-real step lies above the floor, and a scatter may make it slower than the serial time, because nobody has measured how
-fast a chip scatters: one element a cycle is an assumption. What the compiler hands to SparseCores is in neither time
-but for the memory it moves.
+Nothing here was measured on a TPU or a GPU. The floor assumes that everything overlaps and runs at its peak; the
+serial time adds the compiler's own schedule, the communication and the accesses to single elements, as if nothing
+overlapped. A real step lies above the floor, and a scatter may make it slower than the serial time, because nobody
+has measured how fast a chip scatters: one element a cycle is an assumption, and so is a sector of memory an element
+for a GPU. What the compiler hands to SparseCores is in neither time but for the memory it moves.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from dataclasses import dataclass
 from cellplm_jax.plan.chips import Topology
 from cellplm_jax.plan.hlo import Cost
 
-ELEMENTS_A_CYCLE = 1.0
-"""Single elements gathered or scattered in a cycle: assumed, not measured."""
-
 RESOURCES = {
     "products": "matrix products at their peak",
     "memory": "HBM traffic",
     "interconnect": "communication between chips",
-    "elements": "single elements gathered and scattered, at an assumed one a cycle",
+    "elements": "single elements gathered and scattered, at an assumed rate",
 }
 
 
@@ -72,6 +69,6 @@ def estimate(cost: Cost, topology: Topology) -> Estimate:
         interconnect=sum(
             entry.sent / topology.ring_bandwidth(entry.group) for entry in cost.collectives
         ),
-        elements=cost.elements / (ELEMENTS_A_CYCLE * chip.clock),
+        elements=cost.elements / (chip.elements_a_cycle * chip.clock),
         schedule=cost.cycles / chip.clock,
     )

@@ -319,8 +319,8 @@ def plan(
         InputError: The topology or the mesh is impossible, or the compiler failed.
         ConfigError: Rows, cells or vocabulary cannot be split over the mesh.
     """
-    require_compiler()
     place = parse_topology(topology)
+    require_compiler(place)
     if mesh is not None:
         chosen = [
             _guess(
@@ -403,8 +403,11 @@ def mesh_text(mesh: MeshConfig | Mapping[str, int]) -> str:
 def _verdict(entry: Mapping[str, Any]) -> str:
     if not entry["fits"]:
         return f"does not fit, {in_gibibytes(entry['shortage'])} too much ({entry['compile_seconds']:.0f} s)"
+    rate = f"{entry['cells_per_second']['serial']:,.0f} cells/s"
+    if entry.get("source") == "lowered":
+        rate = f"at most {entry['cells_per_second']['floor']:,.0f} cells/s"
     return (
-        f"fits, {in_gibibytes(entry['memory']['total'])} a device, {entry['cells_per_second']['serial']:,.0f} cells/s "
+        f"fits, {in_gibibytes(entry['memory']['total'])} a device, {rate} "
         f"({entry['compile_seconds']:.0f} s)"
     )
 
@@ -425,17 +428,26 @@ def plan_text(report: Mapping[str, Any]) -> str:
     """Return a report of :func:`plan` as text for a terminal."""
     chip = report["chip"]
     lines = [
-        f"{report['topology']} ({report['accelerator']}): {report['devices']} chips, each "
+        f"{report['topology']} ({report['accelerator']}): {report['devices']} devices, each "
         f"{chip['flops'] / 1e12:.0f} TFLOP/s (bf16), {in_gibibytes(chip['memory'])} usable HBM at "
         f"{chip['memory_bandwidth'] / 1e9:,.0f} GB/s, links {chip['link_bandwidth'] / 1e9:.0f} GB/s one way",
-        "Estimates of a compiler and of arithmetic; nothing was run on a TPU.",
+        f"Estimates of a compiler and of arithmetic; nothing was run on a {_hardware(chip)}.",
     ]
+    if any(entry.get("source") == "lowered" for entry in report["tried"]):
+        lines.append(
+            "Not compiled, because JAX's CUDA plugin is not installed (pip install 'cellplm-jax[cuda13]'): from the "
+            "lowered program, whose temporaries, fusions and communication are not known."
+        )
     for number, entry in enumerate(report["tried"]):
         mark = " <- best" if number == report["best"] else ""
         lines += ["", f"mesh {mesh_text(entry['mesh'])}{mark}", *_entry_lines(entry)]
     if report["best"] is None:
         lines += ["", report["reason"]]
     return "\n".join(lines)
+
+
+def _hardware(chip: Mapping[str, Any]) -> str:
+    return "GPU" if chip.get("platform") == "cuda" else "TPU"
 
 
 def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
@@ -489,8 +501,12 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
     lines.append(
         f"    {_milliseconds(seconds['schedule']):>14}  the compiler's schedule, without elements, sorts, communication"
     )
-    if entry["fits"]:
-        rate = entry["cells_per_second"]
+    rate = entry.get("cells_per_second")
+    if rate and entry.get("source") == "lowered":
+        lines.append(
+            f"  step              {_milliseconds(seconds['floor'])} at least: at most {rate['floor']:,.0f} cells/s"
+        )
+    elif rate:
         lines.append(
             f"  step              {_milliseconds(seconds['floor'])} (everything overlaps) to "
             f"{_milliseconds(seconds['serial'])} (nothing does): {rate['serial']:,.0f} to {rate['floor']:,.0f} cells/s"

@@ -114,7 +114,8 @@ class CellTypeAnnotator(Estimator):
         genes: Fit on so many highly variable genes; None: all; default: 3,000 from scratch, else all.
         quiet: No progress.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``patience``, ``learning_rate``,
-            ``freeze``, ``adapter_rank``, ``layer_decay``, ``validation_fraction``, ``seed`` and so on.
+            ``freeze``, ``adapter_rank``, ``layer_decay``, ``validation_fraction``, ``seed`` and so on. Also
+            ``precision`` of the matrix products and ``devices`` that share the cells; None: as the model.
 
     Attributes:
         labels: The classes, sorted; the columns of the probabilities. Empty before ``fit``.

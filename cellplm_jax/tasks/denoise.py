@@ -77,6 +77,8 @@ class Denoiser(Estimator):
         genes: Fit on so many highly variable genes; None: all that the cells of the fit express and the model knows. By
             default 3,000 from scratch, else all.
         quiet: No progress.
+        precision: ``"float32"`` or ``"bfloat16"``; None: that of the model.
+        devices: Devices of this process that fit and predict together; None: those of the model, else all accelerators.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
 
     Raises:

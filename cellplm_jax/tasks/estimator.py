@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -33,6 +34,7 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.adapt import start_model
@@ -52,6 +54,7 @@ from cellplm_jax.tasks.pretrained import (
     load_located,
     publish,
     resolve_source,
+    working_devices,
 )
 from cellplm_jax.train.checkpoint import (
     ESTIMATOR_FILE,
@@ -136,6 +139,10 @@ class Estimator(abc.ABC):
             the model knows; ``"default"``: 3,000 from scratch (published), all with a pretrained model, whose library
             sizes are those of all genes.
         quiet: No progress.
+        precision: ``"float32"`` or ``"bfloat16"``, of the matrix products of fit and prediction; None: that of the
+            pretrained model, else float32.
+        devices: Devices of this process that fit and predict together; None: those of the pretrained model, else all
+            accelerators. See :class:`Pretrained`.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig` that differ from the task's recipe.
 
     Attributes:
@@ -159,10 +166,17 @@ class Estimator(abc.ABC):
         *,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
+        precision: str | None = None,
+        devices: Sequence[jax.Device] | None = None,
         **training: Any,
     ):
         keep_compiled()
+        check_platforms()
         self.base = None if model is None else as_pretrained(model)
+        self.precision, self.devices = _where(self.base, precision, devices)
+        base = self.base
+        if base is not None and (base.precision, base.devices) != (self.precision, self.devices):
+            self.base = dataclasses.replace(base, precision=self.precision, devices=self.devices)
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None
         self.genes: int | None = genes
@@ -313,6 +327,8 @@ class Estimator(abc.ABC):
             start_counts=start_counts,
             title=f"{self.task}: fitting",
             quiet=self.quiet,
+            precision=self.precision,
+            devices=working_devices(self.devices),
         )
         model = self._keep(start, result.params)
         self.history = result.history
@@ -340,7 +356,10 @@ class Estimator(abc.ABC):
             "fine_tuned_from": "nothing" if self.base is None else self.base.id,
             "made_by": f"cellplm-jax {__version__}",
         }
-        self.model = Pretrained(start.config, params, start.genes, card, start.source, start.step)
+        self.model = Pretrained(
+            start.config, params, start.genes, card, start.source, start.step,
+            precision=self.precision, devices=self.devices,
+        )  # fmt: skip
         return self.model
 
     def _log_messages(self) -> None:
@@ -513,6 +532,7 @@ class Estimator(abc.ABC):
             "version": __version__,
             "training": to_dict(self.training),
             "genes": self.genes,
+            "precision": self.precision,
             "reading": dataclasses.asdict(self.reading),
             "batch_rows": self.batch_rows,
             "facts": self.facts,
@@ -577,13 +597,20 @@ class Estimator(abc.ABC):
 
     @classmethod
     def load(
-        cls: type[EstimatorType], directory: str | os.PathLike, *, quiet: bool = False
+        cls: type[EstimatorType],
+        directory: str | os.PathLike,
+        *,
+        quiet: bool = False,
+        precision: str | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> EstimatorType:
         """Open a fitted estimator.
 
         Args:
             directory: From :meth:`save`, or the ``hf://`` address of one that was published.
             quiet: No progress when it predicts.
+            precision: Of the matrix products; None: as it was fitted.
+            devices: Devices of this process that predict together; None: all accelerators.
 
         Returns:
             An estimator that predicts the same numbers as the one that was saved.
@@ -602,12 +629,16 @@ class Estimator(abc.ABC):
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
             raise CheckpointError(msg)
-        model = load_located(where, name)
+        fitted: str = precision or content.get("precision", "float32")
+        model = load_located(where, name, precision=fitted, devices=devices)
         arrays = {}
         if has_item(where, "estimator"):
             arrays = restore_item(where, item="estimator", step=model.step)[0]
         try:
-            found = cls(None, genes=content["genes"], quiet=quiet, **content["training"])
+            found = cls(
+                None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
+                **content["training"],
+            )  # fmt: skip
             found.model = model
             found.reading = Reading(**content["reading"])
             found.batch_rows = dict(content["batch_rows"])
@@ -725,6 +756,19 @@ def split_cells(
         held.append(generator.permutation(cells)[:number])
     valid = np.sort(np.concatenate(held)) if held else valid
     return np.setdiff1d(train, valid), valid
+
+
+def _where(
+    base: Pretrained | None, precision: str | None, devices: Sequence[jax.Device] | None
+) -> tuple[str, Sequence[jax.Device] | None]:
+    """Return precision and devices of an estimator, checked: its own, those of its model, or the defaults."""
+    if precision is None:
+        precision = "float32" if base is None else base.precision
+    if devices is None and base is not None:
+        devices = base.devices
+    # Checked as a model checks them.
+    checked = Pretrained(ModelConfig(genes=1), {}, [], precision=precision, devices=devices)
+    return checked.precision, checked.devices
 
 
 def _fields(config: Any) -> dict[str, Any]:

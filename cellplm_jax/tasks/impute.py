@@ -104,7 +104,7 @@ class GeneImputer(Estimator):
         linear: Pool the network with ridge regression.
         quiet: No progress.
         **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``...
+            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Genes that cells are seen through: those that panel and reference share. Empty before ``fit``.
@@ -1075,7 +1075,10 @@ def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
     flat[path] = flat[path][[rows[gene] for gene in panel]]
     config = dataclasses.replace(model.config, genes=len(panel))
     card, source = dict(model.card), model.source
-    return Pretrained(config, unflatten_dict(flat), list(panel), card, source, model.step)
+    return Pretrained(
+        config, unflatten_dict(flat), list(panel), card, source, model.step,
+        precision=model.precision, devices=model.devices,
+    )  # fmt: skip
 
 
 def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = False) -> Pretrained:
@@ -1096,8 +1099,9 @@ def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = Fal
         decoder = dataclasses.replace(config.decoder, batches=config.decoder.batches + 1)
         config = dataclasses.replace(config, decoder=decoder)
     return Pretrained(
-        config, unflatten_dict(flat), model.genes, dict(model.card), model.source, model.step
-    )
+        config, unflatten_dict(flat), model.genes, dict(model.card), model.source, model.step,
+        precision=model.precision, devices=model.devices,
+    )  # fmt: skip
 
 
 def _is_batch_table(path: tuple[str, ...]) -> bool:

@@ -64,7 +64,8 @@ class BatchIntegrator(Estimator):
             3,000 from scratch, else all.
         quiet: No progress.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``... No
-            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` change nothing.
+            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` change nothing. Also
+            ``precision`` and ``devices``; None: as the model.
 
     Raises:
         ConfigError: There is no such option, or its value is impossible.

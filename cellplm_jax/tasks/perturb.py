@@ -152,7 +152,7 @@ class PerturbationPredictor(Estimator):
         genes: Predict so many highly variable genes; None: all; default: 3,000 from scratch, else all.
         quiet: No progress.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`; ``"ridge"`` uses ``seed``,
-            ``cells_per_context`` and ``cells_per_step`` alone.
+            ``cells_per_context`` and ``cells_per_step`` alone. Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         perturbations: Names of what was trained on, sorted.

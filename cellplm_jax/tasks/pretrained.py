@@ -23,6 +23,7 @@ from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
 from cellplm_jax.model.embedder import transform_stored
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.tasks.long_context import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
@@ -184,16 +185,7 @@ class Pretrained:
     @cached_property
     def embeds_on(self) -> tuple[jax.Device | None, ...]:
         """The devices that embed; None, alone: JAX's default device."""
-        if self.devices is not None:
-            return tuple(self.devices)
-        local = jax.local_devices()
-        if (
-            len(local) == 1
-            or local[0].platform == "cpu"
-            or jax.config.jax_default_device is not None
-        ):
-            return (None,)
-        return tuple(local)
+        return working_devices(self.devices)
 
     @cached_property
     def weight_copies(self) -> tuple[dict[str, Any], ...]:
@@ -327,6 +319,21 @@ class Pretrained:
                 {"params": params}, z, batch, method=CellPLM.decode
             )
         )
+
+
+def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | None, ...]:
+    """Return the devices that work together; None, alone: JAX's default device.
+
+    Args:
+        devices: Those that were chosen; None: all accelerators of this process, or JAX's default device if that was
+            set; on the CPU the default device alone.
+    """
+    if devices is not None:
+        return tuple(devices)
+    local = jax.local_devices()
+    if len(local) == 1 or local[0].platform == "cpu" or jax.config.jax_default_device is not None:
+        return (None,)
+    return tuple(local)
 
 
 def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
@@ -484,6 +491,7 @@ def load_located(
         CheckpointError: See :func:`load`.
     """
     keep_compiled()
+    check_platforms()
     files = read_root(directory)
     params, found_step = restore_item(directory, step=step)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)

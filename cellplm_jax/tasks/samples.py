@@ -53,7 +53,8 @@ class SampleClassifier(Estimator):
             ``:small`` architecture with random weights.
         genes: See :class:`cellplm_jax.CellTypeAnnotator`.
         quiet: No progress.
-        **training: ``seed``; the other fields of :class:`cellplm_jax.config.FinetuneConfig` do not apply.
+        **training: ``seed``; the other fields of :class:`cellplm_jax.config.FinetuneConfig` do not apply. Also
+            ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         labels: The labels, sorted; the columns of the probabilities.

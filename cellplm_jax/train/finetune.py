@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,12 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.batch import CellBatch, ModelOutput
-from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig
+from cellplm_jax.config import FinetuneConfig, MaskingConfig, MeshConfig, ModelConfig
 from cellplm_jax.errors import CellPLMError, explain
-from cellplm_jax.model.cellplm import CellPLM
+from cellplm_jax.model.cellplm import CellPLM, in_precision
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
 from cellplm_jax.progress import ProgressReport
+from cellplm_jax.train.sharding import MeshFunction, make_mesh, replicated
 
 Path = tuple[str, ...]
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -240,6 +241,8 @@ def finetune(
     start_counts: bool = False,
     title: str = "fitting",
     quiet: bool = False,
+    precision: str = "float32",
+    devices: Sequence[jax.Device] | None = None,
 ) -> FinetuneResult:
     """Fine-tune parameters.
 
@@ -257,6 +260,8 @@ def finetune(
         start_counts: Validate the given parameters as epoch 0, and keep them if no epoch is better.
         title: What the progress report calls it.
         quiet: No progress.
+        precision: Of the matrix products, ``"float32"`` or ``"bfloat16"``; parameters and updates stay float32.
+        devices: Devices that share the cells of every example; None: JAX's default device.
 
     Returns:
         The best parameters, and how it went.
@@ -266,15 +271,22 @@ def finetune(
     """
     start = time.monotonic()
     root = jax.random.key(config.seed)
+    mesh = None
+    if devices is not None and len(devices) > 1:
+        mesh = make_mesh(MeshConfig(cells=len(devices)), devices)
+        params = jax.device_put(dict(params), replicated(mesh))
+    elif devices is not None and devices[0] is not None:
+        params = jax.device_put(dict(params), devices[0])
     flat = {path: jnp.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
     frozen = {path: leaf for path, leaf in flat.items() if is_frozen(path, config)}
     trainable = Trainable(
         params={path: leaf for path, leaf in flat.items() if path not in frozen},
         adapters=init_adapters(params, config.adapter_rank, jax.random.fold_in(root, 2)),
     )
-    step, optimizer = _compile_step(config, loss, layers)
+    step, optimizer = _compile_step(config, loss, layers, precision, mesh)
     optimizer_state = optimizer.init(trainable)
     joined = jax.jit(lambda trainable, frozen: merge(trainable, frozen, config.adapter_scale))
+    narrow = jax.jit(lambda params: in_precision(params, precision))
 
     blend = jax.jit(
         lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
@@ -312,7 +324,7 @@ def finetune(
             decay = min(config.average, (1 + epoch) / (10 + epoch)) if config.average else 0.0
             averaged = blend(averaged, trainable, decay) if decay else trainable
             if validate is not None:
-                row.update(validate(joined(averaged, frozen)))
+                row.update(validate(narrow(joined(averaged, frozen))))
             row["seconds"] = time.monotonic() - start
             history.append(row)
             rates.see(row.get(LOSS, row["loss"]))
@@ -342,7 +354,7 @@ def finetune(
 
 
 def _compile_step(
-    config: FinetuneConfig, loss: Loss, layers: int
+    config: FinetuneConfig, loss: Loss, layers: int, precision: str, mesh: Any
 ) -> tuple[Callable, optax.GradientTransformation]:
     """Return the jitted step ``(trainable, state, frozen, example, key, rate)`` and its optimizer."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
@@ -355,7 +367,8 @@ def _compile_step(
 
     def run(trainable, state, frozen, example, key, rate):
         def objective(trainable):
-            return loss(merge(trainable, frozen, config.adapter_scale), example, key)
+            params = merge(trainable, frozen, config.adapter_scale)
+            return loss(in_precision(params, precision), example, key)
 
         (value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(trainable)
         norm = optax.tree.norm(gradients)
@@ -388,7 +401,7 @@ def _compile_step(
         metrics = {"loss": value, **metrics, "gradient_norm": norm}
         return chosen(new, trainable), chosen(new_state, state), metrics
 
-    return jax.jit(run), optimizer
+    return jax.jit(run) if mesh is None else MeshFunction(run, mesh), optimizer
 
 
 def _epoch_row(steps: list[dict[str, np.ndarray]], skipped: int) -> tuple[dict[str, float], int]:

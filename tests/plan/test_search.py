@@ -20,7 +20,7 @@ from cellplm_jax.presets import preset
 @pytest.fixture(autouse=True)
 def installed(monkeypatch):
     """The tests of this file need no compiler."""
-    monkeypatch.setattr(search, "require_compiler", lambda: None)
+    monkeypatch.setattr(search, "require_compiler", lambda topology: None)
 
 
 def answer(config, topology, nonzeros, *, timeout=None, available=None):

@@ -1,4 +1,4 @@
-"""Several devices of a process embed together: the same numbers, and each of them has worked."""
+"""Several devices of a process embed and fit together: the same numbers, and each of them has worked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from cellplm_jax.tasks import embed as embed_module
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.long_context import overlap
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train import finetune as finetune_module
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, over_cells
-from tests.conftest import VOCABULARY, make_adata
+from tests.conftest import VOCABULARY, make_adata, make_labelled
 from tests.model.common import tiny
 
 # In another order than JAX's, and without its first device.
@@ -167,3 +168,116 @@ def test_as_many_results_are_behind_as_there_are_devices():
     assert log == [
         "start 0", "start 1", "start 2", "take 0", "start 3", "take 1", "take 2", "take 3",
     ]  # fmt: skip
+
+
+ESTIMATORS = ("CellTypeAnnotator", "GeneImputer", "Denoiser", "BatchIntegrator", "PerturbationPredictor",
+              "SampleClassifier")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_takes_devices_and_a_precision(tiny_model, name):
+    kind = getattr(cellplm, name)
+    made = kind(tiny_model, devices=DEVICES, precision="bfloat16", quiet=True)
+    assert made.devices == tuple(DEVICES)
+    assert (made.base.devices, made.base.precision) == (tuple(DEVICES), "bfloat16")
+    # The model that was handed in stays as it is; without a word, its settings are those of the estimator.
+    assert (tiny_model.devices, tiny_model.precision) == (None, "float32")
+    assert kind(tiny_model, quiet=True).base is tiny_model
+    assert kind(made.base, quiet=True).devices == tuple(DEVICES)
+    with pytest.raises(InputError, match="precision = 'float16'"):
+        kind(tiny_model, precision="float16")
+    with pytest.raises(InputError, match="different devices of this process"):
+        kind(tiny_model, devices=[])
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The devices that held what each step of a fit returned."""
+    found = []
+    original = finetune_module._compile_step
+
+    def noting(*arguments):
+        step, optimizer = original(*arguments)
+
+        def run(*given):
+            result = step(*given)
+            found.append(jax.tree.leaves(result[0])[0].sharding.device_set)
+            return result
+
+        return run, optimizer
+
+    monkeypatch.setattr(finetune_module, "_compile_step", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", ["CellTypeAnnotator", "Denoiser"])
+def test_an_estimator_fits_and_predicts_on_all_its_devices(tiny_model, steps, name, tmp_path):
+    adata = make_labelled(90)
+    keys = {"batch_key": "batch"} | ({"label_key": "kind"} if name == "CellTypeAnnotator" else {})
+    kind, recipe = getattr(cellplm, name), {"epochs": 2, "warmup_epochs": 1, "quiet": True}
+    one = kind(tiny_model, **recipe).fit(adata, **keys)
+    assert steps
+    assert all(devices == {jax.devices()[0]} for devices in steps)
+    steps.clear()
+    several = kind(tiny_model, devices=DEVICES, **recipe).fit(adata, **keys)
+    assert steps
+    assert all(devices == set(DEVICES) for devices in steps)
+    for key in ("loss", "validation_loss"):
+        np.testing.assert_allclose(
+            [row[key] for row in several.history], [row[key] for row in one.history], rtol=1e-4
+        )
+    for found, wanted in zip(
+        jax.tree.leaves(several.model.params), jax.tree.leaves(one.model.params), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, atol=2e-3)
+    assert several.model.devices == tuple(DEVICES)
+    several.save(tmp_path / "fitted")
+    loaded = kind.load(tmp_path / "fitted", devices=DEVICES[:2], quiet=True)
+    assert loaded.model.embeds_on == tuple(DEVICES[:2])
+
+    def predicted(fitted):
+        cells = fitted.predict(adata.copy(), batch_key="batch")
+        return (
+            cells.layers["cellplm_denoised"]
+            if name == "Denoiser"
+            else cells.obsm["cellplm_probabilities"]
+        )
+
+    np.testing.assert_allclose(predicted(loaded), predicted(several), atol=1e-4, rtol=1e-3)
+
+
+def test_a_step_of_a_fit_splits_the_cells_over_the_devices(tiny_model):
+    """No device computes all cells: the largest array of an activation in the compiled step is a device's share."""
+    texts = []
+
+    class Noting(MeshFunction):
+        def __call__(self, *arguments):
+            texts.append(self.lower(*arguments).compile().as_text())
+            return super().__call__(*arguments)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(finetune_module, "MeshFunction", Noting)
+    try:
+        cellplm.CellTypeAnnotator(
+            tiny_model, devices=DEVICES, epochs=1, quiet=True, validation_fraction=0.0
+        ).fit(make_labelled(128), label_key="kind")
+    finally:
+        patch.undo()
+    assert "all-reduce" in texts[0]
+    hidden = tiny_model.config.hidden
+    # 90 of 128 cells are kept: 23 on each of four devices.
+    assert f"f32[1,23,{hidden}]" in texts[0] or f"f32[23,{hidden}]" in texts[0]
+
+
+def test_an_estimator_in_bfloat16_fits_close_to_float32_and_remembers(tiny_model, tmp_path):
+    adata = make_labelled(90)
+    recipe = {"epochs": 2, "warmup_epochs": 1, "quiet": True}
+    exact = cellplm.CellTypeAnnotator(tiny_model, **recipe).fit(adata, label_key="kind")
+    narrow = cellplm.CellTypeAnnotator(tiny_model, precision="bfloat16", **recipe)
+    narrow.fit(adata, label_key="kind")
+    losses = [[row["loss"] for row in found.history] for found in (exact, narrow)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(narrow.model.params))
+    narrow.save(tmp_path / "fitted")
+    assert cellplm.CellTypeAnnotator.load(tmp_path / "fitted").model.precision == "bfloat16"

@@ -1,0 +1,139 @@
+"""Matrices of an AnnData that are on an accelerator already: JAX arrays, and CuPy arrays through DLPack.
+
+A CuPy array shares its memory with JAX: nothing is copied, and nothing goes to the host but the row offsets of a sparse
+matrix and the few values that are looked at to see whether they are counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_device_array(array: Any) -> bool:
+    """Return whether an array is a JAX array, or another one that DLPack hands over and NumPy does not own."""
+    if isinstance(array, np.ndarray):
+        return False
+    return isinstance(array, jax.Array) or (
+        hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
+    )
+
+
+def is_device_sparse(matrix: Any) -> bool:
+    """Return whether a matrix is a compressed sparse one whose entries are on a device, as CuPy has them."""
+    return hasattr(matrix, "indptr") and is_device_array(getattr(matrix, "data", None))
+
+
+def to_jax(array: Any) -> jax.Array:
+    """Return an array as a JAX array of the same memory; 64-bit types become 32-bit ones, on the device.
+
+    Args:
+        array: A JAX array, or one with ``__dlpack__``.
+    """
+    narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32, "bool": np.uint8}
+    wanted = narrow.get(np.dtype(array.dtype).name)
+    if isinstance(array, jax.Array):
+        return array if wanted is None else array.astype(wanted)
+    if wanted is not None:
+        array = array.astype(wanted)
+    return jax.dlpack.from_dlpack(array)
+
+
+class DeviceRows:
+    """Rows of a dense matrix on a device.
+
+    Attributes:
+        array: [cells, genes].
+    """
+
+    kind = "dense on a device:"
+
+    def __init__(self, matrix: Any):
+        self.array = to_jax(matrix)
+        self.shape = (int(self.array.shape[0]), int(self.array.shape[1]))
+        self.dtype = np.dtype(self.array.dtype)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that holds it; the first of several."""
+        return sorted(self.array.devices(), key=lambda device: device.id)[0]
+
+    def on_host(self, start: int, stop: int) -> np.ndarray:
+        """Copy consecutive rows to the host."""
+        return np.asarray(self.array[start:stop])
+
+    def fits(self, rows: np.ndarray, capacity: int) -> int:
+        """Return how many of the rows can be taken at once: all."""
+        return len(rows)
+
+    def arguments(self) -> tuple[jax.Array, ...]:
+        """Return the arrays that :meth:`take` is called with."""
+        return (self.array,)
+
+    @staticmethod
+    def take(arrays: tuple[jax.Array, ...], rows: jax.Array, capacity: int) -> Any:
+        """Take rows [n]; returns ``[n, genes]``. Runs inside of a compiled function."""
+        return jnp.take(arrays[0], rows, axis=0)
+
+
+class DeviceSparseRows:
+    """Rows of a CSR matrix on a device; the row offsets are on the host as well.
+
+    Attributes:
+        data: [stored].
+        indices: int [stored], columns.
+        indptr: int64 [cells + 1], on the host.
+    """
+
+    kind = "CSR on a device:"
+
+    def __init__(self, matrix: Any):
+        if getattr(matrix, "format", "csr") != "csr":
+            matrix = matrix.tocsr()
+        if not getattr(matrix, "has_canonical_format", True):
+            matrix = matrix.copy()
+            matrix.sum_duplicates()
+        self.data, self.indices = to_jax(matrix.data), to_jax(matrix.indices)
+        self._indptr = to_jax(matrix.indptr)
+        self.indptr = np.asarray(self._indptr, np.int64)
+        self.shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+        self.dtype = np.dtype(self.data.dtype)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that holds it; the first of several."""
+        return sorted(self.data.devices(), key=lambda device: device.id)[0]
+
+    def on_host(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Copy consecutive rows to the host: data, columns and offsets."""
+        low, high = int(self.indptr[start]), int(self.indptr[stop])
+        pointers = self.indptr[start : stop + 1] - low
+        return np.asarray(self.data[low:high]), np.asarray(self.indices[low:high]), pointers
+
+    def fits(self, rows: np.ndarray, capacity: int) -> int:
+        """Return how many of the first rows have at most ``capacity`` stored counts together; at least one."""
+        stored = np.cumsum(self.indptr[rows + 1] - self.indptr[rows])
+        return max(1, int(np.searchsorted(stored, capacity, side="right")))
+
+    def arguments(self) -> tuple[jax.Array, ...]:
+        """Return the arrays that :meth:`take` is called with."""
+        return self.data, self.indices, self._indptr
+
+    @staticmethod
+    def take(arrays: tuple[jax.Array, ...], rows: jax.Array, capacity: int) -> Any:
+        """Take rows [n]; returns data and columns [capacity] and offsets [n + 1]. Runs inside of a compiled function.
+
+        Entries past the last offset are 0 in column 0.
+        """
+        data, indices, indptr = arrays
+        begin, lengths = indptr[rows], indptr[rows + 1] - indptr[rows]
+        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths).astype(jnp.int32)])
+        entry = jnp.arange(capacity)
+        row = jnp.repeat(jnp.arange(len(rows)), lengths, total_repeat_length=capacity)
+        place = jnp.clip(begin[row] + entry - offsets[row], 0, max(data.shape[0] - 1, 0))
+        stored = entry < offsets[-1]
+        zero = jnp.zeros((), data.dtype)
+        return jnp.where(stored, data[place], zero), jnp.where(stored, indices[place], 0), offsets
