@@ -45,9 +45,9 @@ def python_prose(source: str) -> Iterator[Passage]:
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if len(node.value.split()) >= SHORTEST_MESSAGE:
-                yield node.lineno, node.value
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and len(text.split()) >= SHORTEST_MESSAGE:
+            yield node.lineno, text
 
 
 def markdown_prose(source: str) -> Iterator[Passage]:
