@@ -74,7 +74,7 @@ def add_prepare(commands: Any) -> None:
     parser.add_argument(
         "--sample-key",
         metavar="K",
-        help="column of obs naming the tissue sample; a file without it is one sample",
+        help="column of obs with the tissue sample; a file without it is one sample",
     )
     parser.add_argument(
         "--dataset-key", metavar="K", help="column of obs naming the data set (the file's name)"

@@ -51,7 +51,7 @@ def add_embed(commands: Any) -> None:
         help="the input plus the embedding; of a corpus: a zarr store, on which the same command goes on",
     )
     parser.add_argument(
-        "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
+        "--batch-key", metavar="K", help="column of obs with the tissue sample: one context each"
     )
     add_counts(parser)
     parser.add_argument(

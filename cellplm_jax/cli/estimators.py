@@ -403,7 +403,7 @@ def add_samples(commands: Any) -> None:
         "--sample-key",
         required=True,
         metavar="K",
-        help="column of obs naming the tissue sample of every cell",
+        help="column of obs with the tissue sample of every cell",
     )
     fit.add_argument(
         "--label-key", required=True, metavar="K", help="column of obs with the label of its sample"
@@ -411,7 +411,7 @@ def add_samples(commands: Any) -> None:
     predict.add_argument(
         "--sample-key",
         metavar="K",
-        help="column of obs naming the tissue sample of every cell (as in fit)",
+        help="column of obs with the tissue sample of every cell (as in fit)",
     )
     predict.add_argument(
         "--table", metavar="OUT.csv", help="also write a row a sample; .csv or .tsv"

@@ -184,7 +184,7 @@ def add_task(
             verb,
             "--batch-key",
             metavar="K",
-            help=f"column of obs naming the tissue sample: one context each{default}",
+            help=f"column of obs with the tissue sample: one context each{default}",
         )
         add_counts(verb, default)
         add(

@@ -191,14 +191,14 @@ class CellTypeAnnotator(Estimator):
         Args:
             adata: Raw counts and labels.
             label_key: Column of ``obs`` with the cell types.
-            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; cells attend within it.
+            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
             split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
                 tenth of the cells, stratified by label, is used for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            values: What the matrix holds; see :func:`cellplm_jax.embed`.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            values: Kind of values; see :func:`cellplm_jax.embed`.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
             transductive: Put all cells of ``adata`` into the training contexts, non-training cells without their
                 label, and predict with complete batches as contexts.
             unseen_labels: Treatment of labels among validation or other cells of ``split_key`` that do not occur
@@ -459,7 +459,7 @@ class CellTypeAnnotator(Estimator):
             ``uns["cellplm_annotation"]``: labels, model, method, temperature, threshold, contexts, genes matched.
 
         Args:
-            adata: The cells. Keys default to those ``fit`` was given.
+            adata: The cells. Keys default to those of ``fit``.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
@@ -503,10 +503,10 @@ class CellTypeAnnotator(Estimator):
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -548,7 +548,7 @@ class CellTypeAnnotator(Estimator):
             ``unknown_fraction``, and ``cells``, the number of scored cells.
 
         Raises:
-            InputError: As :meth:`predict`, or there is nothing to score.
+            InputError: As in :meth:`predict`, or there is nothing to score.
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()

@@ -121,7 +121,7 @@ def read_cells(
         vocabulary: Genes of the model; None: those of the data, as Ensembl ids if most are known human genes, else as
             named in the data (which allows training on other species from scratch).
         batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; None: one batch.
-        spatial_key: Key of ``obsm`` with coordinates; the default is used where present.
+        spatial_key: Key of ``obsm`` with coordinates; the default is used if present.
         layer: See :func:`cellplm_jax.embed`.
         gene_key: See :func:`cellplm_jax.embed`.
         values: See :func:`cellplm_jax.embed`.

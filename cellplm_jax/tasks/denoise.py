@@ -1,4 +1,4 @@
-"""Denoising: expected counts of a cell, predicted from its counts and its neighbours in the tissue."""
+"""Denoising: expected counts per cell, predicted from its counts and its neighbours in the tissue."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ class Denoiser(Estimator):
     Zero-shot: without ``fit``, ``predict`` uses the pretrained model with the mean of its batch rows.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch, over the genes of the data.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch, over the genes of the data.
         genes: Number of highly variable genes to fit on; None: all genes of the vocabulary that the cells express. By
             default 3,000 from scratch, else all.
-        quiet: No progress.
+        quiet: Disable progress output.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
+        ConfigError: An option is unknown or its value is invalid.
     """
 
     task: ClassVar[str] = "denoising"
@@ -113,13 +113,13 @@ class Denoiser(Estimator):
 
         Args:
             adata: Raw counts.
-            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; cells attend within it.
+            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
             split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
                 tenth of the cells, stratified by batch, is used for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
             The estimator itself.
@@ -204,7 +204,7 @@ class Denoiser(Estimator):
             ``uns["cellplm_denoising"]``: model, genes, contexts, number of denoised genes.
 
             Args:
-                adata: The cells. Keys default to those ``fit`` was given. New batches are decoded with
+                adata: The cells. Keys default to those of ``fit``. New batches are decoded with
                     the mean of all rows.
                 log_normalized: Also write the second layer.
                 detected: Predict the count conditional on being non-zero: ``mean / (1 - p(0))``, at least 1. Use it for
@@ -257,10 +257,10 @@ class Denoiser(Estimator):
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -296,7 +296,7 @@ class Denoiser(Estimator):
             values (``gene_mean_rmse``...) and of the mean of its non-zero values (``detected_gene_mean_rmse``...).
 
         Raises:
-            InputError: As :meth:`predict`, the cells differ, or nothing was hidden.
+            InputError: As in :meth:`predict`, the cells differ, or nothing was hidden.
         """
         import anndata
 

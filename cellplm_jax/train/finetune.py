@@ -252,7 +252,7 @@ def finetune(
             all epochs are run and the last parameters are kept.
         layers: Layers of the encoder, for the layer-wise learning rates.
         title: What the progress report calls it.
-        quiet: No progress.
+        quiet: Disable progress output.
 
     Returns:
         The best parameters, and how it went.

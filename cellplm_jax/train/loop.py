@@ -100,7 +100,7 @@ def pretrain(
         workdir: Directory or ``gs://`` address. Receives ``config.json``, ``genes.txt``, ``card.json``,
             ``metrics.jsonl``, TensorBoard files, checkpoints, and at the end ``run.png``.
         card: Facts for the model card (data, licence); completed with the run's own.
-        quiet: No progress.
+        quiet: Disable progress output.
         on_step: Called with the step number after every step (tests interrupt a run here).
         preempted: Asked after every step; True saves this step, waits until it is on disk and returns. All processes
             must get the same answer.
