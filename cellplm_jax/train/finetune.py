@@ -402,7 +402,7 @@ def _epoch_row(steps: list[dict[str, np.ndarray]], skipped: int) -> tuple[dict[s
 
 def _diverged(epoch: int, rate: float) -> str:
     return explain(
-        f"loss or gradients were not finite for {MAXIMUM_SKIPPED} consecutive steps, the last in epoch {epoch + 1} at "
+        f"loss or gradients were not finite for {MAXIMUM_SKIPPED} steps in a row, the last in epoch {epoch + 1} at "
         f"learning rate {rate:.3g}",
         "finite numbers",
         "Lower learning_rate, raise warmup_epochs, or check the counts for extreme values",
