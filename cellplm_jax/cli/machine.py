@@ -1,4 +1,4 @@
-"""Verbs about the installation: ``doctor`` and ``completion``."""
+"""Commands about the installation: ``doctor`` and ``completion``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cellplm_jax.cli.options import add_output, command
 from cellplm_jax.cli.output import conclude, say, styled
 
 SHELLS = ("bash", "zsh", "tcsh")
-"""Shells that completion is written for."""
+"""Shells with completion scripts."""
 
 _FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "CORPUS|IN.h5ad", "MODEL", "M",
           "OUT.h5ad", "OUT.csv", "FILE.html", "PNG", "PREFIX", "FILE[:VARIANT]", "NAME|FILE")  # fmt: skip
 _FOLDERS = ("DIR", "CORPUS")
-"""How help calls arguments that are files and folders: the shell completes their names."""
+"""Metavars of files and folders, for which the shell completes names."""
 
 
 def add_doctor(commands: Any) -> None:
@@ -24,9 +24,9 @@ def add_doctor(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        "look at this installation and machine: versions, devices, memory, caches, and what will be slow",
+        "check this installation and machine: versions, devices, memory, caches, and expected bottlenecks",
         "cellplm doctor\n  cellplm doctor --json | jq .slow\n"
-        "\nexit status: 0 usable; 1 something that is needed is broken",
+        "\nexit status: 0 usable; 1 a required component is broken",
     )
     add_output(parser)
 
@@ -40,7 +40,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _doctor_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield the facts of :func:`cellplm_jax.doctor.diagnose` for reading."""
+    """Yield the facts of :func:`cellplm_jax.doctor.diagnose` as text lines."""
     marks = {"good": ("ok", "green"), "poor": ("note", "yellow"), "bad": ("BAD", "red")}
     for section in facts["sections"]:
         yield styled(section["title"], "bold")
@@ -64,7 +64,7 @@ def add_completion(commands: Any) -> None:
         commands,
         "completion",
         _completion,
-        "print a script that lets a shell complete verbs, options and file names",
+        "print a shell script that completes commands, options and file names",
         "cellplm completion bash > ~/.local/share/bash-completion/completions/cellplm\n"
         "  cellplm completion zsh > ~/.zfunc/_cellplm      # with fpath+=~/.zfunc before compinit in ~/.zshrc",
     )
@@ -85,7 +85,7 @@ def _completion(arguments: argparse.Namespace) -> None:
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield a parser and those of its verbs."""
+    """Yield a parser and those of its subcommands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

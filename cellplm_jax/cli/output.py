@@ -1,4 +1,4 @@
-"""What the verbs write: lines for people, one JSON document for machines, colour on a terminal."""
+"""Output of the commands: text lines, one JSON document, and colours on terminals."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def say(text: str, stream: Any = None) -> None:
 
 
 def styled(text: str, style: str, stream: Any = None) -> str:
-    """Return text in a colour where a terminal reads it, and as it is anywhere else.
+    """Return coloured text for terminals, and plain text for other outputs.
 
-    ``NO_COLOR`` (https://no-color.org) and ``TERM=dumb`` are honoured.
+    Respects ``NO_COLOR`` (https://no-color.org) and ``TERM=dumb``.
 
     Args:
-        text: What to write.
+        text: The text.
         style: ``"bold"``, ``"red"``, ``"green"``, ``"yellow"`` or ``"faint"``.
-        stream: Where it goes; None: standard output.
+        stream: Output stream; None: standard output.
     """
     stream = sys.stdout if stream is None else stream
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
@@ -35,12 +35,12 @@ def styled(text: str, style: str, stream: Any = None) -> str:
 
 
 def fail(command: str, text: str) -> None:
-    """Write an error to standard error: the command it comes from, then the message."""
+    """Write an error to standard error: the name of the command, then the message."""
     say(f"{styled(f'{command}:', 'red', sys.stderr)} {text}", sys.stderr)
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON knows it: arrays as lists, paths as text, numbers that are not finite as null."""
+    """Return a JSON-compatible value: arrays as lists, paths as text, non-finite numbers as null."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if hasattr(value, "tolist"):
@@ -59,13 +59,13 @@ def conclude(
     *,
     messages: Sequence[str] = (),
 ) -> None:
-    """Write what a verb found, and what it has to say about its input.
+    """Print the result of a command and its messages about the input.
 
     Args:
         arguments: With ``json``, ``quiet`` and ``report``.
-        lines: For people, on standard output.
-        facts: The same and more as one JSON document, with ``--json`` instead of the lines.
-        messages: About the input, on standard error; not with ``--quiet``. The document has them in any case.
+        lines: Text lines for standard output.
+        facts: Data of the JSON document, printed with ``--json`` instead of the lines.
+        messages: Messages about the input, for standard error; omitted with ``--quiet``. The document always has them.
     """
     if not arguments.quiet:
         for message in messages:
@@ -83,7 +83,7 @@ def conclude(
 
 
 def table_lines(table: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return scores of several methods as the lines of a table."""
+    """Return a table of scores of several methods as text lines."""
     columns = (
         "ari",
         "ari_coarse",
@@ -106,12 +106,12 @@ def scores_line(scores: Mapping[str, float]) -> str:
 
 
 def number_of(count: int, what: str) -> str:
-    """Return a count and what is counted, such as ``"2 genes"``."""
+    """Return a number with its unit, such as ``"2 genes"``."""
     return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def fitted_line(arguments: argparse.Namespace, what: str, facts: Mapping[str, Any]) -> str:
-    """Return in one line what was fitted."""
+    """Return a one-line summary of a fit."""
     line = f"wrote {arguments.out}: {what}, {facts['training_cells']} training cells"
     if "best_epoch" in facts:
         line += f", epoch {facts['best_epoch']} of {facts['epochs']} kept, {facts['seconds']:.0f} s"
