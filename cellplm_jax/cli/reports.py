@@ -1,4 +1,4 @@
-"""What a verb writes: whether it can be written, before any work is done, and the page of ``--report``."""
+"""Early checks of output files, and writing of ``--report``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cellplm_jax.errors import InputError, explain, require
 
 
 def check_new(arguments: argparse.Namespace) -> None:
-    """Refuse the directory of ``--out``, where it holds something, and a report that cannot be written."""
+    """Check in advance that the directory of ``--out`` is new or empty and that the report is writable."""
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
@@ -21,7 +21,7 @@ def check_new(arguments: argparse.Namespace) -> None:
 
 
 def check_file(arguments: argparse.Namespace) -> None:
-    """Refuse the file of ``--out`` and a report where they cannot be written."""
+    """Check in advance that the file of ``--out`` and the report are writable."""
     from cellplm_jax.tasks.embed import check_output
 
     check_output(Path(arguments.out))
@@ -29,13 +29,13 @@ def check_file(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse a report that cannot be written or drawn, before any work is done.
+    """Check in advance that a report can be written and drawn.
 
     Args:
         arguments: With ``report``: a path, or None.
 
     Raises:
-        InputError: It has another ending than .html, or nothing can be written there.
+        InputError: Its suffix is not .html, or it is not writable.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     if arguments.report is None:
@@ -45,23 +45,23 @@ def check(arguments: argparse.Namespace) -> None:
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         msg = explain(
-            f"the report '{path}' has another ending", "a name that ends in .html", "Rename it"
+            f"the report '{path}' has another suffix", "a name that ends in .html", "Rename it"
         )
         raise InputError(msg)
     check_output(path)
     require("matplotlib", "eval", "A report")
-    # It takes seconds to import, and not every page has a map.
+    # umap takes seconds to import, and only some reports need it.
     if importlib.util.find_spec("scanpy") is None:
         require("scanpy", "eval", "A report")
 
 
 def write(arguments: argparse.Namespace, page: str, *found: Any) -> None:
-    """Write the page of a verb where ``--report`` asks for it.
+    """Write the report of a command if ``--report`` is set.
 
     Args:
-        arguments: With ``report``, and the rest for how to repeat the run.
+        arguments: With ``report``, and the other arguments for the command line.
         page: Name of one of the functions of :mod:`cellplm_jax.cli.pages`.
-        *found: What it shows.
+        *found: Its arguments.
     """
     if arguments.report is None:
         return
@@ -70,7 +70,7 @@ def write(arguments: argparse.Namespace, page: str, *found: Any) -> None:
 
     matplotlib = require("matplotlib", "eval", "A report")
     pyplot = require("matplotlib.pyplot", "eval", "A report")
-    # No window: a report is drawn on machines without a display.
+    # No window: reports are drawn on machines without a display.
     backend = matplotlib.get_backend()
     pyplot.switch_backend("Agg")
     try:
@@ -87,7 +87,7 @@ def write(arguments: argparse.Namespace, page: str, *found: Any) -> None:
 
 
 def _how(arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yield how the run is repeated."""
+    """Yield the command line of the run."""
     from cellplm_jax.report import Code
 
     yield Code(shlex.join(["cellplm", *arguments.words]), heading="How it was made")
