@@ -45,9 +45,10 @@ def python_prose(source: str) -> Iterator[Passage]:
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(source)):
-        text = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and len(text.split()) >= SHORTEST_MESSAGE:
-            yield node.lineno, text
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+            continue
+        if len(node.value.split()) >= SHORTEST_MESSAGE:
+            yield node.lineno, node.value
 
 
 def markdown_prose(source: str) -> Iterator[Passage]:
@@ -82,7 +83,7 @@ def measure(paths: list[Path]) -> tuple[list[str], int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print places and rates; return 1 if a group is above the limit."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "paths", nargs="*", type=Path, help="Files or folders (default: package and documentation)"
     )
