@@ -806,8 +806,8 @@ def perturbed(found: Any) -> Page:
             Figure(
                 plot.change_map(change[largest].rename(columns=names)),
                 "Map of the genes with the largest changes",
-                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per 10,000;"
-                " +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
+                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per "
+                "10,000; +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
                 "Changes",
             ),
             Table(

@@ -347,7 +347,7 @@ def _check(arguments: dict[str, Any]) -> None:
         value = arguments[name]
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not (low <= value < high) or (value == low and not closed):
-            bound = "" if np.isinf(high) else " up to 1" if high > 1 else " and below 1"
+            bound = "" if np.isinf(high) else " and not above 1" if high > 1 else " and below 1"
             refuse(
                 name,
                 f"a finite number {'of at least' if closed else 'above'} {low:g}{bound}",
