@@ -146,24 +146,24 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
 
     corpus = open_corpus(arguments.input)
     model = load(arguments.model, precision=arguments.precision)
-    found = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
-    line = f"{arguments.out}: obsm['{KEY}'] of {found.cells} cells in {found.samples} samples by {model.id}"
-    if not found.embedded:
+    result = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
+    line = f"{arguments.out}: obsm['{KEY}'] of {result.cells} cells in {result.samples} samples by {model.id}"
+    if not result.embedded:
         line = f"nothing to do, {line}"
-    elif found.embedded < found.samples:
-        line = f"wrote {line}, {found.embedded} of the samples now"
+    elif result.embedded < result.samples:
+        line = f"wrote {line}, {result.embedded} of the samples now"
     else:
         line = f"wrote {line}"
     facts = {
         "wrote": [arguments.out],
         "key_added": KEY,
         "model": model.id,
-        "cells": found.cells,
-        "samples": found.samples,
-        "embedded_samples": found.embedded,
-        "complete": found.complete,
+        "cells": result.cells,
+        "samples": result.samples,
+        "embedded_samples": result.embedded,
+        "complete": result.complete,
     }
-    conclude(arguments, [line], facts, messages=found.messages)
+    conclude(arguments, [line], facts, messages=result.messages)
 
 
 def add_cluster(commands: Any) -> None:

@@ -369,22 +369,24 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
         names = [
             name for text in arguments.perturbation for name in read_names(text, separator=None)
         ]
-    found = predictor.predict(
+    prediction = predictor.predict(
         list(dict.fromkeys(names)), group=arguments.group, controls=arguments.controls, **reading
     )
-    write_table(found.tidy(), arguments.out)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in found.known.value_counts().items())
-    line = (
-        f"wrote {arguments.out}: {number_of(len(found.known), 'perturbation')} ({kinds}), "
-        f"{number_of(found.change.shape[1], 'gene')} each"
+    write_table(prediction.tidy(), arguments.out)
+    kinds = ", ".join(
+        f"{number} {kind}" for kind, number in prediction.known.value_counts().items()
     )
-    reports.write(arguments, "perturbed", found)
+    line = (
+        f"wrote {arguments.out}: {number_of(len(prediction.known), 'perturbation')} ({kinds}), "
+        f"{number_of(prediction.change.shape[1], 'gene')} each"
+    )
+    reports.write(arguments, "perturbed", prediction)
     facts = {
         "wrote": [arguments.out],
-        "known": found.known.to_dict(),
-        "genes": found.change.shape[1],
+        "known": prediction.known.to_dict(),
+        "genes": prediction.change.shape[1],
     }
-    conclude(arguments, [line], facts, messages=found.messages)
+    conclude(arguments, [line], facts, messages=prediction.messages)
 
 
 def add_samples(commands: Any) -> None:
@@ -462,8 +464,8 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         write_table(table, arguments.table, index=True)
     counts = table["label"].value_counts()
-    found = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
-    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({found})"]
+    labels = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
+    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({labels})"]
     wrote = [arguments.out]
     if arguments.table is not None:
         lines.append(f"wrote {arguments.table}")

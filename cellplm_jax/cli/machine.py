@@ -77,8 +77,8 @@ def _completion(arguments: argparse.Namespace) -> None:
     from cellplm_jax.cli.command import build_parser
 
     parser = build_parser()
-    for found in _parsers(parser):
-        for action in found._actions:
+    for subparser in _parsers(parser):
+        for action in subparser._actions:
             if action.choices is None and action.metavar in (*_FILES, *_FOLDERS):
                 action.complete = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
     say(shtab.complete(parser, shell=arguments.shell).rstrip("\n"))

@@ -239,8 +239,8 @@ def add_task(
 
 def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Return the options that were passed, by name."""
-    found = {name: getattr(arguments, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def source(arguments: argparse.Namespace) -> str | None:

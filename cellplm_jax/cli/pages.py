@@ -164,7 +164,7 @@ def _map(
     """Return maps of cells, one figure per column; without columns one without colours."""
     from cellplm_jax import plot
 
-    found: list[Section] = []
+    figures: list[Section] = []
     if not columns:
         one = np.full(len(coordinates), "cells", object)
         axes = plot.umap(coordinates, one, axis_name=name, legend=False)
@@ -172,9 +172,9 @@ def _map(
     for title, values in columns.items():
         axes = plot.umap(coordinates, values, title=title, axis_name=name)
         alt = f"{name} of the cells, coloured by {title}"
-        found.append(Figure(axes, alt, caption, heading))
+        figures.append(Figure(axes, alt, caption, heading))
         caption, heading = "", ""
-    return found
+    return figures
 
 
 def _columns(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict[str, Any]:
@@ -208,14 +208,14 @@ def _telling(obs: Any) -> list[str]:
     """Return up to two different text columns with 2 to 30 groups: the default colours of a map."""
     import pandas as pd
 
-    found: list[str] = []
+    chosen: list[str] = []
     for name, column in obs.items():
         words = column.astype(str)
         if pd.api.types.is_numeric_dtype(column.dtype) or not 2 <= column.nunique() <= 30:
             continue
-        if not any(words.equals(obs[other].astype(str)) for other in found):
-            found.append(str(name))
-    return found[:2]
+        if not any(words.equals(obs[other].astype(str)) for other in chosen):
+            chosen.append(str(name))
+    return chosen[:2]
 
 
 def _laid_out(embedding: np.ndarray, cells: np.ndarray) -> np.ndarray | None:
@@ -286,15 +286,15 @@ def _curve(estimator: Any) -> list[Section]:
     )
     if names & {"score", "validation_score"} and not mirrored:
         pictures.append(("score", list(history), "Score, higher is better."))
-    found: list[Section] = []
+    figures: list[Section] = []
     for key, rows, caption in pictures:
-        if not found:
+        if not figures:
             caption += " The dotted line marks the selected epoch"
             caption += "; strong lines are running means." if len(rows) > 40 else "."
         axes = plot.fitting_curves(rows, key=key, best_epoch=best)
-        heading = None if found else "Fitting"
-        found.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
-    return found
+        heading = None if figures else "Fitting"
+        figures.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
+    return figures
 
 
 def _apart(history: Sequence[Mapping[str, float]]) -> bool:
@@ -348,9 +348,9 @@ def annotator(estimator: Any) -> Page:
     else:
         codes, probabilities = estimator.validation
         labels = np.array(estimator.labels, object)
-        truth, found = labels[codes], labels[probabilities.argmax(axis=1)]
+        truth, predicted = labels[codes], labels[probabilities.argmax(axis=1)]
         scores = {
-            **annotation_scores(truth, found),
+            **annotation_scores(truth, predicted),
             "calibration_error": expected_calibration_error(truth, probabilities, estimator.labels),
         }
         summary += (
@@ -361,7 +361,7 @@ def annotator(estimator: Any) -> Page:
             f"On {len(codes):,} validation cells, which were not used to train the network; the stopping epoch, the "
             "temperature and the pooling weights were chosen on them, so new cells may have lower scores."
         )
-        each = per_class_scores(truth, found)
+        each = per_class_scores(truth, predicted)
         sections += [
             _scores(scores, note),
             Table(
@@ -371,13 +371,13 @@ def annotator(estimator: Any) -> Page:
                 "By cell type",
             ),
             Figure(
-                plot.confusion_matrix(confusion_table(truth, found)),
+                plot.confusion_matrix(confusion_table(truth, predicted)),
                 "Confusion matrix of true and predicted cell types",
                 "Percentage of the cells of a true type (row) by predicted label (column).",
                 "Confusions",
             ),
             Figure(
-                plot.calibration(found == truth, probabilities.max(axis=1)),
+                plot.calibration(predicted == truth, probabilities.max(axis=1)),
                 "Reliability diagram: fraction of correct labels by confidence",
                 "One point per tenth of confidence, with its number of cells. On the dashed line confidence equals "
                 "accuracy.",
@@ -643,7 +643,7 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
     if not len(drawn):
         return []
     scale = "log1p of counts per 10,000"
-    found: list[Section] = []
+    figures: list[Section] = []
     for pair in beside.pairs:
         gene = names.get(pair.gene, pair.gene)
         values = pair.imputed[drawn], pair.measured[drawn]
@@ -665,9 +665,9 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
             alt = f"{gene} as imputed and {other} as measured, in the tissue"
             caption = "The most confident genes. Their true values here are unknown, so each is shown next to the " \
                 "most correlated measured gene of the panel."  # fmt: skip
-        heading = None if found else "In the tissue"
-        found.append(Figure(axes, alt, "" if found else caption, heading))
-    return found
+        heading = None if figures else "In the tissue"
+        figures.append(Figure(axes, alt, "" if figures else caption, heading))
+    return figures
 
 
 def denoised(
@@ -692,15 +692,15 @@ def denoised(
     cells = read_annotations(path, obsm=embeddings, uns=[FACTS])
     facts = cells.uns.get(FACTS, {})
     drawn = _some(cells.n_obs)
-    found = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
+    comparison = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
     after = "expected if non-zero" if facts.get("detected") else "expected"
     totals = "The expected counts of each cell sum to its measured total."
     if facts.get("detected"):
         totals = "Counts conditional on being non-zero are larger than the measured counts."
-    names = _named(found.genes)
+    names = _named(comparison.genes)
     rows = [
-        [name, *found.table.loc[gene, list(found.table)]]
-        for name, gene in zip(names, found.genes, strict=True)
+        [name, *comparison.table.loc[gene, list(comparison.table)]]
+        for name, gene in zip(names, comparison.genes, strict=True)
     ]
     columns = ["gene", "share of cells with a count", "mean count", f"mean {after}", "correlation"]
     which = (
@@ -710,12 +710,12 @@ def denoised(
     )
     return Page(
         f"Denoised counts of {Path(path).name}",
-        f"layers['{LAYER}']: {after} counts of {len(found.means_after):,} genes in {cells.n_obs:,} cells. "
-        f"{found.zeros:.0%} of the counts are zero; in {found.expected_zeros:.1%} of these at least half a count is "
-        "expected. Expected counts come from a cell's other genes and its neighbours: use them for visualisation and "
-        "ranking, not for tests of differential expression.",
+        f"layers['{LAYER}']: {after} counts of {len(comparison.means_after):,} genes in {cells.n_obs:,} cells. "
+        f"{comparison.zeros:.0%} of the counts are zero; in {comparison.expected_zeros:.1%} of these at least half a "
+        "count is expected. Expected counts come from a cell's other genes and its neighbours: use them for "
+        "visualisation and ranking, not for tests of differential expression.",
         [
-            *_before_and_after(found, cells, drawn, names, after, chosen=genes is not None),
+            *_before_and_after(comparison, cells, drawn, names, after, chosen=genes is not None),
             Table(
                 columns,
                 rows,
@@ -724,7 +724,7 @@ def denoised(
             ),
             Figure(
                 plot.agreement(
-                    found.means_before, found.means_after, value_label="mean of a gene (counts per cell)",
+                    comparison.means_before, comparison.means_after, value_label="mean of a gene (counts per cell)",
                     names=("counted", after), logarithmic=True,
                 ),
                 "Mean expected count against mean count, one point per gene",

@@ -23,10 +23,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in ``argparse``; unknown words raise an error here, because the valid options are known."""
         self._words = list(sys.argv[1:] if args is None else args)
-        found, extra = super().parse_known_args(args, namespace)
+        parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self.error(f"unrecognized arguments: {' '.join(map(str, extra))}")
-        return found, extra
+        return parsed, extra
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one message."""
@@ -66,7 +66,7 @@ def _names(action: argparse.Action) -> set[str]:
 
 def _named_in(message: str) -> set[str]:
     """Return the names of the argument in a message of ``argparse``."""
-    found = re.match(r"argument ([^:]+):", message)
-    if found is None:
+    match = re.match(r"argument ([^:]+):", message)
+    if match is None:
         return set()
-    return {found.group(1), *found.group(1).split("/")}
+    return {match.group(1), *match.group(1).split("/")}

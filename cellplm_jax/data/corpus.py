@@ -714,10 +714,10 @@ class Folder:
 
         def wait() -> bytes | None:
             try:
-                found = pending.result()
+                result = pending.result()
             except (ValueError, RuntimeError, OSError) as error:
                 raise InputError(self._unreachable(name, error)) from error
-            return bytes(found.value) if found.state == "value" else None
+            return bytes(result.value) if result.state == "value" else None
 
         return wait
 
@@ -745,8 +745,8 @@ class Folder:
 
     def names(self, inside: str) -> list[str]:
         """Return the names of all files in a subfolder, relative to this folder."""
-        found = self._store.list(_inside(inside)).result()
-        return sorted(name.decode() for name in found)
+        keys = self._store.list(_inside(inside)).result()
+        return sorted(name.decode() for name in keys)
 
     def fetch(self, inside: str, target: Path) -> None:
         """Copy a subfolder of small files to a new local folder."""
@@ -898,8 +898,8 @@ class Corpus:
             wanted["obsm/spatial"] = (first + start, first + stop)
         if part.label_codes is not None:
             wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
-        found = dict(zip(wanted, self._read(number, wanted), strict=True))
-        gene, count = found["X/indices"], found["X/data"]
+        arrays = dict(zip(wanted, self._read(number, wanted), strict=True))
+        gene, count = arrays["X/indices"], arrays["X/data"]
         # A missing shard reads as impossible values.
         if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
             what = f"counts of sample '{row.name}' are missing or out of range"
@@ -908,7 +908,7 @@ class Corpus:
         if self.label_names:
             labels = np.full(stop - start, -1, np.int32)
             if part.label_codes is not None:
-                codes = found[f"obs/{LABEL_COLUMN}/codes"].astype(np.int64)
+                codes = arrays[f"obs/{LABEL_COLUMN}/codes"].astype(np.int64)
                 if codes.size and not -1 <= codes.min() <= codes.max() < len(part.label_codes) - 1:
                     what = f"labels of sample '{row.name}' are out of range"
                     raise InputError(self._damaged(number, what))
@@ -917,7 +917,7 @@ class Corpus:
             indptr=offsets[start : stop + 1] - offsets[start],
             gene=gene,
             count=count,
-            coordinates=found.get("obsm/spatial"),
+            coordinates=arrays.get("obsm/spatial"),
             labels=labels,
         )
 
@@ -931,8 +931,8 @@ class Corpus:
         if not row.spatial:
             return None
         number, first, _ = self._where[sample]
-        (found,) = self._read(number, {"obsm/spatial": (first, first + row.cells)})
-        return found
+        (values,) = self._read(number, {"obsm/spatial": (first, first + row.cells)})
+        return values
 
     def cell_table(self, part: int) -> pd.DataFrame:
         """Read ``obs`` of a part: original cell names, with sample, row in the source and label.
@@ -1019,18 +1019,18 @@ class Corpus:
         checked = 0
         for array, expected in record["checksums"].items():
             length, step = lengths[array]
-            found = []
+            checksums = []
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 (values,) = self._read(number, {array: (start, stop)})
-                found.append(_crc(values))
+                checksums.append(_crc(values))
                 if array.startswith("X/") and array != "X/indptr":
                     checked += (stop - start) // 2
                     yield checked
-            if found != expected:
+            if checksums != expected:
                 wrong = [
                     i
-                    for i, pair in enumerate(itertools.zip_longest(found, expected))
+                    for i, pair in enumerate(itertools.zip_longest(checksums, expected))
                     if pair[0] != pair[1]
                 ]
                 what = f"shard {wrong[0]} of {array} is not what was written"

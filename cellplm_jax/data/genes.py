@@ -422,12 +422,12 @@ def map_genes(
         examples["duplicated"].append(f"{shown} -> {index.names[position]}")
     absent = np.flatnonzero(hits == 0)
     examples["missing"] = [index.names[position] for position in absent[:EXAMPLES]]
-    found = int((column >= 0).sum())
+    matched_names = int((column >= 0).sum())
     mapping = GeneMapping(
         column=column,
         measured=hits > 0,
-        matched=found,
-        unmatched=len(names) - found,
+        matched=matched_names,
+        unmatched=len(names) - matched_names,
         ambiguous=ambiguous,
         blank=names.count(""),
         missing=len(absent),
@@ -506,12 +506,12 @@ def other_species(names: Sequence[str]) -> str:
     Returns:
         Such as ``"rat"``; ``""`` for human, mouse and symbols.
     """
-    found = Counter(
+    prefixes = Counter(
         match[1] for name in names if (match := _OTHER_ID.fullmatch(str(name).strip())) is not None
     )
-    if not found:
+    if not prefixes:
         return ""
-    prefix, number = found.most_common(1)[0]
+    prefix, number = prefixes.most_common(1)[0]
     if 2 * number <= len(names):
         return ""
     return _SPECIES.get(prefix, f"another species (Ensembl ids of 'ENS{prefix}')")

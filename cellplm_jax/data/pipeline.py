@@ -270,15 +270,15 @@ class _Source:
         order = generator.permutation(len(self.edges) - 1)
         lengths = np.diff(self.edges)[order]
         ends = np.cumsum(lengths)
-        found, position = [], begin
+        ranges, position = [], begin
         while position < begin + cells:
             index = int(np.searchsorted(ends, position, side="right"))
             inside = position - int(ends[index] - lengths[index])
             take = min(int(lengths[index]) - inside, begin + cells - position)
             first = start + int(self.edges[order[index]]) + inside
-            found.append((first, first + take))
+            ranges.append((first, first + take))
             position += take
-        return [found]
+        return [ranges]
 
     def _offsets(self) -> np.ndarray:
         stored = self._store.indptr(self.part.sample)[self.part.start : self.part.stop + 1]
@@ -528,9 +528,9 @@ def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
     best = _Packing(free.windows, free.rows, highest)
     while highest - lowest > max(NONZEROS_MULTIPLE, highest // 100):
         middle = rounded((lowest + highest) // 2)
-        found = attempt(middle)
-        if found is not None and len(found.rows) <= allowed:
-            best, highest = found, middle
+        packing = attempt(middle)
+        if packing is not None and len(packing.rows) <= allowed:
+            best, highest = packing, middle
         else:
             lowest = middle
     return best

@@ -116,18 +116,20 @@ def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
     classes = sorted(set(known))
     scores = {
-        "accuracy": float(metrics.accuracy_score(known, found)),
+        "accuracy": float(metrics.accuracy_score(known, predictions)),
         "macro_accuracy": float(
-            metrics.recall_score(known, found, labels=classes, average="macro", zero_division=0)
+            metrics.recall_score(
+                known, predictions, labels=classes, average="macro", zero_division=0
+            )
         ),
     }
     for average in ("macro", "micro", "weighted"):
         precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-            known, found, labels=classes, average=average, zero_division=0
+            known, predictions, labels=classes, average=average, zero_division=0
         )
         scores[f"{average}_f1"] = float(f1)
         if average != "micro":
@@ -152,13 +154,13 @@ def per_class_scores(truth: Any, predicted: Any) -> pd.DataFrame:
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
     classes = sorted(set(known))
     precision, recall, f1, cells = metrics.precision_recall_fscore_support(
-        known, found, labels=classes, average=None, zero_division=0
+        known, predictions, labels=classes, average=None, zero_division=0
     )
-    predicted_cells = [int((found == name).sum()) for name in classes]
+    predicted_cells = [int((predictions == name).sum()) for name in classes]
     return pd.DataFrame(
         {
             "precision": precision,
@@ -186,10 +188,10 @@ def confusion_table(truth: Any, predicted: Any) -> pd.DataFrame:
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
-    names = sorted(set(known) | set(found))
-    counts = metrics.confusion_matrix(known, found, labels=names)
+    names = sorted(set(known) | set(predictions))
+    counts = metrics.confusion_matrix(known, predictions, labels=names)
     return pd.DataFrame(
         counts, index=pd.Index(names, name="truth"), columns=pd.Index(names, name="predicted")
     )

@@ -169,7 +169,7 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
     """
     scanpy = require("scanpy", _EXTRA, "Leiden clustering")
     require("igraph", _EXTRA, "Leiden clustering")
-    found = scanpy.tl.leiden(
+    clusters = scanpy.tl.leiden(
         cells,
         resolution=resolution,
         random_state=seed,
@@ -179,11 +179,11 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
         key_added="cluster",
         copy=True,
     )
-    found = found.obs["cluster"].astype(int).to_numpy()
-    size = np.bincount(found)
+    clusters = clusters.obs["cluster"].astype(int).to_numpy()
+    size = np.bincount(clusters)
     rank = np.empty(len(size), np.int32)
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
-    return rank[found]
+    return rank[clusters]
 
 
 def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
@@ -209,10 +209,10 @@ def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
     if not len(known):
         msg = explain("No cells to score", "at least one", "Check the selection of labelled cells")
         raise InputError(msg)
-    found = _codes(clusters, "clusters", cells=len(known))
+    groups = _codes(clusters, "clusters", cells=len(known))
     return {
-        "ari": float(metrics.adjusted_rand_score(known, found)),
-        "nmi": float(metrics.normalized_mutual_info_score(known, found)),
+        "ari": float(metrics.adjusted_rand_score(known, groups)),
+        "nmi": float(metrics.normalized_mutual_info_score(known, groups)),
     }
 
 

@@ -60,8 +60,8 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     scale = [np.abs(values).max(axis=1) * np.sqrt(values.shape[1]) for values in (true, predicted)]
     constant = (lengths[0] <= 1e-13 * scale[0]) | (lengths[1] <= 1e-13 * scale[1])
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
-    return np.where(constant, np.nan, np.clip(found, -1.0, 1.0))
+        correlation = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
+    return np.where(constant, np.nan, np.clip(correlation, -1.0, 1.0))
 
 
 def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[str, np.ndarray]:

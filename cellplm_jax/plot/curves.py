@@ -84,12 +84,12 @@ def _series(
     rows: Sequence[Mapping[str, Any]], split: str, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return steps and finite values of one metric; repeated steps (after a resume) keep the later value."""
-    found: dict[float, float] = {}
+    by_step: dict[float, float] = {}
     for row in rows:
         if row.get("split", "train") == split and row.get(key) is not None:
-            found[float(row["step"])] = float(row[key])
-    steps = np.array(sorted(found))
-    values = np.array([found[step] for step in steps])
+            by_step[float(row["step"])] = float(row[key])
+    steps = np.array(sorted(by_step))
+    values = np.array([by_step[step] for step in steps])
     finite = np.isfinite(values)
     return steps[finite], values[finite]
 

@@ -65,7 +65,7 @@ def start_model(
     position = {gene: row for row, gene in enumerate(base.genes)}
     rows = np.array([position[gene] for gene in genes], int)
     old = flatten_dict(base.params)
-    found: dict[Path, Any] = {}
+    loaded: dict[Path, Any] = {}
     new = []
     for path, leaf in fresh.items():
         source = _source(path, old, np.shape(leaf))
@@ -73,12 +73,12 @@ def start_model(
             if path[0] not in _MAY_BE_NEW:
                 raise CheckpointError(_misfit(base, path, "does not have", np.shape(leaf)))
             new.append("/".join(path))
-            found[path] = leaf
+            loaded[path] = leaf
             continue
         axis = _gene_axis(path)
         value = old[source]
-        found[path] = value if axis is None else np.take(value, rows, axis=axis)
-    grown = flatten_dict(grow_rows(unflatten_dict(found), initial))
+        loaded[path] = value if axis is None else np.take(value, rows, axis=axis)
+    grown = flatten_dict(grow_rows(unflatten_dict(loaded), initial))
     for path, leaf in fresh.items():
         shape = np.shape(grown[path])
         if shape != np.shape(leaf):

@@ -586,16 +586,16 @@ class CellTypeAnnotator(Estimator):
             raise InputError(msg)
         probabilities, _, _, _ = self._probabilities(adata, self.reading.changed(**keys))
         names, _ = self._decide(probabilities)
-        truth, found = named[scored], np.asarray(names)[scored]
+        truth, predicted = named[scored], np.asarray(names)[scored]
         if self.unknown_threshold is not None:
             truth = np.where(np.isin(truth, unseen), UNKNOWN, truth)
         return {
-            **annotation_scores(truth, found),
+            **annotation_scores(truth, predicted),
             "calibration_error": expected_calibration_error(
                 truth, probabilities[scored], self.labels
             ),
             "brier": brier_score(truth, probabilities[scored], self.labels),
-            "unknown_fraction": float(np.mean(found == UNKNOWN)),
+            "unknown_fraction": float(np.mean(predicted == UNKNOWN)),
             "cells": int(scored.sum()),
         }
 
@@ -629,16 +629,16 @@ class CellTypeAnnotator(Estimator):
     def _pooled(self, network: np.ndarray, data: Any, reading: Reading) -> np.ndarray:
         """Return the weighted sum of both log-probabilities, float64 [cells, labels]."""
         linear: LinearClassifier = self._linear  # type: ignore[assignment]
-        found = self.pool[0] * network
+        pooled = self.pool[0] * network
         read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
         start = 0
         with open_counts(data, self._fitted().genes, values=reading.values, **read) as source:
             for block in source.blocks(LINEAR_CELLS):
                 stop = start + block.shape[0]
                 features = log_counts(block, self._linear_genes)
-                found[start:stop] += self.pool[1] * linear.log_probabilities(features)
+                pooled[start:stop] += self.pool[1] * linear.log_probabilities(features)
                 start = stop
-        return found
+        return pooled
 
     def _votes(self, z: np.ndarray) -> np.ndarray:
         """Return the fraction of votes per label among the nearest labelled cells, float64 [cells, labels]."""
@@ -751,8 +751,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return fit + 0.5 * log**2 / len(labels)
 
     bound = np.log(20.0)
-    found: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
-    return float(np.exp(found.x))
+    optimum: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:

@@ -90,23 +90,25 @@ def cell_attention(
         if spatial_key is not None:
             coordinates = source.coordinates(spatial_key, required=spatial_key != "spatial")
         shape = (encoder.layers, encoder.heads, len(chosen), len(names))
-        found = np.zeros(shape[2:] if average else shape, np.float32)
+        weights = np.zeros(shape[2:] if average else shape, np.float32)
         for group in source_groups(source, batch_key):
             placed = None
             if coordinates is not None:
                 placed = np.full((len(names), 2), np.nan)
                 placed[group] = scale_coordinates(coordinates[group])
             for context in deal(group, cells_per_context):
-                _fill(found, source, model, context, placed, chosen)
+                _fill(weights, source, model, context, placed, chosen)
     if normalize:
-        found /= np.maximum(found.sum(axis=-1, keepdims=True), 1e-30)
+        weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
     rows: Any = pd.Index(names[chosen], name="cell")
     if not average:
         rows = pd.MultiIndex.from_product(
             [range(encoder.layers), range(encoder.heads), names[chosen]],
             names=["layer", "head", "cell"],
         )
-    return pd.DataFrame(found.reshape(-1, len(names)), index=rows, columns=names.rename("attended"))
+    return pd.DataFrame(
+        weights.reshape(-1, len(names)), index=rows, columns=names.rename("attended")
+    )
 
 
 def _fill(

@@ -88,11 +88,11 @@ def cluster(
             key_added=use_rep,
             quiet=quiet,
         )
-    found = _clustered(
+    results = _clustered(
         np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric
     )
     for part in ("obs", "obsp", "uns"):
-        for name, value in found[part].items():
+        for name, value in results[part].items():
             getattr(adata, part)[name] = value
     return adata
 
@@ -155,14 +155,19 @@ def cluster_file(
         embedder = _model(model, use_rep, keys)
         there, facts, messages = read_and_embed(path, embedder, {}, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
-    found = _clustered(
+    results = _clustered(
         np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap
     )
-    obsm |= found["obsm"]
+    obsm |= results["obsm"]
     write_copy(
-        path, out, obs=found["obs"], obsm=obsm, obsp=found["obsp"], uns={**uns, **found["uns"]}
+        path,
+        out,
+        obs=results["obs"],
+        obsm=obsm,
+        obsp=results["obsp"],
+        uns={**uns, **results["uns"]},
     )
-    cells = anndata.AnnData(obs=obs.assign(**found["obs"]), obsm={use_rep: there, **obsm})
+    cells = anndata.AnnData(obs=obs.assign(**results["obs"]), obsm={use_rep: there, **obsm})
     return cells, messages
 
 

@@ -334,12 +334,12 @@ class Denoiser(Estimator):
         if seen.coordinates is not None:
             masked.obsm["spatial"] = seen.coordinates
         spatial = None if seen.coordinates is None else "spatial"
-        found = reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
+        own_reading = reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
         true, hidden = log_normalize(true[:, measured]), hidden[:, measured]
         seen_log = log_normalize(masked.X)
         scores: dict[str, float] = {}
         for given, prefix in ((False, ""), (True, "detected_")):
-            blocks = [logs for _, _, logs in self._expected(masked, found, given, True)[0]]
+            blocks = [logs for _, _, logs in self._expected(masked, own_reading, given, True)[0]]
             predicted = np.concatenate(blocks)[:, measured]  # type: ignore[arg-type]
             mean = np.broadcast_to(gene_means(seen_log, detected=given), predicted.shape)
             rows = {"": predicted, "gene_mean_": mean}
@@ -538,8 +538,8 @@ def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
 
     def loss(params, example, key):
         output, kept, gene_mask = corrupted_forward(params, example.batch, key, config, masking)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         total = terms["reconstruction"] + latent["latent"]
         return total, {
@@ -573,11 +573,11 @@ def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
     root = jax.random.key(seed)
 
     def validate(params: Any) -> dict[str, float]:
-        found = [
+        sums = [
             judge(params, layout.example.batch, jax.random.fold_in(root, number))
             for number, layout in enumerate(layouts)
         ]
-        values, weights = np.array(jax.device_get(found)).T
+        values, weights = np.array(jax.device_get(sums)).T
         nll = float((values * weights).sum() / weights.sum())
         return {SCORE: -nll, LOSS: nll}
 
@@ -711,7 +711,7 @@ def before_and_after(
     else:
         places = _places_of(genes, names)
     before = log_normalize(counts[:, places], total=total).toarray()
-    found = np.nan_to_num(pearson_per_gene(before, logs[:, places]), nan=0.0)
+    correlation = np.nan_to_num(pearson_per_gene(before, logs[:, places]), nan=0.0)
     nonzero = counts[:, places] > 0
     stored = sparse.csr_matrix(
         (np.ones(counts.nnz, bool), counts.indices, counts.indptr), counts.shape
@@ -728,7 +728,7 @@ def before_and_after(
                 "share_counted": np.asarray(nonzero.mean(axis=0)).ravel(),
                 "mean_before": np.asarray(counts[:, places].mean(axis=0)).ravel(),
                 "mean_after": after[:, places].mean(axis=0),
-                "pearson": found,
+                "pearson": correlation,
             },
             index=pd.Index([names[place] for place in places], dtype=object),
         ),
@@ -784,8 +784,8 @@ def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
 
 def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Return int: positions of genes among the denoised ones."""
-    found = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
-    missing = [str(gene) for gene, place in zip(genes, found, strict=True) if place < 0]
+    positions = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
+    missing = [str(gene) for gene, place in zip(genes, positions, strict=True) if place < 0]
     if missing:
         msg = explain(
             f"gene '{missing[0]}' was not denoised",
@@ -793,4 +793,4 @@ def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
             nearest(missing[0], symbols_of(names), "Check the name"),
         )
         raise InputError(msg)
-    return found
+    return positions

@@ -296,7 +296,7 @@ def _embed_samples(
     embedded = 0
     for sample in left:
         if cells[sample]:
-            found = embed_context(
+            embedding = embed_context(
                 SampleRows(corpus, sample, mapping),
                 model,
                 np.arange(cells[sample]),
@@ -304,7 +304,7 @@ def _embed_samples(
                 waiting,
                 lambda text, n=embedded: progress.update(n, text),
             )
-            rows[int(first[sample]) : int(first[sample + 1])].write(found).result()
+            rows[int(first[sample]) : int(first[sample + 1])].write(embedding).result()
         # Mark samples only after writing: a process that ends in between embeds the sample again.
         done[sample].write(1).result()
         embedded += cells[sample]

@@ -598,16 +598,16 @@ class Estimator(abc.ABC):
         if has_item(where, "estimator"):
             arrays = restore_item(where, item="estimator", step=model.step)[0]
         try:
-            found = cls(None, genes=content["genes"], quiet=quiet, **content["training"])
-            found.model = model
-            found.reading = Reading(**content["reading"])
-            found.batch_rows = dict(content["batch_rows"])
-            found.history, found.facts = list(content["history"]), dict(content["facts"])
-            found.messages = list(content["messages"])
-            found._restore(content["state"], arrays)
+            estimator = cls(None, genes=content["genes"], quiet=quiet, **content["training"])
+            estimator.model = model
+            estimator.reading = Reading(**content["reading"])
+            estimator.batch_rows = dict(content["batch_rows"])
+            estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
+            estimator.messages = list(content["messages"])
+            estimator._restore(content["state"], arrays)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
-        return found
+        return estimator
 
 
 def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:

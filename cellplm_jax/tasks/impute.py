@@ -428,8 +428,8 @@ class GeneImputer(Estimator):
         for layout in judged:
             batch = layout.example.batch
             batch = batch.replace(batch=jnp.full_like(batch.batch, row))
-            found = decode(params, layout.example.replace(batch=batch))
-            outputs.append(jax.device_get(found))
+            means = decode(params, layout.example.replace(batch=batch))
+            outputs.append(jax.device_get(means))
         mean = gather(judged, outputs, len(source))[valid].astype(np.float64)
         panel = mean[:, np.isin(source.genes, self.panel)].sum(axis=1, keepdims=True)
         return mean[:, self._columns] * (1e4 / np.maximum(panel, 1e-12))
@@ -906,15 +906,15 @@ class GeneImputer(Estimator):
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}
-        found = np.array([where.get(int(gene), -1) for gene in column], int)
-        if len(found) != getattr(adata, "n_vars", -1) or (found < 0).all():
+        positions = np.array([where.get(int(gene), -1) for gene in column], int)
+        if len(positions) != getattr(adata, "n_vars", -1) or (positions < 0).all():
             msg = explain(
                 f"layer_added='{layer_added}', and no gene of var ({key}) is imputed",
                 "an AnnData with (empty) columns for imputed genes",
                 "Omit layer_added and use the table that predict returns",
             )
             raise InputError(msg)
-        return found
+        return positions
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -1022,8 +1022,12 @@ def _pooled(
 
 def _mean_pearson(truth: np.ndarray, values: np.ndarray) -> float:
     """Return the mean over the genes with a defined correlation; NaN if there are none."""
-    found = pearson_per_gene(truth, values)
-    return float(found[np.isfinite(found)].mean()) if np.isfinite(found).any() else float("nan")
+    correlation = pearson_per_gene(truth, values)
+    return (
+        float(correlation[np.isfinite(correlation)].mean())
+        if np.isfinite(correlation).any()
+        else float("nan")
+    )
 
 
 def _panel_totals(table: CellTable, shown: np.ndarray, cells: np.ndarray) -> np.ndarray:
@@ -1124,8 +1128,8 @@ def imputation_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
     def loss(params, example, key):
         output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
         truth = kept.replace(**example.targets)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, truth, objective)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, truth, objective)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         return terms["reconstruction"] + latent["latent"], {
             "reconstruction": terms["reconstruction"],
@@ -1157,8 +1161,8 @@ def _validation(config: ModelConfig, judged: list[Layout]) -> Any:
         return average_over(nll, truth.cell_mask), truth.cell_mask.sum().astype(jnp.float32)
 
     def validate(params: Any) -> dict[str, float]:
-        found = [judge(params, layout.example) for layout in judged]
-        values, weights = np.array(jax.device_get(found)).T
+        sums = [judge(params, layout.example) for layout in judged]
+        values, weights = np.array(jax.device_get(sums)).T
         nll = float((values * weights).sum() / weights.sum())
         return {SCORE: -nll, LOSS: nll}
 

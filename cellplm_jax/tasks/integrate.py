@@ -339,8 +339,8 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
     def loss(params, example, key):
         batch = example.batch.replace(batch=example.targets["row"])
         output, kept, gene_mask = corrupted_forward(params, batch, key, config, masking)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         mixing = batch_mixing_loss(
             output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches

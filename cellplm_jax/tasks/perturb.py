@@ -359,9 +359,9 @@ class PerturbationPredictor(Estimator):
         groups = np.full(len(table), EVERYTHING, object)
         usable = there.copy()
         if covariate_key is not None:
-            found = labels_of(table.obs, covariate_key)
-            usable &= np.array([name is not None for name in found], bool)
-            groups = np.where(usable, found, "")
+            covariates = labels_of(table.obs, covariate_key)
+            usable &= np.array([name is not None for name in covariates], bool)
+            groups = np.where(usable, covariates, "")
         named = np.array([control if n == control else _canonical(n) for n in raw], object)
         named[~there] = ""
         for group in dict.fromkeys(groups[usable]):
@@ -459,19 +459,19 @@ class PerturbationPredictor(Estimator):
         """Return float32 [condition] of a perturbation: features of its genes, its conditions, number of targets."""
         features = self._arrays["features"]
         size = features.shape[1]
-        found = np.zeros(size + len(self.conditions) + 1, np.float32)
+        encoded = np.zeros(size + len(self.conditions) + 1, np.float32)
         for part in _parts(name):
             if part in self.conditions:
-                found[size + self.conditions.index(part)] += 1.0
+                encoded[size + self.conditions.index(part)] += 1.0
             else:
                 column = map_genes([part], self._vocabulary, minimum=0).column[0]
                 if column >= 0:
-                    found[:size] += features[column]
+                    encoded[:size] += features[column]
                 elif not is_human_gene(part):
                     raise InputError(self._no_gene(part))
                 # Otherwise a gene without features: its prediction is the mean change.
-            found[-1] += 1.0
-        return found
+            encoded[-1] += 1.0
+        return encoded
 
     def _configuration(self, genes: int, condition: int) -> ModelConfig:
         """Return the architecture with a linear perturbation head."""
@@ -828,14 +828,14 @@ class PerturbationPredictor(Estimator):
             for group in dict.fromkeys(changes.groups)
         }
         latent = np.stack([mean_of[group] for group in changes.groups])
-        found = self._change(list(changes.names), latent, list(changes.groups))
+        predicted = self._change(list(changes.names), latent, list(changes.groups))
         seen = dict(zip(self._residual_names, self._arrays["seen_change"], strict=True))
         usual = [
             seen.get(name, self._arrays["mean_change"] * len(_parts(name)))
             for name in changes.names
         ]
         truth = changes.values
-        scores = mean_scores(change_scores(truth, found))
+        scores = mean_scores(change_scores(truth, predicted))
         for name, other in (
             ("mean_change", np.stack(usual)),
             ("no_change", no_change(*truth.shape)),
@@ -947,14 +947,14 @@ class _Ridge:
 
     def errors(self, units: np.ndarray, by_condition: float, by_latent: float) -> np.ndarray:
         """Return float64 [units]: the mean squared error of each unit's changes, predicted without its rows."""
-        found = []
+        squared = []
         for unit in dict.fromkeys(units):
             out = units == unit
             mean, conditions, latents = self.solve(np.flatnonzero(~out), by_condition, by_latent)
             change = self.number[out][:, None] * mean
             change = change + self.condition[out] @ conditions + self.latent[out] @ latents
-            found.append(np.square(change - self.changes.values[out]).mean())
-        return np.array(found)
+            squared.append(np.square(change - self.changes.values[out]).mean())
+        return np.array(squared)
 
     def choose(self) -> tuple[tuple[float, float], dict[str, float]]:
         """Return the strengths of condition and latent, and the errors with and without them.

@@ -690,11 +690,11 @@ def _vocabulary(
             for name, path in files.items()
         }
         sizes = {name: fact.cells for name, fact in facts.items()}
-        found = _run_stage(run, "counting genes", _count_file, tasks, sizes, "cells", quiet)
+        counted = _run_stage(run, "counting genes", _count_file, tasks, sizes, "cells", quiet)
         genes = choose_genes(
             _human_genes(),
-            [expressed for expressed, _ in found.values()],
-            [measured for _, measured in found.values()],
+            [expressed for expressed, _ in counted.values()],
+            [measured for _, measured in counted.values()],
             [facts[name].cells for name in files],
             mode=wanted["mode"],
             minimum_cells=wanted["minimum_cells"],
@@ -936,8 +936,8 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
         notes.append(f"No column '{keys.dataset}' in obs: the data set is called '{name}'.")
     codes, names = np.zeros(source.cells, np.int64), [name]
     if keys.sample is not None and keys.sample in columns:
-        codes, found = pd.factorize(source.column(keys.sample))
-        names = [str(value) for value in found]
+        codes, values = pd.factorize(source.column(keys.sample))
+        names = [str(value) for value in values]
     elif keys.sample is not None:
         notes.append(f"No column '{keys.sample}' in obs: the file is one sample.")
     platforms = None

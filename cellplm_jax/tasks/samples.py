@@ -355,10 +355,10 @@ class SampleClassifier(Estimator):
                     pooled[~out], codes[~out], penalty, classes=len(self.labels)
                 )
                 logits[out] = pooled[out] @ kernel + bias
-        found = logits.argmax(axis=1)
+        predicted = logits.argmax(axis=1)
         return {
-            "accuracy": float((found == codes).mean()),
-            "macro_f1": macro_f1(confusion_counts(codes, found, len(self.labels))),
+            "accuracy": float((predicted == codes).mean()),
+            "macro_f1": macro_f1(confusion_counts(codes, predicted, len(self.labels))),
             "cross_entropy": float(_cross_entropies(logits, codes).mean()),
             "most_frequent_accuracy": float(np.bincount(codes).max() / len(codes)),
             "samples": len(codes),
@@ -419,8 +419,8 @@ def logistic_regression(
         gradient[:-1] += penalty * weights[:-1] / shape[0]
         return float(value), gradient.ravel()
 
-    found: Any = minimize(objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B")
-    weights = found.x.reshape(shape)
+    optimum: Any = minimize(objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B")
+    weights = optimum.x.reshape(shape)
     kernel = weights[:-1] / spread[:, None] / np.sqrt(features.shape[1])
     return kernel, weights[-1] - centre @ kernel
 
@@ -458,9 +458,9 @@ def _folds(codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return int [samples], the fold of each: samples in random order, class by class, assigned round-robin."""
     order = np.random.default_rng(seed).permutation(len(codes))
     order = order[np.argsort(codes[order], kind="stable")]
-    found = np.empty(len(codes), int)
-    found[order] = np.arange(len(codes)) % folds
-    return found
+    fold = np.empty(len(codes), int)
+    fold[order] = np.arange(len(codes)) % folds
+    return fold
 
 
 def _pool(z: np.ndarray, samples: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -473,7 +473,7 @@ def _labels_of_samples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return names of samples in order of first appearance, and their labels (None: none)."""
     names = list(dict.fromkeys(samples))
-    found = []
+    own_labels = []
     for name in names:
         own = sorted({label for label in labels[samples == name] if label is not None})
         if len(own) > 1:
@@ -483,9 +483,9 @@ def _labels_of_samples(
                 "Correct the column, or name another sample_key",
             )
             raise InputError(msg)
-        found.append(own[0] if own else None)
+        own_labels.append(own[0] if own else None)
     result = np.empty(len(names), object)
-    result[:] = found
+    result[:] = own_labels
     return np.array(names, object), result
 
 

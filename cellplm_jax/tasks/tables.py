@@ -72,10 +72,10 @@ def read_names(text: str, *, separator: str | None = ",") -> list[str]:
     path = Path(text)
     if path.is_file():
         try:
-            found = path.read_text(encoding="utf-8").splitlines()
+            names = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             msg = explain(f"'{text}' cannot be read ({error})", "a text file", "Check the file")
             raise InputError(msg) from error
     else:
-        found = [text] if separator is None else text.split(separator)
-    return [name.strip() for name in found if name.strip()]
+        names = [text] if separator is None else text.split(separator)
+    return [name.strip() for name in names if name.strip()]

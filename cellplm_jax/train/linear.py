@@ -82,16 +82,16 @@ def fit_linear_classifier(
         )
         return value / total, gradient / total
 
-    found: Any = minimize(
+    optimum: Any = minimize(
         objective,
         np.zeros((width + 1) * classes),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-7},
     )
-    kernel = found.x[: width * classes].reshape(width, classes)
+    kernel = optimum.x[: width * classes].reshape(width, classes)
     return LinearClassifier(
-        kernel.astype(np.float32), found.x[width * classes :].astype(np.float32)
+        kernel.astype(np.float32), optimum.x[width * classes :].astype(np.float32)
     )
 
 
@@ -129,14 +129,14 @@ def pool_log_probabilities(
         value += 0.5 * prior_cells * np.sum((pool - centre) ** 2)
         return float(value), expected - actual + prior_cells * (pool - centre)
 
-    found: Any = minimize(
+    optimum: Any = minimize(
         objective,
         centre,
         jac=True,
         method="L-BFGS-B",
         bounds=[(0.0, None)] * number,
     )
-    return found.x
+    return optimum.x
 
 
 @dataclass(frozen=True, eq=False)
