@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
 def _messages(messages: Sequence[str]) -> list[Section]:
     """Return the messages of the work."""
     said = [message for message in messages if message != "Initialised parameters: none."]
-    return [Text("\n\n".join(said), heading="Remarks")] if said else []
+    return [Text("\n\n".join(said), heading="Messages")] if said else []
 
 
 def _scores(scores: Mapping[str, float], caption: str, heading: str = "Scores") -> Table:

@@ -227,7 +227,7 @@ def test_what_cannot_be_predicted(tiny_model, fitted):
         fitted.predict(adata)
     assert "cellplm_denoised" not in adata.layers
     masked, whole = hidden_pair(20)
-    with pytest.raises(InputError, match="no count is zero in adata and not in truth"):
+    with pytest.raises(InputError, match="no count is zero in adata and non-zero in truth"):
         fitted.score(whole, truth=whole)
     with pytest.raises(InputError, match="truth has 5 cells and adata 20"):
         fitted.score(masked, truth=whole[:5].copy())

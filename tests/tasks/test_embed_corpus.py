@@ -196,7 +196,7 @@ def test_what_is_no_such_store_is_refused(place, tiny_model, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("x")
     for name in ("file", "cells.zarr", "folder"):
-        with pytest.raises(InputError, match="holds something else"):
+        with pytest.raises(InputError, match="contains other data"):
             embed_corpus(place / "corpus", tiny_model, tmp_path / name, quiet=True)
     with pytest.raises(InputError, match="does not exist"):
         embed_corpus(place / "corpus", tiny_model, tmp_path / "no" / "x.zarr", quiet=True)
@@ -283,5 +283,5 @@ def test_command(command, place, whole, tiny_run, tmp_path):
     ):
         status, _, err = command(*common, *option)
         assert status == 2
-        assert f"{option[0]} was given to embed with a corpus" in err
+        assert f"embed with a corpus does not support {option[0]}" in err
         assert len(err.splitlines()) == 1
