@@ -215,7 +215,11 @@ def test_imputation(imputer, tmp_path):
     cells.obsm["cellplm_imputed"] = values
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.imputed(tmp_path / "out.h5ad", estimator, {})
-    assert headings(page) == ["Imputed genes", "Confidence and correlation in these cells", "In the tissue"]
+    assert headings(page) == [
+        "Imputed genes",
+        "Confidence and correlation in these cells",
+        "In the tissue",
+    ]
     assert table(page, "Imputed genes").columns[2] == "correlation here"
     assert sum(isinstance(section, Figure) for section in page.sections) == 4
     assert "are measured in this file" in rendered(page)

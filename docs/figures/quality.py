@@ -66,7 +66,7 @@ PANELS = (
 
 
 def figure(plt, theme):
-    """Draw one panel per score, one line per data set, one marker per method; bars are standard deviations over seeds."""
+    """Draw one panel per score, one line per data set, one marker per method; error bars are over seeds."""
     scores = json.loads(SCORES.read_text(encoding="utf-8"))
     heights = [len(panel[-1]) + 0.9 for panel in PANELS]
     drawn, axes = plt.subplots(

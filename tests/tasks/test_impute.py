@@ -164,7 +164,10 @@ def test_batches_with_more_genes_serve_as_the_reference(tiny_model):
     adata.X = sparse.csr_matrix(counts)
     found = imputer(tiny_model, epochs=1).fit(adata, batch_key="batch")
     assert found.imputed == MISSING[:12]
-    assert "No reference: 1 batches with all genes are the reference for 1 with fewer." in found.messages
+    assert (
+        "No reference: 1 batches with all genes are the reference for 1 with fewer."
+        in found.messages
+    )
     assert found.facts["reference_cells"] == 30
     target = adata[adata.obs["batch"] == "b1"].copy()
     assert found.predict(target).shape == (30, 12)

@@ -163,7 +163,9 @@ def test_refuses_other_genes_options_and_labels(tiny_model, fitted):
     adata.var_names = [f"row {n}" for n in range(40)]
     with pytest.raises(InputError, match="0 of the model's 40 genes"):
         SampleClassifier(tiny_model, quiet=True).fit(adata, **KEYS)
-    with pytest.raises(InputError, match="does not support epochs; expected no training option except seed"):
+    with pytest.raises(
+        InputError, match="does not support epochs; expected no training option except seed"
+    ):
         SampleClassifier(tiny_model, epochs=3)
     with pytest.raises(InputError, match="has not been fitted"):
         SampleClassifier(tiny_model).predict(adata)
