@@ -310,8 +310,7 @@ def flow_weights(
     """Return the explicit weights of :func:`flow_attention` for selected cells.
 
     Exact: ``flow_attention(...)[:, rows]`` is the product of these weights and the values. They are positive; because
-        of
-    allocation and competition, rows do not sum to 1.
+    of allocation and competition, rows do not sum to 1.
 
     Args:
         query: See :func:`flow_attention`.

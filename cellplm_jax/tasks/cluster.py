@@ -49,8 +49,7 @@ def cluster(
     """Cluster cells with Leiden on the neighbour graph of an embedding, in place.
 
     Leiden: Traag et al., Scientific Reports 2019. If ``obsm[use_rep]`` is missing and a model is given, cells are
-        embedded
-    first. Clustering does not use labels.
+    embedded first. Clustering does not use labels.
 
     Writes:
         ``obs[key_added]``: categorical, clusters named "0", "1", ..., largest first.

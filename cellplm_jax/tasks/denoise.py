@@ -198,19 +198,19 @@ class Denoiser(Estimator):
 
         Writes:
             ``layers[key_added]``: dense float32 [n_obs, n_vars], expected counts, which sum to the
-                measured total per cell (over the shared genes of data and model). NaN for genes outside the vocabulary.
+            measured total per cell (over the shared genes of data and model). NaN for genes outside the vocabulary.
             ``layers[key_added + "_log1p"]``: with ``log_normalized``, log1p of the expected counts scaled to
-                10,000 per cell.
+            10,000 per cell.
             ``uns["cellplm_denoising"]``: model, genes, contexts, number of denoised genes.
 
-            Args:
-                adata: The cells. Keys default to those of ``fit``. New batches are decoded with
-                    the mean of all rows.
-                log_normalized: Also write the second layer.
-                detected: Predict the count conditional on being non-zero: ``mean / (1 - p(0))``, at least 1. Use it for
-                    counts known to be dropouts. Totals are then larger than the measured ones,
-                    and the log-normalised layer is the mean of the logarithms, which is below the logarithm of the
-                    mean.
+        Args:
+            adata: The cells. Keys default to those of ``fit``. New batches are decoded with
+                the mean of all rows.
+            log_normalized: Also write the second layer.
+            detected: Predict the count conditional on being non-zero: ``mean / (1 - p(0))``, at least 1. Use it for
+                counts known to be dropouts. Totals are then larger than the measured ones,
+                and the log-normalised layer is the mean of the logarithms, which is below the logarithm of the
+                mean.
             key_added: Name of the layer.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.

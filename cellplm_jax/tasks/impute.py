@@ -561,7 +561,7 @@ class GeneImputer(Estimator):
 
         Writes:
             ``layers[layer_added]``, if requested: dense float32 [n_obs, n_vars], the prediction in the columns of
-                ``var`` that are imputed genes, NaN in the others; ``uns["cellplm_imputation"]``.
+            ``var`` that are imputed genes, NaN in the others; ``uns["cellplm_imputation"]``.
 
         Args:
             adata: The cells. Keys default to those of ``fit``. Only the panel genes are used: measured
@@ -579,9 +579,9 @@ class GeneImputer(Estimator):
         Returns:
             float32 [cells, genes], rows named as the cells: expected counts, on the scale of the cell's own counts.
 
-            Raises:
-                InputError: The estimator is not fitted, requested genes are not imputed, or the counts, genes
-                    or keys cannot be used.
+        Raises:
+            InputError: The estimator is not fitted, requested genes are not imputed, or the counts, genes
+                or keys cannot be used.
         """
         reading = self.reading.changed(
             batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,

@@ -795,8 +795,8 @@ class PerturbationPredictor(Estimator):
             the prefix ``mean_change_``: for predicting the mean change of the training perturbations (of a seen
             perturbation: its own); with ``no_change_``: for predicting control expression.
 
-            Raises:
-                InputError: As in :meth:`fit`, or there is nothing to score.
+        Raises:
+            InputError: As in :meth:`fit`, or there is nothing to score.
         """
         model = self._fitted()
         reading = self.reading.changed(

@@ -176,8 +176,8 @@ class SampleClassifier(Estimator):
         Writes:
             ``obs["cellplm_sample_label"]``: categorical, the label of the cell's sample.
             ``obs["cellplm_contribution"]``: float32, contribution of the cell to that label (may be negative):
-                its term of the label's logit, relative to the average training sample and to the other labels. The
-                prediction uses the mean over a sample's cells.
+            its term of the label's logit, relative to the average training sample and to the other labels. The
+            prediction uses the mean over a sample's cells.
             ``uns["cellplm_samples"]``: labels, model, contexts, genes matched.
 
         Args:
