@@ -189,7 +189,7 @@ def test_class_weights(tiny_model):
     found.class_weights = {"beta": 3.0}
     np.testing.assert_array_equal(found._weights(np.array([0, 1, 2])), [1.0, 3.0, 1.0])
     found.class_weights = {"delta": 1.0}
-    with pytest.raises(InputError, match=r"class_weights with a label that is not there .'delta'"):
+    with pytest.raises(InputError, match=r"class_weights with an unknown label .'delta'"):
         found._weights(np.array([0, 1, 2]))
 
 

@@ -62,7 +62,7 @@ def test_softmax_rows_sum_to_one(tiny_model):
     [
         (["cell7", "nobody"], "1 of the selected cells are not in obs_names, such as 'nobody'"),
         ([3, 20], "there is no cell 20; expected numbers from 0 to 19"),
-        ([], "no cells were chosen; expected at least one"),
+        ([], "no cells were selected; expected at least one"),
         (np.ones(3, bool), "a mask of 3 entries for 20 cells"),
     ],
 )

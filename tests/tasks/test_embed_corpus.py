@@ -181,7 +181,7 @@ def test_other_work_is_refused(place, whole, tiny_model, tmp_path):
     less = tmp_path / "less"
     files = [place / "blood.h5ad"]
     prepare(files, less, sample_key="batch", genes=VOCABULARY, workers=0, quiet=True)
-    with pytest.raises(InputError, match=r"an embedding of the corpus .*Name another output"):
+    with pytest.raises(InputError, match=r"an embedding of the corpus .*Choose another output"):
         embed_corpus(less, tiny_model, whole, quiet=True)
     np.testing.assert_array_equal(rows(whole), before)
     apart = Pretrained(tiny_model.config, tiny_model.params, [f"ENSG9{n:010d}" for n in range(40)])

@@ -164,7 +164,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     notes = " ".join(summary["parts"][0]["notes"])
     assert "1 counts above 65,535" in notes
     assert "3 cells without counts were omitted" in notes
-    assert "1 samples without counts left out: empty" in notes
+    assert "1 samples without counts were omitted: empty" in notes
     corpus = open_corpus(tmp_path / "c")
     assert [(s.name, s.cells) for s in corpus.samples] == [("a", 4), ("b", 5)]
     assert corpus.read(1, 0, 5).count.max() == 65_535
@@ -461,7 +461,7 @@ def test_inputs(files, tmp_path):
     (tmp_path / "empty").mkdir()
     for given, match in (
         ([folder / "none.h5ad"], "does not exist"),
-        ([tmp_path / "empty"], r"holds no \.h5ad file"),
+        ([tmp_path / "empty"], r"contains no \.h5ad file"),
         ([], "no input files"),
         ([folder, folder / "blood.h5ad"], "have the same name"),
     ):
