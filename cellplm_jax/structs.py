@@ -1,7 +1,7 @@
 """Batches of cells and model outputs.
 
 Axis words, used in every docstring of the package: ``samples`` (rows of a batch: one context each, normally one tissue
-sample), ``cells`` (tokens of a row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
+sample), ``cells`` (tokens per row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
 ``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
 
 A row is stored in ``pieces``, one unless rows are sharded: piece ``p`` of a row contains the cells
@@ -39,8 +39,8 @@ class CellBatch(struct.PyTreeNode):
         dataset: int32 [samples, cells] or None. Row of the dataset embedding; negative: unknown.
         platform: int32 [samples, cells] or None. Row of the platform embedding; negative: unknown.
         slot: int32 [samples, (pieces,) source_cells] or None. Position of each cell of ``indptr`` in its piece after
-            cells were dropped; an index past the end drops the cell. None: cell i has position i. Processing a batch
-            in chunks requires that kept cells stay in order.
+            cells were dropped; an index past the end drops the cell. None: cell i has position i. Chunked processing
+            of batches requires that kept cells stay in order.
     """
 
     indptr: jax.Array

@@ -80,7 +80,7 @@ def add_prepare(commands: Any) -> None:
         "--dataset-key", metavar="K", help="column of obs with the data set (the file's name)"
     )
     parser.add_argument(
-        "--platform-key", metavar="K", help="column of obs with the platform of a sample"
+        "--platform-key", metavar="K", help="column of obs with the platform of each sample"
     )
     add_counts(parser)
     parser.add_argument(

@@ -311,7 +311,7 @@ def add_perturb(commands: Any) -> None:
         "--perturbation",
         action="append",
         metavar="NAME|FILE",
-        help="a gene, a combination A+B, a condition, or a file with one per line; repeatable (all fitted ones)",
+        help="gene, combination A+B, condition, or a file with one per line; repeatable (all fitted ones)",
     )
     predict.add_argument(
         "--group", metavar="NAME", help="control cells of one group of --covariate-key (all)"

@@ -77,7 +77,7 @@ SCORES = {
     "nmi": ("NMI", "mutual information of clusters and types; 1: complete, 0: none"),
     "knn_accuracy": ("kNN accuracy", "fraction of cells whose nearest cells are mostly of the same type"),
     "label_silhouette": ("silhouette of types", "1: types are far from each other, 0: they touch, below: mixed"),
-    "ilisi": ("iLISI", "batches around a cell; 1: evenly mixed, 0: one only"),
+    "ilisi": ("iLISI", "batches around each cell; 1: evenly mixed, 0: one only"),
     "kbet": ("kBET", "fraction of cells around which batches are mixed as overall"),
     "kbet_per_label": ("kBET within types", "the same among the cells of each type, mean of the types"),
     "batch_silhouette": ("overlap of batches", "within types; 1: complete overlap, 0: separated"),
@@ -706,7 +706,7 @@ def denoised(
     which = (
         "The selected genes"
         if genes
-        else "Genes whose expected counts vary most between cells; the second is high where the first is low"
+        else "Genes whose expected counts vary most between cells; the second is high if the first is low"
     )
     return Page(
         f"Denoised counts of {Path(path).name}",

@@ -385,7 +385,7 @@ def map_genes(
 
     Raises:
         InputError: Fewer than ``minimum`` genes match, most names belong to another species than human and mouse, or
-            the vocabulary repeats a gene.
+            a gene is repeated in the vocabulary.
     """
     names = [str(name).strip() for name in names]
     index = _indexed(tuple(vocabulary))

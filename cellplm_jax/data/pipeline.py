@@ -337,7 +337,7 @@ def window_sizes(cells: int, largest: int) -> list[int]:
     """Return the sizes of the windows of a sample with ``cells`` cells and windows of up to ``largest`` cells.
 
     All windows except the last are full. If the last has less than a quarter of a window, the one before gives some of
-    its cells. Full windows waste no space, and the remainder is small enough to share a row.
+    its cells. Full windows waste no space, and the remainder is small enough to share one row.
     """
     if cells <= largest:
         return [cells]
@@ -543,7 +543,7 @@ def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
 
 @dataclass(frozen=True)
 class Segment:
-    """Cells of a sample in a row, which attend to each other.
+    """Cells of one sample in a packed row, which attend to each other.
 
     Attributes:
         sample: Number of the sample in the store.
@@ -628,7 +628,7 @@ class _Eigenvectors:
 
 
 class _Rows:
-    """Writes rows into the arrays of a batch.
+    """Writes rows into batch arrays.
 
     Args:
         store: The data.
@@ -762,7 +762,7 @@ class TrainingBatches:
 
     Attributes:
         rows_per_epoch: Number of packed rows that contain every cell of the ranges once.
-        nonzeros: Length of the nonzero axis: maximum number of stored counts per piece of a row.
+        nonzeros: Length of the nonzero axis: maximum number of stored counts per piece.
         padding: Fraction of the cell axis that is padding, over an epoch.
         steps_per_epoch: Steps per epoch, rounded up.
 
@@ -791,7 +791,7 @@ class TrainingBatches:
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def describe(self, step: int) -> list[RowContents]:
-        """Return the contents of the rows of a batch; rows of accumulated batches are concatenated.
+        """Return the contents of the rows of one batch; rows of accumulated batches are concatenated.
 
         Args:
             step: Number of the batch, from 0.

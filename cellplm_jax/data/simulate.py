@@ -80,9 +80,9 @@ def simulate_tissue(
     Simulation steps:
 
     1. *Space.* Each batch is one section of the same tissue: cells on a jittered lattice of 15 micrometre spacing
-       within a rounded outline, with the origin of the coordinates at the corner of its own section. A Voronoi
+       within a rounded outline, with the origin of the coordinates at the corner of its section. A Voronoi
        partition bent by smooth waves cuts the tissue into domains; the sections share it, as serial sections do.
-    2. *Cell types.* Half of each domain's mixture consists of its own types, the rest is drawn from a flat Dirichlet
+    2. *Cell types.* Half of each domain's mixture consists of its home types, the rest is drawn from a flat Dirichlet
        distribution. Types are then drawn cell by cell.
     3. *Expression.* Genes have log-normal baselines (sd 1 on the log scale), types vary around them (sd .2), and
        marker genes are raised in their own type by a log-normal factor around ``marker_fold``.
@@ -330,7 +330,7 @@ def _check(arguments: dict[str, Any]) -> None:
         if name == "markers_per_type" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < low:
-            refuse(name, f"a whole number of at least {low}", f"Pass an int, {name}={max(low, 1)}")
+            refuse(name, f"an integer of at least {low}", f"Pass an int, {name}={max(low, 1)}")
         arguments[name] = int(value)
     ranges = {
         "library_size": (0.0, np.inf, False, 2000.0),
@@ -411,7 +411,7 @@ def _in_fixed_order(identifiers: Iterable[str]) -> list[str]:
 
 
 def _split_evenly(cells: int, batches: int) -> np.ndarray:
-    """Return batch sizes that differ by at most one, larger ones first."""
+    """Return batch sizes that differ by 0 or 1, larger ones first."""
     return cells // batches + (np.arange(batches) < cells % batches)
 
 

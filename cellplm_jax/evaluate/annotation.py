@@ -58,7 +58,7 @@ def _probabilities(values: Any, truth: np.ndarray, classes: Sequence[str]) -> np
     sound = np.isfinite(array).all() and array.min() >= -1e-6
     if not sound or np.abs(array.sum(axis=1) - 1.0).max() > 1e-3:
         msg = explain(
-            "probabilities that are negative, not finite or do not sum to 1 in a row",
+            "probabilities that are negative, not finite or do not sum to 1 per row",
             "a distribution over the classes for every cell",
             "Pass probabilities, not logits",
         )

@@ -150,7 +150,7 @@ def masked_correlation(
 ) -> dict[str, float]:
     """Correlate predicted with true counts on held-out entries, after log1p, in two ways.
 
-    With ``t = log1p(truth)`` and ``p = log1p(prediction)`` on the entries where the mask is True (zeros of the counts
+    With ``t = log1p(truth)`` and ``p = log1p(prediction)`` on the masked entries (zeros of the counts
     included, if the mask includes them):
 
     - **pooled**: one Pearson correlation over all masked entries of all genes. Most of it is the difference

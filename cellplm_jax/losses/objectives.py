@@ -380,7 +380,7 @@ def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> N
 
 
 def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:
-    """Return the KL warm-up factor at a step, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
+    """Return the KL warm-up factor at ``step``, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
 
     The released VAE counts calls in an attribute that its checkpoints lose (``CellPLM/latent/autoencoders.py:79``);
     here it is a function of the training step.
@@ -453,7 +453,7 @@ def latent_loss(
 def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float) -> jax.Array:
     """Return the elastic cell similarity loss: mean of ``1 - (max(cos, 0) - threshold)^2`` over pairs of cells.
 
-    Pairs within a sample, with cosine 0 on the diagonal as in ``CellPLM/latent/contrastive.py``.
+    Pairs within one sample, with cosine 0 on the diagonal as in ``CellPLM/latent/contrastive.py``.
 
     Args:
         z: float [samples, cells, latent].

@@ -20,7 +20,7 @@ from cellplm_jax.model.layers import Dropout, dense
 from cellplm_jax.products import batched_product
 
 FLOW_EPSILON = 1e-6
-# Cells per tile of packed attention: large enough for a matrix unit, small compared with a row.
+# Cells per tile of packed attention: large enough for a matrix unit, small compared with the row.
 TILE = 128
 
 
@@ -67,7 +67,7 @@ scaled.defvjp(
 
 
 class CellGroups(struct.PyTreeNode):
-    """Attention groups of a row, and the sums over them used by linear attention.
+    """Attention groups of each row, and the sums over them used by linear attention.
 
     With one sample per row every sum is a plain sum over the cells. With several, sums of vectors are products with a
     one-hot matrix, and sums of outer products are computed tile by tile: the cells of each piece are sorted by segment,

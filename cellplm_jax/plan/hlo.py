@@ -443,7 +443,7 @@ class _Reader:
         return entry.shapes if entry is not None else ()
 
     def visit(self, name: str, place: _Place) -> None:
-        """Add a computation that runs in a context."""
+        """Add a computation that runs in the given context."""
         computation = self.program.computations.get(name, {})
         for entry in computation.values():
             self.arithmetic(computation, entry, place)

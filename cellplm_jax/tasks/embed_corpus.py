@@ -2,7 +2,7 @@
 
 The store is AnnData-encoded zarr v3 from the beginning; rows of unfinished samples are NaN. Processes
 never wait for each other: each embeds the samples assigned by :func:`deal`, writes their rows, then marks them. Two
-samples may share a chunk; TensorStore writes partial chunks with a conditional read-modify-write (a file system lock,
+samples may share one chunk; TensorStore writes partial chunks with a conditional read-modify-write (a file system lock,
 or a generation at gs://) and retries on conflicts.
 
 The marks are an array in ``uns``, because AnnData rejects stores with unknown members next to ``obs``, ``uns`` and the

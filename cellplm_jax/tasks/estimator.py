@@ -367,7 +367,7 @@ class Estimator(abc.ABC):
             data: The cells.
             reading: Options for reading.
             model: A model to use instead of the fitted one.
-            part: [cells], cells with different values never share a context; None: those of ``reading.split_key``.
+            part: [cells], cells with different values never share contexts; None: those of ``reading.split_key``.
 
         Returns:
             z float32 [cells, latent]; facts about the input and its contexts; messages about the input.

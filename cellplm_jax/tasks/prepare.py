@@ -70,7 +70,7 @@ class Keys:
     Attributes:
         sample: Column of ``obs`` with the tissue sample; a file without it is one sample.
         dataset: Column of ``obs`` with the data set, one value per file; without it the file name is used.
-        platform: Column of ``obs`` with the platform of a sample.
+        platform: Column of ``obs`` with the platform of each sample.
         spatial: Key of ``obsm`` with coordinates, used if present.
         label: Column of ``obs`` with labels of cells, for the embedding probe during training.
         layer: Layer with the counts; None: detected automatically.
@@ -723,7 +723,7 @@ def choose_genes(
         measured: bool [genes] per file.
         cells: Number of cells per file.
         mode: ``"union"`` or ``"intersection"`` of the measured genes.
-        minimum_cells: Minimum number of cells that express a gene, over all files.
+        minimum_cells: Minimum number of cells that express the gene, over all files.
         minimum_prevalence: Minimum fraction of expressing cells, over the files that measure the gene.
 
     Returns:

@@ -1,7 +1,7 @@
 """The pretraining loop, in the order of execution: data, work directory, state, then step, evaluate, probe, save.
 
 All processes of a run execute it in lockstep and see the same numbers; only the first one writes metrics, card and
-summary figure. Processes differ only in their rows of a batch.
+summary figure. Processes differ only in their rows of each batch.
 """
 
 from __future__ import annotations

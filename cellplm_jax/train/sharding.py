@@ -1,6 +1,6 @@
 """Mesh construction and sharding rules; the only module that uses meshes and partition specs.
 
-One mesh with three axes - ``data`` (rows of a batch), ``cells`` (the cells of a row too large for one device) and
+One mesh with three axes - ``data`` (rows per batch), ``cells`` (the cells of a row too large for one device) and
 ``genes`` (the vocabulary) - and one table, :data:`LOGICAL_AXES`, that maps each array axis to a mesh axis. The compiler
 derives the communication: flow attention only sums over the cell axis, and embedder and likelihood only sum over the
 gene axis, so devices communicate sums, never cells.
@@ -31,7 +31,7 @@ LOGICAL_AXES: tuple[tuple[str, str], ...] = (
     ("genes", "genes"),
 )
 
-# Axes of the fields of a batch. With several pieces, the CSR arrays have an axis of pieces, which is sharded like
+# Axes of the fields of batches. With several pieces, the CSR arrays have an axis of pieces, which is sharded like
 # cells; with several segments, ``measured`` has an axis of segments.
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
     "indptr": ("samples", "cells", None),
@@ -77,7 +77,7 @@ def make_mesh(
     Args:
         config: Devices along each axis; None: all along ``data``.
         devices: Devices to use; None: those of all processes.
-        rows: Rows of a batch. With ``data = 0`` and one process, devices that do not divide them are omitted.
+        rows: Rows per batch. With ``data = 0`` and one process, devices that do not divide them are omitted.
 
     Raises:
         ConfigError: The axes do not multiply to the number of devices.
