@@ -21,14 +21,16 @@ UNITS = "cell|gene|seed|sample|step|chunk|context|batch|class|row|device"
 IDIOMS = {
     "condition with 'where'": r"\bwhere (?:it|there|they|an?|the|no|that|all|several)\b",
     "rate with 'a'": rf"\ban? (?:{UNITS})(?=[,.;)]|$)",
-    "question as title": r"^\W*What (?:an?|is|the|it)\b",
+    "question as title": r"^\W*(?-i:What) (?:an?|is|the|it)\b",
     "'is there'": r"\b(?:is|are) there\b",
     "speaking code": r"\b(?:says|said|told|tells)\b",
     "'at most', 'so many'": r"\bat most\b|\bso many\b",
     "old adverb": r"\b(?:beside|apart|anew|likewise|of its own|by itself)\b",
     "'lies', 'whole'": r"\blies?\b|\bwhole\b",
 }
-PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in IDIOMS.values()), re.MULTILINE)
+PATTERN = re.compile(
+    "|".join(f"(?:{pattern})" for pattern in IDIOMS.values()), re.MULTILINE | re.IGNORECASE
+)
 GROUPS = {
     "package": ("cellplm_jax",),
     "documentation": ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "launch/README.md", "docs"),
