@@ -246,7 +246,7 @@ def test_perturb(command, tiny_run, tmp_path):
     assert {"1 seen", "1 unseen", "1 combination of seen"} <= set(
         printed.split("(")[1].split(")")[0].split(", ")
     )
-    assert "1 perturbation has a target never seen; the mean change" in err
+    assert "1 perturbation has a target not in the training data; the prediction is the mean change" in err
     table = pd.read_csv(out, sep="\t")
     assert table["perturbation"].unique().tolist() == [combination, VOCABULARY[0], VOCABULARY[7]]
     wanted = cellplm_jax.PerturbationPredictor.load(saved).predict([VOCABULARY[7]])
