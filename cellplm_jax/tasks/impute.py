@@ -567,7 +567,7 @@ class GeneImputer(Estimator):
             adata: The cells. Keys default to those of ``fit``. Only the panel genes are used: measured
                 values of imputed genes do not affect the prediction.
             genes: Subset of ``imputed``; None: all.
-            log_normalized: Return log1p of the counts, scaled so that the panel genes of each
+            log_normalized: Return values on the scale of log1p of the counts, scaled so that the panel genes of each
                 cell sum to 10,000, instead of counts.
             layer_added: Name of an additional layer to write.
             batch_key: See :meth:`fit`.
