@@ -1,6 +1,6 @@
-"""CellPLM in JAX: a language model of cells for single-cell and spatial transcriptomics.
+"""CellPLM in JAX: a cell language model for single-cell and spatial transcriptomics.
 
-Importing this package imports neither jax nor anndata; each name below is loaded when it is first used.
+Importing this package imports neither jax nor anndata; names are loaded on first use.
 """
 
 from __future__ import annotations

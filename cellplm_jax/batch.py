@@ -1,13 +1,13 @@
-"""Arrays that travel together: batches of cells in, model outputs out.
+"""Batches of cells and model outputs.
 
 Axis words, used in every docstring of the package: ``samples`` (rows of a batch: one context each, normally one tissue
-sample), ``cells`` (tokens of a row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
+sample), ``cells`` (tokens per row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
 ``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
 
-A row is laid out in ``pieces``, one unless rows are spread over devices: piece ``p`` of a row holds the cells
-``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR. Folded arrays set the pieces apart,
-[samples, pieces, cells / pieces, ...], or, with one piece, just [samples, cells, ...]. Folding costs nothing and lets
-each device handle its own cells alone.
+A row is stored in ``pieces``, one unless rows are sharded: piece ``p`` of a row contains the cells
+``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR arrays. Folded arrays have a separate axis of
+pieces, [samples, pieces, cells / pieces, ...], or, with one piece, just [samples, cells, ...]. Folding is free and lets
+each device process only its own cells.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from flax import struct
 
 
 class CellBatch(struct.PyTreeNode):
-    """A batch of padded rows of cells; counts travel as one flat CSR a piece and become dense on the device.
+    """A batch of padded rows of cells; counts are flat CSR arrays per piece and become dense on the device.
 
     Attributes:
-        indptr: int32 [samples, (pieces,) source_cells + 1]; the axis in brackets is there with several pieces. Start
-            of each cell's run in ``gene`` and ``count``; what lies behind the last entry is padding.
+        indptr: int32 [samples, (pieces,) source_cells + 1]; the axis in brackets exists with several pieces. Offset
+            of each cell in ``gene`` and ``count``; entries after the last offset are padding.
         gene: integer [samples, (pieces,) nonzeros]. Index into the gene vocabulary.
         count: number [samples, (pieces,) nonzeros]. Raw count.
-        cell_mask: bool [samples, cells]. True for cells, False for padding, which comes last in each piece.
-        segment: int32 [samples, cells] or None. Which of the samples packed into the row a cell belongs to; rising
-            within each piece, any value on padding. Cells attend only within their segment. None: one sample a row.
+        cell_mask: bool [samples, cells]. True for cells, False for padding, which is last in each piece.
+        segment: int32 [samples, cells] or None. Index of the cell's sample among those packed into the row; increasing
+            within each piece, undefined on padding. Cells attend only within their segment. None: one sample per row.
         coordinates: float32 [samples, cells, 2] or None. Scaled to [0, 1] per tissue sample.
-        has_coordinates: bool [samples, cells] or None. False takes the shared vector for dissociated cells.
+        has_coordinates: bool [samples, cells] or None. False uses the shared vector for dissociated cells.
         eigenvectors: float32 [samples, cells, eigenvectors] or None. For Laplacian positions.
         measured: bool [samples, genes], or [samples, segments, genes] with ``segment``, or None. Genes measured in the
             sample; None: all.
         batch: int32 [samples, cells] or None. Row of the batch embedding; negative: unknown (mean of the rows).
-        dataset: int32 [samples, cells] or None. Likewise for datasets.
-        platform: int32 [samples, cells] or None. Likewise for platforms.
-        slot: int32 [samples, (pieces,) source_cells] or None. Where each cell of ``indptr`` sits in its piece after
-            cells were dropped; an index past the end drops the cell. None: cell i sits at i. Working through a batch
-            chunk by chunk needs the cells that are kept in their old order.
+        dataset: int32 [samples, cells] or None. Row of the dataset embedding; negative: unknown.
+        platform: int32 [samples, cells] or None. Row of the platform embedding; negative: unknown.
+        slot: int32 [samples, (pieces,) source_cells] or None. Position of each cell of ``indptr`` in its piece after
+            cells were dropped; an index past the end drops the cell. None: cell i has position i. Chunked processing
+            of batches requires that kept cells stay in order.
     """
 
     indptr: jax.Array
@@ -59,30 +59,30 @@ class CellBatch(struct.PyTreeNode):
 
     @property
     def pieces(self) -> int:
-        """Pieces a row is laid out in."""
+        """Number of pieces per row."""
         return self.indptr.shape[1] if self.indptr.ndim == 3 else 1
 
     @property
     def segments(self) -> int:
-        """Samples a row may hold."""
+        """Maximum number of samples per row."""
         if self.segment is None or self.measured is None:
             return 1
         return self.measured.shape[1]
 
     def fold(self, values: jax.Array) -> jax.Array:
-        """Set the pieces of [samples, cells, ...] apart: [samples, (pieces,) cells / pieces, ...]."""
+        """Add the axis of pieces to [samples, cells, ...]: [samples, (pieces,) cells / pieces, ...]."""
         if self.indptr.ndim == 2:
             return values
         return values.reshape(values.shape[0], self.pieces, -1, *values.shape[2:])
 
     def unfold(self, values: jax.Array) -> jax.Array:
-        """Put the pieces of a folded array together: [samples, cells, ...]."""
+        """Remove the axis of pieces of a folded array: [samples, cells, ...]."""
         if self.indptr.ndim == 2:
             return values
         return values.reshape(values.shape[0], -1, *values.shape[3:])
 
     def over_pieces(self, function: Callable) -> Callable:
-        """Map a function of one piece over all pieces of all rows, each by itself."""
+        """Map a function of one piece over all pieces of all rows."""
         mapped = jax.vmap(function)
         return mapped if self.indptr.ndim == 2 else jax.vmap(mapped)
 
@@ -117,14 +117,14 @@ class CellBatch(struct.PyTreeNode):
         return self.over_pieces(lambda table, index: table[index])(slot, cell)
 
     def dense(self, values: jax.Array, genes: int) -> jax.Array:
-        """Scatter one value per stored count into an array with a column a gene.
+        """Scatter one value per stored count into an array with one column per gene.
 
         Args:
             values: float [samples, (pieces,) nonzeros].
             genes: Size of the vocabulary.
 
         Returns:
-            [samples, cells, genes] of the values' dtype; zero where nothing is stored.
+            [samples, cells, genes] of the values' dtype; zero for entries that are not stored.
         """
         cells = self.cell_mask.shape[1] // self.pieces
 
@@ -132,12 +132,12 @@ class CellBatch(struct.PyTreeNode):
             empty = jnp.zeros((cells, genes), value.dtype)
             return empty.at[cell, gene].add(value, mode="drop")
 
-        # One scatter a piece: a batched one, which is split over devices by its batch axis without communication.
+        # One scatter per piece: a batched scatter is sharded by its batch axis without communication.
         gene = self.gene.astype(jnp.int32)
         return self.unfold(self.over_pieces(scatter)(self.cell_of_nonzero(), gene, values))
 
     def at_nonzeros(self, entries: jax.Array) -> jax.Array:
-        """Return what an array holds where counts are stored.
+        """Gather the entries of an array at the stored counts.
 
         Args:
             entries: [samples, cells, genes].
@@ -174,11 +174,11 @@ class CellBatch(struct.PyTreeNode):
 
 
 class LatentNoise(struct.PyTreeNode):
-    """The random numbers of the latent layer, passed in so that a step is a pure function of them.
+    """Random numbers of the latent layer, passed in so that a step is a pure function of them.
 
     Attributes:
         gaussian: float32 [samples, cells, latent], standard normal.
-        gumbel: float32 [samples, cells, clusters], standard Gumbel; None where the latent has no components.
+        gumbel: float32 [samples, cells, clusters], standard Gumbel; None if the latent has no components.
     """
 
     gaussian: jax.Array
@@ -186,19 +186,19 @@ class LatentNoise(struct.PyTreeNode):
 
 
 class LatentOutput(struct.PyTreeNode):
-    """What the latent layer infers about each cell.
+    """Output of the latent layer per cell.
 
     Attributes:
-        z: float32 [samples, cells, latent]. The embedding: a sample while training, the mean at inference.
+        z: float32 [samples, cells, latent]. The embedding: a sample during training, the mean at inference.
         mean: Mean of q(z|.), same shape.
         variance: Variance of q(z|.), same shape; None for latents without one.
         cluster_logits: float32 [samples, cells, clusters]; None without a mixture.
-        cluster_weights: Weights given to the components (soft or one-hot), same shape; None without a mixture.
+        cluster_weights: Weights of the components (soft or one-hot), same shape; None without a mixture.
         prior_mean: Mean of p(z|y). "released": [samples, cells, latent]; "paper": [clusters, latent].
         prior_variance: Variance of p(z|y), same shape as ``prior_mean``.
         kl_latent: float32 [samples, cells]. KL of q(z|.) from its prior in nats ("released": a one-sample estimate).
         kl_cluster: float32 [samples, cells]. KL of q(y|.) from the uniform prior in nats.
-        batch_logits: float32 [samples, cells, batches]. Discriminator output behind the gradient reversal, or None.
+        batch_logits: float32 [samples, cells, batches]. Discriminator output after the gradient reversal, or None.
     """
 
     z: jax.Array

@@ -1,4 +1,4 @@
-"""Where this program keeps what it need not make twice: compiled programs."""
+"""Persistent cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import jax
 
 VARIABLE = "CELLPLM_CACHE"
-"""Environment variable that names another directory, or is ``off``."""
+"""Environment variable with the cache directory, or ``off``."""
 
 LARGEST = 2 * 2**30
-"""Bytes of compiled programs that are kept; the least recently used go first."""
+"""Maximum size of the cache in bytes; the least recently used programs are removed first."""
 
 
 def cache_directory() -> Path | None:
-    """Return where things are kept: ``$CELLPLM_CACHE``, or a folder of the user's cache folder; None: nowhere."""
+    """Return the cache directory: ``$CELLPLM_CACHE``, or a folder in the user's cache folder; None: disabled."""
     named = os.environ.get(VARIABLE, "")
     if named.lower() == "off":
         return None
@@ -32,10 +32,10 @@ def cache_directory() -> Path | None:
 
 
 def keep_compiled() -> Path | None:
-    """Keep compiled programs on disk, so that the next process starts without compiling them.
+    """Enable the persistent compilation cache, so that later processes start without compiling.
 
-    A cache that was chosen before (``JAX_COMPILATION_CACHE_DIR``, ``jax.config``) stays as it is. Where the directory
-    cannot be written nothing is kept. Called by what opens models and by the estimators.
+    A cache that is already configured (``JAX_COMPILATION_CACHE_DIR``, ``jax.config``) is kept. If the directory
+    is not writable, the cache is disabled. Called when models are loaded and by the estimators.
 
     Returns:
         The directory in use, or None.
@@ -49,17 +49,17 @@ def keep_compiled() -> Path | None:
             return None
         directory = directory / f"compiled-{_machine()}"
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter where there is no home
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     if not os.access(directory, os.W_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    # Only what the user has not set.
+    # Keep the user's settings.
     if jax.config.jax_compilation_cache_max_size == -1:
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
     if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    # Something compiled before this call, and with it JAX decided that there is no cache.
+    # JAX compiled something before this call and decided that there is no cache; reset this.
     from jax.experimental.compilation_cache import compilation_cache
 
     compilation_cache.reset_cache()
@@ -67,7 +67,7 @@ def keep_compiled() -> Path | None:
 
 
 def _machine() -> str:
-    """Return a short name of the processor: programs compiled for one may not run on another with the same home."""
+    """Return a short name of the processor, because compiled programs may not run on another one with the same home."""
     facts = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

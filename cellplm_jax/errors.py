@@ -1,8 +1,8 @@
-"""Errors a user of the library can meet.
+"""Errors raised by this package.
 
-Every message says three things in this order: what was found, what was expected, and what to do about it. The errors
-build it from these three with :func:`explain`, so the form is the same everywhere. The command line turns a
-:class:`CellPLMError` into exit status 2 and one message without a traceback.
+Every message states three things in this order: what was found, what was expected, and the remedy. The errors build
+the text from these with :func:`explain`. The command line converts a :class:`CellPLMError` to exit status 2 and one
+message without a traceback.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from collections.abc import Iterable
 
 
 class CellPLMError(Exception):
-    """Base class of every error this package raises on purpose.
+    """Base class of all errors that this package raises deliberately.
 
     Args:
-        found: What the library met, with the offending name or number in it; the whole message without ``expected``.
-        expected: What it needs instead.
-        remedy: What the user can do, as an instruction; "": nothing more is to be said.
+        found: The invalid input, with its name or number; the complete message without ``expected``.
+        expected: The valid input.
+        remedy: Instruction for the user; "": none.
     """
 
     def __init__(self, found: str, expected: str | None = None, remedy: str = ""):
-        # One argument, the message, so that an error that comes from another process is the same.
+        # One argument, the message, so that an error from another process is identical.
         super().__init__(found if expected is None else explain(found, expected, remedy))
 
 
 class InputError(CellPLMError, ValueError):
-    """The data a caller passed cannot be used as it is (counts, genes, keys, files)."""
+    """The input data (counts, genes, keys, files) cannot be used."""
 
 
 class ConfigError(CellPLMError, ValueError):
@@ -33,20 +33,20 @@ class ConfigError(CellPLMError, ValueError):
 
 
 class CheckpointError(CellPLMError, ValueError):
-    """A checkpoint is missing, damaged, or does not fit the configuration beside it."""
+    """A checkpoint is missing, damaged, or does not match its configuration."""
 
 
 class MissingDependencyError(CellPLMError, ImportError):
-    """An optional dependency is needed for what was asked; the message names the extra to install."""
+    """A required optional dependency is not installed; the message names the extra to install."""
 
 
 def explain(found: str, expected: str, remedy: str = "") -> str:
-    """Return the one message form of this package.
+    """Return an error message in the common form of this package.
 
     Args:
-        found: What the library met, with the offending name or number in it.
-        expected: What it needs instead.
-        remedy: What the user can do, as an instruction; "": nothing more is to be said.
+        found: The invalid input, with its name or number.
+        expected: The valid input.
+        remedy: Instruction for the user; "": none.
 
     Returns:
         ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised.
@@ -59,15 +59,15 @@ def explain(found: str, expected: str, remedy: str = "") -> str:
 
 
 def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
-    """Return the remedy where a name is not one of those that are known.
+    """Return the remedy for an unknown name.
 
     Args:
-        name: What was given; case does not matter.
-        known: The names there are.
-        otherwise: The remedy where none of them is near.
+        name: The unknown name; case is ignored.
+        known: The valid names.
+        otherwise: The remedy if no valid name is similar.
 
     Returns:
-        ``"Did you mean 'x'?"`` with the nearest known name, or ``otherwise``.
+        ``"Did you mean 'x'?"`` with the closest valid name, or ``otherwise``.
     """
     import difflib
 
@@ -77,12 +77,12 @@ def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
 
 
 def require(module: str, extra: str, purpose: str):
-    """Import an optional dependency, or say which extra brings it.
+    """Import an optional dependency, or raise an error that names its extra.
 
     Args:
-        module: Dotted module name, as given to ``import``.
+        module: Dotted module name, as in ``import``.
         extra: Extra of this distribution that installs it (``pip install 'cellplm-jax[extra]'``).
-        purpose: What it is needed for, as a noun phrase that can start a sentence.
+        purpose: Its purpose, as a noun phrase that can start a sentence.
 
     Returns:
         The imported module.

@@ -7,7 +7,7 @@ import time
 
 
 def _rate(done: int, seconds: float, unit: str) -> str:
-    """Return how fast work goes, such as ``"1,250 cells/s"``; ``""`` where nothing can be said yet."""
+    """Return the throughput, such as ``"1,250 cells/s"``; ``""`` if it is unknown."""
     if done <= 0 or seconds <= 0:
         return ""
     rate = done / seconds
@@ -17,13 +17,13 @@ def _rate(done: int, seconds: float, unit: str) -> str:
 
 
 class ProgressReport:
-    """Progress of long work: a live bar on a terminal, plain lines elsewhere, on standard error.
+    """Progress of long work on standard error: a live bar on a terminal, plain lines elsewhere.
 
     Args:
-        title: What is being done.
-        total: Units of the whole work.
-        unit: What is counted, in the plural.
-        quiet: Say nothing.
+        title: Title of the work.
+        total: Total number of units.
+        unit: Name of the units, in the plural.
+        quiet: Disable all output.
         every: Seconds between plain lines.
     """
 
@@ -55,7 +55,7 @@ class ProgressReport:
     def update(self, done: int, note: str = "") -> None:
         """Report that ``done`` units are finished."""
         if self._settled is None:
-            # The first unit carries the compilation; rates are taken from the second one on.
+            # The first unit includes the compilation; rates start at the second one.
             self._settled = (time.monotonic(), done)
         now = time.monotonic()
         since, before = self._settled
@@ -73,7 +73,7 @@ class ProgressReport:
             sys.stderr.flush()
 
     def say(self, text: str) -> None:
-        """Write a line of its own, unless the report is quiet."""
+        """Write a separate line, unless the report is quiet."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         elif self._plain:

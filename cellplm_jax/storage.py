@@ -1,4 +1,4 @@
-"""Files and folders on this machine or at ``gs://`` addresses: atomic writes and messages for writes that fail."""
+"""Local and ``gs://`` files and folders: atomic writes, and messages for failed writes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _FULL = ("no space left", "enospc", "file too large", "disk quota", "quota excee
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Return whether a path is the address of an object store, such as ``gs://bucket/folder``."""
+    """Return whether a path is an object store address, such as ``gs://bucket/folder``."""
     return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path next to a file or folder; it is renamed when the block ends without an error.
+    """Yield a temporary path next to a file or folder; it is renamed if the block ends without an error.
 
-    After an error nothing of it is left, and what was at ``path`` before is unchanged.
+    After an error it is removed, and ``path`` is unchanged.
 
     Args:
-        path: The file or folder on this machine. An existing file is replaced, a folder only where it is empty.
+        path: A local file or folder. An existing file is replaced, a folder only if it is empty.
 
     Yields:
         A path that does not exist yet, in the same folder.
@@ -50,7 +50,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a small UTF-8 file atomically, on this machine or at a ``gs://`` address.
+    """Write a small UTF-8 file atomically, to a local path or a ``gs://`` address.
 
     Args:
         path: The file; an existing one is replaced.
@@ -70,22 +70,22 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
 def explain_write_errors(
     what: str,
     *,
-    room: str = "enough room",
+    room: str = "enough space",
     again: str = "",
     catch: type[Exception] | None = None,
     raises: type[CellPLMError] = InputError,
 ) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one clear message.
+    """Convert errors of a full disk or an unwritable folder to one clear message.
 
     Args:
-        what: What is being written, for the message.
-        room: How much room it needs.
-        again: What happens when the same command is run again; "": the message does not say.
-        catch: Explain all errors of this type; None: only those that name a full disk or a missing permission.
-        raises: Class of the error.
+        what: Description of the output for the message.
+        room: Required disk space.
+        again: What happens if the same command is run again; "": omitted from the message.
+        catch: Convert all errors of this type; None: only those of a full disk or a missing permission.
+        raises: Class of the raised error.
 
     Raises:
-        CellPLMError: Of the class ``raises``, instead of the error of the operating system or of TensorStore.
+        CellPLMError: Of class ``raises``, instead of the error of the operating system or of TensorStore.
     """
     try:
         yield
@@ -107,9 +107,7 @@ def explain_write_errors(
         else:
             msg = explain(
                 f"{what} cannot be written ({reason})",
-                "a folder that may be written"
-                if denied
-                else f"a folder that may be written, with {room}",
+                "a writable folder" if denied else f"a writable folder with {room}",
                 f"Correct its permissions or choose another folder{rerun}",
             )
         raise raises(msg) from error
@@ -121,12 +119,12 @@ def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
     lines = str(error).strip().splitlines()
     reason = " ".join(lines[0].split()) if lines else type(error).__name__
     if len(reason) > 160:
-        # Paths make reasons long, and the end of a path says most.
+        # Long reasons contain paths, and the end of a path is the most specific part.
         reason = f"... {reason[-160:].partition(' ')[2]}"
     everything = f"{error} {error.__cause__ or ''}"
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     full = full or any(sign in everything.lower() for sign in _FULL)
-    # As TensorStore says it.
+    # Wording of TensorStore.
     denied = number in (errno.EACCES, errno.EPERM, errno.EROFS) or everything.startswith(
         "PERMISSION_DENIED"
     )
@@ -134,15 +132,15 @@ def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
 
 
 class Folder:
-    """A local folder or gs:// prefix seen through TensorStore.
+    """A local folder or gs:// prefix accessed through TensorStore.
 
     Args:
-        path: Where it is; it need not exist yet.
-        context: Of TensorStore; None: one without a cache.
+        path: Local path or gs:// prefix; it need not exist yet.
+        context: TensorStore context; None: one without a cache.
 
     Attributes:
-        path: Where it is, as it was given.
-        local: The folder on this machine; None at a gs:// address.
+        path: The given path.
+        local: The local folder; None for a gs:// prefix.
     """
 
     def __init__(self, path: str | os.PathLike, context: Any = None):
@@ -178,10 +176,10 @@ class Folder:
         return {**self._driver, "path": f"{self._prefix}{name}/"}
 
     def request(self, name: str) -> Callable[[], bytes | None]:
-        """Start reading a small file; call the result for its bytes, None where there is no such file.
+        """Start reading a small file; call the result for its bytes, or None if the file does not exist.
 
         Raises:
-            InputError: It cannot be read; so does the result.
+            InputError: The file cannot be read; also raised by the result.
         """
         try:
             pending = self._store.read(name)
@@ -190,27 +188,27 @@ class Folder:
 
         def wait() -> bytes | None:
             try:
-                found = pending.result()
+                result = pending.result()
             except (ValueError, RuntimeError, OSError) as error:
                 raise InputError(self._unreachable(name, error)) from error
-            return bytes(found.value) if found.state == "value" else None
+            return bytes(result.value) if result.state == "value" else None
 
         return wait
 
     def read(self, name: str) -> bytes | None:
-        """Return the bytes of a small file; None where there is no such file."""
+        """Return the bytes of a small file, or None if it does not exist."""
         return self.request(name)()
 
     def write(self, name: str, text: bytes) -> None:
-        """Write a small file; it is replaced whole or not at all."""
+        """Write a small file atomically."""
         self._store.write(name, text).result()
 
     def copy_in(self, source: Path, last: str) -> None:
-        """Copy a folder of small files of this machine here.
+        """Copy a local folder of small files into this folder.
 
         Args:
-            source: The folder.
-            last: The file that says that all of them are there; written when the others are.
+            source: The local folder.
+            last: File that marks the copy as complete; written after all others.
         """
         paths = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
         final = paths.pop(last)
@@ -220,12 +218,12 @@ class Folder:
         self.write(last, final.read_bytes())
 
     def names(self, inside: str) -> list[str]:
-        """Return the names of all files of a folder inside, from this folder on."""
-        found = self._store.list(_inside(inside)).result()
-        return sorted(name.decode() for name in found)
+        """Return the names of all files in a subfolder, relative to this folder."""
+        keys = self._store.list(_inside(inside)).result()
+        return sorted(name.decode() for name in keys)
 
     def fetch(self, inside: str, target: Path) -> None:
-        """Copy a folder inside, of small files, to a new folder on this machine."""
+        """Copy a subfolder of small files to a new local folder."""
         waiting = {name: self.request(name) for name in self.names(inside)}
         for name, wait in waiting.items():
             path = target / name.removeprefix(f"{inside}/")
@@ -233,7 +231,7 @@ class Folder:
             path.write_bytes(wait() or b"")
 
     def remove(self, inside: str) -> None:
-        """Remove a folder inside, where it is there."""
+        """Remove a subfolder if it exists."""
         if self.local is not None:
             shutil.rmtree(self.local / inside, ignore_errors=True)
         else:
@@ -243,13 +241,13 @@ class Folder:
         reason = " ".join(str(error).split())[:240]
         return explain(
             f"'{self.path}/{name}' cannot be read ({reason})",
-            "a place that this machine may read",
+            "a location with read permission",
             "Check the path and, for gs://, the credentials (gcloud auth application-default login)",
         )
 
 
 def _inside(folder: str) -> tensorstore.KvStore.KeyRange:
-    """Return the keys of a folder; "0" comes after "/"."""
+    """Return the key range of a folder; "0" follows "/"."""
     import tensorstore
 
     return tensorstore.KvStore.KeyRange(f"{folder}/", f"{folder}0")

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-# Documentation never needs an accelerator.
+# Building the documentation needs no accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "extensions")]
@@ -33,7 +33,7 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 # -- Markdown and notebooks -----------------------------------------------------------------------
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
-# A notebook shows the outputs it was committed with.
+# Notebooks show their committed outputs.
 nb_execution_mode = "off"
 nb_merge_streams = True
 highlight_language = "default"
@@ -49,13 +49,13 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # Fields of dataclasses are listed once, in the docstring of the class.
 napoleon_use_ivar = True
-# "[cells, genes], a row a cell: expected counts" is a sentence, not a type to look up.
+# "[cells, genes], one row per cell: expected counts" is a sentence, not a type reference.
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Writes", "notes_style"), ("Sets the following fields", "notes_style")]
 
-# Every reference to a name of this package has to resolve; without a network nothing outside can.
+# Every reference to a name of this package must resolve; references to other sites cannot without a network.
 nitpicky = True
-# Names with an underscore and type variables are nobody's to look up.
+# Private names and type variables have no pages.
 nitpick_ignore_regex = [
     (r"py:(class|obj|exc|data)", r"(?!cellplm_jax\b).*"),
     (r"py:.*", r"cellplm_jax\..*(\._\w+|Type)"),
@@ -75,7 +75,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_show_copyright = False  # the licence says it
+html_show_copyright = False  # see the licence
 html_theme_options = {
     "light_css_variables": {
         "color-brand-primary": "#0b6e99",

@@ -43,7 +43,7 @@ def test_calibration_bins():
     assert [text.get_text() for text in axes.texts] == ["2", "4"]
     with pytest.raises(InputError, match="outside of 0 to 1"):
         plot.calibration(right, confidence + 1)
-    with pytest.raises(InputError, match="one of each a cell"):
+    with pytest.raises(InputError, match="one of each per cell"):
         plot.calibration(right[:2], confidence)
 
 
@@ -99,7 +99,7 @@ def test_spatial_comparison_shares_colours_and_centres_the_difference():
     np.testing.assert_allclose(difference.get_clim(), (-0.5, 0.5))
     np.testing.assert_allclose(difference.get_array(), 0.5)
     assert [ax.get_title(loc="left") for ax in axes] == ["measured", "imputed", "difference"]
-    with pytest.raises(InputError, match="one value a cell"):
+    with pytest.raises(InputError, match="one value per cell"):
         plot.spatial_comparison(points, truth[:3], truth)
 
 
@@ -116,7 +116,7 @@ def test_panels_of_the_same_cells_share_colours_where_asked():
     assert first != second
     with pytest.raises(InputError, match="no panel"):
         plot.cell_panels(points, {})
-    with pytest.raises(InputError, match="one value a cell"):
+    with pytest.raises(InputError, match="one value per cell"):
         plot.cell_panels(points, {"a": [1.0]})
 
 

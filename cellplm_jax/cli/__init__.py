@@ -1,8 +1,8 @@
 """The ``cellplm`` command.
 
-Exit status: 0 done; 2 bad usage or bad input, one message on standard error and no traceback; 3 ``plan`` found that the
-run does not fit; 1 anything else. Parsing and help import nothing but the standard library: a verb loads what it needs
-when it runs.
+Exit status: 0 success; 2 invalid usage or input, with one message on standard error and no traceback; 3 the run in
+``plan`` does not fit; 1 any other error. Parsing and help import only the standard library: commands import their
+dependencies when they run.
 """
 
 from cellplm_jax.cli.command import build_parser, main

@@ -1,4 +1,4 @@
-"""The verb ``bench``: how fast this machine embeds, trains and reads."""
+"""The command ``bench``: benchmarks of embedding, training and reading on this machine."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ def add_bench(commands: Any) -> None:
         commands,
         "bench",
         _embed,
-        "measure how fast this machine embeds, trains or reads; JSON on standard output",
+        "benchmark embedding, training or reading on this machine; JSON on standard output",
         "\n  ".join(examples.values()),
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="embed|train|load")
 
-    embed = command(verbs, "embed", _embed, "measure embedding, one context", examples["embed"])
-    embed.add_argument(
-        "input", nargs="?", metavar="IN.h5ad", help="cells to embed (made-up counts)"
+    embed = command(
+        verbs, "embed", _embed, "benchmark embedding with one context", examples["embed"]
     )
-    embed.add_argument("--model", default="small", metavar="MODEL", help="which model (small)")
+    embed.add_argument("input", nargs="?", metavar="IN.h5ad", help="cells to embed (random counts)")
+    embed.add_argument("--model", default="small", metavar="MODEL", help="model (small)")
 
     train = command(
-        verbs, "train", _train, "measure the training step on made-up counts", examples["train"]
+        verbs, "train", _train, "benchmark the training step on random counts", examples["train"]
     )
     train.add_argument(
         "--config", default="small", metavar="NAME", help="a named configuration (small)"
     )
-    train.add_argument("--rows", type=positive, metavar="N", help="rows of a batch (of the config)")
+    train.add_argument("--rows", type=positive, metavar="N", help="rows per batch (of the config)")
     train.add_argument(
-        "--genes", type=positive, default=19_374, metavar="N", help="of the vocabulary (19374)"
+        "--genes", type=positive, default=19_374, metavar="N", help="size of the vocabulary (19374)"
     )
     train.add_argument(
-        "--chunk-cells", type=int, metavar="N", help="cells whose counts are dense at once; 0: all"
+        "--chunk-cells", type=int, metavar="N", help="cells with dense counts at a time; 0: all"
     )
 
     load = command(
-        verbs, "load", _load, "measure reading a corpus or an AnnData file", examples["load"]
+        verbs, "load", _load, "benchmark reading a corpus or an AnnData file", examples["load"]
     )
-    load.add_argument("input", metavar="CORPUS|IN.h5ad", help="what to read")
+    load.add_argument("input", metavar="CORPUS|IN.h5ad", help="corpus or file to read")
 
     for verb, cells in ((embed, 2000), (train, None), (load, 100_000)):
         verb.add_argument(
@@ -57,13 +57,13 @@ def add_bench(commands: Any) -> None:
             type=positive,
             default=cells,
             metavar="N",
-            help=f"cells at once ({cells or 'of the config'})",
+            help=f"number of cells ({cells or 'of the config'})",
         )
         verb.add_argument(
             "--repeats", type=positive, default=5, metavar="N", help="runs after the first (5)"
         )
         add_output(verb)
-        # Figures are for machines, with and without --json.
+        # The output is JSON with and without --json.
         verb.set_defaults(json=True)
     for verb in (embed, train):
         add_precision(verb, "float32" if verb is embed else None)
@@ -72,12 +72,12 @@ def add_bench(commands: Any) -> None:
             type=positive,
             default=1500,
             metavar="N",
-            help="stored counts of a made-up cell (1500)",
+            help="stored counts per random cell (1500)",
         )
 
 
 def _conclude(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Write the figures, and one line for people to standard error."""
+    """Print the result as JSON, and one summary line to standard error."""
     rate = f"{facts['cells_per_second']:,.0f} cells/s"
     if facts.get("share_of_peak"):
         rate += f", {facts['share_of_peak']:.0%} of the peak of matrix products"

@@ -1,4 +1,4 @@
-"""The command as a whole: its parser, and what becomes of errors."""
+"""The complete command: parser and error handling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from cellplm_jax.errors import CellPLMError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
+    """Return the parser of the command."""
     parser = Parser(
         prog="cellplm",
         description="CellPLM in JAX: embed single cells and spots with a pretrained cell language model.",
-        epilog="start here:\n  cellplm doctor\n  cellplm embed cells.h5ad --model small --out embedded.h5ad "
-        "--report embedded.html\n\nEvery verb has an example: cellplm embed --help. Exit status: 0 done, 2 bad usage "
-        "or input, 1 anything else.",
+        epilog="getting started:\n  cellplm doctor\n  cellplm embed cells.h5ad --model small --out embedded.h5ad "
+        "--report embedded.html\n\nEvery command has an example: cellplm embed --help. Exit status: 0 success, 2 "
+        "invalid usage or input, 1 any other error.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cellplm-jax {__version__}")
@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _silence_abandoned_reads() -> None:
-    """Keep standard error to one message where a checkpoint is damaged.
+    """Suppress further errors on standard error if a checkpoint is damaged.
 
-    The first failed read raises; the others of the same checkpoint end on threads whose event loop is gone by then.
+    The first failed read raises; the other reads of the same checkpoint fail later on threads with a closed event loop.
     """
     previous = sys.unraisablehook
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser().parse_args(words)
-    # For reports, which say how they were made.
+    # For reports, which show the command line.
     arguments.words = words
     _silence_abandoned_reads()
     try:
@@ -99,6 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(f"cellplm {arguments.command}", "interrupted")
         return 1
     except BrokenPipeError:
-        # The reader of a pipe went away (head, less); nothing is wrong here.
+        # The reader of a pipe closed it (head, less); this is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

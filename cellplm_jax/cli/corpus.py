@@ -1,4 +1,4 @@
-"""Verbs around pretraining: ``demo``, ``prepare`` and ``plan``."""
+"""Commands for pretraining: ``demo``, ``prepare`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "embed bundled cells with the bundled model, compare with principal components, and draw",
+        "embed bundled cells with the bundled model, compare with principal components, and plot",
         "cellplm demo --out demo\n  cellplm demo --from-scratch --out demo",
     )
     parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (demo)")
@@ -30,7 +30,7 @@ def add_demo(commands: Any) -> None:
     parser.add_argument(
         "--max-cells", type=positive, metavar="N", help="use only N of the 2,700 cells"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add_output(parser)
 
 
@@ -64,7 +64,7 @@ def add_prepare(commands: Any) -> None:
         commands,
         "prepare",
         _prepare,
-        "turn AnnData files into a corpus for pretraining, or add files to one",
+        "convert AnnData files to a corpus for pretraining, or add files to one",
         "cellplm prepare data/*.h5ad --out corpus --sample-key batch --label-key cell_type",
     )
     parser.add_argument(
@@ -74,55 +74,55 @@ def add_prepare(commands: Any) -> None:
         "--out",
         required=True,
         metavar="CORPUS",
-        help="folder of the corpus; the same one continues",
+        help="folder of the corpus; an existing corpus is resumed",
     )
     parser.add_argument(
         "--sample-key",
         metavar="K",
-        help="column of obs naming the tissue sample; a file without it is one sample",
+        help="column of obs with the tissue sample; a file without it is one sample",
     )
     parser.add_argument(
-        "--dataset-key", metavar="K", help="column of obs naming the data set (the file's name)"
+        "--dataset-key", metavar="K", help="column of obs with the data set (the file's name)"
     )
     parser.add_argument(
-        "--platform-key", metavar="K", help="column of obs naming how a sample was measured"
+        "--platform-key", metavar="K", help="column of obs with the platform of each sample"
     )
     add_counts(parser)
     parser.add_argument(
         "--label-key", metavar="K", help="column of obs with labels of cells, for the probe"
     )
     parser.add_argument(
-        "--genes", metavar="FILE", help="vocabulary, one gene a line (chosen from the files)"
+        "--genes", metavar="FILE", help="vocabulary, one gene per line (chosen from the files)"
     )
     parser.add_argument(
         "--vocabulary",
         choices=("union", "intersection"),
-        help="which of the genes that files measure are chosen (union)",
+        help="genes to choose: measured in any file or in all files (union)",
     )
     parser.add_argument(
         "--minimum-cells",
         type=positive,
         metavar="N",
-        help="cells that must express a gene for it to be chosen (10)",
+        help="minimum number of cells that express a chosen gene (10)",
     )
     parser.add_argument(
         "--minimum-prevalence",
         type=float,
         metavar="F",
-        help="share of the cells measuring a gene that must express it (0)",
+        help="minimum fraction of the cells measuring a chosen gene that express it (0)",
     )
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="running dask scheduler; its workers see the same paths",
+        help="running dask scheduler; its workers must have access to the same paths",
     )
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="local worker processes; 0: none but this one (a core each, at most one a file)",
+        help="local worker processes; 0: this process only (one per core, limited by the files)",
     )
-    add_output(parser, report="the corpus: its parts, samples and genes")
+    add_output(parser, report="the parts, samples and genes of the corpus")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -167,53 +167,60 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "compile the training step for a TPU slice without one: memory, arithmetic, communication, time",
+        "compile the training step for a TPU slice without TPUs: memory, FLOPs, communication, time",
         "cellplm plan --config configs/pretrain.py:85m --topology v5e:16x16\n"
         "  cellplm plan --config 85m --topology v5p-256 --mesh data=128 --set precision=bfloat16 --json\n"
-        "\nexit status: 0 it fits; 3 nothing that was tried does",
+        "\nexit status: 0 it fits; 3 no mesh fits",
     )
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE[:VARIANT]",
-        help="configuration, Python or JSON, or a preset's name",
+        help="configuration, Python or JSON, or the name of a preset",
     )
     parser.add_argument(
         "--topology", required=True, metavar="T", help="slice, such as v5e:16x16 or v5p-256"
     )
     parser.add_argument(
-        "--mesh", metavar="M", help="the mesh, such as data=64,cells=4 (the best of some)"
+        "--mesh", metavar="M", help="mesh, such as data=64,cells=4 (the best of several)"
     )
     parser.add_argument(
         "--rows",
         type=positive,
         metavar="N",
-        help="rows of a batch (the configuration's, raised to a multiple of data)",
+        help="rows per batch (of the configuration, raised to a multiple of data)",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a value of the configuration, such as rematerialize=true; may be repeated",
+        help="override a value of the configuration, such as rematerialize=true; repeatable",
     )
     parser.add_argument(
         "--genes", type=positive, metavar="N", help="size of the vocabulary (19374)"
     )
     parser.add_argument(
-        "--nonzeros-per-cell", type=positive, metavar="N", help="stored counts of a cell (1500)"
+        "--nonzeros-per-cell", type=positive, metavar="N", help="stored counts per cell (1500)"
     )
     parser.add_argument(
-        "--batches", type=positive, metavar="N", help="tissue samples in the corpus (12596)"
+        "--batches",
+        type=positive,
+        metavar="N",
+        help="number of tissue samples in the corpus (12596)",
     )
     parser.add_argument(
-        "--datasets", type=positive, metavar="N", help="datasets in the corpus (484)"
+        "--datasets", type=positive, metavar="N", help="number of datasets in the corpus (484)"
     )
     parser.add_argument(
-        "--tries", type=positive, default=3, metavar="N", help="meshes compiled at most (3)"
+        "--tries",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="maximum number of meshes to compile (3)",
     )
     parser.add_argument(
-        "--timeout", type=positive, metavar="S", help="seconds a compilation may take"
+        "--timeout", type=positive, metavar="S", help="timeout of each compilation in seconds"
     )
     add_output(parser)
 

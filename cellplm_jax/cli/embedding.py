@@ -1,4 +1,4 @@
-"""Verbs that make and use an embedding: ``embed``, ``cluster`` and ``integrate``."""
+"""Commands that compute and use embeddings: ``embed``, ``cluster`` and ``integrate``."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def add_embed(commands: Any) -> None:
         commands,
         "embed",
         _embed,
-        "embed the cells of an .h5ad file, or of a whole corpus",
+        "embed the cells of an .h5ad file or a corpus",
         "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html\n"
         "  cellplm embed corpus --model small --out embedded.zarr",
     )
     parser.add_argument(
         "input",
         metavar="IN.h5ad",
-        help="raw counts: in X, raw.X or a usual layer; or a corpus made by cellplm prepare, a folder or gs:// address",
+        help="raw counts: in X, raw.X or a common layer; or a corpus of cellplm prepare, a folder or gs:// address",
     )
     parser.add_argument(
         "--model", required=True, help="checkpoint directory or pretraining work directory"
@@ -54,14 +54,17 @@ def add_embed(commands: Any) -> None:
         "--out",
         required=True,
         metavar="OUT.h5ad",
-        help="the input plus the embedding; of a corpus: a zarr store, on which the same command goes on",
+        help="the input plus the embedding; for a corpus: a zarr store, which the same command resumes",
     )
     parser.add_argument(
-        "--batch-key", metavar="K", help="column of obs naming the tissue sample: one context each"
+        "--batch-key", metavar="K", help="column of obs with the tissue sample: one context each"
     )
     add_counts(parser)
     parser.add_argument(
-        "--cells-per-context", type=positive, metavar="N", help="cells of a context at most (all)"
+        "--cells-per-context",
+        type=positive,
+        metavar="N",
+        help="maximum number of cells per context (all)",
     )
     parser.add_argument(
         "--key-added",
@@ -73,10 +76,10 @@ def add_embed(commands: Any) -> None:
         "--values",
         choices=("counts", "normalized", "log1p"),
         default=DEFAULTS["values"],
-        help="what the matrix holds; anything but raw counts has to be said (counts)",
+        help="kind of values, if they are not raw counts (counts)",
     )
     parser.add_argument(
-        "--minimum-genes", type=positive, metavar="N", help="fewest known genes accepted"
+        "--minimum-genes", type=positive, metavar="N", help="minimum number of known genes"
     )
     add_adapt(parser, "none")
     add_precision(parser)
@@ -84,9 +87,9 @@ def add_embed(commands: Any) -> None:
         "--color",
         action="append",
         metavar="K",
-        help="column of obs that colours the map of the report; may be repeated (--batch-key)",
+        help="column of obs that colours the UMAP of the report; repeatable (--batch-key)",
     )
-    add_output(parser, report="what was embedded, and a UMAP of it")
+    add_output(parser, report="a summary of the input and a UMAP")
 
 
 def add_adapt(parser: argparse.ArgumentParser, default: str) -> None:
@@ -137,7 +140,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def _is_corpus(path: str) -> bool:
-    """Say whether the input is a corpus; what reads one is not loaded for a file."""
+    """Return whether the input is a corpus, without importing the reader of corpora for files."""
     if path.startswith("gs://"):
         return True
     if not Path(path).expanduser().is_dir():
@@ -154,7 +157,7 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
         arguments,
         unused,
         "embed with a corpus",
-        "the samples, genes, counts and places that the corpus was prepared with, and --model, --out, --precision",
+        "the samples, genes, counts and coordinates of the prepared corpus, and --model, --out, --precision",
     )
     from cellplm_jax.data.corpus import open_corpus
     from cellplm_jax.tasks.embed_corpus import KEY, embed_corpus
@@ -162,24 +165,24 @@ def _embed_corpus(arguments: argparse.Namespace) -> None:
 
     corpus = open_corpus(arguments.input)
     model = load(arguments.model, precision=arguments.precision)
-    found = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
-    line = f"{arguments.out}: obsm['{KEY}'] of {found.cells} cells in {found.samples} samples by {model.id}"
-    if not found.embedded:
+    result = embed_corpus(corpus, model, arguments.out, quiet=arguments.quiet)
+    line = f"{arguments.out}: obsm['{KEY}'] of {result.cells} cells in {result.samples} samples by {model.id}"
+    if not result.embedded:
         line = f"nothing to do, {line}"
-    elif found.embedded < found.samples:
-        line = f"wrote {line}, {found.embedded} of the samples now"
+    elif result.embedded < result.samples:
+        line = f"wrote {line}, {result.embedded} of the samples now"
     else:
         line = f"wrote {line}"
     facts = {
         "wrote": [arguments.out],
         "key_added": KEY,
         "model": model.id,
-        "cells": found.cells,
-        "samples": found.samples,
-        "embedded_samples": found.embedded,
-        "complete": found.complete,
+        "cells": result.cells,
+        "samples": result.samples,
+        "embedded_samples": result.embedded,
+        "complete": result.complete,
     }
-    print_result(arguments, [line], facts, messages=found.messages)
+    print_result(arguments, [line], facts, messages=result.messages)
 
 
 def add_cluster(commands: Any) -> None:
@@ -188,22 +191,26 @@ def add_cluster(commands: Any) -> None:
         commands,
         "cluster",
         _cluster,
-        "cluster the cells of an .h5ad file: neighbours and Leiden on an embedding, scores, a picture",
+        "cluster the cells of an .h5ad file: neighbours and Leiden on an embedding, scores, a figure",
         "cellplm cluster cells.h5ad --model small --out clustered.h5ad --label-key cell_type --picture umap.png",
     )
     parser.add_argument("input", metavar="IN.h5ad", help="cells, embedded or with raw counts")
     parser.add_argument(
-        "--model", metavar="M", help="what to embed with, where the embedding is not there"
+        "--model", metavar="M", help="model for embedding, if the embedding is missing"
     )
     parser.add_argument("--out", required=True, metavar="OUT.h5ad", help="the input plus clusters")
     parser.add_argument(
         "--use-rep", default="X_cellplm", metavar="K", help="embedding in obsm (X_cellplm)"
     )
     parser.add_argument(
-        "--resolution", type=float, default=1.0, metavar="F", help="higher: more clusters (1)"
+        "--resolution",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="higher values give more clusters (1)",
     )
     parser.add_argument(
-        "--neighbors", type=positive, default=15, metavar="N", help="of the graph (15)"
+        "--neighbors", type=positive, default=15, metavar="N", help="neighbours in the graph (15)"
     )
     parser.add_argument(
         "--key-added", default="cellplm_cluster", metavar="K", help="column of obs to write"
@@ -214,14 +221,14 @@ def add_cluster(commands: Any) -> None:
         help="column of obs: contexts of the embedding, and mixing scores",
     )
     parser.add_argument(
-        "--label-key", metavar="K", help="column of obs with known types: print scores"
+        "--label-key", metavar="K", help="column of obs with known types, to print scores"
     )
     add_adapt(parser, "context")
     parser.add_argument(
-        "--picture", metavar="PNG", help="draw a UMAP, and write obsm['X_umap'] as well"
+        "--picture", metavar="PNG", help="plot a UMAP, and also write obsm['X_umap']"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (0)")
-    add_output(parser, report="the clusters, a UMAP of them and the scores")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    add_output(parser, report="the clusters, their UMAP and scores")
 
 
 def _cluster(arguments: argparse.Namespace) -> None:
@@ -286,25 +293,25 @@ def add_integrate(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "integrate",
-        "an embedding without batch effects: tune the model on several batches, or embed with it",
+        "an embedding without batch effects: fine-tune the model on several batches, or embed with it",
         fit=_integrate_fit,
         predict=_integrate_predict,
         fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
         predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
-        fit_report="the curve of the fit",
-        predict_report="a UMAP by batch, of X_cellplm or X_pca too where the file has them, and the scores",
+        fit_report="the loss curve of the fit",
+        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and the scores",
     )
     fit.add_argument(
-        "--strength", type=float, default=1.0, metavar="F", help="mixing against structure (1)"
+        "--strength", type=float, default=1.0, metavar="F", help="mixing relative to structure (1)"
     )
     predict.add_argument(
-        "--label-key", metavar="K", help="column of obs with known types: print scores"
+        "--label-key", metavar="K", help="column of obs with known types, to print scores"
     )
 
 
 def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
-    """Refuse options that all tasks have and integration cannot use."""
-    expected = "the options it has: all cells are fitted, for all epochs, without coordinates"
+    """Raise an error for common options that integration does not support."""
+    expected = "its own options: all cells are fitted, for all epochs, without coordinates"
     task = f"integrate {arguments.verb}"
     counts_only(arguments, *others, task=task, expected=expected, instead="")
 
@@ -317,8 +324,8 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
     _integrate_only(arguments, *unused)
     if arguments.batch_key is None:
         msg = explain(
-            "integrate fit was given no --batch-key",
-            "the column of obs that tells batches apart",
+            "integrate fit requires --batch-key",
+            "the column of obs with the batches",
             "Add --batch-key",
         )
         raise InputError(msg)

@@ -1,4 +1,4 @@
-"""Verbs of the estimators: ``annotate``, ``impute``, ``denoise``, ``perturb`` and ``samples``."""
+"""Commands of the estimators: ``annotate``, ``impute``, ``denoise``, ``perturb`` and ``samples``."""
 
 from __future__ import annotations
 
@@ -31,32 +31,34 @@ def add_annotate(commands: Any) -> None:
     fit, _ = add_task(
         commands,
         "annotate",
-        "cell types: learn them from labelled cells, or predict them",
+        "cell types: fit to labelled cells, or predict them",
         fit=_annotate_fit,
         predict=_annotate_predict,
         fit_example="cellplm annotate fit labelled.h5ad --model small --out annotator --label-key cell_type",
         predict_example="cellplm annotate predict cells.h5ad --model annotator --out annotated.h5ad",
-        fit_report="the curve of the fit, and on validation cells the scores, confusions and calibration",
-        predict_report="counts a type, confidences, and a UMAP of the tuned embedding, kept in obsm['X_umap']",
+        fit_report="the loss curve, and scores, confusion matrix and calibration on validation cells",
+        predict_report="cells per type, confidences, and a UMAP of the fine-tuned embedding, stored in obsm['X_umap']",
     )
     fit.add_argument("--label-key", required=True, metavar="K", help="column of obs with the types")
     fit.add_argument(
         "--method",
         choices=("finetune", "neighbors"),
         default="finetune",
-        help="neighbors: no training, labels of the nearest cells (finetune)",
+        help="neighbors: labels of the nearest cells, without training (finetune)",
     )
     fit.add_argument(
         "--unknown-threshold",
         type=float,
         metavar="F",
-        help="confidence below which a cell is 'unknown' (every cell gets a label)",
+        help="cells with a lower confidence are labelled 'unknown' (every cell gets a label)",
     )
     fit.add_argument(
-        "--balanced", action="store_true", help="cells of every label weigh the same in sum"
+        "--balanced", action="store_true", help="give all labels the same total weight"
     )
     fit.add_argument(
-        "--transductive", action="store_true", help="unlabelled cells in the training contexts too"
+        "--transductive",
+        action="store_true",
+        help="also use unlabelled cells in the training contexts",
     )
 
 
@@ -113,29 +115,29 @@ def add_impute(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "impute",
-        "genes that a spatial panel lacks: learn them from a reference, or predict them",
+        "genes missing from a spatial panel: fit to a reference, or predict them",
         fit=_impute_fit,
         predict=_impute_predict,
         fit_example="cellplm impute fit spatial.h5ad --reference cells.h5ad --model small --out imputer",
         predict_example="cellplm impute predict spatial.h5ad --model imputer --out imputed.h5ad",
-        fit_report="the curve of the fit, and the confidence of every gene",
-        predict_report="the imputed genes, and maps of some beside measured ones where cells have coordinates",
+        fit_report="the loss curve, and the confidence of every gene",
+        predict_report="the imputed genes, and maps of imputed and measured genes if cells have coordinates",
     )
     fit.add_argument(
         "--reference",
         metavar="REF.h5ad",
-        help="cells measured for more genes (without: batches of the input that have more)",
+        help="cells with more measured genes (default: batches of the input with more genes)",
     )
     fit.add_argument(
         "--reference-batch-key", metavar="K", help="column of obs of the reference (one batch)"
     )
-    fit.add_argument("--reference-layer", metavar="L", help="layer with its counts (found)")
+    fit.add_argument("--reference-layer", metavar="L", help="layer with its counts (detected)")
     fit.add_argument("--reference-gene-key", metavar="K", help="column of var with its genes")
     for verb in (fit, predict):
         verb.add_argument(
             "--impute",
             metavar="GENES",
-            help="which genes: names separated by commas, or a file with one a line (all)",
+            help="genes: names separated by commas, or a file with one per line (all)",
         )
     predict.add_argument(
         "--log-normalized", action="store_true", help="log-normalised values instead of counts"
@@ -195,28 +197,30 @@ def add_denoise(commands: Any) -> None:
     _, predict = add_task(
         commands,
         "denoise",
-        "expected counts: tune the model on cells, or predict them",
+        "expected counts: fit to cells, or predict them",
         fit=_denoise_fit,
         predict=_denoise_predict,
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
-        fit_report="the curve of the fit",
-        predict_report="some genes before and after on a map of the cells, and the means of all",
+        fit_report="the loss curve",
+        predict_report="some genes before and after denoising on a UMAP or in the tissue, and the means of all genes",
     )
     predict.add_argument(
-        "--log-normalized", action="store_true", help="a second layer of log-normalised values"
+        "--log-normalized",
+        action="store_true",
+        help="add a second layer with log-normalised values",
     )
     predict.add_argument(
-        "--detected", action="store_true", help="counts given that they are not zero"
+        "--detected", action="store_true", help="counts conditional on being non-zero"
     )
     predict.add_argument(
         "--show",
         metavar="GENES",
-        help="genes that the report draws: names separated by commas, or a file with one a line "
-        "(two that differ most between cells)",
+        help="genes drawn in the report: names separated by commas, or a file with one per line "
+        "(the two that vary most between cells)",
     )
     predict.add_argument(
-        "--zero-shot", action="store_true", help="--model is a pretrained model that was not fitted"
+        "--zero-shot", action="store_true", help="--model is a pretrained model without a fit"
     )
 
 
@@ -243,9 +247,9 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     shown = names_in(arguments.show)
     if shown and arguments.report is None:
         msg = explain(
-            "--show was given without --report",
-            "a page to show genes on",
-            "Add --report FILE.html, or leave out --show",
+            "--show requires --report",
+            "a report to show genes in",
+            "Add --report FILE.html, or omit --show",
         )
         raise InputError(msg)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
@@ -275,15 +279,15 @@ def add_perturb(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "perturb",
-        "what perturbations do to expression: learn it from a screen, or predict it",
+        "expression changes of perturbations: fit to a screen, or predict them",
         fit=_perturb_fit,
         predict=_perturb_predict,
         fit_example="cellplm perturb fit screen.h5ad --model small --out predictor "
         "--perturbation-key perturbation --control control",
         predict_example="cellplm perturb predict --model predictor --out changes.csv "
         "--perturbation STAT1 --perturbation STAT1+IRF1",
-        fit_report="what was left out and how well it was predicted",
-        predict_report="the genes that change most",
+        fit_report="the left-out perturbations and the prediction error",
+        predict_report="the genes with the largest changes",
         without=("--split-key", "--cells-per-context"),
         predicts="table",
     )
@@ -299,28 +303,28 @@ def add_perturb(commands: Any) -> None:
     fit.add_argument(
         "--covariate-key",
         metavar="K",
-        help="column of obs with groups that respond differently, such as cell types (one group)",
+        help="column of obs with groups with different responses, such as cell types (one group)",
     )
     fit.add_argument(
         "--targets",
         choices=("auto", "genes", "conditions"),
-        help="what perturbations are (auto: genes where the model knows them, else conditions)",
+        help="kind of perturbations (auto: genes if in the vocabulary, else conditions)",
     )
     fit.add_argument(
         "--method",
         choices=("ridge", "finetune"),
-        help="ridge: solved exactly; finetune: goes on by gradients, as the recipe says (ridge)",
+        help="ridge: exact solution; finetune: continue by gradient descent with the recipe (ridge)",
     )
     fit.add_argument(
         "--gene-features",
         choices=("model", "data", "both"),
-        help="what describes a target: gene embeddings, or its variation in the data (model; from scratch: data)",
+        help="features of a target: gene embeddings, or its variation in the data (model; from scratch: data)",
     )
     predict.add_argument(
         "--perturbation",
         action="append",
         metavar="NAME|FILE",
-        help="a gene, a combination A+B, a condition, or a file with one a line; may be repeated (all fitted ones)",
+        help="gene, combination A+B, condition, or a file with one per line; repeatable (all fitted ones)",
     )
     predict.add_argument(
         "--group", metavar="NAME", help="control cells of one group of --covariate-key (all)"
@@ -367,9 +371,9 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
     if reading and arguments.controls is None:
         option = f"--{next(iter(reading)).replace('_', '-')}"
         msg = explain(
-            f"{option} was given without --controls",
-            "a file that it is about",
-            f"Add --controls IN.h5ad, or leave out {option}",
+            f"{option} requires --controls",
+            "the file that the option applies to",
+            f"Add --controls IN.h5ad, or omit {option}",
         )
         raise InputError(msg)
     predictor = PerturbationPredictor.load(arguments.model, quiet=arguments.quiet)
@@ -378,22 +382,24 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
         names = [
             name for text in arguments.perturbation for name in read_names(text, separator=None)
         ]
-    found = predictor.predict(
+    prediction = predictor.predict(
         list(dict.fromkeys(names)), group=arguments.group, controls=arguments.controls, **reading
     )
-    write_table(found.tidy(), arguments.out)
-    kinds = ", ".join(f"{number} {kind}" for kind, number in found.known.value_counts().items())
-    line = (
-        f"wrote {arguments.out}: {number_of(len(found.known), 'perturbation')} ({kinds}), "
-        f"{number_of(found.change.shape[1], 'gene')} each"
+    write_table(prediction.tidy(), arguments.out)
+    kinds = ", ".join(
+        f"{number} {kind}" for kind, number in prediction.known.value_counts().items()
     )
-    write_page(arguments, "perturbed", found)
+    line = (
+        f"wrote {arguments.out}: {number_of(len(prediction.known), 'perturbation')} ({kinds}), "
+        f"{number_of(prediction.change.shape[1], 'gene')} each"
+    )
+    write_page(arguments, "perturbed", prediction)
     facts = {
         "wrote": [arguments.out],
-        "known": found.known.to_dict(),
-        "genes": found.change.shape[1],
+        "known": prediction.known.to_dict(),
+        "genes": prediction.change.shape[1],
     }
-    print_result(arguments, [line], facts, messages=found.messages)
+    print_result(arguments, [line], facts, messages=prediction.messages)
 
 
 def add_samples(commands: Any) -> None:
@@ -401,14 +407,14 @@ def add_samples(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "samples",
-        "labels of tissue samples: learn them from labelled samples, or predict them",
+        "labels of tissue samples: fit to labelled samples, or predict them",
         fit=_samples_fit,
         predict=_samples_predict,
         fit_example="cellplm samples fit cohort.h5ad --model small --out classifier "
         "--sample-key donor --label-key disease",
         predict_example="cellplm samples predict cells.h5ad --model classifier --out labelled.h5ad --table samples.csv",
-        fit_report="what was fitted, and the error on samples left out",
-        predict_report="a row a sample, and which cells speak for its label",
+        fit_report="a summary of the fit, and the error on left-out samples",
+        predict_report="one row per sample, and the cells that contribute to its label",
         without=("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate",
                  "--freeze", "--adapter-rank", "--validation-fraction"),
     )  # fmt: skip
@@ -416,18 +422,18 @@ def add_samples(commands: Any) -> None:
         "--sample-key",
         required=True,
         metavar="K",
-        help="column of obs naming the tissue sample of every cell",
+        help="column of obs with the tissue sample of every cell",
     )
     fit.add_argument(
-        "--label-key", required=True, metavar="K", help="column of obs with the label of its sample"
+        "--label-key", required=True, metavar="K", help="column of obs with the sample label"
     )
     predict.add_argument(
         "--sample-key",
         metavar="K",
-        help="column of obs naming the tissue sample of every cell (as in fit)",
+        help="column of obs with the tissue sample of every cell (as in fit)",
     )
     predict.add_argument(
-        "--table", metavar="OUT.csv", help="also write a row a sample; .csv or .tsv"
+        "--table", metavar="OUT.csv", help="also write one row per sample; .csv or .tsv"
     )
 
 
@@ -473,8 +479,8 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         write_table(table, arguments.table, index=True)
     counts = table["label"].value_counts()
-    found = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
-    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({found})"]
+    labels = ", ".join(f"{number} {label}" for label, number in counts.items() if number)
+    lines = [f"wrote {arguments.out}: obs['{LABEL}'], {number_of(len(table), 'sample')} ({labels})"]
     wrote = [arguments.out]
     if arguments.table is not None:
         lines.append(f"wrote {arguments.table}")

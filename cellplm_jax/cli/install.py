@@ -1,4 +1,4 @@
-"""Verbs about the installation: ``doctor`` and ``completion``."""
+"""Commands about the installation: ``doctor`` and ``completion``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cellplm_jax.cli.options import add_output, command
 from cellplm_jax.cli.output import print_result, say, styled
 
 SHELLS = ("bash", "zsh", "tcsh")
-"""Shells that completion is written for."""
+"""Shells with completion scripts."""
 
 _FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "CORPUS|IN.h5ad", "MODEL", "M",
           "OUT.h5ad", "OUT.csv", "FILE.html", "PNG", "PREFIX", "FILE[:VARIANT]", "NAME|FILE")  # fmt: skip
 _FOLDERS = ("DIR", "CORPUS")
-"""How help calls arguments that are files and folders: the shell completes their names."""
+"""Metavars of files and folders, for which the shell completes names."""
 
 
 def add_doctor(commands: Any) -> None:
@@ -25,9 +25,9 @@ def add_doctor(commands: Any) -> None:
         commands,
         "doctor",
         _doctor,
-        "look at this installation and machine: versions, devices, memory, caches, and what will be slow",
+        "check this installation and machine: versions, devices, memory, caches, and expected bottlenecks",
         "cellplm doctor\n  cellplm doctor --json | jq .slow\n"
-        "\nexit status: 0 usable; 1 something that is needed is broken",
+        "\nexit status: 0 usable; 1 a required component is broken",
     )
     add_output(parser)
 
@@ -41,7 +41,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _doctor_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield the facts of :func:`cellplm_jax.doctor.diagnose` for reading."""
+    """Yield the facts of :func:`cellplm_jax.doctor.diagnose` as text lines."""
     marks = {"good": ("ok", "green"), "poor": ("note", "yellow"), "bad": ("BAD", "red")}
     for section in facts["sections"]:
         yield styled(section["title"], "bold")
@@ -65,7 +65,7 @@ def add_completion(commands: Any, whole: argparse.ArgumentParser) -> None:
         commands,
         "completion",
         partial(_completion, whole),
-        "print a script that lets a shell complete verbs, options and file names",
+        "print a shell script that completes commands, options and file names",
         "cellplm completion bash > ~/.local/share/bash-completion/completions/cellplm\n"
         "  cellplm completion zsh > ~/.zfunc/_cellplm      # with fpath+=~/.zfunc before compinit in ~/.zshrc",
     )
@@ -75,15 +75,15 @@ def add_completion(commands: Any, whole: argparse.ArgumentParser) -> None:
 def _completion(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     import shtab
 
-    for found in _parsers(parser):
-        for action in found._actions:
+    for subparser in _parsers(parser):
+        for action in subparser._actions:
             if action.choices is None and action.metavar in (*_FILES, *_FOLDERS):
                 action.complete = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
     say(shtab.complete(parser, shell=arguments.shell).rstrip("\n"))
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield a parser and those of its verbs."""
+    """Yield a parser and those of its subcommands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

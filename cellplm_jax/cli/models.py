@@ -1,4 +1,4 @@
-"""Verbs about models themselves: ``convert``, ``export`` and ``info``."""
+"""Commands about models: ``convert``, ``export`` and ``info``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             + ("both" if arguments.out else "neither")
             + " --out and --to-torch",
             "exactly one of them",
-            "Give --out DIR to read a published checkpoint, or --to-torch PREFIX to write one",
+            "Use --out DIR to read a published checkpoint, or --to-torch PREFIX to write one",
         )
         raise InputError(msg)
     if arguments.to_torch is not None:
@@ -52,7 +52,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         return
     if arguments.config is None:
         msg = explain(
-            "convert was given no --config",
+            "convert requires --config",
             "the PREFIX.config.json published with the weights",
             "Add --config PREFIX.config.json",
         )
@@ -67,11 +67,11 @@ def add_export(commands: Any) -> None:
         commands,
         "export",
         _export,
-        "write a model as one file that embeds cells through JAX alone, on cpu, cuda and tpu",
+        "write a model to one file that embeds cells with JAX only, on cpu, cuda and tpu",
         "cellplm export small --out small.cellplm",
     )
     parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a bundled model")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the artifact to write")
+    parser.add_argument("--out", required=True, metavar="FILE", help="output file")
     add_output(parser)
 
 
@@ -82,7 +82,7 @@ def _export(arguments: argparse.Namespace) -> None:
     size = Path(arguments.out).expanduser().stat().st_size / 1e6
     line = (
         f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
-        f"{', '.join(card['platforms'])}; JAX {card['jax']} wrote it."
+        f"{', '.join(card['platforms'])}; written with JAX {card['jax']}."
     )
     print_result(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
 
@@ -102,9 +102,9 @@ def add_info(commands: Any) -> None:
         help="checkpoint directory, pretraining work directory, or corpus",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read a whole corpus and compare its checksums"
+        "--verify", action="store_true", help="read the complete corpus and compare its checksums"
     )
-    add_output(parser, report="the same: parameters, the curves of a run, the parts of a corpus")
+    add_output(parser, report="parameters, training curves, or the parts of a corpus")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -125,9 +125,9 @@ def _info(arguments: argparse.Namespace) -> None:
         return
     if arguments.verify:
         msg = explain(
-            f"--verify was given for '{arguments.model}', which is not a corpus",
+            f"'{arguments.model}' is not a corpus, as --verify requires",
             "a corpus made by cellplm prepare",
-            "Leave out --verify, or check the path",
+            "Omit --verify, or check the path",
         )
         raise InputError(msg)
     check_report(arguments)

@@ -1,4 +1,4 @@
-"""What the verbs have in common: how one is added, the options of every task, and what was given of them."""
+"""Shared options of the commands, and helpers to add commands and read options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_ran
 
 READING = ("batch_key", "spatial_key", "layer", "gene_key", "values", "cells_per_context",
             "split_key")  # fmt: skip
-"""Options that say how a file is read."""
+"""Options for reading a file."""
 
 
 def command(
@@ -24,13 +24,13 @@ def command(
     help: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """Add a verb.
+    """Add a command.
 
     Args:
-        commands: Where to add it.
-        name: Of the verb.
-        run: Does the work; returns the exit status, None for 0.
-        help: What it does, as an order.
+        commands: The subparsers.
+        name: Name of the command.
+        run: Runs the command; returns the exit status, None for 0.
+        help: Summary, in the imperative.
         example: Command lines.
     """
     parser = commands.add_parser(
@@ -45,70 +45,70 @@ def command(
 
 
 def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) -> None:
-    """Add the options of what a verb writes: ``--json``, ``--quiet`` and, where there is one, ``--report``.
+    """Add the output options: ``--json``, ``--quiet`` and, if there is a report, ``--report``.
 
     Args:
-        parser: Of the verb.
-        report: What its report shows; None: it has none.
+        parser: Parser of the command.
+        report: Contents of its report; None: no report.
     """
     if report is None:
         parser.set_defaults(report=None)
     else:
         parser.add_argument(
-            "--report", metavar="FILE.html", help=f"also write a page that shows {report}"
+            "--report", metavar="FILE.html", help=f"also write an HTML report with {report}"
         )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON document on standard output instead of text"
+        "--json",
+        action="store_true",
+        help="print one JSON document to standard output instead of text",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress and no remarks")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no messages")
 
 
 DEFAULTS = {"key_added": "X_cellplm", "values": "counts", "adapt": "none"}
-"""Of options whose default is not None."""
+"""Options with a default other than None."""
 
 PRECISIONS = ("float32", "bfloat16")
-"""Those of ``cellplm_jax.config``, which is not imported for the help alone."""
+"""Values of ``cellplm_jax.config``, which is not imported for the help."""
 
 
 def add_counts(parser: argparse.ArgumentParser, default: str = "") -> None:
-    """Add the options that say where counts and coordinates are: ``--spatial-key``, ``--layer``, ``--gene-key``.
+    """Add the options for the location of counts and coordinates: ``--spatial-key``, ``--layer``, ``--gene-key``.
 
     Args:
-        parser: Of the verb.
-        default: What else to say of their defaults.
+        parser: Parser of the command.
+        default: Text appended to their defaults.
     """
     parser.add_argument(
         "--spatial-key",
         metavar="K",
-        help=f"key of obsm with coordinates ('spatial' where present{default})",
+        help=f"key of obsm with coordinates ('spatial' if present{default})",
     )
+    parser.add_argument("--layer", metavar="L", help=f"layer with the counts (detected{default})")
     parser.add_argument(
-        "--layer", metavar="L", help=f"layer with the counts (found by itself{default})"
-    )
-    parser.add_argument(
-        "--gene-key", metavar="K", help=f"column of var with gene ids (found by itself{default})"
+        "--gene-key", metavar="K", help=f"column of var with gene ids (detected{default})"
     )
 
 
 def add_precision(parser: argparse.ArgumentParser, default: str | None = "float32") -> None:
-    """Add ``--precision``; ``default`` None: that of the configuration."""
+    """Add ``--precision``; ``default`` None: the precision of the configuration."""
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default=default,
-        help="of the matrix products; bfloat16 is faster where the hardware has it "
+        help="precision of the matrix products; bfloat16 is faster on hardware that supports it "
         f"({default or 'of the config'})",
     )
 
 
 def positive(text: str) -> int:
-    """Return the positive whole number in a text, as a type of ``argparse``."""
+    """Return a positive integer from text, as an ``argparse`` type."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        msg = f"{text!r} is not a positive whole number"
+        msg = f"{text!r} is not a positive integer"
         raise argparse.ArgumentTypeError(msg)
     return value
 
@@ -127,20 +127,20 @@ def add_task(
     without: Sequence[str] = (),
     predicts: str = "cells",
 ) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Add a task with the verbs ``fit`` and ``predict``, and the options that all tasks have.
+    """Add a task with the commands ``fit`` and ``predict``, and the options of all tasks.
 
     Args:
-        commands: Where to add it.
-        name: Of the task.
-        help: What it does, as a noun and what to do with it.
-        fit: Runs the first verb.
+        commands: The subparsers.
+        name: Name of the task.
+        help: Summary: a noun, and the two actions.
+        fit: Runs the first command.
         predict: Runs the second one.
         fit_example: A command line.
         predict_example: A command line.
-        fit_report: What the report of the first verb shows.
-        predict_report: What that of the second one shows.
-        without: Options that this task has not.
-        predicts: ``"cells"``: ``predict`` reads a file and writes a copy of it with more in it; ``"table"``: it reads
+        fit_report: Contents of the report of the first command.
+        predict_report: Contents of the report of the second command.
+        without: Options that this task does not support.
+        predicts: ``"cells"``: ``predict`` reads a file and writes a copy of it with the results; ``"table"``: it reads
             no file, and writes a table.
     """
     parser = command(commands, name, fit, help, f"{fit_example}\n  {predict_example}")
@@ -154,13 +154,13 @@ def add_task(
 
     for verb in (first, second) if predicts == "cells" else (first,):
         verb.add_argument(
-            "input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a usual layer"
+            "input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a common layer"
         )
     first.add_argument(
         "--model",
         required=True,
         metavar="M",
-        help="what to start from: 'small', a checkpoint directory, or 'none' for from scratch",
+        help="start model: 'small', a checkpoint directory, or 'none' for training from scratch",
     )
     first.add_argument(
         "--out", required=True, metavar="DIR", help="new directory of the fitted estimator"
@@ -184,34 +184,40 @@ def add_task(
             verb,
             "--batch-key",
             metavar="K",
-            help=f"column of obs naming the tissue sample: one context each{default}",
+            help=f"column of obs with the tissue sample: one context each{default}",
         )
         add_counts(verb, default)
         add(
             verb,
             "--values",
             choices=("counts", "normalized", "log1p"),
-            help=f"what the matrix holds (counts{default})",
+            help=f"kind of values (counts{default})",
         )
         add(
             verb,
             "--cells-per-context",
             type=positive,
             metavar="N",
-            help=f"cells of a context at most when predicting (all{default})",
+            help=f"maximum number of cells per context at prediction time (all{default})",
         )
         add_output(verb, report=shown)
     add(first, "--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
     recipe = first.add_argument_group("recipe")
-    add(recipe, "--genes", type=positive, metavar="N", help="highly variable genes only")
-    add(recipe, "--epochs", type=positive, metavar="N", help="epochs at most")
-    add(recipe, "--patience", type=int, metavar="N", help="epochs without a better one")
+    add(recipe, "--genes", type=positive, metavar="N", help="number of highly variable genes")
+    add(recipe, "--epochs", type=positive, metavar="N", help="maximum number of epochs")
+    add(
+        recipe,
+        "--patience",
+        type=int,
+        metavar="N",
+        help="epochs without improvement before stopping",
+    )
     add(recipe, "--learning-rate", type=float, metavar="F", help="peak learning rate")
     add(
         recipe,
         "--freeze",
         choices=("none", "embedder", "encoder"),
-        help="parts that are not trained",
+        help="frozen modules",
     )
     add(
         recipe,
@@ -225,20 +231,20 @@ def add_task(
         "--validation-fraction",
         type=float,
         metavar="F",
-        help="held out" + ("" if "--split-key" in without else ", without --split-key"),
+        help="held-out fraction" + ("" if "--split-key" in without else ", without --split-key"),
     )
-    add(recipe, "--seed", type=int, metavar="N", help="seed of everything (0)")
+    add(recipe, "--seed", type=int, metavar="N", help="random seed (0)")
     return first, second
 
 
 def passed_options(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Return the options that were given, by name."""
-    found = {name: getattr(arguments, name, None) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the options that were passed, by name."""
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def source(arguments: argparse.Namespace) -> str | None:
-    """Return the model to start from; None: from scratch."""
+    """Return the start model; None: from scratch."""
     return None if arguments.model == "none" else arguments.model
 
 
@@ -249,12 +255,12 @@ def counts_only(
     expected: str = "a random part of the cells for validation",
     instead: str = " and set --validation-fraction",
 ) -> None:
-    """Refuse options that all tasks have and this one cannot use: values that are not counts, and ``others``."""
+    """Raise an error for common options that this task does not support: values other than counts, and ``others``."""
     if arguments.values not in (None, "counts"):
         msg = explain(
             f"--values {arguments.values}",
-            "raw counts, which are what is predicted",
-            "Name the layer with the counts with --layer",
+            "raw counts, because the task predicts counts",
+            "Select the layer with the counts with --layer",
         )
         raise InputError(msg)
     arguments.values = None
@@ -268,30 +274,30 @@ def reject_options(
     expected: str,
     instead: str = "",
 ) -> None:
-    """Refuse options that cannot be used here.
+    """Raise an error for unsupported options.
 
     Args:
-        arguments: The command line; an option whose value is not its default was given.
+        arguments: The command line; an option counts as passed if its value is not the default.
         names: The options.
-        given_to: What cannot use them.
-        expected: What it needs instead.
-        instead: What else to do than leave the option out.
+        given_to: Command that does not support them.
+        expected: Supported input.
+        instead: Alternative to omitting the option.
 
     Raises:
-        InputError: One of them was given.
+        InputError: One of them was passed.
     """
     for name in names:
         value = getattr(arguments, name, None)
         if value is not None and value != DEFAULTS.get(name):
             option = f"--{name.replace('_', '-')}"
             msg = explain(
-                f"{option} was given to {given_to}", expected, f"Leave {option} out{instead}"
+                f"{given_to} does not support {option}", expected, f"Omit {option}{instead}"
             )
             raise InputError(msg)
 
 
 def names_in(text: str | None) -> list[str] | None:
-    """Return names given as a file, one a line, or separated by commas; None: none were given."""
+    """Return names from a file, one per line, or separated by commas; None: no names."""
     from cellplm_jax.tasks.tables import read_names
 
     return None if text is None else read_names(text)

@@ -1,4 +1,4 @@
-"""What the verbs write: lines for people, one JSON document for machines, the page of ``--report``."""
+"""Output of the commands: text lines, one JSON document, colours on terminals, and the report of ``--report``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def say(text: str, stream: Any = None) -> None:
 
 
 def styled(text: str, style: str, stream: Any = None) -> str:
-    """Return text in a colour where a terminal reads it, and as it is anywhere else.
+    """Return coloured text for terminals, and plain text for other outputs.
 
-    ``NO_COLOR`` (https://no-color.org) and ``TERM=dumb`` are honoured.
+    Respects ``NO_COLOR`` (https://no-color.org) and ``TERM=dumb``.
 
     Args:
-        text: What to write.
+        text: The text.
         style: ``"bold"``, ``"red"``, ``"green"``, ``"yellow"`` or ``"faint"``.
-        stream: Where it goes; None: standard output.
+        stream: Output stream; None: standard output.
     """
     stream = sys.stdout if stream is None else stream
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
@@ -40,12 +40,12 @@ def styled(text: str, style: str, stream: Any = None) -> str:
 
 
 def fail(command: str, text: str) -> None:
-    """Write an error to standard error: the command it comes from, then the message."""
+    """Write an error to standard error: the name of the command, then the message."""
     say(f"{styled(f'{command}:', 'red', sys.stderr)} {text}", sys.stderr)
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON knows it: arrays as lists, paths as text, numbers that are not finite as null."""
+    """Return a JSON-compatible value: arrays as lists, paths as text, non-finite numbers as null."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if hasattr(value, "tolist"):
@@ -64,13 +64,13 @@ def print_result(
     *,
     messages: Sequence[str] = (),
 ) -> None:
-    """Write what a verb found, and what it has to say about its input.
+    """Print the result of a command and its messages about the input.
 
     Args:
         arguments: With ``json``, ``quiet`` and ``report``.
-        lines: For people, on standard output.
-        facts: The same and more as one JSON document, with ``--json`` instead of the lines.
-        messages: About the input, on standard error; not with ``--quiet``. The document has them in any case.
+        lines: Text lines for standard output.
+        facts: Data of the JSON document, printed with ``--json`` instead of the lines.
+        messages: Messages about the input, for standard error; omitted with ``--quiet``. The document always has them.
     """
     if not arguments.quiet:
         for message in messages:
@@ -88,7 +88,7 @@ def print_result(
 
 
 def table_lines(table: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return scores of several methods as the lines of a table."""
+    """Return a table of scores of several methods as text lines."""
     columns = (
         "ari",
         "ari_coarse",
@@ -112,12 +112,12 @@ def scores_line(scores: Mapping[str, float]) -> str:
 
 
 def number_of(count: int, what: str) -> str:
-    """Return a count and what is counted, such as ``"2 genes"``."""
+    """Return a number with its unit, such as ``"2 genes"``."""
     return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def fitted_line(arguments: argparse.Namespace, what: str, facts: Mapping[str, Any]) -> str:
-    """Return in one line what was fitted."""
+    """Return a one-line summary of a fit."""
     line = f"wrote {arguments.out}: {what}, {facts['training_cells']} training cells"
     if "best_epoch" in facts:
         line += f", epoch {facts['best_epoch']} of {facts['epochs']} kept, {facts['seconds']:.0f} s"
@@ -125,7 +125,7 @@ def fitted_line(arguments: argparse.Namespace, what: str, facts: Mapping[str, An
 
 
 def check_new_folder(arguments: argparse.Namespace) -> None:
-    """Refuse the directory of ``--out``, where it holds something, and a report that cannot be written."""
+    """Check in advance that the directory of ``--out`` is new or empty and that the report is writable."""
     from cellplm_jax.train.checkpoint import check_new_directory
 
     check_new_directory(arguments.out)
@@ -133,7 +133,7 @@ def check_new_folder(arguments: argparse.Namespace) -> None:
 
 
 def check_new_file(arguments: argparse.Namespace) -> None:
-    """Refuse the file of ``--out`` and a report where they cannot be written."""
+    """Check in advance that the file of ``--out`` and the report are writable."""
     from cellplm_jax.tasks.embed import check_output
 
     check_output(Path(arguments.out))
@@ -141,13 +141,13 @@ def check_new_file(arguments: argparse.Namespace) -> None:
 
 
 def check_report(arguments: argparse.Namespace) -> None:
-    """Refuse a report that cannot be written or drawn, before any work is done.
+    """Check in advance that a report can be written and drawn.
 
     Args:
         arguments: With ``report``: a path, or None.
 
     Raises:
-        InputError: It has another ending than .html, or nothing can be written there.
+        InputError: Its suffix is not .html, or it is not writable.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     if arguments.report is None:
@@ -157,23 +157,23 @@ def check_report(arguments: argparse.Namespace) -> None:
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
         msg = explain(
-            f"the report '{path}' has another ending", "a name that ends in .html", "Rename it"
+            f"the report '{path}' has another suffix", "a name that ends in .html", "Rename it"
         )
         raise InputError(msg)
     check_output(path)
     require("matplotlib", "eval", "A report")
-    # It takes seconds to import, and not every page has a map.
+    # umap takes seconds to import, and only some reports need it.
     if importlib.util.find_spec("scanpy") is None:
         require("scanpy", "eval", "A report")
 
 
-def write_page(arguments: argparse.Namespace, page: str, *found: Any) -> None:
-    """Write the page of a verb where ``--report`` asks for it.
+def write_page(arguments: argparse.Namespace, page: str, *results: Any) -> None:
+    """Write the report of a command if ``--report`` is set.
 
     Args:
-        arguments: With ``report``, and the rest for how to repeat the run.
+        arguments: With ``report``, and the other arguments for the command line.
         page: Name of one of the functions of :mod:`cellplm_jax.report.pages`.
-        *found: What it shows.
+        *results: Its arguments.
     """
     if arguments.report is None:
         return
@@ -182,11 +182,11 @@ def write_page(arguments: argparse.Namespace, page: str, *found: Any) -> None:
 
     matplotlib = require("matplotlib", "eval", "A report")
     pyplot = require("matplotlib.pyplot", "eval", "A report")
-    # No window: a report is drawn on machines without a display.
+    # No window: reports are drawn on machines without a display.
     backend = matplotlib.get_backend()
     pyplot.switch_backend("Agg")
     try:
-        shown = getattr(pages, page)(*found)
+        shown = getattr(pages, page)(*results)
         write_report(
             Path(arguments.report).expanduser(),
             title=shown.title,
@@ -199,7 +199,7 @@ def write_page(arguments: argparse.Namespace, page: str, *found: Any) -> None:
 
 
 def _how(arguments: argparse.Namespace) -> Iterator[Any]:
-    """Yield how the run is repeated."""
+    """Yield the command line of the run."""
     from cellplm_jax.report.html import Code
 
     yield Code(shlex.join(["cellplm", *arguments.words]), heading="How it was made")

@@ -1,4 +1,4 @@
-"""The parser of the command: ``argparse`` whose refusals are one message with the nearest name that there is."""
+"""The parser of the command: ``argparse`` with one-line errors that suggest the closest valid name."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from cellplm_jax.errors import nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that says what was probably meant.
+    """An ``ArgumentParser`` with suggestions.
 
-    Bad usage ends with status 2 and one message: what is wrong, the nearest option or choice, and where the help is.
+    Invalid usage exits with status 2 and one message: the error, the closest option or choice, and the help command.
     """
 
     _words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in ``argparse``; words that no option takes are refused here, where the options are known."""
+        """As in ``argparse``; unknown words raise an error here, because the valid options are known."""
         self._words = list(sys.argv[1:] if args is None else args)
-        found, extra = super().parse_known_args(args, namespace)
+        parsed, extra = super().parse_known_args(args, namespace)
         if extra:
             self.error(f"unrecognized arguments: {' '.join(map(str, extra))}")
-        return found, extra
+        return parsed, extra
 
     def error(self, message: str) -> NoReturn:
-        """End the program with status 2 and one message."""
+        """Exit with status 2 and one message."""
         remedy = self._meant(message)
         fail(self.prog, f"error: {message.rstrip('.')}.{remedy} See {self.prog} --help.")
         self.exit(2)
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         options = [name for action in self._actions for name in action.option_strings]
         for word in self._words:
             option = str(word).partition("=")[0]
-            # An option may be shortened, as argparse has it.
+            # argparse accepts abbreviated options.
             known = any(name.startswith(option) for name in options)
             if option.startswith("--") and option != "--" and not known:
                 remedy = nearest(option, options, "").replace("'", "")
@@ -59,14 +59,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def _names(action: argparse.Action) -> set[str]:
-    """Return what ``argparse`` may call an argument in its messages."""
+    """Return the names that ``argparse`` may use for an argument in its messages."""
     names = {*action.option_strings, action.dest}
     return names | ({action.metavar} if isinstance(action.metavar, str) else set())
 
 
 def _named_in(message: str) -> set[str]:
-    """Return the names of the argument that a message of ``argparse`` is about."""
-    found = re.match(r"argument ([^:]+):", message)
-    if found is None:
+    """Return the names of the argument in a message of ``argparse``."""
+    match = re.match(r"argument ([^:]+):", message)
+    if match is None:
         return set()
-    return {found.group(1), *found.group(1).split("/")}
+    return {match.group(1), *match.group(1).split("/")}

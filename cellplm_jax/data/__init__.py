@@ -1,1 +1,1 @@
-"""Cells at the edge of the model: AnnData files, gene identifiers, bundled datasets, padded batches."""
+"""AnnData input, gene names, bundled datasets, corpora and training batches."""

@@ -1,11 +1,11 @@
-"""AnnData at the edge: raw counts in the columns of a vocabulary, read block by block and checked.
+"""AnnData input: raw counts in vocabulary order, read in validated blocks.
 
-Everything that varies between files is settled here, once: where the raw counts are (``X``, ``raw.X``
-or a layer), how they are stored (CSR, CSC, dense, on disk or in memory, any number type), what the
-genes are called, and what the values may be. What comes out is always the same: canonical CSR blocks,
-float32, one column per vocabulary gene. Nothing here builds a dense cells x genes array of a file.
+This module handles all differences between files: the location of the raw counts (``X``, ``raw.X`` or a layer), their
+storage (CSR, CSC, dense, on disk or in memory, any numeric type), gene names, and valid values. The output is always
+canonical float32 CSR blocks with one column per vocabulary gene. No function builds a dense cells x genes array of a
+file.
 
-:func:`open_counts` is the way in, :class:`CountSource` what it returns, :func:`write_h5ad` the way out.
+:func:`open_counts` opens a :class:`CountSource`; :func:`write_h5ad` writes a file.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 Values = Literal["counts", "normalized", "log1p"]
 
 VALUES: tuple[Values, ...] = ("counts", "normalized", "log1p")
-"""What the values of a matrix may be declared to be."""
+"""Valid declarations of the values of a matrix."""
 
 INTEGER_TOLERANCE = 1e-3
-"""Distance from an integer up to which a value is a count (and is rounded to it)."""
+"""Maximum distance from an integer at which a value is rounded to a count."""
 
 LARGEST_COUNT = 2.0**24
-"""Largest count that float32 holds exactly; anything above is damage, not a count."""
+"""Largest count that float32 represents exactly; larger values are treated as damaged."""
 
 LARGEST_LOG = 30.0
-"""No log1p of a count or of a normalised value reaches this (e**30 is 1e13)."""
+"""Upper bound of log1p values of counts and normalised values (e**30 is 1e13)."""
 
 HIGHEST: dict[Values, float] = {
     "counts": LARGEST_COUNT,
@@ -91,26 +91,26 @@ GENE_COLUMNS = (
     "symbols",
     "hgnc_symbol",
 )
-"""Columns of ``var`` that may hold gene names (compared in lower case), besides ``var_names``."""
+"""Columns of ``var`` that may contain gene names (compared in lower case), in addition to ``var_names``."""
 
 PROBE_BLOCKS = 16
 PROBE_VALUES = 200_000
-"""A probe reads at most this many values, in this many places spread over the matrix."""
+"""Maximum number of values and of positions that a probe reads."""
 
 DENSE_ENTRIES = 4_000_000
-"""Entries of a dense matrix that are looked at in one step: 16 to 32 MB."""
+"""Number of entries of a dense matrix per step: 16 to 32 MB."""
 
 CHUNK_CACHE = 32 * 2**20
-"""Bytes of decompressed chunks h5py keeps per array, so that scattered rows do not pay twice."""
+"""Size in bytes of h5py's cache of decompressed chunks per array, for reads of scattered rows."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Matrices as they are stored
+# Stored matrices
 # ---------------------------------------------------------------------------------------------
 
 
 class _Entries(NamedTuple):
-    """Stored entries of some rows in CSR form, as found: order, duplicates, number type untouched."""
+    """Stored entries of some rows in CSR form, without sorting, merging or conversion."""
 
     data: np.ndarray
     indices: np.ndarray
@@ -118,7 +118,7 @@ class _Entries(NamedTuple):
 
 
 class _SparseRows:
-    """Rows of a CSR matrix whose arrays may still be on disk (h5py or zarr)."""
+    """Rows of a CSR matrix in memory or on disk (h5py or zarr)."""
 
     kind = "CSR"
 
@@ -137,12 +137,12 @@ class _SparseRows:
         return _Entries(data, indices, self.indptr[start : stop + 1] - low)
 
     def sample(self) -> np.ndarray:
-        """Return non-zero values from places spread over the matrix."""
+        """Return non-zero values from evenly distributed positions of the matrix."""
         return _sample(self.data, int(self.indptr[-1]))
 
 
 class _CompressedColumns:
-    """A CSC matrix: read once, turned into CSR in memory when its rows are first asked for."""
+    """A CSC matrix, converted to CSR in memory at the first read of its rows."""
 
     kind = "CSC"
 
@@ -154,22 +154,22 @@ class _CompressedColumns:
         _check_pointers(self.indptr, shape[1], int(indices.shape[0]), "column")
 
     def read(self, start: int, stop: int) -> _Entries:
-        """Return the entries of consecutive rows; the first call converts the whole matrix."""
+        """Return the entries of consecutive rows; the first call converts the matrix."""
         if self._rows is None:
             data, indices = np.asarray(self.data[:]), np.asarray(self.indices[:])
             _check_indices(indices, self.shape[0], "row")
             rows = sparse.csc_matrix((data, indices, self.indptr), shape=self.shape).tocsr()
             self._rows = _SparseRows(rows.data, rows.indices, rows.indptr, self.shape)
-            self.data, self.indices = rows.data, rows.indices  # lets go of what was read
+            self.data, self.indices = rows.data, rows.indices  # releases the CSC arrays
         return self._rows.read(start, stop)
 
     def sample(self) -> np.ndarray:
-        """Return non-zero values from places spread over the matrix."""
+        """Return non-zero values from evenly distributed positions of the matrix."""
         return _sample(self.data, int(self.indptr[-1]))
 
 
 class _DenseRows:
-    """Rows of a dense array: numpy, h5py, zarr, or anything that slices like them."""
+    """Rows of a dense array: numpy, h5py, zarr, or another type with the same slicing."""
 
     kind = "dense"
 
@@ -178,7 +178,7 @@ class _DenseRows:
         self.dtype = np.dtype(array.dtype)
 
     def read(self, start: int, stop: int) -> _Entries:
-        """Return the non-zero entries of consecutive rows, converted in steps of bounded size."""
+        """Return the non-zero entries of consecutive rows, converted in bounded steps."""
         step = max(1, DENSE_ENTRIES // max(1, self.shape[1]))
         parts = []
         for low in range(start, stop, step):
@@ -196,7 +196,7 @@ class _DenseRows:
         return _join(parts, self.dtype)
 
     def sample(self) -> np.ndarray:
-        """Return non-zero values of rows spread over the matrix."""
+        """Return non-zero values of evenly distributed rows of the matrix."""
         step = max(1, PROBE_VALUES * 10 // (PROBE_BLOCKS * max(1, self.shape[1])))
         parts = [self.read(low, high).data for low, high in _spread(self.shape[0], step)]
         return np.concatenate(parts)
@@ -226,7 +226,7 @@ _Rows = _SparseRows | _CompressedColumns | _DenseRows | _OnDevice
 
 
 def _check_pointers(indptr: np.ndarray, length: int, entries: int, axis: str) -> None:
-    """Refuse offsets that cannot belong to a compressed matrix."""
+    """Raise an error for invalid offsets of a compressed matrix."""
     sound = len(indptr) == length + 1 and indptr[0] == 0 and indptr[-1] <= entries
     if not sound or (np.diff(indptr) < 0).any():
         msg = explain(
@@ -238,7 +238,7 @@ def _check_pointers(indptr: np.ndarray, length: int, entries: int, axis: str) ->
 
 
 def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
-    """Refuse entries that lie outside the matrix."""
+    """Raise an error for entries outside the matrix."""
     if indices.size and (indices.max() >= length or indices.min() < 0):
         bad = indices.max() if indices.max() >= length else indices.min()
         msg = explain(
@@ -250,7 +250,7 @@ def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
 
 
 def _join(parts: Sequence[_Entries], dtype: np.dtype) -> _Entries:
-    """Stack the rows of several reads."""
+    """Concatenate the rows of several reads."""
     if len(parts) == 1:
         return parts[0]
     if not parts:
@@ -265,7 +265,7 @@ def _join(parts: Sequence[_Entries], dtype: np.dtype) -> _Entries:
 
 
 def _spread(length: int, step: int) -> Iterator[tuple[int, int]]:
-    """Yield up to ``PROBE_BLOCKS`` ranges of ``step``, the first and last touching the ends."""
+    """Yield up to ``PROBE_BLOCKS`` evenly distributed ranges of ``step``, including both ends."""
     if length <= step * PROBE_BLOCKS:
         yield 0, length
         return
@@ -274,14 +274,14 @@ def _spread(length: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _sample(data: Any, length: int) -> np.ndarray:
-    """Return up to ``PROBE_VALUES`` stored values from places spread over a stored vector."""
+    """Return up to ``PROBE_VALUES`` stored values from evenly distributed positions of a stored vector."""
     ranges = _spread(length, PROBE_VALUES // PROBE_BLOCKS)
     values = np.concatenate([np.asarray(data[low:high]) for low, high in ranges])
     return values[values != 0]
 
 
 def _as_rows(matrix: Any) -> _Rows:
-    """Wrap a matrix of any kind AnnData may hold, without reading it."""
+    """Wrap a matrix of any type that AnnData supports, without reading it."""
     import anndata.abc
 
     if isinstance(matrix, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
@@ -299,7 +299,7 @@ def _as_rows(matrix: Any) -> _Rows:
 
 
 def _stored_rows(element: Any) -> _Rows:
-    """Wrap a matrix of an open h5ad or zarr store (a group when sparse, an array when dense)."""
+    """Wrap a matrix of an open h5ad or zarr store (a group if sparse, an array if dense)."""
     encoding = str(element.attrs.get("encoding-type", ""))
     if encoding in ("csr_matrix", "csc_matrix"):
         form = _SparseRows if encoding == "csr_matrix" else _CompressedColumns
@@ -309,13 +309,13 @@ def _stored_rows(element: Any) -> _Rows:
 
 
 # ---------------------------------------------------------------------------------------------
-# Files and AnnData objects seen alike
+# Files and AnnData objects
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """One matrix that may hold the counts, with the ``var`` that names its columns."""
+    """A matrix that may contain the counts, with the ``var`` of its columns."""
 
     name: str
     rows: Callable[[], _Rows]
@@ -323,7 +323,7 @@ class _Place:
 
 
 class _Lazy(Mapping):
-    """A mapping that reads its values from a store when they are first asked for."""
+    """A mapping that reads its values from a store on first access."""
 
     def __init__(self, keys: Sequence[str], read: Callable[[str], Any]):
         self._keys, self._read, self._values = list(keys), read, {}
@@ -344,7 +344,7 @@ class _Lazy(Mapping):
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """The parts of an AnnData this module uses, from memory or from disk."""
+    """The fields of an AnnData that this module uses, from memory or disk."""
 
     label: str
     source: str
@@ -356,7 +356,7 @@ class _Opened:
 
 
 def _open_object(adata: anndata.AnnData) -> _Opened:
-    """Look into an AnnData object: in memory, a view, or backed."""
+    """Open an AnnData object: in memory, a view, or backed."""
     places: dict[str, _Place] = {}
     if adata.X is not None:
         places["X"] = _Place("X", lambda: _as_rows(adata.X), lambda: adata.var)
@@ -392,7 +392,7 @@ def _open_path(path: Path) -> _Opened:
         keys = set(store.keys())
         if not {"obs", "var"} <= keys:
             msg = explain(
-                f"'{path}' holds {_listing(sorted(keys))} and no 'obs' and 'var'",
+                f"'{path}' contains {_listing(sorted(keys))} but no 'obs' and 'var'",
                 "a file written by AnnData",
                 "Read it with scanpy (for example scanpy.read_10x_h5) and save it with write_h5ad",
             )
@@ -428,7 +428,7 @@ def _open_zarr(path: Path) -> tuple[Any, Callable[[], None]]:
         return zarr.open_group(str(path), mode="r"), lambda: None
     except Exception as error:
         msg = explain(
-            f"'{path}' is a directory without a zarr group in it",
+            f"'{path}' is a directory without a zarr group",
             "an .h5ad file or a .zarr directory written by AnnData",
             "Check the path",
         )
@@ -441,12 +441,12 @@ def _unreadable(path: Path, error: Exception) -> str:
     return explain(
         f"'{path}' cannot be read as an AnnData file ({reason})",
         "a complete .h5ad file",
-        "Check that it is an .h5ad file and that it was copied whole, or write it again",
+        "Check that the file is an .h5ad file and was copied completely, or write it again",
     )
 
 
 def _open_store(store: Any, path: Path, close: Callable[[], None]) -> _Opened:
-    """Look into an open h5ad file or zarr group."""
+    """Open the fields of an h5ad file or zarr group."""
     from anndata.io import read_elem
 
     frames: dict[str, pd.DataFrame] = {}
@@ -462,7 +462,7 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> _Opened:
     places: dict[str, _Place] = {}
     if "X" in store and str(store["X"].attrs.get("encoding-type", "")) != "null":
         places["X"] = stored("X", "X", "var")
-    # Written element by element, an AnnData without raw has an empty data set in its place.
+    # anndata writes an empty dataset for a missing raw.
     if "raw" in store and hasattr(store["raw"], "keys") and "X" in store["raw"]:
         places["raw.X"] = stored("raw.X", "raw/X", "raw/var")
     layers = tuple(store["layers"].keys()) if "layers" in store else ()
@@ -484,20 +484,20 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> _Opened:
 
 
 def _listing(names: Sequence[object], limit: int = 12) -> str:
-    """Quote names for a message, cut where there are many."""
+    """Quote names for a message; long lists are truncated."""
     shown = ", ".join(f"'{name}'" for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (shown + more) if names else "none"
 
 
 # ---------------------------------------------------------------------------------------------
-# What the values are
+# Kinds of values
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """What a sample of the values of one matrix looks like."""
+    """Statistics of a sample of the values of one matrix."""
 
     looks: Literal["counts", "zeros", "damaged counts", "other"]
     description: str
@@ -505,7 +505,7 @@ class _Probe:
 
 
 def _probe(rows: _Rows) -> _Probe:
-    """Judge a matrix by a bounded number of its values, spread over it."""
+    """Classify a matrix by a bounded sample of its values."""
     if rows.dtype.kind not in "buif":
         return _Probe("other", f"values of type {rows.dtype}", math.nan)
     values = rows.sample().astype(np.float64)
@@ -526,7 +526,7 @@ def _probe(rows: _Rows) -> _Probe:
         wrong.append("non-integer values")
     if finite.size and not wrong and largest <= LARGEST_COUNT:
         return _Probe("counts", f"integers up to {largest:.0f}", largest)
-    # Where most values are counts the others are damage, to be named one by one; centred, scaled
+    # If most values are counts, the others are damaged and are reported one by one; centred, scaled
     # and normalised matrices have hardly any integers, or as many negative values as positive.
     if max(share, negative) < 0.5 and (wrong or not finite.size):
         return _Probe("damaged counts", f"integers with {' and '.join(wrong)}", largest)
@@ -545,11 +545,7 @@ def _probe(rows: _Rows) -> _Probe:
 def _choose_place(
     opened: _Opened, layer: str | None, values: Values
 ) -> tuple[_Place, _Rows, _Probe, str]:
-    """Find the matrix to read: the one asked for, or the first that holds raw counts.
-
-    Returns:
-        The place, its rows, their probe, and a sentence saying what was chosen and why.
-    """
+    """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message."""
     places = opened.places
     if layer is not None:
         named = (f"layers['{layer}']", layer, f"{layer}.X")
@@ -591,11 +587,11 @@ def _choose_place(
             return place, rows, probe, note
         if probe.looks == "counts":
             passed = [f"{other.name}: {held.description}" for other, _, held in seen]
-            why = f"; passed over {'; '.join(passed)}" if passed else ""
+            why = f"; skipped {'; '.join(passed)}" if passed else ""
             note = f"Read raw counts from {place.name} ({probe.description}{why})."
             return place, rows, probe, note
         seen.append((place, rows, probe))
-    # Damaged counts are chosen so that reading them names the damage.
+    # Select damaged counts, so that reading them reports the damage.
     damaged = [found for found in seen if found[2].looks == "damaged counts"]
     if all(probe.looks == "zeros" for _, _, probe in seen):
         damaged = seen
@@ -613,7 +609,7 @@ def _choose_place(
 def _check_declared(
     opened: _Opened, place: _Place, rows: _Rows, probe: _Probe, values: Values
 ) -> None:
-    """Refuse declared values that the probe contradicts."""
+    """Raise an error if the probe contradicts the declared values."""
     if rows.dtype.kind not in "buif":
         msg = explain(
             f"{place.name} of {opened.label} holds {probe.description}",
@@ -629,19 +625,19 @@ def _check_declared(
         remedy = "Declare values='normalized' if they are not logarithms, or drop values"
     elif values == "log1p" and probe.looks == "counts" and probe.largest > 1:
         wrong = f"{place.name} of {opened.label} holds {probe.description}, which are raw counts"
-        remedy = "Drop values (--values): raw counts are what the model wants"
+        remedy = "Omit values (--values); raw counts need no declaration"
     if wrong:
         msg = explain(wrong, f"log1p values, none above {LARGEST_LOG:.0f}", remedy)
         raise InputError(msg)
 
 
 # ---------------------------------------------------------------------------------------------
-# What the genes are called
+# Gene names
 # ---------------------------------------------------------------------------------------------
 
 
 def _texts(column: pd.Series | pd.Index) -> list[str]:
-    """Return a column as strings, missing values as ''."""
+    """Return a column as strings, with missing values as ''."""
     missing = np.asarray(column.isna())
     values = column.astype(object).to_numpy()
     return ["" if absent else str(v).strip() for v, absent in zip(values, missing, strict=True)]
@@ -655,7 +651,7 @@ def _choose_genes(
     gene_key: str | None,
     minimum: int | None,
 ) -> tuple[str, GeneMapping]:
-    """Find the gene names that match the vocabulary best, or map the column asked for."""
+    """Map the requested gene name column, or the column that matches the vocabulary best."""
     var = place.var()
     if len(var) != columns:
         msg = explain(
@@ -697,7 +693,7 @@ def _choose_genes(
         raise InputError(explain("no gene names", "var_names", "Name the genes"))
     key, mapping, filled = best
     if mapping.by_rule.get(ORTHOLOGUE):
-        # Symbols of rats are written like those of mice; ids beside them tell.
+        # Symbols of rats and mice are written alike; Ensembl ids of the same file distinguish them.
         for name, texts in candidates.items():
             if other_species(texts):
                 key, filled = name, texts
@@ -708,25 +704,24 @@ def _choose_genes(
 
 
 # ---------------------------------------------------------------------------------------------
-# The public part
+# Public interface
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class InputReport:
-    """What was decided about an input, for people and for ``uns``.
+    """Choices made when opening an input, for messages and for ``uns``.
 
     Attributes:
         source: Name of the file, or "AnnData in memory".
-        matrix: Place of the counts: "X", "raw.X" or "layers['NAME']".
-        storage: How that matrix is stored: "CSR", "CSC" or "dense", with its number type.
+        matrix: Location of the counts: "X", "raw.X" or "layers['NAME']".
+        storage: Storage format of the matrix: "CSR", "CSC" or "dense", with its numeric type.
         values: "counts", "normalized" or "log1p".
-        gene_key: Column of ``var`` the gene names came from, or "var_names".
-        genes: What became of every gene.
+        gene_key: Column of ``var`` with the gene names, or "var_names".
+        genes: Result of the gene name mapping.
         cells: Number of cells.
-        cells_without_counts: Cells with no count in any vocabulary gene; None until every cell has
-            been read.
-        notes: Sentences about choices that were made.
+        cells_without_counts: Cells with no count in any vocabulary gene; None until every cell has been read.
+        notes: Messages about the choices.
     """
 
     source: str
@@ -740,7 +735,7 @@ class InputReport:
     notes: tuple[str, ...]
 
     def messages(self) -> list[str]:
-        """Describe the input in a few sentences, one message each.
+        """Describe the input in a few sentences, one per message.
 
         Returns:
             Lines to print or log, the most important first.
@@ -755,10 +750,10 @@ class InputReport:
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """Return the report as plain values, fit for JSON and for ``AnnData.uns``.
+        """Return the report as plain values for JSON and ``AnnData.uns``.
 
         Returns:
-            Strings, numbers, lists and dicts; ``cells_without_counts`` is left out while unknown.
+            Strings, numbers, lists and dicts; ``cells_without_counts`` is omitted if unknown.
         """
         report: dict[str, object] = {
             "source": self.source,
@@ -778,22 +773,22 @@ class InputReport:
 class CountSource:
     """Counts of one AnnData in the columns of one vocabulary, read in blocks.
 
-    Made by :func:`open_counts`. Use it as a context manager, or call :meth:`close`, so that a file it
-    opened is closed; an AnnData that was passed in stays open and unchanged.
+    Created by :func:`open_counts`. Use it as a context manager, or call :meth:`close`, to close a file that it opened;
+    AnnData objects passed in stay open and unchanged.
 
     Attributes:
         cells: Number of cells.
         genes: Number of vocabulary genes, the width of every block.
         obs: The cell table, as stored.
         obs_names: Cell names, str [cells].
-        obsm: Cell matrices by name; those of a file are read when asked for.
-        measured: bool [genes], vocabulary genes the file measures.
+        obsm: Cell matrices by name; matrices in a file are read on first access.
+        measured: bool [genes], vocabulary genes measured in the file.
     """
 
     def __init__(
         self, opened: _Opened, place: _Place, rows: _Rows, report: InputReport, names: list[str]
     ):
-        """Keep the parts; :func:`open_counts` is the way to make one."""
+        """Store the fields; use :func:`open_counts` to create an instance."""
         self._opened, self._rows, self._report = opened, rows, report
         self._closed = False
         self._place, self._gene_names = place, names
@@ -813,13 +808,13 @@ class CountSource:
         self.close()
 
     def close(self) -> None:
-        """Close the file, if this object opened one. Reading is over afterwards."""
+        """Close the file if this object opened it. No reads are possible afterwards."""
         self._opened.close()
         self._closed = True
 
     @property
     def gene_names(self) -> list[str]:
-        """What the file calls its genes, under the key of the report; '' where it has no name for one."""
+        """Gene names of the file, from the key in the report; '' for unnamed genes."""
         key = self._report.gene_key
         if key == "var_names":
             return list(self._gene_names)
@@ -828,7 +823,7 @@ class CountSource:
 
     @property
     def report(self) -> InputReport:
-        """What was decided about the input; complete once every cell has been read."""
+        """Choices made about the input; complete after every cell has been read."""
         if (self._empty < 0).any():
             return self._report
         return dataclasses.replace(self._report, cells_without_counts=int(self._empty.sum()))
@@ -838,13 +833,13 @@ class CountSource:
 
         Args:
             start: First cell.
-            stop: One past the last cell; the range must lie within the file.
+            stop: One past the last cell.
 
         Returns:
             float32 CSR [stop - start, genes], canonical: indices sorted, no duplicates, no zeros.
 
         Raises:
-            InputError: A value is negative, NaN, infinite, or no count; or the file is damaged.
+            InputError: A value is negative, NaN, infinite or not a count, or the file is damaged.
             IndexError: The range is outside the file.
         """
         if not 0 <= start <= stop <= self.cells:
@@ -857,7 +852,7 @@ class CountSource:
     def read_rows(self, indices: Sequence[int] | np.ndarray) -> sparse.csr_matrix:
         """Read any cells, in any order, with repetitions.
 
-        Cells are read in file order, neighbours together, and put into the order asked for.
+        Cells are read in file order, neighbours together, and returned in the requested order.
 
         Args:
             indices: Cell numbers [n], from 0.
@@ -866,7 +861,7 @@ class CountSource:
             float32 CSR [n, genes], canonical.
 
         Raises:
-            InputError: As :meth:`read`.
+            InputError: As in :meth:`read`.
             IndexError: A number is outside the file.
         """
         wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
@@ -905,16 +900,16 @@ class CountSource:
         self._empty[cells] = empty
 
     def blocks(self, rows_per_block: int) -> Iterator[sparse.csr_matrix]:
-        """Read the whole file in order.
+        """Read the file in order, in blocks.
 
         Args:
             rows_per_block: Cells per block; the last may have fewer.
 
         Yields:
-            Blocks as of :meth:`read`.
+            Blocks as in :meth:`read`.
 
         Raises:
-            InputError: As :meth:`read`, or ``rows_per_block`` is below 1.
+            InputError: As in :meth:`read`, or ``rows_per_block`` is below 1.
         """
         if rows_per_block < 1:
             msg = explain(
@@ -929,19 +924,19 @@ class CountSource:
 
         Args:
             key: Name of the column (of batches, samples, cell types).
-            missing: Label for cells without one; by default they are an error.
+            missing: Label for cells without one; None raises an error for them.
 
         Returns:
             str [cells] (object array).
 
         Raises:
-            InputError: There is no such column, or it has gaps and ``missing`` is None.
+            InputError: The column does not exist, or it has gaps and ``missing`` is None.
         """
         if key not in self.obs.columns:
             msg = explain(
                 f"obs of {self._opened.label} has no column '{key}'",
                 f"one of its columns: {_listing(list(self.obs.columns))}",
-                nearest(key, self.obs.columns, "Name one of these columns, or leave the key out"),
+                nearest(key, self.obs.columns, "Use one of these columns, or omit the key"),
             )
             raise InputError(msg)
         values = self.obs[key]
@@ -952,7 +947,7 @@ class CountSource:
                 f"obs['{key}'] is missing for {int(gaps.sum())} of {self.cells} cells, "
                 f"the first '{first}'",
                 "a label for every cell",
-                "Fill the gaps, or leave those cells out",
+                "Fill the gaps, or remove those cells",
             )
             raise InputError(msg)
         labels = np.array(values.astype(object).map(str), dtype=object)
@@ -960,19 +955,18 @@ class CountSource:
         return labels
 
     def coordinates(self, key: str = "spatial", *, required: bool = False) -> np.ndarray | None:
-        """Return the position of every cell.
+        """Return the coordinates of every cell.
 
         Args:
-            key: Name of the matrix in ``obsm``; its first two columns are x and y.
-            required: Whether it must be there.
+            key: Key in ``obsm``; the first two columns are x and y.
+            required: Whether a missing key is an error.
 
         Returns:
-            float64 [cells, 2] in the units of the file; NaN in both columns for cells whose position
-            is missing or infinite. None if there is no such matrix and it is not required.
+            float64 [cells, 2] in the units of the file; NaN in both columns for cells with missing or infinite
+            coordinates. None if the key does not exist and is not required.
 
         Raises:
-            InputError: It is required and absent, or it is not a matrix of numbers with at least two
-                columns.
+            InputError: The key is required and missing, or it is not a numeric matrix with at least two columns.
         """
         if key not in self.obsm:
             if not required:
@@ -1007,7 +1001,7 @@ class CountSource:
     # -- from stored rows to vocabulary columns -------------------------------------------------
 
     def _stored(self, start: int, stop: int) -> _Entries:
-        """Read stored entries of consecutive cells; a damaged file becomes one clear message."""
+        """Read stored entries of consecutive cells; a damaged file raises one clear error."""
         if self._closed:
             msg = f"{self._opened.label} was closed; open it again to read from it"
             raise ValueError(msg)
@@ -1018,17 +1012,12 @@ class CountSource:
                 f"{self._place.name} of {self._opened.label} cannot be read at cells {start} to "
                 f"{stop - 1} ({' '.join(str(error).split())[:160]})",
                 "a complete file",
-                "Check that it was copied whole, or write it again",
+                "Check that it was copied completely, or write it again",
             )
             raise InputError(msg) from error
 
     def _convert(self, stored: _Entries, cells: np.ndarray) -> sparse.csr_matrix:
-        """Check every stored value and move the values to vocabulary columns as float32.
-
-        Args:
-            stored: Entries of some rows.
-            cells: int [rows], which cells they are.
-        """
+        """Check every stored value and map the values of ``cells`` to vocabulary columns as float32."""
         data = stored.data if stored.data.dtype != np.float16 else stored.data.astype(np.float32)
         kind, values = data.dtype.kind, self._report.values
         highest, sound = HIGHEST[values], None
@@ -1050,7 +1039,7 @@ class CountSource:
         return in_vocabulary(data, stored.indices, stored.indptr, self._column, self.genes)
 
     def _damage(self, stored: _Entries, cells: np.ndarray, sound: np.ndarray) -> str:
-        """Name the worst kind of bad value, how many there are, and the first."""
+        """Return a message with the worst kind of invalid value, their number and the first."""
         data, counts = stored.data, self._report.values == "counts"
         with np.errstate(invalid="ignore"):
             above = data > HIGHEST[self._report.values]
@@ -1083,13 +1072,13 @@ class CountSource:
 def in_vocabulary(
     data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, column: np.ndarray, genes: int
 ) -> sparse.csr_matrix:
-    """Move the entries of compressed rows to vocabulary columns, drop those of other genes, sum duplicates.
+    """Map the entries of compressed rows to vocabulary columns; drop unknown genes and sum duplicates.
 
     Args:
         data: float32 [entries].
-        indices: int [entries], gene of each in the source.
+        indices: int [entries], gene of each entry in the source.
         indptr: int [rows + 1].
-        column: int32 [genes of the source], from :func:`cellplm_jax.data.genes.map_genes`; -1 for other genes.
+        column: int32 [genes of the source], from :func:`cellplm_jax.data.genes.map_genes`; -1 for unknown genes.
         genes: Size of the vocabulary.
 
     Returns:
@@ -1103,7 +1092,7 @@ def in_vocabulary(
         indptr, indices, data = before[indptr], indices[kept], data[kept]
     matrix = sparse.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, genes))
     if not matrix.has_sorted_indices:
-        # Two counting sorts: half the time of sorting row by row, and entries of a cell end up in order.
+        # Two counting sorts: half the time of sorting row by row, and the entries of a row are in order.
         matrix = sparse.csr_matrix(matrix.tocsc())
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
@@ -1119,31 +1108,30 @@ def open_counts(
     values: Values = "counts",
     minimum_genes: int | None = None,
 ) -> CountSource:
-    """Open an AnnData for reading counts in the columns of a vocabulary.
+    """Open an AnnData to read counts in the columns of a vocabulary.
 
-    Without ``layer``, raw counts are looked for in ``X``, then ``raw.X`` (where CELLxGENE files have
-    them), then layers with usual names; a bounded sample of each is judged, and every value is
-    checked again when it is read. Without ``gene_key``, ``var_names`` and the usual columns of
-    ``var`` compete for the most vocabulary genes. :attr:`CountSource.report` says what was chosen.
+    If ``layer`` is None, raw counts are searched in ``X``, then ``raw.X`` (used by CELLxGENE), then layers with common
+    names. The search reads a bounded sample of each; every value is checked when it is read. If ``gene_key`` is None,
+    ``var_names`` and common columns of ``var`` are tried, and the best match with the vocabulary is used.
+    :attr:`CountSource.report` contains the choices.
 
     Args:
-        source: An AnnData (in memory, a view, or backed), or the path of an ``.h5ad`` file or a
-            ``.zarr`` directory, which is read block by block and not loaded.
+        source: An AnnData (in memory, a view, or backed), or the path of an ``.h5ad`` file or a ``.zarr`` directory,
+            which is read block by block and not loaded.
         vocabulary: Genes of the model [genes], normally Ensembl ids.
-        layer: Layer that holds the counts; "X" and "raw.X" name those places.
+        layer: Layer with the counts; "X" and "raw.X" select these matrices.
         gene_key: Column of ``var`` with the gene names; "var_names" for the index.
-        values: What the matrix holds. "counts" insists on raw counts. "normalized" accepts values
-            normalised by library size, as they are. "log1p" accepts their logarithms and undoes
-            them with expm1, so that the model's own log1p gives the same values back.
-        minimum_genes: Fewest vocabulary genes the file must have; see
-            :func:`cellplm_jax.data.genes.map_genes`.
+        values: Kind of values. "counts" requires raw counts. "normalized" accepts values normalised by library size,
+            without conversion. "log1p" accepts log1p values and inverts them with expm1, so that the model's own log1p
+            reproduces them.
+        minimum_genes: Minimum number of vocabulary genes in the file; see :func:`cellplm_jax.data.genes.map_genes`.
 
     Returns:
         An open source; close it, or use it in a ``with`` statement.
 
     Raises:
-        InputError: The file is not an AnnData file, has no cells or genes or no raw counts, a key is
-            not there, or too few genes are known.
+        InputError: The file is not an AnnData file, has no cells, genes or raw counts, a key does not exist, or too few
+            genes are known.
     """
     import anndata
 
@@ -1181,7 +1169,7 @@ def _resolve(
     values: Values,
     minimum_genes: int | None,
 ) -> CountSource:
-    """Choose matrix and gene names, and build the source."""
+    """Choose the matrix and the gene names, and create the source."""
     cells = len(opened.obs)
     some = next(iter(opened.places.values()), None)
     if cells == 0 or (some is not None and len(some.var()) == 0):
@@ -1203,11 +1191,15 @@ def _resolve(
     key, mapping = _choose_genes(opened, place, rows.shape[1], vocabulary, gene_key, minimum_genes)
     notes = [note]
     if isinstance(rows, _CompressedColumns):
-        notes.append(f"{place.name} is stored by columns (CSC), so it is held in memory whole.")
+        notes.append(
+            f"{place.name} is stored by columns (CSC), so it is loaded into memory completely."
+        )
     if values == "counts" and probe.largest == 1:
-        notes.append("No count above 1 was seen; binarised counts tell the model little.")
+        notes.append(
+            "No count is above 1; binarised counts contain little information for the model."
+        )
     if values == "log1p":
-        notes.append("Values were passed through expm1, which undoes their log1p.")
+        notes.append("Values were transformed with expm1, the inverse of log1p.")
     report = InputReport(
         source=opened.source,
         matrix=place.name,
@@ -1221,14 +1213,14 @@ def _resolve(
     )
     counts = CountSource(opened, place, rows, report, _texts(place.var().index))
     if probe.looks == "damaged counts" and values == "counts":
-        for _ in counts.blocks(1024):  # raises where the damage is, before any work is done
+        for _ in counts.blocks(1024):  # raises an error before any work is done
             pass
     return counts
 
 
 @contextlib.contextmanager
 def nullable_strings() -> Iterator[None]:
-    """Let anndata write nullable strings, which files of newer pandas hold, where it has a setting for them."""
+    """Allow anndata to write nullable strings of recent pandas versions, if it has a setting for this."""
     import anndata
 
     with contextlib.ExitStack() as stack:
@@ -1238,14 +1230,14 @@ def nullable_strings() -> Iterator[None]:
 
 
 def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: Any) -> None:
-    """Write an ``.h5ad`` file whole or not at all.
+    """Write an ``.h5ad`` file atomically.
 
-    The file is written beside its destination under another name and renamed when complete, so an
-    interrupted run leaves neither half a file nor a damaged older one. Nullable strings, which files
-    of newer pandas hold, are written as such where anndata has a setting for them.
+    The file is written next to its destination under a temporary name and renamed when complete, so an interrupted run
+    leaves no partial or damaged file. Nullable strings of recent pandas versions are written as such if anndata has a
+    setting for this.
 
     Args:
-        adata: What to write.
+        adata: Data to write.
         path: Destination; an existing file is replaced.
         **options: Passed to ``AnnData.write_h5ad`` (such as ``compression="gzip"``).
 
@@ -1254,7 +1246,7 @@ def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: 
     """
     target = Path(path).expanduser()
     if not target.parent.is_dir() or target.is_dir():
-        found = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
+        found = "is a folder" if target.is_dir() else "is in a folder that does not exist"
         msg = explain(f"'{target}' {found}", "the name of a file to write", "Check the path")
         raise InputError(msg)
     with nullable_strings(), atomic_write(target) as partial:

@@ -1,4 +1,4 @@
-"""Tissue samples in memory: as arrays, as a store that training reads from, and padded for the device."""
+"""Tissue samples in memory: as arrays, as a store for training, and as padded batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cellplm_jax.errors import InputError, explain
 
 @dataclass(frozen=True)
 class Sample:
-    """One tissue sample: the cells that may attend to one another.
+    """One tissue sample: cells that attend to each other.
 
     Attributes:
-        name: What the user calls it.
-        counts: CSR float32 [cells, genes] in the order of the model's vocabulary, canonical.
-        coordinates: float32 [cells, 2] scaled to [0, 1], NaN for cells without; None: no cell has any.
+        name: Name of the sample.
+        counts: CSR float32 [cells, genes] in vocabulary order, canonical.
+        coordinates: float32 [cells, 2] scaled to [0, 1], NaN for cells without coordinates; None: not a spatial sample.
         eigenvectors: float32 [cells, eigenvectors] of the spatial neighbour graph, or None.
         measured: bool [genes]; None: all.
         batch: Row of the batch embedding; -1: unknown.
@@ -58,13 +58,13 @@ class Sample:
 def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
     """Scale the coordinates of one tissue sample to [0, 1].
 
-    One factor for both axes, so distances keep their proportions whatever the unit (micrometres, pixels, array rows).
+    Both axes use one factor, which preserves the aspect ratio in any unit (micrometres, pixels, array rows).
 
     Args:
-        coordinates: float [cells, 2]; NaN where a cell has none.
+        coordinates: float [cells, 2]; NaN for cells without coordinates.
 
     Returns:
-        float32 [cells, 2] with the smaller corner at (0, 0); NaN stays NaN. One location alone becomes (0, 0).
+        float32 [cells, 2] with the smaller corner at (0, 0); NaN stays NaN. A single location becomes (0, 0).
     """
     coordinates = np.asarray(coordinates, np.float64)
     present = np.isfinite(coordinates).all(axis=1)
@@ -84,8 +84,8 @@ def laplacian_eigenvectors(
 
     Args:
         coordinates: float [cells, 2] without NaN.
-        count: How many non-trivial eigenvectors.
-        neighbors: Nearest neighbours each cell is joined to.
+        count: Number of non-trivial eigenvectors.
+        neighbors: Number of nearest neighbours in the graph.
 
     Returns:
         float32 [cells, count], each column scaled to unit root mean square; columns past ``cells - 1`` are zero.
@@ -111,7 +111,7 @@ def laplacian_eigenvectors(
     if cells <= 64:
         values, vectors = np.linalg.eigh(similarity.toarray())
     else:
-        # The largest of D^-1/2 A D^-1/2 are the smallest of the Laplacian; a fixed start makes them repeatable.
+        # The largest of D^-1/2 A D^-1/2 are the smallest of the Laplacian; a fixed start makes them reproducible.
         start = np.random.default_rng(0).standard_normal(cells)
         values, vectors = eigsh(similarity, k=wanted, which="LA", v0=start)
     order = np.argsort(-values)[1 : count + 1]
@@ -121,9 +121,9 @@ def laplacian_eigenvectors(
 
 
 def bucket(size: int, minimum: int = 32) -> int:
-    """Return the smallest of ``minimum * {1, 1.5, 2, 3, 4, 6, ...}`` that holds ``size``.
+    """Return the smallest of ``minimum * {1, 1.5, 2, 3, 4, 6, ...}`` that is at least ``size``.
 
-    Two shapes an octave: over all sizes up to n at most 2 log2(n / minimum) + 1 of them.
+    There are two sizes per octave: up to 2 log2(n / minimum) + 1 for all sizes up to n.
     """
     value = minimum
     while value < size:
@@ -139,19 +139,19 @@ def pad_batch(
     nonzeros: int | None = None,
     eigenvectors: int | None = None,
 ) -> CellBatch:
-    """Lay samples out as one padded batch of numpy arrays.
+    """Pack samples into one padded batch of numpy arrays.
 
     Args:
-        samples: One sentence each.
+        samples: Samples, one per row.
         cells: Length of the cell axis; None: the bucket of the largest sample.
         nonzeros: Length of the nonzero axis; None: the bucket of the largest sample.
-        eigenvectors: Width of the eigenvector array; None leaves it out.
+        eigenvectors: Width of the eigenvector array; None omits it.
 
     Returns:
         A :class:`CellBatch`; counts as float32, genes as int32.
 
     Raises:
-        InputError: A sample does not fit the axes given.
+        InputError: A sample is larger than the given axes.
     """
     genes = samples[0].counts.shape[1]
     most_cells = max(sample.cells for sample in samples)
@@ -161,8 +161,8 @@ def pad_batch(
     if most_cells > cells or most_nonzeros > nonzeros:
         msg = explain(
             f"a sample of {most_cells} cells and {most_nonzeros} nonzeros",
-            f"at most {cells} cells and {nonzeros} nonzeros",
-            "Cut it into windows first",
+            f"a maximum of {cells} cells and {nonzeros} nonzeros",
+            "Split it into windows first",
         )
         raise InputError(msg)
     rows = len(samples)
@@ -213,16 +213,16 @@ class MemoryStore:
     Args:
         samples: Tissue samples, counts in the order of ``genes``.
         genes: Vocabulary, Ensembl ids.
-        seed: Decides the order in which dissociated cells are stored.
+        seed: Seed of the storage order of dissociated cells.
 
     Attributes:
         genes: Vocabulary.
         samples: The sample table.
-        label_names: Empty: samples in memory carry no labels.
-        clipped: Counts above 65,535, stored as that.
+        label_names: Empty: samples in memory have no labels.
+        clipped: Number of counts above 65,535, which are clipped to this value.
 
     Raises:
-        InputError: A sample has another number of genes than the vocabulary.
+        InputError: The number of genes of a sample differs from the vocabulary.
     """
 
     def __init__(self, samples: Sequence[Sample], genes: Sequence[str], *, seed: int = 0):
@@ -268,11 +268,11 @@ class MemoryStore:
             )
 
     def indptr(self, sample: int) -> np.ndarray:
-        """Return int64 [cells + 1]: where each cell's stored counts begin."""
+        """Return int64 [cells + 1]: offsets of each cell's stored counts."""
         return self._runs[sample].indptr
 
     def read(self, sample: int, start: int, stop: int) -> CellRun:
-        """Read cells ``start`` to ``stop`` (exclusive) of a sample."""
+        """Read cells ``start`` to ``stop`` (exclusive) of one sample."""
         whole = self._runs[sample]
         low, high = int(whole.indptr[start]), int(whole.indptr[stop])
         return CellRun(
@@ -283,7 +283,7 @@ class MemoryStore:
         )
 
     def measured(self, sample: int) -> np.ndarray | None:
-        """Return bool [genes], the genes measured in a sample; None: all."""
+        """Return bool [genes], the genes measured in the sample; None: all."""
         return self._measured[sample]
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The real counts that are installed with the package."""
+"""Bundled counts of real cells."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _RESOURCE = "pbmc3k.h5ad"
 
 
 def pbmc3k() -> AnnData:
-    """Load the bundled real data: 2,700 blood cells of a healthy donor, raw counts of 13,714 genes.
+    """Load the bundled PBMC3k data: 2,700 blood cells of a healthy donor, raw counts of 13,714 genes.
 
-    The well-known 10x Genomics data set "3k PBMCs from a Healthy Donor" (CC BY 4.0; attribution and the list of
-    changes in ``uns`` and in the licence file beside the resource). Every call returns a new object, read from the
-    installed package in a fraction of a second.
+    The 10x Genomics data set "3k PBMCs from a Healthy Donor" (CC BY 4.0; attribution and the list of changes in ``uns``
+    and in the licence file of the resource). Every call returns a new object, read from the installed package in a
+    fraction of a second.
 
     Sets the following fields of the result:
 
     - ``X``: raw counts, CSR float32, shape ``[2700, 13714]``.
     - ``obs_names``: cell barcodes; ``var_names``: gene symbols as released (unique).
     - ``obs["cell_type"]``: categorical, from :func:`~cellplm_jax.data.datasets.annotate_by_markers` with its defaults.
-      These labels rest on marker genes alone, so that they can be used to judge embeddings; ambiguous cells are
-      ``"unassigned"`` and are best left out of scores.
-    - ``var["ensembl_id"]``: Ensembl gene ids, brought up to date where the released id has been retired;
+      These labels use marker genes only, so they can evaluate embeddings; ambiguous cells are ``"unassigned"`` and
+      should be excluded from scores.
+    - ``var["ensembl_id"]``: Ensembl gene ids, updated if the released id is retired;
       ``var["released_ensembl_id"]``: the ids as released.
-    - ``uns``: title, source, licence, attribution, what was changed, how the labels were made.
+    - ``uns``: title, source, licence, attribution, changes, and the method of the labels.
 
     Returns:
         The data, ready for :func:`cellplm_jax.embed`.
@@ -43,7 +43,7 @@ def pbmc3k() -> AnnData:
     if not resource.is_file():
         msg = explain(
             f"the bundled file resources/{_RESOURCE} is not part of this installation",
-            "the counts that every cellplm-jax wheel carries",
+            "the counts included in every cellplm-jax wheel",
             "Reinstall cellplm-jax, or in a source checkout run: python tools/build_pbmc3k.py",
         )
         raise InputError(msg)

@@ -1,8 +1,8 @@
-"""What training reads cells from: one interface for samples in memory and for a corpus on disk.
+"""The interface through which training reads cells, from memory or from a corpus.
 
-A store lists its tissue samples and reads runs of consecutive cells. The order of the cells inside a sample is chosen
-when the store is made (:func:`storage_order`), so that a run of neighbours on disk is what training wants to see
-together: random cells of a dissociated sample, a neighbourhood of a spatial one. Reading is then always contiguous.
+A store lists its tissue samples and reads ranges of consecutive cells. The order of the cells of a sample is chosen
+when the store is created (:func:`storage_order`), so that consecutive cells form a useful training window: random cells
+of a dissociated sample, a neighbourhood of a spatial one. Reads are therefore always contiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 LARGEST_STORED_COUNT = 65_535
-"""Counts travel as uint16; a larger one is stored as this, and whoever stores it counts and reports it."""
+"""Maximum of a stored count (uint16); writers clip larger ones, and count and report them."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class SampleRecord:
     """One row of the sample table.
 
     Attributes:
-        name: What the user calls the sample; unique within its dataset.
-        dataset_name: The dataset it belongs to, normally the stem of a file.
-        platform_name: How it was measured; "" where nobody said.
+        name: Name of the sample; unique within its dataset.
+        dataset_name: Name of its dataset, normally the stem of a file.
+        platform_name: Name of the platform; "" if unknown.
         cells: Number of cells.
-        nonzeros: Stored counts of all of them.
+        nonzeros: Number of stored counts.
         spatial: Whether its cells have coordinates.
         batch: Row of the batch embedding: the position of the sample in the store.
         dataset: Row of the dataset embedding; -1: unknown.
@@ -50,10 +50,10 @@ class CellRun:
 
     Attributes:
         indptr: int64 [cells + 1], from 0.
-        gene: uint16 (uint32 with more than 65,536 genes) [nonzeros]. Index into the vocabulary, rising in each cell.
+        gene: uint16 (uint32 with more than 65,536 genes) [nonzeros]. Index into the vocabulary, increasing per cell.
         count: uint16 [nonzeros].
-        coordinates: float32 [cells, 2] scaled to [0, 1] over the WHOLE sample; NaN for a cell without; None: no cell
-            of the sample has any.
+        coordinates: float32 [cells, 2] scaled to [0, 1] over the COMPLETE sample; NaN for cells without coordinates;
+            None: not a spatial sample.
         labels: int32 [cells], index into the store's ``label_names``, -1 for none; None: the store has no labels.
     """
 
@@ -70,12 +70,12 @@ class CellRun:
 
 
 class CellStore(Protocol):
-    """Tissue samples that training reads; safe to read from several threads at once.
+    """Tissue samples for training; reads are thread-safe.
 
     Attributes:
         genes: Vocabulary, Ensembl ids.
         samples: The sample table; the position in it is the sample's number everywhere.
-        label_names: Names of the labels in ``CellRun.labels``; empty where cells have none.
+        label_names: Names of the labels in ``CellRun.labels``; empty if cells have none.
     """
 
     genes: list[str]
@@ -87,31 +87,31 @@ class CellStore(Protocol):
         ...
 
     def indptr(self, sample: int) -> np.ndarray:
-        """Return int64 [cells + 1]: where each cell's stored counts begin, from 0 at the sample's first cell."""
+        """Return int64 [cells + 1]: offsets of each cell's stored counts, from 0 at the sample's first cell."""
         ...
 
     def read(self, sample: int, start: int, stop: int) -> CellRun:
-        """Read cells ``start`` to ``stop`` (exclusive) of a sample."""
+        """Read cells ``start`` to ``stop`` (exclusive) of one sample."""
         ...
 
     def measured(self, sample: int) -> np.ndarray | None:
-        """Return bool [genes], the genes measured in a sample; None: all."""
+        """Return bool [genes], the genes measured in the sample; None: all."""
         ...
 
     def fingerprint(self) -> str:
-        """Return a short hash of vocabulary and sample table: equal means the same data in the same order."""
+        """Return a short hash of vocabulary and sample table: equal hashes mean the same data in the same order."""
         ...
 
 
 def moore_curve(coordinates: np.ndarray, order: int = 10) -> np.ndarray:
-    """Return each point's place along a Moore curve (a closed Hilbert curve) over the unit square.
+    """Return each point's position along a Moore curve (a closed Hilbert curve) over the unit square.
 
-    Points near each other on the curve are near each other in the plane, and the curve's end meets its start, so that a
-    run that wraps around is a neighbourhood too.
+    Points close to each other on the curve are close in the plane, and the curve is closed, so a range that wraps
+    around is a neighbourhood too.
 
     Args:
         coordinates: float [cells, 2] in [0, 1].
-        order: The square is divided into ``2^order`` by ``2^order`` places.
+        order: The square is divided into ``2^order`` by ``2^order`` positions.
 
     Returns:
         int64 [cells].
@@ -119,7 +119,7 @@ def moore_curve(coordinates: np.ndarray, order: int = 10) -> np.ndarray:
     side = 1 << order
     half = side // 2
     x, y = np.clip((np.asarray(coordinates, np.float64) * side).astype(np.int64), 0, side - 1).T
-    # Four Hilbert curves, turned so that each begins where the last one ends: up the left half, down the right one.
+    # Four Hilbert curves, rotated so that each begins at the end of the last one: up the left half, down the right one.
     left = x < half
     upper = y >= half
     quadrant = np.where(left, np.where(upper, 1, 0), np.where(upper, 2, 3))
@@ -139,7 +139,7 @@ def _hilbert(x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
     while step > 0:
         right, top = (x & step) > 0, (y & step) > 0
         distance += step * step * ((3 * right) ^ top)
-        # Turn the quarter that was entered so that its own curve starts at its origin.
+        # Rotate the quarter so that its own curve starts at its origin.
         flip = ~top & right
         x, y = np.where(flip, side - 1 - x, x), np.where(flip, side - 1 - y, y)
         x, y = np.where(~top, y, x), np.where(~top, x, y)
@@ -154,11 +154,11 @@ def storage_order(
 
     Args:
         cells: Number of cells.
-        coordinates: float [cells, 2] scaled to [0, 1], NaN where a cell has none; None: dissociated cells.
-        generator: Decides the order of dissociated cells.
+        coordinates: float [cells, 2] scaled to [0, 1], NaN for cells without coordinates; None: dissociated cells.
+        generator: Random generator for the order of dissociated cells.
 
     Returns:
-        int64 [cells], a permutation: random without coordinates; along a Moore curve with them, cells that lack
+        int64 [cells], a permutation: random without coordinates; along a Moore curve with them, cells without
         coordinates last, in random order.
     """
     order = generator.permutation(cells)

@@ -1,18 +1,18 @@
-"""A corpus on disk: many data sets in one form, read by runs of consecutive cells.
+"""Corpora on disk: many data sets in one format, read in contiguous ranges of cells.
 
-A corpus is a folder, or a gs:// prefix to read from::
+A corpus is a folder, or a gs:// prefix for reading::
 
     corpus.json       format, parts in order with checksums, totals, platforms, label names, counters
-    genes.txt         the vocabulary, one Ensembl id a line
-    parts/NAME.zarr   one AnnData-encoded zarr v3 store a data set (``anndata.read_zarr`` opens it)
+    genes.txt         the vocabulary, one Ensembl id per line
+    parts/NAME.zarr   one AnnData-encoded zarr v3 store per data set (readable with ``anndata.read_zarr``)
     parts/NAME.json   its sample table, measured genes and checksums; written last, so a part without it is unfinished
 
 Counts are compressed sparse rows: uint16 counts and gene indices (uint32 beyond 65,536 genes), sharded, lz4, each chunk
-with its CRC-32C. The cells of a sample lie together, in the order of
-:func:`cellplm_jax.data.cell_store.storage_order`, so that what training wants to see together is one contiguous read.
+with its CRC-32C. The cells of a sample are contiguous, in the order of
+:func:`cellplm_jax.data.cell_store.storage_order`, so that the cells of a training window are one contiguous read.
 TensorStore reads, from any number of threads.
 
-:class:`PartWriter` and :func:`write_index` make a corpus, :func:`open_corpus` reads one.
+:class:`PartWriter` and :func:`write_index` write a corpus, :func:`open_corpus` reads one.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
-"""Version of the corpus format; a reader refuses others."""
+"""Version of the corpus format; a reader rejects other versions."""
 
 CHUNK_VALUES = 2**17
-"""Values of a compressed chunk, what one read decodes at least: about 90 cells of 1,500 stored counts."""
+"""Values per compressed chunk, the minimum that a read decodes: about 90 cells of 1,500 stored counts."""
 
 SHARD_VALUES = 2**23
-"""Values of a shard, one file: 16 MB of counts before compression."""
+"""Values per shard (one file): 16 MB of counts before compression."""
 
 CACHE_BYTES = 64 * 2**20
-"""Bytes of decoded chunks a :class:`Corpus` keeps: shard indices and the edges of runs; little is read twice soon."""
+"""Cache size in bytes for decoded chunks of a :class:`Corpus`: shard indices and the edges of ranges."""
 
 OFFSET_BYTES = 256 * 2**20
-"""Bytes of cell offsets it keeps, those of 32 M cells."""
+"""Cache size in bytes for cell offsets, enough for 32 M cells."""
 
 LABEL_COLUMN = "label"
-"""Column of ``obs`` in a part that holds the labels."""
+"""Column of ``obs`` in a part with the labels."""
 
 _INDEX = "corpus.json"
 _GENES = "genes.txt"
@@ -76,7 +76,7 @@ class PartSample:
     Attributes:
         name: Unique within the data set.
         cells: Number of cells, consecutive in the part.
-        platform_name: How it was measured; "" where nobody said.
+        platform_name: Name of the platform; "" if unknown.
         spatial: Whether any of its cells has coordinates.
     """
 
@@ -92,14 +92,14 @@ def vocabulary_hash(genes: Sequence[str]) -> str:
 
 
 def write_genes(folder: str | os.PathLike, genes: Sequence[str]) -> None:
-    """Write the vocabulary of a new corpus, making its folders.
+    """Write the vocabulary of a new corpus and create its folders.
 
     Args:
         folder: The corpus.
-        genes: Ensembl ids, in the order of the columns.
+        genes: Ensembl ids, in column order.
 
     Raises:
-        InputError: The disk is full or the folder cannot be written.
+        InputError: The disk is full or the folder is not writable.
     """
     folder = Path(folder)
     with explain_corpus_errors(f"the corpus '{folder}'"):
@@ -108,10 +108,10 @@ def write_genes(folder: str | os.PathLike, genes: Sequence[str]) -> None:
 
 
 def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
-    """Turn a full disk or a folder that cannot be written into one clear message.
+    """Convert errors of a full disk or an unwritable folder to one clear message.
 
     Args:
-        what: What is being written, for the message.
+        what: Description of the output for the message.
 
     Raises:
         InputError: Instead of the error of the operating system or of TensorStore.
@@ -122,18 +122,18 @@ def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
 
 
 def index_type(genes: int) -> np.dtype:
-    """Return the type gene indices are stored in: uint16, or uint32 with more than 65,536 genes."""
+    """Return the type of stored gene indices: uint16, or uint32 with more than 65,536 genes."""
     return np.dtype(np.uint16 if genes <= 65_536 else np.uint32)
 
 
 class PartWriter:
-    """Writes one part of a corpus: counts first, sequentially and in bounded memory, then everything about them.
+    """Writes one part of a corpus: first the counts, sequentially and in bounded memory, then all other data.
 
-    Nothing of the part is visible before :meth:`finish`; as a context manager, leaving early removes what was written.
+    The part is invisible before :meth:`finish`; leaving the context manager early removes the written data.
 
     Args:
-        folder: The corpus; ``genes.txt`` and ``parts/`` are there already (:func:`write_genes`).
-        name: Name of the part, normally the stem of its file. An existing part of that name is replaced at the end.
+        folder: The corpus; ``genes.txt`` and ``parts/`` exist already (:func:`write_genes`).
+        name: Name of the part, normally the stem of its file. An existing part with that name is replaced at the end.
         genes: The vocabulary of the corpus.
         cell_nonzeros: int [cells]. Stored counts of each cell, in the order of the part.
     """
@@ -164,14 +164,14 @@ class PartWriter:
 
     @property
     def nonzeros(self) -> int:
-        """Stored counts of the whole part."""
+        """Number of stored counts of the part."""
         return int(self._indptr[-1])
 
     def append(self, gene: np.ndarray, count: np.ndarray) -> None:
-        """Add the stored counts of the next cells.
+        """Append the stored counts of the next cells.
 
         Args:
-            gene: Index into the vocabulary [nonzeros], rising within each cell.
+            gene: Index into the vocabulary [nonzeros], increasing within each cell.
             count: Count [nonzeros], 1 to 65,535.
 
         Raises:
@@ -196,26 +196,28 @@ class PartWriter:
         settings: Mapping[str, Any] | None = None,
         counters: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write everything else and make the part visible.
+        """Write all remaining data and publish the part.
 
         Args:
             samples: The samples in order; their cells add up to those of the part.
-            dataset_name: The data set the samples belong to.
+            dataset_name: The data set of the samples.
             cell_names: Original names [cells].
             source_rows: int [cells]. Row of each cell in its source; None: the order of the part.
-            coordinates: float32 [cells, 2] scaled to [0, 1] by sample, NaN for cells without; None: none has any.
-            labels: A label for each cell, None for cells without; None: no labels.
+            coordinates: float32 [cells, 2] scaled to [0, 1] by sample, NaN for cells without coordinates; None: no cell
+                has any.
+            labels: One label per cell, None for cells without a label; None: no labels.
             measured: bool [genes]; None: all.
-            source: What the part was made from (``name``, ``size``, ``signature``).
-            settings: How it was made; a part made with others is made again.
-            counters: What was clipped, left out or unknown.
+            source: Source of the part (``name``, ``size``, ``signature``).
+            settings: Settings of the preparation; a part with other settings is prepared again.
+            counters: Numbers of clipped, omitted and unknown values.
 
         Returns:
             The record written as ``parts/NAME.json``.
 
         Raises:
             InputError: The disk is full.
-            ValueError: Fewer or more counts were appended than announced, or the arguments disagree.
+            ValueError: The number of appended counts differs from the announced number, or the arguments are
+                inconsistent.
         """
         lengths = {"samples": sum(s.cells for s in samples), "cell_names": len(cell_names)}
         for name, values in (
@@ -242,7 +244,7 @@ class PartWriter:
         return record
 
     def abort(self) -> None:
-        """Remove what was written, unless the part is finished."""
+        """Remove the written data, unless the part is finished."""
         for stream in self._streams:
             stream.settle()
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -253,7 +255,7 @@ class PartWriter:
         return explain_corpus_errors(f"part '{self.name}' of the corpus '{self.folder}'")
 
     def _start(self) -> None:
-        """Lay out the store and the arrays of the counts."""
+        """Create the store and the arrays of the counts."""
         import anndata
         import zarr
 
@@ -368,7 +370,7 @@ class PartWriter:
         }
 
     def _publish(self, record: dict[str, Any]) -> None:
-        """Replace an older part of the same name; the record comes last."""
+        """Replace an older part with the same name; the record is written last."""
         parts = self.folder / "parts"
         marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
@@ -379,7 +381,7 @@ class PartWriter:
 
 
 class _Stream:
-    """One array written from its beginning to its end, a whole shard at a time."""
+    """One array written sequentially, in complete shards."""
 
     def __init__(self, path: Path, dtype: np.dtype, length: int, checksums: list[int]):
         self.dtype, self.length, self.checksums = dtype, length, checksums
@@ -390,7 +392,7 @@ class _Stream:
         self._array: Any = None
 
     def append(self, values: np.ndarray) -> None:
-        """Take values; full shards are written in the background, two at a time."""
+        """Buffer values; complete shards are written asynchronously, two at a time."""
         self._held.append(np.asarray(values).astype(self.dtype, copy=False).reshape(-1))
         self._waiting += len(self._held[-1])
         if self._waiting >= SHARD_VALUES:
@@ -402,7 +404,7 @@ class _Stream:
             self._waiting = len(self._held[0])
 
     def close(self) -> None:
-        """Write what is left and wait for all of it."""
+        """Write the remaining values and wait for all writes."""
         if self._array is None:
             self._array = _create(self._path, self.dtype, (self.length,))
         if self._waiting:
@@ -415,13 +417,13 @@ class _Stream:
             raise ValueError(msg)
 
     def settle(self) -> None:
-        """Wait for writes that are under way, whatever becomes of them."""
+        """Wait for pending writes and ignore their errors."""
         while self._pending:
             with contextlib.suppress(ValueError, RuntimeError, OSError):
                 self._pending.popleft().result()
 
     def close_pairs(self, values: np.ndarray) -> None:
-        """Write an array [length / 2, 2] at once; small beside the counts."""
+        """Write an array [length / 2, 2] in one step; small compared with the counts."""
         array = _create(self._path, self.dtype, values.shape)
         step = SHARD_VALUES // 2
         for start in range(0, len(values), step):
@@ -444,7 +446,7 @@ class _Stream:
 
 
 def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
-    """Create a sharded, checksummed zarr v3 array; what a missing shard would read as can be no value."""
+    """Create a sharded, checksummed zarr v3 array; its fill value marks missing shards and cannot be a valid value."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {
         "cname": "lz4",
@@ -483,7 +485,7 @@ def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
 
 
 def _impossible_value(array: str, dtype: np.dtype) -> int | str:
-    """Return what a missing shard reads as: no count is 0, no gene has the last index, no offset is negative."""
+    """Return the fill value of missing shards: no count is 0, no gene has the last index, no offset is negative."""
     if array == "indices":
         return int(np.iinfo(dtype).max)
     return {"i": -1, "u": 0, "f": "NaN"}[dtype.kind]
@@ -495,7 +497,7 @@ def _crc(values: np.ndarray) -> int:
 
 @contextlib.contextmanager
 def anndata_settings() -> Iterator[None]:
-    """Write zarr v3, and nullable strings where this anndata has a setting for them."""
+    """Write zarr v3, and nullable strings if anndata has a setting for them."""
     import anndata
 
     wanted: dict[str, Any] = {"zarr_write_format": 3}
@@ -520,8 +522,8 @@ def write_index(
 
     Args:
         folder: The corpus.
-        parts: Names of the parts, in the order that numbers their samples.
-        vocabulary: How the vocabulary was chosen, kept as it is.
+        parts: Names of the parts, in the order of their sample numbers.
+        vocabulary: Record of the choice of the vocabulary, stored without change.
 
     Returns:
         The index.
@@ -541,14 +543,14 @@ def write_index(
 
 
 def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str, Any]:
-    """Put the records of parts together.
+    """Combine the records of parts.
 
     Args:
         genes: The vocabulary.
         records: The bytes of each ``parts/NAME.json``, in order.
 
     Returns:
-        What stands in ``corpus.json``.
+        The contents of ``corpus.json``.
 
     Raises:
         InputError: A part has another vocabulary, or two samples of a data set share a name.
@@ -622,8 +624,8 @@ class Part:
     """One part of an open corpus.
 
     Attributes:
-        name: Its name.
-        record: What stands in ``parts/NAME.json``.
+        name: Name of the part.
+        record: Contents of ``parts/NAME.json``.
         measured: bool [genes]; None: all.
         label_codes: int32 [labels + 1], from the part's label codes (-1 last) to those of the corpus; None: no labels.
     """
@@ -635,14 +637,14 @@ class Part:
 
 
 class Corpus:
-    """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Made by :func:`open_corpus`.
+    """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Created by :func:`open_corpus`.
 
     Attributes:
-        path: Where it is.
+        path: Path of the corpus.
         genes: Vocabulary, Ensembl ids.
         samples: The sample table.
-        label_names: Names of the labels of all parts together.
-        index: What stands in ``corpus.json``.
+        label_names: Names of the labels of all parts.
+        index: Contents of ``corpus.json``.
         parts: The parts in order.
     """
 
@@ -654,7 +656,7 @@ class Corpus:
         index: dict[str, Any],
         records: Mapping[str, Mapping[str, Any]],
     ):
-        """Keep what :func:`open_corpus` read."""
+        """Store the fields read by :func:`open_corpus`."""
         self.path, self.genes, self.index = folder.path, genes, index
         self.label_names: list[str] = list(index["label_names"])
         self.parts = [self._part(name, record) for name, record in records.items()]
@@ -691,7 +693,7 @@ class Corpus:
         self.__dict__.update(open_corpus(path).__dict__)
 
     def indptr(self, sample: int) -> np.ndarray:
-        """Return int64 [cells + 1]: where each cell's stored counts begin, from 0 at the sample's first cell.
+        """Return int64 [cells + 1]: offsets of each cell's stored counts, from 0 at the sample's first cell.
 
         Raises:
             InputError: The part is damaged.
@@ -719,11 +721,11 @@ class Corpus:
         return offsets
 
     def read(self, sample: int, start: int, stop: int) -> CellRun:
-        """Read cells ``start`` to ``stop`` (exclusive) of a sample.
+        """Read cells ``start`` to ``stop`` (exclusive) of one sample.
 
         Raises:
             InputError: The part is damaged; the message names it.
-            IndexError: The sample has no such cells.
+            IndexError: The range is outside the sample.
         """
         row = self.samples[sample]
         if not 0 <= start <= stop <= row.cells:
@@ -738,9 +740,9 @@ class Corpus:
             wanted["obsm/spatial"] = (first + start, first + stop)
         if part.label_codes is not None:
             wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
-        found = dict(zip(wanted, self._read(number, wanted), strict=True))
-        gene, count = found["X/indices"], found["X/data"]
-        # A shard that is gone reads as impossible values.
+        arrays = dict(zip(wanted, self._read(number, wanted), strict=True))
+        gene, count = arrays["X/indices"], arrays["X/data"]
+        # A missing shard reads as impossible values.
         if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
             what = f"counts of sample '{row.name}' are missing or out of range"
             raise InputError(self._damaged(number, what))
@@ -748,7 +750,7 @@ class Corpus:
         if self.label_names:
             labels = np.full(stop - start, -1, np.int32)
             if part.label_codes is not None:
-                codes = found[f"obs/{LABEL_COLUMN}/codes"].astype(np.int64)
+                codes = arrays[f"obs/{LABEL_COLUMN}/codes"].astype(np.int64)
                 if codes.size and not -1 <= codes.min() <= codes.max() < len(part.label_codes) - 1:
                     what = f"labels of sample '{row.name}' are out of range"
                     raise InputError(self._damaged(number, what))
@@ -757,12 +759,12 @@ class Corpus:
             indptr=offsets[start : stop + 1] - offsets[start],
             gene=gene,
             count=count,
-            coordinates=found.get("obsm/spatial"),
+            coordinates=arrays.get("obsm/spatial"),
             labels=labels,
         )
 
     def coordinates(self, sample: int) -> np.ndarray | None:
-        """Return float32 [cells, 2], scaled over the sample and NaN for a cell without; None: no cell has any.
+        """Return float32 [cells, 2], scaled per sample, NaN for cells without coordinates; None: not a spatial sample.
 
         Raises:
             InputError: The part is damaged.
@@ -771,11 +773,11 @@ class Corpus:
         if not row.spatial:
             return None
         number, first, _ = self._where[sample]
-        (found,) = self._read(number, {"obsm/spatial": (first, first + row.cells)})
-        return found
+        (values,) = self._read(number, {"obsm/spatial": (first, first + row.cells)})
+        return values
 
     def cell_table(self, part: int) -> pd.DataFrame:
-        """Read ``obs`` of a part: its cells by their original names, with sample, row in the source and label.
+        """Read ``obs`` of a part: original cell names, with sample, row in the source and label.
 
         Args:
             part: Position in ``parts``.
@@ -806,7 +808,7 @@ class Corpus:
         return table
 
     def measured(self, sample: int) -> np.ndarray | None:
-        """Return bool [genes], the genes measured in a sample; None: all."""
+        """Return bool [genes], the genes measured in the sample; None: all."""
         return self.parts[self._where[sample][0]].measured
 
     def fingerprint(self) -> str:
@@ -819,17 +821,17 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def part_of(self, sample: int) -> str:
-        """Return the name of the part that holds a sample."""
+        """Return the name of the part that contains the sample."""
         return self.parts[self._where[sample][0]].name
 
     def verify(self, advance: Callable[[int], None] | None = None) -> list[str]:
-        """Read everything and compare it with the checksums of the parts.
+        """Read all data and compare it with the checksums of the parts.
 
         Args:
-            advance: Told the number of stored counts checked so far.
+            advance: Called with the number of stored counts checked so far.
 
         Returns:
-            One message for each damaged part; empty where all is well.
+            One message per damaged part; empty if all are valid.
         """
         problems: list[str] = []
         done = 0
@@ -846,7 +848,7 @@ class Corpus:
     # -- parts of the above ----------------------------------------------------------------------
 
     def _verify_part(self, number: int) -> Iterator[int]:
-        """Yield the stored counts checked so far; raises at the first piece that differs."""
+        """Yield the number of stored counts checked so far; raise an error at the first mismatch."""
         record = self.parts[number].record
         cells, nonzeros = record["cells"], record["nonzeros"]
         lengths = {
@@ -859,18 +861,18 @@ class Corpus:
         checked = 0
         for array, expected in record["checksums"].items():
             length, step = lengths[array]
-            found = []
+            checksums = []
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 (values,) = self._read(number, {array: (start, stop)})
-                found.append(_crc(values))
+                checksums.append(_crc(values))
                 if array.startswith("X/") and array != "X/indptr":
                     checked += (stop - start) // 2
                     yield checked
-            if found != expected:
+            if checksums != expected:
                 wrong = [
                     i
-                    for i, pair in enumerate(itertools.zip_longest(found, expected))
+                    for i, pair in enumerate(itertools.zip_longest(checksums, expected))
                     if pair[0] != pair[1]
                 ]
                 what = f"shard {wrong[0]} of {array} is not what was written"
@@ -886,7 +888,7 @@ class Corpus:
         return Part(name, record, None if measured.all() else measured, codes)
 
     def _open(self, number: int, array: str) -> Any:
-        """Return the handle of an array, opened once."""
+        """Return the handle of an array, cached after opening."""
         key = (number, array)
         with self._lock:
             if key in self._arrays:
@@ -902,7 +904,7 @@ class Corpus:
             return self._arrays.setdefault(key, handle)
 
     def _read(self, number: int, wanted: Mapping[str, tuple[int, int]]) -> list[np.ndarray]:
-        """Read ranges of several arrays of a part at the same time."""
+        """Read ranges of several arrays of a part concurrently."""
         try:
             pending = []
             for array, (low, high) in wanted.items():
@@ -930,32 +932,32 @@ class Corpus:
 
 
 def is_corpus(path: str | os.PathLike) -> bool:
-    """Say whether a folder or gs:// prefix holds a corpus."""
+    """Return whether a folder or gs:// prefix is a corpus."""
     if not is_remote(path):
         return (Path(path).expanduser() / _INDEX).is_file()
     return Folder(path, tensorstore.Context()).read(_INDEX) is not None
 
 
 def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> Corpus:
-    """Open a corpus and check that all of it is there.
+    """Open a corpus and check that it is complete.
 
     Args:
         path: Local folder, or ``gs://BUCKET/FOLDER``.
-        cache_bytes: Bytes of decoded chunks kept in memory.
+        cache_bytes: Cache size in bytes for decoded chunks.
 
     Returns:
-        The corpus; its arrays are opened when they are first read.
+        The corpus; its arrays are opened on first access.
 
     Raises:
-        InputError: There is no complete corpus, it has another format, or its vocabulary or a part is missing or not
-            the one the index describes.
+        InputError: The corpus does not exist or is incomplete, it has another format, or its vocabulary or a part is
+            missing or differs from the index.
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     folder = Folder(path, context)
     text = folder.read(_INDEX)
     if text is None:
         msg = explain(
-            f"'{folder.path}' holds no corpus.json",
+            f"'{folder.path}' contains no corpus.json",
             "a corpus made by cellplm prepare",
             "Check the path, or run: cellplm prepare FILE.h5ad ... --out CORPUS",
         )
@@ -971,7 +973,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
     if not index.get("complete"):
         msg = explain(
             f"the corpus '{folder.path}' is unfinished",
-            "one whose preparation ended",
+            "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
         raise InputError(msg)

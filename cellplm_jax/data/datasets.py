@@ -1,9 +1,8 @@
-"""Data that comes with the package: real counts of blood cells and a tissue simulator.
+"""Bundled data: real counts of blood cells, and a tissue simulator.
 
-Both are there so that examples, tests and the demonstration run without a network. :func:`pbmc3k` is a real
-experiment, small enough to ship; :func:`simulate_tissue` makes sections of any size in which the truth (cell types,
-domains, batch effects, signalling between neighbours) is known. :func:`annotate_by_markers` is the rule that gave the
-real cells their labels.
+Examples, tests and the demo use them without network access. :func:`pbmc3k` loads a small experiment;
+:func:`simulate_tissue` generates sections of any size with known cell types, domains, batch effects and signalling
+between neighbours. :func:`annotate_by_markers` computes the labels of the real cells.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = [
 ]
 
 UNASSIGNED = "unassigned"
-"""Label of a cell whose best two marker scores are too close to call."""
+"""Label of a cell if the difference of its two best marker scores is below the margin."""
 
 PBMC_MARKERS: Mapping[str, tuple[str, ...]] = {
     "CD4 T cell": ("CD3D", "CD3E", "CD4", "IL7R", "CCR7", "LDHB", "LTB"),
@@ -43,7 +42,7 @@ PBMC_MARKERS: Mapping[str, tuple[str, ...]] = {
 
 
 class MarkerAnnotation(NamedTuple):
-    """What :func:`annotate_by_markers` found.
+    """Result of :func:`annotate_by_markers`.
 
     Attributes:
         labels: Cell type of each cell, or :data:`UNASSIGNED`; strings, shape ``[cells]``.
@@ -66,43 +65,41 @@ def annotate_by_markers(
     margin: float = 0.05,
     target_sum: float = 1e4,
 ) -> MarkerAnnotation:
-    """Name the type of each cell from a few marker genes, without looking at the rest of the transcriptome.
+    """Annotate cell types from a few marker genes only.
 
-    Meant for evaluating embeddings: labels obtained by clustering all genes would favour whatever method resembles
-    that clustering, while this rule reads only the genes in ``markers``, cell by cell. The rule, in four steps:
+    Intended for the evaluation of embeddings: labels from clustering all genes would favour methods similar to that
+    clustering, but this rule only uses the genes in ``markers``, cell by cell:
 
     1. Normalise each cell to ``target_sum`` counts and take ``log1p``.
-    2. Divide each marker gene by its 90th percentile among the cells that express it, and cap at 1. Each gene then
-       counts for at most 1, a gene that is rarely seen is not blown up as a z-score would do, and a cell in which a
-       gene was missed simply scores 0 for it.
-    3. The score of a cell type is the mean of its marker genes that were measured.
-    4. The type with the highest score is the label, unless it leads the second by less than ``margin``: then the
-       label is ``"unassigned"``.
+    2. Divide each marker gene by its 90th percentile among the cells that express it, and clip at 1. Each gene then
+       contributes a maximum of 1, rare genes are not inflated as with z-scores, and a dropout contributes 0.
+    3. The score of a cell type is the mean of its measured marker genes.
+    4. The label is the type with the highest score, or ``"unassigned"`` if its lead over the second is below
+       ``margin``.
 
-    How good is it? On the 2,700 cells of :func:`pbmc3k` with the default markers it assigns 94 % of the cells. Of the
-    cells that the Seurat guided tutorial names as well (labels from clustering; its two CD4 T clusters taken
-    together), 94 % get the same name, adjusted Rand index .89; with ``margin=0``, where every cell gets a label, 92 %
-    and .84. Most disagreements are T cells: naive CD8 T cells cluster with CD4 T cells by their whole transcriptome
-    and are told apart by ``CD8A`` and ``CD8B`` here. The number of markers, the scaling and the margin were chosen
-    while looking at this agreement; the genes are textbook ones. An outside check on which nothing was chosen, 2,140
-    bead-purified blood cells of Zheng et al. 2017 (T, B, NK and myeloid lineages; platelet markers not measured):
-    95 % assigned, 94 % of these right, adjusted Rand index .89. There the monocytes, few and purified, were mostly
-    called dendritic cells: within the myeloid lineage trust the labels less, above all in small or sorted samples,
-    because step 2 scales genes by the cells at hand.
+    On the 2,700 cells of :func:`pbmc3k` with the default markers it assigns 94 % of the cells. Of the cells that the
+    Seurat guided tutorial also labels (by clustering; its two CD4 T clusters merged), 94 % get the same label, adjusted
+    Rand index .89; with ``margin=0``, which labels every cell, 92 % and .84. Most disagreements are T cells: naive CD8
+    T cells cluster with CD4 T cells by their transcriptome, and this rule separates them by ``CD8A`` and ``CD8B``. The
+    number of markers, the scaling and the margin were tuned on this agreement; the genes are textbook markers. An
+    independent test without tuning, 2,140 bead-purified blood cells of Zheng et al. 2017 (T, B, NK and myeloid
+    lineages; platelet markers not measured): 95 % assigned, 94 % of these correct, adjusted Rand index .89. Most of the
+    few purified monocytes were labelled dendritic cells: labels within the myeloid lineage are less reliable,
+    especially in small or sorted samples, because step 2 scales genes by the given cells.
 
     Args:
         counts: Raw counts, shape ``[cells, genes]``; a numpy array or any scipy sparse matrix.
-        gene_names: Name of each column of ``counts``, in the naming that ``markers`` uses.
-        markers: Cell type to its marker genes. A gene may serve several types.
-        margin: Smallest lead, on the 0 to 1 scale of the scores, that still gives a label.
+        gene_names: Name of each column of ``counts``, in the naming of ``markers``.
+        markers: Cell type to its marker genes. Types may share genes.
+        margin: Minimum lead, on the 0 to 1 scale of the scores, for a label.
         target_sum: Counts per cell after normalisation, before ``log1p``.
 
     Returns:
         Labels, scores and margins; see :class:`MarkerAnnotation`.
 
     Raises:
-        InputError: The shapes do not fit, ``counts`` holds negative or non-finite values, ``markers`` is empty, or
-            a cell type has none of its markers among ``gene_names``.
+        InputError: The shapes do not match, ``counts`` has negative or non-finite values, ``markers`` is empty, or
+            no marker of a cell type is among ``gene_names``.
     """
     import scipy.sparse
 
@@ -116,7 +113,7 @@ def annotate_by_markers(
         raise InputError(msg)
     if not markers:
         msg = explain(
-            "an empty `markers`", "at least one cell type with marker genes", "Name some markers"
+            "an empty `markers`", "at least one cell type with marker genes", "Pass some markers"
         )
         raise InputError(msg)
     if not (np.isfinite(margin) and margin >= 0) or not (

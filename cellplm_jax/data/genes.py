@@ -1,13 +1,12 @@
-"""Gene names: from what a file calls its genes to the columns of a model's vocabulary.
+"""Gene names: mapping of the names in a file to the columns of a model's vocabulary.
 
-Files name genes by Ensembl id, with or without a version, or by symbols of any year; a model has one
-fixed list of genes. :func:`map_genes` joins the two offline, with a table of current, previous and
-alias symbols that ships with the package, and returns what became of every name, so that nothing is
-lost without being counted. (The original sends symbols to a web service and loses a fifth of them:
+Files use Ensembl ids, with or without a version, or current and previous symbols; a model has a fixed list of genes.
+:func:`map_genes` maps the names offline, with a bundled table of current, previous and alias symbols, and reports the
+result for every name. (The original queries a web service for symbols and loses a fifth of them:
 ``CellPLM/pipeline/experimental.py``.)
 
-Models are human. A mouse file is recognised and mapped through one-to-one orthologues, which ship as a table, and not
-by upper-casing; genes without exactly one orthologue are left out, and other species are refused.
+Models use human genes. Mouse files are detected and mapped through a bundled table of one-to-one orthologues, not by
+conversion to upper case; genes without exactly one orthologue are omitted, and other species raise an error.
 """
 
 from __future__ import annotations
@@ -26,25 +25,24 @@ import numpy as np
 from cellplm_jax.errors import InputError, explain
 
 MINIMUM_GENES = 10
-"""Vocabulary genes a file must match unless the caller says otherwise.
+"""Default minimum number of vocabulary genes that a file must match.
 
-Small targeted panels (33 genes in osmFISH) must pass; a column that holds something else than gene
-names must not. Chance hits of such a column stay below this: single letters and short codes that
-happen to be aliases.
+Small targeted panels (33 genes in osmFISH) must pass; a column without gene names must not. Chance matches of such a
+column stay below this limit: single letters and short codes that are also aliases.
 """
 
 EXAMPLES = 5
-"""Names quoted per category in reports and messages."""
+"""Number of names quoted per category in reports and messages."""
 
 KINDS = ("current", "previous", "alias")
-"""Kinds of symbols in the shipped table, best first."""
+"""Kinds of symbols in the bundled table, in order of preference."""
 
 _CATEGORIES = ("matched", "unmatched", "ambiguous", "duplicated", "missing")
 _TABLE = "human_genes.csv.gz"
 _MOUSE_TABLE = "mouse_genes.csv.gz"
 
 ORTHOLOGUE = "orthologue"
-"""The rule by which a mouse gene is matched."""
+"""Rule name for mouse genes mapped to human orthologues."""
 _ENSEMBL = re.compile(r"(?P<bare>ENS[A-Z]{0,7}G\d{11})(?P<version>\.\d+)?(?P<par>_PAR_Y)?")
 _SPECIES = {
     "BTA": "cow",
@@ -66,7 +64,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def is_ensembl(name: str) -> bool:
-    """Say whether a name is an Ensembl gene id of any vertebrate, version suffix or not.
+    """Return whether a name is an Ensembl gene id of any vertebrate, with or without a version.
 
     Args:
         name: A gene name, such as ``"ENSG00000000003"`` or ``"ENSMUSG00000064370.1"``.
@@ -78,10 +76,10 @@ def is_ensembl(name: str) -> bool:
 
 
 def strip_version(name: str) -> str:
-    """Remove the version from an Ensembl gene id; any other name comes back unchanged.
+    """Remove the version from an Ensembl gene id; other names are returned unchanged.
 
-    GENCODE's mark of the Y copy of a pseudoautosomal gene goes as well, so both copies become one
-    gene, as in the published vocabulary.
+    GENCODE's suffix of the Y copy of a pseudoautosomal gene is also removed, so both copies become one gene, as in the
+    published vocabulary.
 
     Args:
         name: ``"ENSG00000000003.15"``, ``"ENSG00000182378.15_PAR_Y"``, or any symbol (symbols such
@@ -98,12 +96,12 @@ def strip_version(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class HumanTable:
-    """The shipped table of human gene names, ready for look-ups.
+    """The bundled table of human gene names, indexed for look-ups.
 
     Attributes:
         genes: Symbol -> (kind, Ensembl ids in order). Only the best kind of each symbol is kept: a
-            symbol that is current for one gene and an old name of another means the first.
-        folded: Upper-cased symbol -> the same, for symbols that have lower-case letters.
+            symbol that is current for one gene and previous for another refers to the first.
+        folded: Upper-cased symbol -> the same, for symbols with lower-case letters.
         symbols: Ensembl id -> its current symbol (the first in alphabetical order of several).
     """
 
@@ -114,13 +112,13 @@ class HumanTable:
 
 @functools.cache
 def load_human_table() -> HumanTable:
-    """Read the shipped table of human gene names once and keep it.
+    """Read the bundled table of human gene names; the result is cached.
 
-    Sources and terms are beside it in ``resources/human_genes.LICENSE.md``; it is regenerated by
-    ``tools/build_gene_table.py``.
+    Sources and terms are documented in ``resources/human_genes.LICENSE.md``; ``tools/build_gene_table.py`` generates
+    it.
 
     Returns:
-        The table; treat it as read-only, every caller gets the same object.
+        The table; read-only, because all callers share it.
     """
     genes: dict[str, tuple[str, tuple[str, ...]]] = {}
     symbols: dict[str, str] = {}
@@ -140,13 +138,13 @@ def load_human_table() -> HumanTable:
 
 @functools.cache
 def load_mouse_table() -> Mapping[str, str]:
-    """Read the shipped table of mouse orthologues once and keep it.
+    """Read the bundled table of mouse orthologues; the result is cached.
 
-    Sources and terms are beside it in ``resources/mouse_genes.LICENSE.md``; it is regenerated by
-    ``tools/build_mouse_table.py``.
+    Sources and terms are documented in ``resources/mouse_genes.LICENSE.md``; ``tools/build_mouse_table.py`` generates
+    it.
 
     Returns:
-        Mouse symbol or mouse Ensembl id -> Ensembl id of the one human orthologue; treat it as read-only.
+        Mouse symbol or mouse Ensembl id -> Ensembl id of the one human orthologue; read-only.
     """
     resource = importlib.resources.files("cellplm_jax") / "resources" / _MOUSE_TABLE
     lines = gzip.decompress(resource.read_bytes()).decode("utf-8").splitlines()
@@ -156,7 +154,7 @@ def load_mouse_table() -> Mapping[str, str]:
 def _offer(
     table: dict[str, tuple[str, tuple[str, ...]]], symbol: str, kind: str, genes: tuple[str, ...]
 ) -> None:
-    """Add genes under a symbol, keeping those of the best kind only."""
+    """Add genes for a symbol, keeping only those of the best kind."""
     held = table.get(symbol)
     if held is None or KINDS.index(kind) < KINDS.index(held[0]):
         table[symbol] = (kind, genes)
@@ -165,13 +163,13 @@ def _offer(
 
 
 def symbols_of(genes: Iterable[str]) -> list[str]:
-    """Name genes for people: the current symbol of each Ensembl id.
+    """Return the current symbol of each gene, for display.
 
     Args:
-        genes: Ensembl ids (a version is ignored) or symbols.
+        genes: Ensembl ids (versions are ignored) or symbols.
 
     Returns:
-        One name a gene: its current symbol, or the name as given where the table has none.
+        One name per gene: its current symbol, or the given name if the table has none.
     """
     table = load_human_table().symbols
     return [table.get(strip_version(gene), gene) for gene in genes]
@@ -179,25 +177,24 @@ def symbols_of(genes: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class GeneMapping:
-    """What became of every gene name of a file, and of every gene of a vocabulary.
+    """Mapping from the gene names of a file to a vocabulary.
 
-    Counts named after input names add up: ``matched + unmatched`` is the number of names, and
-    ``ambiguous`` and ``blank`` are parts of ``unmatched``.
+    ``matched + unmatched`` is the number of names; ``ambiguous`` and ``blank`` are included in ``unmatched``.
 
     Attributes:
         column: int32 [names], index into the vocabulary of each name, or -1.
         measured: bool [genes], vocabulary genes that at least one name maps to.
-        matched: Names that map to a vocabulary gene.
-        unmatched: Names that do not.
-        ambiguous: Symbols that stand for several genes, at least one of them in the vocabulary, and
-            were left out for that.
-        blank: Empty names.
-        missing: Vocabulary genes that no name maps to.
-        duplicated: Vocabulary genes that several names map to; their counts are summed.
-        by_rule: How names were matched: "exact" (the same string), "version" (after removing it),
-            "current", "previous", "alias" (symbols), "case" (after upper-casing), "punctuation"
-            (R's dots for dashes), "orthologue" (mouse genes). Names per rule.
-        examples: Up to five examples of each category, for messages.
+        matched: Number of names that map to a vocabulary gene.
+        unmatched: Number of names that do not.
+        ambiguous: Number of symbols omitted because they refer to several genes, at least one of them in the
+            vocabulary.
+        blank: Number of empty names.
+        missing: Number of vocabulary genes that no name maps to.
+        duplicated: Number of vocabulary genes that several names map to; their counts are summed.
+        by_rule: Names per matching rule: "exact" (identical), "version" (after removing it),
+            "current", "previous", "alias" (symbols), "case" (after conversion to upper case), "punctuation"
+            (R's dots for dashes), "orthologue" (mouse genes).
+        examples: Up to five examples per category, for messages.
     """
 
     column: np.ndarray
@@ -220,7 +217,7 @@ class GeneMapping:
         """Describe the mapping in one short paragraph.
 
         Returns:
-            Sentences with the counts, and examples of what was left out.
+            Sentences with the numbers, and examples of omitted names.
         """
         total = self.matched + self.unmatched
         parts = [
@@ -252,10 +249,10 @@ class GeneMapping:
         return f" (such as {', '.join(quoted[:3])})" if quoted else ""
 
     def as_dict(self) -> dict[str, object]:
-        """Return the report without the arrays, fit for JSON and for ``AnnData.uns``.
+        """Return the report without the arrays, for JSON and ``AnnData.uns``.
 
         Returns:
-            Counts, matches per rule, and examples (lists of strings; empty categories left out).
+            Counts, matches per rule, and examples (lists of strings; empty categories omitted).
         """
         return {
             "names": self.matched + self.unmatched,
@@ -273,7 +270,7 @@ class GeneMapping:
 
 
 class _Match(NamedTuple):
-    """Outcome of one look-up: a column and how it was found, or the genes the name could mean."""
+    """Result of one look-up: a column and the rule, or the candidate genes."""
 
     column: int = -1
     rule: str = ""
@@ -281,10 +278,10 @@ class _Match(NamedTuple):
 
 
 class _Vocabulary:
-    """A vocabulary indexed by everything a file may call its genes."""
+    """A vocabulary indexed by all names of its genes."""
 
     def __init__(self, names: Sequence[str]):
-        """Index the names; symbols are resolved to ids so that older names of them match too."""
+        """Index the names; symbols are resolved to ids so that their previous names match too."""
         self.names = list(names)
         self.exact = {name: position for position, name in enumerate(self.names)}
         if len(self.exact) != len(self.names):
@@ -317,7 +314,7 @@ class _Vocabulary:
         self.by_fold = {name: min(found) for name, found in folds.items() if len(found) == 1}
 
     def resolve(self, name: str, *, mouse: bool) -> _Match:
-        """Find the column of a non-empty name that is not in the vocabulary; ``mouse``: in a file of mouse genes."""
+        """Return the column of a non-empty name outside the vocabulary; ``mouse``: in a file of mouse genes."""
         if mouse:
             return self._resolve_mouse(name)
         if is_ensembl(name):
@@ -347,7 +344,7 @@ class _Vocabulary:
         return _Match(candidates=genes if columns else ())
 
     def _resolve_mouse(self, name: str) -> _Match:
-        """Find the column of a name in a file of mouse genes, other than by the same string."""
+        """Return the column of a name in a file of mouse genes that is not in the vocabulary."""
         bare, dashed = strip_version(name), name.replace(".", "-")
         if is_ensembl(name) and bare in self.by_id:
             return _Match(self.by_id[bare], "version")
@@ -366,30 +363,29 @@ def _indexed(names: tuple[str, ...]) -> _Vocabulary:
 def map_genes(
     names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
 ) -> GeneMapping:
-    """Map the gene names of a file onto a vocabulary.
+    """Map the gene names of a file to a vocabulary.
 
-    Each name is tried, in this order: as it is; as an Ensembl id without its version; as a current,
-    previous or alias symbol of the shipped table; upper-cased; with R's dots turned into dashes. A
-    symbol of several genes means the current one before the previous before the alias; if several are
-    left, the only one in the vocabulary; else none, and it is reported as ambiguous. An alias of
-    several genes stays ambiguous even if one is in the vocabulary: ``COX1`` in a file is the
-    mitochondrial gene more often than PTGS1. Where most names are mouse ids or written as mouse symbols
-    are, each is tried as it is and then replaced by its human one-to-one orthologue, and none is
-    upper-cased, because orthologues are not always namesakes. Where several names map to one gene, its counts are
-    the sum of theirs.
+    Names are tried in this order: as written; as an Ensembl id without its version; as a current, previous or alias
+    symbol of the bundled table; in upper case; with R's dots replaced by dashes. A symbol of several genes refers to
+    the current one before the previous before the alias; if several remain, to the only one in the vocabulary;
+    otherwise it is reported as ambiguous. An alias of several genes is ambiguous even if one is in the vocabulary:
+    ``COX1`` in a file is the mitochondrial gene more often than PTGS1. If most names are mouse ids or capitalised like
+    mouse symbols, each is tried as written and then replaced by its human one-to-one orthologue; none is converted to
+    upper case, because orthologues do not always share a symbol. If several names map to one gene, their counts are
+    summed.
 
     Args:
         names: Gene names [names]: Ensembl ids, symbols, or both; empty strings are allowed.
         vocabulary: The genes of the model [genes], normally Ensembl ids; symbols work as well.
-        minimum: Fewest vocabulary genes that must be found; by default ``MINIMUM_GENES``, or the
-            whole vocabulary if that is smaller. 0 switches the check off.
+        minimum: Minimum number of vocabulary genes that must match; by default ``MINIMUM_GENES``, or all genes of a
+            smaller vocabulary. 0 disables the check.
 
     Returns:
         The column of every name and the coverage report.
 
     Raises:
-        InputError: Fewer than ``minimum`` genes were found, the names are mostly those of another
-            species than human and mouse, or the vocabulary repeats a gene.
+        InputError: Fewer than ``minimum`` genes match, most names belong to another species than human and mouse, or
+            a gene is repeated in the vocabulary.
     """
     names = [str(name).strip() for name in names]
     index = _indexed(tuple(vocabulary))
@@ -426,12 +422,12 @@ def map_genes(
         examples["duplicated"].append(f"{shown} -> {index.names[position]}")
     absent = np.flatnonzero(hits == 0)
     examples["missing"] = [index.names[position] for position in absent[:EXAMPLES]]
-    found = int((column >= 0).sum())
+    matched_names = int((column >= 0).sum())
     mapping = GeneMapping(
         column=column,
         measured=hits > 0,
-        matched=found,
-        unmatched=len(names) - found,
+        matched=matched_names,
+        unmatched=len(names) - matched_names,
         ambiguous=ambiguous,
         blank=names.count(""),
         missing=len(absent),
@@ -450,13 +446,13 @@ def require_matches(
     minimum: int | None = None,
     where: str = "the data",
 ) -> None:
-    """Refuse a mapping that found too few genes, and say what the names look like instead.
+    """Raise an error with examples of the names if a mapping has too few genes.
 
     Args:
-        mapping: What :func:`map_genes` returned (called with ``minimum=0``).
-        names: The names that were mapped [names].
+        mapping: Result of :func:`map_genes` (called with ``minimum=0``).
+        names: The mapped names [names].
         minimum: As for :func:`map_genes`.
-        where: What to call the place the names came from in the message.
+        where: Description of the source of the names for the message.
 
     Raises:
         InputError: See :func:`map_genes`.
@@ -502,7 +498,7 @@ def require_matches(
 
 
 def other_species(names: Sequence[str]) -> str:
-    """Say what most names are genes of, by their Ensembl ids, where it is neither human nor mouse.
+    """Return the species of most names by their Ensembl ids, if it is neither human nor mouse.
 
     Args:
         names: Gene names [names].
@@ -510,19 +506,19 @@ def other_species(names: Sequence[str]) -> str:
     Returns:
         Such as ``"rat"``; ``""`` for human, mouse and symbols.
     """
-    found = Counter(
+    prefixes = Counter(
         match[1] for name in names if (match := _OTHER_ID.fullmatch(str(name).strip())) is not None
     )
-    if not found:
+    if not prefixes:
         return ""
-    prefix, number = found.most_common(1)[0]
+    prefix, number = prefixes.most_common(1)[0]
     if 2 * number <= len(names):
         return ""
     return _SPECIES.get(prefix, f"another species (Ensembl ids of 'ENS{prefix}')")
 
 
 def _looks_like_mouse(names: Sequence[str]) -> bool:
-    """Say whether most names are mouse ids or are written the way mouse symbols are."""
+    """Return whether most names are mouse ids or capitalised like mouse symbols."""
     named = [str(name) for name in names if _LETTER.search(str(name))]
     mouse = sum(bool(_MOUSE_ID.fullmatch(n) or _MOUSE_SYMBOL.fullmatch(n)) for n in named)
     return 2 * mouse > len(named)

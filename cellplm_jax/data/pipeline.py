@@ -1,18 +1,18 @@
-"""From a store of tissue samples to padded batches: what is held out, how rows are packed, who reads which row.
+"""Training and held-out batches: held-out split, packing of rows, and reading by several processes.
 
-A row is one context of the model. A sample larger than a row is cut into windows, smaller ones are packed several to a
-row, where each attends only within itself. How windows share rows is settled once, before the first step, from sizes
-alone; which cells a window holds changes with every epoch:
+A row is one context of the model. Samples larger than a row are split into windows; smaller ones are packed several
+per row, where each attends only within itself. The assignment of windows to rows depends only on sizes and is computed
+once, before the first step; the cells of a window change with every epoch:
 
-- the cells of a large dissociated sample lie in blocks of about 256; an epoch permutes the blocks and cuts the
-  sequence anew,
-- those of a large spatial sample lie along a closed curve; an epoch turns it and cuts it, so that a window is a
-  neighbourhood.
+- the cells of a large dissociated sample are stored in blocks of about 256; an epoch permutes the blocks and splits the
+  sequence into new windows,
+- those of a large spatial sample are stored along a closed curve; an epoch rotates it and splits it, so that a window
+  is a spatial neighbourhood.
 
-Every window therefore has the same number of cells in every epoch, at most a known number of stored counts
-(:class:`_Source`), and a few contiguous reads. Shapes never change during a run, and every cell of the training ranges
-appears exactly once an epoch. Everything is a function of (seed, step): a run resumes at any step, on any number of
-processes, each of which reads its own rows alone.
+A window therefore has the same number of cells in every epoch, an upper bound on its stored counts (:class:`_Source`),
+and requires a few contiguous reads. Shapes are constant during a run, and every training cell appears exactly once per
+epoch. All random choices are functions of (seed, step): a run resumes at any step, on any number of processes, and each
+process reads its own rows only.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.errors import InputError, explain, require
 
 BLOCK_CELLS = 256
-"""Cells of a block at most: what is read in one piece, and what an epoch permutes."""
+"""Maximum number of cells per block: the unit of reading and of the permutation of an epoch."""
 
 NONZEROS_MULTIPLE = 128
-"""The nonzero axis is a multiple of this."""
+"""The length of the nonzero axis is a multiple of this."""
 
 HELDOUT_WINDOWS = 32
-"""Windows that a run is scored on at most."""
+"""Maximum number of held-out windows."""
 
 _TRIED_ROWS = 256
-"""Packing looks at about so many open rows that a window would fit into by its cells."""
+"""Approximate number of open rows with enough cells left that packing examines per window."""
 
 _Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Consecutive stored cells of a sample that have one role in a run.
+    """Consecutive stored cells of a sample with one role in a run.
 
     Attributes:
         sample: Number of the sample in the store.
         start: First cell.
-        stop: Cell after the last.
+        stop: One past the last cell.
     """
 
     sample: int
@@ -71,20 +71,21 @@ class SampleRange:
 def split_heldout(
     store: CellStore, config: DataConfig, seed: int
 ) -> tuple[list[SampleRange], list[SampleRange]]:
-    """Split the cells of a store into those trained on and those held out.
+    """Split the cells of a store into training and held-out cells.
 
-    With at least ``1 / heldout_fraction`` samples whole samples are held out, each decided by a hash of the seed and of
-    its name, so that samples added to the store later never turn a training sample into a held-out one. With fewer, the
-    last stored cells of every sample are held out: random cells, or a neighbourhood where there are coordinates.
+    With at least ``1 / heldout_fraction`` samples, complete samples are held out. A hash of the seed and the sample
+    name decides for each sample, so adding samples never moves a training sample to the held-out set. With fewer
+    samples, the last stored cells of every sample are held out: random cells, or a spatial neighbourhood if it has
+    coordinates.
 
     Args:
         store: The data.
-        config: ``heldout_fraction``, and ``minimum_cells``: samples with fewer cells are left out of both.
+        config: ``heldout_fraction``, and ``minimum_cells``: samples with fewer cells are excluded from both.
         seed: Seed of the choice.
 
     Returns:
-        Training and held-out ranges, in the order of the store. There is a training range wherever there is a usable
-        sample, and a held-out one wherever the fraction allows.
+        Training and held-out ranges, in the order of the store. Every usable sample has a training range, and
+        a held-out range if the fraction allows.
 
     Raises:
         InputError: No sample has ``minimum_cells`` cells.
@@ -125,7 +126,7 @@ def split_heldout(
 
 
 def _chances(store: CellStore, seed: int) -> list[float]:
-    """Return a number in [0, 1) for each sample that depends on the seed and its name; equal names are told apart."""
+    """Return a number in [0, 1) per sample, from the seed and its name; repeated names get different numbers."""
     seen: dict[tuple[str, str], int] = {}
     chances = []
     for record in store.samples:
@@ -140,15 +141,15 @@ def _chances(store: CellStore, seed: int) -> list[float]:
 def gene_means(
     store: CellStore, ranges: Sequence[SampleRange], maximum_cells: int = 100_000
 ) -> np.ndarray:
-    """Return the mean count of each gene over the cells in whose sample it is measured.
+    """Return the mean count of each gene over the cells of samples that measure it.
 
     Args:
         store: The data.
-        ranges: Cells to look at.
-        maximum_cells: At most about this many are read, in runs spread evenly over the ranges.
+        ranges: Cells to use.
+        maximum_cells: Approximate maximum number of cells to read, in evenly distributed ranges.
 
     Returns:
-        float32 [genes]; 0 for a gene that none of them measures.
+        float32 [genes]; 0 for a gene that no sample measures.
     """
     ends = np.cumsum([part.cells for part in ranges])
     total = int(ends[-1]) if len(ends) else 0
@@ -175,22 +176,22 @@ def gene_means(
 
 
 # ---------------------------------------------------------------------------------------------
-# Windows: which cells, how many, and how many stored counts at most
+# Windows: their cells, and upper bounds of their numbers of cells and stored counts
 # ---------------------------------------------------------------------------------------------
 
 
 class _Source:
-    """A range of cells that windows are cut from.
+    """A range of cells to split into windows.
 
-    Positions count along the sequence an epoch arranges the cells in: blocks permuted, or the curve turned. Where only
-    a part of a spatial sample is trained on, its curve is open; a window across its ends is then two segments.
+    Positions refer to the sequence of an epoch: permuted blocks, or the rotated curve. If only part of a spatial sample
+    is used for training, its curve is open; a window across its ends then has two segments.
 
     Args:
         store: The data.
         part: The range.
-        capacity: Cells of a row.
-        pieces: Pieces of a row.
-        segments: Samples a row may hold.
+        capacity: Cells per row.
+        pieces: Pieces per row.
+        segments: Maximum number of samples per row.
     """
 
     def __init__(
@@ -210,25 +211,25 @@ class _Source:
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
-        """Cells of a piece, int64 [sizes], rising, for which :attr:`bounds` are known."""
+        """Numbers of cells of a piece with known :attr:`bounds`, int64 [sizes], increasing."""
         steps = min(32, self._piece_cells)
         return -(-np.arange(1, steps + 1) * self._piece_cells // steps)
 
     @functools.cached_property
     def bounds(self) -> np.ndarray:
-        """Stored counts that any so many consecutive cells of any epoch's sequence hold at most, int64 [sizes]."""
+        """Upper bounds of the stored counts of that many consecutive cells in any epoch, int64 [sizes]."""
         offsets = self._offsets()
         if self.spatial:
             return np.array([self._longest_run(offsets, int(size)) for size in self.sizes])
         return self._permuted_bounds(offsets)
 
     def bound(self, cells: int) -> int:
-        """Return an upper bound of the stored counts of ``cells`` consecutive cells of a sequence, in one piece."""
+        """Return an upper bound of the stored counts of ``cells`` consecutive cells of a sequence in one piece."""
         return int(self.bounds[np.searchsorted(self.sizes, cells)])
 
     @functools.cached_property
     def whole(self) -> int:
-        """Stored counts that the fullest piece holds where the range is dealt whole, in stored order."""
+        """Maximum number of stored counts per piece if all cells are distributed in stored order."""
         if self._pieces == 1 and self.closed:
             return self._store.samples[self.part.sample].nonzeros
         offsets, share = self._offsets(), -(-self.cells // self._pieces)
@@ -236,14 +237,11 @@ class _Source:
         return int(np.diff(offsets[cuts]).max())
 
     def largest(self, nonzeros: int, spare: float = 0.0) -> int:
-        """Return how many cells of this range a piece may hold.
+        """Return the maximum number of cells of this range per piece; 0 if even a few cells do not fit.
 
         Args:
             nonzeros: Stored counts of a piece.
-            spare: Stored counts a cell that should be left for the cells of others beside them, if that is possible.
-
-        Returns:
-            Cells; 0: not even few fit.
+            spare: Stored counts per cell to leave for other cells of the piece, if possible.
         """
         rest = (self._piece_cells - self.sizes) * spare
         for room in (nonzeros - rest, np.full(len(rest), nonzeros)):
@@ -256,7 +254,7 @@ class _Source:
         """Return the cells at positions ``begin`` to ``begin + cells`` of an epoch's sequence.
 
         Returns:
-            For each segment the runs of stored cells, in the order of the sequence.
+            For each segment the ranges of stored cells, in sequence order.
         """
         start, stop = self.part.start, self.part.stop
         if begin == 0 and cells == self.cells:
@@ -272,22 +270,22 @@ class _Source:
         order = generator.permutation(len(self.edges) - 1)
         lengths = np.diff(self.edges)[order]
         ends = np.cumsum(lengths)
-        found, position = [], begin
+        ranges, position = [], begin
         while position < begin + cells:
             index = int(np.searchsorted(ends, position, side="right"))
             inside = position - int(ends[index] - lengths[index])
             take = min(int(lengths[index]) - inside, begin + cells - position)
             first = start + int(self.edges[order[index]]) + inside
-            found.append((first, first + take))
+            ranges.append((first, first + take))
             position += take
-        return [found]
+        return [ranges]
 
     def _offsets(self) -> np.ndarray:
         stored = self._store.indptr(self.part.sample)[self.part.start : self.part.stop + 1]
         return stored - stored[0]
 
     def _longest_run(self, offsets: np.ndarray, size: int) -> int:
-        """Return the most stored counts of ``size`` cells in a row, around the end too where the curve turns."""
+        """Return the maximum number of stored counts of ``size`` consecutive cells; a closed curve wraps around."""
         if size >= self.cells:
             return int(offsets[-1])
         most = int((offsets[size:] - offsets[:-size]).max())
@@ -299,8 +297,8 @@ class _Source:
     def _permuted_bounds(self, offsets: np.ndarray) -> np.ndarray:
         """Bound the stored counts of consecutive cells of permuted blocks.
 
-        They are the end of one block, whole blocks, and the beginning of another; or they lie inside one block. The
-        whole ones are at most the fullest ones, and an end or beginning is at most the fullest of its length.
+        They are the end of one block, complete blocks, and the beginning of another, or a range inside one block. Each
+        part is bounded by the maximum over all blocks.
         """
         edges = self.edges
         lengths = np.diff(edges)
@@ -311,7 +309,7 @@ class _Source:
         from_start = (from_start - offsets[edges[:-1], None]).max(axis=0)
         to_end = offsets[np.maximum(edges[1:, None] - reach, edges[:-1, None])]
         to_end = (offsets[edges[1:], None] - to_end).max(axis=0)
-        # Both ends together, by their cells: to_end[i] + from_start[j] for i + j cells.
+        # Both ends combined, by number of cells: to_end[i] + from_start[j] for i + j cells.
         ends = np.zeros(2 * longest + 1, np.int64)
         for i in reach:
             np.maximum(
@@ -336,14 +334,10 @@ class _Source:
 
 
 def window_sizes(cells: int, largest: int) -> list[int]:
-    """Return the sizes of the windows that a sample is cut into.
+    """Return the sizes of the windows of a sample with ``cells`` cells and windows of up to ``largest`` cells.
 
-    All are full but the last, which holds what is left; where that is less than a quarter of a window, the one before
-    gives some of its cells. Full windows waste nothing, and what is left is small enough to share a row.
-
-    Args:
-        cells: Cells of the sample.
-        largest: Cells of a window at most.
+    All windows except the last are full. If the last has less than a quarter of a window, the one before gives some of
+    its cells. Full windows waste no space, and the remainder is small enough to share one row.
     """
     if cells <= largest:
         return [cells]
@@ -358,7 +352,7 @@ def window_sizes(cells: int, largest: int) -> list[int]:
 
 
 def _deal(runs: Sequence[_Run], pieces: int) -> list[list[_Run]]:
-    """Deal the cells of a segment evenly over pieces, consecutive ones to each; its runs in stored order, joined."""
+    """Distribute the cells of a segment evenly over pieces, consecutively; adjacent ranges are joined."""
     share = -(-sum(stop - start for start, stop in runs) // pieces)
     dealt: list[list[_Run]] = [[] for _ in range(pieces)]
     piece = filled = 0
@@ -382,21 +376,21 @@ def _deal(runs: Sequence[_Run], pieces: int) -> list[list[_Run]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Packing: which windows share a row
+# Packing: assignment of windows to rows
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Window:
-    """A window that has a place in every epoch.
+    """A window with a fixed position in every epoch.
 
     Attributes:
         source: Number of its source.
-        begin: Its first position in the sequence of its source.
-        cells: Its cells.
-        share: Cells it puts into a piece at most.
-        nonzeros: Stored counts it puts into a piece at most.
-        segments: Segments it may become.
+        begin: First position in the sequence of its source.
+        cells: Number of cells.
+        share: Maximum number of cells per piece.
+        nonzeros: Maximum number of stored counts per piece.
+        segments: Maximum number of segments.
     """
 
     source: int
@@ -408,7 +402,7 @@ class _Window:
 
 
 def _precompute(sources: Sequence[_Source], name: str, threads: int) -> None:
-    """Compute a cached property of all sources; the offsets of cells it needs are read several at a time."""
+    """Compute a cached property of all sources; the required cell offsets are read by several threads."""
     unknown = [source for source in sources if name not in vars(source)]
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(operator.attrgetter(name), unknown):
@@ -418,16 +412,10 @@ def _precompute(sources: Sequence[_Source], name: str, threads: int) -> None:
 def _windows(
     sources: Sequence[_Source], config: TrainConfig, nonzeros: int, spare: float
 ) -> list[_Window] | None:
-    """Cut all sources into windows.
+    """Split all sources into windows.
 
-    Args:
-        sources: What to cut.
-        config: Shapes.
-        nonzeros: Stored counts of a piece.
-        spare: See :meth:`_Source.largest`.
-
-    Returns:
-        The windows; None: a few cells alone have more stored counts.
+    Returns None if a few cells alone have more than ``nonzeros`` stored counts, the limit per piece; ``spare`` as in
+    :meth:`_Source.largest`.
     """
     cells, pieces = config.data.cells, config.mesh.cells
     small = [source for source in sources if source.cells <= cells]
@@ -455,16 +443,9 @@ def _windows(
 
 
 def _pack(windows: Sequence[_Window], cells: int, nonzeros: int, segments: int) -> list[list[int]]:
-    """Pack windows into rows: the largest first, each into the row it fills best.
+    """Pack windows into rows, largest first, each into the row that it fills best.
 
-    Args:
-        windows: What to pack; each fits a row alone.
-        cells: Cells of a piece.
-        nonzeros: Stored counts of a piece.
-        segments: Segments of a row.
-
-    Returns:
-        The numbers of the windows in each row.
+    Returns the window numbers of each row. ``cells`` and ``nonzeros`` are limits per piece, ``segments`` per row.
     """
     size = [max(w.share / cells, w.nonzeros / max(nonzeros, 1)) for w in windows]
     order = sorted(range(len(windows)), key=lambda i: (-size[i], i))
@@ -503,7 +484,7 @@ def _pack(windows: Sequence[_Window], cells: int, nonzeros: int, segments: int) 
 
 @dataclass(frozen=True)
 class _Packing:
-    """Windows in rows, with a nonzero axis that holds any of them in any epoch."""
+    """Windows in rows, with a nonzero axis that is long enough in every epoch."""
 
     windows: list[_Window]
     rows: list[list[int]]
@@ -511,7 +492,7 @@ class _Packing:
 
 
 def _sparse_density(sources: Sequence[_Source]) -> float:
-    """Return stored counts a cell: a quarter of the cells are of samples with fewer."""
+    """Return the number of stored counts per cell at the lower quartile over samples, weighted by cells."""
     density = np.array([source.density for source in sources])
     order = np.argsort(density)
     share = np.cumsum([sources[i].cells for i in order])
@@ -519,10 +500,10 @@ def _sparse_density(sources: Sequence[_Source]) -> float:
 
 
 def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
-    """Choose the length of the nonzero axis, then cut and pack.
+    """Choose the length of the nonzero axis, then split and pack.
 
-    Every row pays for the whole axis. It is the shortest with which an epoch has at most 2 % more rows than without a
-    limit: dense samples get windows of fewer cells, which share rows with sparse ones, before all others pay for them.
+    All rows have the same length. It is the shortest with which an epoch has a maximum of 2 % more rows than without a
+    limit: dense samples get smaller windows and share rows with sparse ones, so that other rows need less padding.
     """
     cells, segments = config.data.cells // config.mesh.cells, config.data.segments
     sparse = _sparse_density(sources)
@@ -535,7 +516,7 @@ def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
         return _Packing(windows, rows, nonzeros)
 
     free = attempt(np.iinfo(np.int64).max)
-    if free is None:  # without a limit everything fits
+    if free is None:  # everything fits without a limit
         msg = "an unlimited row did not hold a window"
         raise RuntimeError(msg)
 
@@ -549,27 +530,27 @@ def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
     best = _Packing(free.windows, free.rows, highest)
     while highest - lowest > max(NONZEROS_MULTIPLE, highest // 100):
         middle = rounded((lowest + highest) // 2)
-        found = attempt(middle)
-        if found is not None and len(found.rows) <= allowed:
-            best, highest = found, middle
+        packing = attempt(middle)
+        if packing is not None and len(packing.rows) <= allowed:
+            best, highest = packing, middle
         else:
             lowest = middle
     return best
 
 
 # ---------------------------------------------------------------------------------------------
-# Rows: reading and laying out
+# Rows: reading and padding
 # ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A sample's cells in a row, which attend to one another.
+    """Cells of one sample in a packed row, which attend to each other.
 
     Attributes:
         sample: Number of the sample in the store.
         name: Data set and sample, for messages.
-        pieces: Runs (first cell, cell after the last) of each piece of the row, in order.
+        pieces: Ranges (first cell, one past the last) of each piece of the row, in order.
     """
 
     sample: int
@@ -589,12 +570,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowContents:
-    """What a row of a batch holds.
+    """Contents of one batch row.
 
     Attributes:
-        epoch: Epoch it belongs to, from 0.
-        row: Its number among the packed rows of an epoch.
-        segments: Its samples.
+        epoch: Epoch of the row, from 0.
+        row: Number of the row among the packed rows of an epoch.
+        segments: Samples of the row.
     """
 
     epoch: int
@@ -618,11 +599,11 @@ def _segment(store: CellStore, sample: int, runs: Sequence[_Run], pieces: int) -
 
 @dataclass
 class _Eigenvectors:
-    """Laplacian eigenvectors of spatial samples, computed when first asked for and kept.
+    """Laplacian eigenvectors of spatial samples, computed on first access and cached.
 
     Attributes:
         store: The data.
-        count: How many.
+        count: Number of eigenvectors.
     """
 
     store: CellStore
@@ -649,7 +630,7 @@ class _Eigenvectors:
 
 
 class _Rows:
-    """Lays rows out in the arrays of a batch.
+    """Writes rows into batch arrays.
 
     Args:
         store: The data.
@@ -667,7 +648,7 @@ class _Rows:
         )
 
     def empty(self, rows: int) -> dict[str, np.ndarray]:
-        """Return the arrays of a batch of padding, by field of :class:`CellBatch`; ``gene`` and ``count`` unset."""
+        """Return padding arrays by field of :class:`CellBatch`; ``gene`` and ``count`` are uninitialised."""
         cells, genes = (rows, self.cells), len(self.store.genes)
         folded = (rows, self.pieces, self.nonzeros)
         arrays = {
@@ -695,17 +676,17 @@ class _Rows:
         labels: np.ndarray | None = None,
         samples: np.ndarray | None = None,
     ) -> None:
-        """Read the cells of one row into its place.
+        """Read the cells of one row into the arrays.
 
         Args:
             arrays: From :meth:`empty`.
-            row: Which row.
-            segments: What it holds.
-            labels: int32 [rows, cells], receives the labels of the cells; None: not wanted.
-            samples: int32 [rows, cells], receives the number of each cell's sample; None: not wanted.
+            row: Index of the row.
+            segments: Contents of the row.
+            labels: int32 [rows, cells], filled with the labels of the cells; None: omitted.
+            samples: int32 [rows, cells], filled with the sample number of each cell; None: omitted.
 
         Raises:
-            InputError: What is read disagrees with the cell offsets that the shapes were made from.
+            InputError: The data contradicts the cell offsets from which the shapes were computed.
         """
         store, width = self.store, self.cells // self.pieces
         for place, segment in enumerate(segments):
@@ -725,8 +706,8 @@ class _Rows:
                     if end > self.nonzeros:
                         msg = explain(
                             f"sample '{segment.name}' has more stored counts in its cells {start} to {stop} than "
-                            "its table of offsets says",
-                            "data that stays as it is during a run",
+                            "its table of offsets specifies",
+                            "data that does not change during a run",
                             "Check it with 'cellplm info CORPUS --verify', and start again",
                         )
                         raise InputError(msg)
@@ -761,7 +742,7 @@ class _Rows:
             gene[stored:], count[stored:] = 0, 0
 
     def batch(self, arrays: dict[str, np.ndarray], lead: tuple[int, ...]) -> CellBatch:
-        """Return the arrays as a batch whose leading axes are ``lead`` instead of rows."""
+        """Return the arrays as a batch with the leading axes ``lead`` instead of rows."""
         fields = dict(arrays)
         if self.pieces == 1:
             fields |= {name: arrays[name][:, 0] for name in ("indptr", "gene", "count")}
@@ -771,9 +752,9 @@ class _Rows:
 
 
 class TrainingBatches:
-    """The batches of a run; each depends on the data, the configuration, the seed and its step alone.
+    """Training batches; each is a function of the data, the configuration, the seed and its step.
 
-    The rows of an epoch are shuffled, epochs follow one another, and batch ``s``, counted from 0, takes the rows from
+    Rows are shuffled per epoch, epochs are concatenated, and batch ``s``, counted from 0, contains the rows from
     ``s * accumulate * rows`` on.
 
     Args:
@@ -782,20 +763,20 @@ class TrainingBatches:
         config: Shapes, seed, threads.
 
     Attributes:
-        rows_per_epoch: Packed rows that hold every cell of the ranges once.
-        nonzeros: Length of the nonzero axis: stored counts that a piece of a row can hold.
-        padding: Share of the cell places of an epoch that stay empty.
-        steps_per_epoch: Steps an epoch takes, rounded up.
+        rows_per_epoch: Number of packed rows that contain every cell of the ranges once.
+        nonzeros: Length of the nonzero axis: maximum number of stored counts per piece.
+        padding: Fraction of the cell axis that is padding, over an epoch.
+        steps_per_epoch: Steps per epoch, rounded up.
 
     Raises:
-        InputError: There is nothing to train on.
+        InputError: No training cells are left.
     """
 
     def __init__(self, store: CellStore, ranges: Sequence[SampleRange], config: TrainConfig):
         ranges = [part for part in ranges if part.cells]
         if not ranges:
             msg = explain(
-                "there is no training sample left",
+                "no training sample is left",
                 f"one with at least {config.data.minimum_cells} cells",
                 "Lower data.minimum_cells or data.heldout_fraction, or give more data",
             )
@@ -812,7 +793,7 @@ class TrainingBatches:
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def describe(self, step: int) -> list[RowContents]:
-        """Return what the rows of a batch hold, those of accumulated batches one after another.
+        """Return the contents of the rows of one batch; rows of accumulated batches are concatenated.
 
         Args:
             step: Number of the batch, from 0.
@@ -825,8 +806,8 @@ class TrainingBatches:
 
         Args:
             step: Number of the batch, from 0.
-            first: First row wanted.
-            rows: How many; None: all from ``first``.
+            first: First row.
+            rows: Number of rows; None: all from ``first``.
 
         Returns:
             [accumulate, rows, ...].
@@ -836,13 +817,13 @@ class TrainingBatches:
     def iterate(
         self, start_step: int, stop_step: int, first: int = 0, rows: int | None = None
     ) -> Iterator[CellBatch]:
-        """Yield the batches of ``start_step`` to ``stop_step`` (exclusive), made ahead by threads.
+        """Yield the batches of ``start_step`` to ``stop_step`` (exclusive), prefetched by threads.
 
         Args:
             start_step: Number of the first batch, from 0.
-            stop_step: Number after the last.
-            first: First row of each wanted.
-            rows: How many; None: all from ``first``.
+            stop_step: One past the last batch.
+            first: First row of each batch.
+            rows: Number of rows; None: all from ``first``.
         """
         grain = require("grain", "train", "Reading training batches")
         if start_step >= stop_step:
@@ -878,7 +859,7 @@ class TrainingBatches:
         return np.random.default_rng([self.config.seed, 3, epoch]).permutation(self.rows_per_epoch)
 
     def _contents(self, number: int) -> RowContents:
-        """Return what the row with a number, counted from the beginning of the run, holds."""
+        """Return the contents of a row by its number since the beginning of the run."""
         epoch, place = divmod(number, self.rows_per_epoch)
         row = int(self._order(epoch)[place])
         segments = []
@@ -897,17 +878,17 @@ def heldout_batches(
     config: TrainConfig,
     maximum: int = HELDOUT_WINDOWS,
 ) -> list[tuple[CellBatch, np.ndarray | None, np.ndarray]]:
-    """Return fixed batches for evaluation: the same windows every time, packed like those of training.
+    """Return fixed held-out batches: always the same windows, packed like training windows.
 
     Args:
         store: The data.
         ranges: Held-out cells.
         config: Shapes.
-        maximum: At most this many windows, spread evenly over the ranges, and over a range that gives several.
+        maximum: Maximum number of windows, evenly distributed over the ranges and within each range.
 
     Returns:
-        Batches [rows, ...] of one shape, the last one filled up with empty rows; with each the labels of its cells
-        (int32 [rows, cells], -1 for none; None: the store has no labels) and the numbers of their samples (int32 [rows,
+        Batches [rows, ...] of one shape, the last one padded with empty rows; with each the labels of its cells
+        (int32 [rows, cells], -1 for none; None: the store has no labels) and their sample numbers (int32 [rows,
         cells], -1 for padding).
     """
     data, pieces = config.data, config.mesh.cells
@@ -940,7 +921,7 @@ def heldout_batches(
 def _spread(
     ranges: Sequence[SampleRange], largest: int, maximum: int
 ) -> Iterator[tuple[int, SampleRange, int, int]]:
-    """Yield the number, the range, the first cell in it and the cells of at most ``maximum`` windows."""
+    """Yield the number, the range, its first cell and the cells of up to ``maximum`` windows."""
     ranges = [part for part in ranges if part.cells]
     number = min(len(ranges), maximum)
     chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * number)] for i in range(number)]

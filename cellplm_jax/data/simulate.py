@@ -1,9 +1,9 @@
-"""A simulated tissue in which everything a method should find is known.
+"""A tissue simulator with known ground truth.
 
-Real tissue never tells which cells really belong to which type, how strong a batch effect is, or which cell has been
-signalled to by its neighbour. :func:`simulate_tissue` does: spatial domains with their own mixtures of cell types,
-marker programmes, batch effects, ligand-receptor effects that depend on who the neighbours are, negative-binomial
-counts and dropout. All of the truth is stored beside the counts.
+Real tissue has no ground truth for cell types, batch effects or signalling between cells.
+:func:`simulate_tissue` provides it: spatial domains with their own mixtures of cell types, marker programmes, batch
+effects, ligand-receptor effects that depend on neighbouring cells, negative-binomial counts and dropout. The ground
+truth is stored with the counts.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 __all__ = ["simulate_tissue"]
 
 CELL_SPACING = 15.0
-"""Typical distance between neighbouring cell centres, micrometres."""
+"""Typical distance between neighbouring cell centres, in micrometres."""
 
 _GRADIENTS = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-"""Directions that gradient genes rise in, in turn."""
+"""Directions of the gradients of gradient genes, assigned round-robin."""
 
 _GRADIENT_NAMES = ("+x", "-x", "+y", "-y")
 
 _BLOCK = 1024
-"""Cells drawn at a time; fixed, because the stream of random numbers depends on it."""
+"""Number of cells per draw; fixed, because the stream of random numbers depends on it."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which gene plays which part; indices into the genes."""
+    """Roles of the genes, as indices."""
 
-    marker_type: np.ndarray  # [genes] cell type whose marker the gene is, -1 for none
+    marker_type: np.ndarray  # [genes] cell type of the marker, -1 for none
     ligand: np.ndarray  # [pairs]
     receptor: np.ndarray  # [pairs]
     target: np.ndarray  # [pairs, targets]
@@ -72,28 +72,28 @@ def simulate_tissue(
     gradient_fold: float = 8.0,
     keep_expected: bool = True,
 ) -> AnnData:
-    """Simulate counts of a tissue whose cell types, domains, batch effects and signalling are known.
+    """Simulate counts of a tissue with known cell types, domains, batch effects and signalling.
 
-    Use it to test that a method recovers what it should: a denoiser against ``layers["expected"]``, an embedding
+    Use it to test whether a method recovers the ground truth: a denoiser against ``layers["expected"]``, an embedding
     against ``obs["cell_type"]`` and ``obs["batch"]``, a spatial model against the target genes of the ligand-receptor
-    pairs, which cannot be explained from a cell alone.
+    pairs, which depend on neighbouring cells.
 
-    How a tissue is made:
+    Simulation steps:
 
     1. *Space.* Each batch is one section of the same tissue: cells on a jittered lattice of 15 micrometre spacing
-       within a rounded outline, with the origin of the coordinates at the corner of its own section. A Voronoi
+       within a rounded outline, with the origin of the coordinates at the corner of its section. A Voronoi
        partition bent by smooth waves cuts the tissue into domains; the sections share it, as serial sections do.
-    2. *Cell types.* Half of each domain's mixture goes to the types that are at home in it, the rest is drawn from a
-       flat Dirichlet distribution. Types are then drawn cell by cell.
+    2. *Cell types.* Half of each domain's mixture consists of its home types, the rest is drawn from a flat Dirichlet
+       distribution. Types are then drawn cell by cell.
     3. *Expression.* Genes have log-normal baselines (sd 1 on the log scale), types vary around them (sd .2), and
        marker genes are raised in their own type by a log-normal factor around ``marker_fold``.
-    4. *Signalling.* For each pair, a share ``sender_activity`` of the sender cells is active and makes the ligand
-       (raised by ``marker_fold``); all receiver cells make the receptor. A receiver with ``n`` active senders within
-       ``interaction_radius`` in its own section has the activation ``a = 1 - exp(-n)``, and each target gene is
+    4. *Signalling.* For each pair, a fraction ``sender_activity`` of the sender cells is active and expresses the
+       ligand (raised by ``marker_fold``); all receiver cells express the receptor. A receiver with ``n`` active senders
+       within ``interaction_radius`` in its own section has the activation ``a = 1 - exp(-n)``, and each target gene is
        multiplied by ``interaction_fold ** a``. Receivers without such a neighbour are unchanged. In a tissue of more
        than one type the receiver is never the sender.
-       ``gradient_genes`` others follow the place of a cell, whatever its type and neighbours: from one side of a
-       section to the other they change by ``gradient_fold``, in turn up and down along the first axis, then the second.
+       ``gradient_genes`` others depend on the position of a cell only: from one side of a section to the other they
+       change by ``gradient_fold``, increasing and decreasing along the first axis, then along the second.
     5. *Batches.* Each gene is multiplied by a log-normal factor per batch (sd ``batch_strength``), and each batch has
        a log-normal factor on the library size (same sd). Log-factors are centred over the batches, so one batch has
        no effect.
@@ -101,15 +101,15 @@ def simulate_tissue(
        the batch, sd .35); this is ``expected``. Counts are negative binomial with this mean ``mu`` and variance
        ``mu + mu**2 / dispersion`` of the gene.
     7. *Dropout.* Each non-zero count is lost with probability ``sigmoid(a - log(expected))``: weakly expressed genes
-       suffer most. ``a`` is solved for, so that the share of non-zero entries lost is ``dropout`` on average.
+       are affected most. ``a`` is solved for, so that the average fraction of lost non-zero entries is ``dropout``.
 
     The same arguments give the same tissue on any machine with the same NumPy; each step has its own random stream,
-    so that for example another ``dropout`` leaves cells, types and counts before dropout as they were.
+    so that for example another ``dropout`` does not change cells, types and counts before dropout.
 
     Sets the following fields of the result:
 
     - ``X``: counts, CSR float32, shape ``[cells, genes]``; ``layers["counts_before_dropout"]``: the same before step 7.
-    - ``layers["expected"]``: mean of the counts before dropout, dense float32, batch effects included (left out with
+    - ``layers["expected"]``: mean of the counts before dropout, dense float32, batch effects included (omitted with
       ``keep_expected=False``).
     - ``obs``: ``cell_type``, ``batch``, ``domain`` (categorical; categories in the order of the arrays in
       ``uns["truth"]``), ``library_size`` (row sum of ``expected``), ``n_signals`` (pairs by which the cell is
@@ -124,8 +124,8 @@ def simulate_tissue(
     - ``uns["truth"]``: ``domain_proportions`` ``[domains, types]``; ``log_programme`` ``[types, genes]`` (natural log
       of the relative rates of steps 3 and 4 without signalling; ligands as in inactive cells);
       ``batch_gene_factor`` ``[batches, genes]``; ``batch_library_factor`` ``[batches]``; ``dropout_intercept`` (the
-      ``a`` of step 7); ``ligand_receptor``: a table with one row a pair (ligand, receptor, targets joined with commas,
-      sender, receiver, fold, radius). ``uns["simulation"]``: the arguments.
+      ``a`` of step 7); ``ligand_receptor``: a table with one row per pair (ligand, receptor, targets joined with
+      commas, sender, receiver, fold, radius). ``uns["simulation"]``: the arguments.
 
     Args:
         cells: Number of cells over all batches, split evenly; from 1.
@@ -133,29 +133,29 @@ def simulate_tissue(
         cell_types: Number of cell types.
         batches: Number of batches (tissue sections).
         samples_spatial: Whether the coordinates were measured.
-        domains: Number of spatial domains. With very few cells some may hold none.
+        domains: Number of spatial domains. With very few cells some may be empty.
         ligand_receptor_pairs: Number of signalling pairs; 0 for none.
         library_size: Median counts per cell before dropout.
-        dropout: Share of the non-zero counts that is lost, from 0 up to but not including 1.
+        dropout: Fraction of the non-zero counts that is lost, in [0, 1).
         seed: Seed of every random number.
-        markers_per_type: Marker genes of each cell type; by default 20, or fewer where genes are few.
+        markers_per_type: Marker genes of each cell type; by default 20, or fewer if ``genes`` is small.
         marker_fold: Typical fold change of markers, and fold change of ligands and receptors.
         batch_strength: Standard deviation of the natural logs of the batch factors; 0 for none.
         dispersion: Median over genes of the negative binomial's inverse dispersion; larger is closer to Poisson.
         targets_per_pair: Genes that each signalling pair raises.
-        interaction_radius: Reach of a ligand, micrometres.
+        interaction_radius: Range of a ligand, in micrometres.
         interaction_fold: Fold change of targets at full activation.
-        sender_activity: Share of the sender cells that make the ligand.
+        sender_activity: Fraction of the sender cells that express the ligand.
         gradient_genes: Genes that follow a gradient across the tissue; 0 for none.
         gradient_fold: Their fold change from one side of a section to the other.
-        keep_expected: Whether to store the dense ``expected`` layer, which is what limits the size.
+        keep_expected: Whether to store the dense ``expected`` layer, which limits the size of the tissue.
 
     Returns:
         The tissue as AnnData; cells of one batch are consecutive.
 
     Raises:
-        InputError: An argument is of the wrong kind or out of range, there are too few genes for the markers and
-            signalling genes asked for, or more genes than the package has Ensembl ids.
+        InputError: An argument has the wrong type or is out of range, ``genes`` is too small for the markers and
+            signalling genes, or larger than the number of Ensembl ids in the package.
     """
     arguments = dict(locals())
     _check(arguments)
@@ -308,7 +308,7 @@ def simulate_tissue(
 
 
 def _check(arguments: dict[str, Any]) -> None:
-    """Refuse impossible arguments with one message each."""
+    """Raise an error for invalid arguments."""
 
     def refuse(name: str, expected: str, remedy: str) -> None:
         msg = explain(f"{name}={arguments[name]!r}", expected, remedy)
@@ -331,7 +331,7 @@ def _check(arguments: dict[str, Any]) -> None:
         if name == "markers_per_type" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < low:
-            refuse(name, f"a whole number of at least {low}", f"Pass an int, {name}={max(low, 1)}")
+            refuse(name, f"an integer of at least {low}", f"Pass an int, {name}={max(low, 1)}")
         arguments[name] = int(value)
     ranges = {
         "library_size": (0.0, np.inf, False, 2000.0),
@@ -348,7 +348,7 @@ def _check(arguments: dict[str, Any]) -> None:
         value = arguments[name]
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         if not number or not (low <= value < high) or (value == low and not closed):
-            bound = "" if np.isinf(high) else " and at most 1" if high > 1 else " and below 1"
+            bound = "" if np.isinf(high) else " and not above 1" if high > 1 else " and below 1"
             refuse(
                 name,
                 f"a finite number {'of at least' if closed else 'above'} {low:g}{bound}",
@@ -384,7 +384,7 @@ def _ensembl_ids(genes: int) -> list[str]:
     if genes > len(pool):
         msg = explain(
             f"genes={genes}",
-            f"at most {len(pool)}, the number of human genes with an Ensembl id in this package",
+            f"up to {len(pool)}, the number of human genes with an Ensembl id in this package",
             f"Pass genes={len(pool)} or fewer",
         )
         raise InputError(msg)
@@ -393,9 +393,9 @@ def _ensembl_ids(genes: int) -> list[str]:
 
 @functools.cache
 def _expressed_ids() -> list[str]:
-    """Ensembl ids of the bundled PBMC3k data, those seen in at least 1 % of its cells first.
+    """Return the Ensembl ids of the bundled PBMC3k data, those detected in at least 1 % of its cells first.
 
-    Such genes are in the vocabulary of practically any model; among all named human genes more than half are not.
+    Most vocabularies contain these genes; among all named human genes more than half are missing from them.
     """
     blood = pbmc3k()
     detected = np.bincount(blood.X.indices, minlength=blood.n_vars)  # pyright: ignore
@@ -405,12 +405,12 @@ def _expressed_ids() -> list[str]:
 
 
 def _in_fixed_order(identifiers: Iterable[str]) -> list[str]:
-    """Shuffle by hash, so that a gene added to a later table hardly disturbs the order."""
+    """Shuffle by hash, so that adding a gene to the table hardly changes the order."""
     return sorted(map(str, identifiers), key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def _split_evenly(cells: int, batches: int) -> np.ndarray:
-    """Return batch sizes that differ by at most one, larger ones first."""
+    """Return batch sizes that differ by 0 or 1, larger ones first."""
     return cells // batches + (np.arange(batches) < cells % batches)
 
 
@@ -422,7 +422,7 @@ def _assign_genes(
     targets: int,
     gradient_genes: int,
 ) -> _Plan:
-    """Give out the genes: markers first, then ligand, receptor and targets of each pair, gradients, the rest."""
+    """Assign the genes: markers first, then ligand, receptor and targets of each pair, gradients, the rest."""
     signalling = pairs * (2 + targets)
     if markers_per_type is None:
         free = genes - signalling - gradient_genes
@@ -438,12 +438,12 @@ def _assign_genes(
 def _lay_out(
     rng: np.random.Generator, batch: np.ndarray, batches: int, domains: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Place the cells of each section and find their domains.
+    """Place the cells of each section and assign their domains.
 
     Returns:
         Positions ``[cells, 2]`` in micrometres from the corner of the section, and domains ``[cells]``.
     """
-    # The tissue in its own units: about the unit disc. Lloyd's iterations spread the domain centres evenly.
+    # Work in units of the unit disc. Lloyd's iterations distribute the domain centres evenly.
     sample = rng.uniform(-1, 1, size=(4096, 2))
     sample = sample[(sample**2).sum(axis=1) <= 1]
     centre = sample[rng.choice(len(sample), size=domains, replace=domains > len(sample))]
@@ -482,7 +482,7 @@ def _lay_out(
 
 
 def _across(position: np.ndarray, batch: np.ndarray) -> np.ndarray:
-    """Return ``[cells, 2]``: how far a cell is across its own section, about -.5 to .5 along its longer side."""
+    """Return ``[cells, 2]``: position of a cell in its own section, about -.5 to .5 along its longer side."""
     across = np.zeros_like(position)
     for section in np.unique(batch):
         rows = batch == section
@@ -499,7 +499,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def _domain_proportions(rng: np.random.Generator, domains: int, cell_types: int) -> np.ndarray:
-    """Mixture of cell types in each domain ``[domains, types]``: half at home, half Dirichlet."""
+    """Return the mixture of cell types per domain ``[domains, types]``: half own types, half Dirichlet."""
     home = np.zeros((domains, cell_types))
     for index in range(max(domains, cell_types)):
         home[index % domains, index % cell_types] = 1.0
@@ -529,7 +529,7 @@ def _gene_programmes(
     marked = np.concatenate([plan.ligand, plan.receptor, plan.target.ravel(), plan.gradient])
     baseline[marked] = np.abs(
         baseline[marked]
-    )  # genes with a spatial part are never among the weakest
+    )  # genes with a spatial role are never among the weakest
     log_programme = baseline + 0.2 * rng.standard_normal((cell_types, genes))
     fold = np.log(marker_fold) + 0.2 * rng.standard_normal(genes)
     marker = np.flatnonzero(plan.marker_type >= 0)
@@ -540,7 +540,7 @@ def _gene_programmes(
 def _choose_pairs(
     proportions: np.ndarray, domain: np.ndarray, pairs: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose sender and receiver types: receivers in turn, each with the sender it meets most, unused ones first."""
+    """Choose sender and receiver types: receivers round-robin, each with its most frequent neighbour."""
     domains, cell_types = proportions.shape
     share = np.bincount(domain, minlength=domains) / len(domain)
     meeting = np.einsum("d,ds,dr->sr", share, proportions, proportions)
@@ -564,7 +564,7 @@ def _signal(
     sender_activity: float,
     radius: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Active senders (bool) and activation of receivers (float), both ``[cells, pairs]``."""
+    """Return active senders (bool) and activation of receivers (float), both ``[cells, pairs]``."""
     from scipy.spatial import KDTree
 
     shape = (len(cell_type), len(sender))
@@ -584,7 +584,7 @@ def _signal(
 
 
 def _centred_normal(rng: np.random.Generator, shape: tuple[int, ...], sd: float) -> np.ndarray:
-    """Normal values with the given sd, centred over the first axis (so 0 where that has length 1)."""
+    """Draw normal values with the given sd, centred over the first axis (0 if it has length 1)."""
     value = sd * rng.standard_normal(shape)
     return value - value.mean(axis=0)
 
@@ -599,12 +599,7 @@ def _negative_binomial(
 def _draw_dropout(
     rng: np.random.Generator, mean: np.ndarray, dropout: float
 ) -> tuple[np.ndarray, float]:
-    """Choose the non-zero entries that are lost.
-
-    Args:
-        rng: Random stream.
-        mean: Expected count of each non-zero entry.
-        dropout: Average probability of being lost.
+    """Choose the non-zero entries that are lost, with average probability ``dropout``.
 
     Returns:
         A mask over the entries and the intercept of the logistic curve (``-inf`` without dropout).

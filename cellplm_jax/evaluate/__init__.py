@@ -1,1 +1,1 @@
-"""Metrics on arrays: no AnnData, no model, no files."""
+"""Metrics on plain arrays."""

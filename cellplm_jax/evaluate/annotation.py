@@ -1,11 +1,11 @@
-"""How well labels were predicted: accuracy, F1, precision and recall, and whether the probabilities mean what they say.
+"""Scores of predicted labels: accuracy, F1, precision, recall, and calibration of probabilities.
 
-The released code calls the mean recall "accuracy" (``CellPLM/utils/eval.py``); here accuracy is the share of cells that
-are right (micro), and macro accuracy the mean over classes of that share (the balanced accuracy).
+The released code calls the mean recall "accuracy" (``CellPLM/utils/eval.py``). Here accuracy is the fraction of correct
+cells (micro), and macro accuracy the mean over classes of that fraction (the balanced accuracy).
 
-A cell that was left "unknown" counts as wrong, and as no error of precision of any class. scikit-learn comes with the
-extra ``eval`` and is imported on first use; :func:`confusion_counts` and :func:`macro_f1`, which fitting needs in every
-epoch, do without.
+An "unknown" cell counts as incorrect, but not as a false positive of any class. scikit-learn is installed by the extra
+``eval`` and imported on first use; :func:`confusion_counts` and :func:`macro_f1`, which fitting uses in every epoch, do
+not need it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _EXTRA = "eval"
 
 
 def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
-    """Return labels as an object array of strings, after checking their number and that none is missing."""
+    """Return labels as an object array of strings; missing labels or a wrong number raise an error."""
     column = pd.Series(values if isinstance(values, pd.Categorical) else np.asarray(values))
     if cells is not None and len(column) != cells:
         msg = explain(
             f"{name} has {len(column)} entries for {cells} cells",
-            "one label a cell, in the same order",
+            "one label per cell, in the same order",
             "Apply the same selection of cells to both",
         )
         raise InputError(msg)
@@ -38,7 +38,7 @@ def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
     if missing:
         msg = explain(
             f"{name} is missing (None or NaN) for {missing} of {len(column)} cells",
-            "a label for every cell that is scored",
+            "a label for every scored cell",
             "Select the labelled cells first, the same ones in every argument",
         )
         raise InputError(msg)
@@ -46,19 +46,19 @@ def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
 
 
 def _probabilities(values: Any, truth: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """Return probabilities as float64 [cells, classes], after checking shape, range and sums."""
+    """Return probabilities as float64 [cells, classes]; a wrong shape, range or sum raises an error."""
     array = np.asarray(values, np.float64)
     if array.shape != (len(truth), len(classes)):
         msg = explain(
             f"probabilities of shape {array.shape} for {len(truth)} cells and {len(classes)} classes",
-            "a row a cell and a column a class",
+            "one row per cell and one column per class",
             "Pass them in the order of the cells and of classes",
         )
         raise InputError(msg)
     sound = np.isfinite(array).all() and array.min() >= -1e-6
     if not sound or np.abs(array.sum(axis=1) - 1.0).max() > 1e-3:
         msg = explain(
-            "probabilities that are negative, not finite or do not sum to 1 in a row",
+            "probabilities that are negative, not finite or do not sum to 1 per row",
             "a distribution over the classes for every cell",
             "Pass probabilities, not logits",
         )
@@ -71,8 +71,8 @@ def confusion_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
 
     Args:
         truth: int [cells], 0 to ``classes - 1``.
-        predicted: int [cells], likewise.
-        classes: How many there are.
+        predicted: int [cells], 0 to ``classes - 1``.
+        classes: Number of classes.
 
     Returns:
         int64 [classes, classes]; rows are true classes.
@@ -82,7 +82,7 @@ def confusion_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> 
 
 
 def macro_f1(confusion: np.ndarray) -> float:
-    """Return the mean F1 over the classes that occur, as truth or as prediction.
+    """Return the mean F1 over the classes that occur among true or predicted labels.
 
     Args:
         confusion: int [classes, classes] from :func:`confusion_counts`.
@@ -99,15 +99,15 @@ def macro_f1(confusion: np.ndarray) -> float:
 def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
     """Compare predicted with true labels.
 
-    Averages are over the classes that occur among the true labels: a class that was only ever predicted (such as
-    "unknown") lowers the recall of the true ones and is no class of its own.
+    Averages are over the classes of the true labels: a class that is only predicted (such as "unknown") lowers the
+    recall of the true classes, but is not a class itself.
 
     Args:
         truth: [cells], labels of any type; compared as strings.
-        predicted: [cells], likewise.
+        predicted: [cells], labels of any type.
 
     Returns:
-        ``accuracy`` (the share of cells that are right: micro), ``macro_accuracy`` (the mean over classes),
+        ``accuracy`` (fraction of correct cells: micro), ``macro_accuracy`` (mean over classes),
         ``macro_f1``, ``micro_f1``, ``weighted_f1`` (by the true class sizes), ``macro_precision``,
         ``weighted_precision``, ``macro_recall``, ``weighted_recall``. A class that is never predicted has precision 0.
 
@@ -116,18 +116,20 @@ def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
     classes = sorted(set(known))
     scores = {
-        "accuracy": float(metrics.accuracy_score(known, found)),
+        "accuracy": float(metrics.accuracy_score(known, predictions)),
         "macro_accuracy": float(
-            metrics.recall_score(known, found, labels=classes, average="macro", zero_division=0)
+            metrics.recall_score(
+                known, predictions, labels=classes, average="macro", zero_division=0
+            )
         ),
     }
     for average in ("macro", "micro", "weighted"):
         precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-            known, found, labels=classes, average=average, zero_division=0
+            known, predictions, labels=classes, average=average, zero_division=0
         )
         scores[f"{average}_f1"] = float(f1)
         if average != "micro":
@@ -137,28 +139,28 @@ def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
 
 
 def per_class_scores(truth: Any, predicted: Any) -> pd.DataFrame:
-    """Return precision, recall and F1 of every class.
+    """Return precision, recall and F1 per class.
 
     Args:
         truth: [cells], labels of any type; compared as strings.
-        predicted: [cells], likewise.
+        predicted: [cells], labels of any type.
 
     Returns:
-        A row a class of the true labels, sorted; columns ``precision``, ``recall``, ``f1``, ``cells`` (true ones) and
+        One row per true label, sorted; columns ``precision``, ``recall``, ``f1``, ``cells`` (true) and
         ``predicted_cells``.
 
     Raises:
-        InputError: As :func:`annotation_scores`.
+        InputError: As in :func:`annotation_scores`.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
     classes = sorted(set(known))
     precision, recall, f1, cells = metrics.precision_recall_fscore_support(
-        known, found, labels=classes, average=None, zero_division=0
+        known, predictions, labels=classes, average=None, zero_division=0
     )
-    predicted_cells = [int((found == name).sum()) for name in classes]
+    predicted_cells = [int((predictions == name).sum()) for name in classes]
     return pd.DataFrame(
         {
             "precision": precision,
@@ -172,24 +174,24 @@ def per_class_scores(truth: Any, predicted: Any) -> pd.DataFrame:
 
 
 def confusion_table(truth: Any, predicted: Any) -> pd.DataFrame:
-    """Count the cells of every pair of true and predicted label.
+    """Count the cells per pair of true and predicted label.
 
     Args:
         truth: [cells], labels of any type; compared as strings.
-        predicted: [cells], likewise.
+        predicted: [cells], labels of any type.
 
     Returns:
-        Rows are true labels, columns predicted ones; each holds all labels that occur on either side, sorted.
+        Rows are true labels, columns predicted ones; both contain all labels that occur in either, sorted.
 
     Raises:
-        InputError: As :func:`annotation_scores`.
+        InputError: As in :func:`annotation_scores`.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     known = _labels(truth, "truth")
-    found = _labels(predicted, "predicted", len(known))
+    predictions = _labels(predicted, "predicted", len(known))
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
-    names = sorted(set(known) | set(found))
-    counts = metrics.confusion_matrix(known, found, labels=names)
+    names = sorted(set(known) | set(predictions))
+    counts = metrics.confusion_matrix(known, predictions, labels=names)
     return pd.DataFrame(
         counts, index=pd.Index(names, name="truth"), columns=pd.Index(names, name="predicted")
     )
@@ -198,27 +200,27 @@ def confusion_table(truth: Any, predicted: Any) -> pd.DataFrame:
 def expected_calibration_error(
     truth: Any, probabilities: Any, classes: Sequence[str], *, bins: int = 15
 ) -> float:
-    """Return how far confidence lies from accuracy, averaged over cells in bins of equal confidence width.
+    """Return the mean difference between confidence and accuracy over bins of equal width, weighted by cells.
 
     Args:
-        truth: [cells], labels; compared as strings. A label that is not among ``classes`` counts as never right.
+        truth: [cells], labels; compared as strings. A label outside ``classes`` is always incorrect.
         probabilities: float [cells, classes].
         classes: Label of each column.
-        bins: How many bins between 0 and 1.
+        bins: Number of bins between 0 and 1.
 
     Returns:
-        Between 0 (a confidence of .8 is right in 80 % of the cells) and 1. Naeini et al., AAAI 2015; Guo et al., ICML
+        Between 0 (a confidence of .8 is correct in 80 % of the cells) and 1. Naeini et al., AAAI 2015; Guo et al., ICML
         2017, equation 3.
 
     Raises:
-        InputError: Sizes do not fit, a label is missing, or a row is no distribution.
+        InputError: Sizes do not match, a label is missing, or a row is not a distribution.
     """
     known = _labels(truth, "truth")
     array = _probabilities(probabilities, known, classes)
     names = np.array([str(name) for name in classes], object)
     confidence = array.max(axis=1)
     right = names[array.argmax(axis=1)] == known
-    # A bin holds what is above its lower end, up to its upper end.
+    # A bin includes its upper end and excludes its lower end.
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     size = np.bincount(place, minlength=bins)
     gap = np.bincount(place, weights=confidence - right, minlength=bins)
@@ -226,23 +228,23 @@ def expected_calibration_error(
 
 
 def brier_score(truth: Any, probabilities: Any, classes: Sequence[str]) -> float:
-    """Return the Brier score of several classes: the squared distance of the probabilities from the truth.
+    """Return the multi-class Brier score: the squared distance between probabilities and truth.
 
     Args:
-        truth: [cells], labels; compared as strings. A label that is not among ``classes`` is at distance 1 from all.
+        truth: [cells], labels; compared as strings. A label outside ``classes`` has probability 0.
         probabilities: float [cells, classes].
         classes: Label of each column.
 
     Returns:
-        Mean over cells, between 0 (certain and right) and 2. Brier, Monthly Weather Review 1950, equation 2.
+        Mean over cells, between 0 (certain and correct) and 2. Brier, Monthly Weather Review 1950, equation 2.
 
     Raises:
-        InputError: As :func:`expected_calibration_error`.
+        InputError: As in :func:`expected_calibration_error`.
     """
     known = _labels(truth, "truth")
     array = _probabilities(probabilities, known, classes)
     names = np.array([str(name) for name in classes], object)
     hot = names[None, :] == known[:, None]
-    # A class without a column would be right with the whole of its own, missing probability.
+    # A class without a column has probability 0, so its squared error is 1.
     missing = ~hot.any(axis=1)
     return float(np.mean(((array - hot) ** 2).sum(axis=1) + missing))

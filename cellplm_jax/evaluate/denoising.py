@@ -1,10 +1,10 @@
-"""How well hidden counts come back: what is hidden, on which scale it is compared, and the error at those entries.
+"""Denoising scores at hidden counts.
 
-The published task: a tenth of the stored (non-zero) counts is set to 0, a method denoises what is left, and its values
-are compared with the true ones at the hidden entries alone, after normalisation by library size and log1p. As only
-non-zeros are hidden, a method that predicts the expected count, zeros included, is right on average and still below
-every value it is compared with; so predicting what is there *given that it is not zero* lowers the error of any method.
-Compare like with like, and put the gene's mean of either kind beside it (:func:`gene_means`).
+The published task sets a tenth of the stored (non-zero) counts to 0, denoises the remaining counts, and compares the
+values with the true ones at the hidden entries, after normalisation by library size and log1p. Because only non-zeros
+are hidden, a method that predicts the expected count, zeros included, is correct on average but still below every
+compared value; predicting the count *given that it is not zero* lowers the error of any method. Compare predictions
+of the same kind, with the gene mean of that kind as baseline (:func:`gene_means`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def hide_nonzeros(
 
     Args:
         counts: CSR [cells, genes].
-        fraction: Of all non-zeros; at least one is hidden and one is left.
-        seed: Decides which.
+        fraction: Fraction of all non-zeros; at least one is hidden and one remains.
+        seed: Seed of the choice.
 
     Returns:
-        The counts that are left, and what was hidden: CSR bool [cells, genes], True where a count was taken away.
+        The remaining counts, and the mask of hidden entries: CSR bool [cells, genes].
 
     Raises:
         InputError: The fraction is not between 0 and 1, or there are fewer than two non-zeros.
@@ -45,14 +45,14 @@ def hide_nonzeros(
     counts.eliminate_zeros()
     if counts.nnz < 2:
         msg = explain(
-            f"{counts.nnz} non-zero counts", "at least two, to hide one", "Give more cells"
+            f"{counts.nnz} non-zero counts", "at least two, to hide one", "Pass more cells"
         )
         raise InputError(msg)
     number = min(max(1, round(fraction * counts.nnz)), counts.nnz - 1)
     chosen = np.random.default_rng(seed).choice(counts.nnz, number, replace=False)
     gone = np.zeros(counts.nnz, bool)
     gone[chosen] = True
-    # Copies: eliminate_zeros moves all three arrays in place.
+    # Copies, because eliminate_zeros modifies all three arrays in place.
     parts = (gone.copy(), counts.indices.copy(), counts.indptr.copy())
     hidden = sparse.csr_matrix(parts, counts.shape)
     hidden.eliminate_zeros()
@@ -62,7 +62,7 @@ def hide_nonzeros(
 
 
 def log_normalize(counts: Any, *, total: Any | None = None, target_sum: float = 1e4) -> Any:
-    """Scale every cell to a library size and take log1p.
+    """Scale every cell to a library size and apply log1p.
 
     Args:
         counts: [cells, genes], dense or sparse.
@@ -70,7 +70,7 @@ def log_normalize(counts: Any, *, total: Any | None = None, target_sum: float = 
         target_sum: Library size after scaling, in counts.
 
     Returns:
-        Natural logarithms, of the same kind (CSR for sparse ones).
+        Natural logarithms of the same type (CSR for sparse input).
     """
     if total is None:
         total = np.asarray(counts.sum(axis=1)).ravel()
@@ -84,11 +84,11 @@ def log_normalize(counts: Any, *, total: Any | None = None, target_sum: float = 
 
 
 def gene_means(values: Any, *, detected: bool = False) -> np.ndarray:
-    """Return the mean of each gene over cells: the simplest prediction there is.
+    """Return the mean of each gene over cells, the simplest baseline.
 
     Args:
         values: [cells, genes], dense or sparse.
-        detected: Over the cells where the gene is not zero, instead of all; 0 for a gene that is zero everywhere.
+        detected: Average over the cells in which the gene is not zero; 0 for a gene that is zero everywhere.
 
     Returns:
         float64 [genes].
@@ -103,7 +103,7 @@ def gene_means(values: Any, *, detected: bool = False) -> np.ndarray:
 def denoising_scores(truth: Any, prediction: Any, hidden: Any) -> dict[str, float]:
     """Compare predicted with true values at the hidden entries.
 
-    Values are taken as they are: pass both log-normalised for the published numbers.
+    Values are not transformed: pass both log-normalised for the published scores.
 
     Args:
         truth: float [cells, genes], dense or sparse.
@@ -112,7 +112,7 @@ def denoising_scores(truth: Any, prediction: Any, hidden: Any) -> dict[str, floa
 
     Returns:
         ``rmse`` and ``mae`` over all hidden entries, ``gene_pearson``, the mean over genes of the correlation over
-        their hidden cells (NaN where no gene has three such cells and both vary), and ``entries``.
+        their hidden cells (NaN if no gene has three hidden cells and non-constant values), and ``entries``.
 
     Raises:
         InputError: Shapes differ, nothing is hidden, or a value is not finite.

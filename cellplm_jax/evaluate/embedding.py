@@ -1,13 +1,13 @@
-"""How well an embedding keeps what is known about the cells, and the ordinary baseline to compare it with.
+"""Embedding scores: clustering, neighbours, batch mixing, and a PCA baseline.
 
-The rule behind this module: clustering never sees the labels. Leiden runs once, at a fixed resolution, and the score is
-whatever comes out. The published evaluation (``CellPLM/pipeline/cell_embedding.py`` style) tries 14 resolutions and
-keeps the one that agrees best with the labels, which rewards the search and not the embedding.
+Clustering does not use labels; the resolution is fixed. The published evaluation
+(``CellPLM/pipeline/cell_embedding.py`` style) tries 14 resolutions and keeps the one with the best agreement, which
+rewards the search and not the embedding.
 
-Cells whose label means "not known" (for example "unassigned") belong in the clustering and not in the score: cluster
-all cells, then pass the rows that have a label to :func:`clustering_scores`.
+Cells with a label for "not known" (for example "unassigned") should be clustered but not scored: cluster all cells,
+then pass the labelled rows to :func:`clustering_scores`.
 
-scanpy, igraph and scikit-learn come with the extra ``eval`` and are imported on first use.
+scanpy, igraph and scikit-learn are installed by the extra ``eval`` and imported on first use.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.nd
     finite = np.asarray(np.isfinite(array).all(axis=1))
     if not finite.all():
         msg = explain(
-            f"The embedding holds NaN or infinity in {int((~finite).sum())} of {len(finite)} cells "
+            f"The embedding contains NaN or infinity in {int((~finite).sum())} of {len(finite)} cells "
             f"(first: row {int(np.argmin(finite))})",
             "finite numbers",
-            "Drop those cells, or find out why the model returned them",
+            "Remove those cells, or find the cause in the model",
         )
         raise InputError(msg)
     if neighbors is not None and not 1 <= neighbors < array.shape[0]:
@@ -64,19 +64,19 @@ def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.nd
 
 
 def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
-    """Return labels of any type as integers 0..k-1, after checking their number and that none is missing."""
+    """Return labels of any type as integers 0..k-1; missing labels or a wrong number raise an error."""
     values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
     if np.ndim(values) != 1:
         msg = explain(
             f"{name} has {np.ndim(values)} axes",
-            "one label a cell",
+            "one label per cell",
             "Pass one column, for example adata.obs['cell_type']",
         )
         raise InputError(msg)
     if cells is not None and len(values) != cells:
         msg = explain(
             f"{name} has {len(values)} entries for {cells} cells",
-            "one label a cell, in the order of the rows",
+            "one label per cell, in the order of the rows",
             "Apply the same selection of cells to both",
         )
         raise InputError(msg)
@@ -84,7 +84,7 @@ def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
     if (codes < 0).any():
         msg = explain(
             f"{name} is missing (None or NaN) for {int((codes < 0).sum())} of {len(codes)} cells",
-            "a label for every cell that is scored",
+            "a label for every scored cell",
             "Select the labelled cells first, the same ones in every argument",
         )
         raise InputError(msg)
@@ -99,12 +99,12 @@ def neighbor_graph(
     metric: Metric = "euclidean",
     name: str = "X_embedding",
 ) -> Any:
-    """Return an AnnData that holds scanpy's neighbour graph of the embedding.
+    """Return an AnnData with scanpy's neighbour graph of the embedding.
 
     Args:
-        embedding: float [cells, dimensions]; kept in ``obsm[name]``.
+        embedding: float [cells, dimensions]; stored in ``obsm[name]``.
         neighbors: Size of the neighbourhood, the cell itself included.
-        seed: For the approximate search where there are many cells.
+        seed: Seed of the approximate search, which is used for many cells.
         metric: Distance between cells.
         name: Name of the embedding.
 
@@ -130,16 +130,16 @@ def leiden_clusters(
     seed: int = 0,
     metric: Metric = "euclidean",
 ) -> np.ndarray:
-    """Cluster cells with Leiden on scanpy's neighbour graph, without looking at any label.
+    """Cluster cells with Leiden on scanpy's neighbour graph, without labels.
 
-    Use this with :func:`clustering_scores`. The resolution is fixed beforehand, so that the score measures the
-    embedding. The result depends on the arguments alone: the same seed gives the same clusters.
+    Use it with :func:`clustering_scores`. The resolution is fixed in advance, so that the score measures the
+    embedding. The result is a deterministic function of the arguments.
 
     Args:
         embedding: float [cells, dimensions].
         neighbors: Size of the neighbourhood, as in ``scanpy.pp.neighbors`` (the cell itself included).
-        resolution: Of the modularity Leiden optimises; higher gives more clusters.
-        seed: For the search for neighbours (approximate where there are many cells) and for Leiden.
+        resolution: Resolution of the modularity; higher values give more clusters.
+        seed: Seed of the neighbour search (approximate for many cells) and of Leiden.
         metric: Distance between cells.
 
     Returns:
@@ -154,12 +154,12 @@ def leiden_clusters(
 
 
 def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np.ndarray:
-    """Cluster with Leiden the neighbour graph that an AnnData holds, as :func:`leiden_clusters` does.
+    """Cluster the neighbour graph of an AnnData with Leiden, as in :func:`leiden_clusters`.
 
     Args:
         cells: AnnData after ``scanpy.pp.neighbors``; not changed.
         resolution: See :func:`leiden_clusters`.
-        seed: Of Leiden.
+        seed: Seed of Leiden.
 
     Returns:
         int32 [cells]. Clusters numbered from 0, largest first.
@@ -169,7 +169,7 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
     """
     scanpy = require("scanpy", _EXTRA, "Leiden clustering")
     require("igraph", _EXTRA, "Leiden clustering")
-    found = scanpy.tl.leiden(
+    clusters = scanpy.tl.leiden(
         cells,
         resolution=resolution,
         random_state=seed,
@@ -179,19 +179,19 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
         key_added="cluster",
         copy=True,
     )
-    found = found.obs["cluster"].astype(int).to_numpy()
-    size = np.bincount(found)
+    clusters = clusters.obs["cluster"].astype(int).to_numpy()
+    size = np.bincount(clusters)
     rank = np.empty(len(size), np.int32)
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
-    return rank[found]
+    return rank[clusters]
 
 
 def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
     """Compare clusters with known labels.
 
-    Both scores are symmetric and ignore how the groups are named or numbered. The adjusted Rand index is 0 for chance
+    Both scores are symmetric and independent of the names of the groups. The adjusted Rand index is 0 for chance
     agreement and can be negative; NMI (arithmetic mean of the entropies) is not corrected for chance and grows with the
-    number of clusters, so quote both.
+    number of clusters, so report both.
 
     Args:
         labels: [cells], any type. Known groups.
@@ -209,10 +209,10 @@ def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
     if not len(known):
         msg = explain("No cells to score", "at least one", "Check the selection of labelled cells")
         raise InputError(msg)
-    found = _codes(clusters, "clusters", cells=len(known))
+    groups = _codes(clusters, "clusters", cells=len(known))
     return {
-        "ari": float(metrics.adjusted_rand_score(known, found)),
-        "nmi": float(metrics.normalized_mutual_info_score(known, found)),
+        "ari": float(metrics.adjusted_rand_score(known, groups)),
+        "nmi": float(metrics.normalized_mutual_info_score(known, groups)),
     }
 
 
@@ -223,22 +223,22 @@ def knn_accuracy(
     neighbors: int = 15,
     metric: Metric = "euclidean",
 ) -> float:
-    """Return the share of cells whose nearest other cells agree, by majority, on the cell's own label.
+    """Return the fraction of cells whose nearest neighbours have the cell's own label by majority.
 
-    Leave-one-out: a cell never votes for itself, also where several cells have the same embedding. Among labels with
-    equally many votes the one that has the nearest cell wins, so the order of the labels does not matter.
+    Leave-one-out: a cell never votes for itself, even if several cells have the same embedding. Among labels with
+    equally many votes the one with the nearest cell wins, so the order of the labels does not matter.
 
     Args:
         embedding: float [cells, dimensions].
         labels: [cells], any type.
-        neighbors: Voters a cell, itself not counted.
+        neighbors: Number of voting neighbours, the cell itself excluded.
         metric: Distance between cells.
 
     Returns:
         Accuracy between 0 and 1.
 
     Raises:
-        InputError: Sizes do not fit, a label is missing, or there are too few cells for ``neighbors``.
+        InputError: Sizes do not match, a label is missing, or there are too few cells for ``neighbors``.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding, neighbors=neighbors)
@@ -258,24 +258,24 @@ def knn_accuracy(
 def batch_mixing(
     embedding: Any, batches: Any, *, perplexity: float = 30.0, metric: Metric = "euclidean"
 ) -> float:
-    """Return how well the batches of an embedding mix: 0 side by side, 1 evenly mixed around every cell.
+    """Return the batch mixing of an embedding: 0 separated, 1 evenly mixed around every cell.
 
-    The local inverse Simpson index of Harmony ("iLISI"): neighbours of a cell are weighted by a Gaussian kernel of
-    given perplexity; the index is how many batches they effectively come from, between 1 and the number of batches. The
-    mean over cells is scaled to between 0 and 1. Batches of unequal sizes cannot reach 1, and batches that hold
-    different kinds of cells should not: compare the values of one data set with one another.
+    The local inverse Simpson index of Harmony ("iLISI"): neighbours of each cell are weighted by a Gaussian kernel of
+    given perplexity; the index is the effective number of batches among them, between 1 and the number of batches. The
+    mean over cells is scaled to between 0 and 1. Batches of unequal sizes cannot reach 1, and batches with
+    different cell types should not: compare values within one data set.
 
     Args:
         embedding: float [cells, dimensions].
         batches: [cells], any type; at least two.
-        perplexity: Effective number of neighbours; three times as many are looked at. Lowered where cells are few.
+        perplexity: Effective number of neighbours; three times as many are used. Reduced for few cells.
         metric: Distance between cells.
 
     Returns:
         Mixing between 0 and 1. Korsunsky et al., Nature Methods 2019.
 
     Raises:
-        InputError: Sizes do not fit, a batch is missing, or there is only one.
+        InputError: Sizes do not match, a batch is missing, or there is only one.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding)
@@ -284,7 +284,7 @@ def batch_mixing(
     neighbors = int(min(3 * perplexity, len(array) - 1))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
-    distance, index = finder.kneighbors()  # the cell itself is left out
+    distance, index = finder.kneighbors()  # excludes the cell itself
     weights = _perplexity_weights(np.asarray(distance, np.float64), min(perplexity, neighbors / 3))
     share = np.zeros((len(array), number))
     for place in range(neighbors):
@@ -294,12 +294,7 @@ def batch_mixing(
 
 
 def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
-    """Return weights ``exp(-beta distance)`` of each row, summing to 1, with ``beta`` set to give the perplexity.
-
-    Args:
-        distance: float [cells, neighbors].
-        perplexity: Exponential of the entropy of a row's weights.
-    """
+    """Return weights ``exp(-beta distance)`` [cells, neighbors] that sum to 1 per row and have the given perplexity."""
     distance = distance - distance[:, :1]
     spread = np.maximum(distance.mean(axis=1, keepdims=True), 1e-12)
     low, high = np.full_like(spread, -30.0), np.full_like(spread, 30.0)  # log(beta * spread)
@@ -323,20 +318,20 @@ def silhouette(
     sample_cells: int | None = None,
     seed: int = 0,
 ) -> float:
-    """Return the mean silhouette width of the labelled groups: 1 well separated, 0 touching, negative mixed up.
+    """Return the mean silhouette width of the labelled groups: 1 well separated, 0 touching, negative overlapping.
 
     Args:
         embedding: float [cells, dimensions].
         labels: [cells], any type; at least two groups, and fewer groups than cells.
         metric: Distance between cells.
-        sample_cells: Score this many randomly chosen cells instead of all; the time grows with the square of it.
-        seed: For that choice.
+        sample_cells: Score this number of randomly chosen cells instead of all; the time is quadratic in it.
+        seed: Seed of the choice.
 
     Returns:
         Silhouette width between -1 and 1. Rousseeuw, J. Comput. Appl. Math. 1987.
 
     Raises:
-        InputError: Sizes do not fit, a label is missing, or there are fewer than two groups.
+        InputError: Sizes do not match, a label is missing, or there are fewer than two groups.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding)
@@ -349,7 +344,7 @@ def silhouette(
         msg = explain(
             f"{groups} label group(s) among {len(codes)} cells",
             "at least two groups and fewer groups than cells",
-            "Pass a label with more than one cell a group",
+            "Pass a label with more than one cell per group",
         )
         raise InputError(msg)
     metrics = require("sklearn.metrics", _EXTRA, "The silhouette width")
@@ -365,21 +360,21 @@ def kbet(
     alpha: float = 0.05,
     metric: Metric = "euclidean",
 ) -> float:
-    """Return the acceptance rate of kBET: 1 where the batches around a cell are those of all cells, 0 where never.
+    """Return the acceptance rate of kBET: 1 if the batches around every cell match those of all cells, 0 if never.
 
-    Around each cell, itself included, the batches of its nearest cells are counted and compared with their overall
-    shares by Pearson's chi-squared test (batches - 1 degrees of freedom). The rate is the share of cells at which it
-    does not reject. Perfectly mixed cells are accepted at a rate of about ``1 - alpha``.
+    For each cell the batches of its nearest cells, itself included, are counted and compared with the overall
+    fractions by Pearson's chi-squared test (batches - 1 degrees of freedom). The rate is the fraction of cells at which
+    the test does not reject. The rate of perfectly mixed cells is about ``1 - alpha``.
 
     Args:
         embedding: float [cells, dimensions].
         batches: [cells], any type; at least two.
-        labels: [cells], any type. Test among the cells of each label apart and average the rates over the labels, so
-            that batches of different composition are not held against the embedding (Luecken et al. 2022, who find the
-            neighbours of a label by diffusion on a graph; here they are the nearest cells of the label). Labels of
-            fewer than ten cells or of one batch are left out. None: all cells together.
+        labels: [cells], any type. Test among the cells of each label separately and average the rates over the labels,
+            so that differences in composition are not penalised (Luecken et al. 2022, who find the
+            neighbours of a label by diffusion on a graph; here they are the nearest cells of the label). Labels with
+            fewer than ten cells or one batch are omitted. None: all cells together.
         neighbors: Size of the neighbourhood, the cell included. None: a quarter of the mean size of the batches (within
-            the label), at least 10 and at most 70, as Luecken et al. choose it.
+            the label), between 10 and 70, as in Luecken et al.
         alpha: Level of significance.
         metric: Distance between cells.
 
@@ -387,7 +382,7 @@ def kbet(
         Rate between 0 and 1. Buettner et al., Nature Methods 2019.
 
     Raises:
-        InputError: Sizes do not fit, a batch is missing, there is only one, or no label can be tested.
+        InputError: Sizes do not match, a batch is missing, there is only one, or no label can be tested.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding, neighbors=neighbors)
@@ -408,7 +403,7 @@ def kbet(
 def _acceptance(
     array: np.ndarray, codes: np.ndarray, neighbors: int | None, alpha: float, metric: str
 ) -> float:
-    """Return the share of cells around which the batches are not rejected."""
+    """Return the fraction of cells at which the batch composition is not rejected."""
     size = np.unique(codes, return_counts=True)[1]
     if neighbors is None:
         neighbors = min(70, max(10, int(size.mean()) // 4))
@@ -423,7 +418,7 @@ def _acceptance(
 
 
 def _batch_codes(batches: Any, cells: int) -> np.ndarray:
-    """Return batches as integers 0..k-1; refuse a single one."""
+    """Return batches as integers 0..k-1; a single batch raises an error."""
     codes = _codes(batches, "batches", cells=cells)
     number = int(codes.max()) + 1
     if number < 2:
@@ -440,30 +435,30 @@ def _nothing_mixed() -> str:
     return explain(
         "No label has enough cells of more than one batch",
         "a label that occurs in several batches",
-        "Leave labels out, or pass coarser ones",
+        "Omit labels, or pass coarser ones",
     )
 
 
 def batch_silhouette(
     embedding: Any, batches: Any, labels: Any, *, metric: Metric = "euclidean"
 ) -> float:
-    """Return how far the batches overlap within each label: 1 fully, 0 apart ("batch ASW").
+    """Return the overlap of the batches within each label: 1 complete, 0 none ("batch ASW").
 
-    One minus the absolute silhouette width of the batch, averaged over the cells of a label and then over the labels;
-    labels with one batch, or with no batch of more than one cell, are left out. High values are easy to reach where
-    batches of a label are several (Rautenstrauch and Ohler 2025): read it beside :func:`batch_mixing`.
+    One minus the absolute silhouette width of the batch, averaged over the cells of each label and then over the
+    labels; labels with one batch, or with no batch of more than one cell, are omitted. High values are easy to reach if
+    a label has several batches (Rautenstrauch and Ohler 2025): report it together with :func:`batch_mixing`.
 
     Args:
         embedding: float [cells, dimensions].
         batches: [cells], any type; at least two.
-        labels: [cells], any type. Groups within which batches should not matter.
+        labels: [cells], any type. Groups within which batches should overlap.
         metric: Distance between cells.
 
     Returns:
         Overlap between 0 and 1. Luecken et al., Nature Methods 2022.
 
     Raises:
-        InputError: Sizes do not fit, a batch or label is missing, or no label can be scored.
+        InputError: Sizes do not match, a batch or label is missing, or no label can be scored.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding)
@@ -491,29 +486,29 @@ def integration_scores(
     seed: int = 0,
     metric: Metric = "euclidean",
 ) -> dict[str, float]:
-    """Score an embedding: how far its batches mix, and what is left of the biology.
+    """Score batch mixing and preserved biology of an embedding.
 
-    The two pull against each other: an embedding that maps all cells to one point mixes perfectly. Read both, and
+    The two are a trade-off: an embedding that maps all cells to one point mixes perfectly. Report both, and
     compare embeddings of the same cells. Nothing is optimised: Leiden runs once at the given resolution.
 
     Args:
         embedding: float [cells, dimensions].
-        batches: [cells], any type; at least two. None: one batch, of which nothing mixes.
-        labels: [cells], cell types of any type. Cells without one (None or NaN) count for mixing alone. None: no
-            labels; only what needs none is returned.
-        neighbors: Of Leiden's graph and of the kNN accuracy.
-        resolution: Of Leiden, fixed beforehand.
-        seed: Of Leiden.
+        batches: [cells], any type; at least two. None: one batch, without mixing scores.
+        labels: [cells], cell types of any type. Cells without one (None or NaN) only count for mixing. None: no
+            labels; only scores without labels are returned.
+        neighbors: Number of neighbours of Leiden's graph and of the kNN accuracy.
+        resolution: Resolution of Leiden, fixed in advance.
+        seed: Seed of Leiden.
         metric: Distance between cells.
 
     Returns:
-        Batch removal, where there are batches, higher is better mixed: ``ilisi`` (:func:`batch_mixing`), ``kbet``
-        (:func:`kbet` of all cells); with labels ``kbet_per_label`` and ``batch_silhouette`` where a label has several
-        batches. What is conserved, with at least two labels: ``ari`` and ``nmi`` of Leiden clusters, ``knn_accuracy``,
-        ``label_silhouette`` (-1 to 1). ``clusters``: how many Leiden found.
+        Batch mixing, if there are batches, higher is better: ``ilisi`` (:func:`batch_mixing`), ``kbet``
+        (:func:`kbet` of all cells); with labels ``kbet_per_label`` and ``batch_silhouette`` if a label has several
+        batches. Preserved biology, with at least two labels: ``ari`` and ``nmi`` of Leiden clusters, ``knn_accuracy``,
+        ``label_silhouette`` (-1 to 1). ``clusters``: number of Leiden clusters.
 
     Raises:
-        InputError: Sizes do not fit, a batch is missing, or batches name only one.
+        InputError: Sizes do not match, a batch is missing, or there is only one.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     array = _checked_embedding(embedding, neighbors=neighbors)
@@ -551,23 +546,23 @@ def integration_scores(
 def pca_baseline(
     counts: Any, *, genes: int = 2000, components: int = 50, seed: int = 0
 ) -> np.ndarray:
-    """Embed cells with the ordinary scanpy recipe, as the baseline any learned embedding has to beat.
+    """Embed cells with scanpy's standard PCA recipe, as a baseline for learned embeddings.
 
-    Genes no cell expresses are dropped; every cell is scaled to 10,000 counts; log1p; highly variable genes by
+    Genes that no cell expresses are removed; every cell is scaled to 10,000 counts; log1p; highly variable genes by
     normalised dispersion (scanpy flavor ``seurat``); each gene to mean 0 and variance 1, clipped at 10; principal
     components.
 
     Args:
         counts: Raw counts [cells, genes], scipy sparse or dense. Not changed.
-        genes: Highly variable genes to keep; all of them if fewer are expressed.
-        components: Principal components; fewer if there are not enough cells or genes.
-        seed: For the start vector of the solver.
+        genes: Number of highly variable genes; all if fewer are expressed.
+        components: Number of principal components; fewer if there are not enough cells or genes.
+        seed: Seed of the start vector of the solver.
 
     Returns:
         float32 [cells, min(components, cells - 1, kept genes - 1)].
 
     Raises:
-        InputError: The matrix is not one of raw counts, or too small.
+        InputError: The matrix does not contain raw counts, or is too small.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     scanpy = require("scanpy", _EXTRA, "The PCA baseline")
@@ -575,9 +570,9 @@ def pca_baseline(
     stored = matrix.data
     if not np.isfinite(stored).all() or (stored < 0).any() or (stored != np.rint(stored)).any():
         msg = explain(
-            "The matrix holds values that are negative, fractional or not finite",
-            "raw counts (whole numbers)",
-            "Pass the layer with the raw counts; normalisation happens in here",
+            "The matrix contains values that are negative, fractional or not finite",
+            "raw counts (integers)",
+            "Pass the layer with the raw counts; this function normalises them",
         )
         raise InputError(msg)
     matrix.eliminate_zeros()
@@ -615,13 +610,13 @@ def umap_coordinates(
     minimum_distance: float = 0.5,
     metric: Metric = "euclidean",
 ) -> np.ndarray:
-    """Lay an embedding out in two dimensions with UMAP, for looking at; no score should be computed on it.
+    """Compute UMAP coordinates for visualisation; do not compute scores on them.
 
     Args:
         embedding: float [cells, dimensions].
-        seed: Same seed, same picture (on the same machine and versions).
+        seed: Random seed; the result is reproducible on the same machine and versions.
         neighbors: As in :func:`leiden_clusters`; the same graph is used.
-        minimum_distance: How closely points may be packed.
+        minimum_distance: Minimum distance between points.
         metric: Distance between cells.
 
     Returns:

@@ -1,7 +1,7 @@
-"""How close imputed genes are to measured ones, gene by gene: correlation, cosine, and the errors.
+"""Imputation scores per gene: correlation, cosine similarity and errors.
 
-The released error depends on the order of the genes (``CellPLM/utils/eval.py``); here every gene has its own, and the
-error over all entries is the true one. Values are taken as they are: apply the same normalisation to both sides first.
+The released error depends on the order of the genes (``CellPLM/utils/eval.py``); here it is computed per gene and over
+all entries. Values are not transformed: apply the same normalisation to both inputs first.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from cellplm_jax.evaluate.reconstruction import (
 
 
 def cosine_per_gene(truth: Any, prediction: Any) -> np.ndarray:
-    """Return the cosine of the angle between a gene's true and predicted values over cells.
+    """Return the cosine similarity between true and predicted values of each gene over cells.
 
     Args:
         truth: float [cells, genes], dense.
         prediction: The same shape.
 
     Returns:
-        float64 [genes]; NaN where either is zero in all cells.
+        float64 [genes]; NaN if either is zero in all cells.
     """
     truth, prediction = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
     lengths = np.linalg.norm(truth, axis=0), np.linalg.norm(prediction, axis=0)
@@ -39,7 +39,7 @@ def cosine_per_gene(truth: Any, prediction: Any) -> np.ndarray:
 
 
 def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.DataFrame:
-    """Score every gene by itself.
+    """Score each gene.
 
     Args:
         truth: float [cells, genes], dense or sparse.
@@ -47,10 +47,10 @@ def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.Da
         genes: Names [genes], the index of the result.
 
     Returns:
-        Columns ``pearson`` and ``cosine`` (NaN where not defined), ``rmse``, ``mae``, in the unit of the values.
+        Columns ``pearson`` and ``cosine`` (NaN if undefined), ``rmse``, ``mae``, in the unit of the values.
 
     Raises:
-        InputError: Shapes or the number of names differ, there is nothing to compare, or a value is not finite.
+        InputError: Shapes or the number of names differ, the input is empty, or a value is not finite.
     """
     true, predicted = (
         np.asarray(part.toarray() if sparse.issparse(part) else part, np.float64)
@@ -60,7 +60,7 @@ def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.Da
     if len(genes) != len(pearson) or not true.size:
         msg = explain(
             f"{true.shape[0]} cells, {true.shape[1]} genes and {len(genes)} names",
-            "at least one of each, and a name a gene",
+            "at least one of each, and one name per gene",
             "Pass the names of the columns",
         )
         raise InputError(msg)
@@ -77,7 +77,7 @@ def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.Da
 
 
 def imputation_scores(truth: Any, prediction: Any, genes: Sequence[str]) -> dict[str, float]:
-    """Score imputed genes together.
+    """Score all imputed genes together.
 
     Args:
         truth: float [cells, genes], dense or sparse.
@@ -85,11 +85,11 @@ def imputation_scores(truth: Any, prediction: Any, genes: Sequence[str]) -> dict
         genes: Names [genes].
 
     Returns:
-        ``pearson`` and ``cosine``: means over the genes where they are defined (NaN: nowhere); ``rmse`` and ``mae``
-        over all entries; ``genes``, how many, and ``genes_without_correlation``, constant in truth or prediction.
+        ``pearson`` and ``cosine``: means over the genes for which they are defined (NaN if none); ``rmse`` and ``mae``
+        over all entries; ``genes``, their number, and ``genes_without_correlation``, constant in truth or prediction.
 
     Raises:
-        InputError: As :func:`imputation_table`.
+        InputError: As in :func:`imputation_table`.
     """
     table = imputation_table(truth, prediction, genes)
     defined = table["pearson"].notna()

@@ -1,8 +1,8 @@
-"""How well predicted effects of perturbations agree with measured ones, and the baselines that must be beaten.
+"""Scores of predicted perturbation effects, and baselines.
 
-An effect is the change of mean log-normalised expression against control. Everything is computed in float64 with numpy,
-a row of [perturbations, genes] a perturbation. Most of a change is shared by all perturbations of a screen, so a high
-correlation alone says little: read it beside that of :func:`mean_change`.
+An effect is the change of mean log-normalised expression relative to control. Everything is computed in float64 with
+numpy; arrays are [perturbations, genes]. Most of a change is shared by all perturbations of a screen, so a high
+correlation is only meaningful compared with that of :func:`mean_change`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from cellplm_jax.errors import InputError, explain
 
 TOP_GENES = 20
-"""Genes of the largest true change that the ``_top`` scores are of."""
+"""Number of genes with the largest true change used in the ``_top`` scores."""
 
 
 def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as float64 [perturbations, genes], after checking shape and values."""
+    """Return both as float64 [perturbations, genes]; invalid shapes or values raise an error."""
     true, predicted = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
     if true.ndim != 2 or true.shape != predicted.shape or not true.size:
         msg = explain(
@@ -30,23 +30,23 @@ def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
     for name, values in (("truth", true), ("prediction", predicted)):
         if not np.isfinite(values).all():
             msg = explain(
-                f"{name} holds NaN or infinity",
+                f"{name} contains NaN or infinity",
                 "finite changes",
-                "Leave those perturbations out",
+                "Remove those perturbations",
             )
             raise InputError(msg)
     return true, predicted
 
 
 def pearson_of_change(truth: Any, prediction: Any) -> np.ndarray:
-    """Return Pearson's correlation over genes, one number a perturbation.
+    """Return Pearson's correlation over genes for each perturbation.
 
     Args:
         truth: float [perturbations, genes], changes of mean log-normalised expression.
         prediction: float [perturbations, genes].
 
     Returns:
-        float64 [perturbations]; NaN where truth or prediction is constant.
+        float64 [perturbations]; NaN if truth or prediction is constant.
 
     Raises:
         InputError: Shapes differ, or a value is not finite.
@@ -60,8 +60,8 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     scale = [np.abs(values).max(axis=1) * np.sqrt(values.shape[1]) for values in (true, predicted)]
     constant = (lengths[0] <= 1e-13 * scale[0]) | (lengths[1] <= 1e-13 * scale[1])
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
-    return np.where(constant, np.nan, np.clip(found, -1.0, 1.0))
+        correlation = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
+    return np.where(constant, np.nan, np.clip(correlation, -1.0, 1.0))
 
 
 def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[str, np.ndarray]:
@@ -70,11 +70,11 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
     Args:
         truth: float [perturbations, genes], changes of mean log-normalised expression.
         prediction: float [perturbations, genes].
-        top: How many genes of the largest absolute true change the ``_top`` scores look at.
+        top: Number of genes with the largest absolute true change in the ``_top`` scores.
 
     Returns:
-        float64 [perturbations] each: ``rmse``, ``mae``, ``pearson``, and the same over the top genes with ``_top``
-        behind. A correlation is NaN where truth or prediction is constant (no change predicted at all).
+        float64 [perturbations] each: ``rmse``, ``mae``, ``pearson``, and the same over the top genes with the suffix
+        ``_top``. A correlation is NaN if truth or prediction is constant (for example no predicted change).
 
     Raises:
         InputError: Shapes differ, a value is not finite, or ``top`` is below 2.
@@ -96,7 +96,7 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
 
 
 def mean_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Average scores over perturbations; NaN ones are left out, and NaN is left where all are.
+    """Average scores over perturbations; NaN values are omitted, and the mean is NaN if all are.
 
     Args:
         scores: float [perturbations] by name, from :func:`change_scores`.
@@ -112,8 +112,8 @@ def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
 
     Args:
         changes: float [perturbations, genes], of the training perturbations.
-        targets: int [perturbations], how many targets each has; the change is then that of one target, by least
-            squares, as if targets added up. None: one each.
+        targets: int [perturbations], number of targets of each; the result is then the change per target, by least
+            squares under an additive model. None: one each.
 
     Returns:
         float64 [genes].

@@ -1,10 +1,10 @@
-"""How close predicted expression is to measured expression: correlation, likelihood and error, on plain arrays.
+"""Scores of predicted expression: correlation, likelihood and error.
 
-Used for held-out entries during pretraining, for denoising and for imputed genes. Everything is computed in float64
-with numpy and scipy, independently of the likelihoods the model is trained with, so that it can check them. None of the
-numbers depends on the order of the cells or the genes (the published imputation error does, ``CellPLM/utils/eval.py``).
+Used for held-out entries in pretraining, for denoising and for imputation. Everything is computed in float64 with numpy
+and scipy, independently of the training likelihoods, so that it can verify them. No score depends on the order of the
+cells or the genes (the published imputation error does, ``CellPLM/utils/eval.py``).
 
-Matrices are [cells, genes], dense or scipy sparse; a mask selects the entries that count.
+Matrices are [cells, genes], dense or scipy sparse; a mask selects the entries to score.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from scipy import sparse, special
 
 from cellplm_jax.errors import InputError, explain
 
-_BLOCK_ENTRIES = 4_000_000  # of a dense block of columns; bounds the memory, changes no number
+_BLOCK_ENTRIES = (
+    4_000_000  # of a dense block of columns; bounds the memory without changing results
+)
 
 
 def _shape(values: Any, name: str) -> tuple[int, int]:
-    """Return (cells, genes) of a matrix, or say that it is none."""
+    """Return (cells, genes) of a matrix; other shapes raise an error."""
     shape = np.shape(values)
     if len(shape) != 2:
         msg = explain(
-            f"{name} has shape {shape}", "two axes, [cells, genes]", "Pass the whole matrix"
+            f"{name} has shape {shape}", "two axes, [cells, genes]", "Pass the complete matrix"
         )
         raise InputError(msg)
     return shape[0], shape[1]
 
 
 def _same_shape(truth: Any, other: Any, name: str) -> None:
-    """Refuse two arrays of different shape."""
+    """Raise an error if two shapes differ."""
     if np.shape(truth) != np.shape(other):
         msg = explain(
             f"{name} has shape {np.shape(other)} and truth has shape {np.shape(truth)}",
@@ -43,28 +45,28 @@ def _same_shape(truth: Any, other: Any, name: str) -> None:
 
 
 def _finite(values: np.ndarray, name: str, where: np.ndarray | None = None) -> np.ndarray:
-    """Return the values as float64; refuse NaN and infinity among those that count."""
+    """Return the values as float64; NaN or infinity among the selected entries raises an error."""
     values = np.asarray(values, dtype=np.float64)
     wrong = ~np.isfinite(values)
     if where is not None:
         wrong &= where
     if wrong.any():
         msg = explain(
-            f"{name} holds NaN or infinity in {int(wrong.sum())} of the entries to compare",
+            f"{name} contains NaN or infinity in {int(wrong.sum())} of the entries to compare",
             "finite numbers",
-            "Leave those entries out through the mask",
+            "Exclude those entries with the mask",
         )
         raise InputError(msg)
     return values
 
 
 def _boolean(mask: Any) -> np.ndarray:
-    """Return a mask as bool; refuse anything but booleans and the numbers 0 and 1."""
+    """Return a mask as bool; values other than booleans, 0 and 1 raise an error."""
     array = np.asarray(mask)
     if array.dtype != bool and not np.isin(array, (0, 1)).all():
         msg = explain(
             f"The mask has dtype {array.dtype} and values other than 0 and 1",
-            "True where an entry counts",
+            "True for entries to compare",
             "Pass a boolean array",
         )
         raise InputError(msg)
@@ -74,7 +76,7 @@ def _boolean(mask: Any) -> np.ndarray:
 def _column_blocks(
     truth: Any, prediction: Any, mask: Any
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (genes, truth, prediction, mask) for runs of genes, dense and checked; unmasked entries are 0."""
+    """Yield (genes, truth, prediction, mask) for ranges of genes, dense and validated; unmasked entries are 0."""
     cells, genes = _shape(truth, "truth")
     _same_shape(truth, prediction, "prediction")
     if mask is not None:
@@ -100,14 +102,14 @@ def _column_blocks(
 def _column_moments(
     true: np.ndarray, predicted: np.ndarray, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return, a column each: entries, Pearson (NaN where undefined), constant in truth, constant in prediction."""
+    """Return per column: number of entries, Pearson (NaN if undefined), constant in truth, constant in prediction."""
     entries = chosen.sum(axis=0)
 
     def centred(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mean = values.sum(axis=0) / np.maximum(entries, 1)
         centre = np.where(chosen, values - mean, 0.0)
         length = np.sqrt(np.square(centre).sum(axis=0))
-        # A constant column leaves rounding errors of the mean: relative to it, about 1e-16 an entry.
+        # A constant column has rounding errors of the mean: about 1e-16 per entry, relative to it.
         return centre, length, length <= 1e-13 * np.abs(mean) * np.sqrt(entries)
 
     true, true_length, true_constant = centred(true)
@@ -115,27 +117,27 @@ def _column_moments(
     defined = (entries >= 2) & ~true_constant & ~predicted_constant
     product = np.einsum("cg,cg->g", true, predicted)
     with np.errstate(invalid="ignore", divide="ignore"):
-        # One division at a time: the product of two lengths can leave the range of floating point.
+        # Divide twice: the product of two norms can overflow or underflow.
         pearson = np.clip(product / true_length / predicted_length, -1.0, 1.0)
     return entries, np.where(defined, pearson, np.nan), true_constant, predicted_constant
 
 
 def pearson_per_gene(truth: Any, prediction: Any, mask: Any | None = None) -> np.ndarray:
-    """Return Pearson's correlation over cells, one number a gene.
+    """Return Pearson's correlation over cells for each gene.
 
-    Values are taken as they are: apply log1p or a normalisation before, the same to both.
+    Values are not transformed: apply log1p or a normalisation before, the same to both.
 
     Args:
         truth: float [cells, genes], dense or sparse.
         prediction: float [cells, genes], dense or sparse.
-        mask: bool [cells, genes] or None. True: the entry counts. None: all do.
+        mask: bool [cells, genes] or None. True: the entry is used. None: all are.
 
     Returns:
-        float64 [genes]. NaN where the correlation is not defined: fewer than two entries, or truth or prediction is
+        float64 [genes]. NaN if the correlation is undefined: fewer than two entries, or truth or prediction is
         constant over them.
 
     Raises:
-        InputError: Shapes differ, or an entry that counts is not finite.
+        InputError: Shapes differ, or a selected entry is not finite.
     """
     result = np.full(_shape(truth, "truth")[1], np.nan)
     for genes, true, predicted, chosen in _column_blocks(truth, prediction, mask):
@@ -148,28 +150,28 @@ def masked_correlation(
 ) -> dict[str, float]:
     """Correlate predicted with true counts on held-out entries, after log1p, in two ways.
 
-    With ``t = log1p(truth)`` and ``p = log1p(prediction)`` on the entries where the mask is True (zeros of the counts
+    With ``t = log1p(truth)`` and ``p = log1p(prediction)`` on the masked entries (zeros of the counts
     included, if the mask includes them):
 
-    - **pooled**: one Pearson correlation over all masked entries of all genes together. Most of it is the difference
+    - **pooled**: one Pearson correlation over all masked entries of all genes. Most of it is the difference
       between highly and lowly expressed genes; predicting each gene's mean already scores high.
-    - **gene_mean**: Pearson over the masked cells of each gene by itself, then the plain mean over genes: what the
-      model knows about single cells. Compare models with this one.
+    - **gene_mean**: Pearson over the masked cells of each gene, then the mean over genes: measures differences between
+      cells. Use this one to compare models.
 
-    A gene takes part in ``gene_mean`` if at least ``minimum_entries`` of its entries are masked and ``t`` and ``p``
-    both vary over them; the others have no correlation, are left out of the mean, and are counted below by the first
-    reason that holds. A model that predicts a constant thereby changes the genes it is scored on: compare the counts.
+    A gene is included in ``gene_mean`` if at least ``minimum_entries`` of its entries are masked and ``t`` and ``p``
+    both vary over them; the others have no correlation, are omitted from the mean, and are counted below by the first
+    applicable reason. A model that predicts a constant therefore changes the set of scored genes: compare the counts.
 
     Args:
         truth: Raw counts [cells, genes], dense or sparse.
         prediction: Predicted mean counts [cells, genes] on the same scale, dense or sparse.
         mask: bool [cells, genes]. True: the entry was held out and is scored.
-        minimum_entries: Fewest masked cells a gene needs; at least 2.
+        minimum_entries: Minimum number of masked cells per gene; at least 2.
 
     Returns:
-        ``pooled`` and ``gene_mean`` (NaN where nothing has a defined correlation), ``entries`` (masked entries),
+        ``pooled`` and ``gene_mean`` (NaN if no correlation is defined), ``entries`` (masked entries),
         ``genes`` (genes in the mean), ``genes_too_few``, ``genes_constant_truth``, ``genes_constant_prediction``: the
-        four counts of genes add up to all genes.
+        four numbers of genes add up to all genes.
 
     Raises:
         InputError: Shapes differ, or a masked entry is negative or not finite.
@@ -177,8 +179,8 @@ def masked_correlation(
     if minimum_entries < 2:
         msg = explain(
             f"minimum_entries={minimum_entries}",
-            "at least 2, the fewest values that have a correlation",
-            "Leave it at its default or raise it",
+            "at least 2, the minimum for a correlation",
+            "Use the default or a larger value",
         )
         raise InputError(msg)
     if mask is None:
@@ -199,7 +201,7 @@ def masked_correlation(
             if (values < 0).any():
                 msg = explain(
                     f"{name} is negative in {int((values < 0).sum())} masked entries",
-                    "counts and predicted mean counts, which log1p is applied to",
+                    "counts and predicted mean counts before log1p",
                     "Pass them before any logarithm or centring",
                 )
                 raise InputError(msg)
@@ -240,7 +242,7 @@ def masked_correlation(
 
 
 def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) -> np.ndarray:
-    """Return the log-probability of every count under a negative binomial, in float64: the reference form.
+    """Return the log-probability of every count under a negative binomial, in float64: the reference implementation.
 
     Parametrised by the mean ``m`` and the inverse dispersion ``r`` (variance ``m + m^2 / r``, Poisson as ``r`` grows),
     the form of ``CellPLM/objective/zinb.py`` without its small constants::
@@ -248,7 +250,7 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
         log p(x) = lgamma(x + r) - lgamma(r) - lgamma(x + 1) + r log(r / (r + m)) + x log(m / (r + m))
 
     The two logarithms are computed as ``-log1p(m / r)`` and ``-log1p(r / m)``, and the first two terms through the
-    logarithm of the beta function, which keeps the digits where ``r`` is far larger than the count.
+    logarithm of the beta function, which is accurate if ``r`` is far larger than the count.
 
     Args:
         counts: Counts of any shape, dense.
@@ -256,7 +258,7 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
         dispersion: Inverse dispersion, positive; broadcasts, for example [genes] against [cells, genes].
 
     Returns:
-        float64, one entry a count. Natural logarithm; not summed.
+        float64, one entry per count. Natural logarithm; not summed.
 
     Raises:
         InputError: Shapes do not broadcast, a value is not finite, a count or mean is negative or the dispersion is not
@@ -280,7 +282,7 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
         msg = explain(
             f"Shapes {shapes}",
             "shapes that broadcast against [cells, genes]",
-            "Give the dispersion one entry a gene, or one a count",
+            "Give the dispersion one entry per gene, or one per count",
         )
         raise InputError(msg) from None
     positive = np.maximum(x, 1.0)
@@ -292,7 +294,7 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
 
 
 def _errors(truth: Any, prediction: Any, mask: Any | None) -> np.ndarray:
-    """Return the differences of the entries that count as one flat float64 array."""
+    """Return the differences of the selected entries as one flat float64 array."""
     parts = [
         part.toarray() if sparse.issparse(part) else np.asarray(part)
         for part in (truth, prediction)
@@ -311,36 +313,36 @@ def _errors(truth: Any, prediction: Any, mask: Any | None) -> np.ndarray:
 
 
 def root_mean_squared_error(truth: Any, prediction: Any, mask: Any | None = None) -> float:
-    """Return the square root of the mean squared difference over all entries that count.
+    """Return the square root of the mean squared difference over all selected entries.
 
     The mean is over entries, not over genes or cells first, so the result does not depend on any order.
 
     Args:
         truth: float, any shape, dense or sparse.
         prediction: The same shape.
-        mask: bool of the same shape or None. True: the entry counts.
+        mask: bool of the same shape or None. True: the entry is used.
 
     Returns:
         Error in the unit of the values.
 
     Raises:
-        InputError: Shapes differ, nothing is selected, or an entry that counts is not finite.
+        InputError: Shapes differ, nothing is selected, or a selected entry is not finite.
     """
     return float(np.sqrt(np.mean(np.square(_errors(truth, prediction, mask)))))
 
 
 def mean_absolute_error(truth: Any, prediction: Any, mask: Any | None = None) -> float:
-    """Return the mean absolute difference over all entries that count.
+    """Return the mean absolute difference over all selected entries.
 
     Args:
         truth: float, any shape, dense or sparse.
         prediction: The same shape.
-        mask: bool of the same shape or None. True: the entry counts.
+        mask: bool of the same shape or None. True: the entry is used.
 
     Returns:
         Error in the unit of the values.
 
     Raises:
-        InputError: Shapes differ, nothing is selected, or an entry that counts is not finite.
+        InputError: Shapes differ, nothing is selected, or a selected entry is not finite.
     """
     return float(np.mean(np.abs(_errors(truth, prediction, mask))))

@@ -1,1 +1,1 @@
-"""Exchange with the published PyTorch checkpoints."""
+"""Conversion of published PyTorch checkpoints, and models on the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""Published checkpoint to checkpoint directory and back: what ``cellplm convert`` does."""
+"""Conversion between published checkpoints and checkpoint directories, used by ``cellplm convert``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cellplm_jax.train.checkpoint import ModelFiles, has_item, read_root, restor
 def from_published(
     checkpoint: str | os.PathLike, config: str | os.PathLike, out: str | os.PathLike
 ) -> list[str]:
-    """Convert a published checkpoint into a directory that :func:`cellplm_jax.load` opens.
+    """Convert a published checkpoint to a directory for :func:`cellplm_jax.load`.
 
     Args:
         checkpoint: ``PREFIX.best.ckpt``.
@@ -27,7 +27,7 @@ def from_published(
         out: A new or empty directory.
 
     Returns:
-        A report, a line each: what was converted, and every parameter that was not, with the reason.
+        A report, one item per line: converted parameters, and every unused parameter with the reason.
 
     Raises:
         CheckpointError: The files cannot be read or not converted exactly, or ``out`` is not empty.
@@ -37,7 +37,7 @@ def from_published(
     card = {
         "name": name,
         "kind": "converted",
-        "data": "the published CellPLM checkpoint; see the original's repository for what it was trained on",
+        "data": "the published CellPLM checkpoint; see the original's repository for its training data",
         "unused_parameters": converted.unused_reasons(),
     }
     save_model(
@@ -59,17 +59,17 @@ def from_published(
 
 
 def to_published(directory: str | os.PathLike, prefix: str | os.PathLike) -> tuple[Path, Path]:
-    """Write a checkpoint directory in the published form.
+    """Write a checkpoint directory in the published format.
 
     Args:
-        directory: A converted model, or one trained here that the original can express.
+        directory: A converted model, or a model trained here that the original can express.
         prefix: Path without ``.best.ckpt`` and ``.config.json``.
 
     Returns:
         The two files.
 
     Raises:
-        CheckpointError: The original cannot express the model; the message says why.
+        CheckpointError: The original cannot express the model; the message gives the reason.
     """
     files = read_root(directory)
     params, _ = restore_item(directory)

@@ -1,5 +1,4 @@
-"""The model card of a published model: what is known of it, from its config and ``card.json``; the rest is said to be
-unknown."""
+"""Model cards of published models, from config and ``card.json``; missing information is stated as unknown."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from cellplm_jax.interop.hub import GENERATED
 LIBRARY = "cellplm-jax"
 UNKNOWN = "Not stated in the model's `card.json`."
 
-# Names that the hub knows licences by, and how a card may write them.
+# Licence names of the hub, and patterns for them in cards.
 _LICENCES = {
     r"\bbsd-?2\b": "bsd-2-clause",
     r"\bbsd-?3\b": "bsd-3-clause",
@@ -24,7 +23,7 @@ _LICENCES = {
     r"\bcc-?0\b": "cc0-1.0",
 }
 
-# Keys of the card, by the section that shows them.
+# Keys of the card, by section.
 _COUNTS = ("training_samples", "training_cells", "heldout_samples", "heldout_cells")
 _ORIGIN = (
     "made_by",
@@ -54,11 +53,11 @@ def model_card(
     Args:
         config: The architecture.
         genes: Gene vocabulary, Ensembl ids.
-        card: What ``card.json`` says.
+        card: Contents of ``card.json``.
         parameters: Number of scalar parameters.
         step: Training step of the weights.
-        repository: ``"organisation/name"`` the card is for.
-        estimator: Name of the estimator's class that the repository opens with; None: a plain model.
+        repository: ``"organisation/name"`` of the card.
+        estimator: Class name of the estimator in the repository; None: a plain model.
 
     Returns:
         The text of ``README.md``.
@@ -91,7 +90,7 @@ def model_card(
 
 
 _USE = (
-    "What its maker meant it for is not stated. Models of this kind embed human cells and spots from raw counts, and "
+    "The intended use is not stated. Models of this kind embed human cells and spots from raw counts, and "
     "are fine-tuned to annotate, impute, denoise and predict perturbations. Research only; not for clinical decisions."
 )
 
@@ -101,10 +100,10 @@ sources ask."""
 
 
 def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
-    """Return the YAML that the hub reads, through the hub's own library so that it is always valid."""
+    """Return the YAML front matter, written by the hub's own library so that it is always valid."""
     from huggingface_hub import ModelCardData
 
-    # The columns of tables within tables are not metrics but methods.
+    # The columns of nested tables are methods, not metrics.
     plain = [table for table in tables if " / " not in table.path]
     metrics = list(dict.fromkeys(name for table in plain for name in table.columns))
     metrics = [name for name in metrics if name != "step"]
@@ -122,10 +121,10 @@ def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
 
 
 def licence(card: Mapping[str, Any]) -> str:
-    """Return the hub's name of the licence a card states: ``"other"`` where the hub has none, ``"unknown"`` without.
+    """Return the hub's name of the licence in a card: ``"other"`` if the hub has none, ``"unknown"`` without a licence.
 
     Args:
-        card: What ``card.json`` says.
+        card: Contents of ``card.json``.
     """
     text = str(card.get("licence") or card.get("license") or "").lower()
     if not text:
@@ -199,7 +198,7 @@ def _architecture(config: ModelConfig, genes: list[str], parameters: int) -> str
 
 
 class _Scores:
-    """A table of scores found in a card: who was scored, by what, and where the card says so."""
+    """A table of scores in a card: rows, columns, and its location in the card."""
 
     def __init__(self, path: str, what: str, rows: dict[str, dict[str, float]]):
         self.path, self.what, self.rows = path, what, rows
@@ -219,7 +218,7 @@ def _score_tables(card: Mapping[str, Any]) -> Iterator[_Scores]:
 
 
 def _tables_in(path: str, value: dict[str, Any], what: str) -> Iterator[_Scores]:
-    """Find the dictionaries of dictionaries of numbers."""
+    """Yield nested dictionaries of numbers."""
     rows = {
         name: _numbers(inner)
         for name, inner in value.items()
@@ -249,7 +248,7 @@ def _scores(tables: list[_Scores]) -> str:
 def _limits(card: Mapping[str, Any]) -> str:
     general = (
         "Input is raw counts of human genes (mouse genes through their one-to-one orthologues). An embedding depends "
-        "on which cells are embedded together. Batches are not mixed unless that was trained for. Compare with "
+        "on which cells are embedded together. Batches are not mixed unless the model was trained for it. Compare with "
         "principal components of your own data before relying on it."
     )
     stated = card.get("limits")

@@ -1,12 +1,13 @@
-"""Published CellPLM checkpoints, both ways, with every parameter accounted for.
+"""Conversion of published CellPLM checkpoints in both directions, with every parameter accounted for.
 
-A published checkpoint is two files: ``PREFIX.config.json`` (the constructor arguments of the original ``OmicsFormer``
-and its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose ``model_state_dict`` maps names to
-tensors). Reading uses PyTorch's weights-only loader, which builds tensors and nothing else, so a file from a stranger
-cannot run code. PyTorch is needed for reading and writing alone (extra ``torch``); the mapping itself is plain numpy.
+A published checkpoint consists of two files: ``PREFIX.config.json`` (the constructor arguments of the original
+``OmicsFormer`` and its ``gene_list``) and ``PREFIX.best.ckpt`` (``torch.save`` of a dictionary whose
+``model_state_dict`` maps names to tensors). Reading uses PyTorch's weights-only loader, which creates only tensors, so
+an untrusted file cannot run code. PyTorch is only needed for reading and writing (extra ``torch``); the
+mapping itself is plain numpy.
 
-What the original computes without a parameter (its positional encoding is switched off, ``embedder.norm0`` is never
-called) is kept as *unused*, by name, and written back unchanged.
+Parameters without effect in the original (its positional encoding is disabled, ``embedder.norm0`` is never
+called) are kept as *unused*, by name, and written back unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, explain, require
 from cellplm_jax.storage import atomic_write
 
-# Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may leave them out.
+# Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may omit them.
 DEFAULTS: dict[str, Any] = {
     "batch_num": 0,
     "dataset_num": 0,
@@ -69,8 +70,8 @@ HEADS = {
 UNUSED = {
     r"embedder\.norm0\..*": "the original never calls this norm (embedder/omics.py:99)",
     r"embedder\.pe_enc\..*": "the original's positional encoding is switched off (embedder/omics.py:92)",
-    r"embedder\.cov_enc\..*": "the original injects covariates only beside a positional encoding",
-    r"latent\.layers\.\d+\.discriminator\..*": "the batch discriminator serves adversarial training alone",
+    r"embedder\.cov_enc\..*": "the original injects covariates only together with a positional encoding",
+    r"latent\.layers\.\d+\.discriminator\..*": "the batch discriminator is only used in adversarial training",
     r"decoder\..*": "a task head replaces the decoder",
     r"head\.cls": "the original never uses this vector (head/downstream.py)",
 }
@@ -78,13 +79,13 @@ UNUSED = {
 
 @dataclass(frozen=True)
 class Converted:
-    """A published checkpoint in this package's form.
+    """A published checkpoint converted to this package's format.
 
     Attributes:
         config: The architecture.
-        genes: Ensembl ids, one a row of the gene embedding.
+        genes: Ensembl ids, one per row of the gene embedding.
         params: Nested dictionary of numpy arrays: the ``"params"`` collection.
-        unused: Torch name -> array, for parameters that influence nothing.
+        unused: Torch name -> array, for parameters without effect.
         published_config: The constructor arguments, without the gene list.
     """
 
@@ -95,13 +96,13 @@ class Converted:
     published_config: dict[str, Any] = field(default_factory=dict)
 
     def unused_reasons(self) -> dict[str, str]:
-        """Return torch name -> why it influences nothing."""
+        """Return torch name -> reason why the parameter has no effect."""
         return {name: str(_unused_reason(name, self.config)) for name in self.unused}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One parameter: its name in the published form, its path here, and how the array changes."""
+    """One parameter: its published name, its path here, and the conversion of the array."""
 
     torch: str
     path: tuple[str, ...]
@@ -119,16 +120,17 @@ class _Entry:
 
 
 def model_config(published: Mapping[str, Any]) -> ModelConfig:
-    """Translate the original's constructor arguments.
+    """Convert the original's constructor arguments.
 
     Args:
         published: The contents of ``PREFIX.config.json``.
 
     Returns:
-        The architecture here that computes the same numbers.
+        The equivalent architecture.
 
     Raises:
-        CheckpointError: An argument is missing, or names a part that has no exact counterpart; the message says why.
+        CheckpointError: An argument is missing, or names a module without an exact equivalent; the message gives the
+            reason.
     """
     missing = [name for name in REQUIRED if name not in published]
     if missing:
@@ -146,7 +148,7 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
         raise
     except (configuration.ConfigError, TypeError, ValueError) as error:
         msg = explain(
-            f"the published config describes an impossible model ({error})",
+            f"the published config is invalid ({error})",
             "a config the original itself could run",
             "Use the PREFIX.config.json that was published with the weights",
         )
@@ -154,7 +156,7 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
 
 
 def _translate(values: Mapping[str, Any]) -> ModelConfig:
-    """Build the architecture from constructor arguments that have an exact counterpart."""
+    """Build the architecture from constructor arguments with an exact equivalent."""
     genes = values["gene_list"]
     if not isinstance(genes, list):
         msg = f"gene_list is a {type(genes).__name__}"
@@ -165,7 +167,7 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
         "ae": "deterministic",
         "none": "none",
     }[values["latent_mod"]]
-    # VAELatentLayer is built without lamda, w_li or a warm-up argument, so its own defaults hold.
+    # VAELatentLayer is constructed without lamda, w_li or a warm-up argument, so its own defaults apply.
     vae = kind == "gaussian"
     latent = configuration.LatentConfig(
         kind=kind,  # type: ignore[arg-type]
@@ -174,7 +176,7 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
         clusters=int(values["num_clusters"]),
         latent_weight=1.0 if vae else float(values["w_li"]),
         cluster_weight=float(values["w_en"]),
-        # The original's max(lamda, .) also floors at 0, where a floor of 0 here is none.
+        # The original's max(lamda, .) also applies a floor at 0; a floor of 0 here means no floor.
         floor=1.0 if vae else (float(values["lamda"]) or 1e-9),
         warmup_steps=10000 if vae else 0,
     )
@@ -220,7 +222,7 @@ def _refuse_inexact(values: Mapping[str, Any]) -> None:
     if encoder == "transformer":
         reason = (
             "enc_mod 'transformer' divides its weights by a spectral norm estimated at every forward "
-            "pass and attends over a single token, which has no exact counterpart here"
+            "pass and attends over a single token, which has no exact equivalent here"
         )
     elif encoder in ("performer", "cosformer", "resmlp"):
         reason = {
@@ -260,7 +262,7 @@ def _refuse_inexact(values: Mapping[str, Any]) -> None:
 
 
 def _entries(config: ModelConfig) -> list[_Entry]:
-    """List every parameter of a configuration with its published name."""
+    """Return every parameter of a configuration with its published name."""
     entries: list[_Entry] = []
 
     def linear(torch: str, *path: str) -> None:
@@ -361,14 +363,14 @@ def convert_state_dict(
 
     Args:
         state_dict: Torch name -> array.
-        published: The contents of ``PREFIX.config.json``, gene list included.
+        published: The contents of ``PREFIX.config.json``, including the gene list.
 
     Returns:
-        The parameters here, plus those that influence nothing, by name.
+        The parameters in this package's format, and the unused ones by name.
 
     Raises:
-        CheckpointError: A parameter is missing, has another shape than the config implies, or is one that this
-            conversion does not know; or the config itself cannot be converted exactly.
+        CheckpointError: A parameter is missing, unknown, or does not have the shape that the config implies, or the
+            config cannot be converted exactly.
     """
     from flax.traverse_util import unflatten_dict
 
@@ -381,7 +383,7 @@ def convert_state_dict(
         if entry.torch not in remaining:
             msg = explain(
                 f"the checkpoint has no parameter '{entry.torch}'",
-                "one for every part its config names",
+                "one for every module of its config",
                 "Use the config that was published with these weights",
             )
             raise CheckpointError(msg)
@@ -408,7 +410,7 @@ def convert_state_dict(
         msg = explain(
             f"the checkpoint has parameters its config does not account for: "
             f"{', '.join(unknown[:3])}{more}",
-            "none besides those known to be unused",
+            "only parameters known to be unused",
             "Use the config that was published with these weights",
         )
         raise CheckpointError(msg)
@@ -422,13 +424,13 @@ def convert_state_dict(
 
 
 def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
-    """Return the parameters under their published names; the inverse of :func:`convert_state_dict`, bit for bit.
+    """Return the parameters under their published names; the exact inverse of :func:`convert_state_dict`.
 
     Args:
         converted: Config and parameters.
 
     Raises:
-        CheckpointError: A parameter that the config names is not there, or one is there that it does not name.
+        CheckpointError: A parameter of the config is missing, or there are additional ones.
     """
     from flax.traverse_util import flatten_dict
 
@@ -438,7 +440,7 @@ def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
         if entry.path not in flat:
             msg = explain(
                 f"the model has no parameter '{'/'.join(entry.path)}'",
-                "one for every part its config names",
+                "one for every module of its config",
                 "Check that config and weights belong together",
             )
             raise CheckpointError(msg)
@@ -448,14 +450,14 @@ def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
         msg = explain(
             f"the model has parameters without a published counterpart: {names}",
             "a model the original can express",
-            "Keep this model in its own form",
+            "Keep this model in the format of this package",
         )
         raise CheckpointError(msg)
     return {**state_dict, **converted.unused}
 
 
 def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
-    """Describe a model that was trained here in the original's constructor arguments.
+    """Return the original's constructor arguments for a model trained with this package.
 
     Args:
         config: The architecture.
@@ -465,7 +467,7 @@ def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
         Constructor arguments without the gene list.
 
     Raises:
-        CheckpointError: The original cannot express the model; the message names the first reason.
+        CheckpointError: The original cannot express the model; the message gives the first reason.
     """
     reason = None
     if config.positions.kind != "none":
@@ -477,20 +479,20 @@ def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
     elif config.latent.kind == "none":
         reason = "it has no latent"
     elif config.latent.kind == "gaussian_mixture" and config.latent.inference != "released":
-        reason = "its latent follows the paper's inference, the original's follows another"
+        reason = "its latent uses the paper's inference, which differs from the original's"
     elif config.decoder.kind != "negative_binomial" or config.decoder.bottleneck != 128:
         reason = "its decoder is not the published negative-binomial one"
     elif config.embedder.input_transform != "log1p" or config.embedder.covariate:
-        reason = "its input is not log1p of counts alone"
+        reason = "its input is not log1p of counts only"
     elif config.head.kind != "none":
         reason = "it has a task head"
     elif config.norm == "groupnorm" and config.norm_groups != 4:
         reason = "its GroupNorm does not have the original's 4 groups"
     if reason:
         msg = explain(
-            f"this model cannot be written in the published form: {reason}",
+            f"this model cannot be written in the published format: {reason}",
             "a model the original computes identically",
-            "Keep it in its own form, which any version of this package opens",
+            "Keep it in the format of this package, which every version opens",
         )
         raise CheckpointError(msg)
     latent = {"gaussian_mixture": "gmvae", "gaussian": "vae", "deterministic": "ae"}
@@ -533,8 +535,8 @@ def as_published(
         config: The architecture.
         genes: The vocabulary.
         params: The ``"params"`` collection.
-        unused: What an earlier conversion found unused; written back unchanged.
-        published: The constructor arguments an earlier conversion kept; None describes the model anew.
+        unused: Unused parameters of an earlier conversion; written back unchanged.
+        published: Constructor arguments of an earlier conversion; None: derived from the model.
 
     Raises:
         CheckpointError: The original cannot express the model.
@@ -558,7 +560,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         config: ``PREFIX.config.json``.
 
     Raises:
-        CheckpointError: A file is missing, damaged, holds more than tensors, or the two do not fit.
+        CheckpointError: A file is missing or damaged, contains other objects than tensors, or the two do not match.
         MissingDependencyError: PyTorch is not installed.
     """
     torch = require("torch", "torch", "Reading a PyTorch checkpoint")
@@ -580,7 +582,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         raise CheckpointError(msg) from error
     if not isinstance(published, dict):
         msg = explain(
-            f"'{config}' holds a {type(published).__name__}",
+            f"'{config}' contains a {type(published).__name__}",
             "a JSON object of constructor arguments",
             "Use the published PREFIX.config.json",
         )
@@ -593,13 +595,13 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         msg = explain(
             f"'{checkpoint}' cannot be read as PyTorch weights ({first[:160]})",
             "a complete file of tensors written by torch.save",
-            "Download it again; a file with other Python objects in it is never unpickled",
+            "Download it again; files with other Python objects are never unpickled",
         )
         raise CheckpointError(msg) from error
     state_dict = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
         msg = explain(
-            f"'{checkpoint}' holds no 'model_state_dict' of tensors",
+            f"'{checkpoint}' contains no 'model_state_dict' of tensors",
             "a published CellPLM checkpoint",
             "Use the published PREFIX.best.ckpt",
         )
@@ -622,7 +624,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
 
 
 def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Path, Path]:
-    """Write ``PREFIX.best.ckpt`` and ``PREFIX.config.json``, each whole or not at all.
+    """Write ``PREFIX.best.ckpt`` and ``PREFIX.config.json`` atomically.
 
     Args:
         converted: From :func:`read_published`, :func:`convert_state_dict` or :func:`as_published`.
@@ -632,7 +634,7 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
         The two paths.
 
     Raises:
-        CheckpointError: The model has parts the published form cannot hold.
+        CheckpointError: The published format cannot express the model.
         MissingDependencyError: PyTorch is not installed.
     """
     torch = require("torch", "torch", "Writing a PyTorch checkpoint")

@@ -7,34 +7,35 @@ import jax.numpy as jnp
 
 
 def by_head(values: jax.Array) -> jax.Array:
-    """Exchange cells and heads: [..., cells, heads, width] to [..., heads, cells, width], or back.
+    """Swap cells and heads: [..., cells, heads, width] to [..., heads, cells, width], or back.
 
-    A product of each head's cells is fast where the heads come first; a compiler that has to move them by itself takes
+    Per-head matrix products are fast if the head axis is first; otherwise the compiler's own transposes take
     up to ten times as long (CPU, jax 0.10.2).
     """
     return values.swapaxes(-3, -2)
 
 
 def join_heads(values: jax.Array) -> jax.Array:
-    """Join heads and width: [..., heads, width] to [..., heads * width]."""
+    """Merge heads and width: [..., heads, width] to [..., heads * width]."""
     return values.reshape(*values.shape[:-2], -1)
 
 
 def one_hot_heads(heads: int, width: int) -> jax.Array:
-    """Return float32 [heads * width, heads]: which head an entry of :func:`join_heads` belongs to."""
+    """Return float32 [heads * width, heads]: the head of each entry of :func:`join_heads`."""
     return jnp.repeat(jnp.eye(heads), width, axis=0)
 
 
 def scaled_reference(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return :func:`scaled`, differentiated as it stands."""
+    """Return :func:`scaled`, differentiated by JAX."""
     return values * weights[..., None]
 
 
 @jax.custom_vjp
 def scaled(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Multiply the vectors [..., heads, width] of each head by a number [..., heads] each.
+    """Multiply the vectors [..., heads, width] of each head by one number [..., heads] each.
 
-    Why: the gradient of the weights is a product; a CPU sums the last of four axes ten times slower (jax 0.10.2).
+    Why: the gradient of the weights is a matrix product; a CPU sums the last of four axes ten times slower
+    (jax 0.10.2).
     """
     return scaled_reference(values, weights)
 

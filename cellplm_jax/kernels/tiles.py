@@ -1,8 +1,8 @@
-"""Products of packed rows tile by tile: sums over the cells of each segment, whatever their number.
+"""Products of packed rows tile by tile: sums over the cells of each segment, for any number of segments.
 
-The cells of a piece are sorted by segment, so cutting at every multiple of :data:`TILE` and at every segment's start
-gives ``cells / TILE + segments`` runs of at most ``TILE`` cells, each within one segment. That costs at most about
-twice the plain sum, however many segments there are.
+The cells of each piece are sorted by segment, so splitting at every multiple of :data:`TILE` and at every segment's
+start gives ``cells / TILE + segments`` tiles of up to ``TILE`` cells, each within one segment. This costs up to about
+twice the plain sum, for any number of segments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flax import struct
 from cellplm_jax.kernels.heads import by_head
 from cellplm_jax.kernels.matmul import batched_product
 
-# Cells of a tile: large enough for a matrix unit, small against a row.
+# Cells per tile of packed attention: large enough for a matrix unit, small compared with the row.
 TILE = 128
 
 
@@ -52,8 +52,8 @@ def tiled_outer_total(
         right: float [samples, cells, heads, other].
         cell_mask: bool [samples, cells].
         segment: int32 [samples, cells], rising within each piece; any value on padding.
-        segments: Samples a row may hold.
-        pieces: Pieces a row is laid out in.
+        segments: Maximum number of samples per row.
+        pieces: Number of pieces of each row.
 
     Returns:
         float [samples, segments, heads, width, other].
@@ -90,7 +90,7 @@ def tiled_apply(
     segments: int,
     pieces: int,
 ) -> jax.Array:
-    """Multiply each cell's vector with its segment's matrix.
+    """Multiply each cell's vector by its segment's matrix.
 
     Why: a product with a one-hot matrix costs as many times more as there are segments (any backend, jax 0.10).
 
@@ -98,9 +98,9 @@ def tiled_apply(
         values: float [samples, cells, heads, width].
         memory: float [samples, segments, heads, width, other].
         cell_mask: See :func:`tiled_outer_total`.
-        segment: Likewise.
-        segments: Likewise.
-        pieces: Likewise.
+        segment: See :func:`tiled_outer_total`.
+        segments: See :func:`tiled_outer_total`.
+        pieces: See :func:`tiled_outer_total`.
 
     Returns:
         float [samples, cells, heads, other]; 0 for padding.
@@ -120,7 +120,7 @@ def tiled_apply(
 
 
 def _blocks(values: jax.Array, pieces: int) -> jax.Array:
-    """Cut [samples, cells, heads, width] into [samples, pieces, blocks, heads, TILE, width], padded with zeros."""
+    """Split [samples, cells, heads, width] into [samples, pieces, blocks, heads, TILE, width], zero-padded."""
     samples, cells = values.shape[:2]
     per_piece = cells // pieces
     blocks = -(-per_piece // TILE)
@@ -131,7 +131,7 @@ def _blocks(values: jax.Array, pieces: int) -> jax.Array:
 
 
 class _Tiles(struct.PyTreeNode):
-    """Runs of cells within one block and one segment: block and segment [tiles], bool [tiles, TILE]."""
+    """Ranges of cells within one block and one segment: block and segment [tiles], bool [tiles, TILE]."""
 
     block: jax.Array
     segment: jax.Array
@@ -142,7 +142,7 @@ def _tiles(cell_mask: jax.Array, segment: jax.Array, segments: int, pieces: int)
     samples, cells = cell_mask.shape
     per_piece = cells // pieces
     blocks = -(-per_piece // TILE)
-    # Padding counts as a segment past the last one.
+    # Padding has a segment number past the last one.
     label = jnp.where(cell_mask, segment, segments)
     label = label.reshape(samples, pieces, per_piece)
 
@@ -155,7 +155,7 @@ def _tiles(cell_mask: jax.Array, segment: jax.Array, segments: int, pieces: int)
         segment = label[jnp.minimum(start, per_piece - 1)]
         place = block[:, None] * TILE + jnp.arange(TILE)
         inside = (place >= start[:, None]) & (place < stop[:, None])
-        # A tile of padding is empty; its segment is any valid one.
+        # A tile of padding is empty; its segment may be any valid one.
         inside &= (segment < segments)[:, None]
         return _Tiles(block, jnp.minimum(segment, segments - 1), inside)
 

@@ -1,6 +1,6 @@
-"""Negative log-likelihoods of counts, entry by entry, in float32.
+"""Negative log-likelihoods of counts, elementwise, in float32.
 
-Every function here is the plain form; faster ones are tested against it. Natural logarithms throughout.
+These are the reference implementations; faster ones are tested against them. All logarithms are natural.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Ar
 
     Args:
         counts: float [...]; non-negative.
-        mean: float [...]; ``mu``, positive (0 is allowed where the count is 0).
+        mean: float [...]; ``mu``, positive (0 is allowed if the count is 0).
         dispersion: float, broadcastable to the others; ``theta``, positive.
 
     Returns:
@@ -36,7 +36,7 @@ def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Ar
 def negative_binomial_mean_terms(
     counts: jax.Array, mean: jax.Array, dispersion: jax.Array
 ) -> jax.Array:
-    """Return the terms of :func:`negative_binomial_nll` that the mean enters: no gamma functions.
+    """Return the terms of :func:`negative_binomial_nll` that depend on the mean: no gamma functions.
 
     Args:
         counts: float [...].
@@ -44,7 +44,7 @@ def negative_binomial_mean_terms(
         dispersion: float, broadcastable.
 
     Returns:
-        float32 [...], in nats; what is missing is :func:`negative_binomial_count_terms`.
+        float32 [...], in nats; the remaining terms are :func:`negative_binomial_count_terms`.
     """
     theta = dispersion + EPSILON
     spread = (dispersion + counts) * jnp.log1p(mean / theta)
@@ -52,7 +52,7 @@ def negative_binomial_mean_terms(
 
 
 def negative_binomial_count_terms(counts: jax.Array, dispersion: jax.Array) -> jax.Array:
-    """Return the terms of :func:`negative_binomial_nll` without the mean; 0 (to rounding) where the count is 0.
+    """Return the terms of :func:`negative_binomial_nll` without the mean; 0 (up to rounding) for zero counts.
 
     Args:
         counts: float [...].
@@ -71,7 +71,7 @@ def zero_inflated_negative_binomial_nll(
     """Return the negative log-likelihood of zero-inflated negative-binomial counts.
 
     With ``pi = sigmoid(zero_logits)``: ``-log(pi + (1 - pi) NB(0))`` at zeros and ``-log(1 - pi) - log NB(x)``
-    elsewhere, computed from the logits so that neither overflows.
+    elsewhere, computed from the logits to avoid overflow.
 
     Args:
         counts: float [...].
@@ -89,9 +89,9 @@ def zero_inflated_negative_binomial_nll(
 def zero_inflated_mean_terms(
     counts: jax.Array, mean: jax.Array, dispersion: jax.Array, zero_logits: jax.Array
 ) -> jax.Array:
-    """Return :func:`zero_inflated_negative_binomial_nll` less :func:`negative_binomial_count_terms`.
+    """Return :func:`zero_inflated_negative_binomial_nll` minus :func:`negative_binomial_count_terms`.
 
-    The missing terms are 0 at zero counts, so the zero case needs no gamma function either.
+    The subtracted terms are 0 at zero counts, so the zero case needs no gamma function either.
 
     Args:
         counts: float [...].

@@ -1,7 +1,7 @@
-"""Training objectives: reconstruction over measured genes, and the ELBO's KL terms.
+"""Training objectives: reconstruction over measured genes, and the KL terms of the ELBO.
 
-Conventions: a reconstruction term is summed over the genes it covers and averaged over the cells it covers; a KL term
-is averaged over all cells of the batch; padding never counts. ``measured`` limits every reconstruction to the genes
+Conventions: a reconstruction term is summed over its genes and averaged over its cells; a KL term
+is averaged over all cells of the batch; padding is excluded. ``measured`` restricts every reconstruction to the genes
 measured in the sample, which the released code cannot do in pretraining (``CellPLM/objective/zinb.py:131``).
 """
 
@@ -28,7 +28,7 @@ from cellplm_jax.losses.likelihoods import (
     zero_inflated_negative_binomial_nll,
 )
 
-# A likelihood holds sixteen arrays of a chunk by genes in its backward pass, an embedder two.
+# The backward pass of a likelihood holds sixteen arrays [chunk, genes], that of an embedder two.
 LIKELIHOOD_SHARE = 8
 
 
@@ -39,7 +39,7 @@ def average_over(values: jax.Array, cells: jax.Array) -> jax.Array:
 
 
 def scale_to_total(mean: jax.Array, total: jax.Array, entries: jax.Array) -> jax.Array:
-    """Rescale each cell's mean so that it sums to a given total over the chosen entries.
+    """Rescale each cell's mean to a given total over the selected entries.
 
     Args:
         mean: float [samples, cells, genes].
@@ -54,7 +54,7 @@ def scale_to_total(mean: jax.Array, total: jax.Array, entries: jax.Array) -> jax
 
 
 def _divisor(mean: jax.Array) -> jax.Array:
-    """Return the sum of each cell's mean; 1 where that is 0."""
+    """Return the sum of each cell's mean, with 0 replaced by 1."""
     predicted = mean.sum(axis=-1)
     return jnp.where(predicted > 0, predicted, 1.0)
 
@@ -62,7 +62,7 @@ def _divisor(mean: jax.Array) -> jax.Array:
 def count_nll_reference(
     reconstruction: Reconstruction, truth: CellBatch, entries: jax.Array
 ) -> jax.Array:
-    """Return [samples, cells] as :func:`count_nll`, by the plain form at every entry; tests compare the two."""
+    """Return [samples, cells] as :func:`count_nll`, computed at every entry; the reference for tests."""
     counts = truth.dense_counts(reconstruction.mean.shape[-1])
     total = jnp.sum(jnp.where(entries, counts, 0.0), axis=-1)
     mean = scale_to_total(reconstruction.mean, total, entries)
@@ -79,15 +79,15 @@ def count_nll_reference(
 def count_nll(
     reconstruction: Reconstruction, truth: CellBatch, counts: jax.Array, entries: jax.Array
 ) -> jax.Array:
-    """Return the negative log-likelihood of each cell's counts over the chosen entries.
+    """Return the negative log-likelihood of each cell's counts over the selected entries.
 
-    The gamma functions of the likelihood involve the count and the gene's dispersion but not the mean, and vanish at
-    zero counts. So they are computed at the stored counts alone, and the rest is cheap arithmetic over all entries:
-    the numbers are those of :func:`count_nll_reference` at a fraction of its cost.
+    The gamma functions of the likelihood depend on the count and the gene's dispersion but not on the mean, and vanish
+    at zero counts. They are therefore computed at the stored counts only; the other terms are cheap and computed at all
+    entries. The result equals :func:`count_nll_reference` at a fraction of its cost.
 
     Args:
-        reconstruction: Decoder output; zero-inflated where it has ``zero_logits``.
-        truth: The counts to be explained.
+        reconstruction: Decoder output; zero-inflated if it has ``zero_logits``.
+        truth: The target counts.
         counts: float [samples, cells, genes]. The same counts, dense.
         entries: bool, broadcastable to [samples, cells, genes].
 
@@ -104,7 +104,7 @@ def count_nll(
 
 
 def mean_terms(reconstruction: Reconstruction, counts: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return [samples, cells]: the part of :func:`count_nll` that involves the mean; arguments as there."""
+    """Return [samples, cells]: the terms of :func:`count_nll` with the mean; the same arguments."""
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     arrays = [reconstruction.mean, counts, entries]
     if reconstruction.zero_logits is not None:
@@ -129,12 +129,12 @@ def _scaled_mean_terms(dispersion, mean, counts, entries):
 
         q = (theta + x) / (theta + mu) - x / mu
 
-    and by ``mean``, through the scale too, ``scale (q - sum(q mean) / sum(mean))``: fewer passes over the entries than
-    what reverse mode makes of the forward. Counts have no gradient.
+    and by ``mean``, including the scale, ``scale (q - sum(q mean) / sum(mean))``: fewer passes over the entries than
+    reverse-mode differentiation. Counts have no gradient.
     """
     counts = jnp.where(entries, counts, 0.0)
     scaled = scale_to_total(mean, counts.sum(axis=-1), entries)
-    # What is left out has count and mean 0, whose terms are 0.
+    # Excluded entries have count and mean 0, for which the terms are 0.
     return negative_binomial_mean_terms(counts, scaled, dispersion).sum(axis=-1)
 
 
@@ -173,26 +173,26 @@ def chunked_count_loss(
     gene_mask: jax.Array | None = None,
     target_genes: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Compute :func:`reconstruction_loss` from what a decoder's output layer is given, a chunk of cells at a time.
+    """Compute :func:`reconstruction_loss` from the input of the decoder's output layer, in chunks of cells.
 
-    Output layer, likelihood and their gradients are done with a chunk before the next one begins, so that no array of
-    cells by genes outlives it. The result is that of the plain form up to the order of addition.
+    Output layer, likelihood and their gradients are computed chunk by chunk, so that no array of cells by genes is
+    kept. The result equals that of the reference up to the order of summation.
 
     Args:
-        output: The output layer: ``(params, hidden) -> Reconstruction``, each cell by itself.
+        output: The output layer: ``(params, hidden) -> Reconstruction``, applied to each cell separately.
         params: Its parameters.
         hidden: float [samples, cells, width].
-        truth: The counts to be explained; see :class:`cellplm_jax.kernels.chunked.CountChunks` for their order.
-        config: Names the objective; any but ``"mean_squared_error"``.
-        chunk: Cells of a piece at once, where one array of them by genes is held; a quarter of them is taken here.
+        truth: The target counts; see :class:`cellplm_jax.kernels.chunked.CountChunks` for their order.
+        config: Names the objective; any except ``"mean_squared_error"``.
+        chunk: Cells of each piece per chunk, if one array of cells by genes is held; a quarter of them is used here.
         gene_mask: See :func:`reconstruction_loss`.
         target_genes: See :func:`reconstruction_loss`.
 
     Returns:
-        As :func:`reconstruction_loss`.
+        As in :func:`reconstruction_loss`.
 
     Raises:
-        ConfigError: The decoder does not give what the objective needs.
+        ConfigError: The decoder lacks an output that the objective requires.
     """
     shape = jax.eval_shape(output, params, hidden)
     _check_decoder(shape, config)
@@ -212,7 +212,7 @@ def chunked_count_loss(
     two = gene_mask is not None and config.masked_part
     function = partial(_chunk_of_loss, output, two)
     total, (full, masked) = summed_over_chunks(function, chunks, params, truth.fold(hidden), given)
-    # The gamma functions, at the stored counts alone.
+    # The gamma functions, at the stored counts only.
     dispersion = output(params, hidden[:1, :1]).dispersion
     given |= {"cell": truth.cell_of_nonzero()}
     blocks = -(-truth.gene.shape[-1] // BLOCK)
@@ -229,7 +229,7 @@ def chunked_count_loss(
 def _block_of_loss(
     two: bool, index: jax.Array, dispersion: jax.Array, given: dict[str, Any]
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return what the gamma functions of a block of stored counts add to the loss, and the two parts of that."""
+    """Return the contribution of the gamma functions of a block of stored counts to the loss, and its two terms."""
     batch: CellBatch = given["batch"]
     size = min(BLOCK, batch.gene.shape[-1])
     start = jnp.minimum(index * size, batch.gene.shape[-1] - size)
@@ -240,7 +240,7 @@ def _block_of_loss(
     gene = gene.astype(jnp.int32)
 
     def of_cell(values):
-        # Padding and dropped cells lie past the end: weight 0.
+        # Padding and dropped cells have indices past the end: weight 0.
         return batch.over_pieces(lambda table, at: table.at[at].get(mode="fill", fill_value=0))(
             values, cell
         )
@@ -276,7 +276,7 @@ def _chunk_of_loss(
     rows: jax.Array,
     given: dict[str, Any],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return what a chunk adds to the loss without the gamma functions, and the two parts of that."""
+    """Return the contribution of a chunk to the loss without the gamma functions, and its two terms."""
     batch: CellBatch = given["batch"]
 
     def of_chunk(values):
@@ -311,23 +311,23 @@ def reconstruction_loss(
     """Compute the configured reconstruction objective.
 
     ``"negative_binomial"`` and ``"zero_inflated_negative_binomial"``: over the cells with a masked entry (all cells
-    without ``gene_mask``), all measured genes plus, with ``masked_part``, the masked entries once more, each part
+    without ``gene_mask``), all measured genes plus, with ``masked_part``, the masked entries once more, each term
     with the mean rescaled to its own total. ``"imputation"`` and ``"denoising"``: all cells, the target genes.
     ``"mean_squared_error"``: on log1p of counts scaled to 10,000, over the masked entries (all without a mask).
 
     Args:
         reconstruction: Decoder output.
-        truth: The counts to be explained ("denoising": the clean ones), with ``cell_mask`` and ``measured``.
+        truth: The target counts ("denoising": the clean ones), with ``cell_mask`` and ``measured``.
         config: Names the objective.
-        gene_mask: bool [samples, cells, genes], what was hidden from the input; None: nothing.
-        target_genes: bool [samples, genes], genes to be predicted by "imputation" and "denoising"; None: all.
+        gene_mask: bool [samples, cells, genes], entries hidden from the input; None: none.
+        target_genes: bool [samples, genes], genes predicted by "imputation" and "denoising"; None: all.
 
     Returns:
         ``{"reconstruction": total, "reconstruction_full": ..., "reconstruction_masked": ...}`` as float32 scalars, in
-        nats a cell (squared error: a mean per entry).
+        nats per cell (squared error: mean per entry).
 
     Raises:
-        ConfigError: The decoder does not give what the objective needs.
+        ConfigError: The decoder lacks an output that the objective requires.
     """
     cell_mask = truth.cell_mask
     samples, _, genes = reconstruction.mean.shape
@@ -362,7 +362,7 @@ def reconstruction_loss(
 
 
 def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> None:
-    """Raise ConfigError where a decoder does not give what a likelihood needs."""
+    """Raise ConfigError if the decoder lacks an output that the likelihood requires."""
     if reconstruction.dispersion is None:
         msg = explain(
             f"objective '{config.kind}' with a decoder that predicts no dispersion",
@@ -380,7 +380,7 @@ def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> N
 
 
 def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:
-    """Return the KL warm-up factor at a step, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
+    """Return the KL warm-up factor at ``step``, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
 
     The released VAE counts calls in an attribute that its checkpoints lose (``CellPLM/latent/autoencoders.py:79``);
     here it is a function of the training step.
@@ -402,17 +402,17 @@ def latent_loss(
     """Compute the latent terms of the loss.
 
     Args:
-        latent: The latent layer's output.
+        latent: Output of the latent layer.
         cell_mask: bool [samples, cells].
         config: Weights and floor.
         batch: int32 [samples, cells], labels of the batch discriminator; negative: ignored.
         warmup: KL warm-up factor in [0, 1].
 
     Returns:
-        float32 scalars: ``kl_latent`` and ``kl_cluster`` (nats a cell, before weights and floor), ``latent`` (their
-        weighted, floored sum plus regularisers: what is minimised), ``floor_binds_latent`` and
-        ``floor_binds_cluster`` (1 where the floor replaces the term, so that it is not trained), ``adversarial`` and
-        ``similarity`` where they are on.
+        float32 scalars: ``kl_latent`` and ``kl_cluster`` (nats per cell, before weights and floor), ``latent`` (their
+        weighted, floored sum plus regularisers: the minimised loss), ``floor_binds_latent`` and
+        ``floor_binds_cluster`` (1 if the floor replaces the term, which is then not trained), ``adversarial`` and
+        ``similarity`` if enabled.
     """
     zero = jnp.zeros((), jnp.float32)
     terms = {"kl_latent": zero, "kl_cluster": zero}
@@ -430,7 +430,7 @@ def latent_loss(
             binds = weighted < config.floor
             total = total + jnp.where(binds, 0.0, weighted)
         else:
-            # A floor of 0 is none: the one-sample estimate of the "released" mixture may well be negative.
+            # A floor of 0 means no floor: the one-sample estimate of the "released" mixture may be negative.
             binds = (divergence < config.floor) & (config.floor > 0)
             total = total + weight * warmup * jnp.where(binds, config.floor, divergence)
         terms[f"kl_{name}"] = divergence
@@ -453,12 +453,12 @@ def latent_loss(
 def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float) -> jax.Array:
     """Return the elastic cell similarity loss: mean of ``1 - (max(cos, 0) - threshold)^2`` over pairs of cells.
 
-    Pairs within a sample, the diagonal counted with cosine 0 as in ``CellPLM/latent/contrastive.py``.
+    Pairs within one sample, with cosine 0 on the diagonal as in ``CellPLM/latent/contrastive.py``.
 
     Args:
         z: float [samples, cells, latent].
         cell_mask: bool [samples, cells].
-        threshold: Cosine similarity that pairs are pushed away from.
+        threshold: Cosine similarity from which pairs are repelled.
     """
     unit = z / jnp.maximum(jnp.linalg.norm(z + 1e-12, axis=-1, keepdims=True), 1e-12)
     cosine = jnp.einsum("bid,bjd->bij", unit, unit)
@@ -471,22 +471,22 @@ def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float
 def batch_mixing_loss(
     z: jax.Array, batch: jax.Array, cell_mask: jax.Array, *, batches: int, neighbors: int = 15
 ) -> jax.Array:
-    """Return how far the batches around a cell differ from those of all cells: 0 where they mix perfectly.
+    """Return the divergence of the batches around each cell from those of all cells: 0 for perfect mixing.
 
-    The cells of all samples are compared. A cell weighs the others by ``exp(-2 d^2 / w)``, with ``d`` the distance in
-    the latent and ``w`` the mean squared distance of its nearest cells (constant for the gradient); the loss is the
+    The cells of all samples are compared. Each cell weights the others by ``exp(-2 d^2 / w)``, with ``d`` the distance
+    in the latent and ``w`` the mean squared distance of its nearest cells (constant for the gradient); the loss is the
     mean over cells of ``KL(batches around the cell || batches of all cells)``. A smooth relative of the local inverse
-    Simpson index (Korsunsky et al. 2019): only neighbours are moved, so that what lies far apart stays apart.
+    Simpson index (Korsunsky et al. 2019): only neighbours are moved, distant cells stay separate.
 
     Args:
         z: float [samples, cells, latent].
         batch: int [samples, cells], from 0.
         cell_mask: bool [samples, cells].
         batches: Number of batches.
-        neighbors: Cells that set the width of the kernel; fewer where there are not so many.
+        neighbors: Number of nearest cells that determine the width of the kernel; limited by the number of cells.
 
     Returns:
-        float32 scalar in nats, at most the logarithm of the inverse share of the rarest batch.
+        float32 scalar in nats, bounded by the logarithm of the inverse fraction of the rarest batch.
     """
     z, batch, mask = z.reshape(-1, z.shape[-1]), batch.reshape(-1), cell_mask.reshape(-1)
     cells = len(z)
@@ -516,7 +516,7 @@ def classification_loss(
         logits: float [..., classes].
         labels: int [...]; negative labels are ignored.
         mask: bool [...]; False is ignored.
-        weights: float [classes], weight of a cell by its label, in a weighted mean; None: all equal.
+        weights: float [classes], weight of each cell by its label, in a weighted mean; None: all equal.
     """
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probability, jnp.maximum(labels, 0)[..., None], axis=-1)[
@@ -530,7 +530,7 @@ def classification_loss(
 
 
 def regression_loss(prediction: jax.Array, truth: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return the mean squared error over the chosen entries.
+    """Return the mean squared error over the selected entries.
 
     Args:
         prediction: float [..., outputs].

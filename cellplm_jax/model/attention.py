@@ -1,8 +1,8 @@
-"""Attention between the cells of a sample; padding and the other samples of a row never change a number.
+"""Attention between the cells of each sample, unaffected by padding and by other samples of the row.
 
-Flow attention follows Flowformer (Wu et al. 2022) as used in ``CellPLM/layer/flowformer.py``; its every use of the cell
-axis is a sum, so it is linear in the number of cells and shards over cells with all-reduces alone. Performer is FAVOR+
-(Choromanski et al. 2021). Sums over cells run in float32.
+Flow attention follows Flowformer (Wu et al. 2022) as used in ``CellPLM/layer/flowformer.py``; it uses the cell
+axis only in sums, so it is linear in the number of cells and shards over cells with all-reduces only. Performer is
+FAVOR+ (Choromanski et al. 2021). Sums over cells are float32.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ FLOW_EPSILON = 1e-6
 
 
 def nonzero(total: jax.Array) -> jax.Array:
-    """Replace 0 by 1 in an array [...], so that a sample without cells divides to 0 and has gradients without NaN."""
+    """Replace 0 by 1 in an array [...], to avoid division by zero and NaN gradients in samples without cells."""
     return jnp.where(total > 0, total, 1.0)
 
 
 class CellGroups(struct.PyTreeNode):
-    """Which cells of a row may see one another, and the sums over them that linear attention is made of.
+    """Attention groups of each row, and the sums over them used by linear attention.
 
-    With one sample a row every sum is a plain one over the cells. With several, sums of vectors go through a one-hot
-    matrix, and the sums of outer products go tile by tile, see :mod:`cellplm_jax.kernels.tiles`.
+    With one sample per row every sum is a plain sum over the cells. With several, sums of vectors are products with a
+    one-hot matrix, and sums of outer products are computed tile by tile, see :mod:`cellplm_jax.kernels.tiles`.
 
     Attributes:
         cell_mask: bool [samples, cells].
-        segment: int32 [samples, cells], or None: one sample a row.
-        segments: Samples a row may hold.
-        pieces: Pieces a row is laid out in.
+        segment: int32 [samples, cells], or None: one sample per row.
+        segments: Maximum number of samples per row.
+        pieces: Number of pieces per row.
     """
 
     cell_mask: jax.Array
@@ -59,7 +59,7 @@ class CellGroups(struct.PyTreeNode):
         return jnp.einsum("bcs,bch...->bsh...", self.one_hot(), values)
 
     def weighted_total(self, values: jax.Array, weights: jax.Array) -> jax.Array:
-        """Sum vectors by weight over each segment.
+        """Compute weighted sums of vectors over each segment.
 
         Args:
             values: float [samples, cells, heads, width].
@@ -70,18 +70,18 @@ class CellGroups(struct.PyTreeNode):
         """
         if self.segment is not None:
             return self.total(scaled(values, weights))
-        # Every head's weights with every head's vectors, of which those of the same head are kept: one product.
+        # One product of all heads' weights with all heads' vectors, of which the diagonal blocks are kept.
         weights = weights * self.one_hot()
         mixed = batched_product(weights, join_heads(values), "rows", "rows")
         kept = (mixed * one_hot_heads(*values.shape[-2:]).T).sum(axis=1)
         return kept.reshape(-1, 1, *values.shape[-2:])
 
     def of_cell(self, totals: jax.Array) -> jax.Array:
-        """Give each cell its segment's entry: [samples, segments, heads, ...] to [samples, cells, heads, ...]."""
+        """Gather each cell's segment entry: [samples, segments, heads, ...] to [samples, cells, heads, ...]."""
         return jnp.einsum("bcs,bsh...->bch...", self.one_hot(), totals)
 
     def dot(self, values: jax.Array, totals: jax.Array) -> jax.Array:
-        """Multiply each cell's vector with its segment's.
+        """Compute the dot product of each cell's vector with its segment's vector.
 
         Args:
             values: float [samples, cells, heads, width].
@@ -96,7 +96,7 @@ class CellGroups(struct.PyTreeNode):
         return join_heads(values * self.of_cell(totals)) @ heads
 
     def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        """Sum the outer products of two vectors a cell over each segment.
+        """Sum the outer products of two vectors per cell over each segment.
 
         Args:
             left: float [samples, cells, heads, width].
@@ -112,7 +112,7 @@ class CellGroups(struct.PyTreeNode):
         return tiled_outer_total(left, right, *self._layout())
 
     def apply(self, values: jax.Array, memory: jax.Array) -> jax.Array:
-        """Multiply each cell's vector with its segment's matrix.
+        """Multiply each cell's vector by its segment's matrix.
 
         Args:
             values: float [samples, cells, heads, width].
@@ -131,18 +131,18 @@ class CellGroups(struct.PyTreeNode):
 
 
 class Flow(struct.PyTreeNode):
-    """What flow attention makes of queries and keys.
+    """Terms of flow attention that depend on queries and keys.
 
-    The weight of cell k for cell q is ``allocation[q] * sink_incoming[q] * (query[q] . key[k]) * competition[k]``, the
-    competition among sources being ``exponential[k] * share``, on average 1.
+    The weight of cell k for cell q is ``allocation[q] * sink_incoming[q] * (query[q] . key[k]) * competition[k]``, with
+    competition among sources ``exponential[k] * share``, on average 1.
 
     Attributes:
         query: float32 [samples, cells, heads, width], after the sigmoid.
-        key: Likewise.
-        sink_incoming: float32 [samples, cells, heads]. One over the incoming flow of each query.
-        allocation: Likewise. Allocation among sinks.
-        exponential: Likewise. Of the conserved flow of each source; 0 for padding.
-        share: float32 [samples, segments, heads]. Cells over the sum of their exponentials.
+        key: float32 [samples, cells, heads, width], after the sigmoid.
+        sink_incoming: float32 [samples, cells, heads]. Inverse incoming flow of each query.
+        allocation: float32 [samples, cells, heads]. Allocation among sinks.
+        exponential: float32 [samples, cells, heads]. Exponential of the conserved flow of each source; 0 for padding.
+        share: float32 [samples, segments, heads]. Number of cells over the sum of their exponentials.
     """
 
     query: jax.Array
@@ -154,19 +154,19 @@ class Flow(struct.PyTreeNode):
 
 
 def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow:
-    """Return the parts of flow attention that depend on queries and keys.
+    """Return the terms of flow attention that depend on queries and keys.
 
     Args:
         query: [samples, cells, heads, head_width].
-        key: Likewise.
-        groups: Which cells attend to one another.
+        key: [samples, cells, heads, head_width].
+        groups: Attention groups.
     """
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
 
     def flow_of(values, totals):
-        # (values + epsilon) . (totals + epsilon), without an array for the first sum.
+        # (values + epsilon) . (totals + epsilon), without materializing the first sum.
         totals = totals + FLOW_EPSILON
         rest = FLOW_EPSILON * totals.sum(axis=-1)
         return groups.dot(values, totals) + groups.of_cell(rest)
@@ -178,7 +178,7 @@ def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow
     # Incoming flow of each sink (query) and outgoing flow of each source (key).
     sink_incoming = inverse(flow_of(query, groups.total(key)))
     source_outgoing = inverse(flow_of(key, groups.total(query)))
-    # The same flows after each side has been normalised by the other.
+    # The same flows after normalising each side by the other.
     conserved_sink = flow_of(query, groups.weighted_total(key, source_outgoing))
     conserved_source = flow_of(key, groups.weighted_total(query, sink_incoming))
     conserved_source = jnp.clip(conserved_source, -1.0, 1.0)
@@ -196,12 +196,12 @@ def flow_attention(
 
     Args:
         query: float [samples, cells, heads, width]. Projections before the sigmoid.
-        key: Likewise.
-        value: Likewise.
-        groups: Which cells see one another.
+        key: float [samples, cells, heads, width].
+        value: float [samples, cells, heads, width].
+        groups: Attention groups.
 
     Returns:
-        float32 [samples, cells, heads, width]; rows of padding cells are meaningless.
+        float32 [samples, cells, heads, width]; rows of padding cells are undefined.
     """
     flow = conserved_flow(query, key, groups)
     value = value.astype(jnp.float32)
@@ -214,16 +214,16 @@ def flow_attention(
 def flow_weights(
     query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
 ) -> jax.Array:
-    """Return the weights that :func:`flow_attention` gives the values, explicitly, for chosen cells.
+    """Return the explicit weights of :func:`flow_attention` for selected cells.
 
-    Exact: ``flow_attention(...)[:, rows]`` is these weights times the values. They are positive; because of allocation
-    and competition a row does not sum to 1.
+    Exact: ``flow_attention(...)[:, rows]`` is the product of these weights and the values. They are positive; because
+    of allocation and competition, rows do not sum to 1.
 
     Args:
         query: See :func:`flow_attention`.
-        key: Likewise.
-        groups: Which cells see one another; one sample a row.
-        rows: int [chosen], places of the chosen cells in the row.
+        key: See :func:`flow_attention`.
+        groups: Attention groups; one sample per row.
+        rows: int [chosen], positions of the selected cells in the row.
 
     Returns:
         float32 [samples, heads, chosen, cells]; 0 for padding.
@@ -259,13 +259,13 @@ def softmax_attention(
 def orthogonal_features(features: int, width: int, seed: int) -> np.ndarray:
     """Return float32 [features, width]: random rows, orthogonal within blocks, with the norms of Gaussian vectors.
 
-    The draw depends on the seed alone, so the features are a constant of the architecture and not a parameter.
+    The draw depends only on the seed, so the features are a constant of the architecture and not a parameter.
     """
     generator = np.random.default_rng(seed)
     blocks = []
     for _ in range(-(-features // width)):
         orthogonal, triangular = np.linalg.qr(generator.standard_normal((width, width)))
-        # QR fixes the signs of its columns; undoing that makes the directions uniform.
+        # QR fixes the signs of its columns; undo this to obtain uniform directions.
         blocks.append((orthogonal * np.sign(np.diag(triangular))).T)
     rows = np.concatenate(blocks)[:features]
     norms = np.linalg.norm(generator.standard_normal((features, width)), axis=1, keepdims=True)
@@ -283,9 +283,9 @@ def performer_attention(
 
     Args:
         query: float [samples, cells, heads, width].
-        key: Likewise.
-        value: Likewise.
-        groups: Which cells see one another.
+        key: float [samples, cells, heads, width].
+        value: float [samples, cells, heads, width].
+        groups: Attention groups.
         projection: float32 [features, width], from :func:`orthogonal_features`.
 
     Returns:
@@ -300,11 +300,11 @@ def performer_attention(
 
     query_exponent, key_exponent = exponent(query), exponent(key)
     query_features = jnp.exp(query_exponent - query_exponent.max(axis=-1, keepdims=True))
-    # One constant a head cancels between numerator and denominator, so the largest valid exponent may be removed.
+    # One constant per head cancels between numerator and denominator, so the largest valid exponent can be subtracted.
     largest = jnp.where(mask, key_exponent, -jnp.inf).max(axis=(1, 3), keepdims=True)
     largest = jnp.where(jnp.isfinite(largest), largest, 0.0)
     key_features = jnp.where(mask, jnp.exp(jnp.minimum(key_exponent - largest, 0.0)), 0.0)
-    # Keeps a query that no feature reaches at the plain average of the values instead of 0 / 0.
+    # A query that no feature reaches gets the plain average of the values instead of 0 / 0.
     query_features = query_features + 1e-6
     key_features = jnp.where(mask, key_features + 1e-6, 0.0)
     memory = groups.outer_total(key_features, value.astype(jnp.float32))
@@ -317,7 +317,7 @@ class CellAttention(nn.Module):
     """Multi-head attention among the cells of each sample.
 
     Attributes:
-        config: The model's configuration; ``encoder.kind`` chooses the form.
+        config: The model's configuration; ``encoder.kind`` selects the form.
         layer: Index of the layer; seeds the random features of ``"performer"``.
     """
 

@@ -29,9 +29,9 @@ DISPERSION_RANGE = (1e-4, 1e4)
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return ``clip(exp(x), *bounds)`` [...] without the overflow of the exponential, whose gradient is NaN.
+    """Return ``clip(exp(x), *bounds)`` [...] without overflow of the exponential, whose gradient would be NaN.
 
-    Its derivative is itself within the bounds and 0 outside, in one pass over the array.
+    The derivative is the value within the bounds and 0 outside, in one pass over the array.
     """
     return jnp.clip(jnp.exp(jnp.minimum(x, math.log(bounds[1]) + 1.0)), *bounds)
 
@@ -45,11 +45,11 @@ def _exponential_tangent(bounds, primals, tangents):
 
 
 class CovariateEmbedding(nn.Module):
-    """Embedding - PReLU - Norm of a categorical covariate; an unknown value takes the mean of the rows.
+    """Embedding - PReLU - Norm of a categorical covariate; an unknown value uses the mean of the rows.
 
     Attributes:
         config: The model's configuration.
-        rows: Known values.
+        rows: Number of known values.
     """
 
     config: ModelConfig
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
     """The configured decoder.
 
     ``layers - 1`` hidden blocks, each followed by the covariates' embeddings; then, for the negative-binomial kinds,
-    Linear(bottleneck) - ReLU - Linear(genes) with ``mean = clip(exp(.), 1e-5, 1e6)`` and one dispersion a gene,
+    Linear(bottleneck) - ReLU - Linear(genes) with ``mean = clip(exp(.), 1e-5, 1e6)`` and one dispersion per gene,
     ``clip(exp(.), 1e-4, 1e4)`` (``CellPLM/decoder/zinb.py``).
 
     Attributes:
@@ -89,11 +89,11 @@ class Decoder(nn.Module):
         """Map the latent to the parameters of counts.
 
         Args:
-            z: float [samples, cells, latent]; for the part ``"output"`` what the part ``"hidden"`` returned.
-            batch: Gives the covariates; the output layer needs none.
-            train: Dropout on.
-            part: ``"hidden"``: stop before the output layer, whose result has an axis of genes; ``"output"``: that
-                layer alone, each cell by itself.
+            z: float [samples, cells, latent]; for the part ``"output"`` the result of the part ``"hidden"``.
+            batch: Provides the covariates; not used by the output layer.
+            train: Whether dropout is on.
+            part: ``"hidden"``: stop before the output layer, whose result has an axis of genes; ``"output"``: only that
+                layer, each cell separately.
 
         Returns:
             Parameters of [samples, cells, genes] counts; for ``"hidden"`` float [samples, cells, width].

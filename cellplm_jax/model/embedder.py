@@ -16,20 +16,20 @@ from cellplm_jax.model.positions import Positions
 
 
 def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """Look rows up; an unknown (negative or absent) index takes the mean of all rows.
+    """Look rows up; an unknown (negative or absent) index uses the mean of all rows.
 
-    The released code takes the SUM of all rows for an absent batch (``CellPLM/decoder/zinb.py:163``), which is far
-    outside anything seen in training; the mean is what the paper describes for new batches.
+    The released code uses the SUM of all rows for an absent batch (``CellPLM/decoder/zinb.py:163``), which is far
+    outside the training range; the paper describes the mean for new batches.
 
     Args:
         table: float [rows, width].
-        index: int [...], or None: unknown everywhere.
-        shape: The shape of ``index``; used where it is None.
+        index: int [...], or None: all unknown.
+        shape: The shape of ``index``; used if it is None.
 
     Returns:
         float [..., width].
     """
-    # Twice: of a single row of bfloat16 weights a CPU makes a float32 table first, in seven times the time.
+    # Two reads: for one row of bfloat16 weights a CPU would first create a float32 table, in seven times the time.
     weights = jnp.full((2, table.shape[0]), 1 / table.shape[0], table.dtype)
     average = linear_product(weights, table)[0]
     if index is None:
@@ -62,7 +62,7 @@ def transform_stored(indptr: np.ndarray, count: np.ndarray, config: ModelConfig)
 
     Args:
         indptr: int [cells + 1].
-        count: number [nonzeros]; those behind the last entry of ``indptr`` are left out.
+        count: number [nonzeros]; those after the last entry of ``indptr`` are ignored.
         config: Names the transform.
 
     Returns:
@@ -71,7 +71,7 @@ def transform_stored(indptr: np.ndarray, count: np.ndarray, config: ModelConfig)
     count = count[: indptr[-1]].astype(np.float32)
     if config.embedder.input_transform == "log1p":
         return np.log1p(count)
-    # The sums before each cell end where it starts; float64 keeps whole counts whole.
+    # Differences of cumulative sums at the cell boundaries; float64 keeps integers exact.
     library = np.diff(np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])[indptr])
     size = np.maximum(library, 1.0).astype(np.float32)
     per_count = np.repeat(size, np.diff(indptr))
@@ -79,15 +79,15 @@ def transform_stored(indptr: np.ndarray, count: np.ndarray, config: ModelConfig)
 
 
 class ExpressionEmbedder(nn.Module):
-    """Counts of any subset of the vocabulary, plus position and covariate, to one vector a cell.
+    """Maps counts of any subset of the vocabulary, plus position and covariate, to one vector per cell.
 
     ``E_i = sum_j x_ij h_j`` (+ position, + covariate), then Linear - ReLU - Dropout - Norm
-    (``CellPLM/embedder/omics.py``); with ``trunk = "projection"`` the sum itself. Genes that are not measured
-    contribute nothing and cost nothing.
+    (``CellPLM/embedder/omics.py``); with ``trunk = "projection"`` only the sum. Unmeasured genes contribute nothing and
+    cost nothing.
 
     Attributes:
         config: The model's configuration.
-        chunk: Cells of a piece whose counts are dense at once, forward and backward; 0: all.
+        chunk: Cells of each piece whose counts are dense at a time, forward and backward; 0: all.
     """
 
     config: ModelConfig
@@ -107,8 +107,8 @@ class ExpressionEmbedder(nn.Module):
         Args:
             batch: The cells.
             gene_mask: bool [samples, cells, genes]; True hides an entry from the input. None: nothing is hidden.
-            gene_sum: float32 [samples, cells, hidden]; the sums of gene embeddings weighted by
-                :func:`transform_counts`, where the host has computed them. None: they are computed here.
+            gene_sum: float32 [samples, cells, hidden]; precomputed sums of gene embeddings weighted by
+                :func:`transform_counts`, from the host. None: they are computed here.
             train: Whether dropout is on.
         """
         config = self.config
@@ -147,7 +147,7 @@ class ExpressionEmbedder(nn.Module):
 
     def _gene_sum(self, batch, table, gene_mask):
         config = self.config
-        # The products are computed in the parameters' type (bfloat16 where a run asks for it), the logarithms are not.
+        # Products use the parameters' type (bfloat16 if configured), logarithms do not.
         values = transform_counts(batch, config).astype(table.dtype)
         if self.chunk:
             chunks = CountChunks.of(batch, self.chunk, config.genes)

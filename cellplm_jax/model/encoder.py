@@ -1,4 +1,4 @@
-"""Encoders: how the cells of a sample inform one another (``CellPLM/encoder``)."""
+"""Encoders over the cells of a sample (``CellPLM/encoder``)."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def context_centre(total, cells, prior, weight):
 
 
 class Encoder(nn.Module):
-    """The configured encoder over padded sentences.
+    """The configured encoder over padded rows of cells.
 
     Attributes:
         config: The model's configuration.
-        rematerialize: Compute the activations of transformer layers again in the backward pass.
+        rematerialize: Whether the backward pass recomputes the activations of transformer layers.
     """
 
     config: ModelConfig
@@ -87,7 +87,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, groups: CellGroups, *, train: bool) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape; ``groups`` says which cells see one another."""
+        """Map [samples, cells, hidden] to the same shape; ``groups`` are the attention groups."""
         config, encoder = self.config, self.config.encoder
 
         def block(name):

@@ -1,4 +1,4 @@
-"""Task heads on the latent (``CellPLM/head/downstream.py``); each returns plain predictions, losses are elsewhere."""
+"""Task heads on the latent (``CellPLM/head/downstream.py``); they return predictions, losses are defined elsewhere."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Head(nn.Module):
             z: float [samples, cells, latent].
             cell_mask: bool [samples, cells].
             condition: float [samples, cells, condition] for ``"perturbation"``, such as the sum of the targets' gene
-                embeddings; None where the head has no condition.
+                embeddings; None if the head has no condition.
             train: Whether dropout is on.
 
         Returns:

@@ -1,9 +1,10 @@
-"""Flow attention over a context that no device holds: a layer as a few passes over chunks of its cells.
+"""Flow attention over contexts larger than device memory: a layer as passes over chunks of cells.
 
-Flow attention uses the other cells of a context only through sums over them. Three rounds of sums, each made of the
-ones before, are all a layer needs; with them at hand, every cell's output is its own affair. So a layer over any number
-of cells is four passes over chunks, in memory that depends on the chunk alone, and equal to the plain layer up to the
-order of addition. The layer itself is the one in :mod:`cellplm_jax.model.encoder`: only its sums come from elsewhere.
+Flow attention uses the other cells of a context only through sums over them. A layer needs three rounds of sums, each
+computed from the previous ones; given these sums, the output of each cell is independent of the others. A layer over
+any number of cells is therefore four passes over chunks, in memory that depends only on the chunk size, and equal to
+the plain layer up to the order of summation. It uses the layer of :mod:`cellplm_jax.model.encoder` with precomputed
+sums.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from cellplm_jax.model.attention import CellGroups
 from cellplm_jax.model.encoder import TransformerLayer
 
 FLOW_ROUNDS = (2, 4, 7)
-"""Sums that are known after each round: those of keys and queries; of both once they are normalised by the other's; and
-those of cells, of exponentials and of the memory."""
+"""Number of known sums after each round: those of keys and queries; of both after normalisation by the other; and
+those of cells, of exponentials and of the memory.
+"""
 
 
 class ContextGroups(CellGroups):
-    """A chunk of one context: sums over cells are those of the whole context where they are known, in order of use.
+    """A chunk of one context: sums over cells are replaced by the known sums of the complete context, in order of use.
 
     Attributes:
-        known: The first sums of the whole context.
-        found: All sums in order, those past the known ones over this chunk alone; filled while a layer is traced.
+        known: The first sums of the complete context.
+        found: All sums in order, those without a known value over this chunk only; filled while a layer is traced.
     """
 
     known: tuple[jax.Array, ...] = ()
@@ -58,17 +60,17 @@ def chunk_sums(
     known: tuple[jax.Array, ...],
     config: ModelConfig,
 ) -> tuple[jax.Array, ...]:
-    """Return what a chunk adds to the sums of the next round of a layer.
+    """Return the contribution of a chunk to the sums of the next round of a layer.
 
     Args:
         params: Parameters of one ``encoder/layer_*``.
-        hidden: float [1, cells, hidden], what the layer is given, for the cells of the chunk.
+        hidden: float [1, cells, hidden], input of the layer for the cells of the chunk.
         cell_mask: bool [1, cells].
-        known: Sums of the whole context from the rounds before: 0, 2 or 4 of them.
+        known: Sums of the complete context from the previous rounds: 0, 2 or 4 of them.
         config: The architecture; ``encoder.kind`` is ``"flow"``.
 
     Returns:
-        The next 2 or 3 sums, float32 [1, 1, heads, ...]; added over chunks, they continue ``known``.
+        The next 2 or 3 sums, float32 [1, 1, heads, ...]; summed over chunks, they extend ``known``.
     """
     _, groups = _layer(params, hidden, cell_mask, known, config)
     stop = next(end for end in FLOW_ROUNDS if end > len(known))
@@ -82,7 +84,7 @@ def chunk_layer(
     known: tuple[jax.Array, ...],
     config: ModelConfig,
 ) -> jax.Array:
-    """Return a layer's output [1, cells, hidden] for a chunk; arguments as :func:`chunk_sums`, all 7 sums known."""
+    """Return a layer's output [1, cells, hidden] for one chunk; as :func:`chunk_sums`, with all 7 sums known."""
     return _layer(params, hidden, cell_mask, known, config)[0]
 
 

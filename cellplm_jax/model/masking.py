@@ -16,7 +16,7 @@ from cellplm_jax.model.layers import ENTRIES, constrain
 
 
 def _rank(noise: jax.Array) -> jax.Array:
-    """Return int32 [..., cells]: the place of each cell in rising order of ``noise``."""
+    """Return int32 [..., cells]: the rank of each cell in increasing order of ``noise``."""
     return jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1).astype(jnp.int32)
 
 
@@ -25,21 +25,14 @@ def _rank_in_sample(
 ) -> tuple[jax.Array, jax.Array]:
     """Rank the cells of each sample by noise.
 
-    Args:
-        noise: float32 [..., cells]; infinite on padding.
-        cell_mask: bool [..., cells].
-        segment: int32 [..., cells] or None.
-        segments: Samples a row may hold.
-
-    Returns:
-        int32 [..., cells], the rank among the cells of the same sample in the same piece (meaningless on padding),
-        and how many those are.
+    Returns int32 [..., cells], the rank among the cells of the same sample in the same piece (undefined on padding),
+    and the number of those cells. ``noise`` is infinite on padding.
     """
     rank = _rank(noise)
     present = cell_mask.sum(axis=-1, keepdims=True)
     if segment is None:
         return rank, jnp.broadcast_to(present, rank.shape)
-    # Sorted by segment and then by noise, a cell's rank is its place less where its segment begins.
+    # Sorted by segment and then by noise, a cell's rank is its position minus the start of its segment.
     key = jnp.where(cell_mask, segment, segments) * noise.shape[-1] + rank
     place = _rank(key)
     label = jnp.where(cell_mask, segment, segments)
@@ -52,7 +45,7 @@ def _rank_in_sample(
 
 
 def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
-    """Return ``floor(fraction * count)``, int32 [...], without losing one where float32 is just below it."""
+    """Return ``floor(fraction * count)``, int32 [...], robust to float32 results just below an integer."""
     return jnp.floor(count * (fraction * (1.0 + 2.5e-7))).astype(jnp.int32)
 
 
@@ -65,14 +58,14 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         config: ``drop_cells`` and ``maximum_cells``.
 
     Returns:
-        A batch whose rows hold ``floor((1 - drop_cells) n)`` of their ``n`` cells (at least one, at most
-        ``maximum_cells``) in the order they were in; in packed rows the same of every sample (none of a very small
-        one), and in rows of several pieces of every sample in each piece. Counts stay where they are; ``slot`` says
-        where each cell went.
+        A batch whose rows have ``floor((1 - drop_cells) n)`` of their ``n`` cells (at least one, up to
+        ``maximum_cells``) in their original order; in packed rows this applies per sample (none of a very small
+        one), and in rows of several pieces per sample and piece. Counts are not moved; ``slot`` is
+        the new position of each cell.
     """
     cells = batch.cell_mask.shape[1] // batch.pieces
     limit = -(-config.maximum_cells // batch.pieces) if config.maximum_cells else cells
-    # In float32 (1 - .3) * 10 is 7.0000005 or 6.9999995 depending on the path; the small term makes it 7.
+    # In float32 (1 - .3) * 10 is 7.0000005 or 6.9999995 depending on the path; the small term gives 7.
     keep_fraction = 1.0 - config.drop_cells
     width = max(1, min(limit, int(cells * keep_fraction + 1e-6)))
     if config.drop_cells == 0.0 and limit >= cells:
@@ -88,30 +81,30 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
         kept = jnp.clip(kept, jnp.minimum(1, present), width)
     keep = cell_mask & (rank < kept)
     if segment is not None:
-        # More samples may be kept than there is room for; who goes is drawn among all of them.
+        # If more samples are kept than fit, the cells to drop are drawn among all of them.
         keep &= _rank(jnp.where(keep, noise, jnp.inf)) < width
     return keep_cells(batch, batch.unfold(keep), width)[0]
 
 
 def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch, Callable]:
-    """Leave cells out of a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
+    """Remove cells from a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
 
     Args:
         batch: The cells.
         keep: bool [samples, cells]; False for padding.
-        width: Cells of a piece in the result; those past them are lost.
+        width: Cells per piece in the result; further cells are dropped.
 
     Returns:
-        The batch, whose counts stay where they are while ``slot`` says where each cell went; and a function that takes
-        what is known of each cell, [samples, cells, ...], to [samples, pieces * width, ...] (anything on padding).
+        The batch, with unmoved counts and the new position of each cell in ``slot``; and a function that maps
+        arrays [samples, cells, ...] to [samples, pieces * width, ...] (undefined on padding).
     """
     cells = batch.cell_mask.shape[1] // batch.pieces
     folded = batch.fold(keep)
-    # In the order they are in: the stored counts of kept cells stay in one run.
+    # Keep the order, so that the stored counts of kept cells stay contiguous.
     place = jnp.where(folded, jnp.cumsum(folded, axis=-1) - 1, cells)
     slot = jnp.minimum(place, width)
     if batch.slot is not None:
-        # Cells were dropped before: follow each from where it sits now.
+        # Cells were dropped before: compose with the previous positions.
         gone = jnp.full((*slot.shape[:-1], 1), width, slot.dtype)
         now = jnp.minimum(batch.slot, cells)
         moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=-1), now, axis=-1)
@@ -123,7 +116,7 @@ def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch
     def gather(values):
         if values is None:
             return None
-        # Batched over pieces, so that each device moves its own cells alone.
+        # Batched over pieces, so that each device moves only its own cells.
         picked = batch.over_pieces(lambda table, index: table[index])(batch.fold(values), source)
         return batch.unfold(picked)
 
@@ -142,12 +135,12 @@ def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch
 
 
 def follow_cells(values: jax.Array, batch: CellBatch, *, fill: float | bool = 0) -> jax.Array:
-    """Move what is known of each cell to where :func:`drop_cells` put the cell.
+    """Reorder values per cell to the positions after :func:`drop_cells`.
 
     Args:
         values: [samples, source_cells, ...], in the order of the cells before any were dropped.
-        batch: The batch that :func:`drop_cells` returned, of one piece.
-        fill: What padding gets.
+        batch: The batch from :func:`drop_cells`, with one piece.
+        fill: Value of padding.
 
     Returns:
         [samples, cells, ...] in the order of ``batch``.
@@ -185,7 +178,7 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
     if not config.beta or rate == 0.0:
         return jnp.full(shape, rate, jnp.float32)
     a = config.beta_concentration
-    # By inversion: a rejection sampler would loop until the last cell of all devices is done, one exchange a round.
+    # By inversion: a rejection sampler would loop until the last cell on all devices is done.
     table = jnp.asarray(_beta_quantiles(a, 4 / rate + 2 - a))
     place = jax.random.uniform(key, shape) * (len(table) - 1)
     below = jnp.minimum(place.astype(jnp.int32), len(table) - 2)
@@ -194,7 +187,7 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
 
 
 def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
-    """Return how many cells of a piece :func:`sample_gene_mask` masks at most."""
+    """Return the maximum number of cells per piece that :func:`sample_gene_mask` masks."""
     cells = batch.cell_mask.shape[1] // batch.pieces
     return max(1, min(cells, int(cells * config.cell_fraction * (1.0 + 2.5e-7))))
 
@@ -202,14 +195,14 @@ def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
 def sample_gene_mask(
     key: jax.Array, batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
 ) -> jax.Array:
-    """Choose which entries are hidden: first which cells, then which genes in each of them.
+    """Draw the mask of hidden entries: first the cells, then the genes of each of them.
 
     Args:
         key: PRNG key.
-        batch: The cells; a packed row is masked sample by sample, a row of several pieces piece by piece.
+        batch: The cells; packed rows are masked sample by sample, rows of several pieces piece by piece.
         genes: Size of the vocabulary.
         config: ``floor(cell_fraction n)`` of each sample's ``n`` cells are masked, each at its own rate.
-        chunk: Cells of a piece whose random bits are there at once; 0: all. The mask is the same.
+        chunk: Cells of each piece whose random bits exist at a time; 0: all. The mask is the same.
 
     Returns:
         bool [samples, cells, genes]; True is hidden. Padding is never masked.
@@ -224,9 +217,9 @@ def sample_gene_mask(
     chosen = floor_of_fraction(present, config.cell_fraction)
     masked_cells = batch.unfold((rank < chosen) & folded)
     rates = jnp.where(masked_cells, masking_rates(rate_key, cell_mask.shape, config), 0.0)
-    # One random word decides on two entries; a rate is rounded to a multiple of 2^-16. Every cell has a key of its own,
-    # so that cells can be drawn in any portions. The barrier keeps the compiler from drawing them again in every place
-    # that reads the mask.
+    # One random word decides on two entries, so rates are rounded to a multiple of 2^-16. Every cell has its own key,
+    # so that cells can be drawn in chunks of any size. The barrier prevents the compiler from redrawing the bits in
+    # every use of the mask.
     threshold = jnp.round(rates * 65536).astype(jnp.uint32)
     keys = jax.random.split(gene_key, cell_mask.shape)
 

@@ -1,7 +1,7 @@
-"""Positional encodings of cells with 2-D coordinates, and the vector shared by cells without.
+"""Positional encodings of cells with 2-D coordinates, and the shared vector of cells without coordinates.
 
-Paper section 4.2; formulas of the released code: ``CellPLM/utils/pe.py`` (where they were written but switched off,
-``CellPLM/embedder/omics.py:92``). Coordinates arrive scaled to [0, 1] per tissue sample.
+Paper section 4.2; formulas of the released code: ``CellPLM/utils/pe.py`` (implemented but disabled there,
+``CellPLM/embedder/omics.py:92``). Coordinates are scaled to [0, 1] per tissue sample.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def grid_square(coordinates: jax.Array, grid: int) -> jax.Array:
 
     Args:
         coordinates: float [..., 2] in [0, 1].
-        grid: Squares along each axis.
+        grid: Number of squares along each axis.
     """
     square = jnp.floor((coordinates * 1.02 - 0.01) * grid).astype(jnp.int32)
     return jnp.clip(square, 0, grid - 1)
@@ -30,13 +30,13 @@ def grid_square(coordinates: jax.Array, grid: int) -> jax.Array:
 def sinusoidal_encoding(coordinates: jax.Array, width: int, grid: int) -> jax.Array:
     """Return the fixed 2-D sinusoidal encoding.
 
-    The first half of the dimensions encodes the second coordinate, the second half the first one; within a half, even
-    dimensions are sines and odd ones cosines of ``square * 10000^(-2i / (width / 2))``.
+    The first half of the dimensions encodes the second coordinate, the second half the first one; within each half,
+    even dimensions are sines and odd ones cosines of ``square * 10000^(-2i / (width / 2))``.
 
     Args:
         coordinates: float [..., 2] in [0, 1].
         width: Dimensions of the encoding, a multiple of 4.
-        grid: Squares along each axis that the coordinates are rounded to.
+        grid: Number of squares along each axis to which coordinates are rounded.
 
     Returns:
         float32 [..., width].
@@ -73,9 +73,9 @@ class Positions(nn.Module):
         Args:
             cell_mask: bool [samples, cells].
             coordinates: float32 [samples, cells, 2] in [0, 1], or None: no cell has any.
-            has_coordinates: bool [samples, cells], or None: all have where ``coordinates`` is given.
+            has_coordinates: bool [samples, cells], or None: all cells have them if ``coordinates`` is given.
             eigenvectors: float32 [samples, cells, eigenvectors], used by kind ``"laplacian"`` instead of coordinates.
-            train: Flip the (arbitrary) signs of the eigenvectors at random, one draw a sample.
+            train: Whether to flip the (arbitrary) signs of the eigenvectors at random, once per sample.
         """
         config, hidden = self.config.positions, self.config.hidden
         missing = self.param("missing", nn.initializers.normal(1e-2), (hidden,))

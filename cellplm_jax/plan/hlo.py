@@ -1,8 +1,8 @@
-"""Reading a compiled program: what one device computes, moves and sends in one run of it.
+"""Cost of a compiled program per device: computation, memory traffic and communication, read from its HLO text.
 
-The compiler's own cost analysis counts the body of a loop once, and a scatter as if it touched its whole operand. The
-text of the compiled program has all that is needed to do better: every instruction with its shapes and the memory
-each lies in, which computation a loop repeats and how often. This module reads that text and knows no JAX.
+The compiler's own cost analysis counts the body of a loop once, and a scatter as if it touched its complete operand.
+The HLO text is more precise: it has every instruction with its shapes and memory spaces, the computation of each loop,
+and its trip count. This module parses the text and does not use JAX.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# Instructions that move nothing: they name values, or stand for computations that are counted where they are defined.
+# Instructions without memory traffic: they name values, or refer to computations that are counted elsewhere.
 FREE = frozenset(
     (
         *(
@@ -52,7 +52,7 @@ FREE = frozenset(
         *("send", "send-done", "recv", "recv-done"),
     )
 )
-# A gather or scatter of at least so many values at a time moves rows, as a copy does; below, single elements.
+# A gather or scatter of at least this many values at a time moves rows, like a copy; below, single elements.
 ROW = 64
 
 _SHAPE = re.compile(r"(\w+)\[([\d,<= ]*)\](\{[^{}]*\})?")
@@ -67,7 +67,7 @@ class Shape:
     Attributes:
         kind: Element type, such as ``bf16``.
         extents: Its dimensions.
-        space: Memory it lies in: 0 is the device's main memory, others are on the chip or on the host.
+        space: Memory space: 0 is the device's main memory, others are on the chip or on the host.
     """
 
     kind: str
@@ -90,7 +90,7 @@ class Shape:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Read the arrays of a shape: one, or those of a tuple in order."""
+    """Parse the arrays of a shape: one, or those of a tuple in order."""
     shapes = []
     for kind, extents, layout in _SHAPE.findall(text):
         space = _SPACE.search(layout or "")
@@ -105,11 +105,11 @@ class Instruction:
 
     Attributes:
         name: Name of its value.
-        opcode: What it does.
-        shapes: The arrays it makes.
+        opcode: Operation.
+        shapes: Output arrays.
         operands: Names of its inputs.
         attributes: The rest of the line.
-        literal: What stands between its parentheses (the value of a constant, the number of a parameter).
+        literal: Text between its parentheses (the value of a constant, the number of a parameter).
         root: Whether it is the result of its computation.
     """
 
@@ -122,7 +122,7 @@ class Instruction:
     root: bool
 
     def called(self, attribute: str) -> str | None:
-        """Return the name of the computation an attribute refers to."""
+        """Return the name of the computation in an attribute."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return match.group(1) if match else None
 
@@ -138,8 +138,8 @@ class Program:
 
     Attributes:
         computations: Instructions of each computation, by its name.
-        entry: Name of the one that runs.
-        devices: Devices it runs on.
+        entry: Name of the entry computation.
+        devices: Number of devices.
     """
 
     computations: dict[str, dict[str, Instruction]] = field(default_factory=dict)
@@ -182,10 +182,10 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Program:
-    """Read the text of a compiled program (``compiled.as_text()``).
+    """Parse the text of a compiled program (``compiled.as_text()``).
 
     Raises:
-        InputError: There is no entry computation in it.
+        InputError: It has no entry computation.
     """
     program = Program()
     current: dict[str, Instruction] | None = None
@@ -207,7 +207,7 @@ def parse(text: str) -> Program:
     if not program.entry:
         msg = explain(
             "the text of a compiled program has no entry computation",
-            "what compiled.as_text() returns",
+            "the output of compiled.as_text()",
             "Report this: the compiler may have changed its format",
         )
         raise InputError(msg)
@@ -216,14 +216,14 @@ def parse(text: str) -> Program:
 
 @dataclass(frozen=True)
 class Collective:
-    """Communication of one kind among groups of one size, over a whole run of the program, as one device sees it.
+    """Communication of one kind among groups of one size, in one run of the program, per device.
 
     Attributes:
         kind: One of :data:`COLLECTIVES`.
-        group: Devices that take part together.
-        count: How many of them run.
-        payload: Bytes of the arrays they make.
-        sent: Bytes a device sends in the best case, a ring: ``2 (n - 1) / n`` of the payload of an all-reduce,
+        group: Number of devices per group.
+        count: Number of collectives.
+        payload: Bytes of their outputs.
+        sent: Bytes sent per device in the best case, a ring: ``2 (n - 1) / n`` of the payload of an all-reduce,
             ``(n - 1) / n`` of that of an all-gather or all-to-all, ``n - 1`` times that of a reduce-scatter, all of a
             permutation's.
     """
@@ -237,21 +237,21 @@ class Collective:
 
 @dataclass
 class Cost:
-    """What one device does in one run of a program, loops counted as often as they run.
+    """Cost per device of one run of a program, with loops counted by their trip counts.
 
     Attributes:
         flops: Operations of matrix products and convolutions (a multiplication and an addition each).
-        passes_flops: The same, a product counted as often as the units pass over it to reach the precision asked for
-            (3 times for "high", 6 times for "highest").
+        passes_flops: The same, multiplied by the number of passes of the matrix units for the requested precision
+            (3 for "high", 6 for "highest").
         memory_bytes: Bytes that instructions read from and write to main memory.
-        elements: Single elements gathered or scattered by the core that does everything else.
-        sparse_elements: Single elements gathered or scattered by SparseCores, which some generations have beside it.
-        sorted_elements: Elements of arrays that are sorted.
+        elements: Single elements gathered or scattered by the main core.
+        sparse_elements: Single elements gathered or scattered by SparseCores, which some generations also have.
+        sorted_elements: Elements of sorted arrays.
         cycles: The compiler's estimate of its schedule; without scatters, gathers, sorts and communication, for which
-            it gives none, and without what runs on SparseCores.
+            it gives none, and without work on SparseCores.
         collectives: Communication.
-        unknown_loops: Loops whose number of rounds depends on the data; they are counted as running once.
-        unknown_loop_collectives: Collectives inside of such loops.
+        unknown_loops: Loops with a data-dependent trip count; they are counted once.
+        unknown_loop_collectives: Collectives inside such loops.
     """
 
     flops: float = 0.0
@@ -267,17 +267,17 @@ class Cost:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """Return how many devices take part in a collective together.
+    """Return the number of devices per group of a collective.
 
     Args:
         attributes: The instruction's attributes; ``replica_groups`` may be a list, an iota (``[32,8]<=[256]``), or axes
             of a mesh (``mesh['a'=32,'b'=8] {'b'}``).
-        devices: Devices of the program, the group where none is named.
+        devices: Devices of the program, the default group.
     """
     match = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
     if match:
         axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
-        # An axis may be used in part, as in 'a':(2)4, a stride and a size.
+        # Part of an axis may be used, as in 'a':(2)4, a stride and a size.
         total = 1
         for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2)):
             total *= int(part) if part else axes[name]
@@ -306,9 +306,9 @@ def _sent(kind: str, group: int, payload: float) -> float:
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:
-    """Return how often a loop runs its body; None where that depends on the data.
+    """Return the trip count of a loop; None if it depends on the data.
 
-    Counting loops compare a counter, which starts at 0 and rises by 1, with a constant.
+    Counting loops compare a counter, which starts at 0 and increases by 1, with a constant.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -367,8 +367,8 @@ def _window(instruction: Instruction, spatial: int) -> dict[str, list[int]]:
 def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> float:
     """Return the operations of a ``dot`` or ``convolution``.
 
-    A convolution counts the pairs of an output and an input place that the window really joins, as the compiler does:
-    batched products are compiled to convolutions over a diluted batch axis, most of whose places hold no input.
+    A convolution counts the pairs of output and input positions inside the window, as the compiler does:
+    batched products are compiled to convolutions over a diluted batch axis, most of whose positions have no input.
 
     Args:
         instruction: The product.
@@ -400,7 +400,7 @@ def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> fl
         found = re.search(rf"\b{name}=(\d+)", instruction.attributes)
         return int(found.group(1)) if found else 1
 
-    # The kernel already has the input features of one group alone.
+    # The kernel only has the input features of one group.
     features_in = right.extents[kernel.index("i")]
     features_out = out.extents[outputs.index("f")]
     batch = out.extents[outputs.index("b")] / attribute("batch_group_count")
@@ -408,19 +408,19 @@ def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> fl
 
 
 def _passes(instruction: Instruction) -> int:
-    """Return how often the matrix units pass over a product to reach its precision."""
+    """Return the number of passes of the matrix units over a product for its precision."""
     match = re.search(r"operand_precision=\{(\w+)", instruction.attributes)
     return {"high": 3, "highest": 6}.get(match.group(1) if match else "", 1)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where and how often a computation runs.
+    """Context in which a computation runs.
 
     Attributes:
-        times: How often.
-        fused: Inside of a fusion, where nothing touches memory.
-        unknown: In a loop whose number of rounds depends on the data.
+        times: Number of executions.
+        fused: Inside a fusion, without memory traffic.
+        unknown: In a loop with a data-dependent trip count.
         sparse: On a SparseCore.
     """
 
@@ -431,7 +431,7 @@ class _Place:
 
 
 class _Reader:
-    """Adds up the cost of a program."""
+    """Accumulates the cost of a program."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -443,7 +443,7 @@ class _Reader:
         return entry.shapes if entry is not None else ()
 
     def visit(self, name: str, place: _Place) -> None:
-        """Add a computation that runs at a place."""
+        """Add a computation that runs in the given context."""
         computation = self.program.computations.get(name, {})
         for entry in computation.values():
             self.arithmetic(computation, entry, place)
@@ -456,7 +456,7 @@ class _Reader:
                 self.visit(called, inner)
 
     def within(self, entry: Instruction, place: _Place) -> Iterator[tuple[str, _Place]]:
-        """Yield the computations an instruction runs, and where."""
+        """Yield the computations that an instruction runs, with their contexts."""
         if entry.opcode == "while":
             rounds = trip_count(self.program, entry)
             self.cost.unknown_loops += rounds is None
@@ -510,7 +510,7 @@ class _Reader:
     def accesses(
         self, computation: dict[str, Instruction], entry: Instruction
     ) -> tuple[float, float]:
-        """Return how many places a gather or scatter goes to, and how many elements it moves at each."""
+        """Return the number of positions that a gather or scatter accesses, and the number of elements at each."""
         if entry.opcode == "gather":
             match = re.search(r"slice_sizes=\{([\d,]*)\}", entry.attributes)
             width = math.prod(int(n) for n in match.group(1).split(",") if n) if match else 1
@@ -531,7 +531,7 @@ class _Reader:
         group = group_size(entry.attributes, self.program.devices)
         shapes = entry.shapes
         if entry.opcode.endswith("-start") and kind != "all-reduce" and len(shapes) >= 2:
-            # (operands, results, ...): the results alone.
+            # (operands, results, ...): use the results.
             shapes = shapes[len(entry.operands) : 2 * len(entry.operands)]
         payload = sum(shape.size for shape in shapes)
         total = self.collectives.setdefault((kind, group), [0, 0, 0.0])
@@ -541,7 +541,7 @@ class _Reader:
         self.cost.unknown_loop_collectives += place.unknown
 
     def traffic(self, computation: dict[str, Instruction], entry: Instruction) -> float:
-        """Return the bytes that an instruction outside of fusions reads from and writes to main memory."""
+        """Return the bytes that an instruction outside fusions reads from and writes to main memory."""
         if entry.opcode in FREE or "called_computations=" in entry.attributes:
             return 0.0
         made = [shape for shape in entry.shapes]
@@ -565,7 +565,7 @@ class _Reader:
         return _main(made) + sum(map(_main, read))
 
     def fusion_traffic(self, entry: Instruction, read: list[tuple[Shape, ...]]) -> float:
-        """Return what a fusion moves: of an operand that it only slices or gathers from, what it takes."""
+        """Return the traffic of a fusion; of an operand that it only slices or gathers from, the accessed part."""
         body = self.program.computations.get(entry.called("calls") or "", {})
         total = 0.0
         for inner in body.values():
@@ -592,14 +592,14 @@ class _Reader:
             place = {"dynamic-update-slice": 1, "scatter": -1}.get(result.opcode)
             update = body.get(result.operands[place]) if place is not None else None
             if update is not None and update.shapes:
-                # In place: what is written, and read before it is added to.
+                # In place: the written part, which is also read if it is added to.
                 total += 2 * update.shapes[0].size
             else:
                 total += shape.size
         return total
 
     def taken(self, body: dict[str, Instruction], name: str) -> float | None:
-        """Return the bytes that the instructions of a fusion take of a value; None: all of it."""
+        """Return the bytes of a value that the instructions of a fusion access; None: all of it."""
         total = 0.0
         for user in body.values():
             if name not in user.operands:
@@ -622,7 +622,7 @@ class _Reader:
         return total
 
     def taken_inside(self, fusion: Instruction, name: str) -> float | None:
-        """Return the bytes that a fusion within a fusion takes of one of its operands; None: all of it."""
+        """Return the bytes that a nested fusion accesses of one of its operands; None: all of it."""
         body = self.program.computations.get(fusion.called("calls") or "", {})
         total = 0.0
         for inner in body.values():
@@ -637,12 +637,12 @@ class _Reader:
 
 
 def _main(shapes: Iterable[Shape]) -> float:
-    """Return the bytes of those arrays that lie in main memory."""
+    """Return the bytes of those arrays in main memory."""
     return float(sum(shape.size for shape in shapes if shape.space == 0))
 
 
 def cost(text: str) -> Cost:
-    """Add up what one device does in one run of a compiled program.
+    """Compute the cost per device of one run of a compiled program.
 
     Args:
         text: ``compiled.as_text()``.

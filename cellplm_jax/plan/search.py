@@ -1,4 +1,4 @@
-"""Which mesh to run on: tries some, compiles the real step for each, and reports what was found."""
+"""Mesh search for ``cellplm plan``: compile the training step for several meshes and report the costs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compi
 from cellplm_jax.plan.roofline import RESOURCES
 from cellplm_jax.presets import PRESETS, preset
 
-# What is assumed of the data where nobody says: the vocabulary and the sample tables of the published checkpoint, and
-# stored counts a cell as in the atlases it was trained on.
+# Defaults for the data: the vocabulary and the sample tables of the published checkpoint, and stored counts per cell
+# as in its training atlases.
 GENES = 19_374
 BATCHES = 12_596
 DATASETS = 484
@@ -26,7 +26,7 @@ PLATFORMS = 8
 NONZEROS_PER_CELL = 1_500
 
 AXES = ("data", "cells", "genes")
-# Fewest cells of a row that one device is given, and most devices along the vocabulary.
+# Minimum number of cells of a row per device, and maximum number of devices along the vocabulary.
 FEWEST_CELLS = 64
 MOST_GENE_DEVICES = 16
 
@@ -35,11 +35,11 @@ def load_config(source: str) -> TrainConfig:
     """Read a training configuration.
 
     Args:
-        source: ``FILE.py:variant`` with a ``get_config(variant)`` as the launch programs take it, a ``.json`` file with
-            a configuration in it (that of a work directory, say), or the name of a preset.
+        source: ``FILE.py:variant`` with a ``get_config(variant)`` as for the launch programs, a ``.json`` file with
+            a configuration (such as that of a work directory), or the name of a preset.
 
     Raises:
-        ConfigError: There is no such file or variant, or it holds no valid configuration.
+        ConfigError: The file or variant does not exist, or is not a valid configuration.
     """
     name, _, variant = source.partition(":")
     path = Path(name)
@@ -58,7 +58,7 @@ def load_config(source: str) -> TrainConfig:
         except json.JSONDecodeError as error:
             msg = explain(f"'{name}' is not JSON ({error})", "a configuration", "Check the file")
             raise ConfigError(msg) from error
-        # A work directory keeps more than the configuration in its file.
+        # The file of a work directory contains more than the configuration.
         for key in ("train", "config"):
             if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
                 values = values[key]
@@ -81,7 +81,7 @@ def load_config(source: str) -> TrainConfig:
         msg = explain(
             f"'{name}' has no get_config",
             "a function get_config(variant) that returns a ConfigDict",
-            "Give a file such as configs/pretrain.py",
+            "Use a file such as configs/pretrain.py",
         )
         raise ConfigError(msg)
     values = get_config(variant) if variant else get_config()
@@ -93,11 +93,11 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
 
     Args:
         config: The configuration.
-        settings: ``name=value``, such as ``data.rows=512`` or ``precision=bfloat16``; values are JSON where they can be
-            read so, and text otherwise.
+        settings: ``name=value``, such as ``data.rows=512`` or ``precision=bfloat16``; values are parsed as JSON if
+            possible, otherwise they are text.
 
     Raises:
-        ConfigError: A name is unknown or a value impossible.
+        ConfigError: A name is unknown or a value is invalid.
     """
     values = to_dict(config)
     for setting in settings:
@@ -134,10 +134,10 @@ def complete(
     datasets: int | None = None,
     platforms: int | None = None,
 ) -> TrainConfig:
-    """Fill in what a run takes from its data: the vocabulary and the rows of the covariates' tables.
+    """Complete a configuration with sizes that a run takes from its data: vocabulary and covariate rows.
 
     Args:
-        config: The configuration; values it already has are kept where none is given here.
+        config: The configuration; its values are kept if no other is given here.
         genes, batches, datasets, platforms: Sizes; None: the configuration's, or else those of the published model.
     """
     decoder = config.model.decoder
@@ -154,7 +154,7 @@ def complete(
 
 
 def parse_mesh(text: str, devices: int) -> MeshConfig:
-    """Read a mesh such as ``data=64,cells=4``; an axis that is not named has one device, ``data`` all that are left.
+    """Parse a mesh such as ``data=64,cells=4``; other axes have one device, ``data`` by default all remaining ones.
 
     Raises:
         InputError: An axis is unknown, or the axes do not multiply to the number of devices.
@@ -172,7 +172,7 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
         if not number.isdigit() or int(number) < 1 or name in sizes:
             msg = explain(
                 f"--mesh was given '{part}'",
-                "each axis once, with a positive whole number",
+                "each axis once, with a positive integer",
                 "Write for example data=64,cells=4",
             )
             raise InputError(msg)
@@ -190,15 +190,15 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
 
 
 def with_mesh(config: TrainConfig, mesh: MeshConfig, rows: int | None) -> TrainConfig:
-    """Return the configuration on a mesh, with as many rows as the mesh can split.
+    """Return the configuration on a mesh, with a divisible number of rows.
 
     Args:
         config: The configuration.
         mesh: The mesh.
-        rows: Rows of a batch; None: the configuration's, raised to the next multiple of ``mesh.data``.
+        rows: Rows per batch; None: the configuration's, raised to the next multiple of ``mesh.data``.
 
     Raises:
-        ConfigError: The rows given, or the cells of a row, cannot be split over the mesh.
+        ConfigError: The mesh does not divide the given rows, or the cells per row.
     """
     wanted = rows or -(-config.data.rows // mesh.data) * mesh.data
     data = dataclasses.replace(config.data, rows=wanted)
@@ -207,12 +207,12 @@ def with_mesh(config: TrainConfig, mesh: MeshConfig, rows: int | None) -> TrainC
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh worth trying, with rough figures to order it by; what is reported comes from the compiler.
+    """A candidate mesh, with rough estimates for sorting; reported numbers come from the compiler.
 
     Attributes:
         config: The configuration on the mesh.
-        memory: Bytes a device needs, roughly.
-        cells_per_second: Cells a second, roughly.
+        memory: Approximate bytes per device.
+        cells_per_second: Approximate cells per second.
     """
 
     config: TrainConfig
@@ -221,7 +221,7 @@ class Candidate:
 
 
 def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> Candidate:
-    """Estimate a mesh roughly, from the sizes of the large arrays alone."""
+    """Estimate the cost of a mesh roughly, from the sizes of the large arrays."""
     model, mesh, data = config.model, config.mesh, config.data
     rows = data.rows / mesh.data
     cells = data.cells * (1 - config.masking.drop_cells) / mesh.cells
@@ -241,7 +241,7 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
     flops *= 4 / 3 if config.rematerialize else 1
     sent = 8 * (by_gene + others) + 16 * rows * cells * hidden * (mesh.genes > 1)
     chip = topology.chip
-    # Elementwise work on dense arrays and accesses to single elements outweigh the products.
+    # Elementwise operations on dense arrays and single-element accesses outweigh the products.
     seconds = config.accumulate * (flops / chip.flops + 30 * dense * 4 / chip.memory_bandwidth)
     seconds += config.accumulate * 12 * rows * cells * nonzeros_per_cell / mesh.genes / chip.clock
     seconds += sent / chip.link_bandwidth
@@ -252,18 +252,18 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
 def candidates(
     config: TrainConfig, topology: Topology, nonzeros_per_cell: int, *, rows: int | None = None
 ) -> list[Candidate]:
-    """Return the meshes worth trying, the most promising first.
+    """Return candidate meshes, the most promising first.
 
     Args:
         config: The configuration; its own mesh is one of them.
         topology: The slice.
-        nonzeros_per_cell: Stored counts of a cell.
-        rows: Rows of a batch; None: at least the configuration's, see :func:`with_mesh`.
+        nonzeros_per_cell: Stored counts per cell.
+        rows: Rows per batch; None: at least the configuration's, see :func:`with_mesh`.
 
     Returns:
-        Every way to write the number of devices as data x cells x genes that splits rows, cells and vocabulary evenly
-        and leaves each device a fair number of cells: those that seem to fit by falling speed, then the others by
-        rising memory.
+        All factorisations of the number of devices as data x cells x genes that divide rows, cells and vocabulary
+        and leave each device enough cells: those that seem to fit by decreasing speed, then the others by
+        increasing memory.
     """
     found = []
     devices = topology.devices
@@ -296,28 +296,29 @@ def plan(
     say: Callable[[str], None] | None = None,
     compile_with: Callable[..., dict[str, Any]] = compile_apart,
 ) -> dict[str, Any]:
-    """Compile a run's training step for a slice, on the mesh given or on some, and say what it takes.
+    """Compile a run's training step for a slice, on a given mesh or on several, and return the costs.
 
     Args:
         config: The run, with all sizes filled in (:func:`complete`).
         topology: Name of the slice.
-        mesh: Such as ``data=64,cells=4``; None: the most promising ones are tried.
-        rows: Rows of a batch; None: the configuration's, raised to a multiple of the devices along ``data``.
-        nonzeros_per_cell: Stored counts of a cell; their number decides the size of what is sent to the devices.
-        tries: Meshes compiled at most; where none of them fits, one more: that which should need the least memory.
-        timeout: Seconds one compilation may take; None: any.
-        say: Told of each mesh before and after it is compiled.
-        compile_with: Compiles one step; tests put something quicker in its place.
+        mesh: Such as ``data=64,cells=4``; None: the most promising ones are compiled.
+        rows: Rows per batch; None: the configuration's, raised to a multiple of the devices along ``data``.
+        nonzeros_per_cell: Stored counts per cell; they determine the size of the input of the devices.
+        tries: Maximum number of meshes to compile; if none fits, one more: the one with the lowest estimated memory.
+        timeout: Timeout of each compilation in seconds; None: no timeout.
+        say: Called with a message before and after each compilation.
+        compile_with: Function that compiles one step; tests replace it.
 
     Returns:
-        Plain values, ready for JSON: ``topology``, ``accelerator``, ``devices``, ``chip``, ``tried`` (a dictionary for
-        each mesh: ``mesh``, ``rows``, ``fits``, ``memory`` and ``shortage`` in bytes a device, ``device`` (its work in
-        a step), ``compiler`` (its own figures), ``seconds``, ``binds``, ``cells_per_second`` and so on), ``best``
+        Plain values, ready for JSON: ``topology``, ``accelerator``, ``devices``, ``chip``, ``tried`` (one dictionary
+        per
+        mesh: ``mesh``, ``rows``, ``fits``, ``memory`` and ``shortage`` in bytes per device, ``device`` (its work per
+        step), ``compiler`` (its own figures), ``seconds``, ``binds``, ``cells_per_second`` and so on), ``best``
         (position in ``tried`` of the fastest that fits, or None) and ``reason`` (why there is none).
 
     Raises:
-        InputError: The topology or the mesh is impossible, or the compiler failed.
-        ConfigError: Rows, cells or vocabulary cannot be split over the mesh.
+        InputError: The topology or the mesh is invalid, or the compiler failed.
+        ConfigError: The mesh does not divide rows, cells or vocabulary.
     """
     place = parse_topology(topology)
     require_compiler(place)
@@ -395,7 +396,7 @@ def plan(
 
 
 def mesh_text(mesh: MeshConfig | Mapping[str, int]) -> str:
-    """Return a mesh as ``--mesh`` takes it."""
+    """Return a mesh in the format of ``--mesh``."""
     sizes = mesh if isinstance(mesh, Mapping) else {axis: getattr(mesh, axis) for axis in AXES}
     return ",".join(f"{axis}={sizes[axis]}" for axis in AXES if axis == "data" or sizes[axis] > 1)
 

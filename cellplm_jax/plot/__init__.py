@@ -1,11 +1,10 @@
-"""Figures for the report and for notebooks: curves of training, maps of cells, charts of scores.
+"""Figures for reports and notebooks: training curves, maps of cells, charts of scores.
 
-scanpy's conventions: every function takes ``ax=None, show=False`` and returns the Axes it drew on, so that a caller can
-change anything afterwards; the figure is ``axes.figure``. matplotlib comes with the extra ``eval`` and is imported on
-first use; no display is needed.
+The API follows scanpy: functions take ``ax=None, show=False`` and return the Axes for further changes; the figure is
+``axes.figure``. matplotlib is installed by the extra ``eval`` and imported on first use; no display is needed.
 
-Colours can be told apart with the common forms of colour blindness; lines and bars also differ in dashes and hatches,
-so that a figure survives a grey printer. Nothing here computes a score.
+Colours are distinguishable with the common forms of colour blindness; lines and bars also differ in dashes and hatches,
+so that figures can be printed in grey. This module computes no scores.
 """
 
 from cellplm_jax.plot.charts import (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _frame(table: Any, name: str) -> pd.DataFrame:
-    """Return a table of floats, a row a method and a column a metric."""
+    """Return a table of floats, with one row per method and one column per metric."""
     if isinstance(table, Mapping):
         table = pd.DataFrame.from_dict(
             {row: dict(values) for row, values in table.items()}, orient="index"
@@ -32,13 +32,15 @@ def _frame(table: Any, name: str) -> pd.DataFrame:
         frame = pd.DataFrame(table).astype(float)
     except (TypeError, ValueError) as error:
         msg = explain(
-            f"{name} holds something that is not a number ({error})",
-            "numbers, a row a method and a column a metric",
-            "Leave columns of text out",
+            f"{name} contains non-numeric values ({error})",
+            "numbers, one row per method and one column per metric",
+            "Remove text columns",
         )
         raise InputError(msg) from error
     if frame.empty:
-        msg = explain(f"{name} is empty", "at least one method and one metric", "Fill it")
+        msg = explain(
+            f"{name} is empty", "at least one method and one metric", "Add rows and columns"
+        )
         raise InputError(msg)
     return frame
 
@@ -53,23 +55,23 @@ def comparison_bars(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Compare methods on several scores: a group of bars a score, a bar a method, its value written on it.
+    """Compare methods on several scores: one group of bars per score, one bar per method, annotated with its value.
 
     Args:
-        table: A row a method and a column a score, or ``{method: {score: value}}``. A missing value is drawn as "n/a",
-            so that it is not mistaken for 0.
-        errors: Half lengths of error bars in the same form; only entries that occur are drawn.
-        title: Above the plot.
-        value_label: On the axis of the values.
-        digits: Decimals of the written values.
-        ax: Where to draw. None: a new figure, wide enough for the bars.
+        table: One row per method and one column per score, or ``{method: {score: value}}``. A missing value is drawn as
+            "n/a", to distinguish it from 0.
+        errors: Half lengths of error bars in the same form; only existing entries are drawn.
+        title: Title of the plot.
+        value_label: Label of the value axis.
+        digits: Decimals of the annotations.
+        ax: Axes to draw on. None: a new figure, wide enough for the bars.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The table is empty or holds something else than numbers.
+        InputError: The table is empty or contains non-numeric values.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     frame = _frame(table, "The table")
@@ -144,14 +146,14 @@ def table_bars(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw one number a row as horizontal bars, the first row on top, its value written beside it.
+    """Draw one horizontal bar per row, the first row on top, annotated with its value.
 
     Args:
         values: ``{name: number}``.
-        value_label: On the axis of the values.
-        title: Above the plot.
-        color: Of the bars.
-        ax: Where to draw. None: a new figure, high enough for the rows.
+        value_label: Label of the value axis.
+        title: Title of the plot.
+        color: Colour of the bars.
+        ax: Axes to draw on. None: a new figure, high enough for the rows.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
@@ -194,21 +196,21 @@ def confusion_matrix(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw which labels are taken for which: a row a true label, a column a predicted one.
+    """Draw a confusion matrix: one row per true label, one column per predicted label.
 
-    Colours are shares of the row, so that rare labels can be read; the share in percent is written where there is room.
+    Colours are fractions of the row, so that rare labels are readable; annotated in percent if there is space.
 
     Args:
         counts: From :func:`cellplm_jax.evaluate.annotation.confusion_table`: cells of each pair of labels.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure, large enough for the labels.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure, large enough for the labels.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The table is empty or holds something else than numbers.
+        InputError: The table is empty or contains non-numeric values.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     frame = _frame(counts, "The table of confusions")
@@ -250,31 +252,31 @@ def calibration(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw a reliability diagram: how often predictions of a confidence are right (Guo et al., ICML 2017).
+    """Draw a reliability diagram: accuracy by confidence (Guo et al., ICML 2017).
 
-    On the diagonal, a confidence of .8 is right in 80 % of the cells; below it predictions are too sure. The area of a
-    point grows with the cells in its bin, whose number stands beside it.
+    On the diagonal, a confidence of .8 is correct in 80 % of the cells; below it predictions are overconfident. The
+    area of each point grows with the number of cells in its bin, which is annotated.
 
     Args:
-        right: bool [cells].
+        right: bool [cells], whether the prediction is correct.
         confidence: float [cells], between 0 and 1.
-        bins: Of equal width between 0 and 1; empty ones are not drawn.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure.
+        bins: Number of bins of equal width between 0 and 1; empty ones are not drawn.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The two have not the same length, or a confidence is not between 0 and 1.
+        InputError: The lengths differ, or a confidence is not between 0 and 1.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     right, confidence = np.asarray(right, bool), np.asarray(confidence, np.float64)
     if right.shape != confidence.shape or right.ndim != 1 or not len(right):
         msg = explain(
             f"{right.shape} predictions and {confidence.shape} confidences",
-            "one of each a cell",
+            "one of each per cell",
             "Apply the same selection of cells to both",
         )
         raise InputError(msg)
@@ -317,16 +319,16 @@ def histogram(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw how a number is distributed, with its median marked.
+    """Draw a histogram with the median marked.
 
     Args:
-        values: float [n]; values that are not finite are left out.
-        value_label: What they are.
-        counted: What there is one value of.
-        limits: Of the axis; None: of the values.
-        bins: How many.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure.
+        values: float [n]; non-finite values are omitted.
+        value_label: Label of the value axis.
+        counted: Name of the counted items.
+        limits: Limits of the axis; None: of the values.
+        bins: Number of bins.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
@@ -368,23 +370,23 @@ def agreement(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw predicted against measured numbers, a point each; on the dashed line they are equal.
+    """Draw predicted against measured values, with the identity as a dashed line.
 
     Args:
         measured: float [n].
         predicted: float [n].
-        value_label: What both are.
-        names: Of the two axes.
-        logarithmic: Both axes are logarithmic; pairs that are not above 0 are left out.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure.
+        value_label: Name of both quantities.
+        names: Names of the two axes.
+        logarithmic: Whether both axes are logarithmic; pairs that are not above 0 are omitted.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The two have not the same length, or there is nothing to draw.
+        InputError: The lengths differ, or there is nothing to draw.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     x, y = np.asarray(measured, np.float64).ravel(), np.asarray(predicted, np.float64).ravel()
@@ -426,20 +428,20 @@ def change_map(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw changes of genes under perturbations as a map: red is up, blue is down, white is none.
+    """Draw a heat map of expression changes under perturbations: red is up, blue is down, white is unchanged.
 
     Args:
-        change: float [perturbations, genes]; choose the genes that are worth the room.
-        title: Above the plot.
-        value_label: Of the colours.
-        ax: Where to draw. None: a new figure, large enough for the names.
+        change: float [perturbations, genes]; select the genes to draw.
+        title: Title of the plot.
+        value_label: Label of the colour bar.
+        ax: Axes to draw on. None: a new figure, large enough for the names.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The table is empty or holds something else than numbers.
+        InputError: The table is empty or contains non-numeric values.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     frame = _frame(change, "The table of changes")
@@ -476,21 +478,21 @@ def ablation_dots(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw what leaving a part out costs: a row a variant, a dot a seed, a bar at their mean, the reference as a line.
+    """Draw ablation scores: one row per variant, one dot per seed, a bar at the mean, the reference as a line.
 
     Args:
-        scores: ``{variant: scores of its seeds}``, the reference among them.
-        reference: The variant that nothing was left out of.
-        value_label: Name of the score; higher is taken to be better nowhere.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure, high enough for the rows.
+        scores: ``{variant: scores of its seeds}``, including the reference.
+        reference: Name of the complete model.
+        value_label: Name of the score; the plot does not assume that higher is better.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure, high enough for the rows.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The reference is not there, or a variant has no finite score.
+        InputError: The reference is missing, or a variant has no finite score.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     seeds = {str(name): np.asarray(values, np.float64).ravel() for name, values in scores.items()}
@@ -503,7 +505,9 @@ def ablation_dots(
         raise InputError(msg)
     for name, values in seeds.items():
         if not values.size or not np.isfinite(values).all():
-            msg = explain(f"variant '{name}' has no finite score", "one a seed", "Leave it out")
+            msg = explain(
+                f"variant '{name}' has no finite score", "one per seed", "Remove the variant"
+            )
             raise InputError(msg)
     with picture(ax, (5.6, 0.3 * len(seeds) + 0.9), title=title, show=show) as axes:
         whole = seeds[reference].mean()
@@ -543,14 +547,14 @@ def benchmark_lines(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw how a cost grows with a size, a line a method, both axes logarithmic.
+    """Draw cost against size with logarithmic axes, one line per method.
 
     Args:
         curves: ``{method: {size: value}}``; all numbers above 0.
         size_label: Such as ``"cells"``.
         value_label: Such as ``"seconds"``.
-        title: Above the plot.
-        ax: Where to draw. None: a new figure.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
@@ -564,8 +568,8 @@ def benchmark_lines(
     if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
         msg = explain(
             "sizes and values that are not all above 0" if numbers else "no sizes and values",
-            "numbers above 0, which have a logarithm",
-            "Leave out the others",
+            "numbers above 0 for logarithmic axes",
+            "Remove the others",
         )
         raise InputError(msg)
     with picture(ax, (4.8, 3.4), title=title, show=show, beside=True) as axes:

@@ -1,4 +1,4 @@
-"""Curves of runs and fits over their steps and epochs."""
+"""Training curves over steps and epochs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SPLIT_NAMES = {"train": "training", "heldout": "held out"}
 
 
 def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a metrics file; a last line that is still being written is left out."""
+    """Read a metrics file; an incomplete last line is ignored."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except OSError as error:
         msg = explain(
             f"The metrics file {os.fspath(path)!r} cannot be read ({error.strerror})",
-            "a file with one JSON object a line",
+            "a file with one JSON object per line",
             "Pass the metrics file of a training run, or a list of dictionaries",
         )
         raise InputError(msg) from error
@@ -53,7 +53,7 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 break
             msg = explain(
                 f"Line {number} of {os.fspath(path)!r} is not JSON ({error.msg})",
-                "one JSON object a line",
+                "one JSON object per line",
                 "Remove that line",
             )
             raise InputError(msg) from error
@@ -64,7 +64,7 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _metrics_rows(
     metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str],
 ) -> list[Mapping[str, Any]]:
-    """Return the lines of a run's metrics, after checking that each has a step."""
+    """Return the lines of a run's metrics; a line without a step raises an error."""
     rows: list[Mapping[str, Any]]
     rows = (
         list(_read_json_lines(metrics)) if isinstance(metrics, str | os.PathLike) else list(metrics)
@@ -74,7 +74,7 @@ def _metrics_rows(
             msg = explain(
                 f"Metrics line {number} has no number under 'step'",
                 "an object such as {'step': 10, 'split': 'train', 'loss': 3.2}",
-                "Write the step into every line",
+                "Add the step to every line",
             )
             raise InputError(msg)
     return rows
@@ -83,13 +83,13 @@ def _metrics_rows(
 def _series(
     rows: Sequence[Mapping[str, Any]], split: str, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and finite values of one metric; of a step written twice (after a resume) the later one."""
-    found: dict[float, float] = {}
+    """Return steps and finite values of one metric; repeated steps (after a resume) keep the later value."""
+    by_step: dict[float, float] = {}
     for row in rows:
         if row.get("split", "train") == split and row.get(key) is not None:
-            found[float(row["step"])] = float(row[key])
-    steps = np.array(sorted(found))
-    values = np.array([found[step] for step in steps])
+            by_step[float(row["step"])] = float(row[key])
+    steps = np.array(sorted(by_step))
+    values = np.array([by_step[step] for step in steps])
     finite = np.isfinite(values)
     return steps[finite], values[finite]
 
@@ -105,7 +105,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 def _curve(
     panel: Axes, split: str, steps: np.ndarray, values: np.ndarray, smoothing: int | None
 ) -> Any:
-    """Draw one curve: training smoothed over its faint raw values, held out as it is; return its line."""
+    """Draw one curve and return its line; training values are smoothed over faint raw values."""
     place = _SPLITS.index(split)
     if split == "heldout":
         return panel.plot(
@@ -140,23 +140,23 @@ def training_curves(
     columns: int = 2,
     show: bool = False,
 ) -> np.ndarray:
-    """Draw how a training run went: one panel a quantity, training and held-out cells in the same panel.
+    """Draw training curves: one panel per quantity, with training and held-out values.
 
-    Only the panels that have values are drawn: loss, reconstruction, latent and cluster term of the ELBO, held-out
-    masked correlation, held-out NB log-likelihood, gradient norm, cells per second. The training curve is a running
-    mean over the faint raw values; held-out values are drawn as they are, with markers.
+    Only panels with values are drawn: loss, reconstruction, latent and cluster term of the ELBO, held-out
+    masked correlation, held-out NB log-likelihood, gradient norm, cells per second. Training values are a running
+    mean over faint raw values; held-out values are unsmoothed, with markers.
 
     Args:
-        metrics: One mapping a line, or the path of a JSON-lines file. Every line has ``step``; ``split`` is "train"
-            (also where absent) or "heldout"; all other keys are optional. A step that occurs twice in a split, as after
-            a resume, counts as last written. Values that are not finite are left out.
+        metrics: One mapping per line, or the path of a JSON-lines file. Every line has ``step``; ``split`` is "train"
+            (the default) or "heldout"; all other keys are optional. If a step occurs twice in a split, as after
+            a resume, the later line is used. Non-finite values are omitted.
         smoothing: Width of the running mean in lines; odd, 1 for none. None: a fortieth of the lines.
-        title: Above all panels.
-        columns: Panels side by side.
+        title: Title of the figure.
+        columns: Number of columns of panels.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
-        One-dimensional object array of Axes, one a panel.
+        One-dimensional object array of Axes, one per panel.
 
     Raises:
         InputError: The file cannot be read, a line has no step, or no known metric occurs.
@@ -232,21 +232,21 @@ def fitting_curves(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw one quantity of a fine-tuning run over its epochs, training and validation where the history has both.
+    """Draw one quantity of a fine-tuning run over epochs, for training and, if available, validation.
 
     Args:
-        history: A mapping an epoch with ``epoch``; a validation value is under ``validation_`` and the key.
+        history: One mapping per epoch with ``epoch``; a validation value has the key with the prefix ``validation_``.
         key: Such as ``"loss"``, ``"score"`` or ``"learning_rate"``.
         best_epoch: The epoch whose parameters were kept; marked.
-        title: Above the plot.
-        ax: Where to draw; None: a new figure.
+        title: Title of the plot.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: The history is empty, or has no such quantity.
+        InputError: The history is empty, or lacks the quantity.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     rows = [{**row, "step": row["epoch"]} for row in history]
@@ -258,7 +258,7 @@ def fitting_curves(
         msg = explain(
             f"A history of {len(rows)} epochs without '{key}'",
             f"one of {', '.join(known)}" if known else "the history of a fit",
-            "Name one of these" if known else "Call fit first",
+            "Use one of these" if known else "Call fit first",
         )
         raise InputError(msg)
     with picture(ax, (4.6, 3.0), title=title, show=show) as axes:
@@ -338,18 +338,18 @@ _LINES = ("-", (0, (4, 1.2)), (0, (1, 1)))
 def run_picture(
     metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str], *, title: str | None = None
 ) -> Any:
-    """Draw a whole run on one page, as it is left in its work directory.
+    """Draw a summary figure of a run, as saved in its work directory.
 
     Loss and its terms, held-out scores with the best step marked, the probe, gradient norm with skipped steps marked,
-    speed, and the shares of padding, of time waiting for data and of the arithmetic peak. Panels without values are
-    left out. Training values are running means over their faint raw values.
+    throughput, and the fractions of padding, io_wait and peak FLOPs. Panels without values are
+    omitted. Training values are running means over faint raw values.
 
     Args:
         metrics: As for :func:`training_curves`; ``split`` may also be "probe".
-        title: Above all panels.
+        title: Title of the figure.
 
     Returns:
-        A ``matplotlib.figure.Figure`` that belongs to no window.
+        A ``matplotlib.figure.Figure`` without a window.
 
     Raises:
         InputError: The file cannot be read, a line has no step, or no known metric occurs.
@@ -367,7 +367,7 @@ def run_picture(
     if not panels:
         msg = explain(
             f"{len(rows)} metrics lines without any known metric",
-            "those of a pretraining run",
+            "metrics of a pretraining run",
             "Check that this is the metrics file of a training run",
         )
         raise InputError(msg)
@@ -410,14 +410,14 @@ def run_picture(
 def _run_panel(
     panel: Axes, split: str, curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
 ) -> None:
-    """Draw the curves of one panel of a run's picture."""
+    """Draw the curves of one panel of the summary figure."""
     everything = np.concatenate([values for _, _, values in curves])
     scores = everything.min() >= 0 and everything.max() <= 1
     logarithmic = not scores and everything.min() > 0 and everything.max() > 50 * everything.min()
     for place, (name, steps, values) in enumerate(curves):
         style: dict[str, Any] = {"color": PALETTE[place], "linestyle": _LINES[place], "label": name}
         if split == "train":
-            # Batches of small panels and of whole transcriptomes lie far apart; their mean shows the trend.
+            # Values of small panels and of complete transcriptomes differ a lot; their mean shows the trend.
             window = 2 * (len(values) // 12) + 1
             if window > 1:
                 panel.plot(steps, values, color=PALETTE[place], alpha=0.25, linewidth=0.7)

@@ -1,4 +1,4 @@
-"""Maps of cells and genes: in an embedding, and where they lie in the tissue."""
+"""Maps of cells and genes, in an embedding or in the tissue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _points(coordinates: Any) -> np.ndarray:
-    """Return finite float coordinates [cells, 2]."""
+    """Return finite float coordinates [cells, 2]; other values raise an error."""
     points = np.asarray(coordinates)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         msg = explain(
@@ -38,7 +38,7 @@ def _points(coordinates: Any) -> np.ndarray:
     points = points.astype(np.float64)
     if not np.isfinite(points).all():
         msg = explain(
-            f"The coordinates hold NaN or infinity for {int((~np.isfinite(points)).any(axis=1).sum())} cells",
+            f"The coordinates contain NaN or infinity for {int((~np.isfinite(points)).any(axis=1).sum())} cells",
             "finite numbers",
             "Select the cells that have coordinates",
         )
@@ -47,12 +47,12 @@ def _points(coordinates: Any) -> np.ndarray:
 
 
 def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
-    """Return (floats, None) for a continuous quantity or (None, categories) for anything else."""
+    """Return (floats, None) for a continuous quantity or (None, categories) for other values."""
     column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
     if np.ndim(column) != 1 or len(column) != cells:
         msg = explain(
             f"Values of shape {np.shape(column)} for {cells} cells",
-            "one value a cell, in the order of the coordinates",
+            "one value per cell, in the order of the coordinates",
             "Apply the same selection of cells to both",
         )
         raise InputError(msg)
@@ -66,14 +66,14 @@ def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categoric
 def _category_colors(
     names: Sequence[str], palette: Mapping[str, str] | Sequence[str] | None
 ) -> list[tuple[str, str]]:
-    """Return colour and marker of every category; the marker changes when the palette is used up."""
+    """Return colour and marker of every category; the marker changes when the palette repeats."""
     if isinstance(palette, Mapping):
         lacking = [name for name in names if name not in palette and name not in UNKNOWN_LABELS]
         if lacking:
             msg = explain(
                 f"The palette has no colour for {lacking[:5]}",
                 "a colour for every label",
-                "Add them, or leave out the palette",
+                "Add them, or omit the palette",
             )
             raise InputError(msg)
         return [(palette.get(name, UNKNOWN_COLOR), "o") for name in names]
@@ -89,7 +89,7 @@ def _category_colors(
 
 
 def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float]:
-    """Return the colour limits: as given, or the 1st and 99th percentile, which one stray cell does not move."""
+    """Return the colour limits: the given ones, or the 1st and 99th percentile, which are robust to outliers."""
     if limits is not None:
         return limits
     finite = values[np.isfinite(values)]
@@ -103,7 +103,7 @@ def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[flo
 
 
 def _legend_columns(entries: int) -> int:
-    """Return how many columns the legend of so many groups has."""
+    """Return the number of legend columns."""
     return math.ceil(entries / 18)
 
 
@@ -124,10 +124,10 @@ def _scatter(
     """Draw the points and their legend or colour bar."""
     numbers, categories = _values_of(values, len(points))
     if point_size is None:
-        # Points of all cells together cover about a third of a typical panel.
+        # The points of all cells together cover about a third of a typical panel.
         point_size = float(np.clip(12_000 / len(points), 0.4, 30.0))
     options: dict[str, Any] = {"s": point_size, "linewidths": 0, "rasterized": True}
-    order = np.random.default_rng(seed).permutation(len(points))  # no group always on top
+    order = np.random.default_rng(seed).permutation(len(points))  # no group is always on top
     if numbers is not None:
         missing = ~np.isfinite(numbers)
         ax.scatter(*points[missing].T, c=UNKNOWN_COLOR, **options)
@@ -148,7 +148,7 @@ def _scatter(
                 bar.set_label(color_label)
         return
 
-    if categories is None:  # not reached: one of the two is always given
+    if categories is None:  # unreachable: one of the two is always set
         return
     names = [str(name) for name in categories.categories]
     codes = np.asarray(categories.codes)
@@ -195,7 +195,7 @@ def _scatter(
         effects = require("matplotlib.patheffects", "eval", "Plotting")
         for place in known:
             own = points[codes == place]
-            # The cell nearest to the median lies inside the group even where the group is bent.
+            # The cell nearest to the median is inside the group even if the group is not convex.
             middle = own[np.argmin(np.square(own - np.median(own, axis=0)).sum(axis=1))]
             ax.text(
                 *middle,
@@ -227,34 +227,34 @@ def umap(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw cells in two dimensions, coloured by a label or by a number.
+    """Draw cells in two dimensions, coloured by a label or a number.
 
-    Floating-point values are a quantity and get a colour bar; everything else (strings, categories, booleans, whole
-    numbers such as clusters) are groups and get a legend to the right of the data. Cells are drawn in random order, so
-    that no group hides another; those with a label of :data:`UNKNOWN_LABELS` are grey and behind.
+    Floating-point values are continuous and get a colour bar; all other values (strings, categories, booleans, integers
+    such as clusters) are groups and get a legend to the right of the data. Cells are drawn in random order, so
+    that no group hides another; those with a label of :data:`UNKNOWN_LABELS` are grey and in the background.
 
     Args:
         coordinates: float [cells, 2].
         labels: [cells]. Categories keep their order, other labels are sorted.
-        title: Above the plot.
-        color_label: What the colours mean: title of the legend or of the colour bar.
+        title: Title of the plot.
+        color_label: Title of the legend or of the colour bar.
         palette: Colours in the order of the groups, or a mapping from label to colour. None: :data:`PALETTE`, with
             another marker for every further twenty groups.
         color_map: matplotlib colour map of a quantity.
-        color_limits: Its limits. None: 1st to 99th percentile, values beyond shown by the arrows of the bar.
-        point_size: Area of a point in square points. None: by the number of cells.
+        color_limits: Its limits. None: 1st to 99th percentile; arrows of the colour bar mark values beyond.
+        point_size: Area of a point in square points. None: chosen by the number of cells.
         legend: Draw the legend or colour bar.
-        label_groups: Write the names of the groups onto the data as well.
-        axis_name: Word on the two axes, for example "PCA".
-        seed: For the drawing order.
-        ax: Where to draw. None: a new figure.
+        label_groups: Also write the names of the groups onto the data.
+        axis_name: Name of the two axes, for example "PCA".
+        seed: Seed of the drawing order.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
+        InputError: Shapes do not match, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     points = _points(coordinates)
@@ -298,32 +298,32 @@ def spatial(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw cells or spots where they lie in the tissue, coloured by a label or by a number.
+    """Draw cells or spots at their tissue coordinates, coloured by a label or a number.
 
-    One unit is as long on x as on y. The y axis points down, as in an image (row 0 at the top) and as in the pixel
-    coordinates of spatial platforms; with ``image_origin=False`` it points up, as in a graph.
+    The aspect ratio is 1. The y axis points down, as in an image (row 0 at the top) and in the pixel
+    coordinates of spatial platforms; with ``image_origin=False`` it points up.
 
     Args:
         coordinates: float [cells, 2], x and y.
-        values: [cells]. Floating point: a quantity with a colour bar; anything else: groups with a legend.
-        title: Above the plot.
-        color_label: What the colours mean: title of the legend or of the colour bar.
+        values: [cells]. Floating point: a quantity with a colour bar; otherwise groups with a legend.
+        title: Title of the plot.
+        color_label: Title of the legend or of the colour bar.
         palette: As in :func:`umap`.
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile.
         point_size: Area of a point in square points. None: points of neighbouring cells nearly touch.
         legend: Draw the legend or colour bar.
-        unit: Of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
-        image_origin: True: y grows downwards.
-        seed: For the drawing order.
-        ax: Where to draw. None: a new figure.
+        unit: Unit of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
+        image_origin: True: y points down.
+        seed: Seed of the drawing order.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: Shapes do not fit, coordinates are not finite, or the palette lacks a label.
+        InputError: Shapes do not match, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     points = _points(coordinates)
@@ -335,7 +335,7 @@ def spatial(
         if point_size is None:
             box = axes.get_window_extent()
             scale = 72 / axes.figure.dpi * min(box.width / extent[0], box.height / extent[1])
-            # Square points of paper that tissue covers, by the occupied part of a grid of about four cells a box.
+            # Area of the tissue in square points, from the occupied cells of a grid with about four cells per box.
             bins = math.ceil(math.sqrt(len(points) / 4))
             covered = np.mean(np.histogram2d(*points.T, bins=bins)[0] > 0)
             area = covered * extent[0] * extent[1] * scale**2
@@ -385,13 +385,13 @@ def cell_attention(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw where in the tissue the cells lie that a cell attends to, and the cell itself as a star.
+    """Draw the attention weights of one cell in the tissue, with the cell itself as a star.
 
     Args:
         coordinates: float [cells, 2], x and y.
         weights: [cells]: a row of :func:`cellplm_jax.cell_attention`, or the mean of several.
-        cell: Number of the cell that looks; None: it is not marked.
-        title: Above the plot.
+        cell: Index of the attending cell; None: not marked.
+        title: Title of the plot.
         color_label: Title of the colour bar.
         color_map: matplotlib colour map.
         color_limits: Its limits. None: 1st to 99th percentile.
@@ -399,20 +399,20 @@ def cell_attention(
         legend: Draw the colour bar.
         unit: See :func:`spatial`.
         image_origin: See :func:`spatial`.
-        ax: Where to draw. None: a new figure.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: Shapes do not fit, or there is no such cell.
+        InputError: Shapes do not match, or the cell does not exist.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     points = _points(coordinates)
     if cell is not None and not 0 <= cell < len(points):
         msg = explain(
-            f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Choose among them"
+            f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Pass one of these"
         )
         raise InputError(msg)
     axes = spatial(
@@ -453,18 +453,18 @@ def spatial_comparison(
     image_origin: bool = True,
     show: bool = False,
 ) -> np.ndarray:
-    """Draw a gene in the tissue three times: as measured, as predicted, and the difference of the two.
+    """Draw a gene in the tissue three times: measured, predicted, and their difference.
 
-    The first two share their colours. The difference is predicted minus measured, white at 0: red is too high, blue is
-    too low.
+    The first two panels share their colours. The difference is predicted minus measured, white at 0, red if too high,
+    blue if too low.
 
     Args:
         coordinates: float [cells, 2], x and y.
         truth: float [cells].
         predicted: float [cells], on the same scale.
-        title: Above all, for example the gene's name.
-        value_label: What the values are.
-        names: Of the first two panels.
+        title: Title of the figure, for example the gene's name.
+        value_label: Label of the values.
+        names: Titles of the first two panels.
         color_map: matplotlib colour map of the values.
         point_size: See :func:`spatial`.
         unit: See :func:`spatial`.
@@ -475,7 +475,7 @@ def spatial_comparison(
         Object array of the three Axes.
 
     Raises:
-        InputError: Shapes do not fit, or coordinates are not finite.
+        InputError: Shapes do not match, or coordinates are not finite.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     points = _points(coordinates)
@@ -498,7 +498,7 @@ def spatial_comparison(
                 color_limits=limits, point_size=point_size, unit=unit, image_origin=image_origin,
                 ax=ax,
             )  # fmt: skip
-        # White points vanish on white paper.
+        # White points are invisible on a white background.
         axes[2].set_facecolor("#E6E6E6")
     return axes
 
@@ -518,18 +518,18 @@ def cell_panels(
     image_origin: bool = True,
     show: bool = False,
 ) -> np.ndarray:
-    """Draw several quantities of the same cells side by side, for example a gene before and after denoising.
+    """Draw several quantities of the same cells in a row of panels, for example a gene before and after denoising.
 
     Args:
         coordinates: float [cells, 2].
-        panels: Title of a panel to float [cells].
-        title: Above all.
-        color_label: What the values are.
+        panels: Title of each panel to float [cells].
+        title: Title of the figure.
+        color_label: Label of the values.
         color_map: matplotlib colour map.
-        shared_colors: All panels have the limits of all values together; else each has its own.
-        tissue: The coordinates are places in a tissue, see :func:`spatial`; else those of a map, see :func:`umap`.
+        shared_colors: Whether all panels share the limits of all values; otherwise each has its own.
+        tissue: Whether the coordinates are tissue coordinates, see :func:`spatial`; otherwise see :func:`umap`.
         axis_name: See :func:`umap`.
-        point_size: Area of a point in square points. None: by the number of cells.
+        point_size: Area of a point in square points. None: chosen by the number of cells.
         unit: See :func:`spatial`.
         image_origin: See :func:`spatial`.
         show: Call ``matplotlib.pyplot.show()`` before returning.
@@ -538,13 +538,13 @@ def cell_panels(
         Object array of the Axes.
 
     Raises:
-        InputError: There is no panel, shapes do not fit, or coordinates are not finite.
+        InputError: There is no panel, shapes do not match, or coordinates are not finite.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     points = _points(coordinates)
     columns = {str(name): np.asarray(values, np.float64) for name, values in panels.items()}
     if not columns:
-        raise InputError(explain("no panel to draw", "at least one", "Name what to draw"))
+        raise InputError(explain("no panel to draw", "at least one", "Pass some panels"))
     for column in columns.values():
         _values_of(column, len(points))
     limits = _limits(np.concatenate(list(columns.values())), None) if shared_colors else None
@@ -565,7 +565,7 @@ def cell_panels(
 def _side_by_side(
     tissue: np.ndarray | None, number: int, *, title: str | None, show: bool
 ) -> Iterator[np.ndarray]:
-    """Give a row of Axes, as high as the tissue at these points needs; None: almost square ones."""
+    """Return a row of Axes with the aspect ratio of the tissue at these points; None: almost square ones."""
     pyplot = pyplot_module()
     height = 3.2
     if tissue is not None:
@@ -593,23 +593,23 @@ def gene_map(
     ax: Axes | None = None,
     show: bool = False,
 ) -> Axes:
-    """Draw genes in two dimensions, all in grey and chosen ones in colour with their names.
+    """Draw genes in two dimensions: all in grey, selected ones in colour with their names.
 
     Args:
         coordinates: float [genes, 2], such as ``umap_coordinates(cellplm_jax.gene_embeddings(model))``.
         genes: Their names.
-        highlight: Names to show, or ``{"T cells": ["CD3D", "CD3E"], ...}``: a colour a group, with a legend.
-        title: Above the plot.
-        axis_name: Word on the two axes.
-        point_size: Area of a grey point in square points; None: by the number of genes.
-        ax: Where to draw. None: a new figure.
+        highlight: Names to show, or ``{"T cells": ["CD3D", "CD3E"], ...}``: one colour per group, with a legend.
+        title: Title of the plot.
+        axis_name: Name of the two axes.
+        point_size: Area of a grey point in square points; None: chosen by the number of genes.
+        ax: Axes to draw on. None: a new figure.
         show: Call ``matplotlib.pyplot.show()`` before returning.
 
     Returns:
         The Axes.
 
     Raises:
-        InputError: Shapes do not fit, coordinates are not finite, or a gene to show is not there.
+        InputError: Shapes do not match, coordinates are not finite, or a highlighted gene does not exist.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     effects = require("matplotlib.patheffects", "eval", "Plotting")

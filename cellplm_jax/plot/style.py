@@ -1,4 +1,4 @@
-"""Colours, sizes and marks that all pictures share."""
+"""Colours, sizes and markers shared by all plots."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ PALETTE: tuple[str, ...] = (
     "#EE00CC",
 )
 """Twenty colours. The first six are those of Okabe and Ito (2008); the others were chosen to be as far as possible, in
-OKLab, from all before them, from white and from :data:`UNKNOWN_COLOR`, in normal vision and under simulated protanopia,
-deuteranopia and tritanopia (Machado et al. 2009). A test holds the smallest distances."""
+OKLab, from all previous ones, from white and from :data:`UNKNOWN_COLOR`, in normal vision and under simulated
+protanopia, deuteranopia and tritanopia (Machado et al. 2009). A test checks the smallest distances.
+"""
 
 UNKNOWN_COLOR = "#B3B3B3"
-"""Grey of cells whose label is missing or means "not known"."""
+"""Grey of cells with a missing or unknown label."""
 
 UNKNOWN_LABELS: tuple[str, ...] = ("unassigned", "unknown", "nan", "None", "")
-"""Labels drawn in grey, behind the others and last in the legend."""
+"""Labels drawn in grey, in the background and last in the legend."""
 
-MARKERS = ("o", "^", "s", "X")  # one round of the palette each
+MARKERS = ("o", "^", "s", "X")  # one per repetition of the palette
 DASHES = ("-", (0, (4, 1.2)))  # training, held out
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 STYLE: dict[str, Any] = {
@@ -87,14 +88,14 @@ def picture(
     show: bool,
     beside: bool = False,
 ) -> Iterator[Axes]:
-    """Draw one plot in the common style: give the Axes to draw on, then set the title and show it where asked.
+    """Context manager for one plot in the common style: yield Axes, then set the title and show it if requested.
 
     Args:
-        ax: Where to draw. None: a new figure.
-        size: Of the new figure, in inches.
-        title: Above the plot.
+        ax: Axes to draw on. None: a new figure.
+        size: Size of the new figure, in inches.
+        title: Title of the plot.
         show: Call ``matplotlib.pyplot.show()`` at the end.
-        beside: A new figure grows by the legend or colour bar beside the data.
+        beside: Whether to widen a new figure by its legend or colour bar.
     """
     pyplot = pyplot_module()
     with pyplot.rc_context(STYLE):
@@ -109,7 +110,7 @@ def picture(
 
 
 def widen(axes: Axes) -> None:
-    """Make the figure of these Axes wider by what its legend or colour bar takes beside the data."""
+    """Widen the figure of these Axes by the width of its legend or colour bar."""
     figure: Any = axes.figure
     legend = axes.get_legend()
     beside = 0.0

@@ -1,8 +1,8 @@
-"""One HTML file that shows what a run did: text, tables and figures, readable anywhere and offline.
+"""Self-contained HTML reports with text, tables and figures.
 
-The file needs nothing beside it: styles and figures are inside, and its own content security policy forbids every
-request. It follows the light or dark theme of the reader, prints on white, and fits a telephone: what is wider than the
-screen scrolls in its own box. Text from data (labels, file names) is escaped, so it cannot become markup.
+Styles and figures are embedded, and a content security policy forbids every request. Reports follow the light or dark
+theme of the reader, print on white, and fit small screens: wide content scrolls in its own box. Text from data (labels,
+file names) is escaped.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from cellplm_jax._version import __version__
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
-_FIGURE_DPI = 192  # two pixels of the image to one of the page: sharp on dense screens
-_WIDE = 480  # pixels of the page, the 30rem of the style below
+_FIGURE_DPI = 192  # two image pixels per page pixel: sharp on dense screens
+_WIDE = 480  # page pixels, the 30rem of the style below
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs. A blank line starts a new one; no markup is interpreted.
+    """Paragraphs. A blank line starts a new one; markup is not interpreted.
 
     Attributes:
-        text: What to say.
+        text: The text.
         heading: Heading above it, or None.
     """
 
@@ -45,7 +45,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """A command or a piece of a file, in fixed width and with its line breaks, such as how to repeat the run.
+    """A command or part of a file, in a fixed-width font with its line breaks, such as the command line of a run.
 
     Attributes:
         text: The lines.
@@ -58,11 +58,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. Columns of numbers are aligned right and share one number of decimals.
+    """A table. Numeric columns are aligned right and have the same number of decimals.
 
     Attributes:
         columns: Names of the columns.
-        rows: One sequence a row, as long as ``columns``. None and NaN are shown as a dash.
+        rows: One sequence per row, as long as ``columns``. None and NaN are shown as a dash.
         caption: One sentence under the table.
         heading: Heading above it, or None.
         digits: Significant digits after the leading one in columns of floating-point numbers.
@@ -77,12 +77,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture on a white card, legible in both themes.
+    """An image on a white card, legible in both themes.
 
     Attributes:
-        image: Bytes of a PNG or SVG file, a matplotlib figure, or Axes (their whole figure is shown).
-        alt: What the picture shows, for readers who do not see it. Required.
-        caption: One or two sentences under the picture.
+        image: Bytes of a PNG or SVG file, a matplotlib figure, or Axes (their complete figure is shown).
+        alt: Alternative text of the image. Required.
+        caption: One or two sentences under the image.
         heading: Heading above it, or None.
     """
 
@@ -138,7 +138,7 @@ body{font-size:11pt}main{max-width:none;padding:0}figure{break-inside:avoid}h2{b
 
 
 def _escape(text: Any) -> str:
-    """Return text as HTML that shows exactly that text."""
+    """Return HTML-escaped text."""
     return html.escape(str(text), quote=True)
 
 
@@ -149,19 +149,19 @@ def _paragraphs(text: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a cell of a table is a number; True and False are words."""
+    """Return whether a table cell is a number; True and False are text."""
     return isinstance(value, numbers.Real) and type(value).__name__ not in ("bool", "bool_")
 
 
 def _is_missing(value: Any) -> bool:
-    """Tell whether a cell of a table is empty: None, NaN or pandas' NA."""
+    """Return whether a table cell is empty: None, NaN or pandas' NA."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return _is_number(value) and math.isnan(value)
 
 
 def _format_numbers(values: Sequence[Any], digits: int) -> list[str]:
-    """Return one column of numbers as text with equally many decimals, or in short form if they differ widely."""
+    """Return one column of numbers as text with the same number of decimals, or in short form if they differ widely."""
     present = [value for value in values if not _is_missing(value)]
     whole = all(isinstance(value, numbers.Integral) for value in present)
     finite = [abs(float(value)) for value in present if math.isfinite(value)]
@@ -196,7 +196,7 @@ def _table(table: Table) -> str:
         if len(row) != len(columns):
             msg = explain(
                 f"Row {place} of a table has {len(row)} cells",
-                f"{len(columns)}, one a column ({', '.join(columns)})",
+                f"{len(columns)}, one per column ({', '.join(columns)})",
                 "Fill missing cells with None",
             )
             raise InputError(msg)
@@ -237,7 +237,7 @@ def _table(table: Table) -> str:
 
 
 def _png_size(image: bytes) -> tuple[int, int]:
-    """Return width and height of a PNG in pixels of the page: by its stated resolution, or one to one."""
+    """Return width and height of a PNG in page pixels: by its stated resolution, or one to one."""
     width, height = struct.unpack(">II", image[16:24])
     scale = 1.0
     position = 8
@@ -255,7 +255,7 @@ def _png_size(image: bytes) -> tuple[int, int]:
 
 
 def _image_bytes(image: Any) -> bytes:
-    """Return the bytes of a PNG or SVG file for what a caller gave as a picture."""
+    """Return the bytes of a PNG or SVG file for any supported image."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if not hasattr(image, "savefig"):
@@ -280,11 +280,11 @@ def _image_bytes(image: Any) -> bytes:
 
 
 def _figure(figure: Figure) -> str:
-    """Return the markup of a picture."""
+    """Return the markup of an image."""
     if not figure.alt.strip():
         msg = explain(
             "A figure without alternative text",
-            "a short description of what it shows",
+            "a short description of the image",
             "Fill Figure(alt=...)",
         )
         raise InputError(msg)
@@ -302,14 +302,14 @@ def _figure(figure: Figure) -> str:
         kind = "image/svg+xml"  # as an image: its scripts do not run and its links are not followed
     else:
         msg = explain(
-            f"A figure's image begins with {image[:8]!r}",
+            f"A figure's image starts with {image[:8]!r}",
             "the bytes of a PNG or SVG file",
-            "Save the picture as PNG",
+            "Save the image as PNG",
         )
         raise InputError(msg)
     data = base64.b64encode(image).decode("ascii")
     caption = f"<figcaption>{_escape(figure.caption)}</figcaption>" if figure.caption else ""
-    # On a telephone a wide picture keeps a legible size and scrolls; the style above says from which width on.
+    # On small screens a wide image keeps a legible size and scrolls; the style above defines the width limit.
     wide, hint = (
         ' class="wide"',
         '<div class="hint" aria-hidden="true">Scroll sideways to see all of it.</div>',
@@ -346,20 +346,20 @@ def _section(section: Any) -> str:
 
 
 def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> str:
-    """Return the whole report as HTML text; see :func:`write_report`.
+    """Return the report as HTML text; see :func:`write_report`.
 
-    The text depends on the arguments and the version of the package alone: no date, no random identifiers.
+    The text depends only on the arguments and the version of the package: no date, no random identifiers.
 
     Args:
-        title: Of the page.
-        summary: What came out, in a paragraph or two; blank lines separate paragraphs.
+        title: Title of the page.
+        summary: One or two paragraphs about the result; blank lines separate paragraphs.
         sections: In reading order.
 
     Returns:
         An HTML document.
 
     Raises:
-        InputError: A section is of another type, a table has a row of another length, or a picture cannot be shown.
+        InputError: A section has another type, a table row has a wrong length, or an image cannot be shown.
     """
     body = "".join(_section(section) for section in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -377,19 +377,19 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
 def write_report(
     path: str | os.PathLike[str], *, title: str, summary: str, sections: Sequence[Section]
 ) -> Path:
-    """Write a report as one self-contained HTML file.
+    """Write a report as one self-contained HTML file, atomically.
 
-    The file appears whole or not at all: everything is rendered first, written beside the target under another name,
-    and then renamed. A report that was there before is replaced.
+    The report is rendered first, written under a temporary name next to the target,
+    and then renamed. An existing report is replaced.
 
     Args:
         path: The file, for example ``report.html``. Missing folders are created.
-        title: Of the page.
-        summary: What came out, in a paragraph or two; blank lines separate paragraphs.
+        title: Title of the page.
+        summary: One or two paragraphs about the result; blank lines separate paragraphs.
         sections: In reading order: :class:`Text`, :class:`Code`, :class:`Table`, :class:`Figure`.
 
     Returns:
-        The path that was written.
+        The path of the file.
 
     Raises:
         InputError: A section cannot be shown (see :func:`render_report`), or the file cannot be written.

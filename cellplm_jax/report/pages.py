@@ -1,7 +1,7 @@
-"""The pages of ``--report``: what each verb found, as sections of one self-contained HTML file.
+"""The contents of ``--report``: the results of each command as sections of one HTML file.
 
-Everything shown is read from what the verb made: the estimator, or the file it wrote. Nothing is computed anew but the
-layout of maps, on a random part of the cells where there are very many.
+Everything is read from the estimator or the output file of the command. Only the layout of UMAPs is computed, on a
+random subset if there are many cells.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from cellplm_jax.report.html import Figure, Section, Table, Text
 
 DRAWN_CELLS = 5000
-"""Cells of a map at most; a random part of more."""
+"""Maximum number of cells on a map; larger sets are sampled."""
 
 DRAWN_GENES = 6
-"""Genes that are drawn at most where they were named."""
+"""Maximum number of named genes to draw."""
 
 NEIGHBORS = 15
-"""Of the graph that maps are laid out by."""
+"""Number of neighbours for UMAP."""
 
 LISTED = 20
-"""Rows of a list that has no end."""
+"""Maximum number of rows of long lists."""
 
 NAMES = {
     "label_key": "column with the labels",
@@ -35,63 +35,63 @@ NAMES = {
     "covariate_key": "column with the groups",
     "sample_key": "column with the samples",
     "epochs": "epochs run",
-    "best_epoch": "epoch that was kept",
+    "best_epoch": "selected epoch",
     "stopped_early": "stopped before the last epoch",
     "seconds": "time of the fit (s)",
-    "shared_genes": "genes that panel and reference share",
+    "shared_genes": "genes shared by panel and reference",
     "mean_confidence": "mean confidence (correlation)",
-    "validation_loss": "loss on validation cells (nats a cell, lower is better)",
-    "validation_f1": "macro F1 on validation cells, network alone",
-    "validation_f1_linear": "macro F1 on validation cells, logistic regression alone",
-    "validation_f1_pooled": "macro F1 on validation cells, the two together",
-    "strength": "strength of mixing",
+    "validation_loss": "loss on validation cells (nats per cell, lower is better)",
+    "validation_f1": "macro F1 on validation cells, network only",
+    "validation_f1_linear": "macro F1 on validation cells, logistic regression only",
+    "validation_f1_pooled": "macro F1 on validation cells, average of both",
+    "strength": "mixing strength",
     "left_out_perturbations_rmse": "error on left-out perturbations (RMSE of changes)",
-    "left_out_perturbations_rmse_of_mean_change": "the same of the mean change of the others",
+    "left_out_perturbations_rmse_of_mean_change": "the same for the mean change of the others",
     "left_out_groups_rmse": "error on left-out groups (RMSE of changes)",
-    "left_out_groups_rmse_of_mean_change": "the same of the mean change of the others",
+    "left_out_groups_rmse_of_mean_change": "the same for the mean change of the others",
     "left_out_samples_cross_entropy": "cross-entropy on left-out samples (nats, lower is better)",
-    "cross_entropy_of_frequencies": "the same of guessing by how frequent labels are",
-    "nonzeros": "counts that are not zero",
-    "unknown_genes": "names of the files that are no known gene",
-    "genes_outside_vocabulary": "genes of the files that were not chosen",
+    "cross_entropy_of_frequencies": "the same for guessing by label frequency",
+    "nonzeros": "non-zero counts",
+    "unknown_genes": "unknown gene names in the files",
+    "genes_outside_vocabulary": "genes of the files outside the vocabulary",
     "megabytes": "size on disk (MB)",
 }
-"""Of facts whose own names do not say enough."""
+"""Descriptions of facts whose names are not self-explanatory."""
 
 TASKS = {
     "annotation": "Cell types", "imputation": "Imputed genes", "denoising": "Denoising",
     "integration": "Integration", "perturbation": "Perturbations", "samples": "Tissue samples",
 }  # fmt: skip
-"""What pages call the tasks of estimators."""
+"""Names of the estimators' tasks in reports."""
 
 
 SCORES = {
-    "accuracy": ("accuracy", "share of the cells that got their true type"),
-    "macro_accuracy": ("macro accuracy", "share of a type's cells that are found, mean of the types"),
-    "macro_f1": ("macro F1", "precision and recall together, mean of the types; 1 is best"),
+    "accuracy": ("accuracy", "fraction of cells with the correct type"),
+    "macro_accuracy": ("macro accuracy", "fraction of each type's cells with the correct type, mean of the types"),
+    "macro_f1": ("macro F1", "harmonic mean of precision and recall, mean of the types; 1 is best"),
     "weighted_f1": ("weighted F1", "the same, types weighted by their cells"),
-    "macro_precision": ("macro precision", "share of the cells with a label that are of that type, mean of the types"),
+    "macro_precision": ("macro precision", "fraction of correct cells per predicted label, mean of the types"),
     "weighted_precision": ("weighted precision", "the same, types weighted by their cells"),
-    "calibration_error": ("calibration error", "how far confidence is from the share that is right; 0 is best"),
-    "ari": ("ARI", "agreement of clusters and types; 1: the same, 0: as by chance"),
-    "nmi": ("NMI", "what clusters tell of types and types of clusters; 1: everything, 0: nothing"),
-    "knn_accuracy": ("kNN accuracy", "share of the cells whose nearest cells are mostly of their own type"),
-    "label_silhouette": ("silhouette of types", "1: types lie far apart, 0: they touch, below: mixed"),
-    "ilisi": ("iLISI", "batches around a cell; 1: evenly mixed, 0: one alone"),
-    "kbet": ("kBET", "share of the cells around which batches are mixed as they are overall"),
+    "calibration_error": ("calibration error", "difference between confidence and accuracy; 0 is best"),
+    "ari": ("ARI", "agreement of clusters and types; 1: identical, 0: chance"),
+    "nmi": ("NMI", "mutual information of clusters and types; 1: complete, 0: none"),
+    "knn_accuracy": ("kNN accuracy", "fraction of cells whose nearest cells are mostly of the same type"),
+    "label_silhouette": ("silhouette of types", "1: types are far from each other, 0: they touch, below: mixed"),
+    "ilisi": ("iLISI", "batches around each cell; 1: evenly mixed, 0: one only"),
+    "kbet": ("kBET", "fraction of cells around which batches are mixed as overall"),
     "kbet_per_label": ("kBET within types", "the same among the cells of each type, mean of the types"),
-    "batch_silhouette": ("overlap of batches", "within types; 1: they lie on one another, 0: apart"),
-    "clusters": ("clusters", "how many there are"),
+    "batch_silhouette": ("overlap of batches", "within types; 1: complete overlap, 0: separated"),
+    "clusters": ("clusters", "number of clusters"),
 }  # fmt: skip
-"""Of scores by their names in results: what people call them, and what they say."""
+"""Display names and descriptions of scores."""
 
 SAME = ("micro_f1", "macro_recall", "weighted_recall")
-"""Scores that are accuracy or macro accuracy by another name where every cell has one label."""
+"""Scores that equal accuracy or macro accuracy if every cell has one label."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page before it is written; see :func:`cellplm_jax.report.html.write_report`."""
+    """Contents of a report; see :func:`cellplm_jax.report.html.write_report`."""
 
     title: str
     summary: str
@@ -102,7 +102,7 @@ class Page:
 
 
 def _facts(facts: Mapping[str, Any], heading: str = "Facts", caption: str = "") -> Table:
-    """Return plain facts as a table of two columns; nested ones are left out."""
+    """Return plain facts as a table of two columns; nested ones are omitted."""
     rows = [
         (NAMES.get(name, name.replace("_", " ")), _shown(value))
         for name, value in facts.items()
@@ -120,31 +120,31 @@ def _shown(value: Any) -> str:
 
 
 def _messages(messages: Sequence[str]) -> list[Section]:
-    """Return what the work had to say."""
-    said = [message for message in messages if message != "Started fresh: nothing."]
-    return [Text("\n\n".join(said), heading="Remarks")] if said else []
+    """Return the messages of the work."""
+    said = [message for message in messages if message != "Initialised parameters: none."]
+    return [Text("\n\n".join(said), heading="Messages")] if said else []
 
 
 def _scores(scores: Mapping[str, float], caption: str, heading: str = "Scores") -> Table:
-    """Return scores as a table that says what each means."""
+    """Return scores as a table with their descriptions."""
     rows = []
     for key, value in scores.items():
         if key in SAME:
             continue
         name, meaning = SCORES.get(key, (key.replace("_", " "), ""))
         rows.append((name, float(value), meaning))
-    return Table(["score", "value", "what it says"], rows, caption, heading)
+    return Table(["score", "value", "meaning"], rows, caption, heading)
 
 
 def _named(genes: Sequence[Any]) -> list[str]:
-    """Return genes by their symbols where these are known."""
+    """Return the symbols of genes, if known."""
     from cellplm_jax.data.genes import symbols_of
 
     return symbols_of([str(gene) for gene in genes])
 
 
 def _some(cells: int) -> np.ndarray:
-    """Return which cells are drawn: all, or a random part, always the same."""
+    """Return the cells to draw: all, or a reproducible random subset."""
     if cells <= DRAWN_CELLS:
         return np.arange(cells)
     return np.sort(np.random.default_rng(0).choice(cells, DRAWN_CELLS, replace=False))
@@ -161,10 +161,10 @@ def _map(
     heading: str,
     name: str = "UMAP",
 ) -> list[Section]:
-    """Return maps of cells, a picture a column; one without colours where there is no column."""
+    """Return maps of cells, one figure per column; without columns one without colours."""
     from cellplm_jax import plot
 
-    found: list[Section] = []
+    figures: list[Section] = []
     if not columns:
         one = np.full(len(coordinates), "cells", object)
         axes = plot.umap(coordinates, one, axis_name=name, legend=False)
@@ -172,13 +172,13 @@ def _map(
     for title, values in columns.items():
         axes = plot.umap(coordinates, values, title=title, axis_name=name)
         alt = f"{name} of the cells, coloured by {title}"
-        found.append(Figure(axes, alt, caption, heading))
+        figures.append(Figure(axes, alt, caption, heading))
         caption, heading = "", ""
-    return found
+    return figures
 
 
 def _columns(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict[str, Any]:
-    """Return columns of ``obs`` for some cells, whole numbers and words as groups; the rarest beyond 30 together."""
+    """Return columns of ``obs`` for some cells, integers and text as groups; the rarest beyond 30 are merged."""
     import pandas as pd
 
     found = {}
@@ -205,17 +205,17 @@ _DIGITS = re.compile(r"(\d+)")
 
 
 def _telling(obs: Any) -> list[str]:
-    """Return at most two different columns of words, of 2 to 30 groups: the colours of a map where nobody named any."""
+    """Return up to two different text columns with 2 to 30 groups: the default colours of a map."""
     import pandas as pd
 
-    found: list[str] = []
+    chosen: list[str] = []
     for name, column in obs.items():
         words = column.astype(str)
         if pd.api.types.is_numeric_dtype(column.dtype) or not 2 <= column.nunique() <= 30:
             continue
-        if not any(words.equals(obs[other].astype(str)) for other in found):
-            found.append(str(name))
-    return found[:2]
+        if not any(words.equals(obs[other].astype(str)) for other in chosen):
+            chosen.append(str(name))
+    return chosen[:2]
 
 
 def _laid_out(embedding: np.ndarray, cells: np.ndarray) -> np.ndarray | None:
@@ -229,18 +229,18 @@ def _laid_out(embedding: np.ndarray, cells: np.ndarray) -> np.ndarray | None:
 
 
 def _no_map(heading: str) -> Text:
-    return Text(f"Too few cells to lay out: a map needs more than {NEIGHBORS}.", heading=heading)
+    return Text(f"Too few cells for a map: it requires more than {NEIGHBORS}.", heading=heading)
 
 
 def _share(facts: Mapping[str, Any], part: str, whole: str) -> str | None:
-    """Return "3 of 4" from two facts; None: one is not there."""
+    """Return "3 of 4" from two facts; None: one is missing."""
     if part not in facts or whole not in facts:
         return None
     return f"{_shown(facts[part])} of {_shown(facts[whole])}"
 
 
 def _input(facts: Mapping[str, Any]) -> list[Section]:
-    """Return what the counts turned out to be, from the facts of ``uns``."""
+    """Return a summary of the input counts, from the facts of ``uns``."""
     read = facts.get("input") or {}
     genes = read.get("genes") or {}
     rows = [
@@ -249,8 +249,8 @@ def _input(facts: Mapping[str, Any]) -> list[Section]:
         ("stored as", read.get("storage")),
         ("gene names from", read.get("gene_key")),
         ("cells", _shown(read["cells"]) if "cells" in read else None),
-        ("genes of the file that the model knows", _share(genes, "matched", "names")),
-        ("genes of the model that the file has", _share(genes, "genes_matched", "vocabulary")),
+        ("genes of the file in the vocabulary", _share(genes, "matched", "names")),
+        ("genes of the vocabulary in the file", _share(genes, "genes_matched", "vocabulary")),
         ("cells without counts", _shown(read["cells_without_counts"]) if "cells_without_counts" in read else None),
     ]  # fmt: skip
     context = facts.get("context") or {}
@@ -264,19 +264,19 @@ def _input(facts: Mapping[str, Any]) -> list[Section]:
 
 
 def _curve(estimator: Any) -> list[Section]:
-    """Return the history of a fit: the loss, and the score where it is another quantity."""
+    """Return the history of a fit: the loss, and the score if it is another quantity."""
     from cellplm_jax import plot
 
     history, best = estimator.history, estimator.facts.get("best_epoch")
     names = {name for row in history for name in row}
     pictures: list[tuple[str, list[dict[str, float]], str]] = []
     if names & {"loss", "validation_loss"}:
-        note = "Loss in nats a cell, lower is better"
+        note = "Loss in nats per cell, lower is better"
         if _apart(history):
-            # The loss of a fit counts other entries than that of the validation: on one axis both would be flat.
+            # Training and validation loss are over different entries: on one axis both would be flat.
             pictures = [
                 ("loss", _without(history, "validation_loss"), f"{note}, of the training cells."),
-                ("loss", _without(history, "loss"), f"{note}, of what was hidden in the validation cells."),
+                ("loss", _without(history, "loss"), f"{note}, of hidden entries of the validation cells."),
             ]  # fmt: skip
         else:
             pictures = [("loss", list(history), f"{note}.")]
@@ -286,19 +286,19 @@ def _curve(estimator: Any) -> list[Section]:
     )
     if names & {"score", "validation_score"} and not mirrored:
         pictures.append(("score", list(history), "Score, higher is better."))
-    found: list[Section] = []
+    figures: list[Section] = []
     for key, rows, caption in pictures:
-        if not found:
-            caption += " The dotted line is the epoch that was kept"
+        if not figures:
+            caption += " The dotted line marks the selected epoch"
             caption += "; strong lines are running means." if len(rows) > 40 else "."
         axes = plot.fitting_curves(rows, key=key, best_epoch=best)
-        heading = None if found else "Fitting"
-        found.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
-    return found
+        heading = None if figures else "Fitting"
+        figures.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
+    return figures
 
 
 def _apart(history: Sequence[Mapping[str, float]]) -> bool:
-    """Tell whether losses of training and validation lie so far apart that one axis is no good for both."""
+    """Return whether training and validation losses differ too much for one axis."""
     sides = [[row[name] for row in history if name in row] for name in ("loss", "validation_loss")]
     if not all(sides):
         return False
@@ -307,7 +307,7 @@ def _apart(history: Sequence[Mapping[str, float]]) -> bool:
 
 
 def _without(history: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
-    """Return a history without one of its quantities."""
+    """Return a history without one quantity."""
     return [{key: value for key, value in row.items() if key != name} for row in history]
 
 
@@ -315,7 +315,7 @@ def _without(history: Sequence[Mapping[str, float]], name: str) -> list[dict[str
 
 
 def fit(estimator: Any) -> Page:
-    """Show a fitted estimator: facts, curve, remarks."""
+    """Show a fitted estimator: facts, curve, messages."""
     facts = estimator.facts
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
@@ -325,7 +325,7 @@ def fit(estimator: Any) -> Page:
 
 
 def annotator(estimator: Any) -> Page:
-    """Show a fitted annotator: the curve, and on its validation cells the scores, confusions and calibration."""
+    """Show a fitted annotator: the curve, and scores, confusion matrix and calibration on its validation cells."""
     from cellplm_jax import plot
     from cellplm_jax.evaluate.annotation import (
         annotation_scores,
@@ -337,20 +337,20 @@ def annotator(estimator: Any) -> Page:
     facts = estimator.facts
     page = fit(estimator)
     summary = (
-        f"{len(estimator.labels)} cell types learnt from {_shown(facts['training_cells'])} cells, "
+        f"{len(estimator.labels)} cell types, fitted to {_shown(facts['training_cells'])} cells, "
         f"method {estimator.method}."
     )
     sections: list[Section] = []
     if estimator.validation is None:
         sections.append(
-            Text("No cells were kept for validation, so nothing is known of how good the labels are.", "Scores")
+            Text("There are no validation cells, so the quality of the labels is unknown.", "Scores")
         )  # fmt: skip
     else:
         codes, probabilities = estimator.validation
         labels = np.array(estimator.labels, object)
-        truth, found = labels[codes], labels[probabilities.argmax(axis=1)]
+        truth, predicted = labels[codes], labels[probabilities.argmax(axis=1)]
         scores = {
-            **annotation_scores(truth, found),
+            **annotation_scores(truth, predicted),
             "calibration_error": expected_calibration_error(truth, probabilities, estimator.labels),
         }
         summary += (
@@ -358,10 +358,10 @@ def annotator(estimator: Any) -> Page:
             f"{scores['macro_f1']:.3f}."
         )
         note = (
-            f"On {len(codes):,} validation cells, which the weights of the network never saw; when to stop, the "
-            "temperature and the pooling were chosen on them, so new cells may do worse."
+            f"On {len(codes):,} validation cells, which were not used to train the network; the stopping epoch, the "
+            "temperature and the pooling weights were chosen on them, so new cells may have lower scores."
         )
-        each = per_class_scores(truth, found)
+        each = per_class_scores(truth, predicted)
         sections += [
             _scores(scores, note),
             Table(
@@ -371,16 +371,16 @@ def annotator(estimator: Any) -> Page:
                 "By cell type",
             ),
             Figure(
-                plot.confusion_matrix(confusion_table(truth, found)),
+                plot.confusion_matrix(confusion_table(truth, predicted)),
                 "Confusion matrix of true and predicted cell types",
-                "Percent of the cells of a true type (row) that got a label (column).",
+                "Percentage of the cells of a true type (row) by predicted label (column).",
                 "Confusions",
             ),
             Figure(
-                plot.calibration(found == truth, probabilities.max(axis=1)),
-                "Reliability diagram: share of right labels by confidence",
-                "A point a tenth of confidence, with the number of its cells. On the dashed line confidence is what it "
-                "says.",
+                plot.calibration(predicted == truth, probabilities.max(axis=1)),
+                "Reliability diagram: fraction of correct labels by confidence",
+                "One point per tenth of confidence, with its number of cells. On the dashed line confidence equals "
+                "accuracy.",
                 "Calibration",
             ),
         ]  # fmt: skip
@@ -396,18 +396,18 @@ def imputer(estimator: Any) -> Page:
     sections: list[Section] = []
     if len(known):
         rows = list(zip(_named(known.index), known, strict=True))
-        caption = "The genes, the most certain first."
+        caption = "The genes, the most confident first."
         if len(rows) > LISTED:
             rows = [*rows[: LISTED // 2], *rows[-LISTED // 2 :]]
-            caption = f"The {LISTED // 2} most and the {LISTED // 2} least certain of {len(known):,} genes."
+            caption = f"The {LISTED // 2} most and the {LISTED // 2} least confident of {len(known):,} genes."
         sections = [
             Figure(
                 plot.histogram(known, value_label="confidence (correlation)", counted="genes"),
                 "Histogram of the confidence of the imputed genes",
-                "Confidence of a gene: correlation of predicted and measured values over reference cells that were "
-                "held out and seen through the panel alone. 1: predicted exactly, 0: nothing is known of it. It says "
-                "nothing of how your cells differ from the reference.",
-                "How certain the genes are",
+                "Confidence of a gene: correlation of predicted and measured values over held-out reference cells, "
+                "predicted from the panel genes only. 1: exact prediction, 0: no information. It does not "
+                "account for differences between your cells and the reference.",
+                "Confidence of the genes",
             ),
             Table(["gene", "confidence"], rows, caption, "Genes"),
         ]  # fmt: skip
@@ -422,7 +422,7 @@ def imputer(estimator: Any) -> Page:
 
 
 def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
-    """Show embedded cells: what they were, and a UMAP."""
+    """Show embedded cells: summary and UMAP."""
     from cellplm_jax.tasks.embed import read_annotations
 
     cells = read_annotations(path, obsm=[key], uns=["cellplm"])
@@ -433,10 +433,10 @@ def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
     sections: list[Section] = [_no_map("The embedding")]
     if coordinates is not None:
         columns = _columns(cells.obs, colors or _telling(cells.obs), drawn)
-        caption = f"UMAP of obsm['{key}'], {_of(len(drawn), len(z))}: a point a cell, like ones near one another. " \
-            "For looking at: distances between groups mean little."  # fmt: skip
+        caption = f"UMAP of obsm['{key}'], {_of(len(drawn), len(z))}: one point per cell, similar cells nearby. " \
+            "For visualisation only: distances between groups have little meaning."  # fmt: skip
         if not colors:
-            caption += " --color colours it by a column of obs."
+            caption += " Use --color to colour it by a column of obs."
         sections = _map(coordinates, columns, caption, "The embedding")
     return Page(
         f"Embedding of {Path(path).name}",
@@ -452,25 +452,25 @@ def clusters(
     key: str,
     scores: Mapping[str, float],
 ) -> Page:
-    """Show clustered cells: a UMAP a column, what is in every cluster, scores.
+    """Show clustered cells: one UMAP per column, the composition of every cluster, scores.
 
     Args:
-        path: The file that was written.
+        path: The output file.
         cells: With the clusters and ``obsm["X_umap"]``.
-        columns: Of ``obs``: the clusters, then known types and batches where they were named.
+        columns: Columns of ``obs``: the clusters, then known types and batches if given.
         key: The embedding.
-        scores: Against those.
+        scores: Scores against known types and batches.
     """
     cluster, *known = columns
     sizes = cells.obs[cluster].value_counts()
     drawn = _some(cells.n_obs)
     shown = _columns(cells.obs, columns, drawn)
-    caption = f"UMAP of obsm['{key}'], {_of(len(drawn), cells.n_obs)}: a point a cell, like ones near one another."
+    caption = f"UMAP of obsm['{key}'], {_of(len(drawn), cells.n_obs)}: one point per cell, similar cells nearby."
     sections = _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Clusters")
     sections.append(_contents(cells.obs, cluster, known))
     if scores:
         against = " and ".join(f"obs['{name}']" for name in known)
-        note = f"Against {against}, which clustering never saw; higher is better."
+        note = f"Against {against}, which clustering does not use; higher is better."
         sections.append(_scores({name: n for name, n in scores.items()}, note))
     return Page(
         f"Clusters of {Path(path).name}",
@@ -480,7 +480,7 @@ def clusters(
 
 
 def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
-    """Return a row a cluster: its cells, and the most frequent value of each column with its share."""
+    """Return one row per cluster: its cells, and the most frequent value of each column with its fraction."""
     rows = []
     for name in sorted(map(str, obs[cluster].unique()), key=_natural):
         own = obs[obs[cluster].astype(str) == name]
@@ -490,13 +490,13 @@ def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
             row.append(f"{often.index[0]} ({often.iloc[0] / len(own):.0%})")
         rows.append(row)
     names = ["cluster", "cells", "share", *(f"most frequent {column}" for column in known)]
-    return Table(names, rows, "", "What is in them")
+    return Table(names, rows, "", "Composition of the clusters")
 
 
 def integrated(
     path: str | os.PathLike, key: str, columns: Sequence[str], scores: Mapping[str, float]
 ) -> Page:
-    """Show an integrated embedding by batch, beside one from before where the file has it."""
+    """Show an integrated embedding by batch, and the embedding before integration if the file has it."""
     from cellplm_jax.tasks.embed import read_annotations
 
     before = ("X_cellplm", "X_pca")
@@ -517,7 +517,7 @@ def integrated(
             sections += _map(coordinates, shown, caption, heading)
     if first is None:
         sections.append(
-            Text("The file has neither obsm['X_cellplm'] nor obsm['X_pca'], so there is nothing to compare with: run "
+            Text("The file has neither obsm['X_cellplm'] nor obsm['X_pca'] for comparison: run "
                  "cellplm embed on it first.", "Before")
         )  # fmt: skip
     if scores:
@@ -548,13 +548,15 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
         Figure(
             plot.histogram(confidence, value_label="confidence", limits=(0.0, 1.0)),
             "Histogram of the confidence of the cells",
-            "Probability of the label a cell got, calibrated on validation cells where there were any.",
+            "Probability of the predicted label, calibrated on validation cells if there were any.",
             "Confidence",
         ),
     ]
     if "X_umap" in cells.obsm:
         shown = _columns(cells.obs, [LABEL], drawn) | {CONFIDENCE: confidence[drawn]}
-        caption = f"UMAP of the tuned embedding, {_of(len(drawn), cells.n_obs)}; obsm['X_umap']."
+        caption = (
+            f"UMAP of the fine-tuned embedding, {_of(len(drawn), cells.n_obs)}; obsm['X_umap']."
+        )
         sections += _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Map")
     else:
         sections.append(_no_map("Map"))
@@ -568,12 +570,12 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
 
 
 def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) -> Page:
-    """Show imputed genes: how certain each is, and maps of a few beside what was measured.
+    """Show imputed genes: their confidence, and maps of some genes with measured values.
 
     Args:
-        path: The file that was written.
-        estimator: That predicted.
-        keys: How the cells were read where that was not as in the fit.
+        path: The output file.
+        estimator: The imputer.
+        keys: Reading options that differ from the fit.
     """
     from cellplm_jax import plot
     from cellplm_jax.tasks.embed import read_annotations
@@ -597,20 +599,18 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
         for gene in order[:LISTED]
     ]
     summary = (
-        f"{len(order):,} genes predicted for {cells.n_obs:,} cells. How certain each is was found on reference cells "
-        "that were held out, not on these."
+        f"{len(order):,} genes predicted for {cells.n_obs:,} cells. Confidence was computed on held-out reference "
+        "cells, not on these."
     )
-    caption = f"The {min(LISTED, len(order))} most certain of {len(order):,} genes. Confidence: correlation of " \
+    caption = f"The {min(LISTED, len(order))} most confident of {len(order):,} genes. Confidence: correlation of " \
         "predicted and measured values on held-out reference cells."  # fmt: skip
     sections: list[Section] = []
     if len(beside.pearson):
         summary += (
-            f" {len(beside.pearson):,} of them are measured in this file after all, unseen by the prediction: their "
+            f" {len(beside.pearson):,} of them are measured in this file, unused by the prediction: their "
             f"median correlation with it is {np.nanmedian(beside.pearson):.2f}."
         )
-        caption += (
-            " Correlation here: with what was measured in these cells, of log-normalised values."
-        )
+        caption += " Correlation here: with the measured values of these cells, log-normalised."
     else:
         columns.pop(2)
         rows = [row[:2] + row[3:] for row in rows]
@@ -623,10 +623,10 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
                     confidence[known.index], known, value_label="correlation",
                     names=("on held-out reference cells", "in these cells"),
                 ),
-                "Correlation in these cells against the confidence of the fit, a point a gene",
-                "A point a gene that this file measures. Below the line the gene is predicted worse here than in the "
+                "Correlation in these cells against the confidence of the fit, one point per gene",
+                "One point per measured gene of this file. Below the line the prediction is worse here than in the "
                 "reference.",
-                "Was the confidence right?",
+                "Confidence and correlation in these cells",
             )
         )  # fmt: skip
     if spatial_key in cells.obsm:
@@ -635,7 +635,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
 
 
 def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[Section]:
-    """Return maps in the tissue of imputed genes beside measured ones."""
+    """Return spatial maps of imputed genes and measured ones."""
     from cellplm_jax import plot
 
     drawn = _some(len(points))
@@ -643,7 +643,7 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
     if not len(drawn):
         return []
     scale = "log1p of counts per 10,000"
-    found: list[Section] = []
+    figures: list[Section] = []
     for pair in beside.pairs:
         gene = names.get(pair.gene, pair.gene)
         values = pair.imputed[drawn], pair.measured[drawn]
@@ -654,8 +654,8 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
                 title=f"{gene}: correlation {correlation:.2f}",
             )[0]  # fmt: skip
             alt = f"{gene} in the tissue as measured, as imputed, and the difference"
-            caption = "Of the genes that this file measures: the most certain one, one from the middle, and the " \
-                "least certain one. Difference: red is predicted too high, blue too low."  # fmt: skip
+            caption = "Measured genes of this file: the most confident, a median and the " \
+                "least confident one. Difference: red is predicted too high, blue too low."  # fmt: skip
         else:
             (other,) = _named([pair.other])
             axes = plot.cell_panels(
@@ -663,11 +663,11 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
                 color_label=scale, tissue=True,
             )[0]  # fmt: skip
             alt = f"{gene} as imputed and {other} as measured, in the tissue"
-            caption = "The most certain genes. What they truly are here is not known, so beside each stands the " \
-                "measured gene of the panel that it goes with most closely."  # fmt: skip
-        heading = None if found else "In the tissue"
-        found.append(Figure(axes, alt, "" if found else caption, heading))
-    return found
+            caption = "The most confident genes. Their true values here are unknown, so each is shown next to the " \
+                "most correlated measured gene of the panel."  # fmt: skip
+        heading = None if figures else "In the tissue"
+        figures.append(Figure(axes, alt, "" if figures else caption, heading))
+    return figures
 
 
 def denoised(
@@ -676,13 +676,13 @@ def denoised(
     keys: Mapping[str, Any],
     genes: Sequence[str] | None = None,
 ) -> Page:
-    """Show denoised counts: some genes before and after, and how means and zeros changed.
+    """Show denoised counts: some genes before and after, and changes of means and zeros.
 
     Args:
-        path: The file that was written.
-        estimator: That predicted.
-        keys: How the cells were read where that was not as in the fit.
-        genes: To look at; None: some that differ most between cells.
+        path: The output file.
+        estimator: The denoiser.
+        keys: Reading options that differ from the fit.
+        genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
     from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
@@ -692,30 +692,30 @@ def denoised(
     cells = read_annotations(path, obsm=embeddings, uns=[FACTS])
     facts = cells.uns.get(FACTS, {})
     drawn = _some(cells.n_obs)
-    found = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
-    after = "expected if not zero" if facts.get("detected") else "expected"
-    totals = "The expected counts of a cell add up to what was counted in it."
+    comparison = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
+    after = "expected if non-zero" if facts.get("detected") else "expected"
+    totals = "The expected counts of each cell sum to its measured total."
     if facts.get("detected"):
-        totals = "Counts given that they are not zero are larger than what was counted."
-    names = _named(found.genes)
+        totals = "Counts conditional on being non-zero are larger than the measured counts."
+    names = _named(comparison.genes)
     rows = [
-        [name, *found.table.loc[gene, list(found.table)]]
-        for name, gene in zip(names, found.genes, strict=True)
+        [name, *comparison.table.loc[gene, list(comparison.table)]]
+        for name, gene in zip(names, comparison.genes, strict=True)
     ]
     columns = ["gene", "share of cells with a count", "mean count", f"mean {after}", "correlation"]
     which = (
-        "The genes that were named"
+        "The selected genes"
         if genes
-        else "Genes whose expected counts differ between cells; the second is high where the first is low"
+        else "Genes whose expected counts vary most between cells; the second is high if the first is low"
     )
     return Page(
         f"Denoised counts of {Path(path).name}",
-        f"layers['{LAYER}']: {after} counts of {len(found.means_after):,} genes in {cells.n_obs:,} cells. "
-        f"{found.zeros:.0%} of the counts are zero; in {found.expected_zeros:.1%} of these at least half a count is "
-        "expected. What is expected comes from a cell's other genes and its neighbours: use it to look and to rank, "
-        "not to test for differences.",
+        f"layers['{LAYER}']: {after} counts of {len(comparison.means_after):,} genes in {cells.n_obs:,} cells. "
+        f"{comparison.zeros:.0%} of the counts are zero; in {comparison.expected_zeros:.1%} of these at least half a "
+        "count is expected. Expected counts come from a cell's other genes and its neighbours: use them for "
+        "visualisation and ranking, not for tests of differential expression.",
         [
-            *_before_and_after(found, cells, drawn, names, after, chosen=genes is not None),
+            *_before_and_after(comparison, cells, drawn, names, after, chosen=genes is not None),
             Table(
                 columns,
                 rows,
@@ -724,11 +724,11 @@ def denoised(
             ),
             Figure(
                 plot.agreement(
-                    found.means_before, found.means_after, value_label="mean of a gene (counts a cell)",
+                    comparison.means_before, comparison.means_after, value_label="mean of a gene (counts per cell)",
                     names=("counted", after), logarithmic=True,
                 ),
-                "Mean expected count against mean count, a point a gene",
-                f"A point a gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line the mean is kept. "
+                "Mean expected count against mean count, one point per gene",
+                f"One point per gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line both are equal. "
                 f"{totals}",
                 "Means of all genes",
             ),
@@ -745,7 +745,7 @@ def _before_and_after(
     from cellplm_jax import plot
     from cellplm_jax.evaluate.embedding import pca_baseline
 
-    points, place = found.coordinates, "Places in the tissue."
+    points, place = found.coordinates, "Tissue coordinates."
     tissue = points is not None
     if points is None:
         key = next(iter(cells.obsm), None)
@@ -773,7 +773,7 @@ def _before_and_after(
             },
             color_label="log1p of counts per 10,000", shared_colors=True, tissue=tissue,
         )[0]  # fmt: skip
-        caption = f"{place} Both panels of a gene share their colours." if not sections else ""
+        caption = f"{place} Both panels of each gene share their colours." if not sections else ""
         heading = None if sections else "Before and after"
         sections.append(
             Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
@@ -782,7 +782,7 @@ def _before_and_after(
 
 
 def perturbed(found: Any) -> Page:
-    """Show predicted changes: the genes that change most, as a map and a table."""
+    """Show predicted changes: the genes with the largest changes, as a map and a table."""
     from cellplm_jax import plot
     from cellplm_jax.data.genes import symbols_of
 
@@ -805,16 +805,16 @@ def perturbed(found: Any) -> Page:
         [
             Figure(
                 plot.change_map(change[largest].rename(columns=names)),
-                "Map of the changes of the genes that change most",
-                "The genes that change most under any of these. Change: of the mean of log1p of counts per 10,000; +1 "
-                "is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
+                "Map of the genes with the largest changes",
+                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per "
+                "10,000; +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
                 "Changes",
             ),
             Table(
                 ["perturbation", "known", "size", "largest changes"],
                 rows,
-                "Known: whether it, or its parts, were in the training data. Size: root mean square of the changes of "
-                "all genes.",
+                "Known: whether it, or its targets, were in the training data. Size: root mean square of the changes "
+                "of all genes.",
                 "Perturbations",
             ),
             *_messages(found.messages),
@@ -823,7 +823,7 @@ def perturbed(found: Any) -> Page:
 
 
 def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
-    """Show labelled samples, and how their cells speak for the label."""
+    """Show labelled samples, and the contributions of their cells."""
     from cellplm_jax import plot
     from cellplm_jax.tasks.embed import read_annotations
     from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
@@ -846,12 +846,12 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
         Figure(
             plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution to the label (log-odds)"),
             "Histogram of the contributions of the cells",
-            "How much a cell speaks for its sample's label; below 0: against it. The mean over a sample's cells is "
-            "what decides.",
-            "Which cells decide",
+            "Contribution of each cell to its sample's label; below 0: against it. The mean over a sample's cells is "
+            "used for the prediction.",
+            "Contributions of the cells",
         ),
     ]  # fmt: skip
-    # What all cells of a sample share says nothing of the kinds of cells.
+    # Contributions shared by all cells of each sample are not specific to kinds of cells.
     key = estimator.facts.get("sample_key")
     within = cells.obs.drop(columns=LABEL, errors="ignore")
     if key in within:
@@ -905,7 +905,7 @@ def corpus(facts: Mapping[str, Any]) -> Page:
 
 
 def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
-    """Show a model: its card, parameters, configuration, and the curves of its run where they are there."""
+    """Show a model: its card, parameters, configuration, and training curves if available."""
     from cellplm_jax import plot
     from cellplm_jax.train.metrics import read_metrics
 
@@ -914,8 +914,8 @@ def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
         _facts(facts["card"], "Card"),
         Figure(
             plot.table_bars(parameters, value_label="parameters"),
-            "Parameters of every module",
-            f"{facts['parameters']['total']:,} in all.",
+            "Parameters per module",
+            f"{facts['parameters']['total']:,} in total.",
             "Parameters",
         ),
     ]
@@ -925,7 +925,7 @@ def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
         sections.append(
             Figure(
                 plot.run_picture(rows),
-                "Curves of the run",
+                "Training curves",
                 "Training values are running means over their faint raw values.",
                 "Run",
             )
@@ -935,7 +935,7 @@ def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
         for name, value in facts["config"].items()
         for key, item in (value.items() if isinstance(value, dict) else [("", value)])
     ]
-    caption = "Fields of cellplm_jax.config.ModelConfig, whose documentation says what each means."
+    caption = "Fields of cellplm_jax.config.ModelConfig; see its documentation."
     sections.append(Table(["", "value"], flat, caption, "Configuration"))
     return Page(
         f"Model {facts['id']}",

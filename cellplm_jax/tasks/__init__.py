@@ -1,1 +1,1 @@
-"""AnnData in, AnnData out: what a user does with a trained model."""
+"""Tasks of a trained model on AnnData: embedding, clustering and estimators."""

@@ -1,4 +1,4 @@
-"""From a pretrained model, or from nothing, to where a task starts: other genes or latent, a head, new batches."""
+"""Start models of fine-tuning: a pretrained or new model adapted to a task's genes, latent, head and batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cellplm_jax.train.checkpoint import grow_rows
 
 Path = tuple[str, ...]
 
-# Parts that may start fresh: a head is always new, a latent of another kind or a decoder may be.
+# Modules that may be initialised: a head always is, a latent of another kind or a decoder may be.
 _MAY_BE_NEW = ("head", "latent", "decoder")
 
 
@@ -31,24 +31,24 @@ def start_model(
     seed: int = 0,
     gene_means: np.ndarray | None = None,
 ) -> tuple[Pretrained, list[str]]:
-    """Return the model that a task starts from.
+    """Return the model from which fine-tuning starts.
 
-    Parameters are taken from the pretrained model wherever it has them: rows of genes by name, a deterministic latent
-    from the map to the mean of q(z|x), new rows of covariates at the mean of the old ones. What it does not have is
-    initialised, and listed.
+    Parameters are taken from the pretrained model if it has them: rows of genes by name, a deterministic latent
+    from the map to the mean of q(z|x), new rows of covariates at the mean of the existing ones. All others are
+    initialised and listed.
 
     Args:
         base: Pretrained model; None: everything is initialised.
         config: Architecture of the task; ``genes`` is set to the number of genes.
         genes: Vocabulary of the task, all of them genes of ``base``.
-        seed: Seed of what is initialised.
-        gene_means: float [genes]; without ``base``, the decoder's output bias starts at their logarithm.
+        seed: Seed of the initialisation.
+        gene_means: float [genes]; without ``base``, the decoder's output bias is initialised to their logarithm.
 
     Returns:
-        The model, and the paths of the parameters that started fresh.
+        The model, and the paths of the initialised parameters.
 
     Raises:
-        CheckpointError: A parameter of the pretrained model has another shape than the task needs; names it.
+        CheckpointError: A parameter of the pretrained model has a different shape than the task requires.
     """
     genes = list(genes)
     config = dataclasses.replace(config, genes=len(genes))
@@ -65,7 +65,7 @@ def start_model(
     position = {gene: row for row, gene in enumerate(base.genes)}
     rows = np.array([position[gene] for gene in genes], int)
     old = flatten_dict(base.params)
-    found: dict[Path, Any] = {}
+    loaded: dict[Path, Any] = {}
     new = []
     for path, leaf in fresh.items():
         source = _source(path, old, np.shape(leaf))
@@ -73,12 +73,12 @@ def start_model(
             if path[0] not in _MAY_BE_NEW:
                 raise CheckpointError(_misfit(base, path, "does not have", np.shape(leaf)))
             new.append("/".join(path))
-            found[path] = leaf
+            loaded[path] = leaf
             continue
         axis = _gene_axis(path)
         value = old[source]
-        found[path] = value if axis is None else np.take(value, rows, axis=axis)
-    grown = flatten_dict(grow_rows(unflatten_dict(found), initial))
+        loaded[path] = value if axis is None else np.take(value, rows, axis=axis)
+    grown = flatten_dict(grow_rows(unflatten_dict(loaded), initial))
     for path, leaf in fresh.items():
         shape = np.shape(grown[path])
         if shape != np.shape(leaf):
@@ -89,7 +89,7 @@ def start_model(
 
 
 def _source(path: Path, old: dict[Path, Any], shape: tuple[int, ...]) -> Path | None:
-    """Return the path of the pretrained parameter that a parameter starts from; None: there is none."""
+    """Return the path of the pretrained parameter for a parameter, or None."""
     if path in old:
         return path
     if path[:2] == ("latent", "linear"):
@@ -100,7 +100,7 @@ def _source(path: Path, old: dict[Path, Any], shape: tuple[int, ...]) -> Path | 
 
 
 def _gene_axis(path: Path) -> int | None:
-    """Return the axis of a parameter that runs along the genes."""
+    """Return the gene axis of a parameter."""
     if path == ("embedder", "gene_embedding"):
         return 0
     by_gene = ("log_mean", "zero_logits", "mean", "log_dispersion")
@@ -110,6 +110,6 @@ def _gene_axis(path: Path) -> int | None:
 def _misfit(base: Pretrained, path: Path, problem: str, shape: tuple[int, ...]) -> str:
     return explain(
         f"the task needs the parameter '{'/'.join(path)}' of shape {shape}, which '{base.id}' {problem}",
-        "a pretrained model of the same widths",
-        "Leave the configuration as the pretrained model has it, or start from scratch with model=None",
+        "a pretrained model with the same widths",
+        "Keep the configuration of the pretrained model, or start from scratch with model=None",
     )

@@ -1,4 +1,4 @@
-"""Cell types: a classifier fine-tuned on labelled cells, or labels carried over from the nearest ones."""
+"""Cell type annotation: a fine-tuned classifier, or label transfer from nearest neighbours."""
 
 from __future__ import annotations
 
@@ -45,33 +45,33 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 UNKNOWN = "unknown"
-"""Label of cells whose confidence is below the threshold."""
+"""Label of cells with a confidence below the threshold."""
 
 LABEL, CONFIDENCE, PROBABILITIES = (
     "cellplm_cell_type",
     "cellplm_confidence",
     "cellplm_probabilities",
 )
-"""What ``predict`` writes into ``obs``, ``obs`` and ``obsm``."""
+"""Keys written by ``predict`` to ``obs``, ``obs`` and ``obsm``."""
 
 FACTS = "cellplm_annotation"
-"""What it writes into ``uns``."""
+"""Key written to ``uns``."""
 
 
 UMAP_NEIGHBORS = 15
-"""Of the graph that predicted cells are laid out by; no more cells than that are not laid out."""
+"""Number of neighbours of the graph for UMAP; with no more cells than that, UMAP is omitted."""
 
 LINEAR_GENES = 3000
-"""Highly variable genes that the logistic regression sees, at most."""
+"""Maximum number of highly variable genes used by the logistic regression."""
 
 LINEAR_CELLS = 4096
-"""Cells it is applied to at once."""
+"""Number of cells per application of the logistic regression."""
 
 POOL, POOL_CELLS = (0.25, 0.75), 200.0
-"""Weights of network and logistic regression that are expected, and how many validation cells that counts as.
+"""Prior weights of network and logistic regression, and the number of validation cells they are worth.
 
-Validation cells come from the batches of the training cells, where the network does better than in new ones; and the
-logistic regression is fitted once more with the validation cells, the network is not.
+Validation cells come from the batches of the training cells, in which the network is better than in new ones; and the
+logistic regression is refitted with the validation cells, the network is not.
 """
 
 LINEAR_PENALTY = 3.0
@@ -85,49 +85,50 @@ HEAD_PENALTIES = (10.0, 1.0, 100.0)
 class CellTypeAnnotator(Estimator):
     """Predicts the cell type of every cell.
 
-    ``method="finetune"`` puts a linear head on a deterministic latent and tunes the whole model on labelled cells with
-    the published recipe. The head of a pretrained model starts as the exact logistic regression on its latent, and
-    tuning is kept only if it helps on validation cells. ``method="neighbors"`` trains nothing: a cell gets the label of
-    its nearest labelled cells in the embedding of the pretrained model.
+    ``method="finetune"`` adds a linear head to a deterministic latent and fine-tunes the complete model on labelled
+    cells with the published recipe. The head of a pretrained model is initialised with the exact logistic regression on
+    its latent, and the fine-tuned weights are kept only if they score better on validation cells.
+    ``method="neighbors"`` needs no training: cells get the label of their nearest labelled cells in the embedding of
+    the pretrained model.
 
-    On a few thousand cells a logistic regression on highly variable genes is hard to beat. So one is fitted beside the
-    network, on log1p of the counts, and the two are pooled: their log-probabilities are added with weights found on the
-    validation cells, which also calibrates them. ``linear=False`` leaves the network alone (published).
+    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted on
+    log1p counts in addition to the network, and their log-probabilities are added with weights fitted to the
+    validation cells, which also calibrates them. ``linear=False`` uses the network only (published).
 
-    Inductive unless asked otherwise: cells to be predicted are in no training context, and they attend to one another
-    only. Where ``fit`` was given a ``split_key``, ``predict`` keeps the parts of it apart as well.
+    Inductive by default: cells to predict are in no training context, and they attend to each other
+    only. If ``fit`` was called with a ``split_key``, ``predict`` also separates its values.
 
-    Where this departs from the published recipe, and why: at most 200 epochs and patience 50 instead of 2000 and 200,
-    so that 2,000 cells take minutes on two CPU cores; the latent of a pretrained model starts from its map to the mean
-    of q(z|x) instead of random numbers; the plateau is that of the validation loss; ties of the validation F1 are
-    broken by that loss; highly variable genes are chosen from scratch only.
+    Differences from the published recipe: up to 200 epochs and patience 50 instead of 2000 and 200,
+    so that 2,000 cells take minutes on two CPU cores; the latent of a pretrained model is initialised with its map to
+    the mean of q(z|x) instead of at random; the plateau schedule uses the validation loss; ties of the validation F1
+    are broken by that loss; highly variable genes are only selected when training from scratch.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch, over the genes of the data.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch, over the genes of the data.
         method: ``"finetune"`` or ``"neighbors"``.
-        unknown_threshold: Cells whose confidence is below it are labelled "unknown"; None: every cell gets a label.
-        class_weights: Weight of a cell in the loss by its label; ``"balanced"``: cells of every label weigh the same in
-            sum; None: every cell weighs the same.
-        neighbors: For ``"neighbors"``: how many labelled cells vote, weighted by the inverse of their distance.
-        linear: For ``"finetune"``: pool the network with a logistic regression.
-        genes: Fit on so many highly variable genes; None: all; default: 3,000 from scratch, else all.
-        quiet: No progress.
+        unknown_threshold: Cells with a lower confidence are labelled "unknown"; None: every cell gets a label.
+        class_weights: Weight of each cell in the loss by its label; ``"balanced"``: all labels have the same total
+            weight; None: all cells have the same weight.
+        neighbors: For ``"neighbors"``: number of voting labelled cells, weighted by inverse distance.
+        linear: For ``"finetune"``: average the network with a logistic regression.
+        genes: Number of highly variable genes to fit on; None: all; default: 3,000 from scratch, else all.
+        quiet: Disable progress output.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``patience``, ``learning_rate``,
             ``freeze``, ``adapter_rank``, ``layer_decay``, ``validation_fraction``, ``seed`` and so on. Also
             ``precision`` of the matrix products and ``devices`` that share the cells; None: as the model.
 
     Attributes:
         labels: The classes, sorted; the columns of the probabilities. Empty before ``fit``.
-        temperature: What the network's logits are divided by, fitted on the validation cells; 1 without any.
+        temperature: Divisor of the network's logits, fitted to the validation cells; 1 without any.
         pool: Weights of the log-probabilities of network and logistic regression; empty without the latter.
-        validation: Of the validation cells of a fit: codes of their labels, int [cells], and the probabilities
-            predicted for them, float [cells, labels]. Temperature and pool were fitted to these cells. None: there are
+        validation: Label codes of the validation cells of a fit, int [cells], and their predicted probabilities,
+            float [cells, labels]. Temperature and pool were fitted to these cells. None: there are
             none, or the estimator was loaded; they are not saved.
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
-        InputError: Likewise, or the options contradict one another.
+        ConfigError: An option is unknown or its value is invalid.
+        InputError: A value is invalid, or the options contradict each other.
     """
 
     task: ClassVar[str] = "annotation"
@@ -150,13 +151,13 @@ class CellTypeAnnotator(Estimator):
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if method not in ("finetune", "neighbors"):
-            msg = explain(f"method={method!r}", "'finetune' or 'neighbors'", "Name one of them")
+            msg = explain(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
             raise InputError(msg)
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:
             msg = explain(
                 f"unknown_threshold={unknown_threshold}",
                 "a confidence between 0 and 1, or None",
-                "Choose one in between",
+                "Choose a value in between",
             )
             raise InputError(msg)
         if neighbors < 1:
@@ -194,29 +195,29 @@ class CellTypeAnnotator(Estimator):
     ) -> CellTypeAnnotator:
         """Fit to labelled cells.
 
-        Cells without a label (NaN) are left out of training, and counted in ``messages``.
+        Cells without a label (NaN) are omitted from training, and counted in ``messages``.
 
         Args:
             adata: Raw counts and labels.
             label_key: Column of ``obs`` with the cell types.
-            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; cells attend within it.
-            split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for cells that are not looked
-                at; None: a tenth of the cells, evenly over the labels, is for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            values: What the matrix holds; see :func:`cellplm_jax.embed`.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
-            transductive: Put all cells of ``adata`` into the training contexts, those that are not trained on without
-                their label, and predict with whole batches as contexts.
-            unseen_labels: What to do where a label occurs among validation or other cells of ``split_key`` and not
-                among the training cells: an error, or leave those cells out.
+            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
+            split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
+                tenth of the cells, stratified by label, is used for validation.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            values: Kind of values; see :func:`cellplm_jax.embed`.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
+            transductive: Put all cells of ``adata`` into the training contexts, non-training cells without their
+                label, and predict with complete batches as contexts.
+            unseen_labels: Treatment of labels among validation or other cells of ``split_key`` that do not occur
+                among the training cells: an error, or omit those cells.
 
         Returns:
             The estimator itself.
 
         Raises:
-            InputError: Keys, counts, genes or labels cannot be used; the message says what to do.
+            InputError: Keys, counts, genes or labels cannot be used; the message states the remedy.
         """
         reading = Reading(
             batch_key, spatial_key, layer, gene_key, values, cells_per_context,
@@ -229,12 +230,12 @@ class CellTypeAnnotator(Estimator):
             msg = explain(
                 f"obs['{label_key}'] is missing for all {len(table)} cells",
                 "labels for the cells to fit on",
-                "Name another column, or fill it",
+                "Use another column, or fill it",
             )
             raise InputError(msg)
         if not usable.all():
             self.messages.append(
-                f"{int((~usable).sum())} of {len(table)} cells have no label in '{label_key}' and were left out of "
+                f"{int((~usable).sum())} of {len(table)} cells have no label in '{label_key}' and were omitted from "
                 "training."
             )
         train, valid = split_cells(
@@ -249,7 +250,7 @@ class CellTypeAnnotator(Estimator):
         if len(self.labels) < 2:
             msg = explain(
                 f"the {len(train)} training cells all have the label '{self.labels[0]}'",
-                "at least two cell types to tell apart",
+                "at least two cell types",
                 f"Check obs['{label_key}'], or give more cells",
             )
             raise InputError(msg)
@@ -282,7 +283,9 @@ class CellTypeAnnotator(Estimator):
         number = int(np.isin(named, unseen).sum())
         listed = ", ".join(map(repr, unseen[:5])) + (" and others" if len(unseen) > 5 else "")
         if unseen_labels == "ignore":
-            self.messages.append(f"{number} cells of labels never trained on left out: {listed}.")
+            self.messages.append(
+                f"{number} cells with labels outside the training cells were omitted: {listed}."
+            )
             return
         msg = explain(
             f"{number} cells are labelled {listed} in obs['{label_key}'], and no training cell is",
@@ -292,7 +295,7 @@ class CellTypeAnnotator(Estimator):
         raise InputError(msg)
 
     def _codes(self, named: np.ndarray) -> np.ndarray:
-        """Return int32 [cells]: the class of each label; -1 for none, or one never trained on."""
+        """Return int32 [cells]: the class of each label; -1 for missing and new labels."""
         place = {name: number for number, name in enumerate(self.labels)}
         return np.array([place.get(name, -1) for name in named], np.int32)
 
@@ -405,7 +408,7 @@ class CellTypeAnnotator(Estimator):
         weights: np.ndarray | None,
         logits: np.ndarray | None,
     ) -> None:
-        """Fit the logistic regression, weigh it against the network on validation cells, and fit it to those as well.
+        """Fit the logistic regression, compute its weight on validation cells, and refit it with them.
 
         Args:
             table: The cells, over the genes of the fit.
@@ -413,7 +416,7 @@ class CellTypeAnnotator(Estimator):
             valid: Validation cells.
             codes: int [cells], classes.
             weights: float32 [classes], or None.
-            logits: float32 [validation cells, classes] of the network; None: there are none.
+            logits: float32 [validation cells, classes] of the network; None without validation cells.
         """
         columns = variable_genes(table.counts[train], LINEAR_GENES)
         features = log_counts(table.counts, columns)
@@ -446,7 +449,7 @@ class CellTypeAnnotator(Estimator):
         )
 
     def _configuration(self) -> ModelConfig:
-        """Return the architecture: a linear head on a deterministic latent (published), and dropout of a half."""
+        """Return the architecture: a linear head on a deterministic latent (published), and a dropout rate of .5."""
         config = self._architecture()
         latent = dataclasses.replace(
             config.latent, kind="deterministic", adversarial_weight=0.0, similarity_weight=0.0
@@ -455,7 +458,7 @@ class CellTypeAnnotator(Estimator):
         return dataclasses.replace(config, latent=latent, head=head, dropout=0.5)
 
     def _weights(self, codes: np.ndarray) -> np.ndarray | None:
-        """Return float32 [classes], the weight of a cell by its class."""
+        """Return float32 [classes], the weight of each cell by its class."""
         if self.class_weights is None:
             return None
         if self.class_weights == "balanced":
@@ -464,13 +467,11 @@ class CellTypeAnnotator(Estimator):
         given: dict[str, float] = dict(self.class_weights)  # type: ignore[arg-type]
         unknown = sorted(set(given) - set(self.labels))
         if unknown or any(not weight >= 0 for weight in given.values()):
-            wrong = (
-                f"a label that is not there ({unknown[0]!r})" if unknown else "a negative weight"
-            )
+            wrong = f"an unknown label ({unknown[0]!r})" if unknown else "a negative weight"
             msg = explain(
                 f"class_weights with {wrong}",
                 f"numbers of at least 0 for labels among {', '.join(map(repr, self.labels))}",
-                "Correct class_weights; labels that are left out weigh 1",
+                "Correct class_weights; omitted labels have weight 1",
             )
             raise InputError(msg)
         return np.array([given.get(name, 1.0) for name in self.labels], np.float32)
@@ -481,7 +482,7 @@ class CellTypeAnnotator(Estimator):
         if self.base is None:
             msg = explain(
                 "method='neighbors' with model=None",
-                "a pretrained model, since nothing is trained",
+                "a pretrained model, because this method needs no training",
                 "Pass model='small' or a checkpoint, or use method='finetune'",
             )
             raise InputError(msg)
@@ -509,13 +510,13 @@ class CellTypeAnnotator(Estimator):
         """Predict the type of every cell, in place.
 
         Writes:
-            ``obs["cellplm_cell_type"]``: categorical; "unknown" where the confidence is below the threshold.
+            ``obs["cellplm_cell_type"]``: categorical; "unknown" if the confidence is below the threshold.
             ``obs["cellplm_confidence"]``: float32, the probability of the most probable type.
-            ``obsm["cellplm_probabilities"]``: float32 [n_obs, labels]; the columns are ``labels`` of the next.
+            ``obsm["cellplm_probabilities"]``: float32 [n_obs, labels]; columns as in ``labels`` of the next.
             ``uns["cellplm_annotation"]``: labels, model, method, temperature, threshold, contexts, genes matched.
 
         Args:
-            adata: The cells. Keys default to those ``fit`` was given.
+            adata: The cells. Keys default to those of ``fit``.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
@@ -550,19 +551,19 @@ class CellTypeAnnotator(Estimator):
     def predict_file(
         self, path: str | os.PathLike, out: str | os.PathLike, *, umap: bool = False, **keys: Any
     ) -> list[str]:
-        """Predict the cells of an ``.h5ad`` file into a copy of it, without holding its counts in memory.
+        """Predict the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
 
         Args:
             path: Input; never changed.
-            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
-            umap: Lay the tuned embedding of the cells out as well, into ``obsm["X_umap"]`` (extra ``eval``).
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
+            umap: Also compute a UMAP of the fine-tuned embedding, ``obsm["X_umap"]`` (extra ``eval``).
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -589,22 +590,22 @@ class CellTypeAnnotator(Estimator):
         unseen_labels: Literal["error", "ignore", "wrong"] = "error",
         **keys: Any,
     ) -> dict[str, float]:
-        """Predict labelled cells and compare; nothing is written.
+        """Predict labelled cells and score the predictions; ``adata`` is not modified.
 
         Args:
-            adata: The cells; those without a label are predicted and not scored.
-            label_key: Column of ``obs`` with the true types; None: the one ``fit`` was given.
-            split: Score only the cells of this part of the ``split_key`` that ``fit`` was given, such as ``"test"``.
-            unseen_labels: What to do with cells of a label that was never trained on: an error, leave them out, or
-                count them as wrong (right where they were left "unknown").
+            adata: The cells; those without a label are predicted but not scored.
+            label_key: Column of ``obs`` with the true types; None: the one of ``fit``.
+            split: Score only the cells with this value of the ``split_key`` of ``fit``, such as ``"test"``.
+            unseen_labels: Treatment of labels outside the training cells: an error, omit the cells, or
+                count them as incorrect (correct if predicted "unknown").
             **keys: As for :meth:`predict`.
 
         Returns:
             The scores of :func:`cellplm_jax.evaluate.annotation.annotation_scores`, ``calibration_error``, ``brier``,
-            ``unknown_fraction``, and ``cells``, how many were scored.
+            ``unknown_fraction``, and ``cells``, the number of scored cells.
 
         Raises:
-            InputError: As :meth:`predict`, or there is nothing to score.
+            InputError: As in :meth:`predict`, or there is nothing to score.
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()
@@ -615,7 +616,7 @@ class CellTypeAnnotator(Estimator):
             key = self.reading.split_key
             if key is None or key not in adata.obs.columns:
                 msg = explain(
-                    f"split={split!r} without a column of a split",
+                    f"split={split!r} without a split column",
                     "an estimator that was fitted with split_key, and its column in obs",
                     "Select the cells to score instead: score(adata[...])",
                 )
@@ -626,7 +627,7 @@ class CellTypeAnnotator(Estimator):
         if unseen and unseen_labels == "error":
             msg = explain(
                 f"{int(np.isin(named[scored], unseen).sum())} cells are labelled {unseen[0]!r} or other labels that "
-                "were never trained on",
+                "are not among the training labels",
                 f"labels among {', '.join(map(repr, self.labels))}",
                 "Fit on cells of these labels too, or pass unseen_labels='ignore' or 'wrong'",
             )
@@ -635,30 +636,30 @@ class CellTypeAnnotator(Estimator):
             scored &= ~np.isin(named, unseen)
         if not scored.any():
             msg = explain(
-                "no cell is left to score",
-                f"cells with a label in obs['{label_key}'] that was trained on",
+                "no cell to score",
+                f"cells with a training label in obs['{label_key}']",
                 "Check the label column and the split",
             )
             raise InputError(msg)
         probabilities, _, _, _ = self._probabilities(adata, self.reading.changed(**keys))
         names, _ = self._decide(probabilities)
-        truth, found = named[scored], np.asarray(names)[scored]
+        truth, predicted = named[scored], np.asarray(names)[scored]
         if self.unknown_threshold is not None:
             truth = np.where(np.isin(truth, unseen), UNKNOWN, truth)
         return {
-            **annotation_scores(truth, found),
+            **annotation_scores(truth, predicted),
             "calibration_error": expected_calibration_error(
                 truth, probabilities[scored], self.labels
             ),
             "brier": brier_score(truth, probabilities[scored], self.labels),
-            "unknown_fraction": float(np.mean(found == UNKNOWN)),
+            "unknown_fraction": float(np.mean(predicted == UNKNOWN)),
             "cells": int(scored.sum()),
         }
 
     def _probabilities(
         self, data: Any, reading: Reading
     ) -> tuple[np.ndarray, dict[str, Any], list[str], np.ndarray]:
-        """Return float32 [cells, labels], facts for ``uns``, sentences about the input, and float32 [cells, latent]."""
+        """Return float32 [cells, labels], facts for ``uns``, messages about the input, and float32 [cells, latent]."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         if self._reference is not None:
@@ -681,27 +682,27 @@ class CellTypeAnnotator(Estimator):
         return probabilities.astype(np.float32), facts, messages, z
 
     def _pooled(self, network: np.ndarray, data: Any, reading: Reading) -> np.ndarray:
-        """Add the logistic regression's log-probabilities to the network's, float64 [cells, labels], as weighted."""
+        """Return the weighted sum of both log-probabilities, float64 [cells, labels]."""
         linear: LinearClassifier = self._linear  # type: ignore[assignment]
-        found = self.pool[0] * network
+        pooled = self.pool[0] * network
         read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
         start = 0
         with open_counts(data, self._fitted().genes, values=reading.values, **read) as source:
             for block in source.blocks(LINEAR_CELLS):
                 stop = start + block.shape[0]
                 features = log_counts(block, self._linear_genes)
-                found[start:stop] += self.pool[1] * linear.log_probabilities(features)
+                pooled[start:stop] += self.pool[1] * linear.log_probabilities(features)
                 start = stop
-        return found
+        return pooled
 
     def _votes(self, z: np.ndarray) -> np.ndarray:
-        """Return the share of votes of each label among the nearest labelled cells, float64 [cells, labels]."""
+        """Return the fraction of votes per label among the nearest labelled cells, float64 [cells, labels]."""
         reference, codes = self._reference  # type: ignore[misc]
         search = require("sklearn.neighbors", "eval", "method='neighbors'")
         voters = min(self.neighbors, len(codes))
         finder = search.NearestNeighbors(n_neighbors=voters).fit(reference)
         distance, index = finder.kneighbors(z)
-        # By the inverse of the distance; a cell at distance 0 outweighs all that are further away.
+        # Weighted by inverse distance; a cell at distance 0 outweighs all others.
         weight = 1.0 / np.maximum(distance, 1e-6)
         votes = np.zeros((len(z), len(self.labels)))
         for place in range(voters):
@@ -756,11 +757,11 @@ class CellTypeAnnotator(Estimator):
 def annotation_loss(
     config: ModelConfig, masking: MaskingConfig, weights: np.ndarray | None = None
 ) -> Loss:
-    """Return the loss of an example whose target ``"label"`` is int32 [samples, cells], -1 where there is none.
+    """Return the loss of an example whose target ``"label"`` is int32 [samples, cells], -1 for missing labels.
 
     Args:
         config: Architecture with an annotation head.
-        masking: What is dropped and hidden.
+        masking: Dropped cells and hidden entries.
         weights: float32 [classes], or None.
 
     Returns:
@@ -779,24 +780,24 @@ def annotation_loss(
 
 
 def log_counts(counts: sparse.csr_matrix, columns: np.ndarray) -> sparse.csr_matrix:
-    """Return log1p of the counts of some genes: CSR float64 [cells, columns]."""
+    """Return log1p of the counts of selected genes: CSR float64 [cells, columns]."""
     chosen = sparse.csr_matrix(counts[:, columns], dtype=np.float64)
     chosen.data = np.log1p(chosen.data)
     return chosen
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that logits are best divided by (Guo et al., ICML 2017).
+    """Return the temperature that calibrates the logits (Guo et al., ICML 2017).
 
-    The one of highest posterior, with a standard normal prior on its logarithm: a handful of validation cells that are
-    all right would otherwise make every probability 1.
+    The maximum a posteriori estimate with a standard normal prior on its logarithm: without the prior, a few validation
+    cells that are all correct would make every probability 1.
 
     Args:
-        logits: float [cells, classes], of cells that were not trained on.
+        logits: float [cells, classes], of cells outside the training set.
         labels: int [cells].
 
     Returns:
-        Between .05 and 20; above 1 where the model is too sure of itself.
+        Between .05 and 20; above 1 if the model is overconfident.
     """
     from scipy.optimize import minimize_scalar
 
@@ -805,8 +806,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return fit + 0.5 * log**2 / len(labels)
 
     bound = np.log(20.0)
-    found: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
-    return float(np.exp(found.x))
+    optimum: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
@@ -818,18 +819,18 @@ def _cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) -
 
 
 def _log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return float64 [cells, classes]; no probability counts as less than 1e-12."""
+    """Return float64 [cells, classes], with probabilities clipped at 1e-12."""
     return np.maximum(log_softmax(np.asarray(logits, np.float64), axis=1), np.log(1e-12))
 
 
 def _require_training_cells(table: CellTable, train: np.ndarray) -> None:
-    """Refuse batches that nothing is learnt in, where whole batches are the training contexts."""
+    """Raise an error for batches without labelled training cells if complete batches are the training contexts."""
     without = [name for name in dict.fromkeys(table.batch) if name not in set(table.batch[train])]
     if without:
         msg = explain(
             f"batch '{without[0]}' has no labelled training cells"
             + (f" (and {len(without) - 1} more)" if len(without) > 1 else ""),
             "labelled training cells in every batch, with transductive=True",
-            "Leave out transductive: its cells are then predicted in a context of their own; or label some of them",
+            "Omit transductive: these cells are then predicted in a separate context; or label some of them",
         )
         raise InputError(msg)

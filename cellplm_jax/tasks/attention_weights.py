@@ -1,4 +1,4 @@
-"""Which cells attend to which: explicit weights out of the linear attention, for chosen cells."""
+"""Attention weights: explicit weights from the linear attention, for selected cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 CHOSEN_CELLS = 64
-"""Chosen cells of one computation; a context of n cells then takes layers * heads * 64 * n numbers."""
+"""Number of selected cells per computation; a context of n cells then takes layers * heads * 64 * n numbers."""
 
 
 def cell_attention(
@@ -40,21 +40,21 @@ def cell_attention(
     values: Values = "counts",
     minimum_genes: int | None = None,
 ) -> pd.DataFrame:
-    """Return how much chosen cells attend to every other cell.
+    """Return the attention weights of selected cells over all other cells.
 
     In every layer and head the attention's output for a cell is a weighted sum of the values of all cells of its
-    context. Flow attention never forms these weights; here they are computed for the chosen cells alone, exactly, in
-    memory that is linear in the number of cells. They are positive, and a row sums to 1 only with ``normalize``.
-    What a weight of the second layer refers to is a cell that has already seen the others.
+    context. Flow attention never materializes these weights; here they are computed exactly for the selected cells
+    only, with memory linear in the number of cells. They are positive; rows sum to 1 only with ``normalize``. From the
+    second layer on, the attended cells already contain information from other cells.
 
     Args:
         adata: Raw counts, as for :func:`cellplm_jax.embed`.
-        model: From :func:`cellplm_jax.load`, or what it opens.
-        cells: The cells that look: names (of ``obs_names``), numbers, or a mask over all cells; a single one as well.
+        model: From :func:`cellplm_jax.load`, or a source for it.
+        cells: The attending cells: names (of ``obs_names``), numbers, or a mask over all cells; or a single one.
         average: Average over layers and heads.
         normalize: Divide every row by its sum.
-        batch_key: Column of ``obs`` naming the tissue sample of each cell; cells attend within it.
-        spatial_key: See :func:`cellplm_jax.embed`; likewise the rest.
+        batch_key: Column of ``obs`` with the tissue sample of each cell; cells attend within it.
+        spatial_key: See :func:`cellplm_jax.embed`.
         layer: Layer of ``adata`` with the counts.
         gene_key: See :func:`cellplm_jax.embed`.
         cells_per_context: See :func:`cellplm_jax.embed`.
@@ -62,12 +62,12 @@ def cell_attention(
         minimum_genes: See :func:`cellplm_jax.embed`.
 
     Returns:
-        float32, a column a cell of ``adata``; 0 for cells of other contexts. Rows: the chosen cells as given, by name
-        (index ``"cell"``); without ``average`` layer by layer, head by head (index levels ``"layer"``, ``"head"``,
+        float32, one column per cell of ``adata``; 0 for cells of other contexts. Rows: the selected cells in the given
+        order, by name (index ``"cell"``); without ``average`` by layer and head (index levels ``"layer"``, ``"head"``,
         ``"cell"``).
 
     Raises:
-        InputError: There are no such cells, the model has no attention of this kind, or the counts, genes or keys
+        InputError: The cells do not exist, the model has no attention weights, or the counts, genes or keys
             cannot be used.
     """
     model = as_pretrained(model)
@@ -90,23 +90,25 @@ def cell_attention(
         if spatial_key is not None:
             coordinates = source.coordinates(spatial_key, required=spatial_key != "spatial")
         shape = (encoder.layers, encoder.heads, len(chosen), len(names))
-        found = np.zeros(shape[2:] if average else shape, np.float32)
+        weights = np.zeros(shape[2:] if average else shape, np.float32)
         for group in source_groups(source, batch_key):
             placed = None
             if coordinates is not None:
                 placed = np.full((len(names), 2), np.nan)
                 placed[group] = scale_coordinates(coordinates[group])
             for context in deal(group, cells_per_context):
-                _fill(found, source, model, context, placed, chosen)
+                _fill(weights, source, model, context, placed, chosen)
     if normalize:
-        found /= np.maximum(found.sum(axis=-1, keepdims=True), 1e-30)
+        weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
     rows: Any = pd.Index(names[chosen], name="cell")
     if not average:
         rows = pd.MultiIndex.from_product(
             [range(encoder.layers), range(encoder.heads), names[chosen]],
             names=["layer", "head", "cell"],
         )
-    return pd.DataFrame(found.reshape(-1, len(names)), index=rows, columns=names.rename("attended"))
+    return pd.DataFrame(
+        weights.reshape(-1, len(names)), index=rows, columns=names.rename("attended")
+    )
 
 
 def _fill(
@@ -117,7 +119,7 @@ def _fill(
     placed: np.ndarray | None,
     chosen: np.ndarray,
 ) -> None:
-    """Write the weights of the chosen cells of one context into ``found``."""
+    """Write the weights of the selected cells of one context into ``found``."""
     place_of = {cell: place for place, cell in enumerate(context)}
     here = [number for number, cell in enumerate(chosen) if cell in place_of]
     if not here:
@@ -138,19 +140,19 @@ def _fill(
 
 
 def _chosen(cells: Any, names: pd.Index) -> np.ndarray:
-    """Return int [chosen], the numbers of the chosen cells."""
+    """Return int [chosen], the numbers of the selected cells."""
     wanted = np.atleast_1d(np.asarray(cells))
     if wanted.dtype == bool:
         if wanted.shape != names.shape:
             msg = explain(
                 f"a mask of {len(wanted)} entries for {len(names)} cells",
-                "one entry a cell",
-                "Make the mask of this AnnData",
+                "one entry per cell",
+                "Create the mask for this AnnData",
             )
             raise InputError(msg)
         wanted = np.flatnonzero(wanted)
     if wanted.ndim != 1 or not len(wanted):
-        msg = explain("no cells were chosen", "at least one", "Pass their names or numbers")
+        msg = explain("no cells were selected", "at least one", "Pass their names or numbers")
         raise InputError(msg)
     if np.issubdtype(wanted.dtype, np.integer):
         wrong = wanted[(wanted < 0) | (wanted >= len(names))]
@@ -158,25 +160,25 @@ def _chosen(cells: Any, names: pd.Index) -> np.ndarray:
             msg = explain(
                 f"there is no cell {wrong[0]}",
                 f"numbers from 0 to {len(names) - 1}",
-                "Choose among them",
+                "Pass numbers in this range",
             )
             raise InputError(msg)
         return wanted.astype(int)
     texts = [str(name) for name in wanted]
     if not names.is_unique:
         msg = explain(
-            "obs_names repeat, so that a name does not say which cell is meant",
-            "names that occur once, or numbers",
-            "Call adata.obs_names_make_unique(), or choose cells by number",
+            "obs_names contains duplicates, so names do not identify cells",
+            "unique names, or numbers",
+            "Call adata.obs_names_make_unique(), or select cells by number",
         )
         raise InputError(msg)
     places = names.get_indexer(texts)
     if (places < 0).any():
         lacking = [name for name, place in zip(texts, places, strict=True) if place < 0]
         msg = explain(
-            f"{len(lacking)} of the chosen cells are not in obs_names, such as {lacking[0]!r}",
+            f"{len(lacking)} of the selected cells are not in obs_names, such as {lacking[0]!r}",
             f"names such as {names[0]!r}",
-            "Check the names, or choose cells by number",
+            "Check the names, or select cells by number",
         )
         raise InputError(msg)
     return places

@@ -1,7 +1,7 @@
-"""How fast this machine embeds, trains and reads: what ``cellplm bench`` prints.
+"""Benchmarks of embedding, training and reading on this machine, used by ``cellplm bench``.
 
-Each measurement runs once to compile, which is reported apart, and then several times; rates are of the median. The
-benchmark against the original, ``benchmarks/speed``, runs the same calls side by side with it.
+Each measurement runs once to compile, which is reported separately, and then several times; rates use the median. The
+benchmark against the original, ``benchmarks/speed``, alternates the same calls with it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from cellplm_jax.train.step import compile_training_step, create_sharded_state
 
 
 def made_up_counts(cells: int, genes: int, nonzeros: int, *, seed: int = 0) -> sparse.csr_matrix:
-    """Return counts with the sparsity of a tissue: skewed abundances of genes, Poisson numbers of them in a cell.
+    """Return random counts with the sparsity of a tissue: skewed gene abundances, Poisson numbers of genes per cell.
 
     Args:
         cells: Rows.
         genes: Columns.
-        nonzeros: Stored counts of a cell, on average; at most ``genes``.
-        seed: Of the draw.
+        nonzeros: Average number of stored counts per cell; not above ``genes``.
+        seed: Random seed.
 
     Returns:
         float32 CSR [cells, genes].
@@ -52,7 +52,7 @@ def made_up_counts(cells: int, genes: int, nonzeros: int, *, seed: int = 0) -> s
     columns, values = [], []
     for _ in range(cells):
         number = int(np.clip(random.poisson(nonzeros), 1, genes))
-        # The largest of weights with Gumbel noise: a draw without replacement, in proportion to abundance.
+        # Gumbel top-k: a draw without replacement, proportional to abundance.
         score = log_abundance + random.gumbel(size=genes)
         chosen = np.sort(np.argpartition(score, genes - number)[genes - number :])
         columns.append(chosen)
@@ -63,7 +63,7 @@ def made_up_counts(cells: int, genes: int, nonzeros: int, *, seed: int = 0) -> s
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return where a measurement was made: processor or accelerator, cores, versions."""
+    """Return the processor or accelerator, cores and versions of this machine."""
     device = jax.local_devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -85,7 +85,7 @@ def processor() -> str:
 
 
 def peak_memory() -> float:
-    """Return the most memory that this process has had, in MiB: the device's where it counts, else the host's."""
+    """Return the peak memory of this process in MiB: of the device if available, else of the host."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**20
@@ -106,7 +106,7 @@ def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
     return {
         "seconds": [round(value, 4) for value in seconds],
         "median_seconds": round(median, 4),
-        # The first run compiles, or reads what an earlier process compiled.
+        # The first run compiles, or loads compiled programs from the cache.
         "compile_seconds": round(max(first - median, 0.0), 2),
     }
 
@@ -134,17 +134,17 @@ def bench_embedding(
     nonzeros: int = 1500,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Measure :func:`cellplm_jax.embed` on an AnnData in memory, one context.
+    """Benchmark :func:`cellplm_jax.embed` on an AnnData in memory with one context.
 
     Args:
-        model: The model; its ``precision`` is what is measured.
-        data: An ``.h5ad`` file whose first ``cells`` cells are embedded; None: made-up counts.
+        model: The model, with its ``precision``.
+        data: An ``.h5ad`` file whose first ``cells`` cells are embedded; None: random counts.
         cells: Cells of the context.
-        nonzeros: Stored counts of a made-up cell.
+        nonzeros: Stored counts per random cell.
         repeats: Runs after the first.
 
     Returns:
-        Facts of machine and model, seconds of the runs, cells/s, share of the peak of matrix products, memory in MiB.
+        Facts of machine and model, seconds of the runs, cells/s, fraction of the matrix-product peak, memory in MiB.
     """
     if data is None:
         genes = len(model.genes)
@@ -172,19 +172,19 @@ def bench_embedding(
 def bench_training(
     config: TrainConfig, *, genes: int = 19_374, nonzeros: int = 1500, repeats: int = 5
 ) -> dict[str, Any]:
-    """Measure the compiled training step on made-up cells: masks, forward, backward, AdamW.
+    """Benchmark the compiled training step on random cells: masks, forward, backward, AdamW.
 
     Args:
-        config: The run; rows and cells of a batch, precision and mesh are taken from it.
+        config: The run; determines rows and cells of the batch, precision and mesh.
         genes: Size of the vocabulary.
-        nonzeros: Stored counts of a cell.
+        nonzeros: Stored counts per cell.
         repeats: Steps after the first.
 
     Returns:
-        As :func:`bench_embedding`; cells are those that are read, before a part of them is dropped.
+        As in :func:`bench_embedding`; the number of cells includes those that are dropped.
 
     Raises:
-        InputError: The configuration spreads the cells of a row over devices (``mesh.cells`` above 1).
+        InputError: The configuration shards the cells of each row (``mesh.cells`` above 1).
     """
     model = dataclasses.replace(config.model, genes=genes)
     config = dataclasses.replace(config, model=model, accumulate=1)
@@ -197,7 +197,7 @@ def bench_training(
     if config.mesh.cells > 1:
         msg = explain(
             f"mesh.cells = {config.mesh.cells}",
-            "rows in one piece, mesh.cells = 1",
+            "unsharded rows, mesh.cells = 1",
             "Split rows over mesh.data",
         )
         raise InputError(msg)
@@ -236,13 +236,13 @@ def bench_loading(
     cells: int = 100_000,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Measure how fast counts come off the disk: a corpus by samples, a file by the chunks that embedding reads.
+    """Benchmark reading of counts: a corpus by samples, a file by the chunks that embedding reads.
 
     Args:
         data: A corpus, or an ``.h5ad`` or ``.zarr`` file.
-        vocabulary: Genes whose counts of a file are wanted, such as ``model.genes``; a corpus has its own.
-        cells: Cells that are read at most.
-        repeats: Passes after the first. Later ones find the file in the system's memory, where it fits.
+        vocabulary: Genes to read from a file, such as ``model.genes``; a corpus has its own.
+        cells: Maximum number of cells to read.
+        repeats: Passes after the first. Later ones use the system's file cache, if the file fits.
 
     Returns:
         Facts of the machine, seconds of the passes, cells/s and stored counts/s.

@@ -1,4 +1,4 @@
-"""Clustering: a neighbour graph and Leiden groups of embedded cells, under scanpy's conventions."""
+"""Clustering: neighbour graph and Leiden clusters of embedded cells, with scanpy's conventions."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 KEY = "cellplm_cluster"
-"""Column of ``obs`` that is written."""
+"""Default column of ``obs`` with the clusters."""
 
 REPRESENTATION = "X_cellplm"
-"""The embedding that is clustered."""
+"""Default embedding."""
 
 
 def cluster(
@@ -48,38 +48,38 @@ def cluster(
     adapt: Adapt = "context",
     quiet: bool = True,
 ) -> AnnData:
-    """Cluster cells with Leiden on the neighbour graph of an embedding, in place; no label is looked at.
+    """Cluster cells with Leiden on the neighbour graph of an embedding, in place.
 
-    Leiden: Traag et al., Scientific Reports 2019. Cells are embedded first where ``obsm[use_rep]`` is missing and a
-    model is given.
+    Leiden: Traag et al., Scientific Reports 2019. If ``obsm[use_rep]`` is missing and a model is given, cells are
+    embedded first. Clustering does not use labels.
 
     Writes:
         ``obs[key_added]``: categorical, clusters named "0", "1", ..., largest first.
-        ``uns[key_added]``: ``params``, as ``scanpy.tl.leiden`` writes them.
-        ``obsp["distances"]``, ``obsp["connectivities"]``, ``uns["neighbors"]``: the graph, as ``scanpy.pp.neighbors``
-        writes it, so that ``scanpy.tl.umap(adata)`` works next. One that was there is replaced.
-        ``obsm[use_rep]`` and ``uns["cellplm"]``: where the cells were embedded, see :func:`cellplm_jax.embed`.
+        ``uns[key_added]``: ``params``, in the format of ``scanpy.tl.leiden``.
+        ``obsp["distances"]``, ``obsp["connectivities"]``, ``uns["neighbors"]``: the graph, in the format of
+        ``scanpy.pp.neighbors``, so that ``scanpy.tl.umap(adata)`` can follow. An existing graph is replaced.
+        ``obsm[use_rep]`` and ``uns["cellplm"]``: if the cells were embedded, see :func:`cellplm_jax.embed`.
 
     Args:
-        adata: The cells; raw counts where they have to be embedded.
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens; not used where the embedding
-            is there.
+        adata: The cells; raw counts if they have to be embedded.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`; unused if the embedding
+            exists.
         use_rep: Key of ``obsm`` with the embedding, such as ``"X_cellplm_integrated"``.
-        resolution: Of the modularity that Leiden optimises; higher gives more clusters.
+        resolution: Resolution of the modularity; higher values give more clusters.
         neighbors: Size of the neighbourhood, the cell itself included.
         key_added: Column of ``obs`` to write.
-        seed: Of the search for neighbours and of Leiden: the same seed gives the same clusters.
+        seed: Seed of the neighbour search and of Leiden; clusters are reproducible.
         metric: Distance between cells.
-        batch_key: Where cells are embedded: column of ``obs`` naming the tissue sample, one context each.
-        adapt: Where cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
+        batch_key: If cells are embedded: column of ``obs`` with the tissue sample, one context each.
+        adapt: If cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
             :func:`cellplm_jax.embed`.
-        quiet: No progress.
+        quiet: Disable progress output.
 
     Returns:
         ``adata`` itself.
 
     Raises:
-        InputError: There is neither the embedding nor a model, or numbers or keys cannot be used.
+        InputError: There is neither an embedding nor a model, or numbers or keys cannot be used.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     _check(key_added, use_rep, resolution)
@@ -92,11 +92,11 @@ def cluster(
             adapt=adapt,
             quiet=quiet,
         )
-    found = _clustered(
+    results = _clustered(
         np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric
     )
     for part in ("obs", "obsp", "uns"):
-        for name, value in found[part].items():
+        for name, value in results[part].items():
             getattr(adata, part)[name] = value
     return adata
 
@@ -117,12 +117,12 @@ def cluster_file(
     umap: bool = False,
     quiet: bool = False,
 ) -> tuple[AnnData, list[str]]:
-    """Cluster an ``.h5ad`` file into a copy of it; of the counts, only some cells at a time are in memory.
+    """Cluster an ``.h5ad`` file and write a copy with the results; counts are streamed.
 
     Args:
         path: Input; never changed.
-        out: Output: the input plus what :func:`cluster` writes. It appears whole or not at all.
-        model: See :func:`cluster`, and so are the rest.
+        out: Output: the input plus the results of :func:`cluster`, written atomically.
+        model: See :func:`cluster`.
         use_rep: See :func:`cluster`.
         resolution: See :func:`cluster`.
         neighbors: See :func:`cluster`.
@@ -131,15 +131,15 @@ def cluster_file(
         metric: See :func:`cluster`.
         batch_key: See :func:`cluster`.
         adapt: See :func:`cluster`.
-        umap: Lay the graph out as well: ``obsm["X_umap"]``.
+        umap: Also compute a UMAP of the graph: ``obsm["X_umap"]``.
         quiet: See :func:`cluster`.
 
     Returns:
         AnnData without counts: ``obs`` of the file with the clusters, and ``obsm`` with the embedding (and the UMAP);
-        what the input turned out to be, a line each (none where the embedding was there).
+        messages about the input, one per line (none if the embedding existed).
 
     Raises:
-        InputError: As :func:`cluster`; also where ``out`` cannot be written.
+        InputError: As in :func:`cluster`; also if ``out`` cannot be written.
     """
     import anndata
     import h5py
@@ -161,26 +161,31 @@ def cluster_file(
         embedder = _model(model, use_rep, keys)
         there, facts, messages = read_and_embed(path, embedder, {}, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
-    found = _clustered(
+    results = _clustered(
         np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap
     )
-    obsm |= found["obsm"]
+    obsm |= results["obsm"]
     write_copy(
-        path, out, obs=found["obs"], obsm=obsm, obsp=found["obsp"], uns={**uns, **found["uns"]}
+        path,
+        out,
+        obs=results["obs"],
+        obsm=obsm,
+        obsp=results["obsp"],
+        uns={**uns, **results["uns"]},
     )
-    cells = anndata.AnnData(obs=obs.assign(**found["obs"]), obsm={use_rep: there, **obsm})
+    cells = anndata.AnnData(obs=obs.assign(**results["obs"]), obsm={use_rep: there, **obsm})
     return cells, messages
 
 
 def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
-    """Refuse names that are no columns of ``obs`` of a file, before any work is done.
+    """Raise an error for names that are not columns of ``obs`` of a file, before any work is done.
 
     Args:
-        path: An ``.h5ad`` file; one that cannot be read is left to who reads it.
+        path: An ``.h5ad`` file; unreadable files are ignored here and reported by their reader.
         columns: Names.
 
     Raises:
-        InputError: There is no such column.
+        InputError: A column does not exist.
     """
     import h5py
 
@@ -199,12 +204,12 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
 
 
 def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:
-    """Draw the UMAP of clustered cells, a panel a column; the picture appears whole or not at all.
+    """Draw the UMAP of clustered cells, one panel per column; the figure is written atomically.
 
     Args:
         cells: From :func:`cluster_file` with ``umap``.
         columns: Columns of ``obs``.
-        out: Picture.
+        out: Image file.
     """
     pyplot = require("matplotlib.pyplot", "eval", "A picture")
     from cellplm_jax import plot
@@ -233,7 +238,7 @@ def _clustered(
     *,
     umap: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Return what is written into ``obs``, ``obsm``, ``obsp`` and ``uns``."""
+    """Return the new entries of ``obs``, ``obsm``, ``obsp`` and ``uns``."""
     graph = neighbor_graph(embedding, neighbors=neighbors, seed=seed, metric=metric, name=use_rep)
     clusters = leiden_of_graph(graph, resolution=resolution, seed=seed)
     names = [str(number) for number in range(clusters.max() + 1)]
@@ -263,12 +268,12 @@ def _check(key_added: str, use_rep: str, resolution: float) -> None:
 def _model(
     model: Pretrained | str | os.PathLike | None, use_rep: str, keys: list[str]
 ) -> Pretrained:
-    """Return the model to embed with; refuse where there is none."""
+    """Return the model for embedding; a missing model raises an error."""
     if model is None:
         have = ", ".join(map(repr, keys)) or "none"
         msg = explain(
             f"obsm has no '{use_rep}' (it has {have}) and no model was given",
-            "an embedding of the cells, or a model to make one with",
+            "an embedding of the cells, or a model to compute one",
             nearest(
                 use_rep,
                 keys,

@@ -1,4 +1,4 @@
-"""Cells in memory, the contexts they are put into, and the padded examples that fitting reads."""
+"""Cells in memory, their contexts, and padded examples for fitting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from cellplm_jax.data.anndata_io import InputReport
 
 ONE_BATCH = "all cells"
-"""Name of the batch where no ``batch_key`` is given."""
+"""Name of the batch if no ``batch_key`` is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +42,12 @@ class CellTable:
     Attributes:
         counts: CSR float32 [cells, genes], canonical.
         genes: Vocabulary [genes].
-        measured: bool [genes], which of them the data measures.
+        measured: bool [genes], genes measured in the data.
         batch: str [cells], the batch (tissue sample) of each cell.
-        coordinates: float64 [cells, 2] in the units of the data, NaN where a cell has none; None: no cell has any.
-        obs: The table of cells as it was given.
-        report: What was decided about the input.
+        coordinates: float64 [cells, 2] in the units of the data, NaN for cells without coordinates; None: no cell has
+            any.
+        obs: The original table of cells.
+        report: Choices made about the input.
     """
 
     counts: sparse.csr_matrix
@@ -61,10 +62,10 @@ class CellTable:
         return self.counts.shape[0]
 
     def restrict(self, columns: np.ndarray) -> CellTable:
-        """Return the same cells with some of the genes.
+        """Return the same cells with a subset of the genes.
 
         Args:
-            columns: int or bool; which genes.
+            columns: int indices or bool mask of the genes.
         """
         columns = np.arange(len(self.genes))[columns]
         return replace(
@@ -75,11 +76,11 @@ class CellTable:
         )
 
     def sample(self, index: np.ndarray, config: ModelConfig, *, batch_row: int = -1) -> Sample:
-        """Return some cells as one context.
+        """Return selected cells as one context.
 
         Args:
             index: int [n], cells of one batch.
-            config: Decides which kind of positions is needed.
+            config: Determines the kind of positions.
             batch_row: Row of the batch embedding.
         """
         placed = vectors = None
@@ -116,10 +117,10 @@ def read_cells(
 
     Args:
         data: Raw counts, as for :func:`cellplm_jax.embed`.
-        vocabulary: Genes of the model; None: those of the data, by Ensembl id where most are known human genes, else as
-            the data calls them (so that other species can be trained on from scratch).
-        batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; None: one batch.
-        spatial_key: Key of ``obsm`` with coordinates; the default is used where present.
+        vocabulary: Genes of the model; None: those of the data, as Ensembl ids if most are known human genes, else as
+            named in the data (which allows training on other species from scratch).
+        batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; None: one batch.
+        spatial_key: Key of ``obsm`` with coordinates; the default is used if present.
         layer: See :func:`cellplm_jax.embed`.
         gene_key: See :func:`cellplm_jax.embed`.
         values: See :func:`cellplm_jax.embed`.
@@ -161,7 +162,7 @@ def read_cells(
 def own_vocabulary(
     data: AnnData | str | os.PathLike, layer: str | None, gene_key: str | None, values: Values
 ) -> list[str]:
-    """Return the genes of the data itself: the vocabulary of a model that is trained on it from scratch.
+    """Return the genes of the data: the vocabulary of a model trained from scratch.
 
     Args:
         data: AnnData or path.
@@ -173,7 +174,7 @@ def own_vocabulary(
     read: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "values": values}
     with open_counts(data, human, minimum_genes=0, **read) as source:
         mapping = source.report.genes
-        # Trained on from scratch, mouse genes keep their own names: no orthologue is needed, none is lost.
+        # Mouse genes keep their own names when training from scratch: no orthologues needed, no genes lost.
         human_names = mapping.matched - mapping.by_rule.get(ORTHOLOGUE, 0)
         if 2 * human_names >= mapping.matched + mapping.unmatched:
             return [gene for gene, there in zip(human, source.measured, strict=True) if there]
@@ -182,17 +183,17 @@ def own_vocabulary(
 
 
 def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
-    """Choose highly variable genes, by the dispersion of normalised counts among genes of like mean.
+    """Select highly variable genes by the dispersion of normalised counts among genes of similar mean.
 
-    scanpy's flavour "seurat" (Satija et al. 2015): counts scaled to 10,000 a cell, log1p; the log of variance over mean
-    (of the values before the logarithm), standardised within 20 bins of log1p mean.
+    scanpy's flavour "seurat" (Satija et al. 2015): counts scaled to 10,000 per cell, log1p; the log of variance over
+    mean (of the values before the logarithm), standardised within 20 bins of log1p mean.
 
     Args:
-        counts: CSR [cells, genes], raw counts of the cells that may be looked at.
-        number: How many genes.
+        counts: CSR [cells, genes], raw counts of the training cells.
+        number: Number of genes.
 
     Returns:
-        int, rising: the columns chosen; fewer where not so many genes are expressed.
+        int, increasing: the selected columns; fewer if fewer genes are expressed.
     """
     library = np.asarray(counts.sum(axis=1)).ravel()
     scaled = counts.astype(np.float64).multiply(1e4 / np.maximum(library, 1)[:, None]).tocsr()
@@ -206,7 +207,7 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     frame = pd.DataFrame({"ratio": ratio, "bin": pd.cut(np.log1p(mean), bins=20)})
     groups = frame.groupby("bin", observed=True)["ratio"]
     centre, spread = groups.transform("mean"), groups.transform("std")
-    # A gene alone in its bin has no spread; it counts as variable.
+    # A single gene in its bin has no standard deviation; it counts as variable.
     alone = spread.isna()
     spread[alone], centre[alone] = centre[alone], 0.0
     standardised = ((frame["ratio"] - centre) / spread.replace(0.0, 1.0)).to_numpy()
@@ -216,11 +217,11 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
 
 
 def deal(cells: np.ndarray, limit: int | None) -> list[np.ndarray]:
-    """Deal the cells of one batch to contexts in turn, so that each is a cross-section of it.
+    """Assign the cells of one batch to contexts round-robin, so that each is a cross-section of the batch.
 
     Args:
         cells: int [n].
-        limit: Cells of a context at most; None or 0: one context.
+        limit: Maximum number of cells per context; None or 0: one context.
     """
     count = -(-len(cells) // limit) if limit else 1
     return [cells[start::count] for start in range(count)] if len(cells) else []
@@ -233,13 +234,13 @@ def contexts_of(
     limit: int | None = None,
     part: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Put cells into contexts: those of one batch (and part) together.
+    """Assign cells to contexts: those of one batch (and part) together.
 
     Args:
         batch: [all cells], names of batches.
-        cells: int [n], which cells.
-        limit: Cells of a context at most; see :func:`deal`.
-        part: [all cells], anything by which the cells of a batch are kept apart (such as the parts of a split).
+        cells: int [n], the cells to assign.
+        limit: Maximum number of cells per context; see :func:`deal`.
+        part: [all cells], values that separate the cells of one batch (such as the values of a split).
 
     Returns:
         int arrays, batches in order of first appearance.
@@ -253,11 +254,11 @@ def contexts_of(
 
 
 class Example(struct.PyTreeNode):
-    """What one optimizer step sees.
+    """Input of one optimizer step.
 
     Attributes:
-        batch: Contexts of cells, one a row.
-        targets: Arrays [samples, cells, ...] (or [samples, ...] for those of whole contexts) by name.
+        batch: Contexts of cells, one per row.
+        targets: Arrays [samples, cells, ...] (or [samples, ...] for context targets) by name.
     """
 
     batch: CellBatch
@@ -266,7 +267,7 @@ class Example(struct.PyTreeNode):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """An example, and which cells its slots hold.
+    """An example, with the cell numbers of its slots.
 
     Attributes:
         example: On the device.
@@ -289,19 +290,19 @@ def make_examples(
     batch_rows: Mapping[str, int] | None = None,
     cells_per_step: int = 2048,
 ) -> list[Layout]:
-    """Lay contexts out as padded examples of few shapes, so that little is compiled.
+    """Pad contexts to examples of few distinct shapes, to limit compilation.
 
-    Contexts of like size become the rows of one example, as many as ``cells_per_step`` allows. Lengths are the bucket
+    Contexts of similar size become the rows of one example, limited by ``cells_per_step``. Lengths are the bucket
     of the largest context, or a quarter of it, a sixteenth and so on; examples of one length have one shape.
 
     Args:
         table: The cells.
-        contexts: int arrays of cells of the table; empty ones are left out.
+        contexts: int arrays of cells of the table; empty ones are omitted.
         config: The architecture.
         targets: Arrays [all cells of the table, ...]; padding gets -1 (integers), 0 or False.
-        context_targets: Arrays [contexts, ...]; empty rows likewise.
-        batch_rows: Row of the batch embedding by batch; None, or a batch that is not among them: unknown.
-        cells_per_step: Slots for cells of an example at most, unless a single context is longer.
+        context_targets: Arrays [contexts, ...]; empty rows get the same padding.
+        batch_rows: Row of the batch embedding by batch; None, or a batch without a row: unknown.
+        cells_per_step: Maximum number of cells per example, unless a single context is longer.
 
     Returns:
         The examples, longest first.
@@ -356,18 +357,18 @@ def make_examples(
 
 
 def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Return ``values[index]``, with -1 (integers), 0 or False where the index is -1."""
+    """Return ``values[index]``, with -1 (integers), 0 or False for index -1."""
     taken = np.asarray(values)[np.maximum(index, 0)]
     taken[index < 0] = -1 if np.issubdtype(taken.dtype, np.signedinteger) else 0
     return taken
 
 
 def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int) -> np.ndarray:
-    """Put what was computed for the slots of examples into the order of the table.
+    """Reorder outputs of padded examples to the order of the table.
 
     Args:
         layouts: The examples.
-        outputs: Arrays [samples, cells, ...], one an example.
+        outputs: Arrays [samples, cells, ...], one per example.
         cells: Cells of the table.
 
     Returns:
@@ -387,7 +388,7 @@ def source_groups(
 
     Args:
         source: The cells.
-        batch_key: Column of ``obs`` naming the batch; None: one batch.
+        batch_key: Column of ``obs`` with the batch; None: one batch.
         part: See :func:`contexts_of`.
     """
     batch = np.full(source.cells, ONE_BATCH, object)
@@ -397,7 +398,7 @@ def source_groups(
 
 
 def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
-    """Return a column of labels as strings, None where a cell has none.
+    """Return a column of labels as strings, None for missing ones.
 
     Args:
         obs: The table of cells.
@@ -407,7 +408,7 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
         [cells], object array of str and None.
 
     Raises:
-        InputError: There is no such column.
+        InputError: The column does not exist.
     """
     if key not in obs.columns:
         names = list(map(str, obs.columns))
@@ -415,7 +416,7 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
         msg = explain(
             f"obs has no column '{key}'",
             f"one of its columns: {shown or 'none'}",
-            nearest(key, names, "Name the column that holds the labels"),
+            nearest(key, names, "Use the column with the labels"),
         )
         raise InputError(msg)
     values = obs[key].astype(object)

@@ -1,4 +1,4 @@
-"""Denoising: what a cell's counts would be on average, predicted from the cell and its neighbours in the tissue."""
+"""Denoising: expected counts per cell, predicted from its counts and its neighbours in the tissue."""
 
 from __future__ import annotations
 
@@ -46,43 +46,43 @@ if TYPE_CHECKING:
     from cellplm_jax.batch import Reconstruction
 
 LAYER = "cellplm_denoised"
-"""Layer that ``predict`` writes; the log-normalised one has ``_log1p`` behind it."""
+"""Layer that ``predict`` writes; the log-normalised one has the suffix ``_log1p``."""
 
 FACTS = "cellplm_denoising"
-"""What it writes into ``uns``."""
+"""Key written to ``uns``."""
 
 COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
-"""Decoders whose means are counts."""
+"""Decoders that predict counts."""
 
 EXPLICIT_MEAN, EXPLICIT_COUNTS = 12.0, 48
-"""Up to which mean, and over how many counts, a mean of logarithms is summed."""
+"""Maximum mean, and number of counts, for the explicit sum of a mean of logarithms."""
 
 VALIDATION = MaskingConfig(cell_fraction=1.0, gene_fraction=0.1, beta=False, drop_cells=0.0)
-"""What is hidden from the validation cells, the same in every epoch."""
+"""Entries hidden from the validation cells, the same in every epoch."""
 
 
 class Denoiser(Estimator):
     """Predicts the expected counts of every cell.
 
-    ``fit`` tunes the model with its decoder on the cells themselves: entries are hidden, and everything that was
-    measured is predicted (negative binomial; the hidden entries once more), so the model cannot copy a count, and what
-    it predicts for one comes from the other genes and cells. Each batch has a decoder row of its own. The best epoch is
-    that of the lowest negative log-likelihood of hidden entries of validation cells.
+    ``fit`` fine-tunes the model with its decoder on the cells: entries are hidden, and all measured counts are
+    predicted (negative binomial; the hidden entries once more), so the model cannot copy a count and must predict it
+    from the other genes and cells. Each batch has its own decoder row. The best epoch has
+    the lowest negative log-likelihood of hidden entries of validation cells.
 
-    Zero-shot: without ``fit``, ``predict`` uses the pretrained model as it is, with the mean of its batches' rows.
+    Zero-shot: without ``fit``, ``predict`` uses the pretrained model with the mean of its batch rows.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch, over the genes of the data.
-        genes: Fit on so many highly variable genes; None: all that the cells of the fit express and the model knows. By
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch, over the genes of the data.
+        genes: Number of highly variable genes to fit on; None: all genes of the vocabulary that the cells express. By
             default 3,000 from scratch, else all.
-        quiet: No progress.
+        quiet: Disable progress output.
         precision: ``"float32"`` or ``"bfloat16"``; None: that of the model.
         devices: Devices of this process that fit and predict together; None: those of the model, else all accelerators.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
+        ConfigError: An option is unknown or its value is invalid.
     """
 
     task: ClassVar[str] = "denoising"
@@ -116,13 +116,13 @@ class Denoiser(Estimator):
 
         Args:
             adata: Raw counts.
-            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell; cells attend within it.
-            split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for cells that are not looked
-                at; None: a tenth of the cells, evenly over the batches, is for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
+            split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
+                tenth of the cells, stratified by batch, is used for validation.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
             The estimator itself.
@@ -146,7 +146,7 @@ class Denoiser(Estimator):
             seed=self.training.seed,
         )
         require_training_cells(table, train, among=np.union1d(train, valid))
-        # Validation cells are denoised as well: a gene that only they express is one of the fit.
+        # Validation cells are denoised too, so genes that only they express are included in the fit.
         table = self._choose_genes(table, np.union1d(train, valid))
         start = self._begin(
             table,
@@ -178,7 +178,7 @@ class Denoiser(Estimator):
         if self.model is None and self.base is not None:
             require_counts_decoder(self.base)
             self.model = self.base
-            self.messages = ["Not fitted: the pretrained model as it is (zero-shot)."]
+            self.messages = ["Not fitted: using the pretrained model zero-shot."]
             self.facts = {"zero_shot": True}
         return super()._fitted()
 
@@ -200,19 +200,20 @@ class Denoiser(Estimator):
         """Predict the expected counts of every cell, in place.
 
         Writes:
-            ``layers[key_added]``: dense float32 [n_obs, n_vars], expected counts. Those of a cell add up to its
-            measured total (over the genes that data and model share). NaN in genes that the model does not know.
-            ``layers[key_added + "_log1p"]``: with ``log_normalized``, the natural logarithm of one plus those scaled to
-            10,000 a cell.
-            ``uns["cellplm_denoising"]``: model, genes, contexts, how many genes were denoised.
+            ``layers[key_added]``: dense float32 [n_obs, n_vars], expected counts, which sum to the
+            measured total per cell (over the shared genes of data and model). NaN for genes outside the vocabulary.
+            ``layers[key_added + "_log1p"]``: with ``log_normalized``, log1p of the expected counts scaled to
+            10,000 per cell.
+            ``uns["cellplm_denoising"]``: model, genes, contexts, number of denoised genes.
 
         Args:
-            adata: The cells. Keys default to those ``fit`` was given. A batch that ``fit`` did not see is decoded with
+            adata: The cells. Keys default to those of ``fit``. New batches are decoded with
                 the mean of all rows.
-            log_normalized: Write the second layer as well.
-            detected: Predict the count given that it is not zero instead: ``mean / (1 - p(0))``, at least 1. It is what
-                was lost where a non-zero count is known to be missing. Totals are then larger than the measured ones,
-                and the log-normalised layer is the mean of the logarithms, which is below that of the layer of counts.
+            log_normalized: Also write the second layer.
+            detected: Predict the count conditional on being non-zero: ``mean / (1 - p(0))``, at least 1. Use it for
+                counts known to be dropouts. Totals are then larger than the measured ones,
+                and the log-normalised layer is the mean of the logarithms, which is below the logarithm of the
+                mean.
             key_added: Name of the layer.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
@@ -248,21 +249,21 @@ class Denoiser(Estimator):
         key_added: str = LAYER,
         **keys: Any,
     ) -> list[str]:
-        """Predict the cells of an ``.h5ad`` file into a copy of it; the denoised layers are held in memory.
+        """Predict the cells of an ``.h5ad`` file and write a copy with the results; denoised layers are held in memory.
 
         Args:
             path: Input; never changed.
-            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
             log_normalized: See :meth:`predict`.
             detected: See :meth:`predict`.
             key_added: See :meth:`predict`.
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -281,24 +282,24 @@ class Denoiser(Estimator):
         seed: int = 0,
         **keys: Any,
     ) -> dict[str, float]:
-        """Predict counts that were hidden, and compare on log-normalised values; nothing is written.
+        """Predict hidden counts and compare log-normalised values; ``adata`` is not modified.
 
         Args:
-            adata: The cells as the denoiser may see them. For an honest score, the fit has not seen more of them.
-            truth: The same cells, with the counts that were hidden: entries that are zero in ``adata`` and not here are
-                compared. None: ``adata`` is the truth, and a fraction of its non-zeros is hidden here.
-            fraction: Of the non-zeros, without ``truth``.
-            seed: Decides which are hidden, without ``truth``.
+            adata: The cells with hidden counts. The fit must not have used the hidden counts.
+            truth: The same cells including the hidden counts: entries that are zero in ``adata`` but not here are
+                compared. None: ``adata`` is the truth, and a fraction of its non-zeros is hidden.
+            fraction: Fraction of the non-zeros to hide, without ``truth``.
+            seed: Seed of the choice, without ``truth``.
             **keys: As for :meth:`predict`.
 
         Returns:
             ``rmse``, ``mae``, ``gene_pearson`` and ``entries`` of
             :func:`cellplm_jax.evaluate.denoising.denoising_scores` for the expected counts; ``detected_rmse`` and
-            ``detected_mae`` for those given that they are not zero; and both errors of the gene's mean of the visible
-            values (``gene_mean_rmse``...) and of its mean where it is not zero (``detected_gene_mean_rmse``...).
+            ``detected_mae`` for those conditional on being non-zero; and both errors of the gene mean of the visible
+            values (``gene_mean_rmse``...) and of the mean of its non-zero values (``detected_gene_mean_rmse``...).
 
         Raises:
-            InputError: As :meth:`predict`, the cells differ, or nothing was hidden.
+            InputError: As in :meth:`predict`, the cells differ, or nothing was hidden.
         """
         import anndata
 
@@ -323,9 +324,9 @@ class Denoiser(Estimator):
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:
             msg = explain(
-                "no count is zero in adata and not in truth",
-                "counts that were hidden from adata",
-                "Pass the masked counts as adata and the original ones as truth, or leave truth out",
+                "no count is zero in adata and non-zero in truth",
+                "counts hidden from adata",
+                "Pass the masked counts as adata and the original ones as truth, or omit truth",
             )
             raise InputError(msg)
         measured = np.flatnonzero(seen.measured)
@@ -336,12 +337,12 @@ class Denoiser(Estimator):
         if seen.coordinates is not None:
             masked.obsm["spatial"] = seen.coordinates
         spatial = None if seen.coordinates is None else "spatial"
-        found = reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
+        own_reading = reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
         true, hidden = log_normalize(true[:, measured]), hidden[:, measured]
         seen_log = log_normalize(masked.X)
         scores: dict[str, float] = {}
         for given, prefix in ((False, ""), (True, "detected_")):
-            blocks = [logs for _, _, logs in self._expected(masked, found, given, True)[0]]
+            blocks = [logs for _, _, logs in self._expected(masked, own_reading, given, True)[0]]
             predicted = np.concatenate(blocks)[:, measured]  # type: ignore[arg-type]
             mean = np.broadcast_to(gene_means(seen_log, detected=given), predicted.shape)
             rows = {"": predicted, "gene_mean_": mean}
@@ -356,11 +357,11 @@ class Denoiser(Estimator):
     def _expected(
         self, data: Any, reading: Reading, detected: bool, log_normalized: bool
     ) -> tuple[Iterator[tuple[slice, np.ndarray, np.ndarray | None]], np.ndarray, dict, list[str]]:
-        """Predict some cells at a time.
+        """Predict in chunks of cells.
 
         Returns:
             An iterator over (cells, counts float32 [cells, genes of the model], log-normalised values of that shape or
-            None); int [names of the data], the gene of the model of each, -1 for none; facts; and sentences about the
+            None); int [names of the data], the gene of the model of each, -1 for none; facts; and messages about the
             input.
         """
         model = self._fitted()
@@ -396,7 +397,7 @@ class Denoiser(Estimator):
         key_added: str,
         width: int | None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
-        """Return the layers, facts for ``uns``, and sentences about the input."""
+        """Return the layers, facts for ``uns``, and messages about the input."""
         if not key_added or "/" in key_added:
             msg = explain(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
             raise InputError(msg)
@@ -405,13 +406,13 @@ class Denoiser(Estimator):
         matrix = facts["input"]["matrix"]
         if matrix == "raw.X" or (width is not None and width != len(column)):
             msg = explain(
-                f"the counts are in {matrix}, whose genes are not those of the layers",
+                f"the counts are in {matrix}, whose genes differ from those of the layers",
                 "counts in X or a layer",
-                "Denoise adata.raw.to_adata(), or name the layer with the counts",
+                "Denoise adata.raw.to_adata(), or pass the layer with the counts",
             )
             raise InputError(msg)
         known = np.flatnonzero(column >= 0)
-        # Names that stand for one gene share what is predicted for it.
+        # Names of the same gene share its prediction.
         share = 1.0 / np.bincount(column[known], minlength=len(model.genes))[column[known]]
         cells = facts["input"]["cells"]
         names = [key_added] + ([f"{key_added}_log1p"] if log_normalized else [])
@@ -450,13 +451,13 @@ class Denoiser(Estimator):
 def expected_counts(
     output: Reconstruction, totals: np.ndarray, measured: np.ndarray, detected: bool = False
 ) -> np.ndarray:
-    """Turn a decoder's output into counts: scaled so that the measured genes of a cell add up to its total.
+    """Convert a decoder's output to counts: scaled so that the measured genes of each cell sum to its total.
 
     Args:
         output: Unscaled means [cells, genes], as numpy.
         totals: float [cells].
-        measured: bool [genes], over which the scale is found.
-        detected: Return the mean of the counts that are not zero, ``mean / (1 - p(0))``.
+        measured: bool [genes], genes that determine the scale.
+        detected: Return the mean of the non-zero counts, ``mean / (1 - p(0))``.
 
     Returns:
         float32 [cells, genes].
@@ -465,7 +466,7 @@ def expected_counts(
     if not detected:
         return (mean * present).astype(np.float32)
     theta = np.asarray(output.dispersion, np.float64)
-    # Of the negative binomial without its zeros; the structural zeros drop out.
+    # For the zero-truncated negative binomial; the structural zeros cancel.
     chance = -np.expm1(-theta * np.log1p(mean / theta))
     return np.where(chance > 1e-12, mean / np.maximum(chance, 1e-12), 1.0).astype(np.float32)
 
@@ -473,7 +474,7 @@ def expected_counts(
 def _scaled_means(
     output: Reconstruction, totals: np.ndarray, measured: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means of the negative binomials, scaled, and the chances that a zero is not structural."""
+    """Return the scaled means of the negative binomials, and the probabilities that a zero is not structural."""
     mean = np.asarray(output.mean, np.float64)
     present = np.ones_like(mean)
     if output.zero_logits is not None:
@@ -490,17 +491,17 @@ def expected_logs(
     *,
     target_sum: float = 1e4,
 ) -> np.ndarray:
-    """Return the mean of log-normalised counts, given that they are not zero: of log1p(count / total x 10,000).
+    """Return the mean of log-normalised non-zero counts: of log1p(count / total x 10,000).
 
-    The logarithm of a mean lies above the mean of the logarithms (Jensen), by as much as the counts vary: where the
-    error is measured on logarithms, this is what to predict. Up to :data:`EXPLICIT_MEAN` the negative binomial without
-    its zeros is summed over counts, above the logarithm is expanded to second order around the mean.
+    The logarithm of a mean is above the mean of the logarithms (Jensen); for errors on logarithms, the latter is the
+    better prediction. Up to :data:`EXPLICIT_MEAN` the zero-truncated negative binomial
+    is summed over counts, above it the logarithm is expanded to second order around the mean.
 
     Args:
         output: Unscaled means [cells, genes], as numpy.
         totals: float [cells].
-        measured: bool [genes], over which the scale is found.
-        detected: float [cells, genes], of :func:`expected_counts`, given that they are not zero.
+        measured: bool [genes], genes that determine the scale.
+        detected: float [cells, genes], from :func:`expected_counts` with ``detected``.
         target_sum: Library size.
 
     Returns:
@@ -509,7 +510,7 @@ def expected_logs(
     scale = (target_sum / np.where(totals > 0, totals, 1.0)).astype(np.float32)[:, None]
     mean = np.maximum(_scaled_means(output, totals, measured)[0], 1e-8).astype(np.float32)
     theta = np.asarray(output.dispersion, np.float32)
-    # By recursion from count 1, unnormalised: p(x + 1) / p(x) = (x + theta) / (x + 1) * mean / (mean + theta).
+    # Recursion from count 1, unnormalised: p(x + 1) / p(x) = (x + theta) / (x + 1) * mean / (mean + theta).
     ratio = mean / (mean + theta)
     few = mean <= EXPLICIT_MEAN
     ratio_few = np.where(few, ratio, 0.0)
@@ -525,21 +526,21 @@ def expected_logs(
 
 
 def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
-    """Return the loss: what is measured in cells with hidden entries, the hidden entries once more, and the latent's.
+    """Return the loss: measured counts of masked cells, the hidden entries once more, and the latent terms.
 
     Args:
         config: Architecture with a decoder of counts.
-        masking: What is dropped and hidden.
+        masking: Dropped cells and hidden entries.
 
     Returns:
-        Pure ``(params, example, key) -> (nats a cell, {"reconstruction": ..., "kl_latent": ...})``.
+        Pure ``(params, example, key) -> (nats per cell, {"reconstruction": ..., "kl_latent": ...})``.
     """
     objective = ObjectiveConfig(kind=config.decoder.kind)  # type: ignore[arg-type]
 
     def loss(params, example, key):
         output, kept, gene_mask = corrupted_forward(params, example.batch, key, config, masking)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         total = terms["reconstruction"] + latent["latent"]
         return total, {
@@ -551,12 +552,12 @@ def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
 
 
 def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
-    """Return a validation function: the negative log-likelihood of entries hidden from the cells, in nats a cell.
+    """Return a validation function: the negative log-likelihood of hidden entries, in nats per cell.
 
     Args:
         config: Architecture.
         layouts: Validation cells, from :meth:`Estimator._examples`.
-        seed: Decides what is hidden.
+        seed: Seed of the hidden entries.
     """
     from cellplm_jax.model.cellplm import CellPLM
 
@@ -573,11 +574,11 @@ def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
     root = jax.random.key(seed)
 
     def validate(params: Any) -> dict[str, float]:
-        found = [
+        sums = [
             judge(params, layout.example.batch, jax.random.fold_in(root, number))
             for number, layout in enumerate(layouts)
         ]
-        values, weights = np.array(jax.device_get(found)).T
+        values, weights = np.array(jax.device_get(sums)).T
         nll = float((values * weights).sum() / weights.sum())
         return {SCORE: -nll, LOSS: nll}
 
@@ -585,12 +586,12 @@ def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
 
 
 def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.ndarray) -> None:
-    """Refuse batches whose decoder row nothing would be learnt for.
+    """Raise an error for batches without training cells, whose decoder row could not be trained.
 
     Args:
         table: The cells.
         train: int, the training cells.
-        among: int, the cells whose batches are looked at.
+        among: int, the cells whose batches are checked.
 
     Raises:
         InputError: A batch has no training cell.
@@ -601,20 +602,20 @@ def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.nda
         msg = explain(
             f"batch '{without[0] if without else table.batch[0]}' has no training cells"
             + (f" (and {len(without) - 1} more)" if len(without) > 1 else ""),
-            "training cells with counts in every batch, which has a decoder row of its own",
-            "Leave the batch out, give it training cells, or leave out batch_key",
+            "training cells with counts in every batch, because each has its own decoder row",
+            "Remove the batch, add training cells to it, or omit batch_key",
         )
         raise InputError(msg)
 
 
 def require_counts_decoder(model: Pretrained) -> None:
-    """Refuse a model that cannot predict counts.
+    """Raise an error for a model that cannot predict counts.
 
     Args:
-        model: What a fit or a zero-shot prediction would start from.
+        model: Start model of a fit or of a zero-shot prediction.
 
     Raises:
-        InputError: It has a task head, or a decoder of something else.
+        InputError: It has a task head, or a decoder that does not predict counts.
     """
     kind = "a task head" if model.config.head.kind != "none" else model.config.decoder.kind
     if kind not in COUNT_DECODERS:
@@ -628,20 +629,20 @@ def require_counts_decoder(model: Pretrained) -> None:
 
 @dataclass(frozen=True, eq=False)
 class BeforeAndAfter:
-    """Counts beside what was predicted for them, in the same cells.
+    """Counts and their predictions for the same cells.
 
     Attributes:
-        genes: Names of genes to look at, as the model calls them.
+        genes: Names of the selected genes, as in the model.
         before: float [cells, genes], log-normalised counts.
-        after: float [cells, genes], the same of the predicted ones, by the same totals.
-        table: A row a gene of ``genes``: ``share_counted`` of the cells with a count, ``mean_before`` and
-            ``mean_after`` in counts a cell, ``pearson`` over the cells of before and after.
-        means_before: float [all genes], mean count a cell.
-        means_after: float [all genes], mean predicted count a cell.
-        zeros: Share of the entries that are zero in the counts.
-        expected_zeros: Share of these for which at least half a count is predicted.
+        after: float [cells, genes], log-normalised predictions, by the same totals.
+        table: One row per gene of ``genes``: ``share_counted``, fraction of cells with a count, ``mean_before`` and
+            ``mean_after`` in counts per cell, ``pearson`` over the cells of before and after.
+        means_before: float [all genes], mean count per cell.
+        means_after: float [all genes], mean predicted count per cell.
+        zeros: Fraction of zero entries in the counts.
+        expected_zeros: Fraction of these with a prediction of at least half a count.
         counts: CSR [cells, all genes], the counts.
-        coordinates: float [cells, 2] where the cells have places in a tissue.
+        coordinates: float [cells, 2] if the cells have tissue coordinates.
     """
 
     genes: list[str]
@@ -666,23 +667,23 @@ def before_and_after(
     number: int = 10,
     **keys: Any,
 ) -> BeforeAndAfter:
-    """Put a layer that was written beside the counts it was predicted from, for looking at.
+    """Compare a denoised layer with its counts, for visualisation.
 
     Args:
-        denoiser: That wrote it.
+        denoiser: The denoiser that wrote the layer.
         path: ``.h5ad`` file with both.
         layer_written: Name of the layer.
-        rows: int [cells], rising: which cells are looked at.
-        genes: Which genes to look at; None: those whose predicted values differ most between cells, the second of them
-            one that is high in other cells than the first.
-        number: How many, without ``genes``.
+        rows: int [cells], increasing: the cells to compare.
+        genes: Genes to show; None: those whose predictions vary most between cells; the second one is high in
+            other cells than the first.
+        number: Number of genes, without ``genes``.
         **keys: As for :meth:`Denoiser.predict`.
 
     Returns:
         Values of these genes, and means of all.
 
     Raises:
-        InputError: A gene asked for is not among those denoised, or the file cannot be read.
+        InputError: A gene was not denoised, or the file cannot be read.
     """
     import h5py
 
@@ -711,7 +712,7 @@ def before_and_after(
     else:
         places = _places_of(genes, names)
     before = log_normalize(counts[:, places], total=total).toarray()
-    found = np.nan_to_num(pearson_per_gene(before, logs[:, places]), nan=0.0)
+    correlation = np.nan_to_num(pearson_per_gene(before, logs[:, places]), nan=0.0)
     nonzero = counts[:, places] > 0
     stored = sparse.csr_matrix(
         (np.ones(counts.nnz, bool), counts.indices, counts.indptr), counts.shape
@@ -728,7 +729,7 @@ def before_and_after(
                 "share_counted": np.asarray(nonzero.mean(axis=0)).ravel(),
                 "mean_before": np.asarray(counts[:, places].mean(axis=0)).ravel(),
                 "mean_after": after[:, places].mean(axis=0),
-                "pearson": found,
+                "pearson": correlation,
             },
             index=pd.Index([names[place] for place in places], dtype=object),
         ),
@@ -742,9 +743,9 @@ def before_and_after(
 
 
 def _known_columns(column: np.ndarray) -> np.ndarray:
-    """Return int: the columns of a file that the model knows; of names that stand for one gene the first."""
+    """Return int: the columns of a file in the vocabulary; of several names of one gene the first."""
     known = np.flatnonzero(column >= 0)
-    # Together they are that gene's counts.
+    # Their sum is the count of that gene.
     _, first = np.unique(column[known], return_index=True)
     return known[np.sort(first)]
 
@@ -752,16 +753,16 @@ def _known_columns(column: np.ndarray) -> np.ndarray:
 def check_genes(
     denoiser: Denoiser, path: str | os.PathLike, genes: Sequence[str], **keys: Any
 ) -> None:
-    """Refuse genes that :func:`before_and_after` would refuse, before the work is done.
+    """Check the genes of :func:`before_and_after` before any work is done.
 
     Args:
-        denoiser: That is to predict.
-        path: The ``.h5ad`` file that it will read.
-        genes: Which genes are to be looked at.
+        denoiser: The denoiser.
+        path: Its ``.h5ad`` input file.
+        genes: Genes to show.
         **keys: As for :meth:`Denoiser.predict`.
 
     Raises:
-        InputError: One of them is not among those denoised, or the file cannot be read.
+        InputError: A gene will not be denoised, or the file cannot be read.
     """
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
     read = {"layer": reading.layer, "gene_key": reading.gene_key, "minimum_genes": 0}
@@ -771,7 +772,7 @@ def check_genes(
 
 
 def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
-    """Return int: columns that vary most over the cells; the second goes with the first least of a hundred such."""
+    """Return int: columns that vary most over the cells; the second one correlates least with the first."""
     order = np.argsort(-logs.var(axis=0), kind="stable")[:100]
     if len(order) < 3:
         return order[:number]
@@ -783,14 +784,14 @@ def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
 
 
 def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Return int: where genes that are to be looked at are among those that were denoised."""
-    found = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
-    missing = [str(gene) for gene, place in zip(genes, found, strict=True) if place < 0]
+    """Return int: positions of genes among the denoised ones."""
+    positions = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
+    missing = [str(gene) for gene, place in zip(genes, positions, strict=True) if place < 0]
     if missing:
         msg = explain(
             f"gene '{missing[0]}' was not denoised",
-            f"one of the {len(names)} genes that data and model share",
+            f"one of the {len(names)} shared genes of data and model",
             nearest(missing[0], symbols_of(names), "Check the name"),
         )
         raise InputError(msg)
-    return found
+    return positions

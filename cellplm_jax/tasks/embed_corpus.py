@@ -1,14 +1,13 @@
-"""Embedding of a whole corpus: every tissue sample a context, by all processes of a job, into one store.
+"""Embedding of a corpus: one context per tissue sample, by all processes of a job, into one store.
 
-The store is AnnData-encoded zarr v3 from its first moment on; rows of samples that are not done are NaN. Processes
-never wait for one another: each embeds the samples that :func:`deal` gives it, writes their rows, then marks them. Two
-samples may share a chunk; TensorStore writes part of one by reading, changing and replacing it on the condition that
-nobody else has replaced it meanwhile (a lock of the file system, a generation at gs://), else it does so again.
+The store is AnnData-encoded zarr v3 from the beginning; rows of unfinished samples are NaN. Processes
+never wait for each other: each embeds the samples assigned by :func:`deal`, writes their rows, then marks them. Two
+samples may share one chunk; TensorStore writes partial chunks with a conditional read-modify-write (a file system lock,
+or a generation at gs://) and retries on conflicts.
 
-The marks are an array in ``uns``: AnnData's reader refuses a store with members that it does not know beside ``obs``,
-``uns`` and the like, and in ``uns`` a reader of an unfinished store sees which samples are there. Chunks of one byte
-make every mark a file of its own, which nobody else writes. The last process has the root say ``complete`` and then
-removes them, so that a finished store is read without.
+The marks are an array in ``uns``, because AnnData rejects stores with unknown members next to ``obs``, ``uns`` and the
+like; there, readers of an unfinished store can see which samples are finished. Chunks of one byte make every mark a
+separate file with a single writer. The last process writes ``complete`` to the root and then removes the marks.
 """
 
 from __future__ import annotations
@@ -53,16 +52,16 @@ KEY = "X_cellplm"
 """Key of ``obsm`` with the embedding."""
 
 CHUNK_VALUES = 2**20
-"""Values of a chunk of it, one file of 4 MiB: what a small sample has to read and write again at its two ends."""
+"""Values per chunk of the embedding, one file of 4 MiB: what a small sample reads and rewrites at its ends."""
 
 CREATION_SECONDS = 900
-"""How long processes wait for process 0 to lay out the store."""
+"""Time that processes wait for process 0 to create the store."""
 
 POLL_SECONDS = 1.0
-"""Pause between looks at a store that another process writes."""
+"""Polling interval for a store that another process writes."""
 
 FORMAT = 1
-"""Version of what the root says of the work."""
+"""Version of the state in the root."""
 
 _ROOT = "zarr.json"
 _STATE = "cellplm_embedding"
@@ -71,15 +70,15 @@ _DONE = "uns/cellplm/samples_done"
 
 
 class CorpusEmbedding(NamedTuple):
-    """What became of embedding a corpus.
+    """Result of embedding a corpus.
 
     Attributes:
         out: The store.
-        cells: Cells of the corpus.
-        samples: Samples of the corpus.
-        embedded: Samples that this call embedded.
-        complete: Whether all samples are there; False: other processes are still at theirs.
-        messages: What the corpus turned out to be, a sentence each.
+        cells: Number of cells of the corpus.
+        samples: Number of samples of the corpus.
+        embedded: Number of samples that this call embedded.
+        complete: Whether all samples are finished; False: other processes are still running.
+        messages: Messages about the corpus.
     """
 
     out: str
@@ -101,30 +100,30 @@ def embed_corpus(
 ) -> CorpusEmbedding:
     """Embed all cells of a corpus, every tissue sample as one context, into one store.
 
-    The store opens with ``anndata.read_zarr``: ``obsm["X_cellplm"]`` is float32 [cells, latent] in the order of the
-    corpus; ``obs`` has the ``sample`` and ``dataset`` of every cell, its ``source_row`` in the file it came from, and
-    its ``label`` where the corpus has labels, under the name the cell had there (with ``-DATASET`` behind it where the
-    corpus has several data sets); ``uns["cellplm"]`` is as :func:`cellplm_jax.embed` writes it.
+    The store opens with ``anndata.read_zarr``: ``obsm["X_cellplm"]`` is float32 [cells, latent] in corpus order;
+    ``obs`` has the ``sample`` and ``dataset`` of every cell, its ``source_row`` in the source file, and its ``label``
+    if the corpus has labels, indexed by the original cell name (with the suffix ``-DATASET`` if the corpus has several
+    data sets); ``uns["cellplm"]`` is the same as from :func:`cellplm_jax.embed`.
 
-    Called in several processes at once, each embeds a share of the samples; they meet in the store alone. Whatever was
-    interrupted goes on with another call, in any number of processes: only samples that are not finished are embedded.
+    If several processes call it, each embeds a subset of the samples; they communicate only through the store. After an
+    interruption, another call in any number of processes resumes with the unfinished samples.
 
     Args:
-        corpus: Made by ``cellplm prepare``: a folder, a ``gs://`` address, or an opened one
+        corpus: Created by ``cellplm prepare``: a folder, a ``gs://`` address, or an opened one
             (``cellplm_jax.data.corpus.open_corpus``).
-        model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
-        out: The store: a folder that all processes see, or a ``gs://`` address. New, or begun by the same model on the
-            same corpus.
+        model: From :func:`cellplm_jax.load`, or a source for it, such as ``"small"``.
+        out: The store: a folder shared by all processes, or a ``gs://`` address. New, or created by the same model for
+            the same corpus.
         process_index: Number of this process, from 0; None: that of JAX, which is 0 without a job.
         process_count: Processes of the job; None: that of JAX, which is 1 without a job.
         quiet: No progress on standard error.
 
     Returns:
-        What was done.
+        Summary of the call.
 
     Raises:
-        InputError: The corpus cannot be read or shares too few genes with the model; ``out`` cannot be written, or is
-            something else: another model's, another corpus', in another precision; process 0 made no store in time.
+        InputError: The corpus cannot be read or shares too few genes with the model; ``out`` cannot be written, or
+            belongs to another model, corpus or precision; or process 0 did not create the store in time.
     """
     index, count = _place(process_index, process_count)
     model = as_pretrained(model)
@@ -177,14 +176,14 @@ def embed_corpus(
 
 
 def deal(cells: Sequence[int], processes: int) -> list[list[int]]:
-    """Deal samples to processes: the largest first, each to the process with the fewest cells so far.
+    """Assign samples to processes: the largest first, each to the process with the fewest cells so far.
 
-    All samples are dealt, done or not, so that processes that start at different times agree without talking. Each
-    goes through its own in this order, so what is left of an interrupted job is the end of it, balanced as well.
+    All samples are assigned, finished or not, so that processes that start at different times agree without
+    communication. Each process follows this order, so the remaining work of an interrupted job is balanced as well.
 
     Args:
         cells: Cells of each sample.
-        processes: How many processes there are.
+        processes: Number of processes.
 
     Returns:
         The samples of each process, largest first.
@@ -199,7 +198,7 @@ def deal(cells: Sequence[int], processes: int) -> list[list[int]]:
 
 
 def wait_until_complete(out: str | os.PathLike) -> None:
-    """Wait until all processes have embedded their samples; for as long as it takes.
+    """Wait until all processes have embedded their samples, without a timeout.
 
     Args:
         out: The store.
@@ -211,7 +210,7 @@ def wait_until_complete(out: str | os.PathLike) -> None:
 
 
 def weights_fingerprint(model: Pretrained) -> str:
-    """Return a short hash of all that an embedding depends on: architecture, genes and weights.
+    """Return a short hash of everything an embedding depends on: architecture, genes and weights.
 
     Args:
         model: The model.
@@ -226,7 +225,7 @@ def weights_fingerprint(model: Pretrained) -> str:
 
 
 class SampleRows:
-    """The cells of one sample of a corpus in the columns of a model's vocabulary, as embedding reads them.
+    """The cells of one corpus sample in the columns of a model's vocabulary, for embedding.
 
     Args:
         corpus: The corpus.
@@ -239,7 +238,7 @@ class SampleRows:
         self.cells = corpus.samples[sample].cells
 
     def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
-        """Read cells by their numbers in the sample, in one run that holds them all.
+        """Read cells by their numbers in the sample, in one contiguous read.
 
         Args:
             indices: int [n], normally consecutive.
@@ -265,7 +264,7 @@ class SampleRows:
 
 
 def _place(index: int | None, count: int | None) -> tuple[int, int]:
-    """Return which process this is, of how many."""
+    """Return the number of this process and of all processes."""
     if index is None and count is None:
         return jax.process_index(), jax.process_count()
     if index is None or count is None or not 0 <= index < count:
@@ -296,7 +295,7 @@ def _embed_samples(
     embedded = 0
     for sample in left:
         if cells[sample]:
-            found = embed_context(
+            embedding = embed_context(
                 SampleRows(corpus, sample, mapping),
                 model,
                 np.arange(cells[sample]),
@@ -304,8 +303,8 @@ def _embed_samples(
                 waiting,
                 lambda text, n=embedded: progress.update(n, text),
             )
-            rows[int(first[sample]) : int(first[sample + 1])].write(found).result()
-        # Only what is written is marked: a process that ends in between embeds the sample again.
+            rows[int(first[sample]) : int(first[sample + 1])].write(embedding).result()
+        # Mark samples only after writing: a process that ends in between embeds the sample again.
         done[sample].write(1).result()
         embedded += cells[sample]
         progress.update(embedded)
@@ -317,7 +316,7 @@ def _open(folder: Folder, array: str) -> Any:
 
 
 def _read_state(folder: Folder) -> dict[str, Any]:
-    """Return what the root of the store says of the work."""
+    """Return the state in the root of the store."""
     text = folder.read(_ROOT) or b""
     try:
         state = json.loads(text)["attributes"][_STATE]
@@ -327,14 +326,14 @@ def _read_state(folder: Folder) -> dict[str, Any]:
         msg = explain(
             f"'{folder.path}' was begun in format {state.get('format')}",
             f"format {FORMAT}",
-            "Go on with the version of cellplm-jax that began it, or name another output",
+            "Resume with the version of cellplm-jax that created it, or choose another output",
         )
         raise InputError(msg)
     return state
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
-    """Refuse to go on with a store that other work began."""
+    """Raise an error if the store belongs to other work."""
     for name, what in (
         ("corpus", "of the corpus"),
         ("weights", "by the model"),
@@ -348,40 +347,40 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: str) -> Non
             msg = explain(
                 f"'{path}' holds an embedding {what} {names[0]}",
                 f"one {what} {names[1]}, or a new folder",
-                "Name another output, or delete this one to begin again",
+                "Choose another output, or delete this one to start again",
             )
             raise InputError(msg)
 
 
 def _something_else(folder: Folder) -> str:
     return explain(
-        f"'{folder.path}' holds something else",
-        "a new folder, or the embedding of a corpus that was begun before",
-        "Name another output",
+        f"'{folder.path}' contains other data",
+        "a new folder, or an unfinished embedding of a corpus",
+        "Choose another output",
     )
 
 
 def _done_samples(folder: Folder) -> np.ndarray | None:
-    """Return uint8 [samples], 1 for those that are done; None: all are, and the root says so."""
+    """Return uint8 [samples], 1 for finished ones; None: all are, according to the root."""
     try:
         done = _open(folder, _DONE).read().result()
     except ValueError:
         done = None
-    # Looked at last: marks are removed after the root says complete, so what was read until now may lack some.
+    # Read the root last: marks are removed after it is complete, so the marks read so far may lack some.
     if _read_state(folder)["complete"]:
         return None
     if done is None:
         msg = explain(
-            f"'{folder.path}' does not say which samples are done",
+            f"'{folder.path}' does not record which samples are finished",
             f"the array {_DONE}",
-            "Copy the store again, or delete it to begin again",
+            "Copy the store again, or delete it to start again",
         )
         raise InputError(msg)
     return done
 
 
 def _complete(folder: Folder) -> bool:
-    """Say whether all samples are done; who sees it first writes it down and removes the marks."""
+    """Return whether all samples are finished; the first process to see this records it and removes the marks."""
     done = _done_samples(folder)
     if done is None or not done.all():
         return done is None
@@ -393,14 +392,14 @@ def _complete(folder: Folder) -> bool:
 
 
 def _wait_for_store(folder: Folder) -> None:
-    """Wait for process 0 to lay out the store; its root is the last of it."""
+    """Wait for process 0 to create the store; its root is written last."""
     end = time.monotonic() + CREATION_SECONDS
     while folder.read(_ROOT) is None:
         if time.monotonic() > end:
             msg = explain(
-                f"there is no store '{folder.path}' after {CREATION_SECONDS:.0f} s",
-                "the one that process 0 of the job lays out first, in a place that all processes see",
-                "Look at what became of process 0, and start all processes again",
+                f"the store '{folder.path}' does not exist after {CREATION_SECONDS:.0f} s",
+                "the store that process 0 of the job creates first, in a location shared by all processes",
+                "Check the log of process 0, and start all processes again",
             )
             raise InputError(msg)
         time.sleep(POLL_SECONDS)
@@ -413,7 +412,7 @@ def _create(
     mapping: GeneMapping,
     state: dict[str, Any],
 ) -> None:
-    """Lay out the store with everything but the embedding; it appears whole or not at all."""
+    """Create the store with everything except the embedding, atomically."""
     if folder.local is None:
         with tempfile.TemporaryDirectory() as temporary:
             built = Path(temporary) / "store"
@@ -454,7 +453,7 @@ def _build(
 def _create_array(
     path: Path, dtype: str, shape: list[int], chunks: list[int], missing: int | str
 ) -> None:
-    """Write what describes an array; chunks that are not there read as ``missing``."""
+    """Write the metadata of an array; missing chunks read as ``missing``."""
     spec = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{path}/"},
@@ -462,7 +461,7 @@ def _create_array(
             "shape": shape,
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
-            # Embeddings hardly compress; damage is found by the checksum.
+            # Embeddings hardly compress; the checksum detects damage.
             "codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
                 {"name": "crc32c"},
@@ -475,7 +474,7 @@ def _create_array(
 
 
 def _cell_table(corpus: Corpus) -> pd.DataFrame:
-    """Return ``obs``: what the parts say of their cells, in the order of the corpus."""
+    """Return ``obs`` in corpus order, from the cell tables of the parts."""
     import pandas as pd
 
     samples = corpus.samples
@@ -492,7 +491,7 @@ def _cell_table(corpus: Corpus) -> pd.DataFrame:
     names = [np.asarray(table.index.astype(str), object) for table in tables]
     datasets = list(dict.fromkeys(part.record["dataset"] for part in corpus.parts))
     if len(datasets) > 1:
-        # As anndata.concat(..., index_unique="-") does it.
+        # As in anndata.concat(..., index_unique="-").
         names = [
             own + f"-{part.record['dataset']}"
             for own, part in zip(names, corpus.parts, strict=True)
@@ -516,7 +515,7 @@ def _cell_table(corpus: Corpus) -> pd.DataFrame:
 
 
 def _provenance(corpus: Corpus, model: Pretrained, mapping: GeneMapping) -> dict[str, Any]:
-    """Return ``uns["cellplm"]`` with the keys that embedding a file writes."""
+    """Return ``uns["cellplm"]`` with the keys of an embedded file."""
     spatial = any(sample.spatial for sample in corpus.samples)
     used = spatial and model.config.positions.kind != "none"
     return {

@@ -1,14 +1,14 @@
-"""What all estimators have in common: where they start, how they are fitted, saved and loaded.
+"""Base class of the estimators: start model, fitting, saving and loading.
 
 An estimator of a task is a subclass of :class:`Estimator` that
 
-1. names its ``task`` and ``recipe``,
-2. in ``fit`` reads the cells (:meth:`Estimator._read`), chooses training and validation cells (:func:`split_cells`),
-   states its architecture (:meth:`Estimator._begin`), lays out examples (:meth:`Estimator._examples`) and hands a pure
+1. sets its ``task`` and ``recipe``,
+2. in ``fit`` reads the cells (:meth:`Estimator._read`), selects training and validation cells (:func:`split_cells`),
+   defines its architecture (:meth:`Estimator._begin`), creates examples (:meth:`Estimator._examples`) and passes a pure
    loss and a validation function to :meth:`Estimator._finetune`,
 3. in ``predict`` embeds (:meth:`Estimator._embed`) and applies the head or decoder (:meth:`Estimator._head`,
    :meth:`Estimator._decode`),
-4. says in ``_state`` and ``_restore`` what it knows besides the model, as JSON and arrays.
+4. in ``_state`` and ``_restore`` saves its other state as JSON and arrays.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 EstimatorType = TypeVar("EstimatorType", bound="Estimator")
 
 HEAD_CELLS = 4096
-"""Cells that a head is applied to at once; decoders, which return a number a gene, take an eighth of that."""
+"""Cells per application of a head; decoders, which return one number per gene, use an eighth of that."""
 
 DECODER_RECIPE = FinetuneConfig(
     embedder_rate=1.0,
@@ -85,11 +85,10 @@ DECODER_RECIPE = FinetuneConfig(
     embedder_weight_decay=1e-6,
     masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
 )
-"""What the recipes of tasks that are tuned through the decoder of counts have in common: as published for imputation,
-but for the dispersions."""
+"""Common settings of tasks with a count decoder: as published for imputation, except for the dispersions."""
 
 PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
-"""Values of a split column; every other value is a part that is not looked at."""
+"""Known values of a split column; cells with other values are not used."""
 
 
 class _AsFitted(Enum):
@@ -97,21 +96,21 @@ class _AsFitted(Enum):
 
 
 AS_FITTED: Any = _AsFitted.AS_FITTED
-"""Default of arguments of ``predict``: what ``fit`` was given."""
+"""Default of the arguments of ``predict``: the value from ``fit``."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How an estimator reads an AnnData; remembered from ``fit`` for ``predict``.
+    """Options for reading an AnnData, stored by ``fit`` for ``predict``.
 
     Attributes:
-        batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell: one context each; None: one batch.
-        spatial_key: Key of ``obsm`` with coordinates; the default one is used where present; None: none.
-        layer: Layer with the counts; None: look for them.
-        gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-        values: What the matrix holds.
-        cells_per_context: Cells of a context at most when predicting; None: no limit.
-        split_key: Column of ``obs`` with the parts of a split, which do not see one another; None: none.
+        batch_key: Column of ``obs`` with the batch (tissue sample) of each cell: one context each; None: one batch.
+        spatial_key: Key of ``obsm`` with coordinates; the default one is used if present; None: none.
+        layer: Layer with the counts; None: search for them.
+        gene_key: Column of ``var`` with gene ids; None: the best match.
+        values: Kind of values in the matrix.
+        cells_per_context: Maximum number of cells per context at prediction time; None: no limit.
+        split_key: Column of ``obs`` with the values of a split, which do not share contexts; None: none.
     """
 
     batch_key: str | None = None
@@ -123,22 +122,22 @@ class Reading:
     split_key: str | None = None
 
     def changed(self, **changes: Any) -> Reading:
-        """Return it with the changes that are not :data:`AS_FITTED`."""
+        """Return a copy with the changes that are not :data:`AS_FITTED`."""
         return dataclasses.replace(
             self, **{name: value for name, value in changes.items() if value is not AS_FITTED}
         )
 
 
 class Estimator(abc.ABC):
-    """A model for one task, fitted to cells. See the module for how to write one.
+    """A model for one task, fitted to cells. The module docstring explains how to implement one.
 
     Args:
-        model: A :class:`Pretrained`, or what :func:`cellplm_jax.load` opens (such as ``"small"``); None: the ``:small``
-            architecture from scratch, over the genes of the data.
-        genes: Fit on so many highly variable genes of the training cells; None: on all genes that the data measures and
-            the model knows; ``"default"``: 3,000 from scratch (published), all with a pretrained model, whose library
-            sizes are those of all genes.
-        quiet: No progress.
+        model: A :class:`Pretrained`, or a source for :func:`cellplm_jax.load` (such as ``"small"``); None: the
+            ``:small`` architecture from scratch, over the genes of the data.
+        genes: Number of highly variable genes of the training cells to fit on; None: all measured genes of the
+            vocabulary; ``"default"``: 3,000 from scratch (published), all with a pretrained model, whose library
+            sizes refer to all genes.
+        quiet: Disable progress output.
         precision: ``"float32"`` or ``"bfloat16"``, of the matrix products of fit and prediction; None: that of the
             pretrained model, else float32.
         devices: Devices of this process that fit and predict together; None: those of the pretrained model, else all
@@ -149,12 +148,12 @@ class Estimator(abc.ABC):
         base: The pretrained model; None: from scratch.
         training: The recipe.
         model: The fitted model; None before ``fit``.
-        history: A dictionary an epoch; see :class:`cellplm_jax.train.finetune.FinetuneResult`.
-        messages: Sentences about the data and the fit: genes matched, cells left out, what started fresh.
-        facts: What the fit was, as JSON: cells, genes, seconds, best epoch.
+        history: One dictionary per epoch; see :class:`cellplm_jax.train.finetune.FinetuneResult`.
+        messages: Messages about the data and the fit: matched genes, omitted cells, initialised parameters.
+        facts: Summary of the fit as JSON: cells, genes, seconds, best epoch.
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
+        ConfigError: An option is unknown or its value is invalid.
     """
 
     task: ClassVar[str]
@@ -191,7 +190,7 @@ class Estimator(abc.ABC):
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
 
-    # -- what a task says -----------------------------------------------------------------------
+    # -- defined by a task -----------------------------------------------------------------------
 
     @abc.abstractmethod
     def fit(self, adata: Any, **keys: Any) -> Estimator:
@@ -203,20 +202,20 @@ class Estimator(abc.ABC):
 
     @abc.abstractmethod
     def score(self, adata: Any, **keys: Any) -> dict[str, float]:
-        """Predict and compare with what is known."""
+        """Predict and compare with the ground truth."""
 
     @abc.abstractmethod
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return what the task knows besides the model: plain values for JSON, and arrays."""
+        """Return the state of the task other than the model: plain values for JSON, and arrays."""
 
     @abc.abstractmethod
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Take back what :meth:`_state` returned."""
+        """Restore the state returned by :meth:`_state`."""
 
     # -- fitting --------------------------------------------------------------------------------
 
     def _read(self, data: AnnData | str | os.PathLike, reading: Reading) -> CellTable:
-        """Read the cells to fit on, over the genes that both they and the model know; starts a new fit."""
+        """Read the cells to fit on, over the shared genes of data and model; starts a new fit."""
         self.reading, self.model, self.history, self.facts = reading, None, [], {}
         table = read_cells(
             data,
@@ -231,7 +230,7 @@ class Estimator(abc.ABC):
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
-        """Restrict the table to the genes the fit uses, chosen by the cells ``train`` alone."""
+        """Restrict the table to the genes of the fit, selected using the cells ``train`` only."""
         if self.genes is None:
             if self.base is not None:
                 return table
@@ -245,7 +244,7 @@ class Estimator(abc.ABC):
         return table.restrict(chosen)
 
     def _architecture(self) -> ModelConfig:
-        """Return the architecture a task starts from: the pretrained one, or ``:small``."""
+        """Return the architecture of the start model: the pretrained one, or the preset ``scratch``."""
         return preset("scratch").model if self.base is None else self.base.config
 
     def _begin(
@@ -253,8 +252,8 @@ class Estimator(abc.ABC):
     ) -> Pretrained:
         """Return the model to fine-tune.
 
-        With a decoder, every batch of the table gets a row of its own: at the mean of the pretrained rows, tuned from
-        there. ``self.batch_rows`` says which.
+        With a decoder, every batch of the table gets its own row, initialised with the mean of the pretrained rows.
+        ``self.batch_rows`` maps batches to rows.
 
         Args:
             table: The cells, over the genes of the fit.
@@ -271,7 +270,7 @@ class Estimator(abc.ABC):
         start, fresh = start_model(
             self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
         )
-        self.messages.append(f"Started fresh: {', '.join(fresh) if fresh else 'nothing'}.")
+        self.messages.append(f"Initialised parameters: {', '.join(fresh) if fresh else 'none'}.")
         return start
 
     def _examples(
@@ -283,7 +282,7 @@ class Estimator(abc.ABC):
         part: np.ndarray | None = None,
         targets: Mapping[str, np.ndarray] | None = None,
     ) -> list[Layout]:
-        """Lay out cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.make_examples`."""
+        """Pad cells in the contexts of their batches; see :func:`cellplm_jax.tasks.contexts.make_examples`."""
         limit = self.training.cells_per_context or None
         return make_examples(
             table,
@@ -308,7 +307,7 @@ class Estimator(abc.ABC):
         Args:
             start: From :meth:`_begin`.
             loss: Pure ``(params, example, key) -> (loss, metrics)``.
-            examples: The layouts of every epoch, or a function of the epoch that returns its examples.
+            examples: The padded examples of every epoch, or a function from the epoch to its examples.
             validate: See :func:`cellplm_jax.train.finetune.finetune`.
             start_counts: Likewise.
         """
@@ -343,7 +342,7 @@ class Estimator(abc.ABC):
         return result
 
     def _keep(self, start: Pretrained, params: dict[str, Any]) -> Pretrained:
-        """Make parameters those of the fitted model, which is returned.
+        """Set the parameters of the fitted model and return it.
 
         Args:
             start: From :meth:`_begin`.
@@ -363,7 +362,7 @@ class Estimator(abc.ABC):
         return self.model
 
     def _log_messages(self) -> None:
-        """Show the messages of the fit, unless quiet."""
+        """Log the messages of the fit, unless quiet."""
         report = ProgressReport(self.task, 1, quiet=self.quiet)
         for message in self.messages:
             report.say(message)
@@ -393,12 +392,12 @@ class Estimator(abc.ABC):
 
         Args:
             data: The cells.
-            reading: How to read them.
-            model: Another model than the fitted one.
-            part: [cells], cells of different parts never see one another; None: those of ``reading.split_key``.
+            reading: Options for reading.
+            model: A model to use instead of the fitted one.
+            part: [cells], cells with different values never share contexts; None: those of ``reading.split_key``.
 
         Returns:
-            z float32 [cells, latent]; facts about the input and its contexts; sentences about the input.
+            z float32 [cells, latent]; facts about the input and its contexts; messages about the input.
         """
         model = self._fitted() if model is None else model
         read: dict[str, Any] = {
@@ -430,7 +429,7 @@ class Estimator(abc.ABC):
             return z, facts, source.report.messages()
 
     def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
-        """Apply the task head to latents, each cell on its own.
+        """Apply the task head to latents, each cell separately.
 
         Args:
             z: float32 [cells, latent].
@@ -452,14 +451,14 @@ class Estimator(abc.ABC):
     def _decode(
         self, z: np.ndarray, *, batch: np.ndarray | None = None
     ) -> Iterator[tuple[slice, Reconstruction]]:
-        """Decode latents, some cells at a time, so that no array of all cells and genes need exist.
+        """Decode latents in chunks of cells, without an array of all cells by genes.
 
         Args:
             z: float32 [cells, latent].
-            batch: str [cells], names of batches; one that was not fitted, and None, takes the mean of all rows.
+            batch: str [cells], names of batches; new ones and None use the mean of all rows.
 
         Yields:
-            Which cells, and their reconstruction: unscaled means [cells, genes].
+            The cells, and their reconstruction: unscaled means [cells, genes].
         """
         model = self._fitted()
         rows_of = np.full(len(z), -1, np.int32)
@@ -492,19 +491,18 @@ class Estimator(abc.ABC):
     def plot_history(
         self, *, key: str = "loss", ax: Axes | None = None, show: bool = False
     ) -> Axes:
-        """Draw a quantity of the fit over its epochs, with the epoch that was kept.
+        """Draw a quantity of the fit over epochs, with the selected epoch marked.
 
         Args:
-            key: ``"loss"``, ``"score"`` or another one of the history; training and validation are drawn where they
-                have it.
-            ax: Where to draw; None: a new figure.
+            key: ``"loss"``, ``"score"`` or another one of the history; training and validation are drawn if available.
+            ax: Axes to draw on; None: a new figure.
             show: Call ``matplotlib.pyplot.show()`` before returning.
 
         Returns:
             The Axes.
 
         Raises:
-            InputError: Nothing was fitted, or the history has no such quantity.
+            InputError: The estimator is not fitted, or the history lacks the quantity.
         """
         from cellplm_jax.plot import fitting_curves
 
@@ -512,17 +510,18 @@ class Estimator(abc.ABC):
         return fitting_curves(self.history, key=key, best_epoch=best, ax=ax, show=show)
 
     def save(self, directory: str | os.PathLike, *, format: WeightFormat = "orbax") -> None:
-        """Write the fitted estimator as a directory that opens alone, whole or not at all.
+        """Write the fitted estimator to a self-contained directory, atomically.
 
-        It is a model directory (``cellplm_jax.load`` opens the fine-tuned model in it) with ``estimator.json`` beside.
+        It is a model directory (``cellplm_jax.load`` opens the fine-tuned model in it) with an additional
+        ``estimator.json``.
 
         Args:
             directory: A new or empty directory.
             format: See :meth:`cellplm_jax.Pretrained.save`.
 
         Raises:
-            InputError: It has not been fitted.
-            CheckpointError: The directory is not empty, or there is no such format.
+            InputError: The estimator is not fitted.
+            CheckpointError: The directory is not empty, or the format is unknown.
         """
         model = self._fitted()
         state, arrays = self._state()
@@ -562,23 +561,23 @@ class Estimator(abc.ABC):
     ) -> HubCommit:
         """Publish the fitted estimator on the Hugging Face Hub; see :meth:`cellplm_jax.Pretrained.push_to_hub`.
 
-        With it goes what the estimator keeps of the data it was fitted to: labels, gene names, batch names, and for
-        some tasks embeddings of the cells. Do not publish it where those must stay private.
+        The published files include data from the fit: labels, gene names, batch names, and for
+        some tasks embeddings of the cells. Do not publish an estimator if these must stay private.
 
         Args:
             repo_id: ``"organisation/name"``.
-            private: See there.
-            revision: See there.
-            token: See there.
-            commit_message: See there.
+            private: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
+            revision: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
+            token: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
+            commit_message: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
 
         Returns:
-            The commit; its ``address`` is what :meth:`load` opens.
+            The commit; :meth:`load` opens its ``address``.
 
         Raises:
-            InputError: It has not been fitted, or as there.
-            CheckpointError: As there.
-            MissingDependencyError: As there.
+            InputError: The estimator is not fitted, or as in :meth:`cellplm_jax.Pretrained.push_to_hub`.
+            CheckpointError: As in :meth:`cellplm_jax.Pretrained.push_to_hub`.
+            MissingDependencyError: As in :meth:`cellplm_jax.Pretrained.push_to_hub`.
         """
 
         def write(folder: Path) -> None:
@@ -607,16 +606,16 @@ class Estimator(abc.ABC):
         """Open a fitted estimator.
 
         Args:
-            directory: From :meth:`save`, or the ``hf://`` address of one that was published.
-            quiet: No progress when it predicts.
+            directory: From :meth:`save`, or the ``hf://`` address of a published one.
+            quiet: Disable progress output of predictions.
             precision: Of the matrix products; None: as it was fitted.
             devices: Devices of this process that predict together; None: all accelerators.
 
         Returns:
-            An estimator that predicts the same numbers as the one that was saved.
+            An estimator with the same predictions as the saved one.
 
         Raises:
-            CheckpointError: It is not a fitted estimator, is one of another class, or is damaged.
+            CheckpointError: The directory does not contain a fitted estimator, is damaged, or belongs to another class.
         """
         where, name = resolve_source(
             directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"])
@@ -624,7 +623,7 @@ class Estimator(abc.ABC):
         content = read_estimator(where, name)
         if content["class"] != cls.__name__:
             msg = explain(
-                f"'{directory}' holds a fitted {content['class']}",
+                f"'{directory}' contains a fitted {content['class']}",
                 f"a {cls.__name__}",
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
@@ -635,30 +634,30 @@ class Estimator(abc.ABC):
         if has_item(where, "estimator"):
             arrays = restore_item(where, item="estimator", step=model.step)[0]
         try:
-            found = cls(
+            estimator = cls(
                 None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
                 **content["training"],
             )  # fmt: skip
-            found.model = model
-            found.reading = Reading(**content["reading"])
-            found.batch_rows = dict(content["batch_rows"])
-            found.history, found.facts = list(content["history"]), dict(content["facts"])
-            found.messages = list(content["messages"])
-            found._restore(content["state"], arrays)
+            estimator.model = model
+            estimator.reading = Reading(**content["reading"])
+            estimator.batch_rows = dict(content["batch_rows"])
+            estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
+            estimator.messages = list(content["messages"])
+            estimator._restore(content["state"], arrays)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
-        return found
+        return estimator
 
 
 def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:
-    """Return what ``estimator.json`` of a directory says.
+    """Return the contents of ``estimator.json`` in a directory.
 
     Args:
-        directory: Where an estimator was saved to.
-        name: What messages call it; None: the directory.
+        directory: Directory of a saved estimator.
+        name: Name for messages; None: the directory.
 
     Raises:
-        CheckpointError: There is none, or it cannot be read.
+        CheckpointError: The file does not exist or cannot be read.
     """
     path = epath.Path(directory) / ESTIMATOR_FILE
     name = name or os.fspath(directory)
@@ -687,7 +686,7 @@ def _damaged(directory: str | os.PathLike, error: Exception) -> str:
 
 
 def parts_of(values: np.ndarray) -> np.ndarray:
-    """Return the parts of a split column: ``"train"``, ``"valid"``, or the value itself, in lower case."""
+    """Return the values of a split column: ``"train"``, ``"valid"``, or the value itself, in lower case."""
     lower = [str(value).strip().lower() for value in values]
     return np.array([PARTS.get(value, value) for value in lower], object)
 
@@ -701,24 +700,23 @@ def split_cells(
     fraction: float,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the training and the validation cells.
+    """Select the training and the validation cells.
 
     Args:
         table: The cells.
-        split_key: Column of ``obs`` with ``"train"`` and ``"valid"`` (any other value: not looked at); None: a random
-            fraction of the usable cells is for validation. Where the column names no validation cells, they are that
-            fraction of its training cells.
-        usable: bool [cells], cells that may be trained on or validated with (those with a label).
-        strata: [cells], what a random fraction is drawn from evenly; a stratum of fewer than four cells is not drawn
-            from.
-        fraction: Of each stratum.
+        split_key: Column of ``obs`` with ``"train"`` and ``"valid"`` (other values: unused cells); None: a random
+            fraction of the usable cells is used for validation. If the column has no validation cells, a
+            fraction of its training cells is used.
+        usable: bool [cells], cells for training or validation (those with a label).
+        strata: [cells], strata of the random fraction; strata with fewer than four cells are not sampled.
+        fraction: Fraction of each stratum.
         seed: Seed of the random fraction.
 
     Returns:
         int arrays: training cells, validation cells.
 
     Raises:
-        InputError: There is no such column, or no usable training cell in it.
+        InputError: The column does not exist, or has no usable training cell.
     """
     if split_key is None:
         train = np.flatnonzero(usable)
@@ -731,7 +729,7 @@ def split_cells(
                 nearest(
                     split_key,
                     table.obs.columns,
-                    "Name the column that holds 'train' and 'valid', or leave out split_key",
+                    "Use the column with 'train' and 'valid', or omit split_key",
                 ),
             )
             raise InputError(msg)
@@ -743,7 +741,7 @@ def split_cells(
             msg = explain(
                 f"obs['{split_key}'] marks no usable training cell (its values: {values})",
                 "'train' for the cells to fit on, 'valid' for those to validate with",
-                "Correct the column, or leave out split_key",
+                "Correct the column, or omit split_key",
             )
             raise InputError(msg)
     if len(valid) or fraction == 0:
@@ -781,7 +779,7 @@ def _pieces(cells: int, size: int) -> Iterator[slice]:
 
 
 def _padded(values: np.ndarray, rows: int) -> np.ndarray:
-    """Return [1, rows, ...] with zeros behind the values."""
+    """Return [1, rows, ...], padded with zeros."""
     padded = np.zeros((1, rows, *values.shape[1:]), np.float32)
     padded[0, : len(values)] = values
     return padded

@@ -1,4 +1,4 @@
-"""Export: a model as one file that embeds cells without this package, through JAX alone."""
+"""Export of a model to one file that only requires JAX."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from cellplm_jax.tasks.embed import check_output
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""What an artifact runs on."""
+"""Platforms of an artifact."""
 
 PROGRAM, GENES, CARD = "program.bin", "genes.txt", "card.json"
-"""Members of an artifact: the serialised :class:`jax.export.Exported`; a gene a line; facts."""
+"""Members of an artifact: the serialised :class:`jax.export.Exported`; one gene per line; facts."""
 
 
 def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) -> dict[str, Any]:
-    """Write a model as one artifact that embeds any number of cells on CPU, CUDA and TPU.
+    """Write a model to one artifact that embeds any number of cells on CPU, CUDA and TPU.
 
-    The file is an uncompressed zip archive. ``program.bin`` is a serialised ``jax.export`` program with the weights in
-    it, ``genes.txt`` the vocabulary, ``card.json`` the facts. The program is called with the counts of one context in
+    The file is an uncompressed zip archive. ``program.bin`` is a serialised ``jax.export`` program including the
+    weights, ``genes.txt`` the vocabulary, ``card.json`` the facts. The program takes the counts of one context in
     CSR form and returns the embedding, float32 [cells, latent]::
 
         indptr       int32 [cells + 1]     start of each cell in the next two
         gene         int32 [nonzeros]      line of genes.txt, from 0
         count        float32 [nonzeros]    raw counts
-        coordinates  float32 [cells, 2]    scaled to [0, 1]; NaN for cells without
+        coordinates  float32 [cells, 2]    scaled to [0, 1]; NaN for cells without coordinates
 
-    ``docs/embed_exported.py`` shows how. JAX runs such programs for at least six months after the version that wrote
-    them. A call takes at least one cell and one count. All its cells attend to one another, and their counts are dense
-    at once: what does not fit into the device's memory is cut into contexts by the caller, or embedded by
+    ``docs/embed_exported.py`` is an example. JAX supports such programs for at least six months after the version that
+    wrote them. A call requires at least one cell and one count. All its cells attend to each other, and their counts
+    are dense at the same time: if they do not fit into the device's memory, split them into contexts, or use
     :func:`cellplm_jax.embed`.
 
     Args:
-        model: From :func:`cellplm_jax.load`, or what it opens.
-        out: The file; it appears whole or not at all.
+        model: From :func:`cellplm_jax.load`, or a source for it.
+        out: Output file, written atomically.
 
     Returns:
-        What is in ``card.json``.
+        The contents of ``card.json``.
 
     Raises:
-        InputError: The model needs more than counts and places, or ``out`` cannot be written.
+        InputError: The model requires inputs other than counts and coordinates, or ``out`` cannot be written.
         MissingDependencyError: flatbuffers is not installed.
     """
     out = Path(out).expanduser()
@@ -61,8 +61,8 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
     model = as_pretrained(model)
     if model.config.positions.kind == "laplacian":
         msg = explain(
-            "a model with positions of the kind 'laplacian', which needs eigenvectors of the tissue's graph",
-            "a model that embeds from counts and places alone",
+            "a model with positions of the kind 'laplacian', which requires eigenvectors of the tissue's graph",
+            "a model that embeds from counts and coordinates only",
             "Embed with cellplm_jax.embed, or export a model with another kind of positions",
         )
         raise InputError(msg)

@@ -14,19 +14,20 @@ from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 def gene_embeddings(
     model: Pretrained | str | os.PathLike, *, symbols: bool = False
 ) -> pd.DataFrame:
-    """Return the embedding of every gene: what a cell's expression is a weighted sum of (paper equation 1).
+    """Return the embedding of every gene; a cell's expression token is a weighted sum of them (paper equation 1).
 
-    Genes with like embeddings move a cell's embedding alike. Only directions and relative lengths mean something.
+    Genes with similar embeddings change a cell's embedding in a similar way. Only directions and relative lengths are
+    meaningful.
 
     Args:
-        model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
-        symbols: Name the rows by current gene symbols, where one is known, instead of as the model does.
+        model: From :func:`cellplm_jax.load`, or a source for it, such as ``"small"``.
+        symbols: Name the rows by current gene symbols, if known, instead of the model's names.
 
     Returns:
-        float32 [genes, hidden]; one row a gene, index ``"gene"``, in the order of ``model.genes``.
+        float32 [genes, hidden]; one row per gene, index ``"gene"``, in the order of ``model.genes``.
 
     Raises:
-        CheckpointError: There is no such model.
+        CheckpointError: The model does not exist.
     """
     model = as_pretrained(model)
     table = np.array(model.params["embedder"]["gene_embedding"], np.float32)

@@ -1,4 +1,4 @@
-"""Gene imputation: genes that a spatial panel lacks, learnt from cells that were measured for them."""
+"""Gene imputation: prediction of genes missing from a spatial panel, from a reference that measures them."""
 
 from __future__ import annotations
 
@@ -59,65 +59,65 @@ IMPUTED = "cellplm_imputed"
 """Key of ``obsm`` (in files) with the imputed genes."""
 
 FACTS = "cellplm_imputation"
-"""What is written into ``uns`` beside it."""
+"""Key of ``uns`` with the provenance."""
 
 SHARED_GENES = 10
-"""Fewest genes that panel and reference must share."""
+"""Minimum number of genes shared by panel and reference."""
 
 FEWER_GENES = 0.9
-"""Without a reference: a batch that measures less than this share of all genes is one to impute in."""
+"""Without a reference: batches that measure less than this fraction of all genes are imputed."""
 
 RIDGE_CELLS, RIDGE_GENES = 8192, 2000
-"""Cells of the reference and genes of the panel that the ridge regression is fitted to, at most."""
+"""Maximum number of reference cells and panel genes for fitting the ridge regression."""
 
 _REFERENCE = "reference: "
-"""Before the names of the reference's batches, so that they are never those of the target."""
+"""Prefix of the names of the reference's batches, to distinguish them from those of the target."""
 
 _DECODED_AS = "mean of the reference"
-"""The decoder row that missing genes are decoded with."""
+"""Name of the decoder row of missing genes."""
 
 
 class GeneImputer(Estimator):
-    """Predicts the genes that a spatial panel lacks.
+    """Predicts genes that are missing from a spatial panel.
 
-    What is learnt: cells of the reference show the genes they share with the panel and nothing else, and all their
+    Training: for cells of the reference the input is the genes shared with the panel, and all their
     genes are predicted (negative binomial, the means scaled to the cell's total); cells of the panel are trained on
-    their own genes, so that the encoder knows their platform and places. In both, some of the genes shown are hidden
-    as well (published: .25 of them in .95 of the cells). Each batch has a decoder row of its own, but no row of the
-    panel's batches has ever met a missing gene: these are decoded with the mean of the reference's rows, and scaled so
-    that the shared genes of a cell add up to what was counted in it.
+    their own genes, so that the encoder learns their platform and positions. In both, some input genes are also hidden
+    (published: .25 of them in .95 of the cells). Each batch has its own decoder row, but the rows of the
+    panel's batches are never trained on missing genes: these are decoded with the mean of the reference's rows, and
+    scaled so that the shared genes of each cell sum to its measured count.
 
-    The best epoch is that of the lowest negative log-likelihood of all genes of validation cells of the reference,
-    seen through the panel.
+    The best epoch has the lowest negative log-likelihood of all genes of validation cells of the reference,
+    predicted from the panel genes.
 
-    On a few hundred reference cells ridge regression is hard to beat. So one is fitted beside the network, from the
-    log-normalised panel to the missing genes (one to log-normalised values, one to counts), its penalty by
-    leave-one-out and the panel's mean taken from the target; the two are pooled with weights found on the validation
-    cells (non-negative least squares). ``linear=False`` leaves the network alone; the log-normalised values are then
-    those of the counts.
+    On a few hundred reference cells ridge regression is hard to beat. One is therefore fitted in addition to the
+    network, from the log-normalised panel to the missing genes (one to log-normalised values, one to counts), with a
+    penalty chosen by leave-one-out and the panel's mean from the target; both predictions are averaged with weights
+    fitted to the validation cells (non-negative least squares). ``linear=False`` uses the network only; the
+    log-normalised values are then computed from the counts.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch, over the genes of the data.
-        genes: Impute so many highly variable genes of the reference at most; None: all it measures and the model knows.
-            By default 3,000 from scratch, else all. Genes asked for in ``fit`` by name are not counted.
-        linear: Pool the network with ridge regression.
-        quiet: No progress.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch, over the genes of the data.
+        genes: Maximum number of highly variable genes of the reference to impute; None: all measured genes of the
+            vocabulary. By default 3,000 from scratch, else all. Genes requested by name in ``fit`` are not counted.
+        linear: Average the network with ridge regression.
+        quiet: Disable progress output.
         **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
             ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
-        panel: Genes that cells are seen through: those that panel and reference share. Empty before ``fit``.
-        imputed: Genes that are predicted, as they are called in the columns of a prediction.
+        panel: Input genes: those shared by panel and reference. Empty before ``fit``.
+        imputed: Predicted genes, as named in the columns of a prediction.
         confidence: Series over ``imputed``: Pearson's correlation, over the validation cells of the reference, of
-            measured and predicted log-normalised values, the cells seen through the panel alone. It says how well the
-            gene follows from the panel in the reference, and nothing of how the target differs from it. NaN where it is
-            not defined (a gene that is 0 in all of them, or no validation cells).
+            measured and predicted log-normalised values, predicted from the panel genes only. It measures how well the
+            panel predicts the gene in the reference; it does not account for differences of the target. NaN if
+            undefined (a gene that is 0 in all of them, or no validation cells).
         pool: Weights of network and ridge regression, for log-normalised values and for counts; empty without the
             latter.
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
+        ConfigError: An option is unknown or its value is invalid.
     """
 
     task: ClassVar[str] = "imputation"
@@ -171,27 +171,27 @@ class GeneImputer(Estimator):
         """Fit to a panel and a reference.
 
         Args:
-            adata: Raw counts of the cells to impute in, usually spatial, over the genes of their panel.
-            reference: Raw counts of cells that were measured for more genes, dissociated or spatial. None: batches of
-                ``adata`` (see ``batch_key``) that measure more genes than others serve; a gene without any count in a
-                batch is taken not to be measured in it.
-            genes: Names of the genes to impute; None: all that the reference measures and the panel lacks.
-            batch_key: Column of ``obs`` naming the batch (tissue section) of each cell; cells attend within it.
-            reference_batch_key: The same for the reference; None: it is one batch.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present, also in the reference.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
+            adata: Raw counts of the target cells, usually spatial, over the genes of their panel.
+            reference: Raw counts of cells with more genes, dissociated or spatial. None: the batches of
+                ``adata`` (see ``batch_key``) with more genes are the reference; a gene without any count in a
+                batch is treated as unmeasured in it.
+            genes: Names of the genes to impute; None: all genes of the reference outside the panel.
+            batch_key: Column of ``obs`` with the batch (tissue section) of each cell; cells attend within it.
+            reference_batch_key: The same for the reference; None: one batch.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
             reference_layer: As ``layer``, for the reference.
             reference_gene_key: As ``gene_key``, for the reference.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
             The estimator itself.
 
         Raises:
-            InputError: Keys, counts or genes cannot be used; the panels share too few genes; there is nothing to
-                impute; genes asked for are unknown, not in the reference, or measured already; or a batch has no
-                training cells.
+            InputError: Keys, counts or genes cannot be used; panel and reference share too few genes; there is nothing
+                to impute; requested genes are unknown, missing from the reference, or already measured; or a batch has
+                no training cells.
         """
         if self.base is not None:
             require_counts_decoder(self.base)
@@ -276,7 +276,7 @@ class GeneImputer(Estimator):
         reference_layer: str | None,
         reference_gene_key: str | None,
     ) -> tuple[CellTable, CellTable]:
-        """Read the cells to impute in and the reference, in the columns of one vocabulary."""
+        """Read the target cells and the reference, in the columns of one vocabulary."""
         reading = self.reading
         read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
         other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
@@ -311,7 +311,7 @@ class GeneImputer(Estimator):
         return self._by_batch(target)
 
     def _by_batch(self, table: CellTable) -> tuple[CellTable, CellTable]:
-        """Part one table into the cells of batches with fewer genes and those of batches with (almost) all."""
+        """Split one table into the cells of batches with fewer genes and those of batches with (almost) all."""
         measured = {}
         for name in dict.fromkeys(table.batch):
             counts = table.counts[table.batch == name]
@@ -323,11 +323,11 @@ class GeneImputer(Estimator):
             msg = explain(
                 f"no reference was given, and none of the {len(measured)} batches measures fewer genes than others",
                 f"a reference, or batches of which some measure less than {FEWER_GENES:.0%} of the genes",
-                "Pass reference=..., or name the batches with batch_key",
+                "Pass reference=..., or pass the batches with batch_key",
             )
             raise InputError(msg)
         self.messages.append(
-            f"No reference: {len(full)} batches with all genes serve for {len(few)} with fewer."
+            f"No reference: {len(full)} batches with all genes are the reference for {len(few)} with fewer."
         )
         parts = []
         for names, combine in ((few, np.any), (full, np.any)):
@@ -343,7 +343,7 @@ class GeneImputer(Estimator):
         train: np.ndarray,
         genes: Sequence[str] | None,
     ) -> np.ndarray:
-        """Return int, rising: the columns of the genes to impute."""
+        """Return int, increasing: the columns of the genes to impute."""
         expressed = np.bincount(source.counts[train].indices, minlength=len(source.genes)) > 0
         lacking = np.flatnonzero(source.measured & ~target.measured & expressed)
         self.imputed = []
@@ -352,19 +352,19 @@ class GeneImputer(Estimator):
             for problem, wrong, expected, remedy in (
                 ("are known to neither data nor model", column < 0,
                  "names or Ensembl ids of genes of the reference (and of the pretrained model)",
-                 "Correct or leave them out"),
+                 "Correct or remove them"),
                 ("are measured by the panel already", target.measured[column],
-                 "genes that it lacks",
-                 "Leave them out (Denoiser is for measured genes), or drop them from the panel to test on them"),
+                 "genes outside the panel",
+                 "Remove them (Denoiser is for measured genes), or remove them from the panel to test on them"),
                 ("have no counts in the reference's training cells", ~np.isin(column, lacking),
                  "genes that the reference measures",
-                 "Leave them out, or give a reference that has them"),
+                 "Remove them, or pass a reference that has them"),
             ):  # fmt: skip
                 if wrong.any():
                     names = [str(g) for g, bad in zip(genes, wrong, strict=True) if bad]
                     shown = ", ".join(map(repr, names[:5])) + (" and more" if names[5:] else "")
                     msg = explain(
-                        f"{len(names)} of {len(genes)} genes asked for {problem}: {shown}",
+                        f"{len(names)} of {len(genes)} requested genes {problem}: {shown}",
                         expected,
                         remedy,
                     )
@@ -375,15 +375,15 @@ class GeneImputer(Estimator):
         if not len(lacking):
             msg = explain(
                 f"there is nothing to impute: the panel measures all {int(source.measured.sum())} genes of the "
-                "reference that the model knows and that have counts",
-                "a reference with genes that the panel lacks",
-                "Give another reference, or use Denoiser for measured genes",
+                "reference in the vocabulary that have counts",
+                "a reference with genes outside the panel",
+                "Pass another reference, or use Denoiser for measured genes",
             )
             raise InputError(msg)
         if genes is None and self.genes is not None and len(lacking) > self.genes:
             chosen = variable_genes(sparse.csr_matrix(source.counts[train][:, lacking]), self.genes)
             self.messages.append(
-                f"Imputes the {len(chosen)} most variable genes of {len(lacking)} that the panel lacks."
+                f"Imputes the {len(chosen)} most variable genes of {len(lacking)} that are missing from the panel."
             )
             lacking = lacking[chosen]
         if not self.imputed:
@@ -393,7 +393,7 @@ class GeneImputer(Estimator):
     def _paired(
         self, shown: CellTable, truth: CellTable | None, cells: np.ndarray, start: Pretrained
     ) -> list[Layout]:
-        """Lay out cells as they are shown, with what is to be predicted as targets; None: what is shown."""
+        """Pad input cells with their target cells; None: the input is the target."""
         limit = self.training.cells_per_context or None
         contexts = contexts_of(shown.batch, cells, limit=limit)
         layouts = [
@@ -420,7 +420,7 @@ class GeneImputer(Estimator):
     def _on_validation(
         self, source: CellTable, judged: list[Layout], valid: np.ndarray
     ) -> np.ndarray:
-        """Return what the network expects of validation cells, in counts a 10,000 of the panel: [cells, imputed]."""
+        """Return the network's predictions for validation cells, counts per 10,000 of the panel [cells, imputed]."""
         model = self._fitted()
         decode = jax.jit(lambda params, example: _means(params, example, model.config))
         params = jax.device_put(model.params)
@@ -429,8 +429,8 @@ class GeneImputer(Estimator):
         for layout in judged:
             batch = layout.example.batch
             batch = batch.replace(batch=jnp.full_like(batch.batch, row))
-            found = decode(params, layout.example.replace(batch=batch))
-            outputs.append(jax.device_get(found))
+            means = decode(params, layout.example.replace(batch=batch))
+            outputs.append(jax.device_get(means))
         mean = gather(judged, outputs, len(source))[valid].astype(np.float64)
         panel = mean[:, np.isin(source.genes, self.panel)].sum(axis=1, keepdims=True)
         return mean[:, self._columns] * (1e4 / np.maximum(panel, 1e-12))
@@ -444,19 +444,19 @@ class GeneImputer(Estimator):
         own: np.ndarray,
         network: np.ndarray | None,
     ) -> np.ndarray | None:
-        """Fit the ridge regressions, weigh them against the network on validation cells, and fit them to those as well.
+        """Fit the ridge regressions, compute their weights on validation cells, and refit them with those cells.
 
         Args:
             source: The reference.
-            target: The cells to impute in, in the same columns.
-            train: Cells of the reference to train on.
-            valid: Cells of the reference to validate with.
+            target: The target cells, in the same columns.
+            train: Training cells of the reference.
+            valid: Validation cells of the reference.
             own: Cells of the target with counts.
-            network: Of :meth:`_on_validation`; None: there are no validation cells.
+            network: From :meth:`_on_validation`; None: there are no validation cells.
 
         Returns:
-            What network and ridge regression predict for the validation cells together: log-normalised, float [cells,
-            imputed genes]; None without any.
+            The averaged prediction for the validation cells: log-normalised, float [cells, imputed genes]; None without
+            validation cells.
         """
         shown = np.isin(source.genes, self.panel)
         panel = np.flatnonzero(shown)
@@ -515,19 +515,20 @@ class GeneImputer(Estimator):
         pooled: np.ndarray,
         pool: Sequence[float],
     ) -> None:
-        """Say how network, ridge regression and their pool do on the validation cells."""
+        """Log the scores of network, ridge regression and their average on the validation cells."""
         scores = {
             name: _mean_pearson(truth, values)
             for name, values in (("network", network), ("linear", linear), ("pooled", pooled))
         }
         self.facts["validation_pearson"] = scores
         self.messages.append(
-            f"Correlation a gene over {len(truth)} validation cells: network {scores['network']:.3f}, ridge regression "
-            f"{scores['linear']:.3f}, pooled {scores['pooled']:.3f} (weights {pool[0]:.2f} and {pool[1]:.2f})."
+            f"Correlation per gene over {len(truth)} validation cells: network {scores['network']:.3f}, "
+            f"ridge regression {scores['linear']:.3f}, pooled {scores['pooled']:.3f} "
+            f"(weights {pool[0]:.2f} and {pool[1]:.2f})."
         )
 
     def _judge(self, source: CellTable, valid: np.ndarray, predicted: np.ndarray | None) -> None:
-        """Find the confidence of every imputed gene, from what is predicted for the validation cells."""
+        """Compute the confidence of every imputed gene from the predictions for the validation cells."""
         values = np.full(len(self.imputed), np.nan)
         if predicted is not None:
             total = _panel_totals(source, np.isin(source.genes, self.panel), valid)
@@ -557,19 +558,19 @@ class GeneImputer(Estimator):
         gene_key: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
-        """Predict the genes that the panel lacks.
+        """Predict the genes missing from the panel.
 
         Writes:
-            ``layers[layer_added]``, where asked for: dense float32 [n_obs, n_vars], the prediction in the columns of
+            ``layers[layer_added]``, if requested: dense float32 [n_obs, n_vars], the prediction in the columns of
             ``var`` that are imputed genes, NaN in the others; ``uns["cellplm_imputation"]``.
 
         Args:
-            adata: The cells. Keys default to those ``fit`` was given. Only the genes of the panel are looked at: what
-                is measured of the imputed ones changes nothing.
-            genes: Which of ``imputed``; None: all.
-            log_normalized: Return the natural logarithm of one plus the counts scaled so that the panel's genes of a
-                cell add up to 10,000, instead of counts.
-            layer_added: Name of a layer to write as well.
+            adata: The cells. Keys default to those of ``fit``. Only the panel genes are used: measured
+                values of imputed genes do not affect the prediction.
+            genes: Subset of ``imputed``; None: all.
+            log_normalized: Return values on the scale of log1p of the counts, scaled so that the panel genes of each
+                cell sum to 10,000, instead of counts.
+            layer_added: Name of an additional layer to write.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
@@ -577,10 +578,10 @@ class GeneImputer(Estimator):
             cells_per_context: See :meth:`fit`.
 
         Returns:
-            float32 [cells, genes], rows named as the cells: expected counts, on the scale of the cell's own.
+            float32 [cells, genes], rows named as the cells: expected counts, on the scale of the cell's own counts.
 
         Raises:
-            InputError: The estimator is not fitted, genes are asked for that it does not impute, or the counts, genes
+            InputError: The estimator is not fitted, requested genes are not imputed, or the counts, genes
                 or keys cannot be used.
         """
         reading = self.reading.changed(
@@ -610,7 +611,7 @@ class GeneImputer(Estimator):
         key_added: str = IMPUTED,
         **keys: Any,
     ) -> list[str]:
-        """Predict for the cells of an ``.h5ad`` file into a copy of it.
+        """Predict the cells of an ``.h5ad`` file and write a copy with the results.
 
         Writes:
             ``obsm[key_added]``: the table of :meth:`predict`; ``uns["cellplm_imputation"]``: its genes and their
@@ -618,17 +619,17 @@ class GeneImputer(Estimator):
 
         Args:
             path: Input; never changed.
-            out: Output, which appears whole or not at all.
+            out: Output, written atomically.
             genes: See :meth:`predict`.
             log_normalized: See :meth:`predict`.
             key_added: Key of ``obsm``.
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -645,10 +646,10 @@ class GeneImputer(Estimator):
         truth: AnnData | str | os.PathLike | None = None,
         **keys: Any,
     ) -> dict[str, float]:
-        """Predict, and compare with genes that were measured after all; nothing is written.
+        """Predict, and compare with measured values of imputed genes; ``adata`` is not modified.
 
         Args:
-            adata: The cells, of which only the panel's genes are looked at.
+            adata: The cells; only their panel genes are used for the prediction.
             truth: The same cells with counts of imputed genes; None: ``adata`` itself has them.
             **keys: As for :meth:`predict`.
 
@@ -657,7 +658,7 @@ class GeneImputer(Estimator):
             scaled by the cell's total over the panel).
 
         Raises:
-            InputError: As :meth:`predict`, the cells differ, or truth measures no imputed gene.
+            InputError: As in :meth:`predict`, the cells differ, or truth measures no imputed gene.
         """
         true, predicted = self._compared(adata, truth, keys)
         return imputation_scores(true, predicted.to_numpy(), list(predicted.columns))
@@ -669,7 +670,7 @@ class GeneImputer(Estimator):
         truth: AnnData | str | os.PathLike | None = None,
         **keys: Any,
     ) -> pd.DataFrame:
-        """Score every gene by itself; see :meth:`score`.
+        """Score each gene separately; see :meth:`score`.
 
         Args:
             adata: See :meth:`score`.
@@ -680,7 +681,7 @@ class GeneImputer(Estimator):
             Rows are genes; columns ``pearson``, ``cosine``, ``rmse``, ``mae`` and the ``confidence`` of the fit.
 
         Raises:
-            InputError: As :meth:`score`.
+            InputError: As in :meth:`score`.
         """
         true, predicted = self._compared(adata, truth, keys)
         table = imputation_table(true, predicted.to_numpy(), list(predicted.columns))
@@ -695,25 +696,25 @@ class GeneImputer(Estimator):
         pairs: int = 3,
         **keys: Any,
     ) -> BesideMeasured:
-        """Put a prediction beside what the same cells were measured for, for looking at; nothing is predicted anew.
+        """Compare a prediction with measured genes of the same cells, for visualisation; runs no new prediction.
 
-        Where the cells measure imputed genes after all (the prediction never looks at those), each of these is compared
-        with itself. Else an imputed gene is put beside the gene of the panel it goes with most closely: whether it lies
-        where it should can then be judged by what is known of that one.
+        If the cells measure imputed genes (the prediction never uses those), each of these is compared
+        with itself. Otherwise an imputed gene is paired with the most correlated panel gene, so that its spatial
+        pattern can be judged by the known one.
 
         Args:
             adata: The cells, as for :meth:`predict`.
-            imputed: What :meth:`predict` returned for them.
-            log_normalized: It returned log-normalised values.
-            pairs: How many genes are put beside something: of measured ones the most and the least certain and those
-                between, of others the most certain.
+            imputed: Result of :meth:`predict` for them.
+            log_normalized: Whether it has log-normalised values.
+            pairs: Number of pairs: of measured genes the most and the least confident and those
+                between, of others the most confident.
             **keys: As for :meth:`predict`.
 
         Returns:
             Correlations of measured genes, and the pairs.
 
         Raises:
-            InputError: The cells cannot be read, or are not those of the prediction.
+            InputError: The cells cannot be read, or do not match the prediction.
         """
         model = self._fitted()
         reading = self.reading.changed(**keys)
@@ -729,7 +730,7 @@ class GeneImputer(Estimator):
             msg = explain(
                 f"{len(table)} cells and a prediction for {len(imputed)}",
                 "the prediction for these cells",
-                "Pass what predict returned for them",
+                "Pass the result of predict for them",
             )
             raise InputError(msg)
         shown = np.isin(model.genes, self.panel)
@@ -771,7 +772,7 @@ class GeneImputer(Estimator):
     def _compared(
         self, adata: Any, truth: Any, keys: dict[str, Any]
     ) -> tuple[np.ndarray, pd.DataFrame]:
-        """Return log-normalised truth [cells, genes] and prediction, over the genes that truth measures."""
+        """Return log-normalised truth [cells, genes] and prediction, over the measured genes of truth."""
         model = self._fitted()
         reading = self.reading.changed(**keys)
         known = read_cells(
@@ -785,9 +786,9 @@ class GeneImputer(Estimator):
         places = np.flatnonzero(known.measured[self._columns])
         if not len(places):
             msg = explain(
-                f"none of the {len(self.imputed)} imputed genes is measured in the truth",
+                f"truth measures none of the {len(self.imputed)} imputed genes",
                 "counts of some of them to compare with",
-                "Pass the AnnData that has them as truth",
+                "Pass the AnnData with these counts as truth",
             )
             raise InputError(msg)
         frame, total, _, _ = self._imputed(adata, reading, places, True)
@@ -802,7 +803,7 @@ class GeneImputer(Estimator):
         return log_normalize(sparse.csr_matrix(counts), total=total).toarray(), frame
 
     def _places(self, genes: Sequence[str] | None) -> np.ndarray:
-        """Return int: which of ``imputed`` are asked for."""
+        """Return int: positions of the requested genes in ``imputed``."""
         model = self._fitted()
         if genes is None:
             return np.arange(len(self.imputed))
@@ -817,9 +818,9 @@ class GeneImputer(Estimator):
         if missing:
             shown = ", ".join(map(repr, missing[:5])) + (" and more" if missing[5:] else "")
             msg = explain(
-                f"{len(missing)} of {len(genes)} genes asked for are not imputed: {shown}",
+                f"{len(missing)} of {len(genes)} requested genes are not imputed: {shown}",
                 f"some of the {len(self.imputed)} genes in .imputed, such as {self.imputed[0]!r}",
-                nearest(missing[0], by_name, "Leave them out, or fit again with genes=[...]"),
+                nearest(missing[0], by_name, "Remove them, or fit again with genes=[...]"),
             )
             raise InputError(msg)
         return np.array(places, int)
@@ -827,7 +828,7 @@ class GeneImputer(Estimator):
     def _imputed(
         self, data: Any, reading: Reading, places: np.ndarray, log_normalized: bool
     ) -> tuple[pd.DataFrame, np.ndarray, dict[str, Any], list[str]]:
-        """Return the prediction, totals over the panel float [cells], facts, and sentences about the input."""
+        """Return the prediction, totals over the panel float [cells], facts, and messages about the input."""
         model = self._fitted()
         if self._seen is None:
             self._seen = panel_model(model, self.panel)
@@ -882,11 +883,11 @@ class GeneImputer(Estimator):
     def _linear_prediction(
         self, ridge: _Ridge, panel: sparse.csr_matrix, total: np.ndarray, measured: np.ndarray
     ) -> np.ndarray:
-        """Return float32 [cells, imputed genes] of counts over the panel [cells, panel], whose sums are ``total``."""
+        """Return float32 [cells, imputed genes] from counts over the panel [cells, panel] with sums ``total``."""
         place = {gene: column for column, gene in enumerate(self.panel)}
         columns = np.array([place[self._fitted().genes[i]] for i in ridge.genes])
         features = log_normalize(sparse.csr_matrix(panel[:, columns]), total=total).toarray()
-        # A gene that is not measured is at its mean: it says nothing.
+        # An unmeasured gene is set to its mean, which has no effect.
         unknown = ~measured[columns]
         features[:, unknown] = ridge.regression.centre[unknown]
         return ridge.regression.predict(features)
@@ -894,7 +895,7 @@ class GeneImputer(Estimator):
     def _layer_columns(
         self, adata: Any, layer_added: str, reading: Reading, places: np.ndarray
     ) -> np.ndarray:
-        """Return int [n_vars]: which of the places each gene of ``var`` is; -1: none."""
+        """Return int [n_vars]: position of each gene of ``var`` among ``places``; -1: none."""
         if not layer_added or "/" in layer_added:
             msg = explain(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
             raise InputError(msg)
@@ -904,15 +905,15 @@ class GeneImputer(Estimator):
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}
-        found = np.array([where.get(int(gene), -1) for gene in column], int)
-        if len(found) != getattr(adata, "n_vars", -1) or (found < 0).all():
+        positions = np.array([where.get(int(gene), -1) for gene in column], int)
+        if len(positions) != getattr(adata, "n_vars", -1) or (positions < 0).all():
             msg = explain(
-                f"layer_added='{layer_added}', and no gene of var ({key}) is an imputed one",
+                f"layer_added='{layer_added}', and no gene of var ({key}) is imputed",
                 "an AnnData with (empty) columns for imputed genes",
-                "Leave layer_added out and take the table that predict returns",
+                "Omit layer_added and use the table that predict returns",
             )
             raise InputError(msg)
-        return found
+        return positions
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -947,12 +948,12 @@ class GeneImputer(Estimator):
 
 @dataclass(frozen=True, eq=False)
 class Beside:
-    """An imputed gene beside a measured one, in the same cells.
+    """An imputed gene and a measured one in the same cells.
 
     Attributes:
         gene: The imputed gene.
-        imputed: float [cells], log-normalised by the panel's counts of the cell.
-        other: The measured gene; the same one where it was measured.
+        imputed: float [cells], log-normalised by the panel counts of each cell.
+        other: The measured gene; the same one if it was measured.
         measured: float [cells], on the same scale.
     """
 
@@ -964,12 +965,12 @@ class Beside:
 
 @dataclass(frozen=True, eq=False)
 class BesideMeasured:
-    """A prediction beside what was measured, of :meth:`GeneImputer.beside_measured`.
+    """Comparison of a prediction with measured values, from :meth:`GeneImputer.beside_measured`.
 
     Attributes:
-        pearson: Correlation over the cells of imputed and measured log-normalised values, by imputed gene that the
-            cells measure after all, the most certain first; empty where they measure none.
-        pairs: A few genes to look at.
+        pearson: Correlation over the cells of imputed and measured log-normalised values, by measured imputed gene,
+            the most confident first; empty if the cells measure none.
+        pairs: Some pairs of genes to show.
     """
 
     pearson: pd.Series
@@ -984,11 +985,11 @@ _SCALES = ((LOG, np.asarray), (COUNTS, np.expm1))
 
 @dataclass(frozen=True, eq=False)
 class _Ridge:
-    """A ridge regression beside the network.
+    """A ridge regression that complements the network.
 
     Attributes:
-        genes: int32 [features], columns of the panel's genes it sees.
-        regression: From log-normalised values of those to the imputed genes; its centre is the target's.
+        genes: int32 [features], columns of its panel genes.
+        regression: From their log-normalised values to the imputed genes; centred on the target.
         network_mean: float32 [imputed genes], mean of the network's predictions on the reference.
     """
 
@@ -997,13 +998,13 @@ class _Ridge:
     network_mean: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return what is to be saved."""
+        """Return the arrays to save."""
         own = {"genes": self.genes, "network_mean": self.network_mean}
         return own | {name: getattr(self.regression, name) for name in _REGRESSION}
 
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray]) -> _Ridge:
-        """Return that of which :meth:`arrays` was saved."""
+        """Restore an instance from :meth:`arrays`."""
         regression = LinearRegression(*(arrays[name] for name in _REGRESSION))
         return cls(arrays["genes"], regression, arrays["network_mean"])
 
@@ -1014,35 +1015,39 @@ _REGRESSION = ("centre", "scale", "kernel", "bias")
 def _pooled(
     network: np.ndarray, linear: np.ndarray, network_mean: np.ndarray, mean: np.ndarray, pool: Any
 ) -> np.ndarray:
-    """Return the gene's mean plus the weighted deviations of both predictions, not below 0."""
+    """Return the gene's mean plus the weighted deviations of both predictions, clipped at 0."""
     return np.maximum(mean + pool[0] * (network - network_mean) + pool[1] * (linear - mean), 0.0)
 
 
 def _mean_pearson(truth: np.ndarray, values: np.ndarray) -> float:
-    """Return the mean over the genes that have a correlation; NaN where none has."""
-    found = pearson_per_gene(truth, values)
-    return float(found[np.isfinite(found)].mean()) if np.isfinite(found).any() else float("nan")
+    """Return the mean over the genes with a defined correlation; NaN if there are none."""
+    correlation = pearson_per_gene(truth, values)
+    return (
+        float(correlation[np.isfinite(correlation)].mean())
+        if np.isfinite(correlation).any()
+        else float("nan")
+    )
 
 
 def _panel_totals(table: CellTable, shown: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    """Return the counts of cells over the genes shown, float64 [cells]."""
+    """Return the counts of cells over the input genes, float64 [cells]."""
     counts = sparse.csr_matrix(table.counts[cells])[:, np.flatnonzero(shown)]
     return np.asarray(counts.sum(axis=1), np.float64).ravel()
 
 
 _STORED = ("indptr", "gene", "count")
-"""Fields of a batch that hold its counts."""
+"""Fields of a batch with its counts."""
 
 
 def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
-    """Return int [genes]: the place of each name in a vocabulary, by the rules for gene names; -1: none.
+    """Return int [genes]: the position of each name in a vocabulary, by the rules for gene names; -1: none.
 
     Args:
         genes: Ensembl ids or symbols, or names as they are in the vocabulary.
         vocabulary: Names.
 
     Raises:
-        InputError: A single name was given instead of a list of them.
+        InputError: ``genes`` is a single name instead of a list.
     """
     if isinstance(genes, str) or not len(genes):
         msg = explain(f"genes={genes!r}", "a list of gene names", "Pass genes=['NAME', ...]")
@@ -1051,7 +1056,7 @@ def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
 
 
 def seen_through(table: CellTable, shown: np.ndarray) -> CellTable:
-    """Return the cells with the counts of some genes alone; what is measured stays as it is.
+    """Return the cells with the counts of some genes only; ``measured`` is not changed.
 
     Args:
         table: The cells.
@@ -1063,11 +1068,11 @@ def seen_through(table: CellTable, shown: np.ndarray) -> CellTable:
 
 
 def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
-    """Return a model that embeds through some genes alone.
+    """Return a model that embeds from a subset of its genes.
 
     Args:
         model: The fitted model.
-        panel: Some of its genes.
+        panel: Subset of its genes.
     """
     rows = {gene: row for row, gene in enumerate(model.genes)}
     flat = flatten_dict(model.params)
@@ -1086,7 +1091,7 @@ def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = Fal
 
     Args:
         model: A model with a batch embedding.
-        rows: Which rows.
+        rows: Rows to average.
         replace: Set the last row instead of adding one.
     """
     flat = flatten_dict(model.params)
@@ -1111,23 +1116,23 @@ def _is_batch_table(path: tuple[str, ...]) -> bool:
 
 
 def imputation_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
-    """Return the loss: all measured genes of every cell, and the latent's terms.
+    """Return the loss: all measured genes of every cell, and the latent terms.
 
     Args:
         config: Architecture with a decoder of counts.
-        masking: What is dropped, and hidden of what is shown.
+        masking: Dropped cells and hidden input entries.
 
     Returns:
-        Pure ``(params, example, key) -> (nats a cell, {"reconstruction": ..., "kl_latent": ...})``; the targets are the
-        stored counts to be predicted, for the cells of the example.
+        Pure ``(params, example, key) -> (nats per cell, {"reconstruction": ..., "kl_latent": ...})``; the targets are
+        the stored counts to predict, for the cells of the example.
     """
     objective = ObjectiveConfig(kind="imputation")
 
     def loss(params, example, key):
         output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
         truth = kept.replace(**example.targets)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, truth, objective)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, truth, objective)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         return terms["reconstruction"] + latent["latent"], {
             "reconstruction": terms["reconstruction"],
@@ -1146,7 +1151,7 @@ def _means(params: Any, example: Example, config: ModelConfig) -> jax.Array:
 
 
 def _validation(config: ModelConfig, judged: list[Layout]) -> Any:
-    """Return a validation function: the negative log-likelihood of all genes, in nats a cell."""
+    """Return a validation function: the negative log-likelihood of all genes, in nats per cell."""
 
     @jax.jit
     def judge(params, example):
@@ -1159,8 +1164,8 @@ def _validation(config: ModelConfig, judged: list[Layout]) -> Any:
         return average_over(nll, truth.cell_mask), truth.cell_mask.sum().astype(jnp.float32)
 
     def validate(params: Any) -> dict[str, float]:
-        found = [judge(params, layout.example) for layout in judged]
-        values, weights = np.array(jax.device_get(found)).T
+        sums = [judge(params, layout.example) for layout in judged]
+        values, weights = np.array(jax.device_get(sums)).T
         nll = float((values * weights).sum() / weights.sum())
         return {SCORE: -nll, LOSS: nll}
 
@@ -1168,7 +1173,7 @@ def _validation(config: ModelConfig, judged: list[Layout]) -> Any:
 
 
 def _cells(table: CellTable, rows: np.ndarray, measured: np.ndarray) -> CellTable:
-    """Return some cells of a table, with what is measured in them."""
+    """Return selected cells of a table, with their measured genes."""
     return dataclasses.replace(
         table,
         counts=sparse.csr_matrix(table.counts[rows]),

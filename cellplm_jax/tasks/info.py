@@ -1,4 +1,4 @@
-"""What a model or a corpus is: the facts behind ``cellplm info``."""
+"""Facts about models and corpora, used by ``cellplm info``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
     """Collect the facts about a model.
 
     Args:
-        source: Anything :func:`cellplm_jax.load` opens.
+        source: Any source for :func:`cellplm_jax.load`.
 
     Returns:
         A JSON-ready dictionary: ``id``, ``step``, ``card``, ``genes``, ``parameters`` (total and by module),
-        ``config``, ``training`` (first and last line of each split of the metrics, where there are any).
+        ``config``, ``training`` (first and last line of each split of the metrics, if there are any).
     """
     model = load(source)
     modules: dict[str, int] = {}
@@ -51,7 +51,7 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
 
 
 def describe_text(facts: dict[str, Any]) -> str:
-    """Write the facts of :func:`describe` for reading.
+    """Format the facts of :func:`describe` as text.
 
     Args:
         facts: From :func:`describe`.
@@ -92,16 +92,16 @@ def describe_corpus(
     """Collect the facts about a corpus.
 
     Args:
-        path: Folder or gs:// prefix made by ``cellplm prepare``.
-        verify: Read all of it and compare it with its checksums.
-        quiet: No progress while verifying.
+        path: Folder or gs:// prefix created by ``cellplm prepare``.
+        verify: Read all data and compare it with its checksums.
+        quiet: Disable progress output while verifying.
 
     Returns:
         A JSON-ready dictionary: ``path``, ``fingerprint``, ``totals``, ``vocabulary``, ``platforms``, ``label_names``,
-        ``counters``, ``bytes`` (None for gs://), ``datasets`` (one row a part), ``verified``.
+        ``counters``, ``bytes`` (None for gs://), ``datasets`` (one row per part), ``verified``.
 
     Raises:
-        InputError: It is no complete corpus, or verifying found damage.
+        InputError: It is not a complete corpus, or verification found damage.
     """
     corpus = open_corpus(path)
     if verify:
@@ -150,7 +150,7 @@ def describe_corpus(
 
 
 def describe_corpus_text(facts: dict[str, Any]) -> str:
-    """Write the facts of :func:`describe_corpus` for reading.
+    """Format the facts of :func:`describe_corpus` as text.
 
     Args:
         facts: From :func:`describe_corpus`.

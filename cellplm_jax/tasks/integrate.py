@@ -1,4 +1,4 @@
-"""Integration: an embedding in which cells lie by what they are, not by the batch they were measured in."""
+"""Batch integration: an embedding that does not depend on the batch."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ KEY = "X_cellplm_integrated"
 """Key of ``obsm`` that ``predict`` writes."""
 
 FACTS = "cellplm_integration"
-"""What it writes into ``uns``."""
+"""Key written to ``uns``."""
 
 WEIGHT = 0.03
-"""Weight of the mixing term at ``strength=1`` against the logarithm of the reconstruction's negative log-likelihood."""
+"""Weight of the mixing term at ``strength=1``, relative to the logarithm of the reconstruction loss."""
 
 DRAWS = 4
-"""Times the cells are dealt to contexts; the epochs go round."""
+"""Number of random assignments of cells to contexts, over which the epochs cycle."""
 
 
 class BatchIntegrator(Estimator):
     """Fine-tunes a model so that its embedding does not depend on the batch.
 
-    No labels are used. Entries are hidden and what was measured is predicted, as in pretraining, with a decoder row for
-    every batch: the decoder explains the batch, and the latent need not hold it. A second term, ramped up over the
-    first half of the fit, takes out what is left: around every cell the batches are to be those of all cells
+    No labels are used. As in pretraining, entries are hidden and measured counts are predicted, with a decoder row per
+    batch: the decoder explains the batch, so the latent need not encode it. A second term, ramped up over the
+    first half of the fit, removes remaining differences: the batches around every cell should match those of all cells
     (:func:`cellplm_jax.losses.objectives.batch_mixing_loss`). It moves neighbours only.
 
-    Contexts: cells attend to one another, so a context of one batch tells every cell its batch. Here contexts hold the
-    cells of all batches, in training in proportion, in ``predict`` all cells of the data. Contexts of one batch, and
-    cells without context, measured the same within noise, the latter at three times the time.
+    Contexts: cells attend to each other, so a context of one batch reveals the batch. Contexts therefore contain
+    cells of all batches, in proportion during training, and all cells of the data in ``predict``. Contexts of one
+    batch, and single cells, gave the same scores within noise, the latter at three times the run time.
 
-    The batches should hold about the same kinds of cells. What only one batch holds is pulled towards the others as
-    well: lower ``strength`` where that is so, and look at ``score`` with labels. Differences between batches that are
-    biology (stimulated and not) are removed like any other: what is to be kept must not differ between batches only.
+    The batches should contain similar cell types. A cell type of one batch only is moved towards the others as
+    well: lower ``strength`` in this case, and use ``score`` with labels. Biological differences between batches
+    (stimulated and not) are removed as well: differences to preserve must not be confounded with the batch.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch, over the genes of the data.
-        strength: Mixing against structure: 0 only reconstructs, 1 is usual, more mixes more.
-        genes: Fit on so many highly variable genes; None: all that the cells express and the model knows. By default
-            3,000 from scratch, else all.
-        quiet: No progress.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch, over the genes of the data.
+        strength: Mixing relative to structure: 0 only reconstructs, 1 is the default, larger values mix more.
+        genes: Number of highly variable genes to fit on; None: all genes of the vocabulary that the cells express. By
+            default 3,000 from scratch, else all.
+        quiet: Disable progress output.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``... No
-            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` change nothing. Also
+            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` have no effect. Also
             ``precision`` and ``devices``; None: as the model.
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
+        ConfigError: An option is unknown or its value is invalid.
     """
 
     task: ClassVar[str] = "integration"
@@ -96,12 +96,12 @@ class BatchIntegrator(Estimator):
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
-            msg = explain(f"strength = {strength}", "a number of at least 0", "1 is usual")
+            msg = explain(f"strength = {strength}", "a number of at least 0", "The default is 1")
             raise ConfigError(msg)
         if self.training.masking.drop_cells > 0:
             msg = explain(
                 f"masking.drop_cells = {self.training.masking.drop_cells}",
-                "0: all cells of a context are compared",
+                "0, because all cells of a context are compared",
                 "Lower it",
             )
             raise ConfigError(msg)
@@ -121,17 +121,17 @@ class BatchIntegrator(Estimator):
         """Fit to the cells of several batches.
 
         Args:
-            adata: Raw counts. Coordinates are not used: those of different samples cannot be compared.
-            batch_key: Column of ``obs`` naming the batch of each cell; at least two.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            cells_per_context: Cells of a context at most when predicting; training has its own limit in the recipe.
+            adata: Raw counts. Coordinates are not used, because those of different samples are not comparable.
+            batch_key: Column of ``obs`` with the batch of each cell; at least two.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
             The estimator itself.
 
         Raises:
-            InputError: There is one batch only, or keys, counts or genes cannot be used.
+            InputError: There is only one batch, or keys, counts or genes cannot be used.
         """
         if self.base is not None:
             require_counts_decoder(self.base)
@@ -143,8 +143,8 @@ class BatchIntegrator(Estimator):
             msg = explain(
                 f"obs['{batch_key}'] names {len(names)} batch with counts"
                 + (f" ('{names[0]}')" if names else ""),
-                "at least two batches, which are to be mixed",
-                "Name the column that tells batches apart; one batch needs no integration",
+                "at least two batches to mix",
+                "Use the column with the batches; a single batch needs no integration",
             )
             raise InputError(msg)
         table = self._choose_genes(table, cells)
@@ -181,7 +181,7 @@ class BatchIntegrator(Estimator):
     def _deal(
         self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
     ) -> list[Layout]:
-        """Deal the cells to contexts that hold the batches in proportion, another way in every draw."""
+        """Assign cells randomly to contexts with all batches in proportion; a new assignment for every ``draw``."""
         rows = np.array([self.batch_rows[name] for name in table.batch], np.int32)
         shuffled = np.random.default_rng([self.training.seed, draw]).permutation(cells)
         by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
@@ -206,24 +206,24 @@ class BatchIntegrator(Estimator):
         gene_key: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
-        """Embed cells, in place; batches need not be known, and new ones are embedded like any other.
+        """Embed cells, in place; batch labels are not needed, and cells of new batches can be embedded.
 
         Writes:
             ``obsm[key_added]``: float32 [n_obs, latent].
             ``uns["cellplm_integration"]``: model, strength, genes, context.
 
         Args:
-            adata: The cells; their contexts are made of all of them.
+            adata: The cells; their contexts contain all of them.
             key_added: Key of ``obsm``.
-            layer: See :meth:`fit`; as there by default.
-            gene_key: See :meth:`fit`; as there by default.
-            cells_per_context: See :meth:`fit`; as there by default.
+            layer: See :meth:`fit`; the same by default.
+            gene_key: See :meth:`fit`; the same by default.
+            cells_per_context: See :meth:`fit`; the same by default.
 
         Returns:
             ``adata`` itself.
 
         Raises:
-            InputError: Nothing was fitted, or the counts, genes or keys cannot be used.
+            InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
         keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
@@ -235,19 +235,19 @@ class BatchIntegrator(Estimator):
     def predict_file(
         self, path: str | os.PathLike, out: str | os.PathLike, *, key_added: str = KEY, **keys: Any
     ) -> list[str]:
-        """Embed the cells of an ``.h5ad`` file into a copy of it, streamed.
+        """Embed the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
 
         Args:
             path: Input; never changed.
-            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
             key_added: See :meth:`predict`.
             **keys: As for :meth:`predict`.
 
         Returns:
-            What the input turned out to be, a line each.
+            Messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -265,21 +265,21 @@ class BatchIntegrator(Estimator):
         resolution: float = 1.0,
         **keys: Any,
     ) -> dict[str, float]:
-        """Embed cells and say how far their batches mix and, with labels, what is left of the biology.
+        """Embed cells and score batch mixing and, with labels, preserved biology.
 
         Args:
-            adata: The cells; nothing is written.
-            label_key: Column of ``obs`` with cell types, which the fit never sees; cells without one count for mixing
-                alone. None: no labels.
-            batch_key: Column of ``obs`` naming the batch; as in :meth:`fit` by default.
-            resolution: Of Leiden.
+            adata: The cells; not modified.
+            label_key: Column of ``obs`` with cell types, which the fit never uses; cells without one only count for
+                mixing. None: no labels.
+            batch_key: Column of ``obs`` with the batch; as in :meth:`fit` by default.
+            resolution: Resolution of Leiden.
             **keys: As for :meth:`predict`.
 
         Returns:
             See :func:`cellplm_jax.evaluate.embedding.integration_scores`.
 
         Raises:
-            InputError: As :meth:`predict`, or there is one batch only.
+            InputError: As in :meth:`predict`, or there is only one batch.
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
@@ -295,7 +295,7 @@ class BatchIntegrator(Estimator):
     def _integrate(
         self, data: Any, reading: Reading, key_added: str
     ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
-        """Embed in contexts of all batches; return z, facts for ``uns``, and sentences about the input."""
+        """Embed in contexts of all batches; return z, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         return (
@@ -323,11 +323,11 @@ class BatchIntegrator(Estimator):
 def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: int) -> Loss:
     """Return the loss ``log(reconstruction + latent) + weight * mixing``.
 
-    The logarithm makes the weight mean the same whatever the number of genes and the depth.
+    With the logarithm the weight does not depend on the number of genes and the sequencing depth.
 
     Args:
         config: Architecture with a decoder of counts.
-        masking: What is hidden; no cells are dropped.
+        masking: Hidden entries; no cells are dropped.
         batches: Number of batches.
 
     Returns:
@@ -339,8 +339,8 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
     def loss(params, example, key):
         batch = example.batch.replace(batch=example.targets["row"])
         output, kept, gene_mask = corrupted_forward(params, batch, key, config, masking)
-        found: Any = output.reconstruction
-        terms = reconstruction_loss(found, kept, objective, gene_mask=gene_mask)
+        reconstruction: Any = output.reconstruction
+        terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         mixing = batch_mixing_loss(
             output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches

@@ -1,4 +1,4 @@
-"""Work on more cells than a device holds: reading ahead, arrays that spill to disk, contexts in several passes."""
+"""Contexts larger than device memory: prefetch, arrays that spill to disk, and encoding in several passes."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from cellplm_jax.model.long_context import FLOW_ROUNDS, chunk_layer, chunk_sums
 Item = TypeVar("Item")
 
 STREAM_CELLS = 32_768
-"""Contexts of more cells are encoded in passes over chunks."""
+"""Contexts with more cells are encoded in passes over chunks."""
 
 STREAM_CHUNK = 8192
-"""Cells of such a chunk."""
+"""Number of cells per chunk."""
 
 WORTH_SAYING = 0.15
-"""Share of the time waited for data above which a user is told."""
+"""Fraction of time spent waiting for data above which a message is shown."""
 
 LOCAL_KINDS = ("mlp", "residual_mlp", "none")
-"""Encoders in which no cell sees another."""
+"""Encoders in which cells do not attend to each other."""
 
 
 class Prefetcher(Generic[Item]):
-    """Iterate over items that a thread makes ahead of their use.
+    """Prefetch items in a thread.
 
     Args:
-        items: Made in order, in the thread; an exception comes out where its item would have.
-        depth: How many may be ready.
+        items: Generated in order, in the thread; an exception is raised at the position of its item.
+        depth: Maximum number of prefetched items.
 
     Attributes:
-        waited: Seconds in which an item was asked for and not ready, but for the first.
+        waited: Seconds spent waiting for items, except for the first.
     """
 
     def __init__(self, items: Iterable[Item], depth: int = 2):
@@ -76,41 +76,41 @@ class Prefetcher(Generic[Item]):
 
 @dataclass
 class IOWait:
-    """How long work waited for its data.
+    """Time that work spent waiting for its data.
 
     Attributes:
-        seconds: Waited.
-        total: Seconds of the work, waiting included.
+        seconds: Waiting time.
+        total: Total time of the work, including waiting.
     """
 
     seconds: float = 0.0
     total: float = 0.0
 
     def add(self, seconds: float, total: float) -> None:
-        """Add a part of the work."""
+        """Add the times of some work."""
         self.seconds, self.total = self.seconds + seconds, self.total + total
 
     @property
     def share(self) -> float:
-        """Share of the time, 0 without any."""
+        """Fraction of the time, 0 if there is none."""
         return self.seconds / self.total if self.total > 0 else 0.0
 
     def messages(self) -> list[str]:
-        """Say so where it is worth a user's while: a sentence, or nothing."""
+        """Return a message if the fraction is large enough to matter, else nothing."""
         if self.share <= WORTH_SAYING or self.total < 10:
             return []
         return [
-            f"{self.share:.0%} of {self.total:.0f} s was waiting for data: a file without compression is read faster"
-            " (adata.write_h5ad(path), its default), and so is one on a local disk."
+            f"{self.share:.0%} of {self.total:.0f} s was spent waiting for data: uncompressed files are read faster"
+            " (adata.write_h5ad(path), its default), and so are files on a local disk."
         ]
 
 
 def overlap(results: Iterable[Item], devices: int = 1) -> Iterator[Item]:
-    """Yield each result when the next one has been started, so that a device computes while the host copies.
+    """Yield each result after the next one has been started, to overlap device computation with copies to the host.
 
     Args:
-        results: Started when they are asked for.
-        devices: How many devices they come from, in turn: a result waits until its device has the next one to do.
+        results: Started on request.
+        devices: Number of devices that compute them round-robin: a result waits until its device has the next one.
     """
     behind: deque[Item] = deque()
     for result in results:
@@ -121,15 +121,15 @@ def overlap(results: Iterable[Item], devices: int = 1) -> Iterator[Item]:
 
 
 def host_array(shape: tuple[int, ...]) -> np.ndarray:
-    """Return float32 zeros in memory, or, where that would take half of what is free, in a temporary file.
+    """Return float32 zeros in memory, or in a temporary file if they would use half of the free memory.
 
-    The file has no name and is gone with the array; ``TMPDIR`` says on which disk it lies.
+    The file is unnamed and deleted with the array; ``TMPDIR`` selects its disk.
 
     Args:
-        shape: Its shape.
+        shape: Shape of the array.
 
     Raises:
-        InputError: Neither memory nor disk has room.
+        InputError: Neither memory nor disk has enough space.
     """
     size = int(np.prod(shape)) * 4
     if 2 * size <= available_memory():
@@ -138,14 +138,14 @@ def host_array(shape: tuple[int, ...]) -> np.ndarray:
     free = shutil.disk_usage(directory).free
     msg = explain(
         f"{size / 1e9:.1f} GB of activations, and {free / 1e9:.1f} GB free in '{directory}'",
-        "room for them in memory or on disk",
+        "space for them in memory or on disk",
         "Point TMPDIR at a larger disk, or pass cells_per_context=... (--cells-per-context)",
     )
     if size > free:
         raise InputError(msg)
     with tempfile.TemporaryFile(dir=directory) as file:
         if hasattr(os, "posix_fallocate"):
-            # Reserved at once: a disk that is full only later ends the process.
+            # Reserve the space now: a disk that fills up later ends the process.
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
@@ -154,12 +154,12 @@ def host_array(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory new work may take without swapping, or without exceeding a container's limit."""
+    """Return the number of bytes available without swapping and without exceeding a container's limit."""
     return min(_free_memory(), _left_in_container())
 
 
 def _left_in_container() -> int:
-    """Return what the limit of this process's control group leaves (version 2, as containers see it)."""
+    """Return the memory left in this process's control group (version 2, used by containers)."""
     try:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
@@ -182,12 +182,12 @@ def _free_memory() -> int:
 
 
 class StreamedEncoder:
-    """Encoder and latent over contexts of any size; to the numbers of :attr:`cellplm_jax.Pretrained.encode`.
+    """Encoder and latent over contexts of any size, equal to :attr:`cellplm_jax.Pretrained.encode`.
 
     Args:
-        config: The architecture; :meth:`supports` says which.
-        at_once: ``(params, hidden, cell_mask) -> embedding`` of whole contexts, which chunks are where no cell sees
-            another.
+        config: The architecture; see :meth:`supports`.
+        at_once: ``(params, hidden, cell_mask) -> embedding`` of complete contexts; also used for chunks if cells do not
+            attend to each other.
     """
 
     def __init__(self, config: ModelConfig, at_once: Callable[..., jax.Array]):
@@ -220,12 +220,12 @@ class StreamedEncoder:
         """Encode one context.
 
         Args:
-            params: The weights an embedding needs, on the device.
+            params: The weights used for embedding, on the device.
             hidden: float32 [cells, hidden] from the embedder; overwritten with the last layer's output.
-            embedding: float32 [cells, latent]; filled.
-            others: The same weights on further devices: chunks go to the devices in turn.
-            chunk: Cells on the device at once.
-            on_progress: Told what is being done, chunk by chunk.
+            embedding: float32 [cells, latent]; overwritten with the result.
+            others: The same weights on further devices: chunks are assigned round-robin.
+            chunk: Number of cells per chunk.
+            on_progress: Called with a progress text per chunk.
         """
         flow = self.config.encoder.kind == "flow"
         layers = self.config.encoder.layers if flow else 0
@@ -241,7 +241,7 @@ class StreamedEncoder:
                 for _, found in self._chunks(
                     hidden, chunk, weights, lambda w, h, mask, k=known: self._sums(w, h, mask, k)
                 ):
-                    # Sums of chunks are added in float64, so that their number does not matter.
+                    # Sum chunks in float64, so that their number does not matter.
                     found = [np.asarray(value, np.float64) for value in found]
                     total = found if total is None else list(map(np.add, total, found))
                     on_progress(title)
@@ -272,7 +272,7 @@ class StreamedEncoder:
     def _chunks(
         hidden: np.ndarray, chunk: int, weights: Sequence[Any], work: Callable
     ) -> Iterator[tuple[slice, Any]]:
-        """Yield ``work(weights, chunk, mask)`` of every chunk, on the devices of the weights in turn."""
+        """Yield ``work(weights, chunk, mask)`` of every chunk, on the devices of the weights round-robin."""
 
         def started():
             for number, start in enumerate(range(0, len(hidden), chunk)):

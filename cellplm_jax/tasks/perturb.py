@@ -1,4 +1,4 @@
-"""What a perturbation does to expression: of targets seen, never seen, combined, and of drugs or cytokines."""
+"""Perturbation prediction: expression changes for seen, unseen and combined targets, and for drugs or cytokines."""
 
 from __future__ import annotations
 
@@ -39,43 +39,43 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 SEPARATOR = "+"
-"""Between the targets of a combination."""
+"""Separator of the targets of a combination."""
 
 TARGET_SUM = 1e4
-"""Counts a cell before the logarithm."""
+"""Counts per cell before the logarithm."""
 
 CONTROL_CELLS = 4096
-"""Control cells at most that latents are computed of; evenly drawn where there are more."""
+"""Maximum number of control cells for computing latents; larger sets are sampled evenly."""
 
 CONDITION_SIZE = 64
-"""Dimensions that gene embeddings are reduced to before they are the condition of the head."""
+"""Number of principal components of gene embeddings in the condition of the head."""
 
 MINIMUM_CELLS = 5
-"""A perturbation of fewer cells (in a group) is left out: its mean is mostly noise."""
+"""Minimum number of cells per perturbation and group; the mean of smaller ones is mostly noise."""
 
 MINIMUM_CONTROLS = 10
-"""A batch of fewer control cells (of a group) is compared with the control cells of all batches."""
+"""Minimum number of control cells per batch (and group); otherwise the control cells of all batches are used."""
 
 EVERYTHING = "all cells"
-"""The group of every cell where no ``covariate_key`` is given."""
+"""Group of all cells if no ``covariate_key`` is given."""
 
 _STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Variance that a part of the head is allowed, relative to that of the changes; 0: the part is off."""
+"""Prior variances of a term of the head, relative to that of the changes; 0 disables the term."""
 
 KERNEL, BIAS = ("head", "mlp", "linear_0", "kernel"), ("head", "mlp", "linear_0", "bias")
 
 
 @dataclass(frozen=True, eq=False)
 class PerturbationPrediction:
-    """What is predicted for perturbations.
+    """Predictions for perturbations.
 
     Attributes:
-        change: [perturbations, genes], change of mean log-normalised expression (counts scaled to 10,000 a cell, log1p)
-            against control cells.
-        expression: [perturbations, genes], mean log-normalised expression: control plus change, never below 0.
+        change: [perturbations, genes], change of mean log-normalised expression (counts scaled to 10,000 per cell,
+            log1p) relative to control cells.
+        expression: [perturbations, genes], mean log-normalised expression: control plus change, clipped at 0.
         control: [genes], mean log-normalised expression of the control cells.
         known: [perturbations], ``"seen"``, ``"combination of seen"``, ``"partly seen"``, ``"unseen"`` or ``"control"``.
-        messages: Sentences about what the predictions rest on.
+        messages: Messages about the basis of the predictions.
     """
 
     change: pd.DataFrame
@@ -85,7 +85,7 @@ class PerturbationPrediction:
     messages: tuple[str, ...] = ()
 
     def tidy(self) -> pd.DataFrame:
-        """Return one row a perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""
+        """Return one row per perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""
         perturbations, genes = self.change.shape
         names = list(map(str, self.change.columns))
         return pd.DataFrame(
@@ -103,13 +103,13 @@ class PerturbationPrediction:
 
 @dataclass(frozen=True, eq=False)
 class _Changes:
-    """Measured changes, a row a perturbation and group.
+    """Measured changes, one row per perturbation and group.
 
     Attributes:
         names: str [rows], canonical names.
         groups: str [rows].
         values: float64 [rows, genes].
-        noise: float64 [rows], variance of the mean, on average over genes.
+        noise: float64 [rows], variance of the mean, averaged over genes.
         cells: int [rows].
     """
 
@@ -131,38 +131,38 @@ class _Changes:
 class PerturbationPredictor(Estimator):
     """Predicts the mean change of expression that a perturbation causes in control cells.
 
-    A prediction is the sum of: the mean change of all training perturbations (a target); what the perturbation head
-    makes of the condition (for genes the sum of the targets' gene embeddings, for anything else a learned vector) and
-    of the latent of the control cells; and, for perturbations that were seen, the rest of their measured change, shrunk
-    by how noisy it is (positive-part James-Stein). Targets of a combination add up.
+    A prediction is the sum of: the mean change of all training perturbations (per target); the output of the
+    perturbation head for the condition (for genes the sum of the targets' gene embeddings, otherwise a learned vector)
+    and the latent of the control cells; and, for seen perturbations, the residual of their measured change, shrunk
+    by its noise (positive-part James-Stein). Targets of a combination are additive.
 
-    The head is linear. ``method="ridge"`` solves it exactly on the latents of the model as it is. How much it may
-    depart from the mean change, for the condition and for the latent, is chosen by leaving whole perturbations
-    (for the latent: whole groups of control cells) out; "not at all" is one of the choices, and is taken where gene
-    embeddings say nothing about the effects. ``method="finetune"`` goes on from there by gradients with a few
+    The head is linear. ``method="ridge"`` solves it exactly on the latents of the unchanged model. Its deviation from
+    the mean change, for the condition and for the latent, is regularised by leaving out complete perturbations
+    (for the latent: complete groups of control cells); no deviation is one of the choices, and is selected if gene
+    embeddings do not predict the effects. ``method="finetune"`` continues from there by gradient descent, with some
     perturbations held out for early stopping.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture from scratch.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture from scratch.
         method: ``"ridge"`` or ``"finetune"``.
-        gene_features: What describes a target: ``"model"``, its gene embedding; ``"data"``, how it varies with other
-            genes among the training cells (nothing for genes that are not measured); ``"both"``; ``"default"``:
+        gene_features: Features of a target: ``"model"``, its gene embedding; ``"data"``, its covariation with other
+            genes among the training cells (zero for unmeasured genes); ``"both"``; ``"default"``:
             ``"model"`` with a pretrained model, ``"data"`` from scratch.
-        genes: Predict so many highly variable genes; None: all; default: 3,000 from scratch, else all.
-        quiet: No progress.
-        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`; ``"ridge"`` uses ``seed``,
-            ``cells_per_context`` and ``cells_per_step`` alone. Also ``precision`` and ``devices``; None: as the model.
+        genes: Number of highly variable genes to predict; None: all; default: 3,000 from scratch, else all.
+        quiet: Disable progress output.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`; ``"ridge"`` only uses ``seed``,
+            ``cells_per_context`` and ``cells_per_step``. Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
-        perturbations: Names of what was trained on, sorted.
-        conditions: Those of their parts that are no genes, sorted.
+        perturbations: Names of the training perturbations, sorted.
+        conditions: Parts of these names that are not genes, sorted.
         control: Name of the control.
-        strengths: What was chosen for the condition and for the latent; 0: that part is off.
+        strengths: Selected strengths of the condition and of the latent; 0: the term is disabled.
 
     Raises:
-        ConfigError: There is no such option, or its value is impossible.
-        InputError: Likewise.
+        ConfigError: An option is unknown or its value is invalid.
+        InputError: A value is invalid.
     """
 
     task: ClassVar[str] = "perturbation"
@@ -193,13 +193,13 @@ class PerturbationPredictor(Estimator):
         ):
             if value not in known:
                 msg = explain(
-                    f"{name}={value!r}", f"one of {', '.join(map(repr, known))}", "Name one"
+                    f"{name}={value!r}", f"one of {', '.join(map(repr, known))}", "Use one of them"
                 )
                 raise InputError(msg)
         if self.training.masking.drop_cells:
             msg = explain(
                 f"masking.drop_cells = {self.training.masking.drop_cells}",
-                "0: every control cell is paired with a perturbation",
+                "0, because every control cell is paired with a perturbation",
                 "Pass a masking with drop_cells=0.0",
             )
             raise InputError(msg)
@@ -233,29 +233,29 @@ class PerturbationPredictor(Estimator):
     ) -> PerturbationPredictor:
         """Fit to perturbed and control cells.
 
-        Cells are compared with the control cells of their own batch where there are enough of them. Cells without a
-        perturbation (NaN) are left out, and counted in ``messages``.
+        Cells are compared with the control cells of their own batch if there are enough of them. Cells without a
+        perturbation (NaN) are omitted, and counted in ``messages``.
 
         Args:
             adata: Raw counts and perturbations.
             perturbation_key: Column of ``obs`` with the perturbation of every cell; ``"A+B"`` is a combination.
             control: Its value for control cells.
             targets: Whether perturbations are genes (Ensembl ids or symbols) or other conditions; ``"auto"``: genes
-                where the model knows them, else conditions.
-            covariate_key: Column of ``obs`` with groups of cells, such as cell types, whose responses differ; the
-                latent of a group's control cells then tells them apart, and those of a group never seen can be given to
-                :meth:`predict`. None: one group.
-            batch_key: Column of ``obs`` naming the batch (tissue sample) of each cell.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            values: What the matrix holds; see :func:`cellplm_jax.embed`.
+                if they are in the vocabulary, else conditions.
+            covariate_key: Column of ``obs`` with groups of cells, such as cell types, with different responses; the
+                latent of a group's control cells represents it, and :meth:`predict` accepts control cells of new
+                groups. None: one group.
+            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            values: Kind of values; see :func:`cellplm_jax.embed`.
 
         Returns:
             The estimator itself.
 
         Raises:
-            InputError: Keys, counts, genes or perturbations cannot be used; the message says what to do.
+            InputError: Keys, counts, genes or perturbations cannot be used; the message states the remedy.
         """
         table = self._read(adata, Reading(batch_key, spatial_key, layer, gene_key, values))
         named, groups, usable = self._labels(
@@ -317,7 +317,7 @@ class PerturbationPredictor(Estimator):
         return self
 
     def _tell_left_out_errors(self) -> None:
-        """Say what the head is good for, where perturbations or groups were left out to find out."""
+        """Log the benefit of the head on left-out perturbations or groups."""
         for what, plain in (
             ("perturbations", "left_out_perturbations_rmse_of_mean_change"),
             ("groups", "left_out_groups_rmse_without_latent"),
@@ -330,13 +330,13 @@ class PerturbationPredictor(Estimator):
             self.messages.append(
                 f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
                 if used
-                else f"Left-out {what}: RMSE {other:.4f}; {source} does not make it better and is not used."
+                else f"Left-out {what}: RMSE {other:.4f}; {source} does not improve it and is not used."
             )
 
     def _labels(
         self, table: CellTable, key: str, control: str, covariate_key: str | None, *, tell: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return canonical perturbation [cells], group [cells], and which cells can be used."""
+        """Return canonical perturbation [cells], group [cells], and the mask of usable cells."""
         raw = labels_of(table.obs, key)
         there = np.array([name is not None for name in raw], bool)
         known = sorted(set(raw[there]))
@@ -346,22 +346,22 @@ class PerturbationPredictor(Estimator):
             msg = explain(
                 f"no cell has the control '{control}' in obs['{key}']",
                 f"one of its values: {shown or 'none, all are missing'}",
-                nearest(control, known, "Name the value of the control cells"),
+                nearest(control, known, "Pass the value of the control cells"),
             )
             raise InputError(msg)
         if len(known) < 2:
             msg = explain(
                 f"all cells with a value in obs['{key}'] are control cells",
                 "perturbed cells too",
-                "Check the column, or give more cells",
+                "Check the column, or add more cells",
             )
             raise InputError(msg)
         groups = np.full(len(table), EVERYTHING, object)
         usable = there.copy()
         if covariate_key is not None:
-            found = labels_of(table.obs, covariate_key)
-            usable &= np.array([name is not None for name in found], bool)
-            groups = np.where(usable, found, "")
+            covariates = labels_of(table.obs, covariate_key)
+            usable &= np.array([name is not None for name in covariates], bool)
+            groups = np.where(usable, covariates, "")
         named = np.array([control if n == control else _canonical(n) for n in raw], object)
         named[~there] = ""
         for group in dict.fromkeys(groups[usable]):
@@ -369,12 +369,12 @@ class PerturbationPredictor(Estimator):
                 msg = explain(
                     f"group '{group}' of obs['{covariate_key}'] has no control cells",
                     f"cells with '{control}' in obs['{key}'] in every group",
-                    "Leave out the cells of that group, or name another covariate_key",
+                    "Remove the cells of that group, or use another covariate_key",
                 )
                 raise InputError(msg)
         if tell and not usable.all():
             self.messages.append(
-                f"{int((~usable).sum())} of {len(table)} cells have no perturbation or group and were left out."
+                f"{int((~usable).sum())} of {len(table)} cells have no perturbation or group and were omitted."
             )
         return named, groups, usable
 
@@ -387,20 +387,22 @@ class PerturbationPredictor(Estimator):
         if not len(changes):
             msg = explain(
                 f"no perturbation has {MINIMUM_CELLS} cells",
-                f"at least {MINIMUM_CELLS} cells of a perturbation (in a group)",
-                "Give more cells, or coarser groups",
+                f"at least {MINIMUM_CELLS} cells of one perturbation (in one group)",
+                "Add more cells, or use coarser groups",
             )
             raise InputError(msg)
         if lost:
             self.messages.append(
-                f"Left out for fewer than {MINIMUM_CELLS} cells: {len(lost)} (such as {lost[0][0]!r})."
+                f"Omitted for fewer than {MINIMUM_CELLS} cells: {len(lost)} (such as {lost[0][0]!r})."
             )
 
     def _describe(self, changes: _Changes, targets: str) -> None:
-        """Decide which parts of the perturbations are genes, and which are conditions to be learned."""
+        """Classify the parts of perturbations as genes or as conditions with learned vectors."""
         parts = sorted({part for name in changes.names for part in _parts(name)})
         if targets not in ("auto", "genes", "conditions"):
-            msg = explain(f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Name one")
+            msg = explain(
+                f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Use one of them"
+            )
             raise InputError(msg)
         self.conditions = []
         if targets == "conditions":
@@ -413,30 +415,30 @@ class PerturbationPredictor(Estimator):
         self.conditions = unknown
         if unknown and len(unknown) < len(parts):
             self.messages.append(
-                f"Not genes of the model, and so learned as conditions of their own: {', '.join(unknown[:5])}"
+                f"Not in the vocabulary, treated as conditions: {', '.join(unknown[:5])}"
                 + (" and others." if len(unknown) > 5 else ".")
             )
 
     def _no_gene(self, name: str) -> str:
-        """Return the message for a target that is nothing known, with the nearest names."""
+        """Return the message for an unknown target, with the closest names."""
         candidates = {symbol: symbol for symbol in symbols_of(self._vocabulary)}
         candidates |= {gene: gene for gene in [*self._vocabulary, *self.conditions]}
         upper = {text.upper(): text for text in candidates}
         near = [upper[n] for n in difflib.get_close_matches(name.upper(), list(upper), n=3)]
         return explain(
-            f"'{name}' is neither a gene of the model's vocabulary nor a condition that was trained on",
+            f"'{name}' is neither a gene of the model's vocabulary nor a training condition",
             "a gene symbol or id" + (f", one of {', '.join(self.conditions)}" if self.conditions else ""),
-            f"The nearest names are {', '.join(map(repr, near))}" if near else "Check the name",
+            f"The closest names are {', '.join(map(repr, near))}" if near else "Check the name",
         )  # fmt: skip
 
     def _features(self, expression: sparse.csr_matrix, table: CellTable) -> np.ndarray:
-        """Return float32 [vocabulary, size]: what describes a gene as a target, of mean squared norm 1."""
+        """Return float32 [vocabulary, size]: features of each gene as a target, with mean squared norm 1."""
         kind = self.gene_features
         if kind == "default":
             kind = "data" if self.base is None else "model"
         if kind != "data" and self.base is None:
             self.messages.append(
-                "From scratch there are no gene embeddings: 'data' describes genes."
+                "Training from scratch has no gene embeddings; using gene features 'data'."
             )
             kind = "data"
         blocks = []
@@ -454,22 +456,22 @@ class PerturbationPredictor(Estimator):
         return (np.concatenate(blocks, axis=1) / np.sqrt(len(blocks))).astype(np.float32)
 
     def _condition(self, name: str) -> np.ndarray:
-        """Return float32 [condition] of a perturbation: features of its genes, its conditions, how many they are."""
+        """Return float32 [condition] of a perturbation: features of its genes, its conditions, number of targets."""
         features = self._arrays["features"]
         size = features.shape[1]
-        found = np.zeros(size + len(self.conditions) + 1, np.float32)
+        encoded = np.zeros(size + len(self.conditions) + 1, np.float32)
         for part in _parts(name):
             if part in self.conditions:
-                found[size + self.conditions.index(part)] += 1.0
+                encoded[size + self.conditions.index(part)] += 1.0
             else:
                 column = map_genes([part], self._vocabulary, minimum=0).column[0]
                 if column >= 0:
-                    found[:size] += features[column]
+                    encoded[:size] += features[column]
                 elif not is_human_gene(part):
                     raise InputError(self._no_gene(part))
-                # Else a gene that nothing is known of: it gets the mean change.
-            found[-1] += 1.0
-        return found
+                # Otherwise a gene without features: its prediction is the mean change.
+            encoded[-1] += 1.0
+        return encoded
 
     def _configuration(self, genes: int, condition: int) -> ModelConfig:
         """Return the architecture with a linear perturbation head."""
@@ -486,7 +488,7 @@ class PerturbationPredictor(Estimator):
         )
 
     def _latents(self, model: Pretrained, layouts: Sequence[Layout], cells: int) -> np.ndarray:
-        """Return float32 [cells, latent]; NaN for cells that are in no layout."""
+        """Return float32 [cells, latent]; NaN for cells of no layout."""
         run = jax.jit(
             lambda params, batch: clean_forward(params, batch, model.config).latent.mean
         )  # fmt: skip
@@ -508,7 +510,7 @@ class PerturbationPredictor(Estimator):
         place = {group: row for row, group in enumerate(self._groups)}
         latent = z[[place[group] for group in changes.groups]]
         centre = latent.mean(axis=0)
-        # The latent is scaled as a whole: groups that differ little must not be blown up to differ much.
+        # Scale the latent with one factor: scaling each dimension would amplify small differences between groups.
         scale = max(float(np.sqrt(np.square(latent - centre).sum(axis=1).mean())), 1e-6)
         latent = (latent - centre) / scale
         number = condition[:, -1].astype(np.float64)
@@ -543,7 +545,7 @@ class PerturbationPredictor(Estimator):
         held: np.ndarray,
         groups: np.ndarray,
     ) -> None:
-        """Go on by gradients: every control cell is paired with a perturbation of its group, anew in every epoch."""
+        """Continue by gradient descent, with every control cell paired with a random perturbation per epoch."""
         rows_of = {g: np.flatnonzero(~held & (changes.groups == g)) for g in self._groups}
 
         def examples(epoch: int) -> list[Example]:
@@ -580,7 +582,7 @@ class PerturbationPredictor(Estimator):
         )
 
     def _remember(self, changes: _Changes, condition: np.ndarray) -> None:
-        """Keep what the head leaves unexplained of what was seen, shrunk by its noise."""
+        """Store the residuals of seen perturbations, shrunk by their noise."""
         place = {group: row for row, group in enumerate(self._groups)}
         z = self._arrays["z"][[place[group] for group in changes.groups]]
         left = changes.values - self._head(z, condition=condition)
@@ -622,26 +624,26 @@ class PerturbationPredictor(Estimator):
         gene_key: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> PerturbationPrediction:
-        """Predict what perturbations do to control cells, on average.
+        """Predict the mean effect of perturbations on control cells.
 
         Args:
-            perturbations: Names: of perturbations that were seen, of genes of the model that were not, of combinations
-                (``"A+B"``), or of conditions that were seen.
-            group: A group of control cells that was seen (value of the ``covariate_key``); None: all control cells.
-            controls: Other control cells, such as those of a cell type that was not seen. Where their ``obs`` has the
+            perturbations: Names: of seen perturbations, of other genes of the model, of combinations
+                (``"A+B"``), or of seen conditions.
+            group: A seen group of control cells (value of the ``covariate_key``); None: all control cells.
+            controls: Other control cells, such as those of a new cell type. If their ``obs`` has the
                 ``perturbation_key``, only its control cells are used.
-            batch_key: For ``controls``; as ``fit`` was given, and so are the rest.
+            batch_key: For ``controls``; defaults to the value of ``fit``.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
-            Change and expression, [perturbations, genes] each; the genes are named as in the model.
+            Change and expression, [perturbations, genes] each; genes are named as in the model.
 
         Raises:
-            InputError: The estimator is not fitted, a name is neither a gene nor seen (the nearest are listed), or
-                there is no such group; or the counts, genes or keys of ``controls`` cannot be used.
+            InputError: The estimator is not fitted, a name is neither a gene nor a seen condition (similar names are
+                listed), the group does not exist, or the counts, genes or keys of ``controls`` cannot be used.
         """
         model = self._fitted()
         names = [perturbations] if isinstance(perturbations, str) else list(map(str, perturbations))
@@ -650,7 +652,7 @@ class PerturbationPredictor(Estimator):
             raise InputError(msg)
         if controls is not None:
             if group is not None:
-                msg = explain("both group and controls", "one of them", "Leave out one")
+                msg = explain("both group and controls", "one of them", "Omit one")
                 raise InputError(msg)
             reading = self.reading.changed(
                 batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
@@ -699,7 +701,7 @@ class PerturbationPredictor(Estimator):
             msg = explain(
                 f"controls has no cell with '{self.control}' in obs['{key}']",
                 "control cells",
-                f"Select them, or leave out the column '{key}'",
+                f"Select them, or remove the column '{key}'",
             )
             raise InputError(msg)
         z = self._latents(model, self._lay_out(table, cells, model), len(table))[cells]
@@ -718,16 +720,17 @@ class PerturbationPredictor(Estimator):
         )
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Return what has to be said about predictions of these kinds."""
+        """Return warnings about predictions of these kinds."""
         new = sum(kind in ("unseen", "partly seen") for kind in known)
         if not new or self.strengths.get("condition", 0.0) > 0:
             return ()
         what = "perturbation has a target" if new == 1 else "perturbations have targets"
-        why = "nothing known of genes predicted left-out perturbations any better"
+        why = "gene features did not improve the prediction of left-out perturbations"
         if "left_out_perturbations_rmse" not in self.facts:
-            why = f"{len(self.perturbations)} fitted perturbations are too few to learn more from"
+            why = f"{len(self.perturbations)} fitted perturbations are too few to learn more"
         return (
-            f"{new} {what} never seen; the mean change of the fitted perturbations stands for it, because {why}.",
+            f"{new} {what} not in the training data; the prediction is the mean change of the fitted "
+            f"perturbations, because {why}.",
         )
 
     def _known(self, name: str) -> str:
@@ -742,7 +745,7 @@ class PerturbationPredictor(Estimator):
         return "combination of seen" if seen == len(parts) else "partly seen"
 
     def _change(self, names: Sequence[str], z: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-        """Return float32 [names, genes] for canonical names, latents [names, latent] and groups ("": none seen)."""
+        """Return float32 [names, genes] for canonical names, latents [names, latent] and groups ("": a new group)."""
         size = self._arrays["features"].shape[1] + len(self.conditions) + 1
         blank = np.zeros(size, np.float32)
         conditions = [blank if name == self.control else self._condition(name) for name in names]
@@ -773,13 +776,13 @@ class PerturbationPredictor(Estimator):
         gene_key: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> dict[str, float]:
-        """Predict the perturbations of other cells from their control cells, and compare.
+        """Predict the perturbations of other cells from their control cells, and score the predictions.
 
         Args:
-            adata: Perturbed and control cells; of perturbations or groups that were not fitted, to be of use.
+            adata: Perturbed and control cells, of perturbations or groups that were not used in the fit.
             perturbations: Score only these; None: all in ``adata``.
-            perturbation_key: Column of ``obs``; None: the one ``fit`` was given.
-            covariate_key: Likewise, and so are the rest.
+            perturbation_key: Column of ``obs``; None: the one of ``fit``.
+            covariate_key: See :meth:`fit`.
             batch_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
@@ -788,12 +791,12 @@ class PerturbationPredictor(Estimator):
 
         Returns:
             Means over perturbations (and groups) of the scores of
-            :func:`cellplm_jax.evaluate.perturbation.change_scores`, and how many they are. The same with
-            ``mean_change_`` in front: for predicting the mean change of the training perturbations (of a perturbation
-            that was seen: its own); with ``no_change_``: for predicting control expression.
+            :func:`cellplm_jax.evaluate.perturbation.change_scores`, and their number. The same with
+            the prefix ``mean_change_``: for predicting the mean change of the training perturbations (of a seen
+            perturbation: its own); with ``no_change_``: for predicting control expression.
 
         Raises:
-            InputError: As :meth:`fit`, or there is nothing to score.
+            InputError: As in :meth:`fit`, or there is nothing to score.
         """
         model = self._fitted()
         reading = self.reading.changed(
@@ -813,8 +816,8 @@ class PerturbationPredictor(Estimator):
             changes = changes.at(np.isin(changes.names, wanted))
         if not len(changes):
             msg = explain(
-                "no perturbation is left to score",
-                f"perturbations with at least {MINIMUM_CELLS} cells (in a group)",
+                "no perturbation to score",
+                f"perturbations with at least {MINIMUM_CELLS} cells (in one group)",
                 "Check the names and the column",
             )
             raise InputError(msg)
@@ -825,14 +828,14 @@ class PerturbationPredictor(Estimator):
             for group in dict.fromkeys(changes.groups)
         }
         latent = np.stack([mean_of[group] for group in changes.groups])
-        found = self._change(list(changes.names), latent, list(changes.groups))
+        predicted = self._change(list(changes.names), latent, list(changes.groups))
         seen = dict(zip(self._residual_names, self._arrays["seen_change"], strict=True))
         usual = [
             seen.get(name, self._arrays["mean_change"] * len(_parts(name)))
             for name in changes.names
         ]
         truth = changes.values
-        scores = mean_scores(change_scores(truth, found))
+        scores = mean_scores(change_scores(truth, predicted))
         for name, other in (
             ("mean_change", np.stack(usual)),
             ("no_change", no_change(*truth.shape)),
@@ -884,14 +887,14 @@ def perturbation_loss(
 
     Args:
         config: Architecture with a perturbation head.
-        masking: What is hidden; no cells are dropped.
+        masking: Hidden entries; no cells are dropped.
         condition: float32 [rows, condition].
         changes: float [rows, genes].
-        noise: float [rows], variance of the means; noisier rows weigh less.
+        noise: float [rows], variance of the means; noisier rows have less weight.
 
     Returns:
         Pure ``(params, example, key) -> (squared error relative to the mean square of the changes, {})``; the
-        example's target ``"row"`` is int32 [samples, cells], -1 where there is none.
+        example's target ``"row"`` is int32 [samples, cells], -1 for none.
     """
     signal = float(np.square(changes).mean())
     weights = jnp.asarray(signal / (signal + noise), jnp.float32)
@@ -911,7 +914,7 @@ def perturbation_loss(
 
 
 class _Ridge:
-    """Changes as mean plus linear functions of condition and latent, with noise known a row (kernel ridge)."""
+    """Changes as mean plus linear functions of condition and latent, with known noise per row (kernel ridge)."""
 
     def __init__(
         self, changes: _Changes, condition: np.ndarray, latent: np.ndarray, number: np.ndarray
@@ -924,14 +927,14 @@ class _Ridge:
         self.signal = max(float((left - changes.noise).mean()), 0.05 * float(left.mean()), 1e-12)
 
     def mean(self, rows: np.ndarray) -> np.ndarray:
-        """Return float64 [genes], the mean change a target, by least squares."""
+        """Return float64 [genes], the mean change per target, by least squares."""
         number, weight = self.number[rows], self.weight[rows]
         return (number * weight) @ self.changes.values[rows] / (np.square(number) @ weight)
 
     def solve(
         self, rows: np.ndarray, by_condition: float, by_latent: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return mean [genes], and the maps of condition and latent to changes, fitted to some rows."""
+        """Return mean [genes], and the maps of condition and latent to changes, fitted to a subset of the rows."""
         condition, latent = self.condition[rows], self.latent[rows]
         mean = self.mean(rows)
         left = self.changes.values[rows] - self.number[rows][:, None] * mean
@@ -944,19 +947,19 @@ class _Ridge:
 
     def errors(self, units: np.ndarray, by_condition: float, by_latent: float) -> np.ndarray:
         """Return float64 [units]: the mean squared error of each unit's changes, predicted without its rows."""
-        found = []
+        squared = []
         for unit in dict.fromkeys(units):
             out = units == unit
             mean, conditions, latents = self.solve(np.flatnonzero(~out), by_condition, by_latent)
             change = self.number[out][:, None] * mean
             change = change + self.condition[out] @ conditions + self.latent[out] @ latents
-            found.append(np.square(change - self.changes.values[out]).mean())
-        return np.array(found)
+            squared.append(np.square(change - self.changes.values[out]).mean())
+        return np.array(squared)
 
     def choose(self) -> tuple[tuple[float, float], dict[str, float]]:
         """Return the strengths of condition and latent, and the errors with and without them.
 
-        Of the condition the weakest strength that is not worse than the best one by more than a standard error.
+        For the condition, the weakest strength within one standard error of the best one.
         """
         names, groups = self.changes.names, self.changes.groups
         condition = latent = 0.0
@@ -992,11 +995,11 @@ def log_normalize(counts: sparse.csr_matrix) -> sparse.csr_matrix:
 
 
 def shrinkage(values: np.ndarray, noise: float) -> float:
-    """Return the factor between 0 and 1 that noisy values are shrunk by (positive-part James-Stein).
+    """Return the shrinkage factor between 0 and 1 for noisy values (positive-part James-Stein).
 
     Args:
         values: float [genes].
-        noise: Variance of the noise of an entry.
+        noise: Variance of the noise per entry.
     """
     return max(0.0, 1.0 - noise / max(float(np.square(values).mean()), 1e-30))
 
@@ -1006,12 +1009,12 @@ def _parts(name: str) -> list[str]:
 
 
 def is_human_gene(name: str) -> bool:
-    """Say whether a name is a symbol or an Ensembl id of the shipped table of human genes."""
+    """Return whether a name is a symbol or an Ensembl id of the bundled table of human genes."""
     return bool(map_genes([name], list(load_human_table().symbols), minimum=0).column[0] >= 0)
 
 
 def _canonical(name: str | None) -> str:
-    """Return the name of a combination independently of the order of its targets."""
+    """Return the name of a combination with sorted targets."""
     return SEPARATOR.join(sorted(_parts(name))) if name else ""
 
 
@@ -1066,18 +1069,18 @@ def _measure(
 
 
 def _reduce(values: np.ndarray, size: int = CONDITION_SIZE) -> np.ndarray:
-    """Return the leading principal components [rows, at most size] of centred rows."""
+    """Return the leading principal components [rows, up to size] of centred rows."""
     if values.shape[1] <= size:
         return values
     _, vectors = np.linalg.eigh(values.T @ values)
     vectors = vectors[:, ::-1][:, :size]
-    # The sign of an eigenvector is arbitrary, and differs between machines.
+    # The sign of an eigenvector is arbitrary, and depends on the machine.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(size)])
     return values @ vectors
 
 
 def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) -> np.ndarray:
-    """Return how genes [genes, at most size] load on the leading components of standardised expression."""
+    """Return the loadings of genes [genes, up to size] on the leading components of standardised expression."""
     dense = np.asarray(expression.todense(), np.float64)
     dense -= dense.mean(axis=0)
     dense /= np.maximum(dense.std(axis=0), 1e-3)
@@ -1094,7 +1097,7 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
-    """Scale rows together so that their mean squared norm is 1."""
+    """Scale all rows by one factor to a mean squared norm of 1."""
     return values / np.sqrt(max(float(np.square(values).sum(axis=1).mean()), 1e-30))
 
 

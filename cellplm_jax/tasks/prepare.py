@@ -1,8 +1,8 @@
-"""``cellplm prepare``: AnnData files to one corpus, in bounded memory, a file at a time on several processes.
+"""``cellplm prepare``: convert AnnData files to one corpus, in bounded memory, with one task per file.
 
-Three passes, each a task a file: every file is opened and checked, so that a bad one is named before hours of work;
-without a given vocabulary, the cells that express each known human gene are counted; then the parts are written. What a
-pass has finished is kept: the same command continues after an interruption, and more files are added at the end.
+There are three passes over the files: every file is opened and checked, so that invalid files are reported before hours
+of work; without a given vocabulary, the cells that express each known human gene are counted; then the parts are
+written. Finished results are kept: the same command resumes after an interruption, and new files are added at the end.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
 
 MINIMUM_CELLS = 10
-"""Cells that must express a gene for it to enter a vocabulary chosen from the files."""
+"""Minimum number of cells that express a gene of a vocabulary chosen from the files."""
 
 NONZEROS_IN_MEMORY = 2**28
-"""Stored counts a task holds at most: 1 GiB. A larger file is spooled to disk beside its part."""
+"""Maximum number of stored counts in memory per task: 1 GiB. A larger file is spooled to disk next to its part."""
 
 BLOCK_NONZEROS = 2**19
-"""Stored counts read from a file at a time, about: what a processor cache holds, sorting them is most of the work."""
+"""Approximate number of stored counts per read: fits into a processor cache, because sorting dominates the run time."""
 
 SCHEDULER_SECONDS = 30
-"""How long a dask scheduler may take to answer."""
+"""Timeout of the connection to a dask scheduler."""
 
 _TOPIC = "cellplm-prepare"
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Where a file keeps what; a part made with other keys is made again.
+    """Keys for reading the files; a part made with other keys is made again.
 
     Attributes:
-        sample: Column of ``obs`` naming the tissue sample; a file without it is one sample.
-        dataset: Column of ``obs`` naming the data set, one value a file; without it the file's name does.
-        platform: Column of ``obs`` naming how a sample was measured.
-        spatial: Key of ``obsm`` with coordinates, used where present.
-        label: Column of ``obs`` with labels of cells, for probing embeddings while training.
-        layer: Layer with the counts; None: found by itself.
-        gene: Column of ``var`` with the gene names; None: found by itself.
+        sample: Column of ``obs`` with the tissue sample; a file without it is one sample.
+        dataset: Column of ``obs`` with the data set, one value per file; without it the file name is used.
+        platform: Column of ``obs`` with the platform of each sample.
+        spatial: Key of ``obsm`` with coordinates, used if present.
+        label: Column of ``obs`` with labels of cells, for the embedding probe during training.
+        layer: Layer with the counts; None: detected automatically.
+        gene: Column of ``var`` with the gene names; None: detected automatically.
     """
 
     sample: str | None = None
@@ -87,23 +87,23 @@ class Keys:
     gene: str | None = None
 
     def columns(self) -> dict[str, str]:
-        """Return the option and the name of every column of ``obs`` that was asked for."""
+        """Return the option and the name of every requested column of ``obs``."""
         asked = {name: getattr(self, name) for name in ("sample", "dataset", "platform", "label")}
         return {f"{name}_key": column for name, column in asked.items() if column is not None}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the first pass found out about a file.
+    """Results of the first pass over a file.
 
     Attributes:
         cells: Number of cells.
         columns: Columns of ``obs``.
         spatial: Whether it has coordinates under the key.
-        genes_matched: Genes of the vocabulary (or known human genes) it measures.
-        unmatched: Gene names that are none of those, the ambiguous ones not among them.
-        ambiguous: Gene names that stand for several.
-        notes: What was decided about it.
+        genes_matched: Measured genes of the vocabulary (or known human genes).
+        unmatched: Unknown gene names, without the ambiguous ones.
+        ambiguous: Gene names that refer to several genes.
+        notes: Messages about choices.
     """
 
     cells: int
@@ -135,40 +135,40 @@ def prepare(
     nonzeros_in_memory: int = NONZEROS_IN_MEMORY,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Turn AnnData files into a corpus, or add files to one.
+    """Convert AnnData files to a corpus, or add files to one.
 
-    Run again after an interruption, it continues; with more files, it adds them at the end, with the vocabulary the
-    corpus has. Cells without counts in the vocabulary are left out and counts above 65,535 are stored as that; both are
+    After an interruption, another call resumes; new files are added at the end, with the existing vocabulary of the
+    corpus. Cells without counts in the vocabulary are omitted and counts above 65,535 are clipped; both are
     counted.
 
     Args:
         inputs: ``.h5ad`` files, ``.zarr`` stores, or folders of them.
-        out: Folder of the corpus, on this machine or on storage that all workers see.
-        sample_key: Column of ``obs`` naming the tissue sample; a file without it is one sample.
-        dataset_key: Column of ``obs`` naming the data set (one value a file); None: the name of the file.
-        platform_key: Column of ``obs`` naming how a sample was measured (one value a sample).
-        spatial_key: Key of ``obsm`` with coordinates; None: "spatial" where present.
+        out: Folder of the corpus, local or on storage shared by all workers.
+        sample_key: Column of ``obs`` with the tissue sample; a file without it is one sample.
+        dataset_key: Column of ``obs`` with the data set (one value per file); None: the name of the file.
+        platform_key: Column of ``obs`` with the platform of a sample (one value per sample).
+        spatial_key: Key of ``obsm`` with coordinates; None: "spatial" if present.
         label_key: Column of ``obs`` with labels of cells; may have gaps.
-        layer: Layer with the counts; None: found by itself.
-        gene_key: Column of ``var`` with the gene names; None: found by itself.
-        genes: The vocabulary: Ensembl ids, or a text file with one a line. None: chosen from the files.
-        vocabulary: How it is chosen: ``"union"`` (every known human gene that a file measures; the default) or
-            ``"intersection"`` (those that all files measure).
-        minimum_cells: Cells that must express a gene for it to be chosen (10).
-        minimum_prevalence: Share of the cells of the files that measure a gene which must express it (0).
-        scheduler: Address of a running dask scheduler; its workers must see the same paths.
-        workers: Local worker processes; None: one a core, at most one a file; 0: this process does the work.
-        nonzeros_in_memory: Stored counts a task holds at most, four bytes each.
-        quiet: No progress.
+        layer: Layer with the counts; None: detected automatically.
+        gene_key: Column of ``var`` with the gene names; None: detected automatically.
+        genes: The vocabulary: Ensembl ids, or a text file with one per line. None: chosen from the files.
+        vocabulary: How it is chosen: ``"union"`` (every known human gene measured in any file; the default) or
+            ``"intersection"`` (those measured in all files).
+        minimum_cells: Minimum number of cells that express a chosen gene (10).
+        minimum_prevalence: Minimum fraction of cells that express a chosen gene, among files that measure it (0).
+        scheduler: Address of a running dask scheduler; its workers must have access to the same paths.
+        workers: Local worker processes; None: one per core, limited by the number of files; 0: work in this process.
+        nonzeros_in_memory: Maximum number of stored counts in memory per task, four bytes each.
+        quiet: Disable progress output.
 
     Returns:
         A JSON-ready summary: ``corpus``, ``totals``, ``vocabulary``, ``counters``, ``parts`` (with ``notes``),
         ``seconds``.
 
     Raises:
-        InputError: A file cannot be used (every such file is named), an option is impossible, or the disk is full.
+        InputError: A file cannot be used (every such file is named), an option is invalid, or the disk is full.
             Finished parts are kept.
-        MissingDependencyError: Several processes were asked for and dask is not installed.
+        MissingDependencyError: Several processes are requested and dask is not installed.
     """
     start = time.monotonic()
     files = find_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
@@ -204,21 +204,21 @@ def prepare(
 
 
 # ---------------------------------------------------------------------------------------------
-# What was asked for
+# Options
 # ---------------------------------------------------------------------------------------------
 
 
 def find_inputs(inputs: Sequence[str | os.PathLike]) -> dict[str, Path]:
-    """Name every file to read; a folder stands for the ``.h5ad`` files and ``.zarr`` stores in it.
+    """Return all input files; a folder stands for the ``.h5ad`` files and ``.zarr`` stores in it.
 
     Args:
         inputs: Files and folders.
 
     Returns:
-        Paths by name (the file name without its ending), in the order given.
+        Paths by name (the file name without its suffix), in the given order.
 
     Raises:
-        InputError: Something is not there or of another kind, or two have the same name.
+        InputError: An input does not exist or has another type, or two have the same name.
     """
     paths: list[Path] = []
     for entry in inputs:
@@ -232,12 +232,12 @@ def find_inputs(inputs: Sequence[str | os.PathLike]) -> dict[str, Path]:
         inside = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".zarr"))
         if not inside:
             msg = explain(
-                f"the folder '{path}' holds no .h5ad file", "at least one", "Check the path"
+                f"the folder '{path}' contains no .h5ad file", "at least one", "Check the path"
             )
             raise InputError(msg)
         paths += inside
     if not paths:
-        msg = explain("no file was given", "at least one .h5ad file", "Name one")
+        msg = explain("no input files", "at least one .h5ad file", "Pass a file or folder")
         raise InputError(msg)
     found: dict[str, Path] = {}
     for path in paths:
@@ -245,7 +245,7 @@ def find_inputs(inputs: Sequence[str | os.PathLike]) -> dict[str, Path]:
             msg = explain(
                 f"'{found[path.stem]}' and '{path}' have the same name",
                 "file names that differ, because they name data sets",
-                "Rename one of them, or leave it out",
+                "Rename one of them, or omit it",
             )
             raise InputError(msg)
         found[path.stem] = path.resolve()
@@ -266,7 +266,7 @@ def _local_folder(out: str | os.PathLike) -> Path:
         raise InputError(msg)
     if folder.is_dir() and not (folder / "corpus.json").exists() and any(folder.iterdir()):
         msg = explain(
-            f"'{folder}' holds other files",
+            f"'{folder}' contains other files",
             "a new or empty folder, or a corpus to add to",
             "Choose another folder",
         )
@@ -280,30 +280,32 @@ def _wanted_vocabulary(
     minimum_cells: int | None,
     minimum_prevalence: float | None,
 ) -> dict[str, Any]:
-    """Collect the options about the vocabulary; those not given are absent."""
+    """Return the options of the vocabulary, without the default ones."""
     if genes is not None:
         if vocabulary or minimum_cells is not None or minimum_prevalence is not None:
             msg = explain(
-                "a vocabulary was given together with a way of choosing one",
+                "a vocabulary together with options for choosing one",
                 "one of them",
-                "Leave out --genes, or leave out --vocabulary and the minimum options",
+                "Omit --genes, or omit --vocabulary and the minimum options",
             )
             raise InputError(msg)
         listed = read_genes(genes) if isinstance(genes, str | os.PathLike) else list(genes)
         if not listed:
-            msg = explain("the vocabulary is empty", "at least one gene", "Give its genes")
+            msg = explain("the vocabulary is empty", "at least one gene", "Pass its genes")
             raise InputError(msg)
         return {"mode": "given", "genes": listed}
     if vocabulary not in (None, "union", "intersection"):
         msg = explain(
-            f"vocabulary = {vocabulary!r}", "'union' or 'intersection'", "Choose one of them"
+            f"vocabulary = {vocabulary!r}", "'union' or 'intersection'", "Use one of them"
         )
         raise InputError(msg)
     if minimum_cells is not None and minimum_cells < 1:
         msg = explain(f"minimum_cells = {minimum_cells}", "at least 1", "Raise it")
         raise InputError(msg)
     if minimum_prevalence is not None and not 0 <= minimum_prevalence <= 1:
-        msg = explain(f"minimum_prevalence = {minimum_prevalence}", "a share, 0 to 1", "Correct it")
+        msg = explain(
+            f"minimum_prevalence = {minimum_prevalence}", "a fraction from 0 to 1", "Correct it"
+        )
         raise InputError(msg)
     options = {
         "mode": vocabulary,
@@ -314,20 +316,20 @@ def _wanted_vocabulary(
 
 
 def read_genes(path: str | os.PathLike) -> list[str]:
-    """Read a vocabulary from a text file: one gene a line, blank lines and lines beginning with # left out.
+    """Read a vocabulary from a text file: one gene per line, without blank lines and lines starting with #.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: It cannot be read as text.
+        InputError: It is not a readable text file.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         msg = explain(
             f"the vocabulary '{path}' cannot be read ({error})",
-            "a text file with one gene a line",
+            "a text file with one gene per line",
             "Check the path",
         )
         raise InputError(msg) from error
@@ -338,7 +340,7 @@ def read_genes(path: str | os.PathLike) -> list[str]:
 def _settle_vocabulary(
     wanted: dict[str, Any], state: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Join the options with what a finished corpus has, which cannot change any more."""
+    """Combine the options with those of an existing corpus, which cannot change."""
     if not state.get("complete"):
         defaults = {"mode": "union", "minimum_cells": MINIMUM_CELLS, "minimum_prevalence": 0.0}
         return wanted if wanted.get("mode") == "given" else {**defaults, **wanted}
@@ -349,7 +351,7 @@ def _settle_vocabulary(
                 f"the corpus '{folder}' has a vocabulary of {held['genes']} genes and --genes lists "
                 f"{len(wanted['genes'])} others",
                 "the vocabulary of the corpus, which cannot change",
-                "Leave out --genes to add files to it, or choose a new folder",
+                "Omit --genes to add files to it, or choose a new folder",
             )
             raise InputError(msg)
         return {**wanted, "fixed": True}
@@ -360,7 +362,7 @@ def _settle_vocabulary(
                 f"the corpus '{folder}' was made with {name} = {chosen.get(name)!r} and {value!r} was "
                 "asked for",
                 "the vocabulary of the corpus, which cannot change",
-                "Leave the option out to add files to it, or choose a new folder",
+                "Omit the option to add files to it, or choose a new folder",
             )
             raise InputError(msg)
     if chosen["mode"] == "given":
@@ -370,7 +372,7 @@ def _settle_vocabulary(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[dict[str, Any]]:
-    """Make the folder a corpus, keep a second writer out, and yield what ``corpus.json`` says."""
+    """Create the corpus folder, lock it against other writers, and yield the contents of ``corpus.json``."""
     index = folder / "corpus.json"
     with explain_corpus_errors(f"the corpus '{folder}'"):
         (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -409,14 +411,14 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe_source(path: Path) -> dict[str, Any]:
-    """Identify an input without reading all of it.
+    """Identify an input without reading it completely.
 
     Args:
         path: A file, or a zarr store.
 
     Returns:
-        ``name``, ``size`` in bytes, and ``signature``: a hash of its size and of 16 pieces spread over it (of the names
-        and sizes of its files where it is a folder).
+        ``name``, ``size`` in bytes, and ``signature``: a hash of its size and of 16 evenly distributed pieces (for a
+        folder: of the names and sizes of its files).
     """
     digest = hashlib.sha256()
     if path.is_dir():
@@ -435,7 +437,7 @@ def describe_source(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Running tasks, here or on dask
+# Task execution, locally or on dask
 # ---------------------------------------------------------------------------------------------
 
 
@@ -445,7 +447,7 @@ Runner = Callable[..., Iterator[tuple[str, Any]]]
 
 @contextlib.contextmanager
 def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[Runner]:
-    """Yield what runs a function on every file."""
+    """Yield a function that runs tasks for all files."""
     processes = min(files, os.cpu_count() or 1) if workers is None else workers
     if scheduler is None and (processes == 0 or (workers is None and processes == 1)):
         yield _run_here
@@ -455,7 +457,7 @@ def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[
         if scheduler is None:
             settings = require("dask.config", "train", "Preparing files on several processes")
             stack.enter_context(settings.set({"distributed.worker.profile.enabled": False}))
-            # Memory is bounded by the task itself; dask's own limits would count the file cache.
+            # The task bounds its memory; dask's own limits would count the file cache.
             cluster = stack.enter_context(
                 dask.LocalCluster(
                     n_workers=processes,
@@ -472,7 +474,7 @@ def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[
             except (OSError, ValueError) as error:
                 msg = explain(
                     f"no dask scheduler answers at '{scheduler}' ({error})",
-                    "the address of a running one, such as tcp://10.0.0.5:8786",
+                    "the address of a running scheduler, such as tcp://10.0.0.5:8786",
                     "Start it with: dask scheduler, and workers with: dask worker ADDRESS",
                 )
                 raise InputError(msg) from error
@@ -510,7 +512,7 @@ def _run_on_dask(
                 yield names[future], future.result()
             elif type(error).__name__ == "KilledWorker":
                 msg = explain(
-                    f"the processes that worked on '{names[future]}' died, most often for want of memory",
+                    f"the processes that worked on '{names[future]}' died, most often because of insufficient memory",
                     "enough memory for every worker",
                     "Use fewer of them (--workers), and run the same command again; finished parts are "
                     "kept",
@@ -524,7 +526,7 @@ def _run_on_dask(
 
 
 def _remote(function: Callable[..., Any], name: str, arguments: tuple) -> Any:
-    """Run a task on a worker, sending its progress once a second; our own errors are results, so dask logs none."""
+    """Run a task on a worker and send its progress once per second; errors of this package are returned, not raised."""
     from dask.distributed import get_worker
 
     worker, last = get_worker(), [time.monotonic()]
@@ -551,15 +553,11 @@ def _run_stage(
 ) -> dict[str, Any]:
     """Run a function on every file with progress; all files are tried before an error is raised.
 
-    Returns:
-        Its results by name, in the order of ``tasks``.
-
-    Raises:
-        InputError: It failed for a file; every such file is named.
+    Returns results by name, in the order of ``tasks``. Raises InputError with every file for which the function failed.
     """
     total = sum(sizes[name] for name in tasks)
     report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
-    lock = threading.Lock()  # dask reports progress from a thread of its own
+    lock = threading.Lock()  # dask reports progress from another thread
     done: dict[str, int] = {}
     results: dict[str, Any] = {}
     errors: dict[str, CellPLMError] = {}
@@ -588,7 +586,7 @@ def _run_stage(
             text = f"{len(errors)} of {len(tasks)} files cannot be used:\n  {text}"
         if "finished parts are kept" not in text:
             text += (
-                "\nRun again without such files, or with them corrected; finished parts are kept."
+                "\nRun again without these files, or with corrected ones; finished parts are kept."
             )
         raise InputError(text)
     return {name: results[name] for name in tasks}
@@ -600,7 +598,7 @@ def _named(name: str, error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# First pass: every file is opened
+# First pass: open every file
 # ---------------------------------------------------------------------------------------------
 
 
@@ -615,7 +613,7 @@ def _check(
 
 
 def _check_file(path: Path, keys: Keys, genes: list[str] | None, advance: Advance) -> Facts:
-    """Open a file and say what is in it."""
+    """Open a file and return its facts."""
     with open_counts(path, genes or _human_genes(), layer=keys.layer, gene_key=keys.gene) as source:
         mapping = source.report.genes
         return Facts(
@@ -634,21 +632,21 @@ def _human_genes() -> list[str]:
 
 
 def _check_keys(facts: Mapping[str, Facts], keys: Keys, *, required_spatial: bool) -> None:
-    """Refuse a key that no file has: it is a typing error."""
+    """Raise an error for keys that no file has, because they are probably misspelled."""
     for option, column in keys.columns().items():
         if not any(column in fact.columns for fact in facts.values()):
             everywhere = sorted({c for fact in facts.values() for c in fact.columns})
             msg = explain(
                 f"no file has the column '{column}' in obs that {option} names",
                 f"one of {', '.join(everywhere) or 'no columns at all'}",
-                nearest(column, everywhere, "Correct the name, or leave the option out"),
+                nearest(column, everywhere, "Correct the name, or omit the option"),
             )
             raise InputError(msg)
     if required_spatial and not any(fact.spatial for fact in facts.values()):
         msg = explain(
             f"no file has '{keys.spatial}' in obsm",
             "coordinates under that key in at least one",
-            "Correct --spatial-key, or leave it out",
+            "Correct --spatial-key, or omit it",
         )
         raise InputError(msg)
 
@@ -689,11 +687,11 @@ def _vocabulary(
             for name, path in files.items()
         }
         sizes = {name: fact.cells for name, fact in facts.items()}
-        found = _run_stage(run, "counting genes", _count_file, tasks, sizes, "cells", quiet)
+        counted = _run_stage(run, "counting genes", _count_file, tasks, sizes, "cells", quiet)
         genes = choose_genes(
             _human_genes(),
-            [expressed for expressed, _ in found.values()],
-            [measured for _, measured in found.values()],
+            [expressed for expressed, _ in counted.values()],
+            [measured for _, measured in counted.values()],
             [facts[name].cells for name in files],
             mode=wanted["mode"],
             minimum_cells=wanted["minimum_cells"],
@@ -714,19 +712,19 @@ def choose_genes(
     minimum_cells: int,
     minimum_prevalence: float,
 ) -> list[str]:
-    """Choose a vocabulary from what files measure and express.
+    """Choose a vocabulary from the measured and expressed genes of the files.
 
     Args:
         candidates: Genes.
-        expressed: int64 [genes] for each file: cells with a count.
-        measured: bool [genes] for each file.
-        cells: Cells of each file.
+        expressed: int64 [genes] per file: cells with a count.
+        measured: bool [genes] per file.
+        cells: Number of cells per file.
         mode: ``"union"`` or ``"intersection"`` of the measured genes.
-        minimum_cells: Cells of all files together that must express a gene.
-        minimum_prevalence: Share of the cells of the files that measure it.
+        minimum_cells: Minimum number of cells that express the gene, over all files.
+        minimum_prevalence: Minimum fraction of expressing cells, over the files that measure the gene.
 
     Returns:
-        The genes chosen, in the order of ``candidates``.
+        The chosen genes, in the order of ``candidates``.
 
     Raises:
         InputError: No gene is left.
@@ -751,7 +749,7 @@ def choose_genes(
 def _count_file(
     path: Path, keys: Keys, parts: Path, name: str, source: Mapping[str, Any], advance: Advance
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count the cells of a file that express each known human gene, or read what an earlier run counted.
+    """Count the cells of a file that express each known human gene, or read the result of an earlier run.
 
     Returns:
         int64 [genes] and bool [genes], whether the file measures the gene.
@@ -791,7 +789,7 @@ def _blocks(source: CountSource) -> Iterator[tuple[int, sparse.csr_matrix]]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Third pass: the parts
+# Third pass: write the parts
 # ---------------------------------------------------------------------------------------------
 
 
@@ -806,7 +804,7 @@ def _write(
     nonzeros_in_memory: int,
     quiet: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Write the parts that are not finished yet; returns the records of those by name."""
+    """Write the unfinished parts; returns their records by name."""
     settings = dataclasses.asdict(keys)
     digest = vocabulary_hash(genes)
     tasks = {
@@ -825,7 +823,7 @@ def _is_finished(
     settings: Mapping[str, Any],
     vocabulary: str,
 ) -> bool:
-    """Say whether a part was made from this source, with these settings and this vocabulary."""
+    """Return whether a part was made from this source, with these settings and this vocabulary."""
     try:
         record = json.loads((folder / "parts" / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -858,7 +856,7 @@ def _write_file(
         contextlib.closing(spool),
         open_counts(path, genes, layer=keys.layer, gene_key=keys.gene) as source,
     ):
-        # Reading is most of the work; writing begins when the whole file has been seen.
+        # Reading dominates the run time; writing starts after the complete file has been read.
         for stop, block in _blocks(source):
             counts = block.data
             if counts.size and counts.max() > LARGEST_STORED_COUNT:
@@ -870,7 +868,7 @@ def _write_file(
         layout = _lay_out(source, name, keys, per_cell)
         notes = [*source.report.notes, *layout.notes]
         if clipped:
-            notes.append(f"{clipped} counts above {LARGEST_STORED_COUNT:,} stored as that.")
+            notes.append(f"{clipped} counts above {LARGEST_STORED_COUNT:,} were clipped.")
         mapping = source.report.genes
         outside = mapping.unmatched - mapping.ambiguous - mapping.blank
         counters = {
@@ -904,17 +902,17 @@ def _write_file(
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the cells of a file go.
+    """Order of the cells of a file in its part.
 
     Attributes:
-        order: int64 [cells], rows of the source in the order of the part; cells without counts are not among them.
+        order: int64 [cells], rows of the source in the order of the part, without cells without counts.
         samples: The samples in order.
         dataset_name: The data set.
         coordinates: float32 [cells, 2] in the order of the part, or None.
         labels: Labels in the order of the part, or None.
-        empty_samples: Samples without a single cell left.
-        unlabelled: Cells without a label, where the file has labels.
-        notes: What was decided.
+        empty_samples: Number of samples without cells.
+        unlabelled: Number of cells without a label, if the file has labels.
+        notes: Messages about choices.
     """
 
     order: np.ndarray
@@ -928,7 +926,7 @@ class _Layout:
 
 
 def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -> _Layout:
-    """Sort the cells of a file by sample, and within samples as training wants to read them."""
+    """Sort the cells of a file by sample, and within samples in storage order."""
     notes: list[str] = []
     columns = set(map(str, source.obs.columns))
     dataset = name
@@ -938,8 +936,8 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
         notes.append(f"No column '{keys.dataset}' in obs: the data set is called '{name}'.")
     codes, names = np.zeros(source.cells, np.int64), [name]
     if keys.sample is not None and keys.sample in columns:
-        codes, found = pd.factorize(source.column(keys.sample))
-        names = [str(value) for value in found]
+        codes, values = pd.factorize(source.column(keys.sample))
+        names = [str(value) for value in values]
     elif keys.sample is not None:
         notes.append(f"No column '{keys.sample}' in obs: the file is one sample.")
     platforms = None
@@ -953,7 +951,7 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
     positions = source.coordinates(keys.spatial)
     full = np.flatnonzero(per_cell > 0)
     if len(full) < source.cells:
-        notes.append(f"{source.cells - len(full)} cells without counts left out.")
+        notes.append(f"{source.cells - len(full)} cells without counts were omitted.")
     grouped = full[np.argsort(codes[full], kind="stable")]
     sizes = np.bincount(codes[full], minlength=len(names))
     samples, order, placed, empty = [], [], [], []
@@ -963,11 +961,11 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
             continue
         scaled = None
         if positions is not None and np.isfinite(positions[cells]).all(axis=1).any():
-            # Batches bring jax, which workers on dissociated cells need not wait for.
+            # Batches import jax, which workers on dissociated cells do not need.
             from cellplm_jax.data.batches import scale_coordinates
 
             scaled = scale_coordinates(positions[cells])
-        # Fixed by names, so that a part made again is the same.
+        # Seeded by names, so that a part is reproducible.
         seed = zlib.crc32(f"{dataset}/{names[number]}".encode())
         chosen = storage_order(len(cells), scaled, np.random.default_rng(seed))
         order.append(cells[chosen])
@@ -980,7 +978,7 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
         samples.append(PartSample(names[number], len(cells), platform, scaled is not None))
     if empty:
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        notes.append(f"{len(empty)} samples without counts left out: {shown}.")
+        notes.append(f"{len(empty)} samples without counts were omitted: {shown}.")
     rows = np.concatenate(order) if order else np.zeros(0, np.int64)
     labels, unlabelled = None, 0
     if keys.label is not None and keys.label in columns:
@@ -1001,29 +999,29 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
 
 
 def _single(source: CountSource, key: str, labels: np.ndarray, of: str) -> str:
-    """Return the one value among the labels of some cells; "" where all are missing."""
+    """Return the only value among the labels of some cells; "" if all are missing."""
     values = pd.unique(labels)
     if len(values) > 1:
         shown = ", ".join(f"'{value}'" for value in values[:5])
         msg = explain(
             f"obs['{key}'] of '{source.report.source}' has {len(values)} values in one {of} ({shown})",
-            f"one value a {of}",
-            f"Name another column, or split the {of}",
+            f"one value per {of}",
+            f"Use another column, or split the {of}",
         )
         raise InputError(msg)
     return str(values[0])
 
 
 class Spool:
-    """Rows of counts taken in one order and given back in another, in bounded memory.
+    """Rows of counts, written in one order and read in another, in bounded memory.
 
-    Rows stay in memory up to a limit; beyond it all go to a file, which is then read from its beginning once for every
-    run of rows that fits the limit.
+    Rows stay in memory up to a limit; beyond it all are written to a file, which is then read once for every
+    range of rows that fits the limit.
 
     Args:
-        path: The file, where one is needed.
+        path: The file, if one is needed.
         dtype: Type of gene indices.
-        limit: Stored counts held in memory at most.
+        limit: Maximum number of stored counts in memory.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, limit: int):
@@ -1034,7 +1032,7 @@ class Spool:
         self._file: IO[bytes] | None = None
 
     def append(self, gene: np.ndarray, count: np.ndarray, cell_nonzeros: np.ndarray) -> None:
-        """Take the next rows.
+        """Append rows.
 
         Args:
             gene: Gene indices [nonzeros].
@@ -1055,12 +1053,12 @@ class Spool:
             self._store(block)
 
     def cell_nonzeros(self) -> np.ndarray:
-        """Return int64 [rows], the stored counts of each row taken."""
+        """Return int64 [rows], the stored counts of each row."""
         return np.concatenate(self._sizes) if self._sizes else np.zeros(0, np.int64)
 
     def runs(self, order: np.ndarray) -> Iterator[np.ndarray]:
-        """Cut an order of rows into runs that can be gathered within the limit."""
-        # From memory any rows are at hand; from a file each run costs reading it once.
+        """Split an order of rows into ranges that fit the limit."""
+        # In memory any rows are accessible; in a file each range costs one complete read.
         most = self.limit if self._file is not None else min(self.limit, 2**24)
         ends = np.cumsum(self.cell_nonzeros()[order])
         start = 0
@@ -1071,10 +1069,10 @@ class Spool:
             start = stop
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stored counts of some rows, in the order asked for.
+        """Return the stored counts of selected rows, in the given order.
 
         Args:
-            rows: int64 [n], each at most once.
+            rows: int64 [n], without repetitions.
 
         Returns:
             Gene indices and counts [nonzeros].
@@ -1128,12 +1126,12 @@ class Spool:
 
 
 # ---------------------------------------------------------------------------------------------
-# The end
+# Cleanup and summary
 # ---------------------------------------------------------------------------------------------
 
 
 def _clean(folder: Path) -> None:
-    """Remove what interrupted runs left."""
+    """Remove temporary files of interrupted runs."""
     for leftover in (folder / "parts").glob(".*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -1168,7 +1166,7 @@ def _summary(
 
 
 def summary_text(summary: Mapping[str, Any]) -> str:
-    """Write the summary of :func:`prepare` for reading.
+    """Format the summary of :func:`prepare` as text.
 
     Args:
         summary: From :func:`prepare`.

@@ -1,4 +1,4 @@
-"""Pretraining from a prepared corpus, or from AnnData: files to tissue samples to a run."""
+"""Pretraining from a prepared corpus, or from AnnData."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def pretrain(
     The same ``workdir`` resumes. ``config.model.genes`` and the covariate sizes are set from the data.
 
     Args:
-        data: The folder or ``gs://`` address of a corpus made by :func:`cellplm_jax.tasks.prepare.prepare`; or one
+        data: The folder or ``gs://`` address of a corpus created by :func:`cellplm_jax.tasks.prepare.prepare`; or one
             AnnData or path, or a list of them: each is one dataset.
         config: The run.
-        workdir: Receives everything; opens with :func:`cellplm_jax.load`. A directory or a ``gs://`` address.
-        genes: Gene vocabulary (Ensembl ids); None: every known human gene that enough cells express.
-        batch_key: Column of ``obs`` naming the tissue sample; None: a dataset is one sample.
-        spatial_key: Key of ``obsm`` with coordinates, used where present; None: none.
-        minimum_gene_cells: Without ``genes``: cells that must express a gene for it to enter the vocabulary.
+        workdir: Output directory or ``gs://`` address, readable with :func:`cellplm_jax.load`.
+        genes: Gene vocabulary (Ensembl ids); None: every known human gene expressed in enough cells.
+        batch_key: Column of ``obs`` with the tissue sample; None: each dataset is one sample.
+        spatial_key: Key of ``obsm`` with coordinates, used if present; None: none.
+        minimum_gene_cells: Without ``genes``: minimum number of cells that express a gene of the vocabulary.
         card: Facts for the model card.
-        quiet: No progress.
-        preempted: Asked after every step; True saves and returns. See :func:`cellplm_jax.train.loop.pretrain`.
+        quiet: Disable progress output.
+        preempted: Called after every step; True saves and returns. See :func:`cellplm_jax.train.loop.pretrain`.
         devices: Devices to use; None: all.
 
     Returns:
@@ -68,7 +68,7 @@ def pretrain(
             msg = explain(
                 f"'{corpus}' is a corpus, and {'genes' if genes is not None else 'batch_key'} was given",
                 "the vocabulary and the samples it was prepared with",
-                "Leave it out, or prepare another corpus",
+                "Omit it, or prepare another corpus",
             )
             raise InputError(msg)
         store = open_corpus(corpus)
@@ -89,7 +89,7 @@ def pretrain(
 
 
 def _corpus_path(data: Any) -> str | None:
-    """Return the path of the one corpus that ``data`` names; None: it names something else."""
+    """Return the path of the one corpus in ``data``, or None if it contains other data."""
     entries = list(data) if isinstance(data, list | tuple) else [data]
     paths = [os.fspath(entry) for entry in entries if isinstance(entry, str | os.PathLike)]
     corpora = [path for path in paths if is_corpus(path)]
@@ -97,7 +97,7 @@ def _corpus_path(data: Any) -> str | None:
         msg = explain(
             f"the corpus '{corpora[0]}' was given with {len(entries) - 1} more",
             "one corpus, or AnnData and .h5ad files",
-            "Add the other files to the corpus with 'cellplm prepare', or leave them out",
+            "Add the other files to the corpus with 'cellplm prepare', or omit them",
         )
         raise InputError(msg)
     return corpora[0] if corpora else None
@@ -111,13 +111,13 @@ def read_samples(
     spatial_key: str | None = "spatial",
     minimum_gene_cells: int = 10,
 ) -> tuple[list[Sample], list[str]]:
-    """Read datasets into tissue samples over one vocabulary.
+    """Read datasets as tissue samples over one vocabulary.
 
     Args:
         data: One AnnData or path, or a list of them; each is one dataset.
         genes: Gene vocabulary; None: every known human gene that at least ``minimum_gene_cells`` cells express.
-        batch_key: Column of ``obs`` naming the tissue sample; None: a dataset is one sample.
-        spatial_key: Key of ``obsm`` with coordinates, used where present.
+        batch_key: Column of ``obs`` with the tissue sample; None: each dataset is one sample.
+        spatial_key: Key of ``obsm`` with coordinates, used if present.
         minimum_gene_cells: See ``genes``.
 
     Returns:
@@ -128,7 +128,7 @@ def read_samples(
     """
     datasets = list(data) if isinstance(data, list | tuple) else [data]
     if not datasets:
-        msg = explain("no data was given", "at least one AnnData or .h5ad file", "Name one")
+        msg = explain("no data", "at least one AnnData or .h5ad file", "Pass at least one")
         raise InputError(msg)
     wide = sorted(load_human_table().symbols) if genes is None else list(genes)
     samples: list[Sample] = []
@@ -144,7 +144,7 @@ def read_samples(
         msg = explain(
             f"no gene is expressed in {minimum_gene_cells} cells",
             "at least one",
-            "Lower minimum_gene_cells or give more cells",
+            "Lower minimum_gene_cells or add more cells",
         )
         raise InputError(msg)
     samples = [

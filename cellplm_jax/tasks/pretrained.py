@@ -1,4 +1,4 @@
-"""A trained model in the hands of a user: what ``cellplm_jax.load`` returns."""
+"""The :class:`Pretrained` model returned by ``cellplm_jax.load``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cellplm_jax.train.checkpoint import (
 )
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, over_cells
 
-# Parts of the parameter tree that an embedding needs.
+# Parts of the parameter tree used for embedding.
 EMBEDDING_PARTS = ("embedder", "centre", "encoder", "pre_latent_norm", "latent")
 
 
@@ -47,21 +47,21 @@ class Pretrained:
         config: The architecture.
         params: Nested dictionary of numpy arrays.
         genes: Gene vocabulary, Ensembl ids, in the order of the gene embedding's rows.
-        card: Where the model comes from and what it was trained on.
-        source: What it was loaded from; for a model from the hub with the commit that was resolved.
+        card: Origin and training data of the model.
+        source: Source of the model; for a model from the hub with the resolved commit.
         step: Training step of the weights; 0 for a converted or untrained model.
-        precision: Of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or more where
-            the hardware has it. Sums are float32. Embeddings lie at a cosine above .9999 to the exact ones, but for
-            cells whose two most probable mixture components tie: half a percent, near .999.
-        stored_product: Whether the embedder multiplies counts as they are stored, on the cores of the host, instead of
-            making them dense on the device. None: where the device is a CPU and Numba is installed (extra ``cpu``),
+        precision: Precision of the matrix products of an embedding: ``"float32"``, or ``"bfloat16"``, twice as fast or
+            more on hardware that supports it. Sums are float32. The cosine to exact embeddings is above .9999, except
+            for cells whose two most probable mixture components tie: half a percent, near .999.
+        stored_product: Whether the embedder multiplies sparse counts on the cores of the host, instead of
+            dense ones on the device. None: if the device is a CPU and Numba is installed (extra ``cpu``),
             three to four and a half times as fast (``benchmarks/speed/embedder.md``).
-        devices: Devices of this process that embed together: the embedder's chunks go to them in turn, and the encoder
-            shares the cells of a context out over them. None: all accelerators that this process has, or JAX's default
-            device where that was set; on the CPU the first device alone, because several are the same cores.
+        devices: Devices of this process that embed together: the embedder's chunks are assigned round-robin, and the
+            encoder shards the cells of a context over them. None: all accelerators of this process, or JAX's default
+            device if it was set; on the CPU the first device only, because all CPU devices share the same cores.
 
     Raises:
-        InputError: There is no such precision, or ``devices`` are none, repeated or another process's.
+        InputError: The precision is unknown, or ``devices`` is empty, repeated or belongs to another process.
         MissingDependencyError: ``stored_product`` is True and Numba is not installed; raised by the first embedding.
     """
 
@@ -81,7 +81,7 @@ class Pretrained:
             msg = explain(
                 f"precision = '{self.precision}'",
                 f"one of {', '.join(PRECISIONS)}",
-                "Pass one of them",
+                "Use one of them",
             )
             raise InputError(msg)
         if self.devices is not None:
@@ -89,7 +89,7 @@ class Pretrained:
 
     @property
     def id(self) -> str:
-        """Name, step and number of parameters: what an embedding is stamped with."""
+        """Name, step and number of parameters; recorded with each embedding."""
         source = self.source.partition("@")[0] if hub.is_hub_address(self.source) else self.source
         name = self.card.get("name") or Path(source).name
         return f"{name}@{self.step}"
@@ -101,7 +101,7 @@ class Pretrained:
 
     @classmethod
     def untrained(cls, config: ModelConfig, genes: list[str], *, seed: int = 0) -> Pretrained:
-        """Return a model with freshly initialised weights, as a baseline or a start.
+        """Return a model with random weights, as a baseline or a start.
 
         Args:
             config: The architecture.
@@ -119,16 +119,16 @@ class Pretrained:
         format: WeightFormat = "orbax",
         half: bool = False,
     ) -> None:
-        """Write the model as a checkpoint directory that opens alone.
+        """Write the model to a self-contained checkpoint directory.
 
         Args:
             directory: A new or empty directory.
-            format: ``"orbax"``, as training writes its steps; ``"safetensors"``: the weights as one file
-                ``model.safetensors``, the form for exchange (extra ``hub``). :func:`load` opens both.
-            half: Store the weights as float16: half the size, three decimal digits. Loading makes them float32 again.
+            format: ``"orbax"``, the format of training; ``"safetensors"``: the weights as one file
+                ``model.safetensors``, for exchange (extra ``hub``). :func:`load` opens both.
+            half: Store the weights as float16: half the size, three decimal digits. They are loaded as float32.
 
         Raises:
-            CheckpointError: It is not empty, or there is no such format.
+            CheckpointError: The directory is not empty, or the format is unknown.
             MissingDependencyError: The format is ``"safetensors"``, which is not installed.
         """
         files = ModelFiles(self.config, self.genes, self.card)
@@ -147,25 +147,25 @@ class Pretrained:
         commit_message: str | None = None,
         half: bool = False,
     ) -> hub.HubCommit:
-        """Publish the model on the Hugging Face Hub, in one commit, with a model card made from its config and card.
+        """Publish the model on the Hugging Face Hub in one commit, with a generated model card.
 
-        What the card does not say is stated as unknown on the page; fill in ``card["data"]``, ``card["licence"]``,
+        Missing information is stated as unknown on the page; fill in ``card["data"]``, ``card["licence"]``,
         ``card["intended_use"]`` and ``card["limits"]`` first.
 
         Args:
-            repo_id: ``"organisation/name"``; made where it does not exist.
-            private: Make it private; a repository that is public already is refused.
-            revision: Branch to commit to, made where it does not exist; None: the main branch.
-            token: A token that may write; None: the one this machine is logged in with.
-            commit_message: Of the commit.
+            repo_id: ``"organisation/name"``; created if it does not exist.
+            private: Make it private; an existing public repository raises an error.
+            revision: Branch of the commit, created if it does not exist; None: the main branch.
+            token: A token with write permission; None: the token of the local login.
+            commit_message: Commit message.
             half: Publish the weights as float16.
 
         Returns:
-            The commit; its ``address`` is what :func:`load` opens to get exactly these weights.
+            The commit; its ``address`` is a source for :func:`load` that is pinned to these weights.
 
         Raises:
-            InputError: ``repo_id`` is no such name, or is public where a private one was asked for.
-            CheckpointError: The hub refused, or cannot be reached.
+            InputError: The name ``repo_id`` is invalid, or the repository is public but ``private`` is set.
+            CheckpointError: The hub rejected the commit, or cannot be reached.
             MissingDependencyError: The extra ``hub`` is not installed.
         """
 
@@ -184,12 +184,12 @@ class Pretrained:
 
     @cached_property
     def embeds_on(self) -> tuple[jax.Device | None, ...]:
-        """The devices that embed; None, alone: JAX's default device."""
+        """Devices used for embedding; a single None: JAX's default device."""
         return working_devices(self.devices)
 
     @cached_property
     def weight_copies(self) -> tuple[dict[str, Any], ...]:
-        """The weights an embedding needs, on each of the devices that embed."""
+        """The weights used for embedding, on each of the embedding devices."""
         needed = {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
         return tuple(
             in_precision(jax.device_put(needed, device), self.precision)
@@ -198,12 +198,12 @@ class Pretrained:
 
     @property
     def device_params(self) -> dict[str, Any]:
-        """The weights an embedding needs, on the first of the devices that embed."""
+        """The weights used for embedding, on the first of the embedding devices."""
         return self.weight_copies[0]
 
     @cached_property
     def multiplies_stored(self) -> bool:
-        """Whether the embedder multiplies counts as they are stored, see ``stored_product``."""
+        """Whether the embedder multiplies sparse counts, see ``stored_product``."""
         if self.stored_product is not None:
             return self.stored_product
         platform = self.devices[0].platform if self.devices else jax.default_backend()
@@ -211,7 +211,7 @@ class Pretrained:
 
     @cached_property
     def express(self) -> Callable[..., jax.Array]:
-        """Jitted ``(params, batch, gene_sum=None) -> hidden [samples, cells, hidden]``, each cell on its own."""
+        """Jitted ``(params, batch, gene_sum=None) -> hidden [samples, cells, hidden]``, each cell separately."""
         model = CellPLM(self.config)
         return jax.jit(
             lambda params, batch, gene_sum=None: model.apply(
@@ -221,10 +221,10 @@ class Pretrained:
 
     @cached_property
     def embed_expression(self) -> Callable[[Any, CellBatch], jax.Array]:
-        """``(params, batch) -> hidden [samples, cells, hidden]``; the sums of gene embeddings by host or device."""
+        """``(params, batch) -> hidden [samples, cells, hidden]``; gene embeddings are summed by host or device."""
         if not self.multiplies_stored:
             return self.express
-        require("numba", "cpu", "Multiplying counts as they are stored")
+        require("numba", "cpu", "Multiplying sparse counts")
         from cellplm_jax.kernels.sparse_numba import stored_product
 
         def embed_expression(params, batch):
@@ -240,7 +240,7 @@ class Pretrained:
 
     @cached_property
     def encode(self) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-        """Jitted ``(params, hidden, cell_mask) -> embedding [samples, cells, latent]`` of whole contexts."""
+        """Jitted ``(params, hidden, cell_mask) -> embedding [samples, cells, latent]`` of complete contexts."""
         return jax.jit(self._encode)
 
     def _encode(self, params: Any, hidden: jax.Array, cell_mask: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ class Pretrained:
 
     @cached_property
     def _encode_together(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        """The same as :meth:`encode` by all devices that embed, each with its share of the cells."""
+        """The same as :meth:`encode`, with the cells sharded over all embedding devices."""
         devices: Any = self.embeds_on
         mesh = make_mesh(MeshConfig(cells=len(devices)), devices)
         run = MeshFunction(self._encode, mesh)
@@ -262,9 +262,9 @@ class Pretrained:
         return encode
 
     def encode_context(self, hidden: np.ndarray, cell_mask: np.ndarray) -> jax.Array:
-        """Encode contexts at once: on all devices that embed where they divide the cells, else on the first.
+        """Encode contexts: on all embedding devices if their number divides the cells, else on the first.
 
-        With flow attention the devices send one another sums over cells alone.
+        With flow attention the devices only communicate sums over cells.
 
         Args:
             hidden: float32 [samples, cells, hidden] from the embedder.
@@ -296,7 +296,7 @@ class Pretrained:
 
     @cached_property
     def output_params(self) -> dict[str, Any]:
-        """The weights of the decoder or task head, on the first of the devices that embed."""
+        """The weights of the decoder or task head, on the first of the embedding devices."""
         needed = {k: v for k, v in self.params.items() if k in ("decoder", "head")}
         return jax.device_put(needed, self.embeds_on[0])
 
@@ -312,7 +312,7 @@ class Pretrained:
 
     @cached_property
     def decode(self) -> Callable[[Any, jax.Array, CellBatch], Reconstruction]:
-        """Jitted ``(params, z, batch) -> reconstruction``; of the batch only the covariates are used."""
+        """Jitted ``(params, z, batch) -> reconstruction``; only the covariates of the batch are used."""
         model = CellPLM(self.config)
         return jax.jit(
             lambda params, z, batch: model.apply(
@@ -337,10 +337,10 @@ def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | 
 
 
 def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    """Check devices that a user named."""
+    """Validate the devices given by the user."""
     devices, index = tuple(devices), jax.process_index()
     if not devices or len(set(devices)) < len(devices):
-        found = "no devices" if not devices else "devices that repeat"
+        found = "no devices" if not devices else "repeated devices"
     elif any(device.process_index != index for device in devices):
         found = f"devices of other processes than this one, which is {index}"
     else:
@@ -355,7 +355,7 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
 
 @cache
 def numba_works() -> bool:
-    """Return whether Numba is installed, complete, and fits the NumPy beside it."""
+    """Return whether Numba is installed, complete, and compatible with the installed NumPy."""
     try:
         import cellplm_jax.kernels.sparse_numba  # noqa: F401
     except (ImportError, OSError):
@@ -364,11 +364,11 @@ def numba_works() -> bool:
 
 
 BUNDLED = ("small",)
-"""Models that come with the package, by name."""
+"""Models included in the package, by name."""
 
 
 def bundled_path(name: str) -> Path:
-    """Return where a model that comes with the package lies."""
+    """Return the path of a model included in the package."""
     return Path(str(resources.files("cellplm_jax") / "resources" / "models" / name))
 
 
@@ -383,7 +383,7 @@ def publish(
     """Write a model or a fitted estimator to a temporary folder, add its model card, and publish the folder.
 
     Args:
-        model: What the card is about.
+        model: Model of the card.
         write: Writes the folder, in the format ``"safetensors"``.
         repo_id: ``"organisation/name"``.
         estimator: Name of the estimator's class; None: a plain model.
@@ -409,19 +409,19 @@ def publish(
 def resolve_source(
     source: str | os.PathLike, *, extra_files: Iterable[str] = ()
 ) -> tuple[str, str]:
-    """Return where a model lies that a user named: the one place that knows what a source may be.
+    """Resolve a model source; the only function that handles all kinds of sources.
 
     Args:
         source: See :func:`load`.
         extra_files: See :func:`cellplm_jax.interop.hub.fetch`.
 
     Returns:
-        The directory or ``gs://`` address, and the name to remember: the address with its commit for one of the hub,
+        The directory or ``gs://`` address, and the name to record: the address with its commit for the hub,
         else the directory.
 
     Raises:
         InputError: The kind of source is not supported.
-        CheckpointError: It cannot be fetched.
+        CheckpointError: It cannot be downloaded.
     """
     text = os.fspath(source)
     if hub.is_hub_address(text):
@@ -429,8 +429,8 @@ def resolve_source(
         return str(directory), address
     if "://" in text and not text.startswith("gs://"):
         msg = explain(
-            f"'{text}' is a remote source of another kind",
-            "a directory on this machine, a gs:// or an hf:// address",
+            f"'{text}' is an unsupported remote source",
+            "a local directory, a gs:// or an hf:// address",
             "Download it first",
         )
         raise InputError(msg)
@@ -446,16 +446,16 @@ def load(
     precision: str = "float32",
     devices: Sequence[jax.Device] | None = None,
 ) -> Pretrained:
-    """Open a trained model.
+    """Load a trained model.
 
     Args:
-        source: ``"small"``, the model that comes with the package (a folder of that name goes first); a checkpoint
-            directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, on this machine or at a
-            ``gs://`` address; ``"hf://organisation/name"`` for one of the Hugging Face Hub (extra ``hub``), with
-            ``@revision`` and ``/folder`` behind it where wanted. That is fetched once and kept in the hub's cache; the
-            commit it stands for is in ``source`` and ``card["loaded_from"]`` of the model, and in
-            ``uns["cellplm"]["model_source"]`` of what it embeds.
-        step: Step to open; None: the best by held-out likelihood, else the latest.
+        source: ``"small"``, the bundled model (a folder with that name has priority); a checkpoint
+            directory (from ``cellplm convert`` or ``Pretrained.save``) or a work directory, local or at a
+            ``gs://`` address; ``"hf://organisation/name"`` on the Hugging Face Hub (extra ``hub``), optionally followed
+            by ``@revision`` and ``/folder``. It is downloaded once and stored in the hub's cache; the
+            resolved commit is in ``source`` and ``card["loaded_from"]`` of the model, and in
+            ``uns["cellplm"]["model_source"]`` of its embeddings.
+        step: Step to load; None: the best by held-out likelihood, else the latest.
         precision: ``"float32"`` or ``"bfloat16"``, see :class:`Pretrained`.
         devices: Devices of this process that embed together, see :class:`Pretrained`; None: all accelerators.
 
@@ -463,9 +463,9 @@ def load(
         A :class:`Pretrained`; its arrays are numpy, on no device yet.
 
     Raises:
-        CheckpointError: It is not a checkpoint, is damaged, or config and weights do not fit.
+        CheckpointError: It is not a checkpoint, is damaged, or config and weights do not match.
         InputError: The kind of source is not supported.
-        MissingDependencyError: The source needs the extra ``hub`` or ``gcp``, which is not installed.
+        MissingDependencyError: The source requires the extra ``hub`` or ``gcp``, which is not installed.
     """
     return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
 
@@ -478,11 +478,11 @@ def load_located(
     precision: str = "float32",
     devices: Sequence[jax.Device] | None = None,
 ) -> Pretrained:
-    """Open a model whose place is known.
+    """Load a model from a resolved source.
 
     Args:
         directory: From :func:`resolve_source`.
-        name: Likewise; what messages call it and the model remembers.
+        name: From :func:`resolve_source`; used in messages and recorded in the model.
         step: See :func:`load`.
         precision: See :func:`load`.
         devices: See :func:`load`.
@@ -495,7 +495,7 @@ def load_located(
     files = read_root(directory)
     params, found_step = restore_item(directory, step=step)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-    # A step that was saved before the data grew has fewer covariate rows than the run has now.
+    # A step that was saved before data was added has fewer covariate rows than the run has now.
     shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
     if jax.tree.structure(shapes) == jax.tree.structure(params):
         params = grow_rows(params, shapes)
@@ -513,12 +513,12 @@ def load_located(
 
 
 def as_pretrained(model: Pretrained | str | os.PathLike) -> Pretrained:
-    """Return a model as it is, or open what :func:`load` takes."""
+    """Return a model unchanged, or load it from a source for :func:`load`."""
     return model if isinstance(model, Pretrained) else load(model)
 
 
 def check_params(config: ModelConfig, params: dict[str, Any], where: str) -> None:
-    """Check that weights have exactly the parameters and shapes a configuration implies.
+    """Check that weights have exactly the parameters and shapes of a configuration.
 
     Args:
         config: The architecture.
@@ -526,7 +526,7 @@ def check_params(config: ModelConfig, params: dict[str, Any], where: str) -> Non
         where: Name of the checkpoint, for the message.
 
     Raises:
-        CheckpointError: Names the first parameter that is missing, extra or of another shape.
+        CheckpointError: Names the first parameter that is missing, unknown or has another shape.
     """
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     expected = {"/".join(path): leaf.shape for path, leaf in flatten_dict(shapes).items()}
@@ -536,15 +536,17 @@ def check_params(config: ModelConfig, params: dict[str, Any], where: str) -> Non
         if name not in found:
             problem = f"has no parameter '{name}' {expected[name]}"
         elif name not in expected:
-            problem = f"has a parameter '{name}' {found[name]} that its config does not know"
+            problem = f"has a parameter '{name}' {found[name]} that is not in its config"
         elif found[name] != expected[name]:
-            problem = f"has '{name}' of shape {found[name]} where its config says {expected[name]}"
+            problem = (
+                f"has '{name}' of shape {found[name]}, but its config specifies {expected[name]}"
+            )
         if problem:
             break
     if problem:
         msg = explain(
             f"'{where}' {problem}",
             "config.json and weights of the same model",
-            "Copy the checkpoint directory whole, without mixing files of two models",
+            "Copy the complete checkpoint directory, without mixing files of two models",
         )
         raise CheckpointError(msg)

@@ -1,4 +1,4 @@
-"""A label for every tissue sample, from its cells, and which of them speak for it."""
+"""Sample classification: one label per tissue sample, and the contribution of each cell."""
 
 from __future__ import annotations
 
@@ -26,43 +26,42 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 LABEL, CONTRIBUTION = "cellplm_sample_label", "cellplm_contribution"
-"""What ``predict`` writes into ``obs``."""
+"""Keys written by ``predict`` to ``obs``."""
 
 FACTS = "cellplm_samples"
-"""What it writes into ``uns``."""
+"""Key written to ``uns``."""
 
 PENALTIES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-"""Strengths of the ridge penalty to choose from, strongest first."""
+"""Candidate strengths of the ridge penalty, strongest first."""
 
 MAXIMUM_FOLDS = 10
-"""Folds that the penalty is chosen by, unless there are fewer samples."""
+"""Number of folds for choosing the penalty, limited by the number of samples."""
 
 
 class SampleClassifier(Estimator):
     """Predicts a label, such as a disease, for every tissue sample from its cells.
 
-    The mean-pool head of the model on its latents as they are: the encoder is not trained, because a handful of samples
-    cannot train it. The head is a logistic regression on the mean latent of each sample's cells, solved exactly, with
-    the ridge penalty chosen by cross-validation over samples: the strongest that is not worse than the best by more
-    than a standard error.
+    The mean-pool head of the model on its latents; the encoder is frozen, because a cohort has too few samples to
+    train it. The head is a logistic regression on the mean latent per sample, solved exactly, with
+    a ridge penalty chosen by cross-validation over samples: the strongest within one standard error of the best.
 
-    Since the logits are means over cells, each cell's part in them is known exactly: ``obs["cellplm_contribution"]``.
+    Because the logits are means over cells, the contribution of each cell is exact: ``obs["cellplm_contribution"]``.
 
     Args:
-        model: A :class:`cellplm_jax.Pretrained`, or what :func:`cellplm_jax.load` opens, such as ``"small"``; None: the
-            ``:small`` architecture with random weights.
+        model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
+            the ``:small`` architecture with random weights.
         genes: See :class:`cellplm_jax.CellTypeAnnotator`.
-        quiet: No progress.
+        quiet: Disable progress output.
         **training: ``seed``; the other fields of :class:`cellplm_jax.config.FinetuneConfig` do not apply. Also
             ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         labels: The labels, sorted; the columns of the probabilities.
-        penalty: The ridge penalty that was chosen.
+        penalty: The chosen ridge penalty.
 
     Raises:
-        ConfigError: There is no such option.
-        InputError: An option that does not apply.
+        ConfigError: An option is unknown.
+        InputError: An option does not apply.
     """
 
     task: ClassVar[str] = "samples"
@@ -80,9 +79,9 @@ class SampleClassifier(Estimator):
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
             given = ", ".join(sorted(set(training) - {"seed"}))
             msg = explain(
-                f"SampleClassifier was given {given}",
-                "no training option but seed: its head is solved exactly and its encoder stays as it is",
-                "Leave it out",
+                f"SampleClassifier does not support {given}",
+                "no training option except seed, because its head is solved exactly and its encoder is frozen",
+                "Omit it",
             )
             raise InputError(msg)
         self.labels: list[str] = []
@@ -105,24 +104,24 @@ class SampleClassifier(Estimator):
     ) -> SampleClassifier:
         """Fit to labelled samples.
 
-        Samples without a label (NaN for all of their cells) are left out, and counted in ``messages``.
+        Samples without a label (NaN for all of their cells) are omitted, and counted in ``messages``.
 
         Args:
-            adata: Raw counts; all cells of a sample have the same label, or none.
-            sample_key: Column of ``obs`` naming the tissue sample of each cell; cells attend within it.
+            adata: Raw counts; all cells of each sample have the same label, or none.
+            sample_key: Column of ``obs`` with the tissue sample of each cell; cells attend within it.
             label_key: Column of ``obs`` with the labels.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used where present.
-            layer: Layer with the counts; None: look for them.
-            gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-            values: What the matrix holds; see :func:`cellplm_jax.embed`.
-            cells_per_context: Cells of a context at most; None: a whole sample is one.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            values: Kind of values; see :func:`cellplm_jax.embed`.
+            cells_per_context: Maximum number of cells per context; None: one context per sample.
 
         Returns:
             The estimator itself.
 
         Raises:
-            InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is one label only,
-                or a label has fewer than two samples; the message says what to do.
+            InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
+                or a label has fewer than two samples; the message states the remedy.
         """
         reading = Reading(sample_key, spatial_key, layer, gene_key, values, cells_per_context)
         table = self._read(adata, reading)
@@ -132,7 +131,7 @@ class SampleClassifier(Estimator):
         _check_labels(truth[there], len(truth), label_key)
         if not there.all():
             self.messages.append(
-                f"{int((~there).sum())} of {len(truth)} samples have no label in '{label_key}' and were left out."
+                f"{int((~there).sum())} of {len(truth)} samples have no label in '{label_key}' and were omitted."
             )
         used = np.isin(table.batch, names[there])
         table = self._choose_genes(table, np.flatnonzero(used))
@@ -178,14 +177,14 @@ class SampleClassifier(Estimator):
 
         Writes:
             ``obs["cellplm_sample_label"]``: categorical, the label of the cell's sample.
-            ``obs["cellplm_contribution"]``: float32, how much the cell speaks for that label (negative: against it):
-            its part in the label's logit, relative to the average training sample and to the other labels. The mean
-            over a sample's cells is what decides.
+            ``obs["cellplm_contribution"]``: float32, contribution of the cell to that label (may be negative):
+            its term of the label's logit, relative to the average training sample and to the other labels. The
+            prediction uses the mean over a sample's cells.
             ``uns["cellplm_samples"]``: labels, model, contexts, genes matched.
 
         Args:
-            adata: The cells. Keys default to those ``fit`` was given.
-            sample_key: See :meth:`fit`; likewise the rest.
+            adata: The cells. Keys default to those of ``fit``.
+            sample_key: See :meth:`fit`.
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
@@ -193,8 +192,8 @@ class SampleClassifier(Estimator):
             cells_per_context: See :meth:`fit`.
 
         Returns:
-            A row a sample: ``label``, ``confidence`` (the label's probability), ``cells``, and the probability of every
-            label, in columns ``probability_<label>``.
+            One row per sample: ``label``, ``confidence`` (the label's probability), ``cells``, and the probability of
+            every label, in columns ``probability_<label>``.
 
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
@@ -212,18 +211,18 @@ class SampleClassifier(Estimator):
     def predict_file(
         self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any
     ) -> tuple[pd.DataFrame, list[str]]:
-        """Predict the samples of an ``.h5ad`` file into a copy of it, without holding its counts in memory.
+        """Predict the samples of an ``.h5ad`` file and write a copy with the results; counts are streamed.
 
         Args:
             path: Input; never changed.
-            out: Output: the input plus what :meth:`predict` writes. It appears whole or not at all.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
             **keys: As for :meth:`predict`.
 
         Returns:
-            The table of :meth:`predict`, and what the input turned out to be, a line each.
+            The table of :meth:`predict`, and messages about the input, one per line.
 
         Raises:
-            InputError: As :meth:`predict`; also where ``out`` cannot be written.
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
@@ -236,7 +235,7 @@ class SampleClassifier(Estimator):
     def _predict(
         self, data: AnnData | Path, reading: Reading
     ) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any], list[str]]:
-        """Return the table of samples, columns of ``obs``, facts for ``uns``, and sentences about the input."""
+        """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         samples = _column(_obs_of(data), reading)
@@ -284,16 +283,16 @@ class SampleClassifier(Estimator):
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> dict[str, float]:
-        """Predict labelled samples and compare, or cross-validate; nothing is written.
+        """Predict labelled samples and score the predictions, or cross-validate; ``adata`` is not modified.
 
         Args:
-            adata: The cells; samples without a label are left out.
-            label_key: Column of ``obs``; None: the one ``fit`` was given.
-            folds: None: score the fitted head. A number: the samples are dealt to so many folds, evenly over the
-                labels, and each is predicted by a head fitted to the others, penalty included, on the same latents (on
-                which no label has had an influence). For files that hold all samples there are; as many folds as
-                samples is leave-one-out.
-            sample_key: See :meth:`predict`; likewise the rest.
+            adata: The cells; samples without a label are omitted.
+            label_key: Column of ``obs``; None: the one of ``fit``.
+            folds: None: score the fitted head. A number: the samples are assigned to this number of folds, stratified
+                by label, and each is predicted by a head fitted to the others, including the penalty, on the same
+                latents (which do not depend on labels). For files with all available samples; with as many folds as
+                samples it is leave-one-out.
+            sample_key: See :meth:`predict`.
             spatial_key: See :meth:`predict`.
             layer: See :meth:`predict`.
             gene_key: See :meth:`predict`.
@@ -302,10 +301,11 @@ class SampleClassifier(Estimator):
 
         Returns:
             ``accuracy``, ``macro_f1``, ``cross_entropy`` in nats, ``most_frequent_accuracy`` (of always predicting the
-            most frequent label), and ``samples``, how many were scored.
+            most frequent label), and ``samples``, the number of scored samples.
 
         Raises:
-            InputError: As :meth:`predict`; or a label was never trained on; or there are too few samples for the folds.
+            InputError: As in :meth:`predict`; or a label is not among the training labels; or there are too few samples
+                for the folds.
         """
         self._fitted()
         reading = self.reading.changed(
@@ -325,7 +325,7 @@ class SampleClassifier(Estimator):
         unseen = sorted(set(truth) - set(self.labels))
         if unseen:
             msg = explain(
-                f"samples are labelled {unseen[0]!r}, which was never trained on",
+                f"samples are labelled {unseen[0]!r}, which is not a training label",
                 f"labels among {', '.join(map(repr, self.labels))}",
                 "Fit on samples of that label too, or set theirs to NaN",
             )
@@ -337,7 +337,7 @@ class SampleClassifier(Estimator):
                 msg = explain(
                     f"folds={folds} for {len(codes)} samples",
                     f"between 2 and {len(codes)}",
-                    "Choose one in between",
+                    "Choose a number in between",
                 )
                 raise InputError(msg)
         z, _, _ = self._embed(adata, reading)
@@ -355,10 +355,10 @@ class SampleClassifier(Estimator):
                     pooled[~out], codes[~out], penalty, classes=len(self.labels)
                 )
                 logits[out] = pooled[out] @ kernel + bias
-        found = logits.argmax(axis=1)
+        predicted = logits.argmax(axis=1)
         return {
-            "accuracy": float((found == codes).mean()),
-            "macro_f1": macro_f1(confusion_counts(codes, found, len(self.labels))),
+            "accuracy": float((predicted == codes).mean()),
+            "macro_f1": macro_f1(confusion_counts(codes, predicted, len(self.labels))),
             "cross_entropy": float(_cross_entropies(logits, codes).mean()),
             "most_frequent_accuracy": float(np.bincount(codes).max() / len(codes)),
             "samples": len(codes),
@@ -385,16 +385,16 @@ def logistic_regression(
     """Fit multinomial logistic regression to standardised features.
 
     Minimises the mean cross-entropy plus ``penalty / 2`` times the mean over features of the squared weights;
-    intercepts are free.
+    intercepts are not penalised.
 
     Args:
         features: float [samples, width].
         codes: int [samples], classes from 0.
         penalty: Above 0.
-        classes: How many there are; None: as many as occur. One that does not occur gets a low intercept.
+        classes: Number of classes; None: as many as occur. Missing classes get a low intercept.
 
     Returns:
-        kernel float64 [width, classes] and bias [classes], for features as they were given.
+        kernel float64 [width, classes] and bias [classes], for the original features.
     """
     from scipy.optimize import minimize
 
@@ -404,7 +404,7 @@ def logistic_regression(
     scaled = (features - centre) / spread / np.sqrt(features.shape[1])
     wanted = np.eye(classes)[codes]
     shape = (features.shape[1] + 1, classes)
-    # A trace of every class, so that the intercept of one that does not occur stays finite.
+    # A small count for every class, so that the intercept of a missing one stays finite.
     wanted = wanted * (1 - 1e-3) + 1e-3 / classes
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -419,8 +419,8 @@ def logistic_regression(
         gradient[:-1] += penalty * weights[:-1] / shape[0]
         return float(value), gradient.ravel()
 
-    found: Any = minimize(objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B")
-    weights = found.x.reshape(shape)
+    optimum: Any = minimize(objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B")
+    weights = optimum.x.reshape(shape)
     kernel = weights[:-1] / spread[:, None] / np.sqrt(features.shape[1])
     return kernel, weights[-1] - centre @ kernel
 
@@ -431,11 +431,11 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
     Args:
         features: float [samples, width].
         codes: int [samples], classes from 0.
-        seed: Of the folds.
+        seed: Seed of the folds.
 
     Returns:
-        The strongest of :data:`PENALTIES` that is not worse than the best by more than a standard error, and its
-        cross-entropy in nats on samples that were left out.
+        The strongest of :data:`PENALTIES` within one standard error of the best, and its cross-entropy in nats on
+        left-out samples.
     """
     classes = int(codes.max()) + 1
     folds = min(MAXIMUM_FOLDS, len(codes))
@@ -455,12 +455,12 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
 
 
 def _folds(codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Return int [samples], the fold of each: samples in random order, class by class, dealt in turn."""
+    """Return int [samples], the fold of each: samples in random order, class by class, assigned round-robin."""
     order = np.random.default_rng(seed).permutation(len(codes))
     order = order[np.argsort(codes[order], kind="stable")]
-    found = np.empty(len(codes), int)
-    found[order] = np.arange(len(codes)) % folds
-    return found
+    fold = np.empty(len(codes), int)
+    fold[order] = np.arange(len(codes)) % folds
+    return fold
 
 
 def _pool(z: np.ndarray, samples: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -473,44 +473,44 @@ def _labels_of_samples(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return names of samples in order of first appearance, and their labels (None: none)."""
     names = list(dict.fromkeys(samples))
-    found = []
+    own_labels = []
     for name in names:
         own = sorted({label for label in labels[samples == name] if label is not None})
         if len(own) > 1:
             msg = explain(
                 f"sample '{name}' has the labels {', '.join(map(repr, own[:4]))} in obs['{label_key}']",
-                "one label a sample",
+                "one label per sample",
                 "Correct the column, or name another sample_key",
             )
             raise InputError(msg)
-        found.append(own[0] if own else None)
+        own_labels.append(own[0] if own else None)
     result = np.empty(len(names), object)
-    result[:] = found
+    result[:] = own_labels
     return np.array(names, object), result
 
 
 def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
-    """Refuse labels that nothing can be learnt from."""
+    """Raise an error for labels that cannot be learned."""
     counts = pd.Series(list(truth), dtype=object).value_counts()
     if not len(counts):
         msg = explain(
             f"obs['{label_key}'] is missing for all {samples} samples",
             "labels for the samples to fit on",
-            "Name another column, or fill it",
+            "Use another column, or fill it",
         )
         raise InputError(msg)
     if len(counts) < 2:
         msg = explain(
             f"the {len(truth)} labelled samples all have the label '{counts.index[0]}'",
-            "at least two labels to tell apart",
-            f"Check obs['{label_key}'], or give more samples",
+            "at least two labels",
+            f"Check obs['{label_key}'], or add more samples",
         )
         raise InputError(msg)
     if counts.iloc[-1] < 2:
         msg = explain(
             f"label '{counts.index[-1]}' has one sample",
-            "at least two samples of every label: what one has in common with itself says nothing",
-            "Give more samples, set its label to NaN, or check that sample_key names samples",
+            "at least two samples per label",
+            "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
         raise InputError(msg)
 
@@ -527,20 +527,20 @@ def _obs_of(data: AnnData | Path) -> pd.DataFrame:
 
 
 def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:
-    """Return the sample of every cell as strings; that it is there and complete is checked when it is read."""
+    """Return the sample of every cell as strings; the reader checks that the column is complete."""
     values = labels_of(obs, str(reading.batch_key))
     if any(value is None for value in values):
         msg = explain(
             f"obs['{reading.batch_key}'] is missing for some cells",
             "the sample of every cell",
-            "Fill it, or select the cells that have one",
+            "Fill it, or select the cells with a value",
         )
         raise InputError(msg)
     return values
 
 
 def _cross_entropies(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return float64 [samples], in nats."""
+    """Return the cross-entropies in nats, float64 [samples]."""
     top = logits.max(axis=1)
     total = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
     return total - logits[np.arange(len(codes)), codes]

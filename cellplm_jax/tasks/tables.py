@@ -1,4 +1,4 @@
-"""Tables of results and lists of names as text files."""
+"""Result tables and name lists as text files."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""What separates the columns of a table, by the ending of its name; ``.gz`` may follow."""
+"""Column separators by file suffix; ``.gz`` may follow."""
 
 
 def check_table(path: str | os.PathLike) -> Path:
-    """Return the path of a table that can be written, before any work is done.
+    """Return the path of a table after checking that it can be written.
 
     Args:
-        path: Ends in one of :data:`SEPARATORS`, compressed where ``.gz`` follows.
+        path: Ends in one of :data:`SEPARATORS`, compressed if ``.gz`` follows.
 
     Raises:
-        InputError: It has another ending, or nothing can be written there.
+        InputError: It has another suffix, or is not writable.
     """
     path = Path(path).expanduser()
     if Path(path.name.removesuffix(".gz")).suffix not in SEPARATORS:
         msg = explain(
-            f"the table '{path}' has no ending that is known",
+            f"the table '{path}' has an unknown suffix",
             "a name that ends in .csv, .tsv, .csv.gz or .tsv.gz",
             "Rename it",
         )
@@ -39,10 +39,10 @@ def check_table(path: str | os.PathLike) -> Path:
 
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = False) -> None:
-    """Write a table; it appears whole or not at all. Numbers have six digits.
+    """Write a table atomically. Numbers have six digits.
 
     Args:
-        table: What to write.
+        table: The table.
         path: See :func:`check_table`.
         index: Write the index as the first column.
 
@@ -61,22 +61,22 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = F
 
 
 def read_names(text: str, *, separator: str | None = ",") -> list[str]:
-    """Return names that were given as a file, one a line, or as text.
+    """Return names from a file, one per line, or from text.
 
     Args:
         text: Path of an existing file, or the names themselves.
-        separator: Between names that are not a file; None: the text is one name.
+        separator: Separator of names in text; None: the text is one name.
 
     Raises:
-        InputError: The file holds no text.
+        InputError: The file is not a text file.
     """
     path = Path(text)
     if path.is_file():
         try:
-            found = path.read_text(encoding="utf-8").splitlines()
+            names = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            msg = explain(f"'{text}' cannot be read ({error})", "a text file", "Check it")
+            msg = explain(f"'{text}' cannot be read ({error})", "a text file", "Check the file")
             raise InputError(msg) from error
     else:
-        found = [text] if separator is None else text.split(separator)
-    return [name.strip() for name in found if name.strip()]
+        names = [text] if separator is None else text.split(separator)
+    return [name.strip() for name in names if name.strip()]

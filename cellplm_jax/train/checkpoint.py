@@ -1,12 +1,12 @@
-"""Checkpoints: the only module that knows Orbax.
+"""Checkpoints; the only module that uses Orbax.
 
-A checkpoint is a directory, or a ``gs://`` address, that opens alone: ``config.json``, ``genes.txt`` and ``card.json``
-at its root, and Orbax step directories with ``params``, ``optimizer`` and ``run`` (step, skipped steps, seed, number of
-covariate rows) as separate items; a converted model has ``params`` and ``unused``. Restoring reads the stored metadata:
-neither the device count, nor the number of processes, nor the code that wrote it has to match.
+A checkpoint is a self-contained directory or ``gs://`` address: ``config.json``, ``genes.txt`` and ``card.json``
+in its root, and Orbax step directories with ``params``, ``optimizer`` and ``run`` (step, skipped steps, seed, number of
+covariate rows) as separate items; a converted model has ``params`` and ``unused``. Restoring reads the stored metadata
+and does not depend on the device count, the number of processes, or the code that wrote it.
 
-The root is the same where a finished model travels: only that its items are then files (``model.safetensors``) instead
-of step directories. :func:`weight_format` is the one place that says which of the two a directory holds.
+In the exchange format the root is the same, but items are files (``model.safetensors``) instead
+of step directories. Only :func:`weight_format` decides which of the two a directory contains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
 
 WeightFormat = Literal["orbax", "safetensors"]
-"""How the arrays of a checkpoint are stored: step directories, or a file an item."""
+"""Storage formats of the arrays: step directories, or one file per item."""
 
 TENSOR_FILES = {
     "params": "model.safetensors",
@@ -45,21 +45,21 @@ TENSOR_FILES = {
 
 CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
 ESTIMATOR_FILE = "estimator.json"
-# The held-out score by which a step is the best.
+# Held-out score that selects the best step.
 BEST_METRIC = "nb_log_likelihood"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What lies at the root of a checkpoint directory.
+    """Contents of the root of a checkpoint directory.
 
     Attributes:
         model: The architecture.
         genes: Gene vocabulary, Ensembl ids.
-        card: Where the model comes from and what it was trained on.
-        train: The whole training configuration, or None for a converted model.
+        card: Origin and training data of the model.
+        train: The complete training configuration, or None for a converted model.
         published: The original's constructor arguments, for a converted model.
-        store: What identifies the data of a run (:func:`cellplm_jax.train.workdir.store_facts`).
+        store: Identification of a run's data (:func:`cellplm_jax.train.workdir.store_facts`).
     """
 
     model: ModelConfig
@@ -71,10 +71,10 @@ class ModelFiles:
 
 
 def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
-    """Write the root files of a checkpoint, each whole or not at all.
+    """Write the root files of a checkpoint, each atomically.
 
     Args:
-        directory: Created where it does not exist.
+        directory: Created if it does not exist.
         files: Their contents.
     """
     folder = epath.Path(directory)
@@ -92,7 +92,7 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
 
 
 def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
-    """Write ``card.json`` alone.
+    """Write ``card.json`` only.
 
     Args:
         directory: A checkpoint directory.
@@ -124,7 +124,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         msg = explain(
             f"'{directory}' has no {' and no '.join(missing)}",
             f"a checkpoint directory with {CONFIG_FILE}, {GENES_FILE} and {CARD_FILE}",
-            "Copy the whole directory, or name another one",
+            "Copy the complete directory, or use another one",
         )
         raise CheckpointError(msg)
     try:
@@ -136,18 +136,18 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
         genes = (folder / GENES_FILE).read_text(encoding="utf-8").splitlines()
         if not isinstance(card, dict):
-            msg = f"{CARD_FILE} holds a {type(card).__name__}"
+            msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
         msg = explain(
             f"'{directory}' has a config, gene list or card that cannot be read ({error})",
-            "the files as this package wrote them",
+            "valid files of this package",
             "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
         )
         raise CheckpointError(msg) from error
     if len(genes) != model.genes:
         msg = explain(
-            f"'{directory}' lists {len(genes)} genes in {GENES_FILE} but its config says {model.genes}",
+            f"'{directory}' lists {len(genes)} genes in {GENES_FILE} but its config has {model.genes}",
             "one line per row of the gene embedding",
             "Copy the checkpoint again",
         )
@@ -156,13 +156,14 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
 
 
 def _is_not_a_read_error(record: logging.LogRecord) -> bool:
-    """Drop what asyncio says of Orbax's other reads of a damaged file: the first became a CheckpointError already."""
+    """Filter asyncio's messages about further failed reads; the first one raised a CheckpointError."""
     return "OCDBT" not in record.getMessage()
 
 
 _TRASH = ".deleted"
-"""Checkpoints that are no longer kept are renamed into this folder before they are removed, so that a process killed
-meanwhile leaves no step with half of its files."""
+"""Outdated checkpoints are renamed into this folder before they are removed, so that a killed process leaves no partial
+step.
+"""
 
 _ITEMS = ("params", "optimizer", "unused", "estimator")
 
@@ -175,7 +176,7 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-    # Orbax reports every save and every failure at length; what matters reaches the caller as an exception.
+    # Orbax logs every save and every failure in detail; relevant errors reach the caller as exceptions.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     policy = None
     if keep is not None:
@@ -206,22 +207,22 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
         msg = explain(
             f"the scores of a step of '{directory}' cannot be read ({error})",
             "complete step directories with 'metrics/metrics' in them",
-            "Copy the directory again, or delete the damaged step to fall back on an earlier one",
+            "Copy the directory again, or delete the damaged step to use an earlier one",
         )
         raise CheckpointError(msg) from error
 
 
 class RunCheckpoints:
-    """The checkpoints of a training run: saved asynchronously, the latest few and the best kept.
+    """The checkpoints of a training run: saved asynchronously; the latest few and the best are kept.
 
-    With several processes all of them call every method, in the same order.
+    With several processes all of them must call every method, in the same order.
 
     Args:
-        directory: The run's work directory, here or at a ``gs://`` address.
-        keep: Most recent checkpoints kept besides the best.
+        directory: The run's work directory, local or a ``gs://`` address.
+        keep: Number of recent checkpoints to keep, in addition to the best.
 
     Raises:
-        CheckpointError: A step that is there is damaged (opening), cannot be read or cannot be written (methods).
+        CheckpointError: An existing step is damaged (when opening), or a step cannot be read or written (methods).
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int):
@@ -232,7 +233,7 @@ class RunCheckpoints:
         self._remove_unfinished()
 
     def latest_step(self) -> int | None:
-        """Return the last completely saved step, or None."""
+        """Return the last complete step, or None."""
         return self._manager.latest_step()
 
     def save(
@@ -246,9 +247,9 @@ class RunCheckpoints:
 
         Args:
             state: The run's state.
-            metrics: Held-out scores; they decide which step is the best.
-            facts: What else a later run has to know of this one, as JSON: the ``run`` item holds it beside the step,
-                ``skipped`` and ``skipped_in_a_row``.
+            metrics: Held-out scores, which determine the best step.
+            facts: Additional JSON data for the ``run`` item, which also has the step, ``skipped`` and
+                ``skipped_in_a_row``.
         """
         import orbax.checkpoint as ocp
 
@@ -275,7 +276,7 @@ class RunCheckpoints:
             )
 
     def run_facts(self, step: int) -> dict[str, Any]:
-        """Return the ``run`` item of a step.
+        """Return the ``run`` item of a saved step.
 
         Args:
             step: A saved step.
@@ -291,10 +292,10 @@ class RunCheckpoints:
             raise _damaged(self.directory, step, error) from error
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """Restore a state for continuing, on any mesh and any number of processes.
+        """Restore a state to continue on any mesh and any number of processes.
 
         Args:
-            abstract: A state of ``jax.ShapeDtypeStruct`` with the shardings wanted.
+            abstract: A state of ``jax.ShapeDtypeStruct`` with the target shardings.
             step: A saved step.
 
         Raises:
@@ -326,23 +327,23 @@ class RunCheckpoints:
         )
 
     def wait(self) -> None:
-        """Wait until everything saved so far is on disk."""
+        """Wait until all saves are complete."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
         if not is_remote(self.directory):
             self._remove(self.directory.glob(_TRASH))
 
     def close(self) -> None:
-        """Wait until everything is on disk, and let go of it."""
+        """Wait until all saves are complete, and close the manager."""
         try:
             self.wait()
         finally:
             self._manager.close()
 
     def _remove_unfinished(self) -> None:
-        """Remove what saves and removals that were cut off left behind. Orbax would also remove foreign folders."""
+        """Remove files of interrupted saves and removals. Orbax would also remove unrelated folders."""
         if is_remote(self.directory):
-            # An object store has no rename: there an unfinished step is known by its missing commit file.
+            # Object stores have no rename: an unfinished step lacks its commit file.
             steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
             self._remove([step for step in steps if not (step / "commit_success.txt").exists()])
             return
@@ -358,7 +359,7 @@ class RunCheckpoints:
     def _explained(self, what: str) -> contextlib.AbstractContextManager[None]:
         return explain_write_errors(
             f"{what} of '{self.directory}'",
-            room="room for another checkpoint",
+            room="space for another checkpoint",
             again="checkpoints saved before are intact, and it continues from the latest of them",
             catch=Exception,
             raises=CheckpointError,
@@ -366,7 +367,7 @@ class RunCheckpoints:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what an exception says in one line."""
+    """Return the message of an exception in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -375,16 +376,16 @@ _COVARIATE = re.compile(r"(batch|dataset|platform)_(\d+|embedding)|discriminator
 
 
 def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
-    """Give covariates the rows that samples added later need.
+    """Add rows to covariate embeddings for samples that were added later.
 
     Args:
         tree: Parameters, or optimizer moments of the same paths, stored with fewer batches, datasets or platforms.
-        shapes: The same tree with the shapes wanted.
-        new: What new rows start as: ``"mean"`` of the old ones, which is what the model took for an unknown batch all
-            along, or ``"zero"``.
+        shapes: The same tree with the target shapes.
+        new: Initial value of new rows: ``"mean"`` of the old ones, which the model uses for an unknown batch,
+            or ``"zero"``.
 
     Returns:
-        The tree, larger where ``shapes`` asks for more rows of a covariate and untouched elsewhere.
+        The tree, with more covariate rows if ``shapes`` has more, otherwise unchanged.
     """
 
     def grown(path: tuple, leaf: Any, wanted: Any) -> Any:
@@ -408,20 +409,20 @@ def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:
         return error
     msg = explain(
         f"step {step} of '{directory}' cannot be read ({_first_line(error)})",
-        "a complete checkpoint that fits its config",
-        "Copy it again, or delete the damaged step directory to fall back on an earlier one",
+        "a complete checkpoint that matches its config",
+        "Copy it again, or delete the damaged step directory to use an earlier one",
     )
     return CheckpointError(msg)
 
 
 def check_new_directory(directory: str | os.PathLike) -> Path:
-    """Return the path of a directory that a model can be written to, before any work is done.
+    """Return the path of a writable model directory, before any work is done.
 
     Args:
         directory: A new or empty directory.
 
     Raises:
-        CheckpointError: It already holds something.
+        CheckpointError: It is not empty.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -445,27 +446,27 @@ def save_model(
     step: int = 0,
     format: WeightFormat = "orbax",
 ) -> None:
-    """Write a model as a checkpoint directory of its own.
+    """Write a model to a new checkpoint directory.
 
     Args:
-        directory: Must not hold a checkpoint yet.
+        directory: Must not contain a checkpoint yet.
         files: Contents of the root files.
         params: The ``"params"`` collection.
-        unused: Arrays that only an exact write-back to the published form needs.
-        estimator: Arrays that a fitted estimator needs besides the weights.
-        texts: Further files at the root, by name.
+        unused: Arrays that are only needed to restore the published form exactly.
+        estimator: Arrays of a fitted estimator other than the weights.
+        texts: Further files in the root, by name.
         step: Training step of the weights.
-        format: ``"orbax"``: a step directory; ``"safetensors"``: a file an item.
+        format: ``"orbax"``: a step directory; ``"safetensors"``: one file per item.
 
     Raises:
-        CheckpointError: The directory already holds something, or there is no such format.
+        CheckpointError: The directory is not empty, or the format is unknown.
         MissingDependencyError: The format is ``"safetensors"``, which is not installed.
     """
     if format not in get_args(WeightFormat):
         msg = explain(
             f"the format of the weights is {format!r}",
             " or ".join(map(repr, get_args(WeightFormat))),
-            "Choose one of them",
+            "Use one of them",
         )
         raise CheckpointError(msg)
     directory = check_new_directory(directory)
@@ -502,13 +503,13 @@ def _as_arrays(tree: Any) -> Any:
 
 
 def weight_format(directory: str | os.PathLike) -> WeightFormat:
-    """Say how the arrays of a checkpoint are stored.
+    """Return the storage format of a checkpoint.
 
     Args:
         directory: A checkpoint directory or a pretraining work directory.
 
     Raises:
-        CheckpointError: It holds both, and nothing says which is meant.
+        CheckpointError: It contains both formats.
     """
     folder = epath.Path(directory)
     if not (folder / TENSOR_FILES["params"]).is_file():
@@ -516,16 +517,16 @@ def weight_format(directory: str | os.PathLike) -> WeightFormat:
     steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
     if steps:
         msg = explain(
-            f"'{directory}' holds {TENSOR_FILES['params']} and also the steps {', '.join(steps)}",
+            f"'{directory}' contains {TENSOR_FILES['params']} and also the steps {', '.join(steps)}",
             "one of the two",
-            "Move the one that is not meant elsewhere",
+            "Move one of them elsewhere",
         )
         raise CheckpointError(msg)
     return "safetensors"
 
 
 def has_item(directory: str | os.PathLike, item: str) -> bool:
-    """Say whether a checkpoint holds an item, in any of its steps."""
+    """Return whether any step of a checkpoint contains an item."""
     if weight_format(directory) == "safetensors":
         return item in TENSOR_FILES and (epath.Path(directory) / TENSOR_FILES[item]).is_file()
     return any(True for _ in epath.Path(directory).glob(f"[0-9]*/{item}"))
@@ -534,7 +535,7 @@ def has_item(directory: str | os.PathLike, item: str) -> bool:
 def restore_item(
     directory: str | os.PathLike, *, item: str = "params", step: int | None = None
 ) -> tuple[dict[str, Any], int]:
-    """Restore one item of a checkpoint as numpy arrays, without being told its tree.
+    """Restore one item of a checkpoint as numpy arrays, without a target tree.
 
     Args:
         directory: A checkpoint directory or a pretraining work directory.
@@ -542,10 +543,10 @@ def restore_item(
         step: Step to read; None: the best by held-out likelihood, else the latest.
 
     Returns:
-        The item and the step it was read from.
+        The item and its step.
 
     Raises:
-        CheckpointError: There is no such step or item, or it is damaged.
+        CheckpointError: The step or item does not exist, or it is damaged.
         MissingDependencyError: It is stored as safetensors, which is not installed.
     """
     folder = epath.Path(directory)
@@ -553,14 +554,14 @@ def restore_item(
         arrays, found = read_tensors(folder / TENSOR_FILES[item])
         if step not in (None, found):
             raise _no_step(directory, step, [found])
-        if item != "params":  # the others are no trees, and a name of theirs may hold a slash
+        if item != "params":  # the others are not trees, and their names may contain a slash
             return arrays, found
         return _as_tree(arrays, directory), found
     return _restore_step_item(folder, item, step)
 
 
 def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
-    """Return arrays named by paths (``embedder/gene_embedding``) as the tree of those paths."""
+    """Convert arrays named by paths (``embedder/gene_embedding``) to a nested tree."""
     try:
         return unflatten_dict({tuple(name.split("/")): array for name, array in arrays.items()})
     except (IndexError, TypeError, ValueError) as error:
@@ -576,7 +577,7 @@ def _no_step(directory: object, step: int | None, steps: list[int]) -> Checkpoin
     msg = explain(
         f"'{directory}' has no step {step}",
         f"one of {', '.join(map(str, sorted(steps)))}",
-        "Name one of them",
+        "Use one of them",
     )
     return CheckpointError(msg)
 
@@ -592,9 +593,9 @@ def _restore_step_item(
         steps = list(manager.all_steps())
         if not steps:
             msg = explain(
-                f"'{directory}' holds no complete checkpoint step",
+                f"'{directory}' contains no complete checkpoint step",
                 "at least one",
-                "Let the run save once, or copy the whole directory",
+                "Let the run save once, or copy the complete directory",
             )
             raise CheckpointError(msg)
         if step is None:

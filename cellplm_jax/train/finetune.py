@@ -1,9 +1,9 @@
-"""Fine-tuning: one loop for every task, given a loss, batches, and how a state is validated.
+"""Fine-tuning: one loop for all tasks, given a loss, batches, and a validation function.
 
-It knows parameters, not cells: a task hands over a pure loss of ``(params, example, key)``, an iterable of examples for
-each epoch (any pytree of arrays; every shape among them is compiled once), and a function that scores parameters on
-validation cells. What is trained is decided here: parts may be frozen, learning rates may fall with the distance from
-the output, and the encoder may be tuned through low-rank adapters alone.
+The loop handles parameters, not cells: a task provides a pure loss of ``(params, example, key)``, an iterable of
+examples for each epoch (any pytree of arrays; each distinct shape is compiled once), and a function that scores
+parameters on validation cells. This module decides what is trained: modules may be frozen, learning rates may decay
+with the distance from the output, and the encoder may be tuned through low-rank adapters only.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 """``(params, example, key) -> (loss, metrics)``, pure; all of them float32 scalars."""
 
 SCORE = "validation_score"
-"""The entry of the validation metrics that decides which epoch is the best; higher is better."""
+"""Key of the validation metrics that selects the best epoch; higher is better."""
 
 LOSS = "validation_loss"
-"""The entry that decides between epochs of equal score, and when the learning rate is lowered; lower is better."""
+"""Key that breaks ties of the score and controls the plateau schedule; lower is better."""
 
 MAXIMUM_SKIPPED = 10
-"""Steps in a row that are not finite after which fitting gives up."""
+"""Maximum number of consecutive non-finite steps."""
 
 
 class Trainable(struct.PyTreeNode):
-    """What an optimizer step changes.
+    """Trained parameters.
 
     Attributes:
         params: Parameters by path.
@@ -57,16 +57,16 @@ class Trainable(struct.PyTreeNode):
 
 @dataclass(frozen=True, eq=False)
 class FinetuneResult:
-    """What fine-tuning found.
+    """Result of fine-tuning.
 
     Attributes:
         params: The ``"params"`` collection of the best epoch, adapters merged, as numpy arrays.
-        history: A dictionary an epoch: ``epoch`` (from 1), ``loss`` and what else the loss reports (means over the
+        history: One dictionary per epoch: ``epoch`` (from 1), ``loss`` and other metrics of the loss (means over the
             steps), ``learning_rate``, ``seconds`` since the start, and the validation metrics.
-        best_epoch: The epoch the parameters are of; 0: those that training started from.
-        stopped_early: Whether patience ended it.
-        trained: Scalars that were trained.
-        seconds: Time it took, compilation included.
+        best_epoch: Epoch of the parameters; 0: the initial parameters.
+        stopped_early: Whether it stopped early.
+        trained: Number of trained scalars.
+        seconds: Run time, including compilation.
         start_scores: Validation metrics of epoch 0, if it was validated.
     """
 
@@ -88,20 +88,20 @@ def corrupted_forward(
     *,
     condition: jax.Array | None = None,
 ) -> tuple[ModelOutput, CellBatch, jax.Array | None]:
-    """Run the model as in training: cells dropped, genes hidden, dropout and sampling on.
+    """Run the model in training mode: cells dropped, genes hidden, dropout and sampling on.
 
     Args:
         params: The ``"params"`` collection.
         batch: Contexts of cells.
         key: PRNG key.
         config: The architecture.
-        masking: What is dropped and hidden.
-        condition: See :meth:`cellplm_jax.model.cellplm.CellPLM.__call__`; in the order of ``batch``, and only without
-            dropping cells.
+        masking: Dropped cells and hidden entries.
+        condition: See :meth:`cellplm_jax.model.cellplm.CellPLM.__call__`; in the order of ``batch``, only supported
+            without dropping cells.
 
     Returns:
-        The model's output, the batch of the cells that were kept (move targets along with
-        :func:`cellplm_jax.model.masking.follow_cells`), and which of their entries were hidden, bool
+        The model's output, the batch of the kept cells (reorder targets with
+        :func:`cellplm_jax.model.masking.follow_cells`), and the mask of their hidden entries, bool
         [samples, cells, genes], or None.
     """
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
@@ -123,12 +123,12 @@ def corrupted_forward(
 def clean_forward(
     params: Any, batch: CellBatch, config: ModelConfig, *, condition: jax.Array | None = None
 ) -> ModelOutput:
-    """Run the model as at inference: nothing hidden, nothing random."""
+    """Run the model in inference mode: nothing hidden, deterministic."""
     return CellPLM(config).apply({"params": params}, batch, condition=condition)  # type: ignore[return-value]
 
 
 def is_frozen(path: Path, config: FinetuneConfig) -> bool:
-    """Say whether a parameter stays as it is (where it has an adapter, the adapter is trained instead).
+    """Return whether a parameter is frozen (if it has an adapter, the adapter is trained instead).
 
     Args:
         path: Names from the top of the parameter tree.
@@ -140,7 +140,7 @@ def is_frozen(path: Path, config: FinetuneConfig) -> bool:
 
 
 def adapted_paths(params: Mapping[str, Any]) -> list[Path]:
-    """Return the paths of the matrices that adapters are for: every dense kernel of the encoder."""
+    """Return the paths of the matrices with adapters: all dense kernels of the encoder."""
     return [
         path
         for path, leaf in flatten_dict(dict(params)).items()
@@ -151,7 +151,7 @@ def adapted_paths(params: Mapping[str, Any]) -> list[Path]:
 def init_adapters(
     params: Mapping[str, Any], rank: int, key: jax.Array
 ) -> dict[Path, dict[str, jax.Array]]:
-    """Return adapters that change nothing yet: ``down`` random, ``up`` zero.
+    """Return adapters without initial effect: ``down`` random, ``up`` zero.
 
     Args:
         params: The ``"params"`` collection.
@@ -168,10 +168,10 @@ def init_adapters(
 
 
 def merge(trainable: Trainable, frozen: Mapping[Path, jax.Array], scale: float) -> dict[str, Any]:
-    """Put trained and frozen parameters together: ``params = base + scale * down @ up`` where there is an adapter.
+    """Combine trained and frozen parameters: ``params = base + scale * down @ up`` for adapted matrices.
 
     Args:
-        trainable: What is trained.
+        trainable: Trained parameters.
         frozen: The other parameters, by path.
         scale: Factor on the adapters.
 
@@ -190,8 +190,8 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
     Args:
         path: Names from the top of the parameter tree.
         config: ``embedder_rate``, ``dispersion_rate``, and ``layer_decay`` to the power of the number of layers between
-            the parameter and the output: the latent and what follows it is the last layer, the embedder the first.
-        layers: Layers of the encoder.
+            the parameter and the output: latent, decoder and head are the last layer, the embedder the first.
+        layers: Number of encoder layers.
     """
     depth = layers + 2  # of latent, decoder, head
     if path[0] in ("embedder", "centre"):
@@ -208,7 +208,7 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
 
 
 class _LearningRate:
-    """Linear warm-up over epochs, times what a plateau of the loss has taken off."""
+    """Linear warm-up over epochs, times the plateau factor of the loss."""
 
     def __init__(self, config: FinetuneConfig):
         self._config = config
@@ -220,7 +220,7 @@ class _LearningRate:
         return self._config.learning_rate * self._factor * warmup
 
     def see(self, loss: float) -> None:
-        """Take note of an epoch's loss (torch's ReduceLROnPlateau: relative threshold 1e-4)."""
+        """Update the plateau factor with an epoch's loss (torch's ReduceLROnPlateau: relative threshold 1e-4)."""
         if loss < self._lowest - 1e-4 * abs(self._lowest) or math.isinf(self._lowest):
             self._lowest, self._waited = loss, 0
             return
@@ -246,28 +246,28 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune parameters.
 
-    The result depends on the arguments alone. The steps of an epoch are taken in an order that (seed, epoch) decides,
-    and the key of a step is a function of (seed, step).
+    The result is a deterministic function of the arguments. The order of the steps of an epoch depends on (seed,
+    epoch), the key of a step on (seed, step).
 
     Args:
-        params: Where to start: the ``"params"`` collection. Not changed.
+        params: Initial parameters: the ``"params"`` collection. Not changed.
         config: The recipe.
         loss: Pure loss of one example.
         examples: The examples of an epoch (counted from 0), one optimizer step each.
-        validate: Scores parameters: must report :data:`SCORE` (higher is better), and :data:`LOSS` where it can. None:
+        validate: Scores parameters: must return :data:`SCORE` (higher is better), and :data:`LOSS` if possible. None:
             all epochs are run and the last parameters are kept.
-        layers: Layers of the encoder, for the layer-wise learning rates.
-        start_counts: Validate the given parameters as epoch 0, and keep them if no epoch is better.
-        title: What the progress report calls it.
-        quiet: No progress.
+        layers: Number of encoder layers, for the layer-wise learning rates.
+        start_counts: Validate the initial parameters as epoch 0, and keep them if no epoch is better.
+        title: Title of the progress report.
+        quiet: Disable progress output.
         precision: Of the matrix products, ``"float32"`` or ``"bfloat16"``; parameters and updates stay float32.
         devices: Devices that share the cells of every example; None: JAX's default device.
 
     Returns:
-        The best parameters, and how it went.
+        The best parameters, and the history.
 
     Raises:
-        CellPLMError: Loss or gradients were not finite for :data:`MAXIMUM_SKIPPED` steps in a row.
+        CellPLMError: Loss or gradients were not finite for :data:`MAXIMUM_SKIPPED` consecutive steps.
     """
     start = time.monotonic()
     root = jax.random.key(config.seed)
@@ -320,7 +320,7 @@ def finetune(
             if skipped >= MAXIMUM_SKIPPED:
                 raise CellPLMError(_diverged(epoch, rate))
             row = {"epoch": epoch + 1, **row, "learning_rate": rate}
-            # Early on the mean is over fewer epochs than the decay says, so that it forgets the start.
+            # Bias correction: early means use fewer epochs than the decay implies, so that the start is forgotten.
             decay = min(config.average, (1 + epoch) / (10 + epoch)) if config.average else 0.0
             averaged = blend(averaged, trainable, decay) if decay else trainable
             if validate is not None:
@@ -405,7 +405,7 @@ def _compile_step(
 
 
 def _epoch_row(steps: list[dict[str, np.ndarray]], skipped: int) -> tuple[dict[str, float], int]:
-    """Average the metrics of an epoch's finite steps, and count how many in a row were not."""
+    """Average the metrics of an epoch's finite steps, and count consecutive non-finite ones."""
     sound = []
     for metrics in steps:
         finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])

@@ -1,4 +1,4 @@
-"""What a run is judged by on held-out cells: hidden counts predicted, and a probe of the embedding against labels."""
+"""Held-out evaluation: masked-count prediction and embedding probe."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from cellplm_jax.train.step import (
 )
 
 PROBE_CELLS = 5000
-"""The probe looks at so many labelled held-out cells at most, evenly spread over them."""
+"""Maximum number of labelled held-out cells for the probe, evenly distributed."""
 
 PROBE_NEIGHBORS = 15
 
 
 def heldout_key(config: TrainConfig, number: int) -> jax.Array:
-    """Return the PRNG key that decides what is hidden in a held-out batch."""
+    """Return the PRNG key of the mask of a held-out batch."""
     return jax.random.fold_in(jax.random.key(config.seed + 2), number)
 
 
 def heldout_masks(
     config: TrainConfig, store: CellStore, ranges: Sequence[SampleRange]
 ) -> Iterator[tuple[CellBatch, ArrayLike]]:
-    """Yield the fixed held-out batches and what is hidden in each: the same for every model and baseline.
+    """Yield the fixed held-out batches and their masks, which are the same for every model and baseline.
 
     Args:
-        config: The run; its seed decides the masks.
+        config: The run; its seed determines the masks.
         store: The data.
         ranges: Held-out cells.
 
     Yields:
-        A batch, and bool [samples, cells, genes], True where an entry is hidden.
+        A batch, and bool [samples, cells, genes], True for hidden entries.
     """
     hide = jax.jit(lambda key, batch: heldout_gene_mask(key, batch, config))
     for number, (batch, _, _) in enumerate(heldout_batches(store, ranges, config)):
@@ -61,12 +61,12 @@ def heldout_masks(
 class HeldoutEvaluation:
     """Scores of a state of the run on held-out cells, compiled once.
 
-    With several processes all of them call it, in the same order, and get the same scores.
+    With several processes all of them must call it, in the same order; they get the same scores.
 
     Args:
         config: The run.
         store: The data.
-        ranges: Held-out cells; with none, the scores are empty.
+        ranges: Held-out cells; without any, the scores are empty.
         mesh: From :func:`cellplm_jax.train.sharding.make_mesh`; None: one over all devices.
     """
 
@@ -87,7 +87,7 @@ class HeldoutEvaluation:
         """Return the scores of :func:`cellplm_jax.train.metrics.heldout_scores`.
 
         Args:
-            params: The ``"params"`` collection, wherever it lies.
+            params: The ``"params"`` collection, on any device.
         """
         if not self._batches:
             return {}
@@ -98,14 +98,14 @@ class HeldoutEvaluation:
         return heldout_scores(sums)
 
     def probe(self, params: Any) -> dict[str, float]:
-        """Return how well the embedding of labelled held-out cells keeps their labels.
+        """Return scores of the embedding of labelled held-out cells.
 
         Args:
             params: The ``"params"`` collection.
 
         Returns:
-            ``knn_accuracy``; ``ari`` of Leiden clusters; ``batch_mixing`` of the samples, where there are several.
-            Empty where too few cells have labels, on all processes but the first, and without the extra ``eval`` (see
+            ``knn_accuracy``; ``ari`` of Leiden clusters; ``batch_mixing`` of the samples, if there are several.
+            Empty if too few cells have labels, on all processes except the first, and without the extra ``eval`` (see
             :meth:`missing`).
         """
         parts = [
@@ -130,12 +130,12 @@ class HeldoutEvaluation:
         except MissingDependencyError as error:
             self._missing = str(error)
         except InputError:
-            # An embedding that is not finite has no neighbours.
+            # A non-finite embedding has no neighbours.
             scores["knn_accuracy"] = math.nan
         return scores
 
     def missing(self) -> str | None:
-        """Return, once, why the last probe was incomplete; None: it was not, or that was said before."""
+        """Return once why the last probe was incomplete; None if it was complete or this was reported before."""
         if self._said:
             return None
         self._said = self._missing is not None

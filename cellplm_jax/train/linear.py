@@ -1,4 +1,4 @@
-"""Linear models in closed form or to their optimum: what a network is pooled with, and has to add to."""
+"""Linear models that complement the network and serve as baselines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.optimize import minimize, nnls
 from scipy.special import log_softmax, softmax
 
 PENALTIES = tuple(10.0**power for power in range(0, 7))
-"""Of ridge regression, to choose from."""
+"""Candidate penalties of ridge regression."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,18 +45,18 @@ def fit_linear_classifier(
     weights: np.ndarray | None = None,
     iterations: int = 200,
 ) -> LinearClassifier:
-    """Fit a multinomial logistic regression with an L2 penalty, to its optimum (L-BFGS).
+    """Fit a multinomial logistic regression with an L2 penalty to convergence (L-BFGS).
 
     The objective is scikit-learn's: the sum of the cells' cross-entropies and half the penalty times the squared
-    kernel, the bias left free; ``penalty`` is its ``1 / C``.
+    kernel, with an unpenalised bias; ``penalty`` is its ``1 / C``.
 
     Args:
         features: CSR [cells, features].
         labels: int [cells], below ``classes``.
-        classes: How many there are.
+        classes: Number of classes.
         penalty: Strength of the L2 penalty.
-        weights: float [classes], weight of a cell by its class; None: 1.
-        iterations: Of L-BFGS at most.
+        weights: float [classes], weight of each cell by its class; None: 1.
+        iterations: Maximum number of L-BFGS iterations.
 
     Returns:
         The classifier.
@@ -67,7 +67,7 @@ def fit_linear_classifier(
     truth = np.zeros((cells, classes))
     truth[np.arange(cells), labels] = 1.0
     weight = np.ones(cells) if weights is None else np.asarray(weights, np.float64)[labels]
-    # Per unit of weight, so that the tolerances of the optimizer mean the same for any number of cells.
+    # Per unit of weight, so that the tolerances of the optimizer do not depend on the number of cells.
     total = max(float(weight.sum()), 1e-12)
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -82,16 +82,16 @@ def fit_linear_classifier(
         )
         return value / total, gradient / total
 
-    found: Any = minimize(
+    optimum: Any = minimize(
         objective,
         np.zeros((width + 1) * classes),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": iterations, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-7},
     )
-    kernel = found.x[: width * classes].reshape(width, classes)
+    kernel = optimum.x[: width * classes].reshape(width, classes)
     return LinearClassifier(
-        kernel.astype(np.float32), found.x[width * classes :].astype(np.float32)
+        kernel.astype(np.float32), optimum.x[width * classes :].astype(np.float32)
     )
 
 
@@ -102,17 +102,17 @@ def pool_log_probabilities(
     prior: Sequence[float] | None = None,
     prior_cells: float = 10.0,
 ) -> np.ndarray:
-    """Return the weights with which the log-probabilities of several classifiers are best added.
+    """Return the optimal weights for adding the log-probabilities of several classifiers.
 
     A logarithmic opinion pool (Genest and Zidek, Statistical Science 1986); with one classifier it is temperature
-    scaling (Guo et al., ICML 2017). The weights are those of highest likelihood, held near a prior, so that a handful
-    of cells that are all right does not make every probability 1.
+    scaling (Guo et al., ICML 2017). The weights maximise the likelihood with a prior, so that a few
+    cells that are all correct do not make every probability 1.
 
     Args:
-        log_probabilities: float [classifiers, cells, classes], of cells that none was fitted on.
+        log_probabilities: float [classifiers, cells, classes], of cells that no classifier was fitted on.
         labels: int [cells].
-        prior: Weights to expect; None: ``1 / classifiers`` for each.
-        prior_cells: How many cells the prior counts as.
+        prior: Prior weights; None: ``1 / classifiers`` for each.
+        prior_cells: Number of cells that the prior is worth.
 
     Returns:
         float64 [classifiers], at least 0.
@@ -129,14 +129,14 @@ def pool_log_probabilities(
         value += 0.5 * prior_cells * np.sum((pool - centre) ** 2)
         return float(value), expected - actual + prior_cells * (pool - centre)
 
-    found: Any = minimize(
+    optimum: Any = minimize(
         objective,
         centre,
         jac=True,
         method="L-BFGS-B",
         bounds=[(0.0, None)] * number,
     )
-    return found.x
+    return optimum.x
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ class LinearRegression:
 
 
 class RidgeProblem:
-    """Ridge regression in closed form on features that are decomposed once, for any number of targets.
+    """Closed-form ridge regression for any number of targets, with one decomposition of the features.
 
     Args:
         features: float [cells, features], dense.
@@ -176,7 +176,7 @@ class RidgeProblem:
         self.centre = features.mean(axis=0)
         self.scale = np.maximum(features.std(axis=0), 1e-3)
         self._standard = ((features - self.centre) / self.scale).astype(np.float64)
-        # Eigenvectors of the smaller of the two products of the features with themselves.
+        # Eigenvectors of the smaller of the two Gram matrices.
         if cells <= width:
             values, self._vectors = np.linalg.eigh(self._standard @ self._standard.T)
         else:
@@ -192,9 +192,9 @@ class RidgeProblem:
 
         Args:
             targets: float [cells, targets], dense.
-            penalty: L2 penalty on the standardised features (scikit-learn's ``alpha``). None: that of the smallest
-                leave-one-out error (Golub, Heath and Wahba, Technometrics 1979) among powers of ten, the targets
-                standardised so that each counts alike.
+            penalty: L2 penalty on the standardised features (scikit-learn's ``alpha``). None: the one with the smallest
+                leave-one-out error (Golub, Heath and Wahba, Technometrics 1979) among powers of ten, with standardised
+                targets, so that all have equal weight.
 
         Returns:
             The regression.
@@ -213,7 +213,7 @@ class RidgeProblem:
         )
 
     def _error(self, centred: np.ndarray, rotated: np.ndarray, penalty: float) -> float:
-        """Return the mean squared leave-one-out error of targets divided by their standard deviations."""
+        """Return the mean squared leave-one-out error of the standardised targets."""
         shrink = self._values / (self._values + penalty)
         leverage = np.square(self._vectors) @ shrink + 1.0 / len(centred)
         residual = centred - self._vectors @ (shrink[:, None] * rotated)
@@ -223,14 +223,14 @@ class RidgeProblem:
 
 
 def pool_predictions(truth: np.ndarray, *predictions: np.ndarray) -> list[float]:
-    """Return the weights with which predictions are best added, the same for every gene, at least 0.
+    """Return the optimal weights for adding predictions, at least 0 and the same for every gene.
 
-    Least squares over all cells and genes, each gene of truth and predictions centred, and divided by the truth's
-    standard deviation so that every gene counts alike (stacking: Breiman, Machine Learning 1996).
+    Least squares over all cells and genes, with each gene of truth and predictions centred and divided by the truth's
+    standard deviation, so that all genes have equal weight (stacking: Breiman, Machine Learning 1996).
 
     Args:
         truth: float [cells, genes].
-        *predictions: float [cells, genes] each, for cells that none was fitted to.
+        *predictions: float [cells, genes] each, for cells that no model was fitted to.
     """
     spread = truth.std(axis=0)
     there = spread > 1e-6

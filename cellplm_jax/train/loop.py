@@ -1,7 +1,7 @@
-"""The pretraining loop, to be read from top to bottom: data, work directory, state, then step, evaluate, probe, save.
+"""The pretraining loop, in the order of execution: data, work directory, state, then step, evaluate, probe, save.
 
-All processes of a run go through it in step and see the same numbers; the first one alone writes metrics, card and
-picture. It knows of the others only how many rows of a batch are its own.
+All processes of a run execute it in lockstep and see the same numbers; only the first one writes metrics, card and
+summary figure. Processes differ only in their rows of each batch.
 """
 
 from __future__ import annotations
@@ -65,14 +65,15 @@ METRICS_FILE, PICTURE_FILE = "metrics.jsonl", "run.png"
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
+    """Result of a run.
 
     Attributes:
-        workdir: Opens with ``cellplm_jax.load``; a path of etils, which works like one of pathlib.
-        step: Steps taken.
-        heldout: Held-out scores after the last step; empty where nothing was held out or the run was stopped.
-        cells_per_second: Cells the loss saw a second; compilation, evaluation and saving left out. NaN below two steps.
-        preempted: Whether the run was asked to stop before its end; everything up to ``step`` is saved.
+        workdir: Readable with ``cellplm_jax.load``; an etils path, compatible with pathlib.
+        step: Number of steps.
+        heldout: Held-out scores after the last step; empty without held-out cells or if the run was stopped.
+        cells_per_second: Cells in the loss per second; compilation, evaluation and saving excluded. NaN below two
+            steps.
+        preempted: Whether the run was stopped before its end; all steps up to ``step`` are saved.
     """
 
     workdir: epath.Path
@@ -93,7 +94,7 @@ def pretrain(
     preempted: Callable[[int], bool] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> RunResult:
-    """Pretrain on the devices of all processes; the same ``workdir`` continues where it stopped.
+    """Pretrain on the devices of all processes; the same ``workdir`` resumes a run.
 
     Args:
         config: The run. ``model.genes`` must equal the size of the vocabulary.
@@ -101,9 +102,9 @@ def pretrain(
         workdir: Directory or ``gs://`` address. Receives ``config.json``, ``genes.txt``, ``card.json``,
             ``metrics.jsonl``, TensorBoard files, checkpoints, and at the end ``run.png``.
         card: Facts for the model card (data, licence); completed with the run's own.
-        quiet: No progress.
-        on_step: Called with the step number after every step (tests interrupt a run here).
-        preempted: Asked after every step; True saves this step, waits until it is on disk and returns. All processes
+        quiet: Disable progress output.
+        on_step: Called with the step number after every step (tests interrupt a run with it).
+        preempted: Called after every step; True saves this step, waits until it is on disk and returns. All processes
             must get the same answer.
         devices: Devices to use; None: those of all processes.
 
@@ -119,7 +120,7 @@ def pretrain(
     folder, first_process = epath.Path(workdir), jax.process_index() == 0
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
-    # The run: its data, what of them is held out, and the step that is to be taken, on which devices.
+    # Data, held-out split, mesh and compiled step.
     found = open_workdir(folder, config, store)
     config = with_covariates(config, store, found.train if found else None)
     train, heldout = split_heldout(store, config.data, config.seed)
@@ -128,14 +129,14 @@ def pretrain(
     take_step = compile_training_step(config, mesh)
     evaluate = HeldoutEvaluation(config, store, heldout, mesh)
 
-    # The work directory: writable, with room, and saying which run this is.
+    # Work directory: check that it is writable, has enough space, and belongs to this run.
     check_room(folder, abstract_state(config, mesh), keep=config.keep_checkpoints)
     _describe_run(folder, found, config, store, run_card(config, store, train, heldout, card))
     if added := added_samples(found, store):
-        progress.say(f"the data has gained {added} samples; their batches start as the mean batch")
+        progress.say(f"the data has {added} new samples; their batch embeddings start at the mean")
     checkpoints = RunCheckpoints(folder, keep=config.keep_checkpoints)
 
-    # The state: restored from the latest checkpoint, or created, where it will live.
+    # State: restored from the latest checkpoint, or initialised with its sharding.
     start = checkpoints.latest_step() or 0
     if start:
         state, facts = _restored_state(checkpoints, start, config, mesh)
@@ -153,7 +154,7 @@ def pretrain(
     scores: dict[str, float] = {}
     step, stopped = start, False
     try:
-        # Before the first step; and where the run was stopped at one that it did not wait to score.
+        # Before the first step; and if the run was stopped at a step without waiting for its scores.
         if heldout and start % config.evaluate_every == 0 and not facts["evaluated"]:
             log.write(start, "heldout", evaluate(state.params))
         if config.probe_every and start % config.probe_every == 0 and not facts["probed"]:
@@ -162,7 +163,7 @@ def pretrain(
             step += 1
             batch, late = log.timed(feed)
             state, metrics = take_step(state, batch)
-            # This reads the numbers of the step before, while this one runs.
+            # Reads the metrics of the previous step while this one runs.
             log.push(step, metrics, late)
 
             last = step == config.steps
@@ -234,7 +235,7 @@ def _shared_projection(
 
 
 def _due(step: int, every: int, last: bool, stopped: bool) -> bool:
-    """Say whether something that happens every so many steps happens now; a run told to stop does not wait for it."""
+    """Return whether a periodic action is due; a stopped run does not wait for it."""
     return (step % every == 0 or last) and not stopped
 
 
@@ -245,11 +246,11 @@ def _describe_run(
     store: CellStore,
     facts: dict[str, Any],
 ) -> None:
-    """Write the root files of a new run; bring those of one that goes on up to date."""
+    """Write the root files of a new run, or update those of a resumed run."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        # Nobody writes before everybody has read what was there.
+        # Wait until all processes have read the existing files before writing.
         multihost_utils.sync_global_devices("cellplm_jax: work directory read")
     if jax.process_index() != 0:
         return
@@ -271,10 +272,10 @@ def _describe_run(
 def _restored_state(
     checkpoints: RunCheckpoints, step: int, config: TrainConfig, mesh: Any
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Restore a checkpoint onto this run's mesh, with more covariate rows where the data has grown since.
+    """Restore a checkpoint onto this run's mesh, with additional covariate rows if samples were added.
 
     Returns:
-        The state, and the facts it was saved with.
+        The state, and its saved facts.
     """
     facts = checkpoints.run_facts(step)
     state = checkpoints.restore(abstract_state(with_rows(config, facts["rows"]), mesh), step)
@@ -293,7 +294,7 @@ def _restored_state(
 
 
 def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBatch, None, None]:
-    """Yield batches on the devices; the next one is on its way there while one is computed on."""
+    """Yield batches on the devices; the next one is transferred during the computation."""
     ahead = None
     with contextlib.closing(local_batches):
         for local in local_batches:
@@ -306,13 +307,13 @@ def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBat
 
 
 class _StepLog:
-    """Reads the numbers of each step one step late, so that the devices never wait for it, and writes them down.
+    """Reads and logs the metrics of each step one step late, so that the devices never wait for it.
 
     Attributes:
-        step: The last step whose numbers were read.
-        metrics: Those numbers.
-        skipped_in_a_row: How many of the latest steps read changed nothing.
-        note: What the progress says besides the loss.
+        step: The last step whose metrics were read.
+        metrics: Those metrics.
+        skipped_in_a_row: Number of consecutive skipped steps.
+        note: Additional text for the progress report.
         rates: The clock.
     """
 
@@ -334,10 +335,9 @@ class _StepLog:
         self.metrics: dict[str, float] = {}
 
     def timed(self, feed: Iterator[CellBatch]) -> tuple[CellBatch, float]:
-        """Take the next batch; also return for how many seconds the devices had nothing to do meanwhile.
+        """Return the next batch, and an upper bound of the seconds during which the devices were idle.
 
-        They had where the step before was over when the batch came. It may have ended in the meantime, so that this is
-        an upper bound.
+        They were idle if the previous step was finished when the batch arrived; it may have finished in the meantime.
         """
         began = time.monotonic()
         batch = next(feed)
@@ -345,13 +345,13 @@ class _StepLog:
         return batch, time.monotonic() - began if idle else 0.0
 
     def push(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
-        """Note that a step was started, and read the one before."""
+        """Record that a step was started, and read the previous one."""
         before, self._pending = self._pending, (step, metrics, late)
         if before is not None:
             self._read(*before)
 
     def settle(self) -> None:
-        """Read the step that was started last, too."""
+        """Read the last started step."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._read(*pending)
@@ -381,12 +381,12 @@ class _StepLog:
             self._writer.write(step, split, values)
 
     def flush(self) -> None:
-        """Make sure that every line so far survives the process."""
+        """Flush all lines to disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def resume(self) -> None:
-        """Start the clock again after evaluating, probing or saving."""
+        """Restart the clock after evaluation, probe or save."""
         self.rates.resume()
 
     def close(self) -> None:
@@ -400,7 +400,7 @@ def _not_finite(metrics: Mapping[str, float]) -> str:
 
 
 def _diverged(log: _StepLog, batches: TrainingBatches, state: TrainState) -> CellPLMError:
-    """Say what is known about why loss or gradients are not finite, step after step."""
+    """Return an error with diagnostics after consecutive steps with non-finite loss or gradients."""
     named = {"/".join(path): leaf for path, leaf in flatten_dict(state.params).items()}
     norms = {
         name: float(norm)
@@ -424,7 +424,7 @@ def _diverged(log: _StepLog, batches: TrainingBatches, state: TrainState) -> Cel
         f"{log.skipped_in_a_row} steps in a row were skipped, the last of them step {log.step}: "
         f"{_not_finite(log.metrics) or 'gradients'} not finite; {parameters}; its batch held {held}",
         "finite loss and gradients",
-        "Look at those samples, or start anew in another directory with a lower optimizer.learning_rate or "
+        "Check those samples, or start again in another directory with a lower optimizer.learning_rate or "
         "optimizer.clip_norm or with precision float32; the last checkpoint of this one is intact",
     )
     return CellPLMError(msg)
@@ -439,7 +439,7 @@ def _complete_card(
     log: _StepLog,
     seconds: float,
 ) -> None:
-    """Write into the model card how the run went."""
+    """Add a summary of the run to the model card."""
     card = read_root(workdir).card
     before = card.get("training", {})
     if before.get("steps") == step and start == step:
@@ -469,7 +469,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _draw(workdir: epath.Path) -> None:
-    """Draw the run's picture, where matplotlib is installed."""
+    """Draw the summary figure of the run, if matplotlib is installed."""
     from cellplm_jax.plot import run_picture
 
     try:

@@ -1,4 +1,4 @@
-"""What a run reports: held-out scores, rates, and where they are written (JSON lines, TensorBoard)."""
+"""Metrics of a run: held-out scores, rates, and their output (JSON lines, TensorBoard)."""
 
 from __future__ import annotations
 
@@ -47,25 +47,27 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("v100", 125e12),
     ("t4", 65e12),
 )
-"""Vendors' dense bfloat16 peak of one jax device in FLOP/s (float16 for V100 and T4; v2 and v3: one core), by what the
-device kind contains; the first match counts."""
+"""Vendors' dense bfloat16 peak of one jax device in FLOP/s (float16 for V100 and T4; v2 and v3: one core), by a
+substring of the device kind; the first match is used.
+"""
 
 
 def model_flops(config: TrainConfig, cells: float, nonzeros: float) -> float:
-    """Return the floating-point operations that training on some cells asks for, forward and backward.
+    """Return the model FLOPs of a forward and backward pass over some cells.
 
-    A count of the mathematics, whatever the hardware really does: padding, densified zeros and recomputed activations
-    are not in it, so a model-FLOP utilisation made from it cannot be raised by wasting arithmetic. Forward, in
+    Counts the mathematical operations, independently of the hardware: padding, densified zeros and recomputed
+    activations are excluded, so that wasted arithmetic does not raise the model-FLOP utilisation. Forward, in
     multiplications and additions::
 
         each stored count         2 hidden                 (its row of the gene embedding, scaled and added)
         each cell                 2 in out                 summed over every linear layer [in, out]
-          flow attention          4 hidden hidden/heads    a layer (the two products around the flow)
-          performer               8 hidden features        a layer
-          softmax                 4 hidden data.cells      a layer
+          flow attention          4 hidden hidden/heads    per layer (the two products around the flow)
+          performer               8 hidden features        per layer
+          softmax                 4 hidden data.cells      per layer
 
-    Backward takes twice the forward of the cells (gradients of the inputs and of the weights) and once that of the
-    stored counts, whose inputs need no gradient. Left out: element-wise work, sums over cells, the likelihood, AdamW.
+    The backward pass takes twice the forward of the cells (gradients of the inputs and of the weights) and once that of
+    the stored counts, whose inputs need no gradient. Excluded: element-wise operations, sums over cells, the
+    likelihood, AdamW.
 
     Args:
         config: The run.
@@ -77,20 +79,20 @@ def model_flops(config: TrainConfig, cells: float, nonzeros: float) -> float:
 
 
 def embedding_flops(config: ModelConfig, cells: float, nonzeros: float, context: int = 0) -> float:
-    """Return the operations that embedding some cells asks for: the forward part of :func:`model_flops`, undecoded.
+    """Return the model FLOPs of embedding: the forward part of :func:`model_flops`, without the decoder.
 
     Args:
         config: The architecture.
-        cells: Cells that are embedded.
+        cells: Number of embedded cells.
         nonzeros: Their stored counts.
-        context: Cells of a context; matters to softmax attention alone.
+        context: Cells per context; only relevant for softmax attention.
     """
     parts = ("embedder", "encoder", "latent")
     return cells * _forward_flops(config, context, parts) + 2.0 * nonzeros * config.hidden
 
 
 def _forward_flops(config: ModelConfig, context: int, parts: tuple[str, ...] = ()) -> float:
-    """Return the operations of one cell: linear layers of some parts (none: of all), and attention."""
+    """Return the FLOPs per cell: linear layers of some modules (none: of all), and attention."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     linear = sum(
         2.0 * math.prod(leaf.shape)
@@ -109,15 +111,15 @@ def _forward_flops(config: ModelConfig, context: int, parts: tuple[str, ...] = (
 
 
 def peak_flops(precision: str = "float32") -> tuple[float, str]:
-    """Return the arithmetic peak of all devices together, and where the number comes from.
+    """Return the peak FLOP/s of all devices together, and its source.
 
     Args:
-        precision: Of the factors of the product that is timed on a CPU; its sums are float32.
+        precision: Precision of the factors of the matrix product that is timed on a CPU; its sums are float32.
 
     Returns:
         FLOP/s (NaN for an accelerator that is not in :data:`PEAK_FLOPS`), and ``"table"``, ``"measured"`` or
-        ``"unknown"``. A CPU has no entry in a table: a matrix product is timed instead, on this machine, of which all
-        CPU devices are shares.
+        ``"unknown"``. For CPUs, which are not in the table, a matrix product is timed on this machine; all
+        CPU devices share its result.
     """
     device = jax.local_devices()[0]
     kind = device.device_kind.lower()
@@ -142,11 +144,11 @@ _COUNTED = ("cells", "read_cells", "slots", "nonzeros")
 
 
 class StepRates:
-    """Rates of training between two log lines: time spent on evaluating, saving and compiling is not counted.
+    """Rates of training between two log lines, without evaluation, saving and compilation.
 
     Args:
         config: The run.
-        peak: FLOP/s of all devices, from :func:`peak_flops`; NaN leaves the utilisation out.
+        peak: FLOP/s of all devices, from :func:`peak_flops`; NaN omits the utilisation.
     """
 
     def __init__(self, config: TrainConfig, peak: float):
@@ -159,16 +161,16 @@ class StepRates:
         self.total = dict(self._lap)
 
     def resume(self) -> None:
-        """Start the clock anew after an interruption; the first step starts it by itself."""
+        """Restart the clock after an interruption; the first step starts it automatically."""
         if self._mark is not None:
             self._mark = time.monotonic()
 
     def step(self, metrics: Mapping[str, float], waited: float) -> None:
-        """Count a step that has just ended.
+        """Count a finished step.
 
         Args:
-            metrics: Of the step; its ``cells``, ``read_cells``, ``slots`` and ``nonzeros`` are counted.
-            waited: Seconds for which its batch was late.
+            metrics: Metrics of the step; its ``cells``, ``read_cells``, ``slots`` and ``nonzeros`` are counted.
+            waited: Seconds of waiting for its batch.
         """
         now = time.monotonic()
         if self._mark is not None:
@@ -185,13 +187,13 @@ class StepRates:
 
     @property
     def cells_per_second(self) -> float:
-        """Cells the loss saw a second, over all steps counted; NaN before the second one."""
+        """Cells in the loss per second, over all counted steps; NaN before the second one."""
         seconds = self.total["seconds"]
         return self.total["cells"] / seconds if seconds > 0 else math.nan
 
     @property
     def utilisation(self) -> float:
-        """Model-FLOP utilisation over all steps counted; NaN before the second one or without a known peak."""
+        """Model-FLOP utilisation over all counted steps; NaN before the second one or without a known peak."""
         seconds = self.total["seconds"]
         return self._flops(self.total) / seconds / self._peak if seconds > 0 else math.nan
 
@@ -199,15 +201,15 @@ class StepRates:
         return self._flops_per_cell * counted["cells"] + self._flops_per_nonzero * _seen(counted)
 
     def lap(self, remaining_steps: int) -> dict[str, float]:
-        """Return the rates since the last call and start counting anew.
+        """Return the rates since the last call and restart the counters.
 
         Args:
-            remaining_steps: Steps to go.
+            remaining_steps: Number of remaining steps.
 
         Returns:
-            ``cells_per_second`` and ``nonzeros_per_second`` (of what the loss saw: dropped cells are not counted),
-            ``data_wait`` (share of the time for which a device had nothing to do because the next batch was late),
-            ``model_flop_utilisation``, and ``eta_seconds``, in which evaluating and saving have their usual share.
+            ``cells_per_second`` and ``nonzeros_per_second`` (without dropped cells),
+            ``data_wait`` (fraction of the time during which devices were idle because the next batch was late),
+            ``model_flop_utilisation``, and ``eta_seconds``, including evaluation and saving in the usual proportion.
             Empty before the second step.
         """
         lap, seconds = self._lap, self._lap["seconds"]
@@ -226,21 +228,21 @@ class StepRates:
 
 
 def _seen(counted: Mapping[str, float]) -> float:
-    """Return the stored counts of the cells that were not dropped, taken in proportion."""
+    """Return the approximate stored counts of the cells that were not dropped."""
     return counted["nonzeros"] * counted["cells"] / max(counted["read_cells"], 1.0)
 
 
 def heldout_scores(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Turn the sums of :func:`cellplm_jax.train.step.evaluation_step` into scores.
+    """Compute scores from the sums of :func:`cellplm_jax.train.step.evaluation_step`.
 
     Args:
-        sums: One dictionary a held-out batch.
+        sums: One dictionary per held-out batch.
 
     Returns:
         ``masked_correlation``: Pearson correlation of log1p counts over all masked entries together;
-        ``masked_correlation_per_gene``: mean over genes of the correlation over their masked cells (genes whose truth
-        or prediction is constant there are left out), which a prediction by gene means cannot score in;
-        ``nb_log_likelihood``: mean log-likelihood of a masked entry in nats. NaN where nothing was masked.
+        ``masked_correlation_per_gene``: mean over genes of the correlation over their masked cells (without genes whose
+        truth or prediction is constant), for which a prediction by gene means has no score;
+        ``nb_log_likelihood``: mean log-likelihood per masked entry in nats. NaN without masked entries.
     """
     total: dict[str, np.ndarray] = {}
     for part in sums:
@@ -268,13 +270,13 @@ def heldout_scores(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read a ``metrics.jsonl`` file; a line cut off by a crash is left out.
+    """Read a ``metrics.jsonl`` file; an incomplete last line is ignored.
 
     Args:
-        path: The file, here or at a ``gs://`` address.
+        path: The file, local or at a ``gs://`` address.
 
     Returns:
-        One dictionary a line.
+        One dictionary per line.
     """
     rows = []
     for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
@@ -286,15 +288,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes metrics as JSON lines, and to TensorBoard where ``tensorboardX`` (extra ``train``) is installed.
+    """Writes metrics as JSON lines, and to TensorBoard if ``tensorboardX`` (extra ``train``) is installed.
 
-    Lines are appended; on resuming, lines past the restored step are removed first, so a step never stands twice. An
-    object store cannot append: for a ``gs://`` address everything is written on this machine and copied there whole by
-    :meth:`flush`, which the loop calls before every checkpoint, and otherwise once a minute.
+    Lines are appended; on resuming, lines past the restored step are removed first, so that no step is repeated. Object
+    stores cannot append: for a ``gs://`` address the files are written locally and copied completely by
+    :meth:`flush`, which the loop calls before every checkpoint, and at least once per minute.
 
     Args:
         workdir: Work directory of the run.
-        resume_step: The step the run continues from.
+        resume_step: The step from which the run resumes.
 
     Raises:
         InputError: The file cannot be written (also from :meth:`write` and :meth:`flush`).
@@ -309,7 +311,7 @@ class MetricsWriter:
         kept = []
         source = (self._remote or epath.Path(self._folder)) / "metrics.jsonl"
         if source.exists():
-            # A run that starts over writes its step 0 again.
+            # A restarted run writes its step 0 again.
             last = resume_step if resume_step > 0 else -1
             kept = [row for row in read_metrics(source) if row.get("step", 0) <= last]
         with self._explained():
@@ -339,7 +341,7 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Make sure that every line so far survives the process."""
+        """Flush all lines to disk."""
         with self._explained():
             self._file.flush()
             if self._tensorboard is not None:
@@ -370,9 +372,9 @@ class MetricsWriter:
 
 
 class _EventFile:
-    """Scalars for TensorBoard, written by the thread that has them.
+    """Scalars for TensorBoard, written in the calling thread.
 
-    ``SummaryWriter`` writes from a thread of its own, which a full disk ends; its queue then blocks the run for ever.
+    ``SummaryWriter`` uses a background thread that ends when the disk is full; its queue then blocks the run forever.
     """
 
     def __init__(self, folder: Path, writer: Any, event: Any, summary: Any):
@@ -381,7 +383,7 @@ class _EventFile:
 
     @classmethod
     def open(cls, folder: Path) -> _EventFile | None:
-        """Begin a file; None: ``tensorboardX`` is not installed."""
+        """Create a file; None: ``tensorboardX`` is not installed."""
         try:
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event
@@ -392,7 +394,7 @@ class _EventFile:
         return cls(folder, EventsWriter, Event, Summary)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Write the finite ones of some scalars."""
+        """Write the finite scalars."""
         scalars = [
             self._summary.Value(tag=f"{split}/{name}", simple_value=float(value))
             for name, value in values.items()
@@ -402,7 +404,7 @@ class _EventFile:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Flush to the operating system."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""Which array lies where: the only module that knows meshes and partition specs.
+"""Mesh construction and sharding rules; the only module that uses meshes and partition specs.
 
-One mesh with three axes - ``data`` (rows of a batch), ``cells`` (the cells of a row too large for one device) and
-``genes`` (the vocabulary) - and one table, :data:`LOGICAL_AXES`, that says along which of them each axis of an array is
-split. The compiler derives the communication: every use of the cell axis in flow attention is a sum, and so is every
-use of the gene axis in embedder and likelihood, so what crosses devices are sums, never cells.
+One mesh with three axes - ``data`` (rows per batch), ``cells`` (the cells of a row too large for one device) and
+``genes`` (the vocabulary) - and one table, :data:`LOGICAL_AXES`, that maps each array axis to a mesh axis. The compiler
+derives the communication: flow attention only sums over the cell axis, and embedder and likelihood only sum over the
+gene axis, so devices communicate sums, never cells.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from cellplm_jax.errors import ConfigError, explain
 
 MESH_AXES = ("data", "cells", "genes")
 
-# The table: an axis of an array, by its name, and the axis of the mesh it is split over. Any other axis is not split.
+# Logical array axis -> mesh axis. All other axes are not sharded.
 LOGICAL_AXES: tuple[tuple[str, str], ...] = (
     ("samples", "data"),
     ("cells", "cells"),
     ("genes", "genes"),
 )
 
-# The axes of the fields of a batch, in order. The CSR arrays have an axis of pieces, split like cells, where there are
-# several, and ``measured`` one of segments.
+# Axes of the fields of batches. With several pieces, the CSR arrays have an axis of pieces, which is sharded like
+# cells; with several segments, ``measured`` has an axis of segments.
 BATCH_AXES: dict[str, tuple[str | None, ...]] = {
     "indptr": ("samples", "cells", None),
     "gene": ("samples", "cells", None),
@@ -49,8 +49,8 @@ BATCH_AXES: dict[str, tuple[str | None, ...]] = {
     "platform": ("samples", "cells"),
 }
 
-# The parameters that have a gene axis, by the end of their path; optimizer moments follow their parameter. All other
-# parameters are held whole by every device.
+# Parameters with a gene axis, by the end of their path; optimizer moments have the same sharding. All other
+# parameters are replicated.
 PARAMETER_AXES: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embedder", "gene_embedding"): ("genes", None),
     ("decoder", "log_mean", "kernel"): (None, "genes"),
@@ -69,15 +69,15 @@ def make_mesh(
     *,
     rows: int | None = None,
 ) -> Mesh:
-    """Arrange devices as the run wants them.
+    """Create the device mesh of a run.
 
-    Devices are laid out by process and number, ``data`` outermost: a process holds neighbouring rows of the batch, and
-    the chatty axes run over neighbouring devices.
+    Devices are ordered by process and number, with ``data`` outermost: each process holds neighbouring rows of the
+    batch, and the axes with more communication use neighbouring devices.
 
     Args:
         config: Devices along each axis; None: all along ``data``.
         devices: Devices to use; None: those of all processes.
-        rows: Rows of a batch. With ``data = 0`` and one process, devices that could not share them evenly are left out.
+        rows: Rows per batch. With ``data = 0`` and one process, devices that do not divide them are omitted.
 
     Raises:
         ConfigError: The axes do not multiply to the number of devices.
@@ -96,7 +96,7 @@ def make_mesh(
             f"a mesh of {data or 'any number'} (data) x {config.cells} (cells) x {config.genes} (genes) for "
             f"{len(devices)} devices",
             "a product equal to the number of devices",
-            "Change config.mesh; mesh.data = 0 takes all devices that the other two axes leave",
+            "Change config.mesh; mesh.data = 0 uses all devices that the other two axes leave",
         )
         raise ConfigError(msg)
     grid = np.array(devices).reshape(data, config.cells, config.genes)
@@ -104,16 +104,16 @@ def make_mesh(
 
 
 def check_divides(mesh: Mesh, *, rows: int, genes: int, cells: int) -> None:
-    """Check that a run's shapes can be split over a mesh.
+    """Check that the mesh divides a run's shapes.
 
     Args:
         mesh: From :func:`make_mesh`.
-        rows: Rows of a batch.
+        rows: Rows per batch.
         genes: Size of the vocabulary.
-        cells: Cells of a row.
+        cells: Cells per row.
 
     Raises:
-        ConfigError: An axis is not a multiple of its devices; the message lists numbers that are.
+        ConfigError: An axis is not a multiple of its devices; the message lists valid numbers.
     """
     for what, size, axis in (
         ("data.rows", rows, "data"),
@@ -134,7 +134,7 @@ def check_divides(mesh: Mesh, *, rows: int, genes: int, cells: int) -> None:
 
 
 def one_device_mesh() -> Mesh:
-    """Return a mesh of this process's first device, on which every sharding is trivial."""
+    """Return a mesh of this process's first device; every sharding on it is trivial."""
     return make_mesh(MeshConfig(), jax.local_devices()[:1])
 
 
@@ -144,20 +144,20 @@ def _spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays that every device holds whole."""
+    """Return the sharding of replicated arrays."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_cells(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays [samples, cells, ...] of which every device holds its share of the cells."""
+    """Return the sharding of arrays [samples, cells, ...] over cells."""
     return NamedSharding(mesh, _spec(("samples", "cells")))
 
 
 def joined_copies(mesh: Mesh, copies: Sequence[Any]) -> Any:
-    """Make one tree of arrays, which every device holds whole, of the trees that the devices hold; nothing is copied.
+    """Combine equal arrays on several devices into one tree of replicated arrays, without copying.
 
     Args:
-        mesh: Of the devices of the copies.
+        mesh: Mesh of the devices of the copies.
         copies: Trees of equal arrays, each on one device.
     """
 
@@ -174,8 +174,8 @@ def batch_shardings(mesh: Mesh, batch: CellBatch, *, accumulated: bool = True) -
 
     Args:
         mesh: From :func:`make_mesh`.
-        batch: Arrays or their shapes; tells which fields there are.
-        accumulated: Whether the fields have a leading axis of batches whose gradients are averaged.
+        batch: Arrays or their shapes; determines which fields are present.
+        accumulated: Whether the fields have a leading axis of accumulated batches.
 
     Returns:
         A batch with a sharding in place of each array.
@@ -194,11 +194,11 @@ def batch_shardings(mesh: Mesh, batch: CellBatch, *, accumulated: bool = True) -
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Return the shardings of a state or of parameters: those with a gene axis are split over ``genes``.
+    """Return the shardings of a state or of parameters: those with a gene axis are sharded over ``genes``.
 
     Args:
         mesh: From :func:`make_mesh`.
-        state: A tree of arrays or shapes with the parameters' paths in it.
+        state: A tree of arrays or shapes that contains the parameters' paths.
     """
 
     def of(path: tuple, leaf: Any) -> NamedSharding:
@@ -212,14 +212,14 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """Return which rows of a batch this process has to load.
+    """Return the rows of a batch that this process loads.
 
     Args:
         mesh: From :func:`make_mesh`.
-        rows: Rows of the whole batch.
+        rows: Rows of the global batch.
 
     Returns:
-        The first row, and how many.
+        The first row, and the number of rows.
     """
     mine = [
         place
@@ -235,13 +235,13 @@ def local_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
 
 
 def to_global(mesh: Mesh, batch: CellBatch, rows: int, *, accumulated: bool = True) -> CellBatch:
-    """Put this process's rows of a batch on its devices, as its part of one global batch.
+    """Create a global batch from this process's rows.
 
     Args:
         mesh: From :func:`make_mesh`.
         batch: numpy arrays with the rows of :func:`local_rows`.
-        rows: Rows of the whole batch.
-        accumulated: Whether the fields have a leading axis of batches whose gradients are averaged.
+        rows: Rows of the global batch.
+        accumulated: Whether the fields have a leading axis of accumulated batches.
 
     Returns:
         A batch of global ``jax.Array``.
@@ -266,20 +266,20 @@ def to_global(mesh: Mesh, batch: CellBatch, rows: int, *, accumulated: bool = Tr
 
 
 def return_freed_memory() -> None:
-    """Give memory that this process has freed back to the system.
+    """Return freed memory of this process to the system.
 
-    Compiling a training step for a CPU leaves 800 MiB that the C library would keep, and that the arrays of the step,
-    far larger in one piece, cannot use. Does nothing where the C library has no such call (any but glibc).
+    Compiling a training step for a CPU leaves 800 MiB that the C library would keep but that is too fragmented for the
+    larger arrays of the step. Has no effect if the C library lacks this call (any except glibc).
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class MeshFunction:
-    """A jitted function that is always traced, lowered and called with its mesh and the table of logical axes.
+    """A jitted function that is traced, lowered and called within its mesh and the table of logical axes.
 
     Args:
-        function: What to compile.
+        function: Function to compile.
         mesh: From :func:`make_mesh`.
         options: Passed to ``jax.jit``.
     """

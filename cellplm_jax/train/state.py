@@ -1,4 +1,4 @@
-"""The state of a training run: everything that a resumed run needs to continue as if nothing had happened."""
+"""State of a training run: everything required to resume it exactly."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TrainState(struct.PyTreeNode):
     The KL warm-up is a function of ``step`` and the random streams of (seed, step), so neither needs a field.
 
     Attributes:
-        step: int32 scalar. Steps taken, skipped ones included.
+        step: int32 scalar. Number of steps, including skipped ones.
         params: The ``"params"`` collection, float32.
         optimizer: Optimizer state.
-        skipped: int32 scalar. Steps that changed nothing because the loss or a gradient was not finite.
-        skipped_in_a_row: int32 scalar. How many of the latest steps those were.
+        skipped: int32 scalar. Steps without an update because the loss or a gradient was not finite.
+        skipped_in_a_row: int32 scalar. Number of consecutive skipped steps up to now.
     """
 
     step: jax.Array
@@ -45,9 +45,9 @@ def create_state(
 
     Args:
         config: The run.
-        gene_means: float [genes], mean count of each gene. The decoder's output bias starts at their logarithm, so
-            that training need not spend its first hundreds of steps on learning which genes are common.
-        projection: The start of a model with a trunk; None: random.
+        gene_means: float [genes], mean count of each gene. The decoder's output bias is initialised to their logarithm,
+            so that training does not spend its first hundreds of steps on learning which genes are common.
+        projection: Initialisation of a model with a trunk; None: random.
     """
     params = init_params(config.model, jax.random.key(config.seed))
     if gene_means is not None and "log_mean" in params.get("decoder", {}):

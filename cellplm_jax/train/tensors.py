@@ -1,7 +1,7 @@
-"""Weights as one safetensors file: the only module that knows safetensors.
+"""Weights as one safetensors file; the only module that uses safetensors.
 
-The form in which models travel: names and shapes in a header, numbers behind it, nothing that could be executed. The
-header also holds the training step and a checksum.
+The exchange format of models: a header with names and shapes, followed by the numbers; no executable content. The
+header also contains the training step and a checksum.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ EXTRA = "hub"
 
 
 def write_tensors(path: Path, arrays: Mapping[str, Any], *, step: int) -> None:
-    """Write named arrays as one file.
+    """Write named arrays to one file.
 
     Args:
-        path: The file, in a folder that is not yet in use.
+        path: The file, in a new folder.
         arrays: The arrays by name.
         step: Training step of the arrays.
 
@@ -34,20 +34,20 @@ def write_tensors(path: Path, arrays: Mapping[str, Any], *, step: int) -> None:
         MissingDependencyError: safetensors is not installed.
     """
     library = require("safetensors.numpy", EXTRA, "Writing weights as safetensors")
-    # safetensors writes the memory of an array as it lies, so views and transposed arrays are copied first.
+    # safetensors writes memory without strides, so views and transposed arrays are copied first.
     plain = {name: np.array(array, order="C") for name, array in arrays.items()}
     about = {"format": "cellplm-jax", "step": str(step), "sha256": _checksum(plain)}
     library.save_file(plain, path, metadata=about)
 
 
 def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
-    """Read what :func:`write_tensors` wrote, or a file of the same form from elsewhere.
+    """Read a file of :func:`write_tensors`, or another file in this format.
 
     Args:
-        path: The file, on this machine or at a ``gs://`` address.
+        path: The file, local or at a ``gs://`` address.
 
     Returns:
-        The arrays by name, and the step; 0 where the file does not name one.
+        The arrays by name, and the step; 0 if the file has none.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -63,7 +63,7 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
                 about = opened.metadata() or {}
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if "sha256" in about and about["sha256"] != _checksum(arrays):
-            msg = "its numbers do not have the checksum in its header"
+            msg = "its checksum does not match its header"
             raise ValueError(msg)
         return arrays, int(about.get("step", 0))
     except (library.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""The work directory of a run: whether it belongs to this run, whether there is room in it, and its model card."""
+"""Work directory of a run: ownership check, disk space check, and model card."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ CHANGEABLE = (
     "data.threads",
     "data.prefetch",
 )
-"""Keys of a configuration that may differ when a run is resumed. ``mesh.cells`` among them decides in how many pieces a
-row is laid out, and with that the random draws from there on; all others change no number."""
+"""Keys of a configuration that may differ when a run is resumed. Among them, ``mesh.cells`` determines the number of
+pieces per row and therefore later random draws; all others change no number.
+"""
 
 _ROWS = (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms"))
 
@@ -46,12 +47,12 @@ _ROWS = (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms"
 def with_covariates(
     config: TrainConfig, store: CellStore, old: TrainConfig | None = None
 ) -> TrainConfig:
-    """Give the decoder as many covariate rows as the data has values; larger sizes set before are kept.
+    """Set the numbers of covariate rows of the decoder from the data; larger configured sizes are kept.
 
     Args:
         config: The run.
         store: Its data.
-        old: The same run as it was, if it was there before.
+        old: The existing configuration of the run, if any.
 
     Raises:
         InputError: The data and the configuration have different numbers of genes.
@@ -72,7 +73,7 @@ def with_covariates(
 
 
 def with_rows(config: TrainConfig, sizes: Mapping[str, int]) -> TrainConfig:
-    """Return the configuration with other numbers of covariate rows.
+    """Return the configuration with given numbers of covariate rows.
 
     Args:
         config: The run.
@@ -88,11 +89,11 @@ def rows_of(config: TrainConfig) -> dict[str, int]:
 
 
 def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
-    """Return what identifies the data of a run.
+    """Return the identification of a run's data.
 
     Args:
         store: The data.
-        samples: Look at so many samples only, from the first; None: at all.
+        samples: Use only this number of first samples; None: all.
     """
     records = store.samples[:samples]
     table = [dataclasses.astuple(record) for record in records]
@@ -107,25 +108,25 @@ def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
 def open_workdir(
     workdir: str | os.PathLike, config: TrainConfig, store: CellStore
 ) -> ModelFiles | None:
-    """Read the root files of a run that is resumed, and check that it is this one. Writes nothing.
+    """Read the root files of a resumed run, and check that they match. Writes nothing.
 
     Args:
-        workdir: Work directory, here or at a ``gs://`` address.
-        config: The run as asked for now.
-        store: Its data as it is now.
+        workdir: Work directory, local or a ``gs://`` address.
+        config: The requested configuration.
+        store: The current data.
 
     Returns:
-        What lies there; None: nothing yet, this is a new run.
+        The root files; None for a new run.
 
     Raises:
-        CheckpointError: Configuration, vocabulary or data are those of another run. Samples may have been added at the
+        CheckpointError: Configuration, vocabulary or data belong to another run. Samples may have been added at the
             end of the data, and the keys of :data:`CHANGEABLE` may differ.
     """
     if not (epath.Path(workdir) / CONFIG_FILE).exists():
         return None
     found = read_root(workdir)
     if found.train is None or found.store is None:
-        difference = "it was not made by pretraining"
+        difference = "it was not created by pretraining"
     elif found.genes != list(store.genes):
         difference = (
             f"its gene vocabulary differs: {len(found.genes)} genes there, {len(store.genes)} now"
@@ -133,7 +134,7 @@ def open_workdir(
             else "its gene vocabulary differs"
         )
     else:
-        # What lies there has covariate sizes that only the data decided; compare the rest as JSON would show it.
+        # The stored covariate sizes come from the data; compare the other values in their JSON form.
         config = with_covariates(config, store, found.train)
         old = with_covariates(found.train, store, config)
         difference = first_difference(_plain(old), _plain(config))
@@ -145,14 +146,14 @@ def open_workdir(
         msg = explain(
             f"'{workdir}' belongs to another run ({difference})",
             "the same configuration, genes and data to resume, or a new directory",
-            "Give another --workdir, or the configuration in its config.json and the data it was started with",
+            "Use another --workdir, or the configuration in its config.json and the original data",
         )
         raise CheckpointError(msg)
     return found
 
 
 def added_samples(found: ModelFiles | None, store: CellStore) -> int:
-    """Return how many samples the data has gained since a run was last started."""
+    """Return the number of samples added to the data since the last start of a run."""
     if found is None or found.store is None:
         return 0
     return len(store.samples) - int(found.store["samples"])
@@ -167,12 +168,12 @@ def _other_data(old: Mapping[str, Any], store: CellStore) -> str | None:
         return None
     return (
         f"its data differ: {old['samples']} samples with {old['cells']:,} cells there, {new['samples']} with "
-        f"{new['cells']:,} now, and not the same ones first"
+        f"{new['cells']:,} now, and the first samples differ"
     )
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    """Return a configuration as read back from JSON, without the keys that may change."""
+    """Return a configuration as read from JSON, without the changeable keys."""
     plain = json.loads(json.dumps(to_dict(config)))
     for key in CHANGEABLE:
         *parents, name = key.split(".")
@@ -184,12 +185,12 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Return where two nested dictionaries of plain values differ first, in words; None: nowhere.
+    """Return a description of the first difference between two nested dictionaries; None: they are equal.
 
     Args:
-        old: What is there.
-        new: What is wanted now.
-        path: Dotted name of both, where they are part of something larger.
+        old: Existing values.
+        new: Requested values.
+        path: Dotted name of both, if they are nested.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(set(old) | set(new)):
@@ -203,7 +204,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 
 
 def explain_workdir_errors(workdir: str | os.PathLike) -> contextlib.AbstractContextManager[None]:
-    """Turn what the operating system says of a directory that cannot be written into one message.
+    """Convert operating system errors about an unwritable directory to one message.
 
     Args:
         workdir: Work directory, for the message.
@@ -215,15 +216,15 @@ def explain_workdir_errors(workdir: str | os.PathLike) -> contextlib.AbstractCon
 
 
 def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
-    """Check, before anything is computed, that a run can save; creates the directory.
+    """Check in advance that a run can save; creates the directory.
 
     Args:
         workdir: Work directory.
         state: The run's state, or its shapes.
-        keep: Most recent checkpoints kept besides the best.
+        keep: Number of recent checkpoints to keep, in addition to the best.
 
     Raises:
-        InputError: The directory cannot be written, or has no room for the checkpoints that are kept at once.
+        InputError: The directory is not writable, or has not enough space for the checkpoints.
     """
     folder = epath.Path(workdir)
     probe = folder / f".writable-{jax.process_index()}"
@@ -236,7 +237,7 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     size = sum(
         int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state)
     )
-    # The latest ones, the best one, and the one being written before an old one goes.
+    # The latest ones, the best one, and the one being written before an old one is removed.
     there = sum(path.name.isdigit() for path in folder.iterdir())
     missing = max(keep + 2 - there, 1) * size
     free = shutil.disk_usage(workdir).free
@@ -245,7 +246,7 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
             f"the disk of '{workdir}' has {free / 2**20:,.1f} MiB left",
             f"{missing / 2**20:,.1f} MiB for checkpoints of {size / 2**20:,.1f} MiB, of which {keep} and the best are "
             "kept while the next is written",
-            "Free some space, name another directory, or lower keep_checkpoints",
+            "Free some space, use another directory, or lower keep_checkpoints",
         )
         raise InputError(msg)
 
@@ -257,14 +258,14 @@ def run_card(
     heldout: Sequence[Any],
     facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the model card of a run that starts.
+    """Return the model card of a new run.
 
     Args:
         config: The run.
         store: Its data.
-        train: Ranges of cells trained on.
-        heldout: Ranges of cells held out.
-        facts: What the caller knows of the data; kept as it is.
+        train: Ranges of training cells.
+        heldout: Ranges of held-out cells.
+        facts: Facts about the data from the caller; stored without change.
     """
     return {
         **(facts or {}),
@@ -281,7 +282,7 @@ def run_card(
 
 
 def machine_facts() -> dict[str, Any]:
-    """Return what a run was computed on and with."""
+    """Return the hardware and versions of a run."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):

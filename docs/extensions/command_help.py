@@ -1,4 +1,4 @@
-"""``{command-help}``: the reference of the ``cellplm`` command, made from its parser."""
+"""``{command-help}``: the reference of the ``cellplm`` command, generated from its parser."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ WIDTH = 72
 def commands_of(
     parser: argparse.ArgumentParser,
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield every command with its parser, those of a command with verbs after it.
+    """Yield every command with its parser; subcommands follow their command.
 
     Args:
-        parser: Parser of the whole command, or of one with verbs.
+        parser: Parser of the complete command, or of a command with subcommands.
     """
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -31,7 +31,7 @@ def commands_of(
 
 
 def _usage(parser: argparse.ArgumentParser) -> str:
-    """Return the usage line, at the same width in every terminal."""
+    """Return the usage line, with a fixed width."""
     formatter = argparse.HelpFormatter(parser.prog, max_help_position=24, width=WIDTH)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
     return formatter.format_help().strip()
@@ -59,7 +59,7 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 class CommandHelp(SphinxDirective):
-    """A section a command: what it does, usage, arguments, examples."""
+    """One section per command: summary, usage, arguments, examples."""
 
     def run(self) -> list[nodes.Node]:
         """Return the sections."""
@@ -73,7 +73,7 @@ class CommandHelp(SphinxDirective):
             section += nodes.paragraph("", parser.description)
         section += self._block(_usage(parser))
         for group in parser._action_groups:
-            # Commands below this one have sections of their own.
+            # Subcommands have their own sections.
             actions = [
                 action
                 for action in group._group_actions

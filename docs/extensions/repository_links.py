@@ -1,9 +1,9 @@
 """Links that work both in the repository and on the site.
 
-Pages such as ``launch/README.md`` and ``benchmarks/quality/quality.md`` stay where they are and are included, not
-copied. Their links name files of the repository. Here each link to a file that is a page of the site becomes a link
-to that page; a link to any other file that exists becomes its name in code, as the site does not hold it; and a link
-to a file that does not exist is a warning, so that the build fails.
+Pages such as ``launch/README.md`` and ``benchmarks/quality/quality.md`` are included from other folders, not
+copied. Their links refer to files of the repository. This extension converts links to files with a page on the site to
+links to that page, and links to other existing files to the file name as code; a link to a missing file is a warning,
+so that the build fails.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\n]+)\]\((?P<target>[^)\s:#]+)(?P<anch
 
 
 def rewrite(text: str, file: Path, page: str) -> str:
-    """Return Markdown with its links to files of the repository made links of the site.
+    """Return Markdown with links to repository files converted to links of the site.
 
     Args:
         text: Markdown.
-        file: Where it lies; its links are relative to that.
-        page: The page of the site it becomes part of, such as ``"benchmarks/quality"``.
+        file: Its path; links are relative to it.
+        page: Its page of the site, such as ``"benchmarks/quality"``.
     """
 
     def replaced(match: re.Match[str]) -> str:
@@ -75,7 +75,7 @@ def _page_read(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _file_included(app: Sphinx, path: Path, page: str, source: list[str]) -> None:
-    # What is given as the page is its last part alone.
+    # A page included from elsewhere is known by the last part of its name.
     source[0] = rewrite(source[0], (DOCS / path).resolve(), app.env.docname)
 
 

@@ -1,4 +1,4 @@
-"""Contexts: which cells see one another, for the three ways to say so."""
+"""Contexts: the cells that attend to each other, for three ways to define them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ ROWS = (
     ('batch_key="sample": one context a sample', lambda sample, cell: sample),
     (
         'batch_key="sample", cells_per_context=4: dealt in turn',
-        # As embed deals them: cell i of a sample goes to context i modulo their number.
+        # As in embed: cell i of each sample goes to context i modulo their number.
         lambda sample, cell: 2 * sample + cell % 2,
     ),
 )
 
 
 def figure(plt, theme):
-    """Draw two samples of eight cells; cells with the same number and colour see one another."""
+    """Draw two samples of eight cells; cells with the same number and colour attend to each other."""
     colors = (BLUE, ORANGE, GREEN, PINK)
     drawn, axes = plt.subplots(len(ROWS), figsize=(6.4, 4.0), layout="constrained")
     for ax, (title, context) in zip(axes, ROWS, strict=True):

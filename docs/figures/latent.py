@@ -1,4 +1,4 @@
-"""The latent: a mixture of Gaussians, and where one cell may lie in it. Two dimensions, made up."""
+"""The latent: a mixture of Gaussians, and the posterior of one cell. A two-dimensional sketch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CELL = ((-2.0, 1.25), 0.75, 0.5, 10)
 
 
 def figure(plt, theme):
-    """Draw three components, cells, and what is inferred of one of them."""
+    """Draw three components, cells, and the posterior of one cell."""
     random = np.random.default_rng(5)
     drawn, ax = plt.subplots(figsize=(6.4, 3.7), layout="constrained")
     for (centre, width, height, angle), color in zip(

@@ -1,4 +1,4 @@
-"""Positions: how like the encoding of one place is to that of every other, with the model's own function."""
+"""Positions: similarity of the encoding of one position to all others, with the model's own function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tasks side by side: numbers of ``benchmarks/quality/quality.json``, none typed in here."""
+"""Scores per task, from ``benchmarks/quality/quality.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from themes import HERE, ORANGE, draw
 SCORES = HERE.parents[1] / "benchmarks" / "quality" / "quality.json"
 OURS, ORIGINAL = "small", "original CellPLM, scratch"
 PANELS = (
-    # task, score, what it is called, simple method, another tool, data sets and what they are called
+    # task, score, its label, simple method, another tool, data sets and their labels
     (
         "annotation",
         "macro_f1",
@@ -66,7 +66,7 @@ PANELS = (
 
 
 def figure(plt, theme):
-    """Draw a panel a score, a line a data set, a mark a method; bars are standard deviations over seeds."""
+    """Draw one panel per score, one line per data set, one marker per method; error bars are over seeds."""
     scores = json.loads(SCORES.read_text(encoding="utf-8"))
     heights = [len(panel[-1]) + 0.9 for panel in PANELS]
     drawn, axes = plt.subplots(

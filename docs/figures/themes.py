@@ -1,4 +1,4 @@
-"""What the figures of the site have in common: one drawing, saved for a light and for a dark page."""
+"""Shared drawing code of the figures: each is saved for a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 
-# Okabe and Ito's colours: told apart by colour-blind readers, too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9"
 
 
 class Theme(NamedTuple):
-    """Colours that depend on the page.
+    """Colours of a theme.
 
     Attributes:
         name: ``"light"`` or ``"dark"``.
         text: Text and axes.
-        faint: Lines and marks in the background.
+        faint: Lines and markers in the background.
         blue: Blue with enough contrast on the page.
-        heat: Colours of a heat map, from the page's ground to the fullest.
+        heat: Colours of a heat map, from the background to the maximum.
     """
 
     name: str
@@ -35,12 +35,12 @@ DARK = Theme("dark", "#e3e6ea", "#6b7480", SKY, ("#1d2329", "#1f5f86", SKY, "#e2
 
 
 def draw(name: str, figure: Callable[[Any, Theme], Any], folder: Path = HERE) -> list[Path]:
-    """Draw a figure for both themes, to the same bytes each time.
+    """Draw a figure for both themes, reproducibly.
 
     Args:
         name: Name of the files, ``NAME-light.svg`` and ``NAME-dark.svg``.
         figure: Called with ``matplotlib.pyplot`` and a theme; returns a figure.
-        folder: Where the files go.
+        folder: Output folder.
 
     Returns:
         The files.

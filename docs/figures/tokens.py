@@ -1,4 +1,4 @@
-"""Cells as tokens: from counts to one vector a cell, and on to cells that see one another."""
+"""Cells as tokens: from counts to one token per cell, and attention among the cells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CELLS, GENES, HIDDEN = 6, 8, 4
 
 
 def figure(plt, theme):
-    """Draw small made-up counts, the gene embeddings, their product, and attention among the cells."""
+    """Draw small example counts, the gene embeddings, their product, and attention among the cells."""
     random = np.random.default_rng(3)
     counts = random.poisson(random.gamma(0.35, 2.0, (CELLS, GENES)))
     genes = random.random((GENES, HIDDEN))

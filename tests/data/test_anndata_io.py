@@ -290,7 +290,7 @@ def test_raw_is_used_when_x_is_normalised(stored, tmp_path):
         source = ad.read_h5ad(source, backed="r")
     found = open_counts(source, VOCABULARY)
     assert found.report.matrix == "raw.X"
-    assert "passed over X: non-integer values" in found.report.messages()[0]
+    assert "skipped X: non-integer values" in found.report.messages()[0]
     assert "log1p" in found.report.messages()[0]
     check(found, expected(counts, full.var_names))
     check(open_counts(source, VOCABULARY, layer="raw.X"), expected(counts, full.var_names))
@@ -500,7 +500,7 @@ def test_files_that_are_no_anndata(tmp_path):
         (text, "cannot be read"),
         (cut, "cannot be read"),
         (nothing, "cannot be read"),
-        (tenx, "'matrix' and no 'obs'"),
+        (tenx, "'matrix' but no 'obs'"),
         (folder, "without a zarr group"),
         (tmp_path / "absent.h5ad", "does not exist"),
     ):

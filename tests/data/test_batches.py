@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused():
     samples = make_samples(1, 20)
     with pytest.raises(InputError, match="20 cells"):
         pad_batch(samples, cells=19)
-    with pytest.raises(InputError, match="expected at most"):
+    with pytest.raises(InputError, match="expected a maximum of"):
         pad_batch(samples, nonzeros=samples[0].counts.nnz - 1)
 
 

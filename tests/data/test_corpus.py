@@ -288,7 +288,7 @@ def test_what_opening_refuses(copy, tmp_path):
         with pytest.raises(InputError, match=match):
             open_corpus(copy)
 
-    with pytest.raises(InputError, match=r"holds no corpus\.json"):
+    with pytest.raises(InputError, match=r"contains no corpus\.json"):
         open_corpus(tmp_path / "nothing")
     assert not is_corpus(tmp_path / "nothing")
     index = (copy / "corpus.json").read_text()
@@ -385,7 +385,7 @@ def test_reading_from_cloud_storage(made):
             np.testing.assert_array_equal(run.gene, matrices[1][0][9:27].indices)
             np.testing.assert_array_equal(run.coordinates, matrices[1][1][9:27])
             assert corpus.verify() == []
-            with pytest.raises(InputError, match=r"gs://.* holds no corpus\.json"):
+            with pytest.raises(InputError, match=r"gs://.* contains no corpus\.json"):
                 open_corpus(f"gs://{bucket}/nothing")
             del storage.objects[bucket, "deep/corpus/parts/part1.zarr/X/data/c/0"]
             with pytest.raises(InputError, match="part 'part1' of the corpus 'gs://"):

@@ -220,7 +220,7 @@ def test_nothing_held_out_and_nothing_usable():
     assert split_heldout(store, DataConfig(heldout_fraction=0.0), 0) == (everything(store), [])
     with pytest.raises(InputError, match=r"none of 30 samples has 11 cells; expected"):
         split_heldout(store, DataConfig(minimum_cells=11), 0)
-    with pytest.raises(InputError, match="no training sample left"):
+    with pytest.raises(InputError, match="no training sample is left"):
         TrainingBatches(store, [], settings())
 
 

@@ -68,7 +68,7 @@ def test_refuses():
     with pytest.raises(InputError, match=r"\(6, 50\) and prediction has shape \(5, 50\)"):
         change_scores(truth, prediction[:5])
     prediction[0, 0] = np.nan
-    with pytest.raises(InputError, match="prediction holds NaN"):
+    with pytest.raises(InputError, match="prediction contains NaN"):
         change_scores(truth, prediction)
     with pytest.raises(InputError, match="top = 1; expected at least 2"):
         change_scores(truth, truth, top=1)

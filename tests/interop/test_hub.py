@@ -160,9 +160,9 @@ def test_what_may_not_be_written(hub, tiny_model):
     push = tiny_model.push_to_hub
     assert "403" in refused(CheckpointError, push, "others/tiny", token=TOKEN)
     assert "401" in refused(CheckpointError, push, "me/tiny", token="wrong")
-    assert "no address" in refused(InputError, push, "tiny", token=TOKEN)
-    assert "no name of a repository" in refused(InputError, push, "me/tiny@main", token=TOKEN)
-    assert "name the hub allows" in refused(InputError, push, "me/a--b", token=TOKEN)
+    assert "not a valid hub address" in refused(InputError, push, "tiny", token=TOKEN)
+    assert "not a valid repository name" in refused(InputError, push, "me/tiny@main", token=TOKEN)
+    assert "valid repository name" in refused(InputError, push, "me/a--b", token=TOKEN)
     assert hub.repositories == {}
     hub.repositories["me/public"] = Repository()
     before = hub.repositories["me/public"].commit({"README.md": b"mine"})

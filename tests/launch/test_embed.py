@@ -39,7 +39,7 @@ def run(*command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--corpus=absent", "--model=small", "--out=x"], "holds no corpus.json"),
+        (["--corpus=absent", "--model=small", "--out=x"], "contains no corpus.json"),
         (["--corpus=c", "--out=x"], "--model"),
         (["--corpus=c", "--model=small", "--out=x", "--num_processes=2"], "only --num_processes=2"),
     ],

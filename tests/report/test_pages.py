@@ -113,8 +113,8 @@ def test_a_fit_without_validation_says_so():
     )  # fmt: skip
     page = pages.annotator(estimator)
     text = rendered(page)
-    assert "nothing is known of how good" in text
-    assert headings(page) == ["Scores", "Facts", "Remarks"]
+    assert "the quality of the labels is unknown" in text
+    assert headings(page) == ["Scores", "Facts", "Messages"]
 
 
 def test_clusters():
@@ -123,9 +123,9 @@ def test_clusters():
     cells.obs["kind"] = ["a" if n % 11 == 10 else "b" for n in range(30)]
     cells.obsm["X_umap"] = np.random.default_rng(0).random((30, 2))
     page = pages.clusters("made.h5ad", cells, ["group", "kind"], "X_cellplm", {"ari": 0.5})
-    assert headings(page) == ["Clusters", "What is in them", "Scores"]
+    assert headings(page) == ["Clusters", "Composition of the clusters", "Scores"]
     assert sum(isinstance(section, Figure) for section in page.sections) == 2
-    rows = table(page, "What is in them").rows
+    rows = table(page, "Composition of the clusters").rows
     assert [row[0] for row in rows] == list(map(str, range(11)))  # "10" after "9"
     assert rows[10] == ["10", 2, "7%", "a (100%)"]
     ((name, value, meaning),) = table(page, "Scores").rows
@@ -160,7 +160,7 @@ def test_integration_before_and_after(tmp_path):
     cells.obsm["X_cellplm_integrated"] = np.random.default_rng(0).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {})
-    assert "there is nothing to compare with" in rendered(page)
+    assert "for comparison: run" in rendered(page)
     cells.obsm["X_pca"] = np.random.default_rng(1).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(
@@ -216,10 +216,14 @@ def test_imputation(imputer, tmp_path):
     cells.obsm["cellplm_imputed"] = values
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.imputed(tmp_path / "out.h5ad", estimator, {})
-    assert headings(page) == ["Imputed genes", "Was the confidence right?", "In the tissue"]
+    assert headings(page) == [
+        "Imputed genes",
+        "Confidence and correlation in these cells",
+        "In the tissue",
+    ]
     assert table(page, "Imputed genes").columns[2] == "correlation here"
     assert sum(isinstance(section, Figure) for section in page.sections) == 4
-    assert "are measured in this file after all" in rendered(page)
+    assert "are measured in this file" in rendered(page)
     panel = cells[:, :30].copy()
     panel.write_h5ad(tmp_path / "panel.h5ad")
     page = pages.imputed(tmp_path / "panel.h5ad", estimator, {})
@@ -254,7 +258,7 @@ def test_denoised(tiny_run, tmp_path, capsys):
     assert main(run) == 0
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3  # two genes, and the means of all
-    for word in ("Before and after", "Means of all genes", "Places in the tissue."):
+    for word in ("Before and after", "Means of all genes", "Tissue coordinates."):
         assert word in text
     gene = VOCABULARY[3]
     shown = pages.denoised(out, Denoiser(tiny_run), {}, [gene])
@@ -262,7 +266,7 @@ def test_denoised(tiny_run, tmp_path, capsys):
     assert [row[0] for row in table(shown, "Genes").rows] == pages._named([gene])
     capsys.readouterr()
     assert main([*run[:-2], "--show", gene]) == 2
-    assert "--show was given without --report" in capsys.readouterr().err
+    assert "--show requires --report" in capsys.readouterr().err
     out.unlink()
     assert main([*run, "--show", "NOSUCHGENE"]) == 2
     assert "gene 'NOSUCHGENE' was not denoised" in capsys.readouterr().err

@@ -60,9 +60,9 @@ def test_softmax_rows_sum_to_one(tiny_model):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        (["cell7", "nobody"], "1 of the chosen cells are not in obs_names, such as 'nobody'"),
+        (["cell7", "nobody"], "1 of the selected cells are not in obs_names, such as 'nobody'"),
         ([3, 20], "there is no cell 20; expected numbers from 0 to 19"),
-        ([], "no cells were chosen; expected at least one"),
+        ([], "no cells were selected; expected at least one"),
         (np.ones(3, bool), "a mask of 3 entries for 20 cells"),
     ],
 )
@@ -74,7 +74,7 @@ def test_refuses(tiny_model, cells, message):
 def test_refuses_names_that_repeat_and_encoders_without_attention(tiny_model):
     adata = make_adata(20)
     adata.obs_names = ["same"] * 20
-    with pytest.raises(InputError, match="obs_names repeat"):
+    with pytest.raises(InputError, match="obs_names contains duplicates"):
         weights(tiny_model, "same", adata=adata)
     encoder = dataclasses.replace(tiny_model.config.encoder, kind="mlp")
     config = dataclasses.replace(tiny_model.config, encoder=encoder)

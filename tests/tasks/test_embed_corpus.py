@@ -181,7 +181,7 @@ def test_other_work_is_refused(place, whole, tiny_model, tmp_path):
     less = tmp_path / "less"
     files = [place / "blood.h5ad"]
     prepare(files, less, sample_key="batch", genes=VOCABULARY, workers=0, quiet=True)
-    with pytest.raises(InputError, match=r"an embedding of the corpus .*Name another output"):
+    with pytest.raises(InputError, match=r"an embedding of the corpus .*Choose another output"):
         embed_corpus(less, tiny_model, whole, quiet=True)
     np.testing.assert_array_equal(rows(whole), before)
     apart = Pretrained(tiny_model.config, tiny_model.params, [f"ENSG9{n:010d}" for n in range(40)])
@@ -196,7 +196,7 @@ def test_what_is_no_such_store_is_refused(place, tiny_model, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("x")
     for name in ("file", "cells.zarr", "folder"):
-        with pytest.raises(InputError, match="holds something else"):
+        with pytest.raises(InputError, match="contains other data"):
             embed_corpus(place / "corpus", tiny_model, tmp_path / name, quiet=True)
     with pytest.raises(InputError, match="does not exist"):
         embed_corpus(place / "corpus", tiny_model, tmp_path / "no" / "x.zarr", quiet=True)
@@ -283,5 +283,5 @@ def test_command(command, place, whole, tiny_run, tmp_path):
     ):
         status, _, err = command(*common, *option)
         assert status == 2
-        assert f"{option[0]} was given to embed with a corpus" in err
+        assert f"embed with a corpus does not support {option[0]}" in err
         assert len(err.splitlines()) == 1

@@ -271,7 +271,7 @@ def test_what_cannot_be_loaded(tiny_model, tiny_run, tmp_path):
     Minimal(tiny_model, quiet=True).fit(make_adata(20)).save(tmp_path / "saved")
     with pytest.raises(
         CheckpointError,
-        match=r"holds a fitted Minimal; expected a CellTypeAnnotator.*Minimal\.load",
+        match=r"contains a fitted Minimal; expected a CellTypeAnnotator.*Minimal\.load",
     ):
         cellplm_jax.CellTypeAnnotator.load(tmp_path / "saved")
     path = tmp_path / "saved" / "estimator.json"

@@ -143,7 +143,7 @@ def test_a_layer_where_var_has_the_genes(fitted):
     np.testing.assert_array_equal(layer[MISSING], frame)
     assert layer[PANEL].isna().all(axis=None)
     assert adata.uns["cellplm_imputation"]["genes"] == MISSING
-    with pytest.raises(InputError, match=r"no gene of var .* is an imputed one"):
+    with pytest.raises(InputError, match=r"no gene of var .* is imputed"):
         fitted.predict(panel_of(adata), layer_added="imputed")
 
 
@@ -164,7 +164,10 @@ def test_batches_with_more_genes_serve_as_the_reference(tiny_model):
     adata.X = sparse.csr_matrix(counts)
     found = imputer(tiny_model, epochs=1).fit(adata, batch_key="batch")
     assert found.imputed == MISSING[:12]
-    assert "No reference: 1 batches with all genes serve for 1 with fewer." in found.messages
+    assert (
+        "No reference: 1 batches with all genes are the reference for 1 with fewer."
+        in found.messages
+    )
     assert found.facts["reference_cells"] == 30
     target = adata[adata.obs["batch"] == "b1"].copy()
     assert found.predict(target).shape == (30, 12)
@@ -287,8 +290,8 @@ def empty_batch(adata):
         (empty_batch, all_cells, {"batch_key": "batch"}, "'b1' has no training cells"),
         (panel_of, empty_batch, {"reference_batch_key": "batch"}, "b1' has no training cells"),
         (panel_of, all_cells, {"genes": ["ACTB", *MISSING]},
-         "1 of 21 genes asked for are known to neither data nor model: 'ACTB'"),
-        (panel_of, all_cells, {"genes": PANEL[:2]}, "2 of 2 genes asked for are measured by the panel"),
+         "1 of 21 requested genes are known to neither data nor model: 'ACTB'"),
+        (panel_of, all_cells, {"genes": PANEL[:2]}, "2 of 2 requested genes are measured by the panel"),
         (panel_of, panel_of, {"genes": MISSING[:1]}, "have no counts in the reference's training"),
         (panel_of, all_cells, {"genes": MISSING[0]}, "expected a list of gene names"),
     ],
@@ -305,9 +308,9 @@ def test_what_cannot_be_predicted(tiny_model, fitted):
     with pytest.raises(InputError, match="this GeneImputer has not been fitted"):
         imputer(tiny_model).predict(make_adata(10))
     adata = panel_of(make_adata(10))
-    with pytest.raises(InputError, match="2 of 3 genes asked for are not imputed: 'x', 'ENSG"):
+    with pytest.raises(InputError, match="2 of 3 requested genes are not imputed: 'x', 'ENSG"):
         fitted.predict(adata, genes=["x", PANEL[0], MISSING[0]])
-    with pytest.raises(InputError, match="none of the 20 imputed genes is measured in the truth"):
+    with pytest.raises(InputError, match="truth measures none of the 20 imputed genes"):
         fitted.score(adata)
     with pytest.raises(InputError, match="truth has 5 cells and adata 10"):
         fitted.score(adata, truth=make_adata(5))

@@ -167,7 +167,7 @@ def test_a_condition_in_groups_never_seen(tiny_model):
         found.predict("some drug", group="type 9")
     with pytest.raises(InputError, match="both group and controls"):
         found.predict("some drug", group="type 0", controls=held)
-    with pytest.raises(InputError, match=r"neither a gene .* nearest names are 'some drug'"):
+    with pytest.raises(InputError, match=r"neither a gene .* closest names are 'some drug'"):
         found.predict("same drug")
     with pytest.raises(InputError, match="controls has no cell with 'control'"):
         found.predict("some drug", controls=held[held.obs["perturbation"] != "control"].copy())
@@ -186,7 +186,7 @@ def test_finetuning_goes_on_from_there(knowing):
 def test_from_scratch_the_data_describe_the_genes():
     data = make_screen(TRAINED[:6], cells=10, controls=30)
     found = PerturbationPredictor(None, quiet=True, gene_features="model").fit(data, **KEYS)
-    assert any("'data' describes genes" in message for message in found.messages)
+    assert any("using gene features 'data'" in message for message in found.messages)
     assert np.isfinite(found.predict(HELD[0]).change).all(axis=None)
 
 
@@ -269,12 +269,12 @@ def test_refuses_other_genes_options_and_names(tiny_model, fitted):
     with pytest.raises(InputError, match="has not been fitted"):
         PerturbationPredictor(tiny_model).predict("A")
     with pytest.raises(
-        InputError, match=f"'{VOCABULARY[2]}x' is neither .* nearest names are 'ENSG"
+        InputError, match=f"'{VOCABULARY[2]}x' is neither .* closest names are 'ENSG"
     ):
         fitted.predict(f"{VOCABULARY[2]}x")
     with pytest.raises(InputError, match="no perturbations were given"):
         fitted.predict([])
-    with pytest.raises(InputError, match="no perturbation is left to score"):
+    with pytest.raises(InputError, match="no perturbation to score"):
         fitted.score(make_screen(HELD, seed=1), perturbations=["other"])
 
 
@@ -286,7 +286,7 @@ def test_missing_perturbations_and_few_cells_are_told(tiny_model):
     data.obs["perturbation"] = names
     found = PerturbationPredictor(tiny_model, quiet=True).fit(data, **KEYS)
     assert any(m.startswith("3 of 52 cells have no perturbation") for m in found.messages)
-    assert any("Left out for fewer than 5 cells: 1" in m for m in found.messages)
+    assert any("Omitted for fewer than 5 cells: 1" in m for m in found.messages)
     assert VOCABULARY[9] not in found.perturbations
     assert cellplm_jax.PerturbationPredictor is PerturbationPredictor
 

@@ -163,8 +163,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     }
     notes = " ".join(summary["parts"][0]["notes"])
     assert "1 counts above 65,535" in notes
-    assert "3 cells without counts left out" in notes
-    assert "1 samples without counts left out: empty" in notes
+    assert "3 cells without counts were omitted" in notes
+    assert "1 samples without counts were omitted: empty" in notes
     corpus = open_corpus(tmp_path / "c")
     assert [(s.name, s.cells) for s in corpus.samples] == [("a", 4), ("b", 5)]
     assert corpus.read(1, 0, 5).count.max() == 65_535
@@ -260,7 +260,7 @@ def test_vocabularies(files, tmp_path):
     assert corpus.genes == GENES[4:20][::-1]
     assert corpus.index["vocabulary"]["chosen"] == {"mode": "given"}
     for options, match in (
-        ({"genes": GENES}, "together with a way of choosing"),
+        ({"genes": GENES}, "together with options for choosing"),
         ({"genes": [], "minimum_cells": None}, "vocabulary is empty"),
         ({"genes": tmp_path / "none.txt", "minimum_cells": None}, "cannot be read"),
         ({"vocabulary": "both"}, "'both'"),
@@ -461,8 +461,8 @@ def test_inputs(files, tmp_path):
     (tmp_path / "empty").mkdir()
     for given, match in (
         ([folder / "none.h5ad"], "does not exist"),
-        ([tmp_path / "empty"], r"holds no \.h5ad file"),
-        ([], "no file was given"),
+        ([tmp_path / "empty"], r"contains no \.h5ad file"),
+        ([], "no input files"),
         ([folder, folder / "blood.h5ad"], "have the same name"),
     ):
         with pytest.raises(InputError, match=match):
@@ -472,7 +472,7 @@ def test_inputs(files, tmp_path):
 def test_places_a_corpus_cannot_go(files, tmp_path):
     folder, *_ = files
     for out, match in (
-        (folder, "holds other files"),
+        (folder, "contains other files"),
         (folder / "blood.h5ad", "is a file"),
         ("gs://bucket/corpus", "gcloud storage cp -r"),
     ):

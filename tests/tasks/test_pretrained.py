@@ -132,7 +132,10 @@ def edit(run, change):
     [
         (lambda c: c["model"]["latent"].update(size=8), ["decoder", "(16, 32)", "(8, 32)"]),
         (lambda c: c["model"]["encoder"].update(layers=2), ["encoder/layer_1", "no parameter"]),
-        (lambda c: c["model"]["positions"].update(kind="none"), ["positions", "does not know"]),
+        (
+            lambda c: c["model"]["positions"].update(kind="none"),
+            ["positions", "is not in its config"],
+        ),
         (lambda c: c["model"].update(norm="none"), ["norm"]),
         (lambda c: c["model"].update(hiden=32), ["hiden", "hidden"]),
         (lambda c: c["model"].update(hidden="32"), ["hidden"]),

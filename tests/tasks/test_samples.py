@@ -163,11 +163,13 @@ def test_refuses_other_genes_options_and_labels(tiny_model, fitted):
     adata.var_names = [f"row {n}" for n in range(40)]
     with pytest.raises(InputError, match="0 of the model's 40 genes"):
         SampleClassifier(tiny_model, quiet=True).fit(adata, **KEYS)
-    with pytest.raises(InputError, match="was given epochs; expected no training option but seed"):
+    with pytest.raises(
+        InputError, match="does not support epochs; expected no training option except seed"
+    ):
         SampleClassifier(tiny_model, epochs=3)
     with pytest.raises(InputError, match="has not been fitted"):
         SampleClassifier(tiny_model).predict(adata)
-    with pytest.raises(InputError, match="labelled 'a', which was never trained on"):
+    with pytest.raises(InputError, match="labelled 'a', which is not a training label"):
         fitted.score(relabelled(["a", "b"] * 3))
     with pytest.raises(InputError, match="no sample has a label"):
         fitted.score(relabelled([None] * 6))
@@ -176,6 +178,6 @@ def test_refuses_other_genes_options_and_labels(tiny_model, fitted):
 def test_samples_without_a_label_are_told(tiny_model):
     adata = relabelled(["a", "b", "a", "b", None, None])
     found = SampleClassifier(tiny_model, quiet=True).fit(adata, **KEYS)
-    assert "2 of 6 samples have no label in 'disease' and were left out." in found.messages
+    assert "2 of 6 samples have no label in 'disease' and were omitted." in found.messages
     assert len(found.predict(adata)) == 6
     assert cellplm_jax.SampleClassifier is SampleClassifier

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Quick start
 #
-# Open a pretrained model, embed 2,700 blood cells, look at them, and carry cell types over from cells
-# that have them to cells that do not. It takes a minute on a CPU.
+# Load a pretrained model, embed 2,700 blood cells, plot them, and transfer cell types from labelled to
+# unlabelled cells. It takes a minute on a CPU.
 
 # %%
 import cellplm_jax as cellplm
@@ -11,12 +11,12 @@ model = cellplm.load("small")
 print(f"{model.id}: {model.parameters:,} parameters, {len(model.genes):,} genes")
 
 # %% [markdown]
-# `"small"` comes with the package: a first, small model, good for learning the way. A folder,
-# `gs://...` or `hf://organisation/name` opens in the same way.
+# `"small"` is bundled with the package. Use it to try the API, not for analysis. `load` also accepts a
+# folder, `gs://...` or `hf://organisation/name`.
 #
-# ## The cells
+# ## Data
 #
-# Raw counts of the well-known PBMC3k data, which also come with the package. For your own data, write
+# Raw counts of PBMC3k, also bundled with the package. For your own data, use
 # `adata = anndata.read_h5ad("cells.h5ad")`: raw counts, gene symbols or Ensembl ids, human or mouse.
 
 # %%
@@ -27,11 +27,11 @@ if FAST:
 adata
 
 # %% [markdown]
-# ## Embed
+# ## Embedding
 #
-# One call. Every cell gets a vector that depends on its own counts and on the cells it is embedded
-# with. With several samples in the data, give `batch_key="sample"`, so that cells see those of their
-# own sample.
+# One call. The embedding of each cell depends on its counts and on the other cells of its context. If
+# the data has several samples, pass `batch_key="sample"`, so that cells attend to cells of their own
+# sample.
 
 # %%
 cellplm.embed(adata, model)
@@ -40,10 +40,10 @@ print("embedding:", adata.obsm["X_cellplm"].shape)
 print("genes that the model knows:", genes["genes_matched"])
 
 # %% [markdown]
-# ## Look
+# ## Clustering and UMAP
 #
-# `cluster` finds neighbours and clusters in the embedding in scanpy's way, so that scanpy's functions
-# go on from there.
+# `cluster` computes the neighbour graph and Leiden clusters with scanpy's conventions, so you can
+# continue with scanpy functions.
 
 # %%
 import matplotlib.pyplot as plt
@@ -57,13 +57,13 @@ cellplm.plot.umap(adata.obsm["X_umap"], adata.obs["cellplm_cluster"], title="Clu
 plt.show()
 
 # %% [markdown]
-# The cell types were named by seven marker genes each; the model has not seen them.
+# The cell types were assigned by seven marker genes each; the model does not use them.
 #
-# ## Carry labels over
+# ## Label transfer
 #
-# Half of the cells keep their labels, the other half are named after their nearest neighbours in the
-# embedding. This trains nothing. [The next notebook](02_annotate.ipynb) trains a classifier, which is
-# better.
+# Half of the cells keep their labels, the other half get the labels of their nearest neighbours in the
+# embedding, without training. [The next notebook](02_annotate.ipynb) trains a classifier, which is more
+# accurate.
 
 # %%
 known, unknown = adata[::2].copy(), adata[1::2].copy()
@@ -83,5 +83,5 @@ for low, high in ((0, 0.6), (0.6, 0.9), (0.9, 1.01)):
         )
 
 # %% [markdown]
-# Before you rely on an embedding, compare: 50 principal components of your own data often do as well
-# as a small model. *Choosing a method* in the documentation says when.
+# Compare before you rely on an embedding: 50 principal components of your own data are often as good
+# as a small model. See *Choosing a method* in the documentation.

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Annotate cell types
+# # Cell type annotation
 #
-# Train a classifier on labelled cells, see where it errs and when it knows that it may, save it, and
-# open it elsewhere.
+# Train a classifier on labelled cells, evaluate its errors and its calibration, save it, and load it
+# again.
 
 # %%
 import cellplm_jax as cellplm
@@ -16,8 +16,8 @@ if FAST:
 # %% [markdown]
 # ## Training cells and new cells
 #
-# Two of three cells are for training; the third is new to the model. In your own work these are two
-# data sets.
+# Two thirds of the cells are for training, one third is new to the model. With your own data these are
+# two data sets.
 
 # %%
 import numpy as np
@@ -27,11 +27,11 @@ labelled, cells = adata[~new].copy(), adata[new].copy()
 labelled.obs["cell_type"].value_counts()
 
 # %% [markdown]
-# ## Fit
+# ## Fitting
 #
-# A tenth of the labelled cells is held back to stop in time and to calibrate the probabilities. With
-# several samples, give `batch_key="sample"`. The default is at most 200 epochs; 15 are enough for a
-# first look.
+# A tenth of the labelled cells is held out for early stopping and to calibrate the probabilities. With
+# several samples, pass `batch_key="sample"`. The default maximum is 200 epochs; 15 are enough for this
+# example.
 
 # %%
 annotator = cellplm.CellTypeAnnotator(model, epochs=2 if FAST else 15, quiet=True)
@@ -45,7 +45,7 @@ annotator.plot_history()
 plt.show()
 
 # %% [markdown]
-# ## Predict
+# ## Prediction
 
 # %%
 annotator.predict(cells)
@@ -55,9 +55,9 @@ cells.obs[["cell_type", "cellplm_cell_type", "cellplm_confidence"]].head()
 {name: round(value, 3) for name, value in annotator.score(cells, label_key="cell_type").items()}
 
 # %% [markdown]
-# ## Where it errs
+# ## Confusion matrix
 #
-# Rows are the names that marker genes gave, columns the predictions; colours are shares of a row.
+# Rows are the labels from marker genes, columns the predictions; colours are fractions of each row.
 
 # %%
 from cellplm_jax.evaluate.annotation import confusion_table
@@ -68,18 +68,18 @@ cellplm.plot.confusion_matrix(confusion_table(true, predicted))
 plt.show()
 
 # %% [markdown]
-# ## When it knows
+# ## Calibration
 #
-# Of the cells named with a confidence of 80 %, about 80 % should be right: points near the diagonal.
-# Numbers are cells.
+# Of the cells labelled with a confidence of 80 %, about 80 % should be correct: points near the
+# diagonal. Numbers are cells.
 
 # %%
 cellplm.plot.calibration(predicted == true, cells.obs["cellplm_confidence"])
 plt.show()
 
 # %% [markdown]
-# A cell of a kind that was not in the training data still gets one of the known names. `unknown_threshold`
-# calls it "unknown" where the confidence is low.
+# A cell of a new type still gets one of the known labels. With `unknown_threshold`, cells with a low
+# confidence are labelled "unknown".
 
 # %%
 annotator.unknown_threshold = 0.7
@@ -89,9 +89,9 @@ print(
 )
 
 # %% [markdown]
-# ## Save, and open elsewhere
+# ## Saving and loading
 #
-# A fitted annotator is a folder that opens alone, with the same predictions.
+# A fitted annotator is saved to a self-contained folder; a loaded one makes the same predictions.
 
 # %%
 annotator.save("annotator")
@@ -102,5 +102,5 @@ print("largest difference:", np.abs(before - cells.obsm["cellplm_probabilities"]
 
 # %% [markdown]
 # `annotator.push_to_hub("organisation/name")` publishes it on the Hugging Face Hub with a model card.
-# The same from the command line: `cellplm annotate fit labelled.h5ad --model small --label-key
+# On the command line: `cellplm annotate fit labelled.h5ad --model small --label-key
 # cell_type --out annotator`.

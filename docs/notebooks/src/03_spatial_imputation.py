@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Impute genes in tissue
+# # Spatial gene imputation
 #
-# A spatial panel measures some genes at every place of a tissue; a dissociated reference measures all
-# of them and no places. An imputer learns from the reference what the panel lacks. Here the tissue is
-# simulated, so that the truth is known and each map can be checked.
+# A spatial panel measures some genes with coordinates; a dissociated reference measures all genes
+# without coordinates. An imputer learns from the reference to predict the genes missing from the panel.
+# Here the tissue is simulated, so that each map can be compared with the ground truth.
 
 # %%
 import numpy as np
@@ -20,7 +20,7 @@ first = tissue.obs["batch"] == tissue.obs["batch"].cat.categories[0]
 # ## Panel and reference
 #
 # The first section is the spatial data: 80 of 120 genes were measured, 40 were not. The second
-# section, taken apart, is the reference: all genes, no coordinates, and a batch effect of its own.
+# section, dissociated, is the reference: all genes, no coordinates, and another batch effect.
 
 # %%
 hidden = np.random.default_rng(0).permutation(tissue.n_vars)[:40]
@@ -33,11 +33,11 @@ print(f"panel: {spatial.n_obs} cells, {spatial.n_vars} genes")
 print(f"reference: {reference.n_obs} cells, {reference.n_vars} genes")
 
 # %% [markdown]
-# ## Fit and predict
+# ## Fitting and prediction
 #
-# These genes carry real names and invented behaviour, so a pretrained model would know nothing of
-# them: the imputer starts from scratch (`None`). For real tissue, give `"small"` or a model of your
-# own.
+# These genes have real names but simulated expression, so a pretrained model has no useful knowledge
+# of them: the imputer is trained from scratch (`None`). For real tissue, pass `"small"` or your own
+# model.
 
 # %%
 imputer = cellplm.GeneImputer(None, epochs=3 if FAST else 40, quiet=True)
@@ -46,10 +46,10 @@ imputed = imputer.predict(spatial, log_normalized=True)
 imputed.iloc[:3, :5].round(2)
 
 # %% [markdown]
-# ## Which genes to trust
+# ## Confidence per gene
 #
-# `confidence` is how well a gene followed from the panel in reference cells that were held back. It
-# needs no truth, so you have it for your own data too. Here we may look at the truth as well.
+# `confidence` measures how well the panel predicts a gene in held-out reference cells. It requires no
+# ground truth, so it is available for your own data too. Here we can compare it with the ground truth.
 
 # %%
 import matplotlib.pyplot as plt
@@ -79,8 +79,8 @@ print({name: round(float(value), 3) for name, value in scores.items()})
 # %% [markdown]
 # ## Maps
 #
-# Left what was counted at each place (hidden from the imputer), in the middle what it says, right the
-# difference. The counts are noisy; the imputed values are an expectation, and smoother.
+# Left: measured counts (hidden from the imputer); middle: imputed values; right: the difference. The
+# counts are noisy; the imputed values are expectations, and smoother.
 
 # %%
 best = list(imputer.confidence[imputed.columns].sort_values(ascending=False).index[:2])
@@ -103,5 +103,5 @@ plt.show()
 tissue.var.loc[best, ["marker_of", "target_of"]]
 
 # %% [markdown]
-# On real data look at confident genes only, and check one or two of them in a second section or by
-# in-situ hybridisation.
+# On real data use confident genes only, and validate some of them in a second section or by in-situ
+# hybridisation.

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Denoise counts, predict perturbations
+# # Denoising and perturbation prediction
 #
-# Two tasks on the bundled blood cells: fill in what sequencing missed, and say how expression changes
-# when a gene is perturbed.
+# Two tasks on the bundled blood cells: predict counts that sequencing missed, and predict expression
+# changes after the perturbation of a gene.
 
 # %%
 import numpy as np
@@ -14,11 +14,11 @@ adata = cellplm.datasets.pbmc3k()
 adata = adata[adata.obs["cell_type"] != "unassigned"][: 200 if FAST else 600].copy()
 
 # %% [markdown]
-# ## Denoise
+# ## Denoising
 #
-# Most zeros of single-cell data are genes that were missed. A denoiser predicts the count that would
-# be expected. Whether it helps can be measured: hide a tenth of the non-zero counts and predict them.
-# Here are the pretrained model as it is (zero-shot), and one fitted to these cells.
+# Many zeros of single-cell data are dropouts. A denoiser predicts the expected count. To evaluate it,
+# hide a tenth of the non-zero counts and predict them. We compare the pretrained model (zero-shot) with
+# one fitted to these cells.
 
 # %%
 zero_shot = cellplm.Denoiser(model, quiet=True)
@@ -33,9 +33,9 @@ for name, found in scores.items():
     )
 
 # %% [markdown]
-# The error is of log-normalised values, and the mean of each gene is what a model has to beat. (The
-# fitted one has seen the counts that are hidden for its score; for an honest number, fit to masked
-# counts and pass `truth=`.)
+# The error is computed on log-normalised values; the baseline is the mean of each gene. (The
+# fitted model was trained on the counts that are hidden for its score; for an unbiased score, fit to
+# masked counts and pass `truth=`.)
 
 # %%
 import matplotlib.pyplot as plt
@@ -58,14 +58,14 @@ for ax, values, title in zip(axes, (measured, denoised), ("measured", "denoised"
 plt.show()
 
 # %% [markdown]
-# Lysozyme belongs to monocytes and dendritic cells. Denoised values are for looking and for plots;
+# Lysozyme is expressed in monocytes and dendritic cells. Use denoised values for visualisation;
 # test for differential expression on the counts.
 #
-# ## Perturb
+# ## Perturbation prediction
 #
-# A screen has cells in which a gene was perturbed, and control cells. There is none in the package,
-# so one is made from its T cells: each "perturbation" takes away most counts of a module, the target
-# and the genes that vary most like it. So the truth is known.
+# A screen has perturbed cells and control cells. The package contains none, so we simulate one with
+# its T cells: each "perturbation" removes most counts of a module, the target and its most correlated
+# genes. The ground truth is therefore known.
 
 # %%
 screen = cellplm.datasets.pbmc3k()
@@ -95,9 +95,9 @@ print(found.known)
 print(*found.messages, sep="\n")
 
 # %% [markdown]
-# The change of every gene against control cells. For a perturbation that was seen it is the measured
-# change, shrunk by how noisy it is; a combination adds up; for a gene that was not seen, it is what
-# its gene embedding suggests, or the mean change where that predicts nothing better.
+# The change of every gene relative to control cells. For a seen perturbation it is the measured
+# change, shrunk by its noise; combinations are additive; for an unseen gene it is predicted from its
+# gene embedding, or the mean change if this is not better.
 
 # %%
 table = found.tidy()
@@ -117,5 +117,5 @@ print(
 )
 
 # %% [markdown]
-# With a real screen, `predictor.score` on perturbations that were left out puts the mean change
-# beside the prediction. Do look at it: for unseen targets, published predictors often do no better.
+# With a real screen, `predictor.score` on left-out perturbations also reports the mean change as a
+# baseline: for unseen targets, published predictors are often not better.

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Pretrain your own
+# # Pretraining
 #
-# Prepare a corpus, train, watch, stop, go on. Here on the bundled blood cells and with a tiny model,
-# so that it fits a free machine; on many files and a larger configuration the steps are the same.
+# Prepare a corpus, train, monitor, stop and resume. This example uses the bundled blood cells and a
+# tiny model for a free machine; the steps are the same for many files and larger configurations.
 
 # %%
 import cellplm_jax as cellplm
@@ -14,21 +14,21 @@ if FAST:
 adata.write_h5ad("cells.h5ad")
 
 # %% [markdown]
-# ## Prepare
+# ## Corpus preparation
 #
-# Any number of `.h5ad` files become one corpus: checked, with one gene vocabulary, read in pieces.
-# `--sample-key` names the tissue sample of each cell; a sample is to the model what a sentence is to
-# a language model.
+# Any number of `.h5ad` files are converted to one corpus with one gene vocabulary, in blocks.
+# `--sample-key` names the column with the tissue sample of each cell; a sample corresponds to a
+# sentence of a language model.
 
 # %% language="bash"
 # cellplm prepare cells.h5ad --out corpus --sample-key sample --workers 0 2> prepare.log
 # cellplm info corpus
 
 # %% [markdown]
-# ## Train
+# ## Training
 #
-# `"debug"` is tiny; `"small"`, `"85m"` (the published architecture) and `"1b"` are the others. Every
-# field of the configuration can be replaced.
+# `"debug"` is tiny; the other presets are `"small"`, `"85m"` (the published architecture) and `"1b"`.
+# Every field of the configuration can be overridden.
 
 # %%
 import dataclasses
@@ -43,8 +43,8 @@ config = dataclasses.replace(
 )
 
 # %% [markdown]
-# The machine of a free notebook may go away. So this run is stopped on purpose half-way: `preempted`
-# is asked after each step, and saves and ends the run when it says so.
+# The machine of a free notebook may be preempted. This run is therefore stopped half-way: `preempted`
+# is called after each step; if it returns True, the run saves and stops.
 
 # %%
 result = cellplm.pretrain(
@@ -53,10 +53,10 @@ result = cellplm.pretrain(
 print(f"stopped at step {result.step} of {config.steps}")
 
 # %% [markdown]
-# ## Resume
+# ## Resuming
 #
-# The same call with the same folder goes on from the last checkpoint, with the batches that would
-# have come next.
+# The same call with the same folder resumes from the last checkpoint, with the same batches as an
+# uninterrupted run.
 
 # %%
 result = cellplm.pretrain("corpus", config, "run", quiet=True)
@@ -64,10 +64,10 @@ print(f"now at step {result.step}")
 print({name: round(float(value), 3) for name, value in result.heldout.items()})
 
 # %% [markdown]
-# ## Watch
+# ## Monitoring
 #
-# `metrics.jsonl` is written while it trains, and can be drawn at any time, from another notebook too.
-# Held-out scores hide a part of the genes of cells that are never trained on.
+# `metrics.jsonl` is written during training, and can be plotted at any time, also from another
+# notebook. Held-out scores hide some genes of cells that are not used for training.
 
 # %%
 import matplotlib.pyplot as plt
@@ -76,9 +76,9 @@ cellplm.plot.training_curves("run/metrics.jsonl")
 plt.show()
 
 # %% [markdown]
-# ## Use it
+# ## Using the model
 #
-# A run's folder opens like any model, at its best step.
+# `load` accepts the folder of a run and selects its best step.
 
 # %%
 model = cellplm.load("run")
@@ -89,7 +89,7 @@ model.save("model", format="safetensors")
 print(f"{model.id}: {model.parameters:,} parameters; embedding {adata.obsm['X_cellplm'].shape}")
 
 # %% [markdown]
-# `model.push_to_hub("organisation/name")` publishes it, with a model card made from what is in
-# `model.card`: write there what it was trained on. On Colab, keep `run` in a mounted drive or at a
-# `gs://` address. A model this small, trained for seconds, is good for nothing: `"small"` took 12
-# minutes on 84,047 cells, and is a first step only.
+# `model.push_to_hub("organisation/name")` publishes it, with a model card generated from
+# `model.card`: describe its training data there. On Colab, keep `run` on a mounted drive or at a
+# `gs://` address. A model this small, trained for seconds, has no practical use: `"small"` took 12
+# minutes on 84,047 cells.

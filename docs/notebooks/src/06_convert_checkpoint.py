@@ -1,16 +1,16 @@
 # %% [markdown]
-# # Convert a published checkpoint
+# # Conversion of a published checkpoint
 #
-# The authors of CellPLM published PyTorch checkpoints. `cellplm convert` makes one of ours of it,
-# without unpickling anything, and back. The file itself is not ours to ship, so this notebook makes a
-# small one of the same form first, with random weights: good for trying the way, not for an
+# The authors of CellPLM published PyTorch checkpoints. `cellplm convert` converts them in both
+# directions, without unpickling objects. We cannot distribute the files, so this notebook first creates
+# a small checkpoint in the same format with random weights: use it to try the API, not for
 # embedding.
 #
-# ## The real file
+# ## Published files
 #
-# Get `20230926_85M.best.ckpt` and `20230926_85M.config.json` from where the original's README points
-# to, and put both in this notebook's folder (on Colab: the folder symbol on the left, then *Upload*),
-# renamed to `published.best.ckpt` and `published.config.json`. Then nothing is made up below.
+# Download `20230926_85M.best.ckpt` and `20230926_85M.config.json` from the location in the original's
+# README, and put both in this notebook's folder (on Colab: the folder symbol on the left, then
+# *Upload*), renamed to `published.best.ckpt` and `published.config.json`. The cells below then use them.
 
 # %%
 import dataclasses
@@ -40,7 +40,7 @@ if not Path("published.best.ckpt").exists():
 print(*sorted(path.name for path in Path(".").glob("published.*")), sep="\n")
 
 # %% [markdown]
-# ## Convert
+# ## Conversion
 #
 # Each parameter is converted or listed as unused, with the reason.
 
@@ -48,9 +48,9 @@ print(*sorted(path.name for path in Path(".").glob("published.*")), sep="\n")
 # cellplm convert published.best.ckpt --config published.config.json --out model
 
 # %% [markdown]
-# ## Use it
+# ## Using the model
 #
-# From here on PyTorch is not needed.
+# The remaining cells do not need PyTorch.
 
 # %%
 adata = cellplm.datasets.pbmc3k()[: 200 if FAST else 1000].copy()
@@ -63,7 +63,7 @@ print("positions:", model.config.positions.kind)
 # Published checkpoints were trained without positions (the released code multiplies them by 0), so a
 # converted model has none, and coordinates change nothing.
 #
-# For the made-up file we know the model that it came from:
+# For the random checkpoint we know the original model:
 
 # %%
 import numpy as np
@@ -73,9 +73,9 @@ if Path("made").exists():
     print("largest difference:", np.abs(adata.obsm["X_cellplm"] - other.obsm["X_cellplm"]).max())
 
 # %% [markdown]
-# ## And back
+# ## Conversion to PyTorch
 #
-# For tools that need the original's form. The weights come back bit by bit.
+# For tools that require the original format. The weights are bitwise identical.
 
 # %% language="bash"
 # cellplm convert model --to-torch again
