@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 EXIT_DONE = 0
 """The run is complete."""
@@ -77,12 +77,11 @@ def join(
     except (ValueError, IndexError) as error:
         # What jax raises for an argument that it was neither given nor could find.
         if "must be defined" not in str(error) and "should be defined" not in str(error):
-            msg = explain(
+            raise InputError(
                 f"the processes cannot be connected with {_flags(given)} ({error})",
                 "host:port of process 0, the number of processes, and a number below it",
                 "Correct them",
-            )
-            raise InputError(msg) from error
+            ) from error
         _refuse_unconnected(given, os.environ)
         return False
     return True
@@ -100,20 +99,18 @@ def _refuse_unconnected(given: Mapping[str, object], environment: Mapping[str, s
         "launcher that jax knows (TPU pod, srun, mpirun of Open MPI 4, Kubernetes with jax[k8s])"
     )
     if any(value is not None for value in given.values()):
-        msg = explain(
+        raise InputError(
             f"only {_flags(given)} was given, and no cluster was found to take the others from",
             "all three of --coordinator_address, --num_processes and --process_id",
             remedy,
         )
-        raise InputError(msg)
     for name in _PROCESS_COUNTS:
         if environment.get(name, "1").strip() not in ("", "1"):
-            msg = explain(
+            raise InputError(
                 f"{name} says that there are {environment[name]} processes, and jax found no cluster to connect",
                 "processes that know of one another",
                 remedy,
             )
-            raise InputError(msg)
 
 
 class StopRequest:

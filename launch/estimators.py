@@ -10,7 +10,7 @@ from ml_collections.config_dict import placeholder
 
 import cellplm_jax
 from cellplm_jax.config import FinetuneConfig, from_dict, to_dict
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError
 from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.tables import read_names
 
@@ -34,8 +34,7 @@ def class_of(task: str) -> type[Estimator]:
         ConfigError: There is no such task.
     """
     if task not in TASKS:
-        msg = explain(f"task = {task!r}", f"one of {', '.join(map(repr, TASKS))}", "Name one")
-        raise ConfigError(msg)
+        raise ConfigError(f"task = {task!r}", f"one of {', '.join(map(repr, TASKS))}", "Name one")
     return getattr(cellplm_jax, TASKS[task])
 
 
@@ -136,18 +135,16 @@ def _type_of(argument: inspect.Parameter) -> type:
 def _value(key: str, value: Any, argument: inspect.Parameter) -> Any:
     annotation = str(argument.annotation)
     if value is None and argument.default is inspect.Parameter.empty:
-        msg = explain(
+        raise ConfigError(
             f"{key} is not set",
             "a value: this task cannot do without",
             f"Add --config.{key}=VALUE",
         )
-        raise ConfigError(msg)
     if value == "none" and "None" in annotation:
         return None
     if key == "genes" and isinstance(value, str) and value != "default":
         if not value.isdigit() or int(value) < 1:
-            msg = explain(f"genes = {value!r}", "'default', 'none' or a number", "Correct it")
-            raise ConfigError(msg)
+            raise ConfigError(f"genes = {value!r}", "'default', 'none' or a number", "Correct it")
         return int(value)
     if isinstance(value, str) and annotation.startswith("Sequence[str]"):
         return read_names(value)

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.errors import CellPLMError, InputError
 from cellplm_jax.storage import atomic_write, is_remote
 from cellplm_jax.train.workdir import first_difference
 from launch import cluster, estimators, options
@@ -84,33 +84,29 @@ def check_workdir(workdir: Path, wanted: dict[str, Any]) -> bool:
         InputError: It holds the results of something else, or other files.
     """
     if is_remote(str(_WORKDIR.value)):
-        msg = explain(
+        raise InputError(
             f"--workdir={_WORKDIR.value}", "a local directory", "Fit locally, then copy the results"
         )
-        raise InputError(msg)
     if not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir())):
         if not os.access(_first_existing(workdir), os.W_OK):
-            msg = explain(f"'{workdir}' cannot be made", "a writable place", "Name another one")
-            raise InputError(msg)
+            raise InputError(f"'{workdir}' cannot be made", "a writable place", "Name another one")
         return False
     try:
         there = json.loads((workdir / CONFIG).read_text(encoding="utf-8"))
         json.loads((workdir / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        msg = explain(
+        raise InputError(
             f"'{workdir}' is not empty and holds no results of this program",
             "a new or empty directory, or that of a finished fit",
             "Name another --workdir, or remove this one",
-        )
-        raise InputError(msg) from error
+        ) from error
     difference = first_difference(there, wanted)
     if difference is not None:
-        msg = explain(
+        raise InputError(
             f"'{workdir}' holds a fit that differs in {difference}",
             "a new directory for another fit",
             "Name another --workdir",
         )
-        raise InputError(msg)
     return True
 
 
@@ -172,8 +168,7 @@ def _name_and_size(path: str) -> dict[str, Any]:
     """Return what tells a file of data from another one, and refuse one that is not there."""
     file = Path(path).expanduser()
     if not file.exists():
-        msg = explain(f"there is no file '{path}'", "an .h5ad file", "Check the path")
-        raise InputError(msg)
+        raise InputError(f"there is no file '{path}'", "an .h5ad file", "Check the path")
     return {"name": file.name, "bytes": file.stat().st_size if file.is_file() else 0}
 
 
@@ -184,12 +179,11 @@ def _read(path: str) -> Any:
     try:
         return anndata.read_h5ad(Path(path).expanduser())
     except (OSError, ValueError, KeyError, TypeError, anndata.io.IORegistryError) as error:
-        msg = explain(
+        raise InputError(
             f"--test={path} cannot be read ({str(error).splitlines()[0]})",
             "an .h5ad file",
             "Check it",
-        )
-        raise InputError(msg) from error
+        ) from error
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -52,12 +52,11 @@ def check_config_keys(arguments: Sequence[str], known: Sequence[str] | None = No
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         parent = key.rpartition(".")[0]
         siblings = [other for other in known if other.rpartition(".")[0] == parent]
-        msg = explain(
+        raise ConfigError(
             f"unknown key '--config.{key}'",
             f"one of {', '.join(siblings)}" if siblings else "a key of the configuration",
             f"Did you mean '--config.{near[0]}'?" if near else "Remove it",
         )
-        raise ConfigError(msg)
 
 
 def process_flags() -> Callable[[], bool]:
@@ -106,12 +105,11 @@ def check_no_more(argv: Sequence[str]) -> None:
         InputError: There is more than the program's name.
     """
     if len(argv) > 1:
-        msg = explain(
+        raise InputError(
             f"unexpected argument '{argv[1]}'",
             "options of the form --name=value",
             "Put an equals sign between an option and its value",
         )
-        raise InputError(msg)
 
 
 def parse_flags(

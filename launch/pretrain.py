@@ -23,7 +23,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import TrainConfig, from_config_dict
-from cellplm_jax.errors import CellPLMError, InputError, explain
+from cellplm_jax.errors import CellPLMError, InputError
 from cellplm_jax.storage import is_remote
 from launch import cluster, options
 
@@ -69,22 +69,20 @@ def find_data(entries: Sequence[str]) -> list[str]:
         path = Path(entry)
         corpus = is_remote(entry) or (path / "corpus.json").is_file()
         if corpus and len(entries) > 1:
-            msg = explain(
+            raise InputError(
                 f"--corpus names the prepared corpus '{entry}' and {len(entries) - 1} more",
                 "one prepared corpus, or .h5ad files",
                 "Add the other files to the corpus with 'cellplm prepare', or leave them out",
             )
-            raise InputError(msg)
         if corpus:
             return [entry]
         files = sorted(path.glob("*.h5ad")) if path.is_dir() else [path]
         if not files or not all(file.is_file() for file in files):
-            msg = explain(
+            raise InputError(
                 f"--corpus names '{entry}', where there is no corpus.json and no .h5ad file",
                 "a folder made by 'cellplm prepare', or .h5ad files or folders of them",
                 "Check the path",
             )
-            raise InputError(msg)
         found += [str(file) for file in files]
     return found
 
@@ -96,10 +94,9 @@ def read_genes(path: str | None) -> list[str] | None:
     try:
         return Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        msg = explain(
+        raise InputError(
             f"--genes={path} cannot be read ({error})", "a text file of Ensembl ids", "Check it"
-        )
-        raise InputError(msg) from error
+        ) from error
 
 
 def run(joined: bool) -> int:

@@ -29,7 +29,7 @@ from cellplm_jax.cli.output import (
     scores_line,
     write_page,
 )
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 
 def add_embed(commands: Any) -> None:
@@ -323,12 +323,11 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
     unused = ("spatial_key", "split_key", "patience", "validation_fraction")
     _integrate_only(arguments, *unused)
     if arguments.batch_key is None:
-        msg = explain(
+        raise InputError(
             "integrate fit requires --batch-key",
             "the column of obs with the batches",
             "Add --batch-key",
         )
-        raise InputError(msg)
     integrator = BatchIntegrator(
         source(arguments),
         strength=arguments.strength,

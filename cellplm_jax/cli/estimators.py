@@ -23,7 +23,7 @@ from cellplm_jax.cli.output import (
     print_result,
     write_page,
 )
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 
 def add_annotate(commands: Any) -> None:
@@ -246,12 +246,11 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     counts_only(arguments)
     shown = names_in(arguments.show)
     if shown and arguments.report is None:
-        msg = explain(
+        raise InputError(
             "--show requires --report",
             "a report to show genes in",
             "Add --report FILE.html, or omit --show",
         )
-        raise InputError(msg)
     open_model = Denoiser if arguments.zero_shot else Denoiser.load
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
     if shown:
@@ -370,12 +369,11 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
     reading = passed_options(arguments, READING)
     if reading and arguments.controls is None:
         option = f"--{next(iter(reading)).replace('_', '-')}"
-        msg = explain(
+        raise InputError(
             f"{option} requires --controls",
             "the file that the option applies to",
             f"Add --controls IN.h5ad, or omit {option}",
         )
-        raise InputError(msg)
     predictor = PerturbationPredictor.load(arguments.model, quiet=arguments.quiet)
     names = predictor.perturbations
     if arguments.perturbation is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cellplm_jax.cli.options import add_output, command
 from cellplm_jax.cli.output import check_report, print_result, write_page
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 
 def add_convert(commands: Any) -> None:
@@ -38,25 +38,23 @@ def _convert(arguments: argparse.Namespace) -> None:
     from cellplm_jax.interop import convert
 
     if (arguments.to_torch is None) == (arguments.out is None):
-        msg = explain(
+        raise InputError(
             "convert was given "
             + ("both" if arguments.out else "neither")
             + " --out and --to-torch",
             "exactly one of them",
             "Use --out DIR to read a published checkpoint, or --to-torch PREFIX to write one",
         )
-        raise InputError(msg)
     if arguments.to_torch is not None:
         paths = convert.to_published(arguments.input, arguments.to_torch)
         print_result(arguments, [f"wrote {path}" for path in paths], {"wrote": list(paths)})
         return
     if arguments.config is None:
-        msg = explain(
+        raise InputError(
             "convert requires --config",
             "the PREFIX.config.json published with the weights",
             "Add --config PREFIX.config.json",
         )
-        raise InputError(msg)
     lines = convert.from_published(arguments.input, arguments.config, arguments.out)
     print_result(arguments, lines, {"wrote": [arguments.out], "lines": lines})
 
@@ -124,12 +122,11 @@ def _info(arguments: argparse.Namespace) -> None:
         print_result(arguments, [describe_corpus_text(facts)], facts)
         return
     if arguments.verify:
-        msg = explain(
+        raise InputError(
             f"'{arguments.model}' is not a corpus, as --verify requires",
             "a corpus made by cellplm prepare",
             "Omit --verify, or check the path",
         )
-        raise InputError(msg)
     check_report(arguments)
     facts = describe(arguments.model)
     write_page(arguments, "model", arguments.model, facts)

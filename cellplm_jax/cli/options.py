@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
           "validation_fraction", "seed")  # fmt: skip
@@ -257,12 +257,11 @@ def counts_only(
 ) -> None:
     """Raise an error for common options that this task does not support: values other than counts, and ``others``."""
     if arguments.values not in (None, "counts"):
-        msg = explain(
+        raise InputError(
             f"--values {arguments.values}",
             "raw counts, because the task predicts counts",
             "Select the layer with the counts with --layer",
         )
-        raise InputError(msg)
     arguments.values = None
     reject_options(arguments, others, task or arguments.command, expected, instead)
 
@@ -290,10 +289,9 @@ def reject_options(
         value = getattr(arguments, name, None)
         if value is not None and value != DEFAULTS.get(name):
             option = f"--{name.replace('_', '-')}"
-            msg = explain(
+            raise InputError(
                 f"{given_to} does not support {option}", expected, f"Omit {option}{instead}"
             )
-            raise InputError(msg)
 
 
 def names_in(text: str | None) -> list[str] | None:

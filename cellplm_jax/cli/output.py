@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 
 _STYLES = {"bold": "1", "red": "1;31", "green": "32", "yellow": "33", "faint": "2"}
 
@@ -156,10 +156,9 @@ def check_report(arguments: argparse.Namespace) -> None:
 
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
-        msg = explain(
+        raise InputError(
             f"the report '{path}' has another suffix", "a name that ends in .html", "Rename it"
         )
-        raise InputError(msg)
     check_output(path)
     require("matplotlib", "eval", "A report")
     # umap takes seconds to import, and only some reports need it.

@@ -229,24 +229,22 @@ def _check_pointers(indptr: np.ndarray, length: int, entries: int, axis: str) ->
     """Raise an error for invalid offsets of a compressed matrix."""
     sound = len(indptr) == length + 1 and indptr[0] == 0 and indptr[-1] <= entries
     if not sound or (np.diff(indptr) < 0).any():
-        msg = explain(
+        raise InputError(
             f"the {axis} offsets of a sparse matrix do not fit its {entries} entries",
             f"{length + 1} increasing offsets from 0",
             "The file is damaged; write it again from its source",
         )
-        raise InputError(msg)
 
 
 def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
     """Raise an error for entries outside the matrix."""
     if indices.size and (indices.max() >= length or indices.min() < 0):
         bad = indices.max() if indices.max() >= length else indices.min()
-        msg = explain(
+        raise InputError(
             f"a sparse matrix has an entry in {axis} {bad}",
             f"{axis}s 0 to {length - 1}",
             "The file is damaged; write it again from its source",
         )
-        raise InputError(msg)
 
 
 def _join(parts: Sequence[_Entries], dtype: np.dtype) -> _Entries:
@@ -383,20 +381,18 @@ def _open_path(path: Path) -> _Opened:
     import anndata
 
     if not path.exists():
-        msg = explain(
+        raise InputError(
             f"'{path}' does not exist", "an .h5ad file or a .zarr directory", "Check the path"
         )
-        raise InputError(msg)
     store, close = _open_zarr(path) if path.is_dir() else _open_hdf5(path)
     try:
         keys = set(store.keys())
         if not {"obs", "var"} <= keys:
-            msg = explain(
+            raise InputError(
                 f"'{path}' contains {_listing(sorted(keys))} but no 'obs' and 'var'",
                 "a file written by AnnData",
                 "Read it with scanpy (for example scanpy.read_10x_h5) and save it with write_h5ad",
             )
-            raise InputError(msg)
         if "encoding-type" not in store["obs"].attrs:
             close()
             return dataclasses.replace(
@@ -427,12 +423,11 @@ def _open_zarr(path: Path) -> tuple[Any, Callable[[], None]]:
     try:
         return zarr.open_group(str(path), mode="r"), lambda: None
     except Exception as error:
-        msg = explain(
+        raise InputError(
             f"'{path}' is a directory without a zarr group",
             "an .h5ad file or a .zarr directory written by AnnData",
             "Check the path",
-        )
-        raise InputError(msg) from error
+        ) from error
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -552,7 +547,7 @@ def _choose_place(
         place = next((places[name] for name in named if name in places), None)
         if place is None:
             present = f"layers {_listing(opened.layers)}" if opened.layers else "no layers"
-            msg = explain(
+            raise InputError(
                 f"{opened.label} has no layer '{layer}'",
                 f"one of its matrices: {present}; also {_listing([p for p in places if '[' not in p])}",
                 nearest(
@@ -561,7 +556,6 @@ def _choose_place(
                     "Pass layer=... (--layer) with one of these names",
                 ),
             )
-            raise InputError(msg)
         candidates = [place]
     elif values == "counts":
         order = ["X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
@@ -569,13 +563,12 @@ def _choose_place(
     else:
         candidates = [places[name] for name in ("X", "raw.X") if name in places][:1]
     if not candidates:
-        msg = explain(
+        raise InputError(
             f"{opened.label} has no matrix X and no raw.X, and its layers are "
             f"{_listing(opened.layers)}",
             "raw counts in X, raw.X or a layer",
             "Pass layer=... (--layer) naming the matrix that holds raw counts",
         )
-        raise InputError(msg)
 
     seen: list[tuple[_Place, _Rows, _Probe]] = []
     for place in candidates:
@@ -598,12 +591,11 @@ def _choose_place(
     for place, rows, probe in damaged:
         return place, rows, probe, f"Read raw counts from {place.name} ({probe.description})."
     found = "; ".join(f"{place.name}: {probe.description}" for place, _, probe in seen)
-    msg = explain(
+    raise InputError(
         f"no raw counts in {opened.label} ({found})",
         "non-negative integers in X, raw.X or a layer",
         _DECLARE,
     )
-    raise InputError(msg)
 
 
 def _check_declared(
@@ -611,12 +603,11 @@ def _check_declared(
 ) -> None:
     """Raise an error if the probe contradicts the declared values."""
     if rows.dtype.kind not in "buif":
-        msg = explain(
+        raise InputError(
             f"{place.name} of {opened.label} holds {probe.description}",
             "numbers",
             "Pass layer=... (--layer) naming another matrix",
         )
-        raise InputError(msg)
     if probe.looks == "zeros":
         return
     wrong = None
@@ -627,8 +618,7 @@ def _check_declared(
         wrong = f"{place.name} of {opened.label} holds {probe.description}, which are raw counts"
         remedy = "Omit values (--values); raw counts need no declaration"
     if wrong:
-        msg = explain(wrong, f"log1p values, none above {LARGEST_LOG:.0f}", remedy)
-        raise InputError(msg)
+        raise InputError(wrong, f"log1p values, none above {LARGEST_LOG:.0f}", remedy)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -654,16 +644,15 @@ def _choose_genes(
     """Map the requested gene name column, or the column that matches the vocabulary best."""
     var = place.var()
     if len(var) != columns:
-        msg = explain(
+        raise InputError(
             f"{place.name} of {opened.label} has {columns} columns for {len(var)} genes",
             "one column per row of var",
             "The file is damaged; write it again from its source",
         )
-        raise InputError(msg)
     names = _texts(var.index)
     if gene_key is not None and gene_key not in var.columns:
         if gene_key not in (var.index.name, "var_names", "index"):
-            msg = explain(
+            raise InputError(
                 f"var of {opened.label} has no column '{gene_key}'",
                 f"one of its columns: {_listing(list(var.columns))} (or 'var_names')",
                 nearest(
@@ -672,7 +661,6 @@ def _choose_genes(
                     "Pass gene_key=... (--gene-key) with one of these names, or leave it out",
                 ),
             )
-            raise InputError(msg)
         candidates = {"var_names": names}
     elif gene_key is not None:
         candidates = {str(gene_key): _texts(var[gene_key])}
@@ -912,10 +900,9 @@ class CountSource:
             InputError: As in :meth:`read`, or ``rows_per_block`` is below 1.
         """
         if rows_per_block < 1:
-            msg = explain(
+            raise InputError(
                 f"rows_per_block {rows_per_block}", "at least 1", "Pass a positive number"
             )
-            raise InputError(msg)
         for start in range(0, self.cells, rows_per_block):
             yield self.read(start, min(start + rows_per_block, self.cells))
 
@@ -933,23 +920,21 @@ class CountSource:
             InputError: The column does not exist, or it has gaps and ``missing`` is None.
         """
         if key not in self.obs.columns:
-            msg = explain(
+            raise InputError(
                 f"obs of {self._opened.label} has no column '{key}'",
                 f"one of its columns: {_listing(list(self.obs.columns))}",
                 nearest(key, self.obs.columns, "Use one of these columns, or omit the key"),
             )
-            raise InputError(msg)
         values = self.obs[key]
         gaps = np.asarray(values.isna())
         if gaps.any() and missing is None:
             first = self.obs_names[int(np.argmax(gaps))]
-            msg = explain(
+            raise InputError(
                 f"obs['{key}'] is missing for {int(gaps.sum())} of {self.cells} cells, "
                 f"the first '{first}'",
                 "a label for every cell",
                 "Fill the gaps, or remove those cells",
             )
-            raise InputError(msg)
         labels = np.array(values.astype(object).map(str), dtype=object)
         labels[gaps] = missing
         return labels
@@ -971,14 +956,13 @@ class CountSource:
         if key not in self.obsm:
             if not required:
                 return None
-            msg = explain(
+            raise InputError(
                 f"obsm of {self._opened.label} has no '{key}'",
                 f"one of its matrices: {_listing(list(self.obsm))}",
                 nearest(
                     key, self.obsm, "Pass spatial_key=... (--spatial-key) with one of these names"
                 ),
             )
-            raise InputError(msg)
         stored = self.obsm[key]
         if sparse.issparse(stored):
             stored = stored.toarray()
@@ -987,13 +971,12 @@ class CountSource:
         except (TypeError, ValueError):
             positions = np.empty((self.cells, 0))
         if positions.ndim != 2 or positions.shape[0] != self.cells or positions.shape[1] < 2:
-            msg = explain(
+            raise InputError(
                 f"obsm['{key}'] of {self._opened.label} is {np.shape(stored)}, "
                 f"of type {getattr(stored, 'dtype', type(stored).__name__)}",
                 f"numbers of shape ({self.cells}, 2)",
                 "Store x and y of every cell there",
             )
-            raise InputError(msg)
         positions = np.ascontiguousarray(positions[:, :2])
         positions[~np.isfinite(positions).all(axis=1)] = np.nan
         return positions
@@ -1008,13 +991,12 @@ class CountSource:
         try:
             return self._rows.read(start, stop)
         except (OSError, KeyError) as error:
-            msg = explain(
+            raise InputError(
                 f"{self._place.name} of {self._opened.label} cannot be read at cells {start} to "
                 f"{stop - 1} ({' '.join(str(error).split())[:160]})",
                 "a complete file",
                 "Check that it was copied completely, or write it again",
-            )
-            raise InputError(msg) from error
+            ) from error
 
     def _convert(self, stored: _Entries, cells: np.ndarray) -> sparse.csr_matrix:
         """Check every stored value and map the values of ``cells`` to vocabulary columns as float32."""
@@ -1136,19 +1118,17 @@ def open_counts(
     import anndata
 
     if values not in VALUES:
-        msg = explain(f"values='{values}'", f"one of {_listing(VALUES)}", "Correct the spelling")
-        raise InputError(msg)
+        raise InputError(f"values='{values}'", f"one of {_listing(VALUES)}", "Correct the spelling")
     if isinstance(source, anndata.AnnData):
         opened = _open_object(source)
     elif isinstance(source, str | os.PathLike):
         opened = _open_path(Path(source).expanduser())
     else:
-        msg = explain(
+        raise InputError(
             f"a source of type {type(source).__name__}",
             "an AnnData or the path of an .h5ad file",
             "Wrap the matrix as anndata.AnnData(X, obs=..., var=...)",
         )
-        raise InputError(msg)
     try:
         return _resolve(opened, vocabulary, layer, gene_key, values, minimum_genes)
     except (OSError, KeyError) as error:
@@ -1174,20 +1154,18 @@ def _resolve(
     some = next(iter(opened.places.values()), None)
     if cells == 0 or (some is not None and len(some.var()) == 0):
         genes = len(some.var()) if some is not None else 0
-        msg = explain(
+        raise InputError(
             f"{opened.label} is empty ({cells} cells x {genes} genes)",
             "at least one cell and one gene",
             "Check the filters that were applied to it",
         )
-        raise InputError(msg)
     place, rows, probe, note = _choose_place(opened, layer, values)
     if rows.shape[0] != cells:
-        msg = explain(
+        raise InputError(
             f"{place.name} of {opened.label} has {rows.shape[0]} rows for {cells} cells",
             "one row per cell",
             "The file is damaged; write it again from its source",
         )
-        raise InputError(msg)
     key, mapping = _choose_genes(opened, place, rows.shape[1], vocabulary, gene_key, minimum_genes)
     notes = [note]
     if isinstance(rows, _CompressedColumns):
@@ -1247,7 +1225,6 @@ def write_h5ad(adata: anndata.AnnData, path: str | os.PathLike[str], **options: 
     target = Path(path).expanduser()
     if not target.parent.is_dir() or target.is_dir():
         found = "is a folder" if target.is_dir() else "is in a folder that does not exist"
-        msg = explain(f"'{target}' {found}", "the name of a file to write", "Check the path")
-        raise InputError(msg)
+        raise InputError(f"'{target}' {found}", "the name of a file to write", "Check the path")
     with nullable_strings(), atomic_write(target) as partial:
         adata.write_h5ad(partial, **options)

@@ -12,7 +12,7 @@ import scipy.sparse as sparse
 
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, CellRun, SampleRecord, storage_order
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,11 @@ def pad_batch(
     cells = bucket(most_cells) if cells is None else cells
     nonzeros = bucket(most_nonzeros, 1024) if nonzeros is None else nonzeros
     if most_cells > cells or most_nonzeros > nonzeros:
-        msg = explain(
+        raise InputError(
             f"a sample of {most_cells} cells and {most_nonzeros} nonzeros",
             f"a maximum of {cells} cells and {nonzeros} nonzeros",
             "Split it into windows first",
         )
-        raise InputError(msg)
     rows = len(samples)
     indptr = np.zeros((rows, cells + 1), np.int32)
     gene = np.zeros((rows, nonzeros), np.int32)
@@ -234,12 +233,11 @@ class MemoryStore:
         index = np.uint16 if len(self.genes) <= 65_536 else np.uint32
         for number, sample in enumerate(samples):
             if sample.counts.shape[1] != len(self.genes):
-                msg = explain(
+                raise InputError(
                     f"sample '{sample.name}' has {sample.counts.shape[1]} genes, the vocabulary {len(self.genes)}",
                     "the same number in both",
                     "Map the counts to the vocabulary first",
                 )
-                raise InputError(msg)
             generator = np.random.default_rng([seed, number])
             order = storage_order(sample.cells, sample.coordinates, generator)
             placed = sample.take(order)

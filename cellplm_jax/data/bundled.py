@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -41,12 +41,11 @@ def pbmc3k() -> AnnData:
     """
     resource = resources.files("cellplm_jax") / "resources" / _RESOURCE
     if not resource.is_file():
-        msg = explain(
+        raise InputError(
             f"the bundled file resources/{_RESOURCE} is not part of this installation",
             "the counts included in every cellplm-jax wheel",
             "Reinstall cellplm-jax, or in a source checkout run: python tools/build_pbmc3k.py",
         )
-        raise InputError(msg)
     import anndata
 
     with resources.as_file(resource) as path:

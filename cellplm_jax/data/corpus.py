@@ -563,22 +563,20 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
     for name, text in records.items():
         record = json.loads(text)
         if record["vocabulary"] != digest:
-            msg = explain(
+            raise InputError(
                 f"part '{name}' was made with another vocabulary",
                 f"the {len(genes)} genes of genes.txt",
                 f"Delete parts/{name}.json and run cellplm prepare again with its file",
             )
-            raise InputError(msg)
         for sample in record["samples"]:
             key = (record["dataset"], sample["name"])
             if key in seen:
-                msg = explain(
+                raise InputError(
                     f"sample '{key[1]}' of data set '{key[0]}' is both in part '{seen[key]}' and in "
                     f"part '{name}'",
                     "sample names that are unique within a data set",
                     "Rename it in one of the files, or prepare without --dataset-key",
                 )
-                raise InputError(msg)
             seen[key] = name
             totals["spatial_samples"] += sample["spatial"]
             if sample["platform"]:
@@ -956,36 +954,32 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
     folder = Folder(path, context)
     text = folder.read(_INDEX)
     if text is None:
-        msg = explain(
+        raise InputError(
             f"'{folder.path}' contains no corpus.json",
             "a corpus made by cellplm prepare",
             "Check the path, or run: cellplm prepare FILE.h5ad ... --out CORPUS",
         )
-        raise InputError(msg)
     index = _parse(folder, _INDEX, text)
     if index.get("format") != FORMAT:
-        msg = explain(
+        raise InputError(
             f"the corpus '{folder.path}' has format {index.get('format')}",
             f"format {FORMAT}",
             "Use the version of cellplm-jax that wrote it, or prepare it again",
         )
-        raise InputError(msg)
     if not index.get("complete"):
-        msg = explain(
+        raise InputError(
             f"the corpus '{folder.path}' is unfinished",
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
-        raise InputError(msg)
     genes = (folder.read(_GENES) or b"").decode().splitlines()
     if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
-        msg = explain(
+        raise InputError(
             f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "
             "vocabulary",
             f"the {index['vocabulary']['genes']} genes the corpus was made with",
             "Put the original genes.txt back, or prepare the corpus again",
         )
-        raise InputError(msg)
     waiting = {
         entry["name"]: folder.request(f"parts/{entry['name']}.json") for entry in index["parts"]
     }
@@ -995,13 +989,12 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
         text = waiting[name]()
         if text is None or hashlib.sha256(text).hexdigest() != entry["sha256"]:
             found = "is missing" if text is None else "is not the one corpus.json describes"
-            msg = explain(
+            raise InputError(
                 f"parts/{name}.json of the corpus '{folder.path}' {found}",
                 "every part that the corpus lists",
                 f"Copy the part again, or run cellplm prepare again with "
                 f"{entry['source'].get('name', 'its file')}",
             )
-            raise InputError(msg)
         records[name] = json.loads(text)
     return Corpus(folder, context, genes, index, records)
 
@@ -1010,9 +1003,8 @@ def _parse(folder: Folder, name: str, text: bytes) -> dict[str, Any]:
     try:
         return json.loads(text)
     except ValueError as error:
-        msg = explain(
+        raise InputError(
             f"'{folder.path}/{name}' is not JSON ({error})",
             "the file that cellplm prepare wrote",
             "Copy the corpus again, or prepare it again",
-        )
-        raise InputError(msg) from error
+        ) from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from cellplm_jax.data.bundled import pbmc3k
 from cellplm_jax.data.simulate import simulate_tissue
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 __all__ = [
     "PBMC_MARKERS",
@@ -105,34 +105,30 @@ def annotate_by_markers(
 
     names = [str(name) for name in gene_names]
     if getattr(counts, "ndim", 0) != 2 or counts.shape[1] != len(names):
-        msg = explain(
+        raise InputError(
             f"`counts` of shape {getattr(counts, 'shape', None)} with {len(names)} gene names",
             "a matrix [cells, genes] with one name for each column",
             "Pass adata.X and adata.var_names of the same object",
         )
-        raise InputError(msg)
     if not markers:
-        msg = explain(
+        raise InputError(
             "an empty `markers`", "at least one cell type with marker genes", "Pass some markers"
         )
-        raise InputError(msg)
     if not (np.isfinite(margin) and margin >= 0) or not (
         np.isfinite(target_sum) and target_sum > 0
     ):
-        msg = explain(
+        raise InputError(
             f"margin={margin!r} and target_sum={target_sum!r}",
             "margin >= 0 and target_sum > 0",
             "Use the defaults, margin=0.05 and target_sum=1e4",
         )
-        raise InputError(msg)
     matrix: Any = scipy.sparse.csr_matrix(counts, dtype=np.float64)
     if matrix.nnz and not (np.isfinite(matrix.data).all() and matrix.data.min() >= 0):
-        msg = explain(
+        raise InputError(
             "negative or non-finite values in `counts`",
             "raw counts, all >= 0",
             "Pass the raw counts (often in adata.layers['counts'] or adata.raw.X)",
         )
-        raise InputError(msg)
     column_of: dict[str, int] = {}
     for column, name in enumerate(names):
         column_of.setdefault(name, column)
@@ -156,12 +152,11 @@ def annotate_by_markers(
     for index, (cell_type, genes) in enumerate(markers.items()):
         present = [gene for gene in genes if gene in column_of]
         if not present:
-            msg = explain(
+            raise InputError(
                 f"none of the markers of '{cell_type}' ({', '.join(genes)}) is among the gene names",
                 "at least one measured marker for each cell type",
                 "Use the naming of the markers (gene symbols by default), or pass other `markers`",
             )
-            raise InputError(msg)
         scores[:, index] = np.mean([scaled_expression(gene) for gene in present], axis=0)
 
     cell_types = tuple(str(name) for name in markers)

@@ -286,12 +286,11 @@ class _Vocabulary:
         self.exact = {name: position for position, name in enumerate(self.names)}
         if len(self.exact) != len(self.names):
             repeated = [name for name, times in Counter(self.names).items() if times > 1]
-            msg = explain(
+            raise InputError(
                 f"the vocabulary lists {len(repeated)} genes twice, such as '{repeated[0]}'",
                 "every gene once",
                 "Remove the repeated genes from the vocabulary",
             )
-            raise InputError(msg)
         self.by_id: dict[str, int] = {}
         self.by_fold: dict[str, int] = {}
         others = []

@@ -31,7 +31,7 @@ from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import DataConfig, TrainConfig
 from cellplm_jax.data.batches import laplacian_eigenvectors
 from cellplm_jax.data.cell_store import CellStore
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 
 BLOCK_CELLS = 256
 """Maximum number of cells per block: the unit of reading and of the permutation of an epoch."""
@@ -96,12 +96,11 @@ def split_heldout(
         if record.cells >= config.minimum_cells
     ]
     if not usable:
-        msg = explain(
+        raise InputError(
             f"none of {len(store.samples)} samples has {config.minimum_cells} cells",
             "at least one",
             "Lower data.minimum_cells or give more data",
         )
-        raise InputError(msg)
     whole = {number: SampleRange(number, 0, store.samples[number].cells) for number in usable}
     fraction = config.heldout_fraction
     if fraction == 0:
@@ -704,13 +703,12 @@ class _Rows:
                     run = store.read(segment.sample, start, stop)
                     end = stored + len(run.gene)
                     if end > self.nonzeros:
-                        msg = explain(
+                        raise InputError(
                             f"sample '{segment.name}' has more stored counts in its cells {start} to {stop} than "
                             "its table of offsets specifies",
                             "data that does not change during a run",
                             "Check it with 'cellplm info CORPUS --verify', and start again",
                         )
-                        raise InputError(msg)
                     gene[stored:end], count[stored:end] = run.gene, run.count
                     np.add(
                         run.indptr[1:],
@@ -775,12 +773,11 @@ class TrainingBatches:
     def __init__(self, store: CellStore, ranges: Sequence[SampleRange], config: TrainConfig):
         ranges = [part for part in ranges if part.cells]
         if not ranges:
-            msg = explain(
+            raise InputError(
                 "no training sample is left",
                 f"one with at least {config.data.minimum_cells} cells",
                 "Lower data.minimum_cells or data.heldout_fraction, or give more data",
             )
-            raise InputError(msg)
         self.store, self.config = store, config
         data, pieces = config.data, config.mesh.cells
         self._sources = [_Source(store, part, data.cells, pieces, data.segments) for part in ranges]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellplm_jax.data.bundled import pbmc3k
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -311,8 +311,7 @@ def _check(arguments: dict[str, Any]) -> None:
     """Raise an error for invalid arguments."""
 
     def refuse(name: str, expected: str, remedy: str) -> None:
-        msg = explain(f"{name}={arguments[name]!r}", expected, remedy)
-        raise InputError(msg)
+        raise InputError(f"{name}={arguments[name]!r}", expected, remedy)
 
     lowest = {
         "cells": 1,
@@ -382,12 +381,11 @@ def _ensembl_ids(genes: int) -> list[str]:
 
         pool = pool + _in_fixed_order(set(load_human_table().symbols) - set(pool))
     if genes > len(pool):
-        msg = explain(
+        raise InputError(
             f"genes={genes}",
             f"up to {len(pool)}, the number of human genes with an Ensembl id in this package",
             f"Pass genes={len(pool)} or fewer",
         )
-        raise InputError(msg)
     return pool[:genes]
 
 

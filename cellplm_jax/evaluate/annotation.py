@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 
 _EXTRA = "eval"
 
@@ -25,23 +25,20 @@ def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
     """Return labels as an object array of strings; missing labels or a wrong number raise an error."""
     column = pd.Series(values if isinstance(values, pd.Categorical) else np.asarray(values))
     if cells is not None and len(column) != cells:
-        msg = explain(
+        raise InputError(
             f"{name} has {len(column)} entries for {cells} cells",
             "one label per cell, in the same order",
             "Apply the same selection of cells to both",
         )
-        raise InputError(msg)
     if not len(column):
-        msg = explain(f"{name} is empty", "at least one cell", "Check the selection of cells")
-        raise InputError(msg)
+        raise InputError(f"{name} is empty", "at least one cell", "Check the selection of cells")
     missing = int(column.isna().sum())
     if missing:
-        msg = explain(
+        raise InputError(
             f"{name} is missing (None or NaN) for {missing} of {len(column)} cells",
             "a label for every scored cell",
             "Select the labelled cells first, the same ones in every argument",
         )
-        raise InputError(msg)
     return np.array([str(value) for value in column], object)
 
 
@@ -49,20 +46,18 @@ def _probabilities(values: Any, truth: np.ndarray, classes: Sequence[str]) -> np
     """Return probabilities as float64 [cells, classes]; a wrong shape, range or sum raises an error."""
     array = np.asarray(values, np.float64)
     if array.shape != (len(truth), len(classes)):
-        msg = explain(
+        raise InputError(
             f"probabilities of shape {array.shape} for {len(truth)} cells and {len(classes)} classes",
             "one row per cell and one column per class",
             "Pass them in the order of the cells and of classes",
         )
-        raise InputError(msg)
     sound = np.isfinite(array).all() and array.min() >= -1e-6
     if not sound or np.abs(array.sum(axis=1) - 1.0).max() > 1e-3:
-        msg = explain(
+        raise InputError(
             "probabilities that are negative, not finite or do not sum to 1 per row",
             "a distribution over the classes for every cell",
             "Pass probabilities, not logits",
         )
-        raise InputError(msg)
     return array
 
 

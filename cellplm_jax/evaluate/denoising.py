@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.reconstruction import (
     mean_absolute_error,
     pearson_per_gene,
@@ -39,15 +39,15 @@ def hide_nonzeros(
         InputError: The fraction is not between 0 and 1, or there are fewer than two non-zeros.
     """
     if not 0.0 < fraction < 1.0:
-        msg = explain(f"fraction={fraction}", "a number between 0 and 1", "Choose one in between")
-        raise InputError(msg)
+        raise InputError(
+            f"fraction={fraction}", "a number between 0 and 1", "Choose one in between"
+        )
     counts = sparse.csr_matrix(counts, copy=True)
     counts.eliminate_zeros()
     if counts.nnz < 2:
-        msg = explain(
+        raise InputError(
             f"{counts.nnz} non-zero counts", "at least two, to hide one", "Pass more cells"
         )
-        raise InputError(msg)
     number = min(max(1, round(fraction * counts.nnz)), counts.nnz - 1)
     chosen = np.random.default_rng(seed).choice(counts.nnz, number, replace=False)
     gone = np.zeros(counts.nnz, bool)

@@ -30,36 +30,32 @@ def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.nd
     """Return the embedding as a finite float array [cells, dimensions] with more cells than ``neighbors``."""
     array = np.asarray(embedding)
     if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:
-        msg = explain(
+        raise InputError(
             f"The embedding has shape {array.shape}",
             "two axes, [cells, dimensions], with at least two cells",
             "Pass the array itself, for example adata.obsm['X_cellplm']",
         )
-        raise InputError(msg)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-        msg = explain(
+        raise InputError(
             f"The embedding has dtype {array.dtype}",
             "real numbers",
             "Convert it with embedding.astype('float32')",
         )
-        raise InputError(msg)
     array = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
     finite = np.asarray(np.isfinite(array).all(axis=1))
     if not finite.all():
-        msg = explain(
+        raise InputError(
             f"The embedding contains NaN or infinity in {int((~finite).sum())} of {len(finite)} cells "
             f"(first: row {int(np.argmin(finite))})",
             "finite numbers",
             "Remove those cells, or find the cause in the model",
         )
-        raise InputError(msg)
     if neighbors is not None and not 1 <= neighbors < array.shape[0]:
-        msg = explain(
+        raise InputError(
             f"neighbors={neighbors} with {array.shape[0]} cells",
             "at least one neighbour and more cells than neighbours",
             f"Choose neighbors between 1 and {array.shape[0] - 1}",
         )
-        raise InputError(msg)
     return array
 
 
@@ -67,27 +63,24 @@ def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
     """Return labels of any type as integers 0..k-1; missing labels or a wrong number raise an error."""
     values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
     if np.ndim(values) != 1:
-        msg = explain(
+        raise InputError(
             f"{name} has {np.ndim(values)} axes",
             "one label per cell",
             "Pass one column, for example adata.obs['cell_type']",
         )
-        raise InputError(msg)
     if cells is not None and len(values) != cells:
-        msg = explain(
+        raise InputError(
             f"{name} has {len(values)} entries for {cells} cells",
             "one label per cell, in the order of the rows",
             "Apply the same selection of cells to both",
         )
-        raise InputError(msg)
     codes = pd.factorize(values)[0]
     if (codes < 0).any():
-        msg = explain(
+        raise InputError(
             f"{name} is missing (None or NaN) for {int((codes < 0).sum())} of {len(codes)} cells",
             "a label for every scored cell",
             "Select the labelled cells first, the same ones in every argument",
         )
-        raise InputError(msg)
     return codes
 
 
@@ -207,8 +200,9 @@ def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
     metrics = require("sklearn.metrics", _EXTRA, "Scoring clusters")
     known = _codes(labels, "labels")
     if not len(known):
-        msg = explain("No cells to score", "at least one", "Check the selection of labelled cells")
-        raise InputError(msg)
+        raise InputError(
+            "No cells to score", "at least one", "Check the selection of labelled cells"
+        )
     groups = _codes(clusters, "clusters", cells=len(known))
     return {
         "ari": float(metrics.adjusted_rand_score(known, groups)),
@@ -341,12 +335,11 @@ def silhouette(
         array, codes = array[chosen], codes[chosen]
     groups = len(np.unique(codes))
     if not 2 <= groups < len(codes):
-        msg = explain(
+        raise InputError(
             f"{groups} label group(s) among {len(codes)} cells",
             "at least two groups and fewer groups than cells",
             "Pass a label with more than one cell per group",
         )
-        raise InputError(msg)
     metrics = require("sklearn.metrics", _EXTRA, "The silhouette width")
     return float(metrics.silhouette_score(array, codes, metric=metric))
 
@@ -422,12 +415,11 @@ def _batch_codes(batches: Any, cells: int) -> np.ndarray:
     codes = _codes(batches, "batches", cells=cells)
     number = int(codes.max()) + 1
     if number < 2:
-        msg = explain(
+        raise InputError(
             f"{number} batch among {len(codes)} cells",
             "at least two batches",
             "Pass the cells of several samples",
         )
-        raise InputError(msg)
     return codes
 
 
@@ -569,22 +561,20 @@ def pca_baseline(
     matrix = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
     stored = matrix.data
     if not np.isfinite(stored).all() or (stored < 0).any() or (stored != np.rint(stored)).any():
-        msg = explain(
+        raise InputError(
             "The matrix contains values that are negative, fractional or not finite",
             "raw counts (integers)",
             "Pass the layer with the raw counts; this function normalises them",
         )
-        raise InputError(msg)
     matrix.eliminate_zeros()
     expressed = np.flatnonzero(matrix.getnnz(axis=0))
     number = len(matrix.indptr) - 1
     if number < 3 or len(expressed) < 3 or genes < 3 or components < 1:
-        msg = explain(
+        raise InputError(
             f"{number} cells, {len(expressed)} expressed genes, genes={genes}, components={components}",
             "at least three cells, three expressed genes, genes=3 and components=1",
             "Pass more data or larger arguments",
         )
-        raise InputError(msg)
     cells: Any = scanpy.AnnData(matrix[:, expressed])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # cells without counts are allowed

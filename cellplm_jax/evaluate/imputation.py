@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.reconstruction import (
     mean_absolute_error,
     pearson_per_gene,
@@ -58,12 +58,11 @@ def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.Da
     )
     pearson = pearson_per_gene(true, predicted)
     if len(genes) != len(pearson) or not true.size:
-        msg = explain(
+        raise InputError(
             f"{true.shape[0]} cells, {true.shape[1]} genes and {len(genes)} names",
             "at least one of each, and one name per gene",
             "Pass the names of the columns",
         )
-        raise InputError(msg)
     difference = predicted - true
     return pd.DataFrame(
         {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 TOP_GENES = 20
 """Number of genes with the largest true change used in the ``_top`` scores."""
@@ -21,20 +21,18 @@ def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return both as float64 [perturbations, genes]; invalid shapes or values raise an error."""
     true, predicted = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
     if true.ndim != 2 or true.shape != predicted.shape or not true.size:
-        msg = explain(
+        raise InputError(
             f"truth has shape {true.shape} and prediction has shape {predicted.shape}",
             "[perturbations, genes] in both, the same ones",
             "Select and order perturbations and genes the same way first",
         )
-        raise InputError(msg)
     for name, values in (("truth", true), ("prediction", predicted)):
         if not np.isfinite(values).all():
-            msg = explain(
+            raise InputError(
                 f"{name} contains NaN or infinity",
                 "finite changes",
                 "Remove those perturbations",
             )
-            raise InputError(msg)
     return true, predicted
 
 
@@ -81,8 +79,7 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
     """
     true, predicted = _pair(truth, prediction)
     if top < 2:
-        msg = explain(f"top = {top}", "at least 2 genes", "Raise it")
-        raise InputError(msg)
+        raise InputError(f"top = {top}", "at least 2 genes", "Raise it")
     order = np.argsort(-np.abs(true), axis=1, kind="stable")[:, :top]
     scores = {}
     for name, one, other in (
@@ -123,12 +120,11 @@ def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
     """
     values = np.asarray(changes, np.float64)
     if values.ndim != 2 or not len(values):
-        msg = explain(
+        raise InputError(
             f"training changes of shape {values.shape}",
             "[perturbations, genes] with at least one perturbation",
             "Pass the changes of the training perturbations",
         )
-        raise InputError(msg)
     number = np.ones(len(values)) if targets is None else np.asarray(targets, np.float64)
     return number @ values / np.square(number).sum()
 

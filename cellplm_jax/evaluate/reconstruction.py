@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse, special
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 _BLOCK_ENTRIES = (
     4_000_000  # of a dense block of columns; bounds the memory without changing results
@@ -26,22 +26,20 @@ def _shape(values: Any, name: str) -> tuple[int, int]:
     """Return (cells, genes) of a matrix; other shapes raise an error."""
     shape = np.shape(values)
     if len(shape) != 2:
-        msg = explain(
+        raise InputError(
             f"{name} has shape {shape}", "two axes, [cells, genes]", "Pass the complete matrix"
         )
-        raise InputError(msg)
     return shape[0], shape[1]
 
 
 def _same_shape(truth: Any, other: Any, name: str) -> None:
     """Raise an error if two shapes differ."""
     if np.shape(truth) != np.shape(other):
-        msg = explain(
+        raise InputError(
             f"{name} has shape {np.shape(other)} and truth has shape {np.shape(truth)}",
             "the same cells and genes in both",
             "Select and order cells and genes the same way first",
         )
-        raise InputError(msg)
 
 
 def _finite(values: np.ndarray, name: str, where: np.ndarray | None = None) -> np.ndarray:
@@ -51,12 +49,11 @@ def _finite(values: np.ndarray, name: str, where: np.ndarray | None = None) -> n
     if where is not None:
         wrong &= where
     if wrong.any():
-        msg = explain(
+        raise InputError(
             f"{name} contains NaN or infinity in {int(wrong.sum())} of the entries to compare",
             "finite numbers",
             "Exclude those entries with the mask",
         )
-        raise InputError(msg)
     return values
 
 
@@ -64,12 +61,11 @@ def _boolean(mask: Any) -> np.ndarray:
     """Return a mask as bool; values other than booleans, 0 and 1 raise an error."""
     array = np.asarray(mask)
     if array.dtype != bool and not np.isin(array, (0, 1)).all():
-        msg = explain(
+        raise InputError(
             f"The mask has dtype {array.dtype} and values other than 0 and 1",
             "True for entries to compare",
             "Pass a boolean array",
         )
-        raise InputError(msg)
     return array.astype(bool)
 
 
@@ -177,19 +173,17 @@ def masked_correlation(
         InputError: Shapes differ, or a masked entry is negative or not finite.
     """
     if minimum_entries < 2:
-        msg = explain(
+        raise InputError(
             f"minimum_entries={minimum_entries}",
             "at least 2, the minimum for a correlation",
             "Use the default or a larger value",
         )
-        raise InputError(msg)
     if mask is None:
-        msg = explain(
+        raise InputError(
             "mask=None",
             "a boolean matrix that marks the held-out entries",
             "Use pearson_per_gene to compare all entries",
         )
-        raise InputError(msg)
     per_gene: list[np.ndarray] = []
     lacking = {"genes_too_few": 0, "genes_constant_truth": 0, "genes_constant_prediction": 0}
     entries = 0
@@ -199,12 +193,11 @@ def masked_correlation(
     for _, true, predicted, chosen in _column_blocks(truth, prediction, mask):
         for name, values in (("truth", true), ("prediction", predicted)):
             if (values < 0).any():
-                msg = explain(
+                raise InputError(
                     f"{name} is negative in {int((values < 0).sum())} masked entries",
                     "counts and predicted mean counts before log1p",
                     "Pass them before any logarithm or centring",
                 )
-                raise InputError(msg)
         true, predicted = np.log1p(true), np.log1p(predicted)
         count, pearson, true_constant, predicted_constant = _column_moments(true, predicted, chosen)
         few = count < minimum_entries
@@ -269,22 +262,20 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
     for name, lowest in (("counts", "zero or more"), ("mean", "zero or more"), ("dispersion", "")):
         wrong = values[name] < 0 if lowest else values[name] <= 0
         if wrong.any():
-            msg = explain(
+            raise InputError(
                 f"{name} is as small as {values[name].min():g}",
                 lowest or "more than zero",
                 "Pass raw counts, expected counts and the positive inverse dispersion",
             )
-            raise InputError(msg)
     try:
         x, m, r = np.broadcast_arrays(*values.values())
     except ValueError:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in values.items())
-        msg = explain(
+        raise InputError(
             f"Shapes {shapes}",
             "shapes that broadcast against [cells, genes]",
             "Give the dispersion one entry per gene, or one per count",
-        )
-        raise InputError(msg) from None
+        ) from None
     positive = np.maximum(x, 1.0)
     # lgamma(x + r) - lgamma(r) - lgamma(x + 1) = -log(x) - log Beta(x, r) for x > 0, and 0 for x = 0.
     choose = np.where(x > 0, -np.log(positive) - special.betaln(positive, r), 0.0)
@@ -307,8 +298,7 @@ def _errors(truth: Any, prediction: Any, mask: Any | None) -> np.ndarray:
         parts = [part[chosen] for part in parts]
     difference = _finite(parts[1], "prediction") - _finite(parts[0], "truth")
     if not difference.size:
-        msg = explain("No entries to compare", "at least one", "Check the mask")
-        raise InputError(msg)
+        raise InputError("No entries to compare", "at least one", "Check the mask")
     return difference.ravel()
 
 

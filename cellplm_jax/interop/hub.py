@@ -91,12 +91,11 @@ def parse_address(text: str) -> HubAddress:
     """
     match = _ADDRESS.fullmatch(text)
     if match is None or ".." in (match["folder"] or "").split("/"):
-        msg = explain(
+        raise InputError(
             f"'{text}' is not a valid hub address",
             "hf://organisation/name, optionally followed by @revision and /folder",
             "Correct it",
         )
-        raise InputError(msg)
     return HubAddress(match["repository"], match["revision"], match["folder"] or "")
 
 
@@ -135,12 +134,11 @@ def fetch(text: str, *, extra_files: Iterable[str] = ()) -> tuple[Path, str]:
     directory = snapshot / address.folder
     missing = [name for name in MODEL_FILES if not (directory / name).is_file()]
     if missing:
-        msg = explain(
+        raise CheckpointError(
             f"'{address}' has no {' and no '.join(missing)}",
             "a repository created by Pretrained.push_to_hub",
             "Check the address and its folder; published CellPLM checkpoints are converted with 'cellplm convert'",
         )
-        raise CheckpointError(msg)
     pinned = HubAddress(address.repository, snapshot.name, address.folder)
     return directory, str(pinned)
 
@@ -177,24 +175,22 @@ def push(
     """
     address = parse_address(f"{SCHEME}{repository}")
     if str(address) != f"{SCHEME}{address.repository}":
-        msg = explain(
+        raise InputError(
             f"'{repository}' is not a valid repository name",
             "organisation/name",
             "Correct the name",
         )
-        raise InputError(msg)
     hub = require("huggingface_hub", EXTRA, "Publishing a model on the Hugging Face Hub")
     api = hub.HfApi(token=token)
     with _explained(str(address)):
         api.create_repo(address.repository, private=private, exist_ok=True)
         about = api.model_info(address.repository)
     if private and not about.private:
-        msg = explain(
+        raise InputError(
             f"the repository '{address.repository}' exists already and is public",
             "a private one, because private=True",
             "Make it private on its page, choose another name, or omit private",
         )
-        raise InputError(msg)
     with _explained(str(address)):
         if revision is not None:
             api.create_branch(address.repository, branch=revision, exist_ok=True)
@@ -233,31 +229,30 @@ def _explained(address: str) -> Iterator[None]:
     try:
         yield
     except errors.HFValidationError as error:
-        msg = explain(f"'{address}': {_line(error)}", "a valid repository name", "Correct the name")
-        raise InputError(msg) from error
+        raise InputError(
+            f"'{address}': {_line(error)}", "a valid repository name", "Correct the name"
+        ) from error
     except errors.GatedRepoError as error:
-        msg = explain(
+        raise CheckpointError(
             f"'{address}' is gated, and you have no access",
             "a repository with read access",
             "Request access on its page, and log in with 'hf auth login' or set HF_TOKEN",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
     except errors.RevisionNotFoundError as error:
         found = f"the repository of '{address}' has no such revision"
         remedy = "Check its list of branches, tags and commits"
-        msg = explain(found, "a branch, tag or commit of it", remedy)
-        raise CheckpointError(msg) from error
+        raise CheckpointError(found, "a branch, tag or commit of it", remedy) from error
     except errors.RepositoryNotFoundError as error:
         found = f"the hub has no repository '{address}' that you can read"
-        msg = explain(found, "a public one, or one that your token can access", login)
-        raise CheckpointError(msg) from error
+        raise CheckpointError(
+            found, "a public one, or one that your token can access", login
+        ) from error
     except errors.LocalEntryNotFoundError as error:
-        msg = explain(
+        raise CheckpointError(
             f"'{address}' is not in the local cache, and the hub cannot be reached",
             "a network connection, or a cached model",
             "Connect, unset HF_HUB_OFFLINE, or pass the directory of a copy",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403):
@@ -272,12 +267,11 @@ def _explained(address: str) -> Iterator[None]:
         library = type(error).__module__.split(".")[0]
         if library not in ("httpx", "httpx2", "requests") and not isinstance(error, OSError):
             raise
-        msg = explain(
+        raise CheckpointError(
             f"the hub cannot be reached for '{address}', or its files cannot be stored ({_line(error)})",
             "a network connection and free space in the cache folder",
             "Connect, or set HF_HOME to a folder with free space",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
 
 
 def _line(error: Exception) -> str:

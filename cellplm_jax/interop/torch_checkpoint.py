@@ -24,7 +24,7 @@ import numpy as np
 
 from cellplm_jax import config as configuration
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.errors import CheckpointError, explain, require
+from cellplm_jax.errors import CheckpointError, require
 from cellplm_jax.storage import atomic_write
 
 # Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may omit them.
@@ -134,12 +134,11 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
     """
     missing = [name for name in REQUIRED if name not in published]
     if missing:
-        msg = explain(
+        raise CheckpointError(
             f"the published config lacks {', '.join(missing)}",
             "the constructor arguments of the original OmicsFormer and its gene_list",
             "Use the PREFIX.config.json that was published with the weights",
         )
-        raise CheckpointError(msg)
     values = {**DEFAULTS, **published}
     try:
         _refuse_inexact(values)
@@ -147,12 +146,11 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
     except CheckpointError:
         raise
     except (configuration.ConfigError, TypeError, ValueError) as error:
-        msg = explain(
+        raise CheckpointError(
             f"the published config is invalid ({error})",
             "a config the original itself could run",
             "Use the PREFIX.config.json that was published with the weights",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
 
 
 def _translate(values: Mapping[str, Any]) -> ModelConfig:
@@ -253,12 +251,11 @@ def _refuse_inexact(values: Mapping[str, Any]) -> None:
     elif values["mask_type"] != "input":
         reason = f"mask_type {values['mask_type']!r} masks hidden vectors instead of counts"
     if reason:
-        msg = explain(
+        raise CheckpointError(
             f"this checkpoint cannot be converted exactly: {reason}",
             "flow-attention or MLP encoder, latent gmvae, vae or ae, decoder nbmlp",
             "Run it with the original package, or retrain here",
         )
-        raise CheckpointError(msg)
 
 
 def _entries(config: ModelConfig) -> list[_Entry]:
@@ -381,39 +378,35 @@ def convert_state_dict(
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for entry in entries:
         if entry.torch not in remaining:
-            msg = explain(
+            raise CheckpointError(
                 f"the checkpoint has no parameter '{entry.torch}'",
                 "one for every module of its config",
                 "Use the config that was published with these weights",
             )
-            raise CheckpointError(msg)
         array = np.asarray(remaining.pop(entry.torch))
         expected = entry.to_torch(np.empty(shapes[entry.path], bool)).shape
         if array.shape != expected:
-            msg = explain(
+            raise CheckpointError(
                 f"parameter '{entry.torch}' has shape {array.shape}",
                 f"{expected} from the config",
                 "Use the config that was published with these weights",
             )
-            raise CheckpointError(msg)
         if array.dtype != np.float32:
-            msg = explain(
+            raise CheckpointError(
                 f"parameter '{entry.torch}' is {array.dtype}",
                 "float32",
                 "Convert the checkpoint to float32 first",
             )
-            raise CheckpointError(msg)
         flat[entry.path] = entry.to_ours(array)
     unknown = [name for name in remaining if _unused_reason(name, config) is None]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        msg = explain(
+        raise CheckpointError(
             f"the checkpoint has parameters its config does not account for: "
             f"{', '.join(unknown[:3])}{more}",
             "only parameters known to be unused",
             "Use the config that was published with these weights",
         )
-        raise CheckpointError(msg)
     return Converted(
         config=config,
         genes=[str(gene) for gene in published["gene_list"]],
@@ -438,21 +431,19 @@ def to_state_dict(converted: Converted) -> dict[str, np.ndarray]:
     state_dict = {}
     for entry in _entries(converted.config):
         if entry.path not in flat:
-            msg = explain(
+            raise CheckpointError(
                 f"the model has no parameter '{'/'.join(entry.path)}'",
                 "one for every module of its config",
                 "Check that config and weights belong together",
             )
-            raise CheckpointError(msg)
         state_dict[entry.torch] = entry.to_torch(np.asarray(flat.pop(entry.path)))
     if flat:
         names = ", ".join("/".join(path) for path in list(flat)[:3])
-        msg = explain(
+        raise CheckpointError(
             f"the model has parameters without a published counterpart: {names}",
             "a model the original can express",
             "Keep this model in the format of this package",
         )
-        raise CheckpointError(msg)
     return {**state_dict, **converted.unused}
 
 
@@ -489,12 +480,11 @@ def published_config(config: ModelConfig, genes: list[str]) -> dict[str, Any]:
     elif config.norm == "groupnorm" and config.norm_groups != 4:
         reason = "its GroupNorm does not have the original's 4 groups"
     if reason:
-        msg = explain(
+        raise CheckpointError(
             f"this model cannot be written in the published format: {reason}",
             "a model the original computes identically",
             "Keep it in the format of this package, which every version opens",
         )
-        raise CheckpointError(msg)
     latent = {"gaussian_mixture": "gmvae", "gaussian": "vae", "deterministic": "ae"}
     return {
         "enc_mod": {"flow": "flowformer", "mlp": "mlp"}[config.encoder.kind],
@@ -567,45 +557,40 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     checkpoint, config = Path(checkpoint), Path(config)
     for path in (checkpoint, config):
         if not path.is_file():
-            msg = explain(
+            raise CheckpointError(
                 f"there is no file '{path}'",
                 "PREFIX.best.ckpt and PREFIX.config.json",
                 "Check the path",
             )
-            raise CheckpointError(msg)
     try:
         published = json.loads(config.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        msg = explain(
+        raise CheckpointError(
             f"'{config}' is not JSON ({error})", "a published config", "Download the file again"
-        )
-        raise CheckpointError(msg) from error
+        ) from error
     if not isinstance(published, dict):
-        msg = explain(
+        raise CheckpointError(
             f"'{config}' contains a {type(published).__name__}",
             "a JSON object of constructor arguments",
             "Use the published PREFIX.config.json",
         )
-        raise CheckpointError(msg)
     model_config(published)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        msg = explain(
+        raise CheckpointError(
             f"'{checkpoint}' cannot be read as PyTorch weights ({first[:160]})",
             "a complete file of tensors written by torch.save",
             "Download it again; files with other Python objects are never unpickled",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
     state_dict = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not all(map(torch.is_tensor, state_dict.values())):
-        msg = explain(
+        raise CheckpointError(
             f"'{checkpoint}' contains no 'model_state_dict' of tensors",
             "a published CellPLM checkpoint",
             "Use the published PREFIX.best.ckpt",
         )
-        raise CheckpointError(msg)
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
@@ -614,12 +599,11 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         try:
             arrays[name] = value.detach().numpy()
         except (TypeError, RuntimeError) as error:  # bfloat16, sparse or quantised
-            msg = explain(
+            raise CheckpointError(
                 f"parameter '{name}' is {value.dtype}, {value.layout}",
                 "dense float32",
                 "Convert the checkpoint to float32 first",
-            )
-            raise CheckpointError(msg) from error
+            ) from error
     return convert_state_dict(arrays, published)
 
 

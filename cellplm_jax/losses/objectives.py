@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cellplm_jax.batch import CellBatch, LatentOutput, Reconstruction
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError
 from cellplm_jax.kernels.chunked import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
 from cellplm_jax.kernels.matmul import broadcast, squeeze_single_row, weighted_sum
 from cellplm_jax.losses.likelihoods import (
@@ -364,19 +364,17 @@ def reconstruction_loss(
 def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> None:
     """Raise ConfigError if the decoder lacks an output that the likelihood requires."""
     if reconstruction.dispersion is None:
-        msg = explain(
+        raise ConfigError(
             f"objective '{config.kind}' with a decoder that predicts no dispersion",
             "a negative-binomial decoder",
             "Set decoder.kind to 'negative_binomial', or objective.kind to 'mean_squared_error'",
         )
-        raise ConfigError(msg)
     if config.kind == "zero_inflated_negative_binomial" and reconstruction.zero_logits is None:
-        msg = explain(
+        raise ConfigError(
             "objective 'zero_inflated_negative_binomial' with a decoder without zero inflation",
             "decoder.kind = 'zero_inflated_negative_binomial'",
             "Change one of them",
         )
-        raise ConfigError(msg)
 
 
 def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:

@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.plan import gpus
 
 GIBIBYTE = 2**30
@@ -228,12 +228,11 @@ def parse_topology(name: str) -> Topology:
         "v7x": "tpu7x",
     }.get(match.group(1) if match else "", match.group(1) if match else "")
     if match is None or generation not in CHIPS:
-        msg = explain(
+        raise InputError(
             f"topology '{name}' is not known",
             f"one of {', '.join(known_topologies())}, or a name such as v5e-256 or h100:8",
             nearest(name, known_topologies(), "Choose one of them"),
         )
-        raise InputError(msg)
     chip = CHIPS[generation]
     if match.group(2):
         shape = tuple(map(int, match.group(2).split("x")))
@@ -241,13 +240,12 @@ def parse_topology(name: str) -> Topology:
             shape = (*shape, 1)
         possible = len(shape) == chip.dimensions and all(shape)
         if not possible or (math.prod(shape) > 1 and any(n % 2 for n in shape[:2])):
-            msg = explain(
+            raise InputError(
                 f"topology '{name}' has an impossible shape",
                 f"{chip.dimensions} extents, the first two even, such as "
                 + ", ".join(f"{generation}:{shape}" for shape in SHAPES[generation]),
                 "Choose one of them",
             )
-            raise InputError(msg)
         return Topology(chip, shape)
     sizes = {
         math.prod(map(int, shape.split("x"))) * chip.cores: tuple(map(int, shape.split("x")))
@@ -255,12 +253,11 @@ def parse_topology(name: str) -> Topology:
     }
     size = int(match.group(3))
     if size not in sizes:
-        msg = explain(
+        raise InputError(
             f"topology '{name}' has an unknown size",
             f"one of {', '.join(f'{generation}-{n}' for n in sizes)}"
             + (" (cores, two a chip)" if chip.cores == 2 else ""),
             "Choose one of them, or give the extents, such as "
             + f"{generation}:{SHAPES[generation][-1]}",
         )
-        raise InputError(msg)
     return Topology(chip, sizes[size])

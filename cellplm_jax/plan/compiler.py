@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax.config import TrainConfig, from_dict, to_dict
-from cellplm_jax.errors import CellPLMError, ConfigError, InputError, explain, require
+from cellplm_jax.errors import CellPLMError, ConfigError, InputError, require
 from cellplm_jax.plan import gpus
 from cellplm_jax.plan.chips import GIBIBYTE, Topology, parse_topology
 from cellplm_jax.plan.hlo import cost
@@ -113,20 +113,18 @@ def describe_devices(topology: Topology) -> list[Any]:
             platform=chip.platform, topology_name=name, **options
         )
     except Exception as error:
-        msg = explain(
+        raise InputError(
             f"the compiler refuses the topology '{topology.name}' ({str(error).splitlines()[0]})",
             "a shape that exists",
             "Choose another one",
-        )
-        raise InputError(msg) from error
+        ) from error
     devices = list(description.devices)
     if len(devices) != topology.devices:
-        msg = explain(
+        raise InputError(
             f"the compiler sees {len(devices)} devices in '{topology.name}'",
             f"{topology.devices}",
             "Install another version of the compiler",
         )
-        raise InputError(msg)
     return devices
 
 
@@ -230,12 +228,11 @@ def _text(compiled: Any, dumps: Path) -> str:
     except Exception as error:
         files = list(dumps.glob("*.after_codegen.txt"))
         if not files:
-            msg = explain(
+            raise InputError(
                 f"JAX cannot read what the compiler made ({str(error).splitlines()[0]})",
                 "a compiler of the age of JAX",
                 "Install the one that belongs to it: pip install 'cellplm-jax[tpu]'",
-            )
-            raise InputError(msg) from error
+            ) from error
         return max(files, key=lambda path: path.stat().st_size).read_text(encoding="utf-8")
 
 
@@ -286,21 +283,19 @@ def compile_apart(
                 command, env=environment, capture_output=True, text=True, timeout=timeout
             )
         except subprocess.TimeoutExpired as error:
-            msg = explain(
+            raise InputError(
                 f"the compiler had not finished after {timeout:.0f} s",
                 "an answer by then",
                 "Give it more time with --timeout, or a smaller configuration",
-            )
-            raise InputError(msg) from error
+            ) from error
         if not answer.exists():
             last = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-            msg = explain(
+            raise InputError(
                 f"the compiler ended with status {done.returncode} ({' | '.join(last) or 'no message'})",
                 "a compiled step",
                 "Try another mesh or another version of libtpu; with too little memory on this machine the system "
                 "ends it too",
             )
-            raise InputError(msg)
         result = json.loads(answer.read_text(encoding="utf-8"))
     if "error" in result:
         kind = {"ConfigError": ConfigError}.get(result["error"]["kind"], InputError)

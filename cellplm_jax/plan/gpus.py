@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 HOSTS = (1, 2, 4, 8)
 """GPUs of one host, connected by NVLink."""
@@ -86,12 +86,11 @@ def parse_host(name: str) -> tuple[str, int] | None:
         return None
     gpu, number = match.group(1), int(match.group(2) or 1)
     if number not in HOSTS:
-        msg = explain(
+        raise InputError(
             f"topology '{name}' has {number} GPUs",
             f"the GPUs of one host: {', '.join(f'{gpu}:{n}' for n in HOSTS)}",
             "Choose one of them; more hosts add devices along data",
         )
-        raise InputError(msg)
     return gpu, number
 
 

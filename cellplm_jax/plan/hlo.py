@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 
 BITS = {"pred": 8, "bf16": 16, "tuple": 0, "token": 0, "opaque": 0}
 COLLECTIVES = (
@@ -205,12 +205,11 @@ def parse(text: str) -> Program:
             if instruction is not None:
                 current[instruction.name] = instruction
     if not program.entry:
-        msg = explain(
+        raise InputError(
             "the text of a compiled program has no entry computation",
             "the output of compiled.as_text()",
             "Report this: the compiler may have changed its format",
         )
-        raise InputError(msg)
     return program
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax.config import MeshConfig, TrainConfig, from_config_dict, from_dict, to_dict
-from cellplm_jax.errors import ConfigError, InputError, explain, nearest
+from cellplm_jax.errors import ConfigError, InputError, nearest
 from cellplm_jax.plan.chips import Topology, parse_topology
 from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compiler
 from cellplm_jax.plan.roofline import RESOURCES
@@ -46,18 +46,18 @@ def load_config(source: str) -> TrainConfig:
     if not name or (not path.suffix and not path.exists()):
         return preset(name or variant)
     if not path.is_file():
-        msg = explain(
+        raise ConfigError(
             f"there is no configuration file '{name}'",
             f"a Python or JSON file, or a preset: {', '.join(PRESETS)}",
             "Check the path",
         )
-        raise ConfigError(msg)
     if path.suffix == ".json":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            msg = explain(f"'{name}' is not JSON ({error})", "a configuration", "Check the file")
-            raise ConfigError(msg) from error
+            raise ConfigError(
+                f"'{name}' is not JSON ({error})", "a configuration", "Check the file"
+            ) from error
         # The file of a work directory contains more than the configuration.
         for key in ("train", "config"):
             if isinstance(values, Mapping) and isinstance(values.get(key), Mapping):
@@ -70,20 +70,18 @@ def load_config(source: str) -> TrainConfig:
         try:
             specification.loader.exec_module(module)
         except Exception as error:
-            msg = explain(
+            raise ConfigError(
                 f"'{name}' cannot be run as Python ({type(error).__name__}: {error})",
                 "a file with get_config(variant)",
                 "Check the file",
-            )
-            raise ConfigError(msg) from error
+            ) from error
         get_config = getattr(module, "get_config", None)
     if get_config is None:
-        msg = explain(
+        raise ConfigError(
             f"'{name}' has no get_config",
             "a function get_config(variant) that returns a ConfigDict",
             "Use a file such as configs/pretrain.py",
         )
-        raise ConfigError(msg)
     values = get_config(variant) if variant else get_config()
     return from_config_dict(TrainConfig, values)
 
@@ -103,10 +101,9 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator or not name:
-            msg = explain(
+            raise ConfigError(
                 f"--set was given '{setting}'", "name=value", "Write for example data.rows=512"
             )
-            raise ConfigError(msg)
         try:
             value = json.loads(text.lower() if text in ("True", "False") else text)
         except json.JSONDecodeError:
@@ -116,12 +113,11 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                msg = explain(
+                raise ConfigError(
                     f"--set was given '{name}', where '{parent}' is a value",
                     "the dotted name of a value",
                     "Check the name",
                 )
-                raise ConfigError(msg)
         place[last] = value
     return from_dict(TrainConfig, values)
 
@@ -163,29 +159,26 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
     for part in text.replace(" ", "").split(","):
         name, _, number = part.partition("=")
         if name not in AXES:
-            msg = explain(
+            raise InputError(
                 f"--mesh names an axis '{name}'",
                 f"one of {', '.join(AXES)}",
                 nearest(name, AXES, "Write for example data=64,cells=4"),
             )
-            raise InputError(msg)
         if not number.isdigit() or int(number) < 1 or name in sizes:
-            msg = explain(
+            raise InputError(
                 f"--mesh was given '{part}'",
                 "each axis once, with a positive integer",
                 "Write for example data=64,cells=4",
             )
-            raise InputError(msg)
         sizes[name] = int(number)
     inner = sizes.get("cells", 1) * sizes.get("genes", 1)
     data = sizes.get("data", max(1, devices // inner))
     if data * inner != devices:
-        msg = explain(
+        raise InputError(
             f"--mesh {text} makes {data} x {sizes.get('cells', 1)} x {sizes.get('genes', 1)} = {data * inner} devices",
             f"the {devices} of the topology",
             "Change one of the axes",
         )
-        raise InputError(msg)
     return MeshConfig(data=data, cells=sizes.get("cells", 1), genes=sizes.get("genes", 1))
 
 
@@ -332,13 +325,12 @@ def plan(
     else:
         possible = candidates(config, place, nonzeros_per_cell, rows=rows)
         if not possible:
-            msg = explain(
+            raise ConfigError(
                 f"no mesh of {place.devices} devices splits {rows or config.data.rows} rows of {config.data.cells} "
                 f"cells evenly",
                 "rows or cells with enough factors in common with the number of devices",
                 "Change --rows, or data.cells",
             )
-            raise ConfigError(msg)
         chosen = possible[:tries]
         spare = sorted(possible[tries:], key=lambda entry: entry.memory)[:1]
     tried: list[dict[str, Any]] = []

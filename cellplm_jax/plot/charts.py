@@ -31,17 +31,15 @@ def _frame(table: Any, name: str) -> pd.DataFrame:
     try:
         frame = pd.DataFrame(table).astype(float)
     except (TypeError, ValueError) as error:
-        msg = explain(
+        raise InputError(
             f"{name} contains non-numeric values ({error})",
             "numbers, one row per method and one column per metric",
             "Remove text columns",
-        )
-        raise InputError(msg) from error
+        ) from error
     if frame.empty:
-        msg = explain(
+        raise InputError(
             f"{name} is empty", "at least one method and one metric", "Add rows and columns"
         )
-        raise InputError(msg)
     return frame
 
 
@@ -274,15 +272,13 @@ def calibration(
     """
     right, confidence = np.asarray(right, bool), np.asarray(confidence, np.float64)
     if right.shape != confidence.shape or right.ndim != 1 or not len(right):
-        msg = explain(
+        raise InputError(
             f"{right.shape} predictions and {confidence.shape} confidences",
             "one of each per cell",
             "Apply the same selection of cells to both",
         )
-        raise InputError(msg)
     if not ((confidence >= 0) & (confidence <= 1.0 + 1e-6)).all():
-        msg = explain("a confidence outside of 0 to 1", "probabilities", "Normalise them")
-        raise InputError(msg)
+        raise InputError("a confidence outside of 0 to 1", "probabilities", "Normalise them")
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     size = np.bincount(place, minlength=bins)
     filled = np.flatnonzero(size)
@@ -391,10 +387,9 @@ def agreement(
     """
     x, y = np.asarray(measured, np.float64).ravel(), np.asarray(predicted, np.float64).ravel()
     if x.shape != y.shape:
-        msg = explain(
+        raise InputError(
             f"{len(x)} measured and {len(y)} predicted numbers", "one of each", "Pair them first"
         )
-        raise InputError(msg)
     drawn = np.isfinite(x) & np.isfinite(y)
     if logarithmic:
         drawn &= (x > 0) & (y > 0)
@@ -497,18 +492,16 @@ def ablation_dots(
     """
     seeds = {str(name): np.asarray(values, np.float64).ravel() for name, values in scores.items()}
     if reference not in seeds:
-        msg = explain(
+        raise InputError(
             f"no scores of the reference '{reference}'",
             f"one of {', '.join(map(repr, seeds)) or 'no variants at all'}",
             nearest(reference, seeds, "Name the complete model"),
         )
-        raise InputError(msg)
     for name, values in seeds.items():
         if not values.size or not np.isfinite(values).all():
-            msg = explain(
+            raise InputError(
                 f"variant '{name}' has no finite score", "one per seed", "Remove the variant"
             )
-            raise InputError(msg)
     with picture(ax, (5.6, 0.3 * len(seeds) + 0.9), title=title, show=show) as axes:
         whole = seeds[reference].mean()
         axes.axvline(whole, color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
@@ -566,12 +559,11 @@ def benchmark_lines(
     """
     numbers = [n for curve in curves.values() for pair in curve.items() for n in pair]
     if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
-        msg = explain(
+        raise InputError(
             "sizes and values that are not all above 0" if numbers else "no sizes and values",
             "numbers above 0 for logarithmic axes",
             "Remove the others",
         )
-        raise InputError(msg)
     with picture(ax, (4.8, 3.4), title=title, show=show, beside=True) as axes:
         for place, (method, curve) in enumerate(curves.items()):
             sizes = sorted(curve)

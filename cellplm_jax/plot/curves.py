@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, picture, pyplot_module
 
 if TYPE_CHECKING:
@@ -36,12 +36,11 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         with open(path, encoding="utf-8") as file:
             lines = file.read().splitlines()
     except OSError as error:
-        msg = explain(
+        raise InputError(
             f"The metrics file {os.fspath(path)!r} cannot be read ({error.strerror})",
             "a file with one JSON object per line",
             "Pass the metrics file of a training run, or a list of dictionaries",
-        )
-        raise InputError(msg) from error
+        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -51,12 +50,11 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            msg = explain(
+            raise InputError(
                 f"Line {number} of {os.fspath(path)!r} is not JSON ({error.msg})",
                 "one JSON object per line",
                 "Remove that line",
-            )
-            raise InputError(msg) from error
+            ) from error
         rows.append(row)
     return rows
 
@@ -71,12 +69,11 @@ def _metrics_rows(
     )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not isinstance(row.get("step"), int | float):
-            msg = explain(
+            raise InputError(
                 f"Metrics line {number} has no number under 'step'",
                 "an object such as {'step': 10, 'split': 'train', 'loss': 3.2}",
                 "Add the step to every line",
             )
-            raise InputError(msg)
     return rows
 
 
@@ -171,12 +168,11 @@ def training_curves(
         if curves:
             drawn.append((heading, unit, curves))
     if not drawn:
-        msg = explain(
+        raise InputError(
             f"{len(rows)} metrics lines without any known metric",
             f"at least one of {', '.join(key for key, _, _ in _PANELS)}",
             "Check that this is the metrics file of a training run",
         )
-        raise InputError(msg)
 
     columns = max(1, min(columns, len(drawn)))
     shape = (math.ceil(len(drawn) / columns), columns)
@@ -255,12 +251,11 @@ def fitting_curves(
     curves = {split: curve for split, curve in curves.items() if len(curve[0])}
     if not curves:
         known = sorted({name.removeprefix("validation_") for row in history for name in row})
-        msg = explain(
+        raise InputError(
             f"A history of {len(rows)} epochs without '{key}'",
             f"one of {', '.join(known)}" if known else "the history of a fit",
             "Use one of these" if known else "Call fit first",
         )
-        raise InputError(msg)
     with picture(ax, (4.6, 3.0), title=title, show=show) as axes:
         for split, (epochs, values) in curves.items():
             line = _curve(axes, split, epochs, values, None)
@@ -365,12 +360,11 @@ def run_picture(
         if curves:
             panels.append((heading, unit, split, curves))
     if not panels:
-        msg = explain(
+        raise InputError(
             f"{len(rows)} metrics lines without any known metric",
             "metrics of a pretraining run",
             "Check that this is the metrics file of a training run",
         )
-        raise InputError(msg)
     steps, skipped = _series(rows, "train", "skipped")
     skipped_at = steps[np.flatnonzero(np.diff(skipped, prepend=0.0) > 0)]
     every_step = np.concatenate([curve[1] for *_, curves in panels for curve in curves])

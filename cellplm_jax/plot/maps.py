@@ -29,20 +29,18 @@ def _points(coordinates: Any) -> np.ndarray:
     """Return finite float coordinates [cells, 2]; other values raise an error."""
     points = np.asarray(coordinates)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
-        msg = explain(
+        raise InputError(
             f"The coordinates have shape {points.shape}",
             "[cells, 2] with at least one cell",
             "Pass two columns, for example adata.obsm['X_umap'][:, :2]",
         )
-        raise InputError(msg)
     points = points.astype(np.float64)
     if not np.isfinite(points).all():
-        msg = explain(
+        raise InputError(
             f"The coordinates contain NaN or infinity for {int((~np.isfinite(points)).any(axis=1).sum())} cells",
             "finite numbers",
             "Select the cells that have coordinates",
         )
-        raise InputError(msg)
     return points
 
 
@@ -50,12 +48,11 @@ def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categoric
     """Return (floats, None) for a continuous quantity or (None, categories) for other values."""
     column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
     if np.ndim(column) != 1 or len(column) != cells:
-        msg = explain(
+        raise InputError(
             f"Values of shape {np.shape(column)} for {cells} cells",
             "one value per cell, in the order of the coordinates",
             "Apply the same selection of cells to both",
         )
-        raise InputError(msg)
     if pd.api.types.is_float_dtype(column.dtype):
         return np.asarray(column, dtype=np.float64), None
     if isinstance(column, pd.Categorical) or isinstance(column.dtype, pd.CategoricalDtype):
@@ -70,12 +67,11 @@ def _category_colors(
     if isinstance(palette, Mapping):
         lacking = [name for name in names if name not in palette and name not in UNKNOWN_LABELS]
         if lacking:
-            msg = explain(
+            raise InputError(
                 f"The palette has no colour for {lacking[:5]}",
                 "a colour for every label",
                 "Add them, or omit the palette",
             )
-            raise InputError(msg)
         return [(palette.get(name, UNKNOWN_COLOR), "o") for name in names]
     colors = tuple(palette) if palette else PALETTE
     styles, place = [], 0
@@ -411,10 +407,9 @@ def cell_attention(
     """
     points = _points(coordinates)
     if cell is not None and not 0 <= cell < len(points):
-        msg = explain(
+        raise InputError(
             f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Pass one of these"
         )
-        raise InputError(msg)
     axes = spatial(
         points,
         np.asarray(weights, np.float64),
@@ -620,12 +615,11 @@ def gene_map(
     groups = highlight if isinstance(highlight, Mapping) else {"": list(highlight)}
     for name in (name for group in groups.values() for name in group):
         if name not in place:
-            msg = explain(
+            raise InputError(
                 f"there is no gene '{name}'",
                 f"one of the {len(names)} genes given",
                 nearest(name, names, "Check the name"),
             )
-            raise InputError(msg)
     with picture(ax, (5.2, 4.6), title=title, show=show, beside=True) as axes:
         size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
         axes.scatter(*points.T, s=size, c="#CFCFCF", linewidths=0, rasterized=True, zorder=1)

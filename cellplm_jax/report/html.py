@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax._version import __version__
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
 _FIGURE_DPI = 192  # two image pixels per page pixel: sharp on dense screens
@@ -194,12 +194,11 @@ def _table(table: Table) -> str:
     rows = [list(row) for row in table.rows]
     for place, row in enumerate(rows, start=1):
         if len(row) != len(columns):
-            msg = explain(
+            raise InputError(
                 f"Row {place} of a table has {len(row)} cells",
                 f"{len(columns)}, one per column ({', '.join(columns)})",
                 "Fill missing cells with None",
             )
-            raise InputError(msg)
     texts, numeric = [], []
     for place in range(len(columns)):
         values = [row[place] for row in rows]
@@ -271,23 +270,21 @@ def _image_bytes(image: Any) -> bytes:
             facecolor="white",
         )
         return buffer.getvalue()
-    msg = explain(
+    raise InputError(
         f"A figure's image is a {type(image).__name__}",
         "PNG or SVG bytes, a matplotlib figure or Axes",
         "Read the file with Path(...).read_bytes(), or pass axes.figure",
     )
-    raise InputError(msg)
 
 
 def _figure(figure: Figure) -> str:
     """Return the markup of an image."""
     if not figure.alt.strip():
-        msg = explain(
+        raise InputError(
             "A figure without alternative text",
             "a short description of the image",
             "Fill Figure(alt=...)",
         )
-        raise InputError(msg)
     image = _image_bytes(figure.image)
     size, width = "", 0
     if image.startswith(_PNG) and len(image) >= 33:
@@ -301,12 +298,11 @@ def _figure(figure: Figure) -> str:
     ):
         kind = "image/svg+xml"  # as an image: its scripts do not run and its links are not followed
     else:
-        msg = explain(
+        raise InputError(
             f"A figure's image starts with {image[:8]!r}",
             "the bytes of a PNG or SVG file",
             "Save the image as PNG",
         )
-        raise InputError(msg)
     data = base64.b64encode(image).decode("ascii")
     caption = f"<figcaption>{_escape(figure.caption)}</figcaption>" if figure.caption else ""
     # On small screens a wide image keeps a legible size and scrolls; the style above defines the width limit.
@@ -336,12 +332,11 @@ def _section(section: Any) -> str:
     elif isinstance(section, Figure):
         body = _figure(section)
     else:
-        msg = explain(
+        raise InputError(
             f"A section of type {type(section).__name__}",
             "Text, Code, Table or Figure",
             "Wrap it in one of the classes of cellplm_jax.report",
         )
-        raise InputError(msg)
     return (f"<h2>{_escape(section.heading)}</h2>\n" if section.heading else "") + body
 
 

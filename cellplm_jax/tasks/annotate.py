@@ -18,7 +18,7 @@ from scipy.special import log_softmax, softmax
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values, open_counts
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 from cellplm_jax.evaluate.annotation import (
     annotation_scores,
     brier_score,
@@ -151,18 +151,15 @@ class CellTypeAnnotator(Estimator):
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if method not in ("finetune", "neighbors"):
-            msg = explain(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
-            raise InputError(msg)
+            raise InputError(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:
-            msg = explain(
+            raise InputError(
                 f"unknown_threshold={unknown_threshold}",
                 "a confidence between 0 and 1, or None",
                 "Choose a value in between",
             )
-            raise InputError(msg)
         if neighbors < 1:
-            msg = explain(f"neighbors={neighbors}", "at least 1", "Raise it")
-            raise InputError(msg)
+            raise InputError(f"neighbors={neighbors}", "at least 1", "Raise it")
         self.method: str = method
         self.unknown_threshold = unknown_threshold
         self.class_weights = class_weights
@@ -227,12 +224,11 @@ class CellTypeAnnotator(Estimator):
         named = labels_of(table.obs, label_key)
         usable = np.array([name is not None for name in named], bool)
         if not usable.any():
-            msg = explain(
+            raise InputError(
                 f"obs['{label_key}'] is missing for all {len(table)} cells",
                 "labels for the cells to fit on",
                 "Use another column, or fill it",
             )
-            raise InputError(msg)
         if not usable.all():
             self.messages.append(
                 f"{int((~usable).sum())} of {len(table)} cells have no label in '{label_key}' and were omitted from "
@@ -248,12 +244,11 @@ class CellTypeAnnotator(Estimator):
         )
         self.labels = sorted(set(named[train]))
         if len(self.labels) < 2:
-            msg = explain(
+            raise InputError(
                 f"the {len(train)} training cells all have the label '{self.labels[0]}'",
                 "at least two cell types",
                 f"Check obs['{label_key}'], or give more cells",
             )
-            raise InputError(msg)
         self._check_unseen(named, usable, label_key, unseen_labels)
         codes = self._codes(named)
         valid = valid[codes[valid] >= 0]
@@ -287,12 +282,11 @@ class CellTypeAnnotator(Estimator):
                 f"{number} cells with labels outside the training cells were omitted: {listed}."
             )
             return
-        msg = explain(
+        raise InputError(
             f"{number} cells are labelled {listed} in obs['{label_key}'], and no training cell is",
             "every label among the training cells",
             "Move cells of these labels into the training part, set their label to NaN, or pass unseen_labels='ignore'",
         )
-        raise InputError(msg)
 
     def _codes(self, named: np.ndarray) -> np.ndarray:
         """Return int32 [cells]: the class of each label; -1 for missing and new labels."""
@@ -468,24 +462,22 @@ class CellTypeAnnotator(Estimator):
         unknown = sorted(set(given) - set(self.labels))
         if unknown or any(not weight >= 0 for weight in given.values()):
             wrong = f"an unknown label ({unknown[0]!r})" if unknown else "a negative weight"
-            msg = explain(
+            raise InputError(
                 f"class_weights with {wrong}",
                 f"numbers of at least 0 for labels among {', '.join(map(repr, self.labels))}",
                 "Correct class_weights; omitted labels have weight 1",
             )
-            raise InputError(msg)
         return np.array([given.get(name, 1.0) for name in self.labels], np.float32)
 
     def _fit_neighbors(
         self, adata: Any, table: CellTable, train: np.ndarray, codes: np.ndarray
     ) -> None:
         if self.base is None:
-            msg = explain(
+            raise InputError(
                 "method='neighbors' with model=None",
                 "a pretrained model, because this method needs no training",
                 "Pass model='small' or a checkpoint, or use method='finetune'",
             )
-            raise InputError(msg)
         require("sklearn.neighbors", "eval", "method='neighbors'")
         self.model = self.base
         part = np.full(len(table), "other", object)
@@ -615,32 +607,29 @@ class CellTypeAnnotator(Estimator):
         if split is not None:
             key = self.reading.split_key
             if key is None or key not in adata.obs.columns:
-                msg = explain(
+                raise InputError(
                     f"split={split!r} without a split column",
                     "an estimator that was fitted with split_key, and its column in obs",
                     "Select the cells to score instead: score(adata[...])",
                 )
-                raise InputError(msg)
             parts = parts_of(np.asarray(adata.obs[key].astype(object)))
             scored &= parts == parts_of(np.array([split]))[0]
         unseen = sorted(set(named[scored]) - set(self.labels))
         if unseen and unseen_labels == "error":
-            msg = explain(
+            raise InputError(
                 f"{int(np.isin(named[scored], unseen).sum())} cells are labelled {unseen[0]!r} or other labels that "
                 "are not among the training labels",
                 f"labels among {', '.join(map(repr, self.labels))}",
                 "Fit on cells of these labels too, or pass unseen_labels='ignore' or 'wrong'",
             )
-            raise InputError(msg)
         if unseen_labels == "ignore":
             scored &= ~np.isin(named, unseen)
         if not scored.any():
-            msg = explain(
+            raise InputError(
                 "no cell to score",
                 f"cells with a training label in obs['{label_key}']",
                 "Check the label column and the split",
             )
-            raise InputError(msg)
         probabilities, _, _, _ = self._probabilities(adata, self.reading.changed(**keys))
         names, _ = self._decide(probabilities)
         truth, predicted = named[scored], np.asarray(names)[scored]
@@ -827,10 +816,9 @@ def _require_training_cells(table: CellTable, train: np.ndarray) -> None:
     """Raise an error for batches without labelled training cells if complete batches are the training contexts."""
     without = [name for name in dict.fromkeys(table.batch) if name not in set(table.batch[train])]
     if without:
-        msg = explain(
+        raise InputError(
             f"batch '{without[0]}' has no labelled training cells"
             + (f" (and {len(without) - 1} more)" if len(without) > 1 else ""),
             "labelled training cells in every batch, with transductive=True",
             "Omit transductive: these cells are then predicted in a separate context; or label some of them",
         )
-        raise InputError(msg)

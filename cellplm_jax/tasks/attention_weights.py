@@ -13,7 +13,7 @@ import pandas as pd
 
 from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import scale_coordinates
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.tasks.contexts import deal, source_groups
 from cellplm_jax.tasks.embed import express_padded
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
@@ -73,12 +73,11 @@ def cell_attention(
     model = as_pretrained(model)
     kind = model.config.encoder.kind
     if kind not in ("flow", "softmax"):
-        msg = explain(
+        raise InputError(
             f"the encoder of '{model.id}' is of kind '{kind}'",
             "one with attention weights: 'flow' or 'softmax'",
             "Use another model",
         )
-        raise InputError(msg)
     read: dict[str, Any] = {
         "layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
     }  # fmt: skip
@@ -144,41 +143,36 @@ def _chosen(cells: Any, names: pd.Index) -> np.ndarray:
     wanted = np.atleast_1d(np.asarray(cells))
     if wanted.dtype == bool:
         if wanted.shape != names.shape:
-            msg = explain(
+            raise InputError(
                 f"a mask of {len(wanted)} entries for {len(names)} cells",
                 "one entry per cell",
                 "Create the mask for this AnnData",
             )
-            raise InputError(msg)
         wanted = np.flatnonzero(wanted)
     if wanted.ndim != 1 or not len(wanted):
-        msg = explain("no cells were selected", "at least one", "Pass their names or numbers")
-        raise InputError(msg)
+        raise InputError("no cells were selected", "at least one", "Pass their names or numbers")
     if np.issubdtype(wanted.dtype, np.integer):
         wrong = wanted[(wanted < 0) | (wanted >= len(names))]
         if len(wrong):
-            msg = explain(
+            raise InputError(
                 f"there is no cell {wrong[0]}",
                 f"numbers from 0 to {len(names) - 1}",
                 "Pass numbers in this range",
             )
-            raise InputError(msg)
         return wanted.astype(int)
     texts = [str(name) for name in wanted]
     if not names.is_unique:
-        msg = explain(
+        raise InputError(
             "obs_names contains duplicates, so names do not identify cells",
             "unique names, or numbers",
             "Call adata.obs_names_make_unique(), or select cells by number",
         )
-        raise InputError(msg)
     places = names.get_indexer(texts)
     if (places < 0).any():
         lacking = [name for name, place in zip(texts, places, strict=True) if place < 0]
-        msg = explain(
+        raise InputError(
             f"{len(lacking)} of the selected cells are not in obs_names, such as {lacking[0]!r}",
             f"names such as {names[0]!r}",
             "Check the names, or select cells by number",
         )
-        raise InputError(msg)
     return places

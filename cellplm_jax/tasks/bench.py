@@ -27,7 +27,7 @@ from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import Sample, pad_batch
 from cellplm_jax.data.corpus import is_corpus, open_corpus
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.tasks.embed import CHUNK_CELLS, embed
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.metrics import embedding_flops, model_flops, peak_flops
@@ -195,12 +195,11 @@ def bench_training(
     ]
     mesh = make_mesh(config.mesh, rows=rows)
     if config.mesh.cells > 1:
-        msg = explain(
+        raise InputError(
             f"mesh.cells = {config.mesh.cells}",
             "unsharded rows, mesh.cells = 1",
             "Split rows over mesh.data",
         )
-        raise InputError(msg)
     batch = pad_batch(samples, cells=cells, nonzeros=max(s.counts.nnz for s in samples))
     batch = jax.tree.map(lambda leaf: leaf[None], batch)
     stored = sum(sample.counts.nnz for sample in samples)

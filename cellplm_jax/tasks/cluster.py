@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import (
@@ -149,8 +149,7 @@ def cluster_file(
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
     if not path.is_file() or not h5py.is_hdf5(path):
-        msg = explain(f"'{path}' is not an .h5ad file", "an existing one", "Check the name")
-        raise InputError(msg)
+        raise InputError(f"'{path}' is not an .h5ad file", "an existing one", "Check the name")
     with h5py.File(path) as file:
         obs: Any = read_elem(file["obs"])
         keys = list(file.get("obsm", {}))
@@ -195,12 +194,11 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
         names = list(map(str, file["obs"].attrs.get("column-order", [])))
     for column in columns:
         if column not in names:
-            msg = explain(
+            raise InputError(
                 f"obs has no column '{column}'",
                 f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
                 nearest(column, names, "Check the name"),
             )
-            raise InputError(msg)
 
 
 def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:
@@ -261,8 +259,7 @@ def _check(key_added: str, use_rep: str, resolution: float) -> None:
     check_key(key_added)
     check_key(use_rep)
     if not resolution > 0:
-        msg = explain(f"resolution = {resolution}", "a number above 0", "1.0 is usual")
-        raise InputError(msg)
+        raise InputError(f"resolution = {resolution}", "a number above 0", "1.0 is usual")
 
 
 def _model(
@@ -271,7 +268,7 @@ def _model(
     """Return the model for embedding; a missing model raises an error."""
     if model is None:
         have = ", ".join(map(repr, keys)) or "none"
-        msg = explain(
+        raise InputError(
             f"obsm has no '{use_rep}' (it has {have}) and no model was given",
             "an embedding of the cells, or a model to compute one",
             nearest(
@@ -280,5 +277,4 @@ def _model(
                 "Pass model='small' (--model), or name the embedding with use_rep (--use-rep)",
             ),
         )
-        raise InputError(msg)
     return as_pretrained(model)

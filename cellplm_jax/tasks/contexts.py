@@ -24,7 +24,7 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -413,12 +413,11 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
     if key not in obs.columns:
         names = list(map(str, obs.columns))
         shown = ", ".join(map(repr, names[:12])) + (" and more" if len(names) > 12 else "")
-        msg = explain(
+        raise InputError(
             f"obs has no column '{key}'",
             f"one of its columns: {shown or 'none'}",
             nearest(key, names, "Use the column with the labels"),
         )
-        raise InputError(msg)
     values = obs[key].astype(object)
     missing = np.asarray(values.isna())
     texts = zip(values, missing, strict=True)

@@ -19,7 +19,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
     gene_means,
@@ -314,21 +314,19 @@ class Denoiser(Estimator):
         else:
             known = read_cells(truth, model.genes, **read)
             if len(known) != len(seen) or list(known.obs.index) != list(seen.obs.index):
-                msg = explain(
+                raise InputError(
                     f"truth has {len(known)} cells and adata {len(seen)}, or other names",
                     "the same cells in the same order",
                     "Select them the same way first",
                 )
-                raise InputError(msg)
             visible, true = seen.counts, known.counts
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:
-            msg = explain(
+            raise InputError(
                 "no count is zero in adata and non-zero in truth",
                 "counts hidden from adata",
                 "Pass the masked counts as adata and the original ones as truth, or omit truth",
             )
-            raise InputError(msg)
         measured = np.flatnonzero(seen.measured)
         names = [model.genes[i] for i in measured]
         masked = anndata.AnnData(
@@ -399,18 +397,16 @@ class Denoiser(Estimator):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
         """Return the layers, facts for ``uns``, and messages about the input."""
         if not key_added or "/" in key_added:
-            msg = explain(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
-            raise InputError(msg)
+            raise InputError(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
         model = self._fitted()
         blocks, column, facts, messages = self._expected(data, reading, detected, log_normalized)
         matrix = facts["input"]["matrix"]
         if matrix == "raw.X" or (width is not None and width != len(column)):
-            msg = explain(
+            raise InputError(
                 f"the counts are in {matrix}, whose genes differ from those of the layers",
                 "counts in X or a layer",
                 "Denoise adata.raw.to_adata(), or pass the layer with the counts",
             )
-            raise InputError(msg)
         known = np.flatnonzero(column >= 0)
         # Names of the same gene share its prediction.
         share = 1.0 / np.bincount(column[known], minlength=len(model.genes))[column[known]]
@@ -599,13 +595,12 @@ def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.nda
     there = set(table.batch[train])
     without = [name for name in dict.fromkeys(table.batch[among]) if name not in there]
     if without or not len(train):
-        msg = explain(
+        raise InputError(
             f"batch '{without[0] if without else table.batch[0]}' has no training cells"
             + (f" (and {len(without) - 1} more)" if len(without) > 1 else ""),
             "training cells with counts in every batch, because each has its own decoder row",
             "Remove the batch, add training cells to it, or omit batch_key",
         )
-        raise InputError(msg)
 
 
 def require_counts_decoder(model: Pretrained) -> None:
@@ -619,12 +614,11 @@ def require_counts_decoder(model: Pretrained) -> None:
     """
     kind = "a task head" if model.config.head.kind != "none" else model.config.decoder.kind
     if kind not in COUNT_DECODERS:
-        msg = explain(
+        raise InputError(
             f"the model '{model.id}' has {kind if 'head' in kind else f'a {kind} decoder'}",
             "a negative-binomial decoder, which predicts counts",
             "Pass a pretrained model that was not fine-tuned for another task, or None",
         )
-        raise InputError(msg)
 
 
 @dataclass(frozen=True, eq=False)
@@ -788,10 +782,9 @@ def _places_of(genes: Sequence[str], names: Sequence[str]) -> np.ndarray:
     positions = np.asarray(map_genes([str(gene) for gene in genes], names, minimum=0).column, int)
     missing = [str(gene) for gene, place in zip(genes, positions, strict=True) if place < 0]
     if missing:
-        msg = explain(
+        raise InputError(
             f"gene '{missing[0]}' was not denoised",
             f"one of the {len(names)} shared genes of data and model",
             nearest(missing[0], symbols_of(names), "Check the name"),
         )
-        raise InputError(msg)
     return positions

@@ -268,12 +268,11 @@ def _place(index: int | None, count: int | None) -> tuple[int, int]:
     if index is None and count is None:
         return jax.process_index(), jax.process_count()
     if index is None or count is None or not 0 <= index < count:
-        msg = explain(
+        raise InputError(
             f"process_index = {index} and process_count = {count}",
             "a number of processes and a number from 0 below it, or neither",
             "Give both",
         )
-        raise InputError(msg)
     return index, count
 
 
@@ -323,12 +322,11 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(_something_else(folder)) from error
     if state.get("format") != FORMAT:
-        msg = explain(
+        raise InputError(
             f"'{folder.path}' was begun in format {state.get('format')}",
             f"format {FORMAT}",
             "Resume with the version of cellplm-jax that created it, or choose another output",
         )
-        raise InputError(msg)
     return state
 
 
@@ -344,12 +342,11 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: str) -> Non
                 f"{state['model']} ({state[name]})" if name == "weights" else state[name]
                 for state in (found, wanted)
             ]
-            msg = explain(
+            raise InputError(
                 f"'{path}' holds an embedding {what} {names[0]}",
                 f"one {what} {names[1]}, or a new folder",
                 "Choose another output, or delete this one to start again",
             )
-            raise InputError(msg)
 
 
 def _something_else(folder: Folder) -> str:
@@ -370,12 +367,11 @@ def _done_samples(folder: Folder) -> np.ndarray | None:
     if _read_state(folder)["complete"]:
         return None
     if done is None:
-        msg = explain(
+        raise InputError(
             f"'{folder.path}' does not record which samples are finished",
             f"the array {_DONE}",
             "Copy the store again, or delete it to start again",
         )
-        raise InputError(msg)
     return done
 
 
@@ -396,12 +392,11 @@ def _wait_for_store(folder: Folder) -> None:
     end = time.monotonic() + CREATION_SECONDS
     while folder.read(_ROOT) is None:
         if time.monotonic() > end:
-            msg = explain(
+            raise InputError(
                 f"the store '{folder.path}' does not exist after {CREATION_SECONDS:.0f} s",
                 "the store that process 0 of the job creates first, in a location shared by all processes",
                 "Check the log of process 0, and start all processes again",
             )
-            raise InputError(msg)
         time.sleep(POLL_SECONDS)
 
 

@@ -374,10 +374,9 @@ class Estimator(abc.ABC):
         """Return the fitted model."""
         if self.model is None:
             name = type(self).__name__
-            msg = explain(
+            raise InputError(
                 f"this {name} has not been fitted", "a fitted one", f"Call fit, or {name}.load(...)"
             )
-            raise InputError(msg)
         return self.model
 
     def _embed(
@@ -622,12 +621,11 @@ class Estimator(abc.ABC):
         )
         content = read_estimator(where, name)
         if content["class"] != cls.__name__:
-            msg = explain(
+            raise CheckpointError(
                 f"'{directory}' contains a fitted {content['class']}",
                 f"a {cls.__name__}",
                 f"Open it with cellplm_jax.{content['class']}.load",
             )
-            raise CheckpointError(msg)
         fitted: str = precision or content.get("precision", "float32")
         model = load_located(where, name, precision=fitted, devices=devices)
         arrays = {}
@@ -663,12 +661,11 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
     name = name or os.fspath(directory)
     if not path.is_file():
         what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
-        msg = explain(
+        raise CheckpointError(
             f"'{name}' {what}",
             "the directory of a fitted estimator",
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
-        raise CheckpointError(msg)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["class"]
@@ -723,7 +720,7 @@ def split_cells(
         valid = np.zeros(0, int)
     else:
         if split_key not in table.obs.columns:
-            msg = explain(
+            raise InputError(
                 f"obs has no column '{split_key}'",
                 f"one of its columns: {', '.join(map(repr, table.obs.columns))}",
                 nearest(
@@ -732,18 +729,16 @@ def split_cells(
                     "Use the column with 'train' and 'valid', or omit split_key",
                 ),
             )
-            raise InputError(msg)
         parts = parts_of(np.asarray(table.obs[split_key].astype(object)))
         train = np.flatnonzero(usable & (parts == "train"))
         valid = np.flatnonzero(usable & (parts == "valid"))
         if not len(train):
             values = ", ".join(map(repr, list(dict.fromkeys(parts))[:6]))
-            msg = explain(
+            raise InputError(
                 f"obs['{split_key}'] marks no usable training cell (its values: {values})",
                 "'train' for the cells to fit on, 'valid' for those to validate with",
                 "Correct the column, or omit split_key",
             )
-            raise InputError(msg)
     if len(valid) or fraction == 0:
         return train, valid
     generator = np.random.default_rng(seed)

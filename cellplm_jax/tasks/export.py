@@ -14,7 +14,7 @@ import numpy as np
 
 from cellplm_jax._version import __version__
 from cellplm_jax.batch import CellBatch
-from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.errors import InputError, require
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import check_output
@@ -60,12 +60,11 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
     require("flatbuffers", "export", "cellplm export")
     model = as_pretrained(model)
     if model.config.positions.kind == "laplacian":
-        msg = explain(
+        raise InputError(
             "a model with positions of the kind 'laplacian', which requires eigenvectors of the tissue's graph",
             "a model that embeds from counts and coordinates only",
             "Embed with cellplm_jax.embed, or export a model with another kind of positions",
         )
-        raise InputError(msg)
     program = _export(model)
     card = {
         **model.card,

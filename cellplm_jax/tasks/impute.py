@@ -20,7 +20,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
@@ -204,13 +204,12 @@ class GeneImputer(Estimator):
         )
         shared = target.measured & source.measured
         if shared.sum() < SHARED_GENES:
-            msg = explain(
+            raise InputError(
                 f"panel and reference share {int(shared.sum())} genes (the panel has "
                 f"{int(target.measured.sum())}, the reference {int(source.measured.sum())})",
                 f"at least {SHARED_GENES}",
                 "Check that both name genes of one species, or point gene_key and reference_gene_key at the ids",
             )
-            raise InputError(msg)
         seen = np.diff(source.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0
         train, valid = split_cells(
             source,
@@ -320,12 +319,11 @@ class GeneImputer(Estimator):
         few = [n for n, own in measured.items() if own.sum() < FEWER_GENES * everything.sum()]
         full = [name for name in measured if name not in few]
         if not few or not full:
-            msg = explain(
+            raise InputError(
                 f"no reference was given, and none of the {len(measured)} batches measures fewer genes than others",
                 f"a reference, or batches of which some measure less than {FEWER_GENES:.0%} of the genes",
                 "Pass reference=..., or pass the batches with batch_key",
             )
-            raise InputError(msg)
         self.messages.append(
             f"No reference: {len(full)} batches with all genes are the reference for {len(few)} with fewer."
         )
@@ -363,23 +361,21 @@ class GeneImputer(Estimator):
                 if wrong.any():
                     names = [str(g) for g, bad in zip(genes, wrong, strict=True) if bad]
                     shown = ", ".join(map(repr, names[:5])) + (" and more" if names[5:] else "")
-                    msg = explain(
+                    raise InputError(
                         f"{len(names)} of {len(genes)} requested genes {problem}: {shown}",
                         expected,
                         remedy,
                     )
-                    raise InputError(msg)
             column, first = np.unique(column, return_index=True)
             self.imputed = [str(genes[i]) for i in first]
             lacking = column
         if not len(lacking):
-            msg = explain(
+            raise InputError(
                 f"there is nothing to impute: the panel measures all {int(source.measured.sum())} genes of the "
                 "reference in the vocabulary that have counts",
                 "a reference with genes outside the panel",
                 "Pass another reference, or use Denoiser for measured genes",
             )
-            raise InputError(msg)
         if genes is None and self.genes is not None and len(lacking) > self.genes:
             chosen = variable_genes(sparse.csr_matrix(source.counts[train][:, lacking]), self.genes)
             self.messages.append(
@@ -727,12 +723,11 @@ class GeneImputer(Estimator):
             minimum_genes=0,
         )
         if len(table) != len(imputed):
-            msg = explain(
+            raise InputError(
                 f"{len(table)} cells and a prediction for {len(imputed)}",
                 "the prediction for these cells",
                 "Pass the result of predict for them",
             )
-            raise InputError(msg)
         shown = np.isin(model.genes, self.panel)
         total = _panel_totals(table, shown, np.arange(len(table)))
         columns = self._columns[self._places(list(imputed.columns))]
@@ -785,20 +780,18 @@ class GeneImputer(Estimator):
         )
         places = np.flatnonzero(known.measured[self._columns])
         if not len(places):
-            msg = explain(
+            raise InputError(
                 f"truth measures none of the {len(self.imputed)} imputed genes",
                 "counts of some of them to compare with",
                 "Pass the AnnData with these counts as truth",
             )
-            raise InputError(msg)
         frame, total, _, _ = self._imputed(adata, reading, places, True)
         if list(known.obs.index.astype(str)) != list(frame.index):
-            msg = explain(
+            raise InputError(
                 f"truth has {len(known)} cells and adata {len(frame)}, or other names",
                 "the same cells in the same order",
                 "Select them the same way first",
             )
-            raise InputError(msg)
         counts = known.counts[:, self._columns[places]]
         return log_normalize(sparse.csr_matrix(counts), total=total).toarray(), frame
 
@@ -817,12 +810,11 @@ class GeneImputer(Estimator):
         missing = [str(g) for g, place in zip(genes, places, strict=True) if place < 0]
         if missing:
             shown = ", ".join(map(repr, missing[:5])) + (" and more" if missing[5:] else "")
-            msg = explain(
+            raise InputError(
                 f"{len(missing)} of {len(genes)} requested genes are not imputed: {shown}",
                 f"some of the {len(self.imputed)} genes in .imputed, such as {self.imputed[0]!r}",
                 nearest(missing[0], by_name, "Remove them, or fit again with genes=[...]"),
             )
-            raise InputError(msg)
         return np.array(places, int)
 
     def _imputed(
@@ -897,8 +889,7 @@ class GeneImputer(Estimator):
     ) -> np.ndarray:
         """Return int [n_vars]: position of each gene of ``var`` among ``places``; -1: none."""
         if not layer_added or "/" in layer_added:
-            msg = explain(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
-            raise InputError(msg)
+            raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
         key = reading.gene_key or "var_names"
         with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
                          gene_key=reading.gene_key) as source:  # fmt: skip
@@ -907,12 +898,11 @@ class GeneImputer(Estimator):
         where = {int(self._columns[place]): number for number, place in enumerate(places)}
         positions = np.array([where.get(int(gene), -1) for gene in column], int)
         if len(positions) != getattr(adata, "n_vars", -1) or (positions < 0).all():
-            msg = explain(
+            raise InputError(
                 f"layer_added='{layer_added}', and no gene of var ({key}) is imputed",
                 "an AnnData with (empty) columns for imputed genes",
                 "Omit layer_added and use the table that predict returns",
             )
-            raise InputError(msg)
         return positions
 
     # -- saving ---------------------------------------------------------------------------------
@@ -1050,8 +1040,7 @@ def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
         InputError: ``genes`` is a single name instead of a list.
     """
     if isinstance(genes, str) or not len(genes):
-        msg = explain(f"genes={genes!r}", "a list of gene names", "Pass genes=['NAME', ...]")
-        raise InputError(msg)
+        raise InputError(f"genes={genes!r}", "a list of gene names", "Pass genes=['NAME', ...]")
     return np.asarray(map_genes([str(gene) for gene in genes], vocabulary, minimum=0).column, int)
 
 

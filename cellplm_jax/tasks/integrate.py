@@ -13,7 +13,7 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError, explain
+from cellplm_jax.errors import ConfigError, InputError
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
@@ -96,15 +96,15 @@ class BatchIntegrator(Estimator):
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
-            msg = explain(f"strength = {strength}", "a number of at least 0", "The default is 1")
-            raise ConfigError(msg)
+            raise ConfigError(
+                f"strength = {strength}", "a number of at least 0", "The default is 1"
+            )
         if self.training.masking.drop_cells > 0:
-            msg = explain(
+            raise ConfigError(
                 f"masking.drop_cells = {self.training.masking.drop_cells}",
                 "0, because all cells of a context are compared",
                 "Lower it",
             )
-            raise ConfigError(msg)
         self.strength = float(strength)
 
     # -- fitting --------------------------------------------------------------------------------
@@ -140,13 +140,12 @@ class BatchIntegrator(Estimator):
         cells = np.flatnonzero(np.diff(table.counts.indptr) > 0)
         names = list(dict.fromkeys(table.batch[cells]))
         if len(names) < 2:
-            msg = explain(
+            raise InputError(
                 f"obs['{batch_key}'] names {len(names)} batch with counts"
                 + (f" ('{names[0]}')" if names else ""),
                 "at least two batches to mix",
                 "Use the column with the batches; a single batch needs no integration",
             )
-            raise InputError(msg)
         table = self._choose_genes(table, cells)
         means = gene_means(table.counts[cells])
         start = self._begin(table, self._architecture(), gene_means=means)

@@ -192,17 +192,15 @@ class PerturbationPredictor(Estimator):
             ("gene_features", gene_features, ("default", "model", "data", "both")),
         ):
             if value not in known:
-                msg = explain(
+                raise InputError(
                     f"{name}={value!r}", f"one of {', '.join(map(repr, known))}", "Use one of them"
                 )
-                raise InputError(msg)
         if self.training.masking.drop_cells:
-            msg = explain(
+            raise InputError(
                 f"masking.drop_cells = {self.training.masking.drop_cells}",
                 "0, because every control cell is paired with a perturbation",
                 "Pass a masking with drop_cells=0.0",
             )
-            raise InputError(msg)
         self.method: str = method
         self.gene_features: str = gene_features
         self.perturbations: list[str] = []
@@ -343,19 +341,17 @@ class PerturbationPredictor(Estimator):
         control = str(control)
         if control not in known:
             shown = ", ".join(map(repr, known[:8])) + (" and more" if len(known) > 8 else "")
-            msg = explain(
+            raise InputError(
                 f"no cell has the control '{control}' in obs['{key}']",
                 f"one of its values: {shown or 'none, all are missing'}",
                 nearest(control, known, "Pass the value of the control cells"),
             )
-            raise InputError(msg)
         if len(known) < 2:
-            msg = explain(
+            raise InputError(
                 f"all cells with a value in obs['{key}'] are control cells",
                 "perturbed cells too",
                 "Check the column, or add more cells",
             )
-            raise InputError(msg)
         groups = np.full(len(table), EVERYTHING, object)
         usable = there.copy()
         if covariate_key is not None:
@@ -366,12 +362,11 @@ class PerturbationPredictor(Estimator):
         named[~there] = ""
         for group in dict.fromkeys(groups[usable]):
             if not (usable & (groups == group) & (named == control)).any():
-                msg = explain(
+                raise InputError(
                     f"group '{group}' of obs['{covariate_key}'] has no control cells",
                     f"cells with '{control}' in obs['{key}'] in every group",
                     "Remove the cells of that group, or use another covariate_key",
                 )
-                raise InputError(msg)
         if tell and not usable.all():
             self.messages.append(
                 f"{int((~usable).sum())} of {len(table)} cells have no perturbation or group and were omitted."
@@ -385,12 +380,11 @@ class PerturbationPredictor(Estimator):
         there = set(zip(named[usable], groups[usable], strict=True))
         lost = sorted(pair for pair in there - kept if pair[0] != self.control)
         if not len(changes):
-            msg = explain(
+            raise InputError(
                 f"no perturbation has {MINIMUM_CELLS} cells",
                 f"at least {MINIMUM_CELLS} cells of one perturbation (in one group)",
                 "Add more cells, or use coarser groups",
             )
-            raise InputError(msg)
         if lost:
             self.messages.append(
                 f"Omitted for fewer than {MINIMUM_CELLS} cells: {len(lost)} (such as {lost[0][0]!r})."
@@ -400,10 +394,9 @@ class PerturbationPredictor(Estimator):
         """Classify the parts of perturbations as genes or as conditions with learned vectors."""
         parts = sorted({part for name in changes.names for part in _parts(name)})
         if targets not in ("auto", "genes", "conditions"):
-            msg = explain(
+            raise InputError(
                 f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Use one of them"
             )
-            raise InputError(msg)
         self.conditions = []
         if targets == "conditions":
             self.conditions = parts
@@ -648,12 +641,10 @@ class PerturbationPredictor(Estimator):
         model = self._fitted()
         names = [perturbations] if isinstance(perturbations, str) else list(map(str, perturbations))
         if not names:
-            msg = explain("no perturbations were given", "at least one", "Pass their names")
-            raise InputError(msg)
+            raise InputError("no perturbations were given", "at least one", "Pass their names")
         if controls is not None:
             if group is not None:
-                msg = explain("both group and controls", "one of them", "Omit one")
-                raise InputError(msg)
+                raise InputError("both group and controls", "one of them", "Omit one")
             reading = self.reading.changed(
                 batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
                 values=values,
@@ -680,12 +671,11 @@ class PerturbationPredictor(Estimator):
         row = -1
         if group is not None:
             if group not in self._groups:
-                msg = explain(
+                raise InputError(
                     f"there is no group '{group}' of control cells",
                     f"one of {', '.join(map(repr, self._groups))}",
                     nearest(group, self._groups, "Pass its control cells as controls"),
                 )
-                raise InputError(msg)
             row = self._groups.index(group)
         return self._arrays["z"][row], self._arrays["control"][row]
 
@@ -698,12 +688,11 @@ class PerturbationPredictor(Estimator):
         if key in table.obs.columns:
             cells = np.flatnonzero(labels_of(table.obs, key) == self.control)
         if not len(cells):
-            msg = explain(
+            raise InputError(
                 f"controls has no cell with '{self.control}' in obs['{key}']",
                 "control cells",
                 f"Select them, or remove the column '{key}'",
             )
-            raise InputError(msg)
         z = self._latents(model, self._lay_out(table, cells, model), len(table))[cells]
         expression = log_normalize(table.counts[cells])
         return z.mean(axis=0), np.asarray(expression.mean(axis=0), np.float32).ravel()
@@ -815,12 +804,11 @@ class PerturbationPredictor(Estimator):
             wanted = [_canonical(str(name)) for name in perturbations]
             changes = changes.at(np.isin(changes.names, wanted))
         if not len(changes):
-            msg = explain(
+            raise InputError(
                 "no perturbation to score",
                 f"perturbations with at least {MINIMUM_CELLS} cells (in one group)",
                 "Check the names and the column",
             )
-            raise InputError(msg)
         controls = np.flatnonzero(usable & (named == self.control))
         z = self._latents(model, self._lay_out(table, controls, model), len(table))
         mean_of = {

@@ -224,53 +224,48 @@ def find_inputs(inputs: Sequence[str | os.PathLike]) -> dict[str, Path]:
     for entry in inputs:
         path = Path(entry).expanduser()
         if not path.exists():
-            msg = explain(f"'{path}' does not exist", "an .h5ad file or a folder", "Check the path")
-            raise InputError(msg)
+            raise InputError(
+                f"'{path}' does not exist", "an .h5ad file or a folder", "Check the path"
+            )
         if path.is_file() or path.suffix == ".zarr" or (path / "zarr.json").exists():
             paths.append(path)
             continue
         inside = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".zarr"))
         if not inside:
-            msg = explain(
+            raise InputError(
                 f"the folder '{path}' contains no .h5ad file", "at least one", "Check the path"
             )
-            raise InputError(msg)
         paths += inside
     if not paths:
-        msg = explain("no input files", "at least one .h5ad file", "Pass a file or folder")
-        raise InputError(msg)
+        raise InputError("no input files", "at least one .h5ad file", "Pass a file or folder")
     found: dict[str, Path] = {}
     for path in paths:
         if path.stem in found:
-            msg = explain(
+            raise InputError(
                 f"'{found[path.stem]}' and '{path}' have the same name",
                 "file names that differ, because they name data sets",
                 "Rename one of them, or omit it",
             )
-            raise InputError(msg)
         found[path.stem] = path.resolve()
     return found
 
 
 def _local_folder(out: str | os.PathLike) -> Path:
     if is_remote(out):
-        msg = explain(
+        raise InputError(
             f"--out is '{os.fspath(out)}'",
             "a folder of this machine's file system",
             "Prepare the corpus locally and copy it: gcloud storage cp -r CORPUS gs://BUCKET/",
         )
-        raise InputError(msg)
     folder = Path(out).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
-        msg = explain(f"'{folder}' is a file", "a folder for the corpus", "Choose another path")
-        raise InputError(msg)
+        raise InputError(f"'{folder}' is a file", "a folder for the corpus", "Choose another path")
     if folder.is_dir() and not (folder / "corpus.json").exists() and any(folder.iterdir()):
-        msg = explain(
+        raise InputError(
             f"'{folder}' contains other files",
             "a new or empty folder, or a corpus to add to",
             "Choose another folder",
         )
-        raise InputError(msg)
     return folder
 
 
@@ -283,30 +278,25 @@ def _wanted_vocabulary(
     """Return the options of the vocabulary, without the default ones."""
     if genes is not None:
         if vocabulary or minimum_cells is not None or minimum_prevalence is not None:
-            msg = explain(
+            raise InputError(
                 "a vocabulary together with options for choosing one",
                 "one of them",
                 "Omit --genes, or omit --vocabulary and the minimum options",
             )
-            raise InputError(msg)
         listed = read_genes(genes) if isinstance(genes, str | os.PathLike) else list(genes)
         if not listed:
-            msg = explain("the vocabulary is empty", "at least one gene", "Pass its genes")
-            raise InputError(msg)
+            raise InputError("the vocabulary is empty", "at least one gene", "Pass its genes")
         return {"mode": "given", "genes": listed}
     if vocabulary not in (None, "union", "intersection"):
-        msg = explain(
+        raise InputError(
             f"vocabulary = {vocabulary!r}", "'union' or 'intersection'", "Use one of them"
         )
-        raise InputError(msg)
     if minimum_cells is not None and minimum_cells < 1:
-        msg = explain(f"minimum_cells = {minimum_cells}", "at least 1", "Raise it")
-        raise InputError(msg)
+        raise InputError(f"minimum_cells = {minimum_cells}", "at least 1", "Raise it")
     if minimum_prevalence is not None and not 0 <= minimum_prevalence <= 1:
-        msg = explain(
+        raise InputError(
             f"minimum_prevalence = {minimum_prevalence}", "a fraction from 0 to 1", "Correct it"
         )
-        raise InputError(msg)
     options = {
         "mode": vocabulary,
         "minimum_cells": minimum_cells,
@@ -327,12 +317,11 @@ def read_genes(path: str | os.PathLike) -> list[str]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        msg = explain(
+        raise InputError(
             f"the vocabulary '{path}' cannot be read ({error})",
             "a text file with one gene per line",
             "Check the path",
-        )
-        raise InputError(msg) from error
+        ) from error
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -347,24 +336,22 @@ def _settle_vocabulary(
     held = state["vocabulary"]
     if wanted.get("mode") == "given":
         if vocabulary_hash(wanted["genes"]) != held["sha256"]:
-            msg = explain(
+            raise InputError(
                 f"the corpus '{folder}' has a vocabulary of {held['genes']} genes and --genes lists "
                 f"{len(wanted['genes'])} others",
                 "the vocabulary of the corpus, which cannot change",
                 "Omit --genes to add files to it, or choose a new folder",
             )
-            raise InputError(msg)
         return {**wanted, "fixed": True}
     chosen = dict(held["chosen"])
     for name, value in wanted.items():
         if chosen.get(name) != value:
-            msg = explain(
+            raise InputError(
                 f"the corpus '{folder}' was made with {name} = {chosen.get(name)!r} and {value!r} was "
                 "asked for",
                 "the vocabulary of the corpus, which cannot change",
                 "Omit the option to add files to it, or choose a new folder",
             )
-            raise InputError(msg)
     if chosen["mode"] == "given":
         chosen["genes"] = read_genes(folder / "genes.txt")
     return {**chosen, "fixed": True}
@@ -382,31 +369,28 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            msg = explain(
+            raise InputError(
                 f"another cellplm prepare is writing '{folder}'",
                 "one at a time",
                 "Wait for it, or stop it",
-            )
-            raise InputError(msg) from error
+            ) from error
         if not index.exists():
             with explain_corpus_errors(f"the corpus '{folder}'"):
                 atomic_write_text(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
         try:
             state = json.loads(index.read_text(encoding="utf-8"))
         except ValueError as error:
-            msg = explain(
+            raise InputError(
                 f"'{index}' is not JSON ({error})",
                 "the file that cellplm prepare wrote",
                 "Restore it, or delete it to prepare again; finished parts are kept",
-            )
-            raise InputError(msg) from error
+            ) from error
         if state.get("format") != FORMAT:
-            msg = explain(
+            raise InputError(
                 f"the corpus '{folder}' has format {state.get('format')}",
                 f"format {FORMAT}",
                 "Choose a new folder",
             )
-            raise InputError(msg)
         yield state
 
 
@@ -472,12 +456,11 @@ def _runner(scheduler: str | None, workers: int | None, files: int) -> Iterator[
             try:
                 client = stack.enter_context(dask.Client(scheduler, timeout=SCHEDULER_SECONDS))
             except (OSError, ValueError) as error:
-                msg = explain(
+                raise InputError(
                     f"no dask scheduler answers at '{scheduler}' ({error})",
                     "the address of a running scheduler, such as tcp://10.0.0.5:8786",
                     "Start it with: dask scheduler, and workers with: dask worker ADDRESS",
-                )
-                raise InputError(msg) from error
+                ) from error
         yield functools.partial(_run_on_dask, client, dask)
 
 
@@ -636,19 +619,17 @@ def _check_keys(facts: Mapping[str, Facts], keys: Keys, *, required_spatial: boo
     for option, column in keys.columns().items():
         if not any(column in fact.columns for fact in facts.values()):
             everywhere = sorted({c for fact in facts.values() for c in fact.columns})
-            msg = explain(
+            raise InputError(
                 f"no file has the column '{column}' in obs that {option} names",
                 f"one of {', '.join(everywhere) or 'no columns at all'}",
                 nearest(column, everywhere, "Correct the name, or omit the option"),
             )
-            raise InputError(msg)
     if required_spatial and not any(fact.spatial for fact in facts.values()):
-        msg = explain(
+        raise InputError(
             f"no file has '{keys.spatial}' in obsm",
             "coordinates under that key in at least one",
             "Correct --spatial-key, or omit it",
         )
-        raise InputError(msg)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -672,12 +653,11 @@ def _vocabulary(
         chosen = dict(state["vocabulary"]["chosen"])
         genes = (folder / "genes.txt").read_text(encoding="utf-8").splitlines()
         if vocabulary_hash(genes) != state["vocabulary"]["sha256"]:
-            msg = explain(
+            raise InputError(
                 f"genes.txt of the corpus '{folder}' is not its vocabulary",
                 f"the {state['vocabulary']['genes']} genes the corpus was made with",
                 "Put the original genes.txt back, or prepare a new corpus",
             )
-            raise InputError(msg)
         return genes, chosen
     if wanted["mode"] == "given":
         genes, chosen = wanted["genes"], {"mode": "given"}
@@ -736,13 +716,12 @@ def choose_genes(
     kept &= (total >= minimum_cells) & (total >= minimum_prevalence * tested)
     if not kept.any():
         together = "any file measures" if mode == "union" else "all files measure"
-        msg = explain(
+        raise InputError(
             f"no gene that {together} is expressed in {minimum_cells} cells and in "
             f"{minimum_prevalence:.3g} of those that measure it",
             "at least one",
             "Lower --minimum-cells or --minimum-prevalence, or use --vocabulary union",
         )
-        raise InputError(msg)
     return [candidates[i] for i in np.flatnonzero(kept).tolist()]
 
 
@@ -1003,12 +982,11 @@ def _single(source: CountSource, key: str, labels: np.ndarray, of: str) -> str:
     values = pd.unique(labels)
     if len(values) > 1:
         shown = ", ".join(f"'{value}'" for value in values[:5])
-        msg = explain(
+        raise InputError(
             f"obs['{key}'] of '{source.report.source}' has {len(values)} values in one {of} ({shown})",
             f"one value per {of}",
             f"Use another column, or split the {of}",
         )
-        raise InputError(msg)
     return str(values[0])
 
 

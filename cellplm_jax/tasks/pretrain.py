@@ -18,7 +18,7 @@ from cellplm_jax.data.batches import MemoryStore, Sample, scale_coordinates
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.train import loop
 
 
@@ -65,12 +65,11 @@ def pretrain(
     corpus = _corpus_path(data)
     if corpus is not None:
         if genes is not None or batch_key is not None:
-            msg = explain(
+            raise InputError(
                 f"'{corpus}' is a corpus, and {'genes' if genes is not None else 'batch_key'} was given",
                 "the vocabulary and the samples it was prepared with",
                 "Omit it, or prepare another corpus",
             )
-            raise InputError(msg)
         store = open_corpus(corpus)
     else:
         samples, vocabulary = read_samples(
@@ -94,12 +93,11 @@ def _corpus_path(data: Any) -> str | None:
     paths = [os.fspath(entry) for entry in entries if isinstance(entry, str | os.PathLike)]
     corpora = [path for path in paths if is_corpus(path)]
     if corpora and len(entries) > 1:
-        msg = explain(
+        raise InputError(
             f"the corpus '{corpora[0]}' was given with {len(entries) - 1} more",
             "one corpus, or AnnData and .h5ad files",
             "Add the other files to the corpus with 'cellplm prepare', or omit them",
         )
-        raise InputError(msg)
     return corpora[0] if corpora else None
 
 
@@ -128,8 +126,7 @@ def read_samples(
     """
     datasets = list(data) if isinstance(data, list | tuple) else [data]
     if not datasets:
-        msg = explain("no data", "at least one AnnData or .h5ad file", "Pass at least one")
-        raise InputError(msg)
+        raise InputError("no data", "at least one AnnData or .h5ad file", "Pass at least one")
     wide = sorted(load_human_table().symbols) if genes is None else list(genes)
     samples: list[Sample] = []
     for dataset, entry in enumerate(datasets):
@@ -141,12 +138,11 @@ def read_samples(
     expressed = sum(np.bincount(s.counts.indices, minlength=len(wide)) for s in samples)
     kept = np.flatnonzero(np.asarray(expressed) >= minimum_gene_cells)
     if kept.size == 0:
-        msg = explain(
+        raise InputError(
             f"no gene is expressed in {minimum_gene_cells} cells",
             "at least one",
             "Lower minimum_gene_cells or add more cells",
         )
-        raise InputError(msg)
     samples = [
         dataclasses.replace(
             sample,

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
-from cellplm_jax.errors import CheckpointError, InputError, explain, require
+from cellplm_jax.errors import CheckpointError, InputError, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
@@ -78,12 +78,11 @@ class Pretrained:
     def __post_init__(self):
         """Check precision and devices."""
         if self.precision not in PRECISIONS:
-            msg = explain(
+            raise InputError(
                 f"precision = '{self.precision}'",
                 f"one of {', '.join(PRECISIONS)}",
                 "Use one of them",
             )
-            raise InputError(msg)
         if self.devices is not None:
             self.devices = _own_devices(self.devices)
 
@@ -345,12 +344,11 @@ def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
         found = f"devices of other processes than this one, which is {index}"
     else:
         return devices
-    msg = explain(
+    raise InputError(
         f"{found} were given",
         "different devices of this process",
         "Choose among jax.local_devices(), or leave devices out",
     )
-    raise InputError(msg)
 
 
 @cache
@@ -428,12 +426,11 @@ def resolve_source(
         directory, address = hub.fetch(text, extra_files=extra_files)
         return str(directory), address
     if "://" in text and not text.startswith("gs://"):
-        msg = explain(
+        raise InputError(
             f"'{text}' is an unsupported remote source",
             "a local directory, a gs:// or an hf:// address",
             "Download it first",
         )
-        raise InputError(msg)
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
     return text, text
@@ -544,9 +541,8 @@ def check_params(config: ModelConfig, params: dict[str, Any], where: str) -> Non
         if problem:
             break
     if problem:
-        msg = explain(
+        raise CheckpointError(
             f"'{where}' {problem}",
             "config.json and weights of the same model",
             "Copy the complete checkpoint directory, without mixing files of two models",
         )
-        raise CheckpointError(msg)

@@ -15,7 +15,7 @@ from scipy.special import softmax
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
 from cellplm_jax.data.anndata_io import Values
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
 from cellplm_jax.tasks.contexts import labels_of
 from cellplm_jax.tasks.embed import check_copy, write_copy
@@ -78,12 +78,11 @@ class SampleClassifier(Estimator):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
             given = ", ".join(sorted(set(training) - {"seed"}))
-            msg = explain(
+            raise InputError(
                 f"SampleClassifier does not support {given}",
                 "no training option except seed, because its head is solved exactly and its encoder is frozen",
                 "Omit it",
             )
-            raise InputError(msg)
         self.labels: list[str] = []
         self.penalty = 0.0
         self._centre = np.zeros(0, np.float32)
@@ -318,28 +317,25 @@ class SampleClassifier(Estimator):
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
         if not len(truth):
-            msg = explain(
+            raise InputError(
                 f"no sample has a label in obs['{key}']", "labelled samples", "Check the column"
             )
-            raise InputError(msg)
         unseen = sorted(set(truth) - set(self.labels))
         if unseen:
-            msg = explain(
+            raise InputError(
                 f"samples are labelled {unseen[0]!r}, which is not a training label",
                 f"labels among {', '.join(map(repr, self.labels))}",
                 "Fit on samples of that label too, or set theirs to NaN",
             )
-            raise InputError(msg)
         codes = np.array([self.labels.index(label) for label in truth])
         if folds is not None:
             _check_labels(truth, len(truth), key)
             if not 2 <= folds <= len(codes):
-                msg = explain(
+                raise InputError(
                     f"folds={folds} for {len(codes)} samples",
                     f"between 2 and {len(codes)}",
                     "Choose a number in between",
                 )
-                raise InputError(msg)
         z, _, _ = self._embed(adata, reading)
         pooled = _pool(z, samples, names[there])
         if folds is None:
@@ -477,12 +473,11 @@ def _labels_of_samples(
     for name in names:
         own = sorted({label for label in labels[samples == name] if label is not None})
         if len(own) > 1:
-            msg = explain(
+            raise InputError(
                 f"sample '{name}' has the labels {', '.join(map(repr, own[:4]))} in obs['{label_key}']",
                 "one label per sample",
                 "Correct the column, or name another sample_key",
             )
-            raise InputError(msg)
         own_labels.append(own[0] if own else None)
     result = np.empty(len(names), object)
     result[:] = own_labels
@@ -493,26 +488,23 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
     """Raise an error for labels that cannot be learned."""
     counts = pd.Series(list(truth), dtype=object).value_counts()
     if not len(counts):
-        msg = explain(
+        raise InputError(
             f"obs['{label_key}'] is missing for all {samples} samples",
             "labels for the samples to fit on",
             "Use another column, or fill it",
         )
-        raise InputError(msg)
     if len(counts) < 2:
-        msg = explain(
+        raise InputError(
             f"the {len(truth)} labelled samples all have the label '{counts.index[0]}'",
             "at least two labels",
             f"Check obs['{label_key}'], or add more samples",
         )
-        raise InputError(msg)
     if counts.iloc[-1] < 2:
-        msg = explain(
+        raise InputError(
             f"label '{counts.index[-1]}' has one sample",
             "at least two samples per label",
             "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
-        raise InputError(msg)
 
 
 def _obs_of(data: AnnData | Path) -> pd.DataFrame:
@@ -530,12 +522,11 @@ def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:
     """Return the sample of every cell as strings; the reader checks that the column is complete."""
     values = labels_of(obs, str(reading.batch_key))
     if any(value is None for value in values):
-        msg = explain(
+        raise InputError(
             f"obs['{reading.batch_key}'] is missing for some cells",
             "the sample of every cell",
             "Fill it, or select the cells with a value",
         )
-        raise InputError(msg)
     return values
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import check_output
 
@@ -28,12 +28,11 @@ def check_table(path: str | os.PathLike) -> Path:
     """
     path = Path(path).expanduser()
     if Path(path.name.removesuffix(".gz")).suffix not in SEPARATORS:
-        msg = explain(
+        raise InputError(
             f"the table '{path}' has an unknown suffix",
             "a name that ends in .csv, .tsv, .csv.gz or .tsv.gz",
             "Rename it",
         )
-        raise InputError(msg)
     check_output(path)
     return path
 
@@ -75,8 +74,9 @@ def read_names(text: str, *, separator: str | None = ",") -> list[str]:
         try:
             names = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            msg = explain(f"'{text}' cannot be read ({error})", "a text file", "Check the file")
-            raise InputError(msg) from error
+            raise InputError(
+                f"'{text}' cannot be read ({error})", "a text file", "Check the file"
+            ) from error
     else:
         names = [text] if separator is None else text.split(separator)
     return [name.strip() for name in names if name.strip()]

@@ -113,20 +113,18 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
     """
     folder = epath.Path(directory)
     if not folder.is_dir():
-        msg = explain(
+        raise CheckpointError(
             f"there is no directory '{directory}'",
             "a checkpoint directory",
             "Check the path, or convert a published checkpoint first with 'cellplm convert'",
         )
-        raise CheckpointError(msg)
     missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (folder / n).is_file()]
     if missing:
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' has no {' and no '.join(missing)}",
             f"a checkpoint directory with {CONFIG_FILE}, {GENES_FILE} and {CARD_FILE}",
             "Copy the complete directory, or use another one",
         )
-        raise CheckpointError(msg)
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
@@ -139,19 +137,17 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' has a config, gene list or card that cannot be read ({error})",
             "valid files of this package",
             "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
     if len(genes) != model.genes:
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' lists {len(genes)} genes in {GENES_FILE} but its config has {model.genes}",
             "one line per row of the gene embedding",
             "Copy the checkpoint again",
         )
-        raise CheckpointError(msg)
     return ModelFiles(model, genes, card, train, content.get("published"), content.get("store"))
 
 
@@ -204,12 +200,11 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
         return ocp.CheckpointManager(_absolute(directory), item_handlers=handlers, options=options)
     except ValueError as error:
         # Opening reads the scores of every step.
-        msg = explain(
+        raise CheckpointError(
             f"the scores of a step of '{directory}' cannot be read ({error})",
             "complete step directories with 'metrics/metrics' in them",
             "Copy the directory again, or delete the damaged step to use an earlier one",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
 
 
 class RunCheckpoints:
@@ -426,12 +421,11 @@ def check_new_directory(directory: str | os.PathLike) -> Path:
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' already exists and is not empty",
             "a new or empty directory",
             "Choose another directory or remove this one",
         )
-        raise CheckpointError(msg)
     return directory
 
 
@@ -463,12 +457,11 @@ def save_model(
         MissingDependencyError: The format is ``"safetensors"``, which is not installed.
     """
     if format not in get_args(WeightFormat):
-        msg = explain(
+        raise CheckpointError(
             f"the format of the weights is {format!r}",
             " or ".join(map(repr, get_args(WeightFormat))),
             "Use one of them",
         )
-        raise CheckpointError(msg)
     directory = check_new_directory(directory)
     items = {"params": _as_arrays(params)}
     if unused:
@@ -516,12 +509,11 @@ def weight_format(directory: str | os.PathLike) -> WeightFormat:
         return "orbax"
     steps = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
     if steps:
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' contains {TENSOR_FILES['params']} and also the steps {', '.join(steps)}",
             "one of the two",
             "Move one of them elsewhere",
         )
-        raise CheckpointError(msg)
     return "safetensors"
 
 
@@ -565,12 +557,11 @@ def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
     try:
         return unflatten_dict({tuple(name.split("/")): array for name, array in arrays.items()})
     except (IndexError, TypeError, ValueError) as error:
-        msg = explain(
+        raise CheckpointError(
             f"'{directory}' names a parameter that is also a group of others",
             "the weights of one model",
             "Copy or download it again",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
 
 
 def _no_step(directory: object, step: int | None, steps: list[int]) -> CheckpointError:
@@ -592,12 +583,11 @@ def _restore_step_item(
     try:
         steps = list(manager.all_steps())
         if not steps:
-            msg = explain(
+            raise CheckpointError(
                 f"'{directory}' contains no complete checkpoint step",
                 "at least one",
                 "Let the run save once, or copy the complete directory",
             )
-            raise CheckpointError(msg)
         if step is None:
             step = manager.best_step()
             step = max(steps) if step is None else step

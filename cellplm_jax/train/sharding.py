@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import MeshConfig
-from cellplm_jax.errors import ConfigError, explain
+from cellplm_jax.errors import ConfigError
 
 MESH_AXES = ("data", "cells", "genes")
 
@@ -92,13 +92,12 @@ def make_mesh(
         data = max((n for n in range(1, data + 1) if rows % n == 0), default=data)
         devices = devices[: data * inner] if len(devices) % inner == 0 else devices
     if data * inner != len(devices):
-        msg = explain(
+        raise ConfigError(
             f"a mesh of {data or 'any number'} (data) x {config.cells} (cells) x {config.genes} (genes) for "
             f"{len(devices)} devices",
             "a product equal to the number of devices",
             "Change config.mesh; mesh.data = 0 uses all devices that the other two axes leave",
         )
-        raise ConfigError(msg)
     grid = np.array(devices).reshape(data, config.cells, config.genes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -123,14 +122,13 @@ def check_divides(mesh: Mesh, *, rows: int, genes: int, cells: int) -> None:
         devices = mesh.shape[axis]
         if size % devices:
             possible = [n for n in range(1, 65) if size % n == 0]
-            msg = explain(
+            raise ConfigError(
                 f"{what} is {size}, to be split over {devices} devices (mesh.{axis})",
                 f"a multiple of {devices}, or a mesh.{axis} that divides it: {', '.join(map(str, possible))}",
                 f"Change config.mesh.{axis}"
                 if axis == "genes"
                 else f"Change {what} or config.mesh",
             )
-            raise ConfigError(msg)
 
 
 def one_device_mesh() -> Mesh:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from cellplm_jax.errors import CheckpointError, explain, require
+from cellplm_jax.errors import CheckpointError, require
 from cellplm_jax.storage import is_remote
 
 EXTRA = "hub"
@@ -68,12 +68,11 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
         return arrays, int(about.get("step", 0))
     except (library.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         said = str(error).splitlines()[:1] or [type(error).__name__]
-        msg = explain(
+        raise CheckpointError(
             f"'{path}' cannot be read ({said[0][:200]})",
             "a complete safetensors file",
             "Copy or download it again",
-        )
-        raise CheckpointError(msg) from error
+        ) from error
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

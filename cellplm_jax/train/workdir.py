@@ -20,7 +20,7 @@ from etils import epath
 from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig, to_dict
 from cellplm_jax.data.cell_store import CellStore
-from cellplm_jax.errors import CheckpointError, InputError, explain
+from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.storage import explain_write_errors, is_remote
 from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root
 
@@ -58,12 +58,11 @@ def with_covariates(
         InputError: The data and the configuration have different numbers of genes.
     """
     if len(store.genes) != config.model.genes:
-        msg = explain(
+        raise InputError(
             f"the vocabulary of the data has {len(store.genes)} genes, model.genes is {config.model.genes}",
             "the same number",
             "Set model.genes to the size of the vocabulary",
         )
-        raise InputError(msg)
     sizes = {}
     for name, rows in _ROWS:
         highest = max((getattr(sample, name) for sample in store.samples), default=-1)
@@ -143,12 +142,11 @@ def open_workdir(
         else:
             difference = _other_data(found.store, store)
     if difference is not None:
-        msg = explain(
+        raise CheckpointError(
             f"'{workdir}' belongs to another run ({difference})",
             "the same configuration, genes and data to resume, or a new directory",
             "Use another --workdir, or the configuration in its config.json and the original data",
         )
-        raise CheckpointError(msg)
     return found
 
 
@@ -242,13 +240,12 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
     missing = max(keep + 2 - there, 1) * size
     free = shutil.disk_usage(workdir).free
     if free < missing:
-        msg = explain(
+        raise InputError(
             f"the disk of '{workdir}' has {free / 2**20:,.1f} MiB left",
             f"{missing / 2**20:,.1f} MiB for checkpoints of {size / 2**20:,.1f} MiB, of which {keep} and the best are "
             "kept while the next is written",
             "Free some space, use another directory, or lower keep_checkpoints",
         )
-        raise InputError(msg)
 
 
 def run_card(
