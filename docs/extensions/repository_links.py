@@ -25,6 +25,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "launch/README.md": "launching",
     "benchmarks/quality/quality.md": "benchmarks/quality",
+    "benchmarks/zero_shot/zero_shot.md": "benchmarks/zero_shot",
     "benchmarks/ablations/ablations.md": "benchmarks/ablations",
     "benchmarks/load/read_corpus.md": "benchmarks/load",
     "benchmarks/load/write_corpus.md": "benchmarks/load",
