@@ -25,7 +25,7 @@ from cellplm_jax.data.batches import (
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.structs import CellBatch
 from cellplm_jax.tasks import stream
-from cellplm_jax.tasks.embed_device import device_rows, embed_on_device
+from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
 from cellplm_jax.tasks.pretrained import Pretrained, opened
 from cellplm_jax.tasks.stream import Ahead, StreamedEncoder, Waiting, host_array, one_behind
 from cellplm_jax.train.metrics import ProgressReport
@@ -325,7 +325,8 @@ def embed_context(
     rows = device_rows(source, model)
     if rows is not None:
         return np.asarray(embed_on_device(source, rows, model, cells, coordinates, said))  # type: ignore[arg-type]
-    if len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config):
+    large = len(cells) > stream.STREAM_CELLS and StreamedEncoder.supports(model.config)
+    if large and not fits_at_once(len(cells), model.config, model.embeds_on[0]):
         hidden = express_context(source, model, cells, coordinates, waiting=waiting, said=said)
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)
         params, *others = model.weight_copies
