@@ -148,7 +148,7 @@ def _end(rows):
     found = [
         [row["task"], number(row.get("cells", row.get("steps"))), number(row["seconds"]),
          number(row.get("cells_per_second")), share(row.get("waiting_share", row.get("data_wait"))),
-         share(row.get("utilisation"))]
+         share(row.get("model_flop_utilisation"))]
         for row in of(rows, "end to end")
     ]  # fmt: skip
     names = ["task", "cells or steps", "s", "cells/s", "time waiting for data", "utilisation"]

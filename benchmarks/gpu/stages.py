@@ -40,6 +40,10 @@ def card(job: Job) -> None:
     from machine import machine, versions_of
 
     device = jax.devices()[0]
+    if device.platform == "cpu" and not job.rehearse:
+        sys.exit(
+            "JAX has the CPU alone; expected a GPU. Run cellplm doctor, or rehearse with --rehearse"
+        )
     facts = {
         "what": "device",
         "device": device.device_kind,
@@ -70,7 +74,7 @@ def card(job: Job) -> None:
             what="peak", precision=precision, flops=2.0 * size**3 / seconds, seconds=seconds,
             sizes=size,
         )  # fmt: skip
-    values = jnp.asarray(random.standard_normal(job.choose(2**30, 2**22)), jnp.float32)
+    values = jax.random.normal(jax.random.key(0), (job.choose(2**30, 2**22),))
     add = jax.jit(lambda x: x + 1)
     seconds, _ = timed(functools.partial(add, values), least=0.2)
     job.row(what="peak", precision="copy", bandwidth=2.0 * values.nbytes / seconds, seconds=seconds)
@@ -167,10 +171,15 @@ def some_cells(cells: int, genes: int, nonzeros: int) -> sparse.csr_matrix:
     return made_up_counts(cells, genes, nonzeros)
 
 
+_tiled: dict[int, sparse.csr_matrix] = {}
+
+
 def counts_of(job: Job, cells: int) -> sparse.csr_matrix:
     """Return counts [cells, genes] of which a few hundred cells are drawn and the others repeat them."""
     drawn = some_cells(min(cells, job.choose(512, 128)), *job.choose((GENES, NONZEROS), (512, 60)))
-    return sparse.csr_matrix(drawn[np.arange(cells) % drawn.shape[0]])
+    if cells not in _tiled:
+        _tiled[cells] = sparse.csr_matrix(drawn[np.arange(cells) % drawn.shape[0]])
+    return _tiled[cells]
 
 
 def embedded_model(job: Job, precision: str) -> Any:
@@ -656,10 +665,16 @@ def run_pretraining(job: Job, name: str, seconds: float, **changes: Any) -> Path
         checkpoint_every=job.choose(10_000, 12), log_every=job.choose(10, 4), **changes,
     )  # fmt: skip
     workdir = job.scratch / f"run-{name}-{len(changes)}"
-    began = time.monotonic()
+    began, first = time.monotonic(), []
+
+    def enough(step: int) -> bool:
+        # Asked after every step: compilation, before the first one, is not in the time.
+        first.append(time.monotonic()) if not first else None
+        return time.monotonic() - first[0] > seconds or job.left() < 15
+
     result = pretrain(
         job.corpus, config, workdir, quiet=True,
-        preempted=lambda step: time.monotonic() - began > seconds,
+        preempted=enough,
     )  # fmt: skip
     rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row.get("split") == "train"]
     lately = rows[len(rows) // 3 :] or rows

@@ -6,20 +6,19 @@ matrix and the few values that are looked at to see whether they are counts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 
 def is_device_array(array: Any) -> bool:
-    """Return whether an array is a JAX array, or another one that DLPack hands over and NumPy does not own."""
+    """Return whether an array supports DLPack, as JAX and CuPy arrays do, and is not NumPy's."""
     if isinstance(array, np.ndarray):
         return False
-    return isinstance(array, jax.Array) or (
-        hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
-    )
+    return hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
 
 def is_device_sparse(matrix: Any) -> bool:
@@ -33,6 +32,8 @@ def to_jax(array: Any) -> jax.Array:
     Args:
         array: A JAX array, or one with ``__dlpack__``.
     """
+    import jax
+
     narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32, "bool": np.uint8}
     wanted = narrow.get(np.dtype(array.dtype).name)
     if isinstance(array, jax.Array):
@@ -76,6 +77,8 @@ class DeviceRows:
     @staticmethod
     def take(arrays: tuple[jax.Array, ...], rows: jax.Array, capacity: int) -> Any:
         """Take rows [n]; returns ``[n, genes]``. Runs inside of a compiled function."""
+        import jax.numpy as jnp
+
         return jnp.take(arrays[0], rows, axis=0)
 
 
@@ -128,6 +131,8 @@ class DeviceSparseRows:
 
         Entries past the last offset are 0 in column 0.
         """
+        import jax.numpy as jnp
+
         data, indices, indptr = arrays
         begin, lengths = indptr[rows], indptr[rows + 1] - indptr[rows]
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths).astype(jnp.int32)])

@@ -52,6 +52,38 @@ def variable_genes(
     return order[: min(number, int(usable.sum()))]
 
 
+def dispersed_genes(mean: np.ndarray, variance: np.ndarray, number: int) -> np.ndarray:
+    """Choose highly variable genes of one dataset, as ``scanpy.pp.highly_variable_genes`` does by default.
+
+    The log dispersion of normalized counts is standardized within 20 bins of equal width of the log mean (flavor
+    "seurat", Satija et al. 2015).
+
+    Args:
+        mean: float [genes], mean normalized count, not logarithmic.
+        variance: float [genes], of the same, with Bessel's correction.
+        number: Maximum number of genes.
+
+    Returns:
+        int [chosen], most variable first.
+    """
+    expressed = np.flatnonzero((mean > 0) & (variance > 0))
+    if not len(expressed):
+        return expressed
+    dispersion = np.log(variance[expressed] / mean[expressed])
+    level = np.log1p(mean[expressed])
+    edges = np.linspace(level.min(), level.max(), 21)[1:-1]
+    bins = np.digitize(level, edges, right=True)
+    sizes = np.bincount(bins, minlength=20)
+    centre = np.bincount(bins, dispersion, 20) / np.maximum(sizes, 1)
+    squares = np.bincount(bins, (dispersion - centre[bins]) ** 2, 20)
+    spread = np.sqrt(squares / np.maximum(sizes - 1, 1))
+    # A gene alone in its bin counts as one deviation above it.
+    alone = sizes == 1
+    spread[alone], centre[alone] = centre[alone], 0
+    score = (dispersion - centre[bins]) / np.where(spread == 0, 1e-12, spread)[bins]
+    return expressed[np.argsort(-score, kind="stable")[:number]]
+
+
 def principal_components(
     blocks: Callable[[], Iterable[np.ndarray]],
     genes: int,
@@ -131,16 +163,18 @@ def own_components(
     Raises:
         InputError: Fewer than 2 genes vary.
     """
-    cells, sums, squares = 0, np.zeros(0), np.zeros(0)
+    cells, sums = 0, np.zeros((4, 0))
     for block in blocks():
         if not cells:
-            sums, squares = np.zeros((2, block.shape[1]))
+            sums = np.zeros((4, block.shape[1]))
         cells += block.shape[0]
-        sums += np.bincount(block.indices, block.data, len(sums))
-        squares += np.bincount(block.indices, block.data**2, len(sums))
-    mean = sums / max(cells, 1)
-    variance = np.maximum(squares / max(cells, 1) - mean**2, 0)
-    chosen = variable_genes(mean, variance, genes, variance > 1e-12)
+        normalized = np.expm1(block.data.astype(np.float64))
+        for row, values in enumerate((block.data, block.data**2, normalized, normalized**2)):
+            sums[row] += np.bincount(block.indices, values, sums.shape[1])
+    mean, square, level, power = sums / max(cells, 1)
+    variance = np.maximum(square - mean**2, 0)
+    scatter = np.maximum(power - level**2, 0) * cells / max(cells - 1, 1)
+    chosen = dispersed_genes(level, np.where(variance > 1e-12, scatter, 0), genes)
     if len(chosen) < 2 or cells < 3:
         raise InputError(
             f"{len(chosen)} genes that vary between {cells} cells",

@@ -22,6 +22,9 @@ from cellplm_jax.evaluate.embedding import leiden_clusters
 CLUSTERED_CELLS = 10_000
 """Maximum number of cells that are clustered; the discriminants of the clusters are applied to all."""
 
+LATENT = 0.7
+"""Length of the zero-shot latent next to components of length 1."""
+
 ALIGNED_COMPONENTS = 50
 """Components of the joined embedding that are aligned between samples."""
 
@@ -53,10 +56,10 @@ def join_context(
     """Join a zero-shot latent with the spectral components of the same cells, and separate their clusters.
 
     The latent and 50 principal components of 2,000 highly variable genes (log-normalized, standardized, centred by
-    tissue sample) are scaled to length 1 per cell and put side by side. With several samples, 50 components of that
-    joined embedding are aligned by Harmony (Korsunsky et al. 2019) and scaled to length 1. Leiden clusters (resolution
-    1, 15 neighbours) then give linear discriminants, which are appended with the same mean length. The result is
-    deterministic, reads no label, and describes these cells only: it is not comparable between files.
+    tissue sample) are scaled to length 0.7 and 1 per cell and put side by side. With several samples, 50 components of
+    that joined embedding are aligned by Harmony (Korsunsky et al. 2019) and scaled to length 1. Leiden clusters
+    (resolution 1, 15 neighbours) then give linear discriminants, which are appended with the same mean length. The
+    result is deterministic, reads no label, and describes these cells only: it is not comparable between files.
 
     Args:
         latent: float [cells, latent], zero-shot.
@@ -83,7 +86,7 @@ def join_context(
             yield log_normalized(source.read_rows(rows).tocsr(), target_sum)
 
     own = own_components(blocks, sample_of)
-    joined = np.hstack([_centred_unit(np.asarray(latent, np.float32)), _centred_unit(own)])
+    joined = np.hstack([LATENT * _centred_unit(np.asarray(latent, np.float32)), _centred_unit(own)])
     if len(joined) < MINIMUM_CELLS:
         return joined
     if len(samples) > 1:

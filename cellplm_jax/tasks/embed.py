@@ -29,7 +29,7 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
-from cellplm_jax.tasks.embed_device import device_rows, embed_on_device
+from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
@@ -369,7 +369,8 @@ def embed_context(
     rows = device_rows(source, model)
     if rows is not None:
         return np.asarray(embed_on_device(source, rows, model, cells, coordinates, on_progress))  # type: ignore[arg-type]
-    if len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config):
+    large = len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config)
+    if large and not fits_at_once(len(cells), model.config, model.embeds_on[0]):
         hidden = express_context(
             source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
         )

@@ -258,8 +258,19 @@ def _too_large(cells: int, config: ModelConfig, device: jax.Device) -> bool:
     """Return whether a context is to be encoded in passes over chunks that the host holds."""
     if cells <= STREAM_CELLS or not StreamedEncoder.supports(config):
         return False
-    memory = device.memory_stats() or {}
+    return not fits_at_once(cells, config, device)
+
+
+def fits_at_once(cells: int, config: ModelConfig, device: jax.Device | None) -> bool:
+    """Return whether the memory of an accelerator has room to encode a context at once; False on a CPU.
+
+    Args:
+        cells: Cells of the context.
+        config: The architecture.
+        device: The device; None: JAX's default one.
+    """
+    memory = (device or jax.local_devices()[0]).memory_stats() or {}
     if "bytes_limit" not in memory:
-        return True
+        return False
     free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)
-    return ACTIVATIONS * cells * config.hidden * 4 > free
+    return ACTIVATIONS * cells * config.hidden * 4 <= free

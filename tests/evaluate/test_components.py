@@ -8,6 +8,7 @@ from sklearn.decomposition import PCA
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.components import (
     Discriminants,
+    dispersed_genes,
     log_normalized,
     own_components,
     principal_components,
@@ -46,6 +47,20 @@ def test_variable_genes_are_those_with_more_variance_than_genes_of_their_mean():
     usable[7] = False
     assert 7 not in variable_genes(mean, variance, 400, usable)
     assert len(variable_genes(mean, variance, 1000)) == 400
+
+
+def test_dispersed_genes_are_those_of_scanpy():
+    scanpy = pytest.importorskip("scanpy")
+    import cellplm_jax
+
+    adata = cellplm_jax.datasets.pbmc3k()[:600].copy()
+    scanpy.pp.normalize_total(adata, target_sum=1e4)
+    normalized = adata.X.toarray().astype(np.float64)
+    scanpy.pp.log1p(adata)
+    scanpy.pp.highly_variable_genes(adata, n_top_genes=1000)
+    chosen = dispersed_genes(normalized.mean(axis=0), normalized.var(axis=0, ddof=1), 1000)
+    wanted = set(np.flatnonzero(adata.var["highly_variable"]))
+    assert len(wanted & set(chosen)) > 985
 
 
 def test_discriminants_find_the_direction_that_separates_clusters_of_every_dataset():

@@ -130,7 +130,7 @@ def test_a_new_process_reads_the_usual_settings(hub, tmp_path):
         command = [sys.executable, "-c", code]
         return subprocess.run(command, capture_output=True, text=True, env=variables | more)
 
-    expected = f"hf://me/secret@{commit} cellplm-small@600\n[]\n"
+    expected = f"hf://me/secret@{commit} {cellplm_jax.load('small').id}\n[]\n"
     first = run()
     assert first.stdout == expected, first.stderr
     assert any("/me/secret/resolve/" in request for request in hub.requests)

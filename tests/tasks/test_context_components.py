@@ -30,7 +30,7 @@ def test_the_latent_and_the_components_are_side_by_side(cells):
     joined = adata.obsm["X_cellplm"]
     width = plain.shape[1]
     latent = plain - plain.mean(axis=0)
-    latent /= np.linalg.norm(latent, axis=1, keepdims=True)
+    latent *= 0.7 / np.linalg.norm(latent, axis=1, keepdims=True)
     np.testing.assert_allclose(joined[:, :width], latent, atol=1e-5)
     own = joined[:, width : width + 50]
     np.testing.assert_allclose(np.linalg.norm(own, axis=1), 1, atol=1e-5)

@@ -248,3 +248,25 @@ def test_an_anndata_of_a_jax_array(tiny_model):
     moved.obsm["spatial"] = adata.obsm["spatial"]
     found = cellplm.embed(moved, tiny_model).obsm["X_cellplm"]
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+class Accelerator:
+    """A device with so much memory."""
+
+    def __init__(self, free):
+        self.free = free
+
+    def memory_stats(self):
+        return {"bytes_limit": self.free + 1000, "bytes_in_use": 1000}
+
+
+def test_a_context_is_encoded_at_once_where_the_memory_has_room(tiny_model):
+    config = tiny_model.config
+    needed = embed_device.ACTIVATIONS * 100_000 * config.hidden * 4
+    assert embed_device.fits_at_once(100_000, config, Accelerator(needed))
+    assert not embed_device.fits_at_once(100_000, config, Accelerator(needed - 1))
+    # A CPU does not say how much it has: contexts go over it in passes.
+    assert not embed_device.fits_at_once(100_000, config, None)
+    assert embed_device._too_large(100_000, config, Accelerator(needed - 1))
+    assert not embed_device._too_large(100_000, config, Accelerator(needed))
+    assert not embed_device._too_large(1000, config, Accelerator(0))
