@@ -260,7 +260,7 @@ class ModelConfig:
         trunk: ``"none"`` (published: an embedder network, a layer norm before the latent) or ``"projection"``: the gene
             sum itself is the residual stream, centred over the cells of the context and scaled to unit root mean square
             before the latent, so that a model can start as a linear projection of its corpus
-            (:mod:`cellplm_jax.train.projection`).
+            (``cellplm_jax/train/projection.py``).
         centre_cells: Weight of the corpus mean in that centring, in cells: the mean of a small context is unreliable.
         embedder, positions, encoder, latent, decoder, head: The parts.
     """

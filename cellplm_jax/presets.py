@@ -72,7 +72,7 @@ def small(genes: int = 1) -> TrainConfig:
     """Return a model that trains on a laptop in under an hour: 2 layers, 256 hidden, 240 latent dimensions.
 
     It starts as a projection of its corpus (200 components and 40 discriminants, see
-    :mod:`cellplm_jax.train.projection`), which stays as it is. The encoder learns to restore the projection of a cell
+    ``train/projection.py``), which stays as it is. The encoder learns to restore the projection of a cell
     from masked counts and random gene panels, the decoder to predict the counts. The KL terms weigh half a percent: the
     counts of a cell are thousands of nats, mostly noise. The decoder's bottleneck is half the published one, so that
     the bundled weights stay under 15 MB.

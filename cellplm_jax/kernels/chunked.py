@@ -168,7 +168,7 @@ def _over_pieces(function: Callable) -> Callable:
 def summed_over_chunks_reference(
     function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Return :func:`summed_over_chunks` as a sum, differentiated by JAX."""
+    """Return ``summed_over_chunks`` as a sum, differentiated by JAX."""
     return summed_in_parts_reference(
         lambda index, params, given: function(
             chunks, index, params, chunks.rows(cells, index), given
@@ -250,7 +250,7 @@ summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 def summed_in_parts_reference(
     function: Callable, number: int, params: Any, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Return :func:`summed_in_parts` as a sum, differentiated by JAX."""
+    """Return ``summed_in_parts`` as a sum, differentiated by JAX."""
     value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
     for more in rest:
         value = jax.tree.map(jnp.add, value, more)
@@ -261,7 +261,7 @@ def summed_in_parts_reference(
 def summed_in_parts(
     function: Callable, number: int, params: Any, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Sum a scalar function over parts of anything, its gradient taken part by part; see :func:`summed_over_chunks`.
+    """Sum a scalar function over parts of anything, its gradient taken part by part; see ``summed_over_chunks``.
 
     Why: see there (jax 0.10.2).
 
@@ -310,7 +310,7 @@ summed_in_parts.defvjp(_parts_forward, _parts_backward)
 def chunked_product_reference(
     table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
 ) -> jax.Array:
-    """Return :func:`chunked_product` by one product of the dense counts."""
+    """Return ``chunked_product`` by one product of the dense counts."""
 
     def scatter(cell, gene, values):
         dense = jnp.zeros((chunks.cells, chunks.genes), values.dtype)

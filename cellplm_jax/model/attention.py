@@ -33,7 +33,7 @@ class CellGroups(struct.PyTreeNode):
     """Attention groups of each row, and the sums over them used by linear attention.
 
     With one sample per row every sum is a plain sum over the cells. With several, sums of vectors are products with a
-    one-hot matrix, and sums of outer products are computed tile by tile, see :mod:`cellplm_jax.kernels.tiles`.
+    one-hot matrix, and sums of outer products are computed tile by tile, see ``kernels/tiles.py``.
 
     Attributes:
         cell_mask: bool [samples, cells].

@@ -85,7 +85,7 @@ def embed(
         minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
         adapt: ``"none"``: the zero-shot latent, comparable between files. ``"context"``: joined with the components
             and clusters of these cells and, with ``batch_key``, aligned between batches, see
-            :func:`cellplm_jax.tasks.context_components.join_context`; better for one file
+            ``tasks/context_components.py``; better for one file
             (``benchmarks/zero_shot``), not comparable between files, and of another width. Needs the extra ``eval``.
         quiet: No progress on standard error.
 
