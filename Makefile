@@ -42,7 +42,7 @@ test: $(VENV)/.installed  ## the test suite, but for what needs torch or process
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tools/plain_words.py --quiet --limit 2
+	$(BIN)/python tools/plain_words.py --quiet --limit 1.5
 
 types: $(VENV)/.installed
 	$(BIN)/pyright

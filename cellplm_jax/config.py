@@ -20,7 +20,7 @@ from cellplm_jax.errors import ConfigError, explain, nearest
 ConfigType = TypeVar("ConfigType")
 
 Precision = Literal["float32", "bfloat16"]
-"""Of the factors of large matrix products."""
+"""Type of the factors of large matrix products."""
 
 PRECISIONS: tuple[str, ...] = typing.get_args(Precision)
 
@@ -58,8 +58,8 @@ class EmbedderConfig:
 
     Attributes:
         input_transform: ``"log1p"`` of the raw counts (released code, ``CellPLM/embedder/omics.py``) or
-            ``"library_log1p"``: counts scaled to ``target_sum`` a cell, then log1p (paper, section 4).
-        target_sum: Library size after scaling, in counts; used by ``"library_log1p"`` alone.
+            ``"library_log1p"``: counts scaled to ``target_sum`` per cell, then log1p (paper, section 4).
+        target_sum: Library size after scaling, in counts; used only by ``"library_log1p"``.
         covariate: Add a learnt vector per batch to the input (the released ``input_covariate``).
     """
 
@@ -81,7 +81,7 @@ class PositionsConfig:
             graph-Laplacian eigenvectors of the spatial neighbour graph) or ``"none"``. Every kind but ``"none"``
             has one shared learnt vector for cells without coordinates.
         grid: Squares along each axis of the grid that coordinates are scaled to.
-        eigenvectors: How many Laplacian eigenvectors are used.
+        eigenvectors: Number of Laplacian eigenvectors.
     """
 
     kind: Literal["sinusoidal", "grid", "mlp", "laplacian", "none"] = "sinusoidal"
@@ -103,7 +103,7 @@ class EncoderConfig:
         heads: Attention heads; must divide ``ModelConfig.hidden``.
         feedforward: Width of the feed-forward block as a multiple of ``hidden``.
         attention_dropout: Dropout after the output projection of the attention (released: 0.01).
-        random_features: FAVOR+ features a head; 0 takes ``d log d`` of the head width ``d``.
+        random_features: FAVOR+ features per head; 0: ``d log d`` for head width ``d``.
     """
 
     kind: Literal["flow", "softmax", "performer", "mlp", "residual_mlp", "none"] = "flow"
@@ -147,8 +147,8 @@ class LatentConfig:
         temperature: Gumbel-softmax temperature while training ("released").
         latent_weight: Weight of the Gaussian KL term (released ``w_li``; VAE ``kl_weight``).
         cluster_weight: Weight of the categorical KL term (released ``w_en``).
-        floor: Floor under each KL term, in nats a cell ("free bits", released ``lamda``). 0 switches it off.
-            Mixture: ``max(floor, KL)``; Gaussian: a weighted KL below it counts as 0. Metrics tell when it binds.
+        floor: Floor under each KL term, in nats per cell ("free bits", released ``lamda``); 0: no floor.
+            Mixture: ``max(floor, KL)``; Gaussian: a weighted KL below it counts as 0. Metrics report when it binds.
         warmup_steps: Steps over which the KL weights rise linearly from 0 (released VAE: 10,000); 0: no warm-up.
         adversarial_weight: Weight of a batch discriminator behind a gradient reversal; 0 leaves it out.
         adversarial_hidden: Width of its hidden layer.
@@ -220,7 +220,7 @@ class HeadConfig:
 
     Attributes:
         kind: ``"none"``, ``"annotation"`` (cell types), ``"imputation"``, ``"denoising"``, ``"perturbation"``
-            (expression, with an optional condition vector), ``"sample_classification"`` (one label a sample).
+            (expression, with an optional condition vector), ``"sample_classification"`` (one label per sample).
         outputs: Classes or genes predicted.
         hidden: Width of hidden layers.
         layers: Linear layers.
@@ -249,7 +249,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The whole architecture; with a gene list it determines every parameter's shape.
+    """Complete architecture; with a gene list it determines the shape of every parameter.
 
     Attributes:
         genes: Size of the gene vocabulary.
@@ -344,7 +344,7 @@ class ModelConfig:
 
     @property
     def latent_size(self) -> int:
-        """Width of an embedding: ``latent.size``, or ``hidden`` where there is no latent."""
+        """Width of an embedding: ``latent.size``, or ``hidden`` if there is no latent."""
         return self.hidden if self.latent.kind == "none" else self.latent.size
 
 
@@ -352,8 +352,8 @@ class ModelConfig:
 class MaskingConfig:
     """Bi-level masking of the input while training (paper section 4.3, ``CellPLM/utils/mask.py``).
 
-    The released configuration masks .25 of the genes in .75 of the cells; the authors' rebuttal words it the other way
-    round (.75 of the genes in .25 of the cells). Both are expressed by the two fractions.
+    The released configuration masks .25 of the genes in .75 of the cells; the authors' rebuttal states the reverse
+    (.75 of the genes in .25 of the cells). The two fractions can express both.
 
     Attributes:
         cell_fraction: Fraction of the cells that are masked.
@@ -362,11 +362,11 @@ class MaskingConfig:
         beta_concentration: ``a`` above (released: 5).
         maximum_rate: Cap of a drawn rate (released: .9).
         drop_cells: Fraction of the cells dropped from the sentence first.
-        maximum_cells: At most this many cells are kept after dropping; 0: no limit.
+        maximum_cells: Maximum number of cells kept after dropping; 0: no limit.
         panel_fraction: Fraction of the tissue samples of a batch that are reduced to a random gene panel, as if the
             other genes had not been measured.
         panel_minimum: Smallest panel as a fraction of the genes; the fraction is drawn log-uniformly from there to 1.
-        library_of_visible: Scale counts to the library size of the genes that are left, as inference does with a panel,
+        library_of_visible: Scale counts to the library size of the visible genes, as inference does with a panel,
             instead of that of all genes.
     """
 
@@ -404,7 +404,7 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What training minimises besides the latent terms.
+    """Training objective, in addition to the latent terms.
 
     Attributes:
         kind: ``"negative_binomial"`` (pretraining: all measured genes of masked cells, and the masked entries once
@@ -459,20 +459,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How samples become batches.
+    """Assembly of batches from samples.
 
-    A sample larger than a row is cut into windows (random cells, or a spatial neighbourhood where there are
-    coordinates); smaller ones are packed several to a row and attend only within themselves.
+    A sample larger than a row is cut into windows (random cells, or a spatial neighbourhood if there are
+    coordinates). Several smaller samples share a row; their cells attend only within their own sample.
 
     Attributes:
-        rows: Rows of a batch, all devices together; one row is one context of the model.
-        cells: Cells a row holds.
-        segments: Samples packed into one row at most; 1 switches packing off.
+        rows: Rows per batch, over all devices; one row is one context of the model.
+        cells: Cells per row.
+        segments: Maximum number of samples packed into one row; 1 disables packing.
         heldout_fraction: Fraction of the samples held out for evaluation. With fewer than ``1 / heldout_fraction``
             samples, that fraction of the cells of every sample is held out instead, as samples of their own.
         minimum_cells: Samples with fewer cells are left out (reported).
-        threads: Threads of this process that read and lay out rows.
-        prefetch: Batches made ahead of the step that needs them.
+        threads: Threads of this process that read and assemble rows.
+        prefetch: Number of batches to prefetch.
     """
 
     rows: int = 1
@@ -491,7 +491,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """How a run with a trunk starts: principal components of the corpus, and discriminants of its clusters.
+    """Start of a run with a trunk: principal components of the corpus, and discriminants of its clusters.
 
     Attributes:
         genes: Number of highly variable genes that have loadings; the others start at zero.
@@ -516,13 +516,13 @@ class ProjectionConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How the devices of all processes are arranged; which array lies along which axis is in ``train/sharding.py``.
+    """Device mesh over all processes; ``train/sharding.py`` assigns arrays to its axes.
 
     Attributes:
-        data: Devices along the rows of a batch; 0: all that the other axes leave.
+        data: Devices along the rows of a batch; 0: all devices that the other axes leave.
         cells: Devices along the cells of a row, for contexts too large for one device. It is also the number of
-            pieces a row is laid out in, within which cells are dropped and masked: changing it changes the random
-            draws of a run, and nothing else does.
+            pieces per row; cells are dropped and masked within each piece. So changing it changes the random draws of a
+            run; no other mesh option does.
         genes: Devices along the vocabulary: gene embeddings, masks, decoder output, likelihood.
     """
 
@@ -537,28 +537,28 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A pretraining run: model, data, objective, optimizer and the loop's rhythm.
+    """Pretraining run: model, data, objective, optimizer and schedule of the loop.
 
     Attributes:
         model: Architecture; ``genes`` and the covariate sizes are filled in from the data when they are 0 or 1 there.
         masking, objective, optimizer, data, mesh: The parts.
-        steps: Optimizer steps of the whole run.
+        steps: Total number of optimizer steps.
         seed: Seed of everything random: initialisation, batches, masks, noise.
-        accumulate: Batches whose gradients are averaged before one optimizer step.
-        precision: What matrix products are computed in. Parameters, sums over cells, latent and likelihood are
-            float32 in either case.
-        rematerialize: Compute the activations of encoder layers and decoder again in the backward pass instead of
-            keeping them: less memory, about a third more arithmetic.
-        chunk_cells: Cells of a row (of each piece of it) whose counts are dense at once, in embedder, decoder output,
-            likelihood and the gradients of all three; 0: a whole batch. Changes no number but by rounding. Of arrays
-            of cells by genes a step then holds the mask alone, a byte an entry. The objective "mean_squared_error" and
-            evaluation do without.
-        maximum_skipped: A step whose loss or gradients are not finite changes nothing and is counted; after so many
-            in a row the run stops with a diagnosis.
-        log_every, evaluate_every, checkpoint_every: Steps between these.
+        accumulate: Number of batches whose gradients are averaged before one optimizer step.
+        precision: Type of the factors of matrix products. Parameters, sums over cells, latent and likelihood are always
+            float32.
+        rematerialize: Gradient checkpointing: recompute the activations of encoder layers and decoder in the backward
+            pass instead of storing them. Less memory, about a third more arithmetic.
+        chunk_cells: Cells per row (per piece of a row) whose counts are dense at the same time, in embedder, decoder
+            output, likelihood and the gradients of all three; 0: the complete batch. Changes results only by rounding.
+            The mask, one byte per entry, is then the only array of cells by genes in a step. The objective
+            "mean_squared_error" and evaluation do not use chunks.
+        maximum_skipped: Number of consecutive skipped steps after which the run stops with a diagnosis. A step
+            whose loss or gradients are not finite is skipped: it changes nothing.
+        log_every, evaluate_every, checkpoint_every: Steps between logs, evaluations and checkpoints.
         probe_every: Steps between probes of the embedding on held-out cells with labels; 0: none.
         projection: How a new run with ``model.trunk = "projection"`` computes its start from the corpus.
-        keep_checkpoints: Most recent checkpoints kept besides the best.
+        keep_checkpoints: Number of most recent checkpoints kept in addition to the best one.
     """
 
     model: ModelConfig
@@ -630,18 +630,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a model is fine-tuned; the defaults are the published annotation recipe on a smaller budget.
+    """Fine-tuning recipe; the defaults are the published annotation recipe on a smaller budget.
 
-    AdamW with a linear warm-up, the rate lowered where the validation loss stands still, gradients clipped by global
-    norm, and an end once the validation score stops rising; the parameters of the best epoch are kept.
+    AdamW with a linear warm-up. The learning rate falls when the validation loss stops falling, gradients are clipped
+    by global norm, and training stops once the validation score stops rising. The parameters of the best epoch are
+    kept.
 
     Attributes:
-        epochs: Passes over the training cells at most (published: 2000).
-        patience: Epochs without a better validation score after which to stop (published: 200); 0: never.
+        epochs: Maximum number of passes over the training cells (published: 2000).
+        patience: Number of epochs without a better validation score before training stops (published: 200); 0: never.
         learning_rate: Peak learning rate.
         embedder_rate: The embedder's learning rate as a fraction of ``learning_rate``.
-        dispersion_rate: The learning rate of the genes' dispersions as a multiple of ``learning_rate``: one number a
-            gene on a logarithmic scale, which a few hundred steps would hardly move from where it started.
+        dispersion_rate: The learning rate of the genes' dispersions as a multiple of ``learning_rate``: one number
+            per gene on a logarithmic scale, which a few hundred steps would hardly change.
         layer_decay: Factor on the learning rate for every layer further from the output; 1: none.
         weight_decay: Decoupled weight decay.
         embedder_weight_decay: The same for the embedder.
@@ -650,18 +651,18 @@ class FinetuneConfig:
             loss) has not fallen for ``plateau_patience`` epochs; 1: never.
         plateau_patience: See ``plateau_factor``.
         clip_norm: Global gradient norm above which gradients are scaled down; 0: no clipping.
-        average: Decay an epoch of a running mean of the parameters, which is what is validated and kept; 0: none, the
+        average: Decay per epoch of a running mean of the parameters; the mean is validated and kept. 0: no mean, the
             parameters themselves (published).
-        freeze: Parts that stay as they are: ``"none"``, ``"embedder"``, or ``"encoder"`` (the embedder, the encoder
+        freeze: Parts that are not trained: ``"none"``, ``"embedder"``, or ``"encoder"`` (the embedder, the encoder
             and its last norm: only the latent and what follows it are trained).
-        adapter_rank: Rank of low-rank adapters on the encoder's matrices, which themselves and the embedder stay as
-            they are (Hu et al. 2022, LoRA); 0: no adapters.
+        adapter_rank: Rank of low-rank adapters on the encoder's matrices (Hu et al. 2022, LoRA); these matrices and the
+            embedder are then not trained. 0: no adapters.
         adapter_scale: Factor on the adapters' product.
-        validation_fraction: Fraction of the cells held out for validation where no split is given; 0: none, and all
-            epochs are run.
-        cells_per_step: Cells of one optimizer step at most, unless a single context is larger.
-        cells_per_context: Cells of a training context at most; 0: no limit, each batch is one context.
-        masking: What is dropped and hidden from the input while training.
+        validation_fraction: Fraction of the cells held out for validation if no split is given; 0: no validation, and
+            all epochs run.
+        cells_per_step: Maximum number of cells per optimizer step, unless a single context is larger.
+        cells_per_context: Maximum number of cells per training context; 0: no limit, each batch is one context.
+        masking: Cells dropped and genes hidden from the input during training.
         seed: Seed of everything random: new parameters, the validation cells, masks, dropout, the order of steps.
     """
 
@@ -709,7 +710,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
     Args:
         kind: The dataclass to build.
         values: Its fields; missing ones take their defaults, unknown ones are an error.
-        path: Where in the whole configuration this is, for messages.
+        path: Position within the complete configuration, for messages.
 
     Returns:
         An instance of ``kind``.

@@ -1,6 +1,6 @@
-"""``cellplm doctor``: what this installation and machine are, what is missing, and what will be slow.
+"""``cellplm doctor``: a report on this installation and machine, on missing software and on slow operations.
 
-Nothing here may fail because something is absent: a part that cannot be looked at is reported as such.
+No check may fail because something is absent: the report then lists the check as failed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DISTRIBUTION = "cellplm-jax"
 
 NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "anndata", "numpy", "scipy",
           "pandas", "h5py", "zarr", "tensorstore")  # fmt: skip
-"""Distributions without which nothing works."""
+"""Required distributions."""
 
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "train": (("grain", "tensorboardX", "dask", "distributed"), "pretraining and cellplm prepare"),
@@ -37,18 +37,18 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "hub": (("huggingface_hub", "safetensors"), "models at hf://, weights as safetensors"),
     "tpu": (("libtpu",), "TPUs, and cellplm plan"),
 }
-"""Extra -> modules it brings, and what needs them."""
+"""Extra -> modules it installs, and what needs them."""
 
-_MANY_FILES = 20_000  # of a folder whose size is asked for; a larger one is not walked to its end
+_MANY_FILES = 20_000  # maximum number of files counted for the size of a folder
 
 
 def diagnose() -> dict[str, Any]:
-    """Look at this installation and machine.
+    """Inspect this installation and machine.
 
     Returns:
-        A JSON-ready dictionary: ``usable``; ``broken``, what makes it unusable; ``slow``, sentences on what will be
-        slow and why; ``sections``, each with a ``title`` and ``entries`` of ``name``, ``state`` (``"good"``, ``"poor"``
-        or ``"bad"``), ``text`` and, where there is one, a ``remedy``.
+        A JSON-ready dictionary: ``usable``; ``broken``, the reasons if it is not usable; ``slow``, sentences on slow
+        operations and their causes; ``sections``, each with a ``title`` and ``entries`` of ``name``, ``state``
+        (``"good"``, ``"poor"`` or ``"bad"``), ``text`` and possibly a ``remedy``.
     """
     report = _Report()
     for title, look in (
@@ -64,7 +64,7 @@ def diagnose() -> dict[str, Any]:
 
 
 class _Report:
-    """What was found so far."""
+    """Collected results."""
 
     def __init__(self):
         self._sections: list[dict[str, Any]] = []
@@ -72,11 +72,11 @@ class _Report:
         self.slow: list[str] = []
 
     def section(self, title: str, look: Callable[[_Report], None]) -> None:
-        """Look at one part; what goes wrong meanwhile is an entry of it."""
+        """Run the checks of one section; an exception becomes an entry of the section."""
         self._sections.append({"title": title, "entries": []})
         try:
             look(self)
-        except Exception as error:  # whatever it is, the rest is to be reported
+        except Exception as error:  # any error: the other sections are still reported
             self.add("not looked at", f"{type(error).__name__}: {error}".splitlines()[0], "poor")
 
     def add(self, name: str, text: str, state: str = "good", remedy: str = "") -> None:
@@ -111,7 +111,7 @@ def _software(report: _Report) -> None:
 
 
 def _versioned(report: _Report, name: str, version: str, wanted: str, remedy: str) -> None:
-    """Add a version and whether it is one that is supported."""
+    """Add a version and whether it is supported."""
     from packaging.specifiers import SpecifierSet
 
     if wanted and not SpecifierSet(wanted).contains(version, prereleases=True):
@@ -128,7 +128,7 @@ def _version(name: str) -> str | None:
 
 
 def _requirements() -> Iterator[tuple[str, str]]:
-    """Yield what this distribution declares: name -> range; nothing where it runs without being installed."""
+    """Yield the requirements of this distribution as (name, range); nothing if it is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -161,7 +161,7 @@ def _devices(report: _Report) -> None:
         import jax
 
         devices = jax.devices()
-    except Exception as error:  # a broken driver raises many things
+    except Exception as error:  # a broken driver raises various exceptions
         wanted = os.environ.get("JAX_PLATFORMS", "")
         if wanted:
             found, _, remedy = platforms.no_device(wanted, error).partition("; ")
@@ -222,7 +222,7 @@ def _memory(report: _Report) -> None:
     report.add("temporary files", f"{disk / 1e9:.1f} GB free in {folder}")
     for name in ("small", "85m"):
         hidden = preset(name).model.hidden
-        # host_array: float32 [cells, hidden] stays in memory where that takes no more than half of what is free.
+        # host_array: float32 [cells, hidden] stays in memory if it takes no more than half of the free memory.
         cells = free // (2 * hidden * 4)
         report.add(
             f":{name}",
@@ -266,14 +266,14 @@ def _caches(report: _Report) -> None:
 
 
 def _size(folder: Path) -> str:
-    """Return how much a folder holds."""
+    """Return the size of the files in a folder, as text."""
     total = 0
     for number, path in enumerate(folder.rglob("*")):
         if number >= _MANY_FILES:
             return f"more than {total / 1e6:,.0f} MB"
         try:
             total += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
-        except OSError:  # gone meanwhile
+        except OSError:  # deleted in the meantime
             continue
     return f"{total / 1e6:,.0f} MB"
 
@@ -299,7 +299,7 @@ def _extras(report: _Report) -> None:
 
 
 def _there(module: str) -> bool:
-    """Return whether a module could be imported; it is not."""
+    """Return whether a module can be imported, without importing it."""
     try:
         return module in sys.modules or importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""The devices that were asked for with ``JAX_PLATFORMS``, and how a GPU is set up."""
+"""Checks of the devices requested with ``JAX_PLATFORMS``, and the settings of a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_platforms() -> None:
     """Check that JAX finds a device of the platforms in ``JAX_PLATFORMS``; starts JAX's backends if it is set.
 
     Raises:
-        InputError: It finds none; the message says why and what to do.
+        InputError: JAX finds none; the message gives the reason and a remedy.
     """
     wanted = jax.config.jax_platforms
     if not wanted or wanted == "cpu":
@@ -34,11 +34,11 @@ def check_platforms() -> None:
 
 
 def no_device(wanted: str | None, error: Exception) -> str:
-    """Return the message for a platform of which JAX finds no device.
+    """Return the error message if JAX finds no device of a platform.
 
     Args:
         wanted: Value of ``JAX_PLATFORMS``.
-        error: What JAX raised.
+        error: The exception that JAX raised.
     """
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     remedy = "Unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu"
@@ -62,7 +62,7 @@ def has_nvidia() -> bool:
 
 
 def has_cuda_plugin() -> bool:
-    """Return whether JAX's CUDA plugin is installed, of the version of jaxlib."""
+    """Return whether JAX's CUDA plugin is installed in the version of jaxlib."""
     wanted = importlib.metadata.version("jaxlib")
     for name in CUDA_PLUGINS:
         try:
@@ -98,7 +98,7 @@ def allocator() -> str:
 
 
 def driver_version() -> str | None:
-    """Return the version of the NVIDIA driver, None without one."""
+    """Return the version of the NVIDIA driver, or None without a driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:

@@ -59,6 +59,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:(class|obj|exc|data)", r"(?!cellplm_jax\b).*"),
     (r"py:.*", r"cellplm_jax\..*(\._\w+|Type)"),
+    # Internal types in annotations.
+    (r"py:class", r"cellplm_jax\.(data\.device_arrays|storage)\..*"),
 ]
 
 # -- Links ----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Matrices of an AnnData that are on an accelerator already: JAX arrays, and CuPy arrays through DLPack.
+"""Matrices of an AnnData that are already on an accelerator: JAX arrays, and CuPy arrays through DLPack.
 
-A CuPy array shares its memory with JAX: nothing is copied, and nothing goes to the host but the row offsets of a sparse
-matrix and the few values that are looked at to see whether they are counts.
+A CuPy array shares its memory with JAX: nothing is copied. Only the row offsets of a sparse matrix and the few values
+that are checked for being counts go to the host.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 def is_device_array(array: Any) -> bool:
-    """Return whether an array supports DLPack, as JAX and CuPy arrays do, and is not NumPy's."""
+    """Return whether an array supports DLPack, as JAX and CuPy arrays do, and is not a NumPy array."""
     if isinstance(array, np.ndarray):
         return False
     return hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
 
 
 def is_device_sparse(matrix: Any) -> bool:
-    """Return whether a matrix is a compressed sparse one whose entries are on a device, as CuPy has them."""
+    """Return whether a matrix is compressed sparse with its entries in device memory, as in CuPy."""
     return hasattr(matrix, "indptr") and is_device_array(getattr(matrix, "data", None))
 
 
 def to_jax(array: Any) -> jax.Array:
-    """Return an array as a JAX array of the same memory; 64-bit types become 32-bit ones, on the device.
+    """Return an array as a JAX array in the same memory; 64-bit types are converted to 32 bits in device memory.
 
     Args:
         array: A JAX array, or one with ``__dlpack__``.
@@ -44,7 +44,7 @@ def to_jax(array: Any) -> jax.Array:
 
 
 class DeviceRows:
-    """Rows of a dense matrix on a device.
+    """Rows of a dense matrix in device memory.
 
     Attributes:
         array: [cells, genes].
@@ -67,7 +67,7 @@ class DeviceRows:
         return np.asarray(self.array[start:stop])
 
     def fits(self, rows: np.ndarray, capacity: int) -> int:
-        """Return how many of the rows can be taken at once: all."""
+        """Return the number of rows that fit into one call of :meth:`take`: all."""
         return len(rows)
 
     def arguments(self) -> tuple[jax.Array, ...]:
@@ -76,14 +76,14 @@ class DeviceRows:
 
     @staticmethod
     def take(arrays: tuple[jax.Array, ...], rows: jax.Array, capacity: int) -> Any:
-        """Take rows [n]; returns ``[n, genes]``. Runs inside of a compiled function."""
+        """Return rows [n] as ``[n, genes]``; called in a compiled function."""
         import jax.numpy as jnp
 
         return jnp.take(arrays[0], rows, axis=0)
 
 
 class DeviceSparseRows:
-    """Rows of a CSR matrix on a device; the row offsets are on the host as well.
+    """Rows of a CSR matrix in device memory; the row offsets are also on the host.
 
     Attributes:
         data: [stored].
@@ -117,7 +117,7 @@ class DeviceSparseRows:
         return np.asarray(self.data[low:high]), np.asarray(self.indices[low:high]), pointers
 
     def fits(self, rows: np.ndarray, capacity: int) -> int:
-        """Return how many of the first rows have at most ``capacity`` stored counts together; at least one."""
+        """Return the maximum number of first rows whose stored counts fit into ``capacity``; at least one."""
         stored = np.cumsum(self.indptr[rows + 1] - self.indptr[rows])
         return max(1, int(np.searchsorted(stored, capacity, side="right")))
 
@@ -127,7 +127,7 @@ class DeviceSparseRows:
 
     @staticmethod
     def take(arrays: tuple[jax.Array, ...], rows: jax.Array, capacity: int) -> Any:
-        """Take rows [n]; returns data and columns [capacity] and offsets [n + 1]. Runs inside of a compiled function.
+        """Return rows [n] as data and columns [capacity] and offsets [n + 1]; called in a compiled function.
 
         Entries past the last offset are 0 in column 0.
         """

@@ -1,9 +1,9 @@
-"""Counts made dense a chunk of cells at a time, so that no array of cells by genes outlives its use.
+"""Dense counts in chunks of cells, so that no array of cells by genes outlives its use.
 
 A batch of 2,000 cells over 19,374 genes is 155 MB as float32, and a plain training step holds a dozen such arrays. Here
-a loop goes over chunks of cells; each step scatters the stored counts of its chunk alone, in blocks of a fixed number,
-as many as the fullest chunk needs. Rows and pieces of a batch advance side by side, so that devices that hold different
-ones all work on every step.
+a loop runs over chunks of cells. Each iteration scatters only the stored counts of its chunk, in blocks of fixed size;
+the fullest chunk determines the number of blocks. All rows and pieces of a batch advance in parallel, so that every
+device works in every iteration, whichever rows and pieces it holds.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from cellplm_jax.batch import CellBatch
 from cellplm_jax.kernels.matmul import dependent_zeros, linear_product
 
 BLOCK = 32_768
-"""Stored counts that are scattered at once."""
+"""Number of stored counts per scatter."""
 
 
 class CountChunks(struct.PyTreeNode):
-    """The stored counts of a batch, found by chunk of cells.
+    """The stored counts of a batch, indexed by chunk of cells.
 
-    Chunk ``i`` is the cells from ``start(i)`` on, ``size`` of them, in every piece. The last one begins early enough to
-    be whole: :meth:`fresh` says which of its cells the one before did not have.
+    Chunk ``i`` is the ``size`` cells from ``start(i)`` on, in every piece. The last chunk has full size and may overlap
+    the one before: :meth:`fresh` returns the cells that are new.
 
     Attributes:
-        cell: int32 [samples, (pieces,) nonzeros], each stored count's cell in its piece.
-        gene: uint, likewise.
-        begin: int32 [samples, (pieces,) chunks], where the stored counts of each chunk begin.
-        end: int32, likewise: where they end.
-        blocks: int32 scalar, blocks of the fullest chunk.
-        cells: Cells of a piece.
-        size: Cells of a chunk.
+        cell: int32 [samples, (pieces,) nonzeros], the cell of each stored count, within its piece.
+        gene: uint of the same shape, the gene of each stored count.
+        begin: int32 [samples, (pieces,) chunks], index of the first stored count of each chunk.
+        end: int32 of the same shape, index after the last one.
+        blocks: int32 scalar, number of blocks in the fullest chunk.
+        cells: Cells per piece.
+        size: Cells per chunk.
         genes: Size of the vocabulary.
     """
 
@@ -51,11 +51,11 @@ class CountChunks(struct.PyTreeNode):
 
     @classmethod
     def of(cls, batch: CellBatch, size: int, genes: int) -> CountChunks:
-        """Find the chunks of a batch.
+        """Compute the chunks of a batch of cells.
 
         Args:
-            batch: The cells; ``slot``, where there is one, keeps the order of the cells that are kept.
-            size: Cells of a chunk, in each piece.
+            batch: The cells; ``slot``, if not None, preserves the order of the cells that are kept.
+            size: Cells per chunk, in each piece.
             genes: Size of the vocabulary.
         """
         cells = batch.cell_mask.shape[1] // batch.pieces
@@ -65,7 +65,7 @@ class CountChunks(struct.PyTreeNode):
         source_cells = batch.indptr.shape[-1] - 1
 
         def bounds(indptr, slot):
-            # The source cell behind each slot: the first one up to which that many are kept, and one more.
+            # The source cell of slot s: the first one at which the number of kept cells reaches s + 1.
             kept = jnp.cumsum(slot < cells)
             begin = jnp.searchsorted(kept, first + 1)
             end = jnp.minimum(jnp.searchsorted(kept, first + size) + 1, source_cells)
@@ -94,22 +94,22 @@ class CountChunks(struct.PyTreeNode):
         return self.begin.shape[-1]
 
     def start(self, index: jax.Array) -> jax.Array:
-        """Return the first cell of a chunk, counted within its piece."""
+        """Return the index of the first cell of chunk ``index`` within its piece."""
         return jnp.minimum(index * self.size, self.cells - self.size)
 
     def fresh(self, index: jax.Array) -> jax.Array:
-        """Return bool [size]: the cells of a chunk that the chunks before did not have."""
+        """Return bool [size]: the cells of chunk ``index`` that no earlier chunk contains."""
         return self.start(index) + jnp.arange(self.size) >= index * self.size
 
     def dense(self, values: jax.Array, index: jax.Array) -> jax.Array:
-        """Scatter one value per stored count of a chunk.
+        """Scatter one value per stored count of one chunk.
 
         Args:
             values: float or int [samples, (pieces,) nonzeros].
-            index: int32 scalar, which chunk.
+            index: int32 scalar, number of the chunk.
 
         Returns:
-            [samples, (pieces,) size, genes] of the values' dtype; float32 where they are integers.
+            [samples, (pieces,) size, genes] of the values' dtype; float32 if they are integers.
         """
         kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
         start, stored = self.start(index), self.gene.shape[-1]
@@ -117,11 +117,11 @@ class CountChunks(struct.PyTreeNode):
 
         def scatter(cell, gene, values, begin, end):
             def block(number, dense):
-                # The last block begins early enough to be whole, and leaves out what the one before had.
+                # The last block has full size; it may overlap the one before and skips the entries of that one.
                 wanted = begin + number * BLOCK
                 place = jnp.minimum(wanted, stored - width)
                 at = jax.lax.dynamic_slice_in_dim(cell, place, width) - start
-                # Outside of the chunk: dropped cells, padding, and what belongs to the next block's chunk.
+                # Not in the chunk: dropped cells, padding, and entries of the next chunk.
                 entry = jnp.arange(width) + place
                 inside = (entry >= wanted) & (entry < end) & (at >= 0)
                 at = jnp.where(inside, at, self.size)
@@ -129,7 +129,7 @@ class CountChunks(struct.PyTreeNode):
                 value = jax.lax.dynamic_slice_in_dim(values, place, width)
                 return dense.at[at, which].add(value.astype(dense.dtype), mode="drop")
 
-            # In float32: a CPU would widen a narrow array for every block and round it again.
+            # In float32: a CPU would convert a narrower array to float32 and back for every block.
             empty = jnp.zeros((self.size, self.genes), jnp.float32)
             return jax.lax.fori_loop(0, self.blocks, block, empty).astype(kind)
 
@@ -138,20 +138,20 @@ class CountChunks(struct.PyTreeNode):
         )
 
     def rows(self, values: jax.Array, index: jax.Array) -> jax.Array:
-        """Take a chunk's cells: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
+        """Return the cells of one chunk: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
         return jax.lax.dynamic_slice_in_dim(
             values, self.start(index), self.size, axis=self.begin.ndim - 1
         )
 
     def written(self, values: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
-        """Return ``values`` [samples, (pieces,) cells, ...] with a chunk's cells replaced."""
+        """Return ``values`` [samples, (pieces,) cells, ...] with the cells of one chunk replaced."""
         return jax.lax.dynamic_update_slice_in_dim(
             values, chunk.astype(values.dtype), self.start(index), axis=self.begin.ndim - 1
         )
 
 
 def _over_pieces(function: Callable) -> Callable:
-    """Map a function over the leading axes; a single row and piece goes without, as plain loops and slices."""
+    """Map a function over the leading axes; a single row and piece runs without vmap, as plain loops and slices."""
 
     def mapped(first, *rest):
         lead = first.shape[:-1]
@@ -168,7 +168,7 @@ def _over_pieces(function: Callable) -> Callable:
 def summed_over_chunks_reference(
     function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Return ``summed_over_chunks`` as a sum, differentiated by JAX."""
+    """Return ``summed_over_chunks`` as a plain sum, differentiated by JAX."""
     return summed_in_parts_reference(
         lambda index, params, given: function(
             chunks, index, params, chunks.rows(cells, index), given
@@ -183,22 +183,23 @@ def summed_over_chunks_reference(
 def summed_over_chunks(
     function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Sum a scalar function over chunks; where its gradient is asked for, that is computed in the same pass.
+    """Sum a scalar function over chunks; under differentiation, the same pass computes its gradient.
 
-    Why: reverse mode would keep or compute again what every chunk holds. But the gradient of a sum is known up to one
-    factor when the chunk is at hand, so it is taken there and then, and nothing of the chunk stays (jax 0.10.2).
+    Why: reverse mode would store or recompute the intermediate values of every chunk. But the gradient of a sum is
+    known, up to one factor, in the forward pass. So the forward pass computes it per chunk, and no intermediate value
+    of a chunk stays in memory (jax 0.10.2).
 
     Args:
-        function: ``(chunks, index, params, rows, given) -> (scalar, auxiliary)``, where ``rows`` is a chunk's part of
-            ``cells``; differentiable in ``params`` and ``rows``. It must give cells that are not fresh no weight, and
-            close over no array.
+        function: ``(chunks, index, params, rows, given) -> (scalar, auxiliary)``, where ``rows`` are the rows of
+            ``cells`` in the chunk; differentiable in ``params`` and ``rows``. Cells that are not fresh must have
+            weight 0, and the function must not close over an array.
         chunks: From :meth:`CountChunks.of`.
         params: Any tree of floats.
         cells: float [samples, (pieces,) cells, ...].
-        given: Any tree of what is not differentiated.
+        given: Any tree of values that are not differentiated.
 
     Returns:
-        The sums of the scalar and of the auxiliary tree, which passes no gradient on.
+        The sums of the scalar and of the auxiliary tree; the latter has no gradient.
     """
 
     return _summed(
@@ -236,7 +237,7 @@ def _summed_backward(function, saved, cotangent):
 
 
 def _types(params: Any) -> Any:
-    """Return a scalar of each parameter's type, for its gradient to be cast to."""
+    """Return a scalar of each parameter's type, the type of its gradient."""
     return jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
 
 
@@ -250,7 +251,7 @@ summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 def summed_in_parts_reference(
     function: Callable, number: int, params: Any, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Return ``summed_in_parts`` as a sum, differentiated by JAX."""
+    """Return ``summed_in_parts`` as a plain sum, differentiated by JAX."""
     value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
     for more in rest:
         value = jax.tree.map(jnp.add, value, more)
@@ -261,18 +262,18 @@ def summed_in_parts_reference(
 def summed_in_parts(
     function: Callable, number: int, params: Any, given: Any
 ) -> tuple[jax.Array, Any]:
-    """Sum a scalar function over parts of anything, its gradient taken part by part; see ``summed_over_chunks``.
+    """Sum a scalar function over numbered parts, with the gradient computed per part.
 
-    Why: see there (jax 0.10.2).
+    Why: as for :func:`summed_over_chunks` (jax 0.10.2).
 
     Args:
         function: ``(index, params, given) -> (scalar, auxiliary)``, differentiable in ``params``.
         number: Number of parts.
         params: Any tree of floats.
-        given: Any tree of what is not differentiated.
+        given: Any tree of values that are not differentiated.
 
     Returns:
-        The sums of the scalar and of the auxiliary tree, which passes no gradient on.
+        The sums of the scalar and of the auxiliary tree; the latter has no gradient.
     """
     return _summed(lambda index: function(index, params, given), number)
 
@@ -284,7 +285,7 @@ def _summed(at: Callable, number: int) -> Any:
 
 
 def _zeros(at: Callable) -> Any:
-    """Return where a sum over ``at(index)`` starts: float32 at least, so that no addend is lost in a narrow type."""
+    """Return the initial value of a sum over ``at(index)``: at least float32, so that no addend is lost to rounding."""
     shapes = jax.eval_shape(at, jax.ShapeDtypeStruct((), jnp.int32))
     return jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), shapes
@@ -310,7 +311,7 @@ summed_in_parts.defvjp(_parts_forward, _parts_backward)
 def chunked_product_reference(
     table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
 ) -> jax.Array:
-    """Return ``chunked_product`` by one product of the dense counts."""
+    """Return ``chunked_product`` as a single product of the dense counts."""
 
     def scatter(cell, gene, values):
         dense = jnp.zeros((chunks.cells, chunks.genes), values.dtype)
@@ -326,9 +327,9 @@ def chunked_product_reference(
 def chunked_product(
     table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
 ) -> jax.Array:
-    """Multiply sparse expression with a table, chunk by chunk in both directions.
+    """Multiply sparse expression with a table, in chunks in the forward and the backward pass.
 
-    Why: the dense counts of a whole batch would be held until the backward pass (jax 0.10.2).
+    Why: otherwise the dense counts of the complete batch stay in memory until the backward pass (jax 0.10.2).
 
     Args:
         table: float [genes, width].

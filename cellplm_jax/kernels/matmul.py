@@ -1,4 +1,4 @@
-"""Matrix products, sums and broadcasts in the form that compilers turn into fast code on every backend."""
+"""Matrix products, sums and broadcasts in forms that compile to fast code on every backend."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Axes = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tup
 def _dot(left: jax.Array, right: jax.Array, axes: Axes) -> jax.Array:
     """Multiply arrays of one type, bfloat16 ones on the fast path of the backend.
 
-    The numbers are those of ``lax.dot_general`` on every backend. A CPU has a fast kernel for bfloat16 only where the
-    result is asked for in float32 (two cores of an EPYC 9004: 320 GFLOP/s against 130); accelerators round on the way
-    out by themselves.
+    The numbers are those of ``lax.dot_general`` on every backend. A CPU has a fast kernel for bfloat16 only if the
+    result is float32 (two cores of an EPYC 9004: 320 GFLOP/s against 130); accelerators round their output
+    automatically.
 
     Args:
         left: First factor.
         right: Second factor, of the same type.
-        axes: Dimension numbers as of ``lax.dot_general``.
+        axes: Dimension numbers of ``lax.dot_general``.
 
     Returns:
         The product, of the factors' type.
@@ -51,13 +51,13 @@ def linear_product_reference(
 def linear_product(values: jax.Array, kernel: jax.Array, widen: bool = False) -> jax.Array:
     """Multiply [..., in] with [in, out], both of one type; narrow ones on the fast path of the backend.
 
-    Why: the kernel's gradient is the sum of outer products as it lies in memory. The one that JAX derives is its
-    transpose, for which a CPU first turns the gradient around: half as long again as the product (jax 0.10.2).
+    Why: here the kernel's gradient is the sum of outer products in memory order. JAX derives its transpose, for which a
+    CPU first transposes the incoming gradient: that takes half as long as the product (jax 0.10.2).
 
     Args:
         values: float [..., in].
         kernel: float [in, out], of the same type.
-        widen: Return float32, whatever the type of the factors; gradients are rounded to it before their products.
+        widen: Return float32 for factors of any type; gradients are rounded to that type before their products.
     """
     axes = ((values.ndim - 1,), (0,)), ((), ())
     if widen:
@@ -71,8 +71,8 @@ def _linear_backward(widen, saved, gradient):
     last, others = values.ndim - 1, tuple(range(values.ndim - 1))
     of_values = _dot(gradient, kernel, (((last,), (1,)), ((), ())))
     if values.dtype != jnp.bfloat16 and values.ndim == 3 and values.shape[0] == 1:
-        # Of two axes a CPU's kernel sums over the first as it is; of more, values are computed again turned around.
-        # Only an axis of length 1 is left out: axes that are split over devices cannot be joined.
+        # A CPU's kernel sums over the first of two axes in place; with more axes it recomputes transposed values.
+        # Only an axis of length 1 is removed: axes that are sharded over devices cannot be merged.
         values, gradient, others = values[0], gradient[0], (0,)
     return of_values, _dot(values, gradient, ((others, others), ((), ())))
 
@@ -105,16 +105,16 @@ def batched_product(
     summed_of_left: Side = "columns",
     summed_of_right: Side = "rows",
 ) -> jax.Array:
-    """Multiply matrices of one type with leading batch axes; gradients come out as their factors lie in memory.
+    """Multiply matrices of one type with leading batch axes; gradients have the memory order of their factors.
 
-    Why: derivatives that JAX makes of a batched product are transposed ones, and on a CPU moving those back takes as
-    long as the product (jax 0.10.2).
+    Why: the gradients that JAX derives of a batched product are transposed, and on a CPU the transposition back takes
+    as long as the product (jax 0.10.2).
 
     Args:
         left: float [..., rows, columns].
         right: float [..., rows, columns].
         summed_of_left: Which axis of ``left`` is summed over; the other is the first of the result.
-        summed_of_right: The same of ``right``; the other is the last of the result.
+        summed_of_right: The same for ``right``; the other is the last of the result.
 
     Returns:
         float [..., of left, of right].
@@ -147,15 +147,15 @@ batched_product.defvjp(_batched_forward, _batched_backward)
 
 
 def weighted_sum_reference(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return :func:`weighted_sum` as a sum of rows."""
+    """Return :func:`weighted_sum` as a plain sum of rows."""
     return jnp.sum(weights[..., None] * rows, axis=tuple(range(weights.ndim)))
 
 
 def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Sum rows by weight, as a matrix product with float32 sums.
+    """Compute the weighted sum of rows as a matrix product with float32 sums.
 
-    Why: a compiler that is left to it fuses a sum over rows, column by column, with all that leads to it, and on a CPU
-    sums columns fifty times slower than a product does (2.5 M entries, jax 0.10.2: 11 ms against .24).
+    Why: XLA fuses a sum over rows with the operations before it and sums column by column. On a CPU that is fifty times
+    slower than a product (2.5 M entries, jax 0.10.2: 11 ms against .24).
 
     Args:
         weights: float [...].
@@ -178,9 +178,9 @@ def broadcast_reference(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def broadcast(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcast [width] to [..., width]; the gradient is summed by :func:`weighted_sum`.
+    """Broadcast [width] to [..., width]; :func:`weighted_sum` sums the gradient.
 
-    Why: see there (CPU, jax 0.10.2).
+    Why: as for :func:`weighted_sum` (CPU, jax 0.10.2).
 
     Args:
         vector: float [width].
@@ -202,16 +202,16 @@ def dependent_zeros_reference(value: jax.Array, shape: tuple[int, ...]) -> jax.A
 
 
 def dependent_zeros(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return float32 zeros that are not set up before a value is known.
+    """Return float32 zeros that are allocated only after a value is computed.
 
-    Why: a compiler that is given constant zeros to sum into makes them at the start of a step and holds them through
-    all of it: 76 MiB for the gradient of a gene table (CPU, jax 0.10.2).
+    Why: XLA allocates constant zeros for a sum at the start of a step and keeps them throughout: 76 MiB for the
+    gradient of a gene table (CPU, jax 0.10.2).
 
     Args:
-        value: What must come first, any shape; where it holds a NaN, so does the result.
+        value: The value to depend on, any shape; if it contains a NaN, so does the result.
         shape: The shape of the result.
     """
-    # Of all entries, since one alone would have to be fetched from the device that holds it.
+    # The minimum of all entries: a single entry would have to be fetched from the device that holds it.
     return jnp.full(shape, jnp.minimum(jnp.min(jnp.abs(value)).astype(jnp.float32), 0))
 
 
@@ -222,9 +222,9 @@ def embedding_lookup_reference(table: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def embedding_lookup(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Take rows of a table [rows, width]: int [...] within it to [..., width]; its gradient is summed in float32.
+    """Return rows of a table [rows, width]: valid int indices [...] to [..., width]; the gradient is summed in float32.
 
-    Why: JAX sums the gradient in the type of the table, and holds its zeros through the whole step (CPU, jax 0.10.2).
+    Why: JAX sums the gradient in the type of the table and keeps its zeros during all of the step (CPU, jax 0.10.2).
     """
     return embedding_lookup_reference(table, index)
 
@@ -246,7 +246,7 @@ embedding_lookup.defvjp(
 
 
 def squeeze_single_row_reference(function: Callable, *values: jax.Array) -> jax.Array:
-    """Return :func:`squeeze_single_row` with the axis left in."""
+    """Return :func:`squeeze_single_row` without removal of the axis."""
     return function(*values)
 
 
@@ -254,10 +254,10 @@ def squeeze_single_row(function: Callable, *values: jax.Array) -> jax.Array:
     """Apply a function of [cells, ...] arrays, or of [samples, cells, ...] ones, without a leading axis of length 1.
 
     Why: a CPU sums the last axis of products of [1, cells, genes] arrays thirty times slower than of [cells, genes]
-    ones (jax 0.10.2), and a single row is what most contexts are.
+    ones (jax 0.10.2), and most contexts are a single row.
 
     Args:
-        function: Works on each cell by itself, with any leading axes.
+        function: Acts on each cell independently, with any leading axes.
         *values: Arrays with the same leading axes.
     """
     if values[0].ndim > 2 and all(value.shape[0] == 1 for value in values):

@@ -1,9 +1,9 @@
-"""Compiling one training step for one mesh of a TPU slice, or of GPUs, that are not there.
+"""Compilation of a training step for one mesh of a TPU slice or of GPUs, without the devices.
 
 The compiler is ``libtpu``, the same library that runs on TPU machines, or JAX's CUDA plugin, which compiles for a GPU
-that it is given a description of. It reads its settings from the environment when it is first loaded, writes to
-standard error as it likes, and ends the process where it meets something it cannot handle; so it runs in a process of
-its own, which :func:`compile_apart` starts and in which :func:`compile_step` runs. Without the CUDA plugin the step
+from its description. It reads its settings from the environment when it is first loaded, writes to standard error, and
+ends the process on errors that it cannot handle. Therefore :func:`compile_apart` runs :func:`compile_step` in a
+separate process. Without the CUDA plugin the step
 is lowered for CUDA and not compiled: :mod:`cellplm_jax.plan.lowered`.
 """
 
@@ -30,7 +30,7 @@ from cellplm_jax.plan.roofline import estimate
 from cellplm_jax.platforms import has_cuda_plugin
 from cellplm_jax.storage import atomic_write_text
 
-# What libtpu must be told on a machine without a TPU: not to look for one, nor for the metadata server of a cloud.
+# Settings of libtpu for a machine without a TPU: do not look for a TPU or for the metadata server of a cloud.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -46,26 +46,26 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def require_compiler(topology: Topology | None = None) -> None:
-    """Check that the compiler is installed; for GPUs there is a way without one.
+    """Check that the compiler is installed; GPUs can be planned without one.
 
     Args:
-        topology: What is compiled for; None: TPUs.
+        topology: The target; None: TPUs.
 
     Raises:
-        MissingDependencyError: It is not; the message says what to install.
+        MissingDependencyError: It is not installed; the message names the package.
     """
     if topology is None or topology.chip.platform == "tpu":
         require("libtpu", "tpu", "Compiling for a TPU")
 
 
 def parse_shortage(message: str) -> tuple[float, float] | None:
-    """Read from the compiler's message how much memory a program would need and how much there is, in bytes.
+    """Parse needed and available memory, in bytes, from an error message of the compiler.
 
     Args:
         message: Text of the exception.
 
     Returns:
-        (needed, available), or None where the message is about something else.
+        (needed, available), or None if the message is about something else.
     """
     number = r"([\d.]+)([KMGT]?)i?B?"
     patterns = (
@@ -86,7 +86,7 @@ def parse_shortage(message: str) -> tuple[float, float] | None:
 
 
 def describe_devices(topology: Topology) -> list[Any]:
-    """Return the devices of a slice as JAX sees them when it compiles for it.
+    """Return the devices of a slice, as JAX uses them to compile for it.
 
     Args:
         topology: The slice.
@@ -99,14 +99,14 @@ def describe_devices(topology: Topology) -> list[Any]:
     options: dict[str, Any] = dict(topology.chip.options)
     name, chip = topology.name, topology.chip
     if chip.platform == "cuda":
-        # Hosts, processes of a host, GPUs of a process.
+        # Hosts, processes per host, GPUs per process.
         options |= {
             "topology": f"1x1x{topology.devices}",
             "target_config": gpus.target_config(chip.name),
         }
         name = ""
     elif topology.devices == 1:
-        # Hosts have four chips where nothing else is said, and older versions refuse a slice smaller than a host.
+        # By default a host has four chips, and older versions reject a slice smaller than a host.
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(
@@ -129,12 +129,12 @@ def describe_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict[str, Any]:
-    """Compile the training step of a run and say what it takes; see :mod:`cellplm_jax.plan.search` for the keys.
+    """Compile the training step of a run and return its cost; see :mod:`cellplm_jax.plan.search` for the keys.
 
     Args:
         config: The run, with its mesh and all sizes.
         topology: The slice.
-        nonzeros: Stored counts a piece of a row can hold.
+        nonzeros: Maximum number of stored counts per piece of a row.
 
     Raises:
         ConfigError: The mesh does not fit the slice or the run's sizes.
@@ -166,7 +166,7 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
     try:
         options = {"xla_dump_to": dumps.name, "xla_dump_hlo_as_text": True}
         if topology.chip.platform == "cuda":
-            # JAX keeps no text that it could not read of a GPU's program, and without a GPU nothing can be tried out.
+            # No dump: for a GPU it adds no text that JAX cannot read itself. No autotuning: it would need a GPU.
             options = {"xla_gpu_autotune_level": 0}
         compiled = lowered.compile(compiler_options=options)
     except Exception as error:
@@ -219,9 +219,9 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
 
 
 def _text(compiled: Any, dumps: Path) -> str:
-    """Return the text of a compiled program, from the compiler's own files where JAX cannot read the program.
+    """Return the text of a compiled program, from the compiler's own files if JAX cannot read the program.
 
-    A compiler newer than JAX may use forms of instructions that JAX refuses to turn into text.
+    A compiler newer than JAX may use instructions that JAX cannot convert to text.
     """
     try:
         return compiled.as_text()
@@ -245,12 +245,12 @@ def _size(tree: Any) -> int:
 def compile_apart(
     config: TrainConfig, topology: Topology, nonzeros: int, *, timeout: float | None = None
 ) -> dict[str, Any]:
-    """Run :func:`compile_step` in a process of its own.
+    """Run :func:`compile_step` in a separate process.
 
     Args:
         config: The run, with its mesh and all sizes.
         topology: The slice.
-        nonzeros: Stored counts a piece of a row can hold.
+        nonzeros: Maximum number of stored counts per piece of a row.
         timeout: Seconds after which the compiler is stopped; None: never.
 
     Raises:
@@ -262,13 +262,13 @@ def compile_apart(
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment.update(ENVIRONMENT)
     if topology.chip.platform == "cuda":
-        # Devices for a mesh to lower for, without the plugin.
+        # Simulated devices for the mesh when the step is lowered without the plugin.
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.devices}"
     package = str(Path(__file__).resolve().parents[2])
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package, *([inherited] if inherited else [])])
     with tempfile.TemporaryDirectory(prefix="cellplm-plan-") as directory:
-        # What the compiler writes goes with it, also where it is stopped.
+        # The compiler's temporary files are deleted with the folder, even if the compiler is stopped.
         environment["TMPDIR"] = directory
         request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
         request.write_text(

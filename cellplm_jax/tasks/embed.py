@@ -1,4 +1,4 @@
-"""Embedding: cells of an AnnData to vectors, streamed, in contexts the caller chooses."""
+"""Embedding: from the cells of an AnnData to vectors, streamed, in contexts that the caller chooses."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scipy import sparse
 
-# Cells whose counts are made dense on the device at once; the context itself may be far larger.
+# Maximum number of cells whose counts are dense on the device at the same time; a context may be far larger.
 CHUNK_CELLS = 512
-# Stored counts a chunk may hold, per cell of the chunk; a denser chunk is cut shorter.
+# Maximum number of stored counts per cell of a chunk; a denser chunk gets fewer cells.
 CHUNK_NONZEROS = 2048
 
 
@@ -60,40 +60,41 @@ def embed(
 ) -> AnnData:
     """Embed the cells of an AnnData with a pretrained model, in place.
 
-    Cells of one context attend to one another: all cells with the same ``batch_key`` value (the whole file without
-    one), or, with ``cells_per_context``, sets of about that many of them. How the file is read and cut into chunks
-    never changes a number.
+    Cells of one context attend to one another: all cells with the same ``batch_key`` value (without it, all cells
+    of the file), or, with ``cells_per_context``, sets of about that size. The result does not depend on how the file is
+    read and split into chunks.
 
     Writes:
         ``obsm[key_added]``: float32 [n_obs, latent].
         ``uns["cellplm"]``: model id, version, context, where the counts and gene ids came from, and how many genes of
-        the vocabulary were matched, missing, ambiguous and given twice.
+        the vocabulary were matched, missing, ambiguous and duplicated.
 
     Args:
         adata: Raw counts: in ``X``, ``raw.X`` or a usual layer, any storage; a backed one is streamed.
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
-        batch_key: Column of ``obs`` naming the tissue sample of each cell; one context each.
+        batch_key: Column of ``obs`` with the tissue sample of each cell; each sample is one context.
         spatial_key: Key of ``obsm`` with 2-D coordinates in any unit, scaled per tissue sample. The default is used
-            where present; another key must be present. None: no coordinates.
+            if present; any other key must be present. None: no coordinates.
         layer: Layer with the counts; None: look for them.
         gene_key: Column of ``var`` with gene ids; None: take the one that matches best.
-        cells_per_context: Cells of a context at most; None: no limit. Cells are dealt to the contexts of their sample
-            in turn, so each context is a cross-section of it. In a file sorted by cell type, who shares a context of a
-            few cells tells of the type: shuffle such a file first.
+        cells_per_context: Maximum number of cells per context; None: no limit. Cells are assigned to the contexts of
+            their sample round-robin, so each context is a cross-section of the sample. In a file sorted by cell type,
+            a context of a few cells reveals the type of its cells: shuffle such a file first.
         key_added: Key of ``obsm`` to write.
-        values: ``"counts"``, or the explicit permission for ``"normalized"`` or ``"log1p"`` values.
-        minimum_genes: Fewest vocabulary genes the data must have; None: the default of ``map_genes``.
+        values: ``"counts"``; ``"normalized"`` or ``"log1p"`` explicitly permits such values.
+        minimum_genes: Minimum number of vocabulary genes in the data; None: the default of ``map_genes``.
         adapt: ``"none"``: the zero-shot latent, comparable between files. ``"context"``: joined with the components
             and clusters of these cells and, with ``batch_key``, aligned between batches, see
             ``tasks/context_components.py``; better for one file
-            (``benchmarks/zero_shot``), not comparable between files, and of another width. Needs the extra ``eval``.
+            (``benchmarks/zero_shot``), not comparable between files, and of a different width. Needs the extra
+            ``eval``.
         quiet: No progress on standard error.
 
     Returns:
         ``adata`` itself.
 
     Raises:
-        InputError: The counts, genes or keys cannot be used; the message says what to do.
+        InputError: The counts, genes or keys cannot be used; the message explains what to do.
     """
     check_key(key_added)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
@@ -123,12 +124,12 @@ def embed_file(
     require_coordinates: bool = False,
     quiet: bool = False,
 ) -> list[str]:
-    """Embed an ``.h5ad`` file into a copy of it, without ever holding the file in memory.
+    """Embed an ``.h5ad`` file into a copy of it, without loading the file into memory.
 
     Args:
         path: Input; never changed.
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
-        out: Output, the input plus what :func:`embed` writes. It appears whole or not at all.
+        out: Output: the input plus what :func:`embed` writes; an atomic write.
         batch_key: As in :func:`embed`, and so are the rest.
         spatial_key: See :func:`embed`.
         layer: See :func:`embed`.
@@ -138,14 +139,14 @@ def embed_file(
         values: See :func:`embed`.
         minimum_genes: See :func:`embed`.
         adapt: See :func:`embed`.
-        require_coordinates: ``spatial_key`` must be present, also where it is the default one.
+        require_coordinates: ``spatial_key`` must be present, even if it is the default one.
         quiet: See :func:`embed`.
 
     Returns:
-        What the input turned out to be, a line each: where the counts were, which genes matched.
+        Messages about the input: where the counts were found, which genes matched.
 
     Raises:
-        InputError: As :func:`embed`; also where ``out`` cannot be written.
+        InputError: As :func:`embed`; also if ``out`` cannot be written.
     """
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
@@ -159,11 +160,11 @@ def embed_file(
 
 
 Adapt = Literal["none", "context"]
-"""How an embedding adapts to the cells it is computed for."""
+"""Adaptation of an embedding to the cells it is computed for."""
 
 
 def check_adapt(adapt: str) -> None:
-    """Refuse an unknown ``adapt`` and a missing extra, before any work is done.
+    """Reject an unknown ``adapt`` and a missing extra, before any work is done.
 
     Raises:
         InputError: It is neither ``"none"`` nor ``"context"``.
@@ -182,7 +183,7 @@ def check_adapt(adapt: str) -> None:
 
 
 class Context(NamedTuple):
-    """Which cells attend to one another, and where they are."""
+    """Which cells attend to one another, and their coordinates."""
 
     batch_key: str | None
     spatial_key: str | None
@@ -199,7 +200,7 @@ def read_and_embed(
     key_added: str,
     quiet: bool,
 ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
-    """Open the counts, embed them, and say what the input turned out to be.
+    """Open the counts, embed them, and describe the input.
 
     Args:
         data: The cells.
@@ -277,9 +278,9 @@ def embed_source(
         spatial_key: See :func:`embed`.
         cells_per_context: See :func:`embed`.
         groups: int arrays, cells that attend to one another, instead of the batches that ``batch_key`` names.
-        title: What the progress report calls it.
+        title: Title of the progress report.
         quiet: No progress on standard error.
-        waiting: Given the time that was waited for data.
+        waiting: Accumulates the time spent waiting for data.
 
     Returns:
         float32 [cells, latent]; NaN for cells of no group.
@@ -338,7 +339,7 @@ def _coordinates(source: CountSource, spatial_key: str | None) -> np.ndarray | N
 
 
 class RowSource(Protocol):
-    """What cells of a context are read from: an opened file, or a sample of a corpus."""
+    """Source of the cells of a context: an opened file, or a sample of a corpus."""
 
     def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
         """Read cells by their numbers: float32 CSR [cells, genes] in the columns of the model's vocabulary."""
@@ -360,8 +361,8 @@ def embed_context(
         model: The model.
         cells: int [n], numbers of the cells in the source.
         coordinates: float [n, 2], scaled; None: none.
-        waiting: Given the time that was waited for data.
-        on_progress: Told how far it is.
+        waiting: Accumulates the time spent waiting for data.
+        on_progress: Called with the progress, as text.
 
     Returns:
         float32 [n, latent].
@@ -391,7 +392,7 @@ def express_padded(
     coordinates: np.ndarray | None,
     **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run the embedder over one context that is to be encoded at once.
+    """Run the embedder over one context that is to be encoded in a single pass.
 
     Args:
         source: As for :func:`express_context`, and so are the rest.
@@ -418,7 +419,7 @@ def express_context(
     waiting: IOWait | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
-    """Run the embedder over the cells of one context, a chunk at a time, reading ahead of it.
+    """Run the embedder over the cells of one context, in chunks, with prefetch.
 
     Args:
         source: Opened with the model's vocabulary.
@@ -426,11 +427,11 @@ def express_context(
         cells: int [n], which cells.
         coordinates: float [n, 2], scaled; None: none.
         padded: Rows of the result; None: n.
-        waiting: Given the time that was waited for data.
-        on_progress: Told how far it is.
+        waiting: Accumulates the time spent waiting for data.
+        on_progress: Called with the progress, as text.
 
     Returns:
-        float32 [padded, hidden], before any attention, 0 past the cells; in memory or, where it is large, on disk.
+        float32 [padded, hidden], before any attention, 0 past the cells; in memory, or on disk if it is large.
     """
     hidden = host_array((padded or len(cells), model.config.hidden))
     devices = len(model.embeds_on)
@@ -440,7 +441,7 @@ def express_context(
         (part, model.embed_expression(model.weight_copies[turn], batch))
         for part, turn, batch in batches
     )
-    # Closed also where the work fails: the thread must not read on from a source that is closed.
+    # Closed even if the work fails: the thread must not continue to read from a closed source.
     with contextlib.closing(chunks):
         for part, chunk in overlap(chunks, devices):
             hidden[part] = np.asarray(chunk)[0, : part.stop - part.start]
@@ -453,7 +454,7 @@ def express_context(
 def _chunks_of_context(
     source: RowSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
 ) -> Iterator[tuple[slice, int, CellBatch]]:
-    """Yield the cells of a context as batches of one shape: places in it, number of the device, the batch on it."""
+    """Yield a context as batches of one shape: rows of the context, number of the device, the batch on that device."""
     turns = itertools.cycle(range(len(model.embeds_on)))
     rows = min(CHUNK_CELLS, bucket(len(cells)))
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
@@ -468,7 +469,7 @@ def _chunks_of_context(
         counts = source.read_rows(cells[start:stop])
         begin = 0
         while begin < counts.shape[0]:
-            # The longest run of cells whose stored counts fit; a single cell always does.
+            # The largest number of consecutive cells whose stored counts fit; a single cell always fits.
             fits = np.searchsorted(counts.indptr, counts.indptr[begin] + capacity, side="right") - 1
             end = max(begin + 1, int(fits))
             part = slice(start + begin, start + end)
@@ -484,7 +485,7 @@ def _chunks_of_context(
                 nonzeros=capacity,
                 eigenvectors=positions.eigenvectors if positions.kind == "laplacian" else None,
             )
-            # The embedder reads counts and places alone; covariates and panels belong to the decoder.
+            # The embedder reads only counts and coordinates; covariates and panels belong to the decoder.
             batch = batch.replace(measured=None, dataset=None, platform=None)
             turn = next(turns)
             yield part, turn, jax.device_put(batch, model.embeds_on[turn])
@@ -492,13 +493,13 @@ def _chunks_of_context(
 
 
 def check_key(key_added: str) -> None:
-    """Refuse a name that cannot be a key of an AnnData file.
+    """Reject a name that cannot be a key of an AnnData file.
 
     Args:
         key_added: The name.
 
     Raises:
-        InputError: It is empty or has a slash in it.
+        InputError: It is empty or contains a slash.
     """
     if not key_added or "/" in key_added:
         msg = explain(
@@ -510,13 +511,13 @@ def check_key(key_added: str) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Refuse, before any work is done, a place where no file can be written.
+    """Reject a path to which no file can be written, before any work is done.
 
     Args:
-        out: The file to be.
+        out: Path of the output file.
 
     Raises:
-        InputError: Its folder is not there, or it is a folder.
+        InputError: Its folder does not exist, or it is itself a folder.
     """
     parent = out.parent
     if not parent.is_dir():
@@ -536,11 +537,11 @@ def check_output(out: Path) -> None:
 
 
 def check_copy(path: Path, out: Path) -> None:
-    """Refuse, before any work is done, a copy that cannot be written.
+    """Reject a copy that cannot be written, before any work is done.
 
     Args:
-        path: What is to be copied.
-        out: The copy to be.
+        path: Input file.
+        out: Path of the copy.
 
     Raises:
         InputError: ``path`` is a folder, both are the same file, or see :func:`check_output`.
@@ -572,14 +573,14 @@ def write_copy(
     layers: Mapping[str, Any] | None = None,
     uns: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a copy of an ``.h5ad`` file with more in it; it appears whole or not at all.
+    """Write a copy of an ``.h5ad`` file with additional entries; an atomic write.
 
     Args:
         path: Input; never changed.
         out: Output.
-        obs: Columns (arrays or categoricals) by name; one that is there is replaced.
-        obsm: Matrices of cells by name.
-        obsp: Matrices of pairs of cells by name.
+        obs: Columns (arrays or categoricals) by name; an existing column is replaced.
+        obsm: Matrices with one row per cell, by name.
+        obsp: Matrices with one entry per pair of cells, by name.
         layers: Layers by name.
         uns: Anything AnnData can write, by name.
     """
@@ -592,7 +593,7 @@ def write_copy(
         os.chmod(partial, 0o644)
         with h5py.File(partial, "r+") as file, nullable_strings():
             if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
-                # AnnData opens a file only where the names of a table are stored as those of its cells are.
+                # AnnData opens a file only if the index of a table is stored in the same way as the names of its cells.
                 cells: Any = read_elem(file["obs"])
                 obsm = {
                     name: value.set_axis(cells.index) if isinstance(value, pd.DataFrame) else value
@@ -616,15 +617,15 @@ def write_copy(
 def read_annotations(
     path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
 ) -> AnnData:
-    """Read what is known of the cells of an ``.h5ad`` file, without their counts.
+    """Read the annotations of the cells of an ``.h5ad`` file, without their counts.
 
     Args:
         path: The file.
-        obsm: Names of matrices to read, where they are there.
-        uns: Names of entries of ``uns`` to read, where they are there.
+        obsm: Names of matrices to read, if present.
+        uns: Names of entries of ``uns`` to read, if present.
 
     Returns:
-        AnnData with ``obs`` and those, and no ``X``.
+        AnnData with ``obs`` and these entries, without ``X``.
     """
     import anndata
     import h5py

@@ -1,4 +1,4 @@
-"""Embedding counts that are in the memory of an accelerator already: nothing of them goes through the host."""
+"""Embedding of counts that are already in accelerator memory, without a copy through the host."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from cellplm_jax.tasks.long_context import STREAM_CELLS, StreamedEncoder
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained
 
 CHUNK_CELLS = 4096
-"""Cells whose expression is dense at once: 317 MB in float32 with the published vocabulary."""
+"""Maximum number of cells with dense expression at the same time: 317 MB in float32 with the published vocabulary."""
 
 CHUNK_NONZEROS = 2048
-"""Stored counts a chunk of a sparse matrix may hold, per cell of the chunk."""
+"""Maximum number of stored counts per cell of a chunk of a sparse matrix."""
 
 ACTIVATIONS = 12
-"""Arrays [cells, hidden] that encoding a context at once may need; a larger context is encoded in passes."""
+"""Assumed number of arrays [cells, hidden] to encode a context in one pass; a larger context needs several passes."""
 
 
 def device_rows(source: Any, model: Pretrained) -> DeviceRows | DeviceSparseRows | None:
     """Return the matrix of a source if it is on a device and can be embedded there, else None.
 
-    A gene that the file has twice, and Laplacian positions, take the way over the host.
+    Duplicate genes in the file and Laplacian positions need the path through the host.
 
     Args:
-        source: What cells are read from.
+        source: Source of the cells.
         model: The model.
     """
     rows = getattr(source, "stored_rows", None)
@@ -56,7 +56,7 @@ def embed_on_device(
     coordinates: np.ndarray | None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> jax.Array | np.ndarray:
-    """Embed one context whose counts are on a device.
+    """Embed one context whose counts are in device memory.
 
     Args:
         source: Opened with the model's vocabulary.
@@ -67,10 +67,10 @@ def embed_on_device(
         on_progress: Called with the progress, as text.
 
     Returns:
-        float32 [n, latent], on the device; of a context that is too large for it, on the host.
+        float32 [n, latent], on the device, or on the host if the context is too large for the device.
 
     Raises:
-        InputError: A value is no count.
+        InputError: A value is not a count.
     """
     hidden, sound, empty = express_on_device(source, rows, model, cells, coordinates, on_progress)
     sound, empty = np.asarray(sound)[: len(cells)], np.asarray(empty)[: len(cells)]
@@ -95,7 +95,7 @@ def express_on_device(
     coordinates: np.ndarray | None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the embedder over one context whose counts are on a device.
+    """Run the embedder over one context whose counts are in device memory.
 
     Args:
         source: As for :func:`embed_on_device`, and so are the rest.
@@ -106,7 +106,7 @@ def express_on_device(
         on_progress: See there.
 
     Returns:
-        hidden float32 [1, padded, hidden]; bool [padded], cells whose values are what they should be; bool [padded],
+        hidden float32 [1, padded, hidden]; bool [padded], cells whose values are valid; bool [padded],
         cells without a count in the vocabulary.
     """
     size = min(CHUNK_CELLS, bucket(len(cells)))
@@ -132,12 +132,12 @@ def express_on_device(
             params, rows.arguments(), *put((index, column, weights, place, np.int32(number))),
             values=source.report.values, capacity=capacity,
         )  # fmt: skip
-        # Chunks that were cut short by their counts are shorter than the others.
+        # A chunk with many counts has fewer cells than the others.
         parts.append(result if number == size else _first(result, number))
         begin += number
         on_progress(f"{begin} of {len(cells)} cells read")
     hidden, sound, empty = (jnp.concatenate(list(part)) for part in zip(*parts, strict=True))
-    # Few shapes for small contexts, few rows in vain for large ones.
+    # Few shapes to compile for small contexts, little padding for large ones.
     padded = bucket(len(cells)) if len(cells) <= size else -(-len(cells) // size) * size
     return jnp.pad(hidden, ((0, padded - len(cells)), (0, 0)))[None], sound, empty
 
@@ -151,7 +151,7 @@ _compiled = WeakKeyDictionary()
 
 
 def _functions(model: Pretrained, dense: bool) -> tuple[Callable, Callable]:
-    """Return the compiled functions of a model: the embedder over a chunk, and the weights of the file's columns."""
+    """Return the compiled functions of a model: the embedder for one chunk, and the weights of the file's columns."""
     known = _compiled.setdefault(model, {})
     if dense not in known:
         chunk = _dense_chunk if dense else _sparse_chunk
@@ -161,7 +161,7 @@ def _functions(model: Pretrained, dense: bool) -> tuple[Callable, Callable]:
 
 
 def _weights(table: jax.Array, column: jax.Array) -> jax.Array:
-    """Return the rows of a table [genes, width] for the columns of a file: 0 for genes that are not in it."""
+    """Return the rows of a table [genes, width] for the columns of a file: 0 for genes outside the vocabulary."""
     return jnp.where((column >= 0)[:, None], table[jnp.maximum(column, 0)], 0)
 
 
@@ -193,7 +193,7 @@ def _sparse_chunk(
 ):
     data, columns, offsets = DeviceSparseRows.take(arrays, index, capacity)
     size = index.shape[0]
-    # Places past the cells of the chunk hold its first cell again: their counts are left out.
+    # Rows past the end of the chunk repeat the first cell of the file: their counts are excluded.
     offsets = jnp.minimum(offsets, offsets[number])
     count, sound = _counts(data, values)
     gene = column[columns]
@@ -213,7 +213,7 @@ def _sparse_chunk(
 
 
 def _counts(found: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
-    """Return float32 counts and which entries are what they should be, as :class:`CountSource` reads them."""
+    """Return float32 counts and which entries are valid, by the rules of :class:`CountSource`."""
     found = found.astype(jnp.float32)
     lowest = -INTEGER_TOLERANCE if values == "counts" else 0.0
     sound = (found >= lowest) & (found <= HIGHEST[values])
@@ -224,7 +224,7 @@ def _counts(found: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_cells(place: jax.Array, number: jax.Array) -> dict[str, jax.Array]:
-    """Return the fields of a batch that cells have one of: coordinates [1, size, 2], NaN without, and the mask."""
+    """Return the fields of a batch with one entry per cell: coordinates ([1, size, 2], NaN if unknown) and the mask."""
     present = jnp.isfinite(place).all(axis=-1)
     return {
         "cell_mask": jnp.arange(place.shape[1])[None] < number,
@@ -240,7 +240,7 @@ def _apply(params, batch, gene_sum, config):
 
 
 def _params(model: Pretrained, device: jax.Device) -> Any:
-    """Return the weights of an embedding on a device: those that are there, or a copy."""
+    """Return the embedding weights on a device: the existing ones, or a new copy."""
     for place, copy in zip(model.embeds_on, model.weight_copies, strict=True):
         if place == device or (place is None and device == jax.local_devices()[0]):
             return copy
@@ -255,14 +255,14 @@ _copies: WeakKeyDictionary[Pretrained, dict[jax.Device, Any]] = WeakKeyDictionar
 
 
 def _too_large(cells: int, config: ModelConfig, device: jax.Device) -> bool:
-    """Return whether a context is to be encoded in passes over chunks that the host holds."""
+    """Return whether a context needs several passes over chunks in host memory."""
     if cells <= STREAM_CELLS or not StreamedEncoder.supports(config):
         return False
     return not fits_at_once(cells, config, device)
 
 
 def fits_at_once(cells: int, config: ModelConfig, device: jax.Device | None) -> bool:
-    """Return whether the memory of an accelerator has room to encode a context at once; False on a CPU.
+    """Return whether the memory of an accelerator suffices to encode a context in one pass; False on a CPU.
 
     Args:
         cells: Cells of the context.

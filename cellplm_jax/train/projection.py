@@ -1,10 +1,10 @@
-"""The start of a model with a trunk: a linear projection of its corpus.
+"""Initialisation of a model with a trunk: a linear projection of its corpus.
 
 Counts are scaled to 10,000 per cell and log-transformed, centred by tissue sample and divided by each gene's standard
 deviation over the corpus. The loadings of their principal components, divided by the root of the singular values,
-become the gene embeddings, so that the weighted gene sum of the embedder *is* the projection of a cell. Clusters of
-each dataset then give linear discriminants, which the map to the latent appends. Encoder layers start at zero and add
-to the projection while they train.
+become the gene embeddings, so that the weighted gene sum of the embedder *is* the projection of the cell. Clusters of
+each dataset then define linear discriminants, which the map to the latent appends. Encoder layers start at zero and
+add to the projection during training.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.model.encoder import context_centre
 
 CLUSTERED_CELLS = 3000
-"""Maximum number of cells of a dataset that are clustered."""
+"""Maximum number of clustered cells per dataset."""
 
 MEASURED, DETECTED = 0.4, 0.005
-"""Share of the cells that measure a gene with loadings, and of those that detect it."""
+"""For genes with loadings: minimum share of all cells that measure a gene, and of these that detect it."""
 
 
 class Projection(NamedTuple):
-    """What a model with a trunk starts from.
+    """Initial values of a model with a trunk.
 
     Attributes:
         table: float32 [genes, components], loadings over deviations, scaled so that projected cells have a root mean
-            square of 1; 0 for genes that were not chosen.
+            square of 1; 0 for the other genes.
         context_mean: float32 [components], the projected mean of the corpus.
         discriminants: float32 [components, discriminants], of projected cells with a root mean square of 1.
     """
@@ -70,15 +70,15 @@ def fit_projection(
     *,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Projection:
-    """Compute the start of a run with ``model.trunk = "projection"``.
+    """Compute the initial values of a run with ``model.trunk = "projection"``.
 
-    A function of the data and the configuration alone. Keeps the log-normalized counts of ``maximum_cells`` cells in
-    memory, about 12 bytes per stored count.
+    The result depends only on the data and the configuration. The log-normalized counts of ``maximum_cells`` cells stay
+    in memory, about 12 bytes per stored count.
 
     Args:
         store: The data.
         ranges: Training cells.
-        config: The run; ``config.projection`` says how.
+        config: The run; ``config.projection`` holds the recipe.
         on_progress: Called with a sentence at each stage.
 
     Returns:
@@ -86,7 +86,7 @@ def fit_projection(
 
     Raises:
         InputError: No gene is measured and detected in enough cells.
-        MissingDependencyError: Discriminants are asked for without the extra ``eval``, which clusters.
+        MissingDependencyError: Discriminants need the clustering of the extra ``eval``, which is not installed.
     """
     recipe, target = config.projection, config.model.embedder.target_sum
     on_progress("reading cells for the projection of the corpus")
@@ -128,7 +128,7 @@ def fit_projection(
 def start_from(
     params: dict[str, Any], projection: Projection, config: ModelConfig
 ) -> dict[str, Any]:
-    """Put a projection into freshly initialised parameters; a pure function that can be traced.
+    """Write a projection into freshly initialised parameters; a pure function that can be traced.
 
     Args:
         params: The ``"params"`` collection.
@@ -181,7 +181,7 @@ def _zeroed(layer: dict[str, Any]) -> dict[str, Any]:
 def _read_groups(
     store: CellStore, ranges: Sequence[SampleRange], maximum: int, target: float
 ) -> Iterator[_Group]:
-    """Read the same share of every range, from its first cells on: stored cells are in random or spatial order."""
+    """Read the same share of every range, from its start: stored cells are in random or spatial order."""
     total = sum(part.cells for part in ranges)
     share = min(1.0, maximum / max(total, 1))
     for part in ranges:
@@ -198,7 +198,7 @@ def _read_groups(
 def _gene_statistics(
     groups: Sequence[_Group], genes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean and deviation [genes] over the cells that measure a gene, and which genes may have loadings."""
+    """Return mean and deviation [genes] over the cells that measure each gene, and the genes that may have loadings."""
     sums, squares, detected, seen = np.zeros((4, genes))
     cells = 0
     for group in groups:
@@ -212,13 +212,13 @@ def _gene_statistics(
     mean = sums / divisor
     deviation = np.sqrt(np.maximum(squares / divisor - mean**2, 1e-8))
     usable = (seen >= MEASURED * cells) & (detected / divisor > DETECTED)
-    if usable.sum() < 2:  # only panels that differ
+    if usable.sum() < 2:  # the panels have too few genes in common
         usable = detected / divisor > DETECTED
     return mean, deviation, usable
 
 
 class _Standardized:
-    """Standardized expression of chosen genes, centred by tissue sample, a dense block at a time."""
+    """Standardized expression of chosen genes, centred by tissue sample, in dense blocks."""
 
     def __init__(self, groups, chosen, mean, deviation, centre_cells):
         self.deviation = deviation[chosen].astype(np.float32)
@@ -231,7 +231,7 @@ class _Standardized:
             total = np.asarray(part.sum(axis=0)).ravel()
             centre = context_centre(total, part.shape[0], mean[chosen], centre_cells)
             measured = None if group.measured is None else group.measured[chosen]
-            # A dataset weighs as the root of its cells.
+            # The weight of a dataset is the square root of its number of cells.
             weight = cells[group.dataset] ** -0.25
             self._parts.append((part, centre.astype(np.float32), measured, weight))
 
@@ -280,18 +280,18 @@ def _discriminants(
     directions = pooled.directions(number)
     if not directions.shape[1]:
         return directions.astype(np.float32)
-    # As long as the components, on average.
+    # Scaled to the mean length of the components.
     length = np.mean([np.mean(((z - z.mean(axis=0)) @ directions) ** 2) for z in lengths])
     length *= directions.shape[1]
     return (directions / np.sqrt(length)).astype(np.float32)
 
 
 JOINED_PROJECTION = 0.7
-"""Length of the projection beside a dataset's own components of length 1."""
+"""Length of the projection relative to a dataset's own components, which have length 1."""
 
 
 def _own_components(groups: Sequence[_Group], every: int) -> np.ndarray:
-    """Return float32 [cells, components] of every so many cells of a dataset."""
+    """Return float32 [cells, components] of a subset of a dataset: one cell in ``every``."""
     parts, sample_of, start = [], [], 0
     for number, group in enumerate(groups):
         take = np.arange(-start % every, group.expression.shape[0], every)

@@ -1,4 +1,4 @@
-"""The training step and the steps that evaluate, as pure functions that are compiled once, for any mesh."""
+"""Training, evaluation and embedding steps: pure functions, compiled once, for any mesh."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from cellplm_jax.train.state import TrainState, create_state
 
 Metrics = dict[str, jax.Array]
 
-# A run that continues in the same process, and the next one of the same configuration, are not traced a second time.
+# A run that continues in the same process, and another run of the same configuration, need no second trace.
 _compiled_once = lru_cache(maxsize=8)
 
 MASKED_CELLS_ONLY = ("negative_binomial", "zero_inflated_negative_binomial")
-"""Objectives that score the cells with a masked entry and no others."""
+"""Objectives that score only cells with a masked entry."""
 
 
 def compute_params(params: Any, config: TrainConfig) -> Any:
@@ -57,7 +57,7 @@ def compute_params(params: Any, config: TrainConfig) -> Any:
 
     Args:
         params: The ``"params"`` collection, float32.
-        config: Names the precision.
+        config: The run's configuration, for its precision.
     """
     return in_precision(params, config.precision)
 
@@ -74,7 +74,7 @@ def loss_terms(
     masked: int | None = None,
     visible: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """Compute the pretraining loss of a batch whose masks have been drawn.
+    """Compute the pretraining loss of a batch for given masks.
 
     Args:
         params: The ``"params"`` collection.
@@ -84,10 +84,10 @@ def loss_terms(
         warmup: KL warm-up factor.
         noise: Random numbers of the latent; None draws them from ``rngs["latent"]``.
         rngs: PRNG keys of the ``"dropout"`` and ``"latent"`` streams.
-        masked: Cells of a piece that have a masked entry, at most; None: not known. Where the objective is about them
-            alone, the others are not decoded.
-        visible: bool [samples, (pieces,) nonzeros], the stored counts that the input keeps, in place of ``gene_mask``
-            there; None: as ``gene_mask`` says.
+        masked: Maximum number of cells per piece with a masked entry; None: unknown. If the objective scores only these
+            cells, the others are not decoded.
+        visible: bool [samples, (pieces,) nonzeros], the stored counts that the input keeps, instead of ``gene_mask``;
+            None: those that ``gene_mask`` does not hide.
 
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
@@ -96,7 +96,7 @@ def loss_terms(
     variables = {"params": compute_params(params, config)}
     given, hide = batch, gene_mask
     if visible is not None:
-        # Hidden counts become zero, so that the library size is that of what is left.
+        # Hidden counts become zero, so that the library size is the sum of the visible ones.
         given, hide = batch.replace(count=jnp.where(visible, batch.count, 0)), None
     hidden = model.apply(
         variables, given, gene_mask=hide, train=True, rngs=rngs, method=CellPLM.represent
@@ -159,9 +159,9 @@ def _narrow(z: jax.Array, config: TrainConfig) -> jax.Array:
 def training_step(
     state: TrainState, batch: CellBatch, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
-    """Take one optimizer step: drop cells, mask, forward, backward, AdamW.
+    """Perform one optimizer step: drop cells, mask, forward, backward, AdamW.
 
-    A step whose loss or gradient norm is not finite leaves parameters and optimizer as they were.
+    A step whose loss or gradient norm is not finite does not change parameters and optimizer.
 
     Args:
         state: State before the step.
@@ -170,7 +170,7 @@ def training_step(
 
     Returns:
         State after the step, and scalars: the loss terms, ``gradient_norm`` (before clipping), ``kl_warmup``, ``cells``
-        (cells the loss saw), ``read_cells`` (before dropping), ``slots`` (places for cells), ``nonzeros``, ``skipped``,
+        (cells in the loss), ``read_cells`` (before dropping), ``slots`` (cells and padding), ``nonzeros``, ``skipped``,
         ``skipped_in_a_row``, and ``batch_checksum`` (uint32), see :func:`batch_checksum`.
     """
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
@@ -182,7 +182,7 @@ def training_step(
             state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
         )
     else:
-        # The first batch gives the shapes of what is summed; the rest are added one at a time.
+        # The first batch defines the shapes of the sums; a scan then adds one batch at a time.
         def add(total, part):
             number, batch = part
             inner = jax.random.fold_in(key, number)
@@ -215,8 +215,8 @@ def training_step(
             updates = without_trunk(updates)
         return optax.apply_updates(params, updates), moments
 
-    # A branch, not a choice entry by entry: with that, a CPU copies both moments at the start of the step and holds
-    # the copies through all of it (551 MiB at 72 M parameters).
+    # A branch, not a selection per entry: for the latter, a CPU copies both moments at the start of the step and
+    # keeps the copies until its end (551 MiB at 72 M parameters).
     params, moments = jax.lax.cond(
         finite, updated, lambda *state: state, state.params, state.optimizer
     )
@@ -284,10 +284,10 @@ def _masked_loss(
 
 
 def batch_checksum(batch: CellBatch) -> jax.Array:
-    """Return a uint32 that depends on every stored count of a batch and on where it stands.
+    """Return a uint32 that depends on every stored count of a batch and on its position.
 
-    Integers wrap around and sums of them do not depend on their order, so the number is the same however the batch is
-    spread over devices and processes: runs that print the same numbers saw the same batches in the same order.
+    Integers wrap around and their sums do not depend on the order, so the checksum does not depend on the sharding over
+    devices and processes: runs that print the same checksums saw the same batches in the same order.
 
     Args:
         batch: With or without a leading axis of accumulated batches.
@@ -306,7 +306,7 @@ def batch_checksum(batch: CellBatch) -> jax.Array:
 
 
 def heldout_gene_mask(key: jax.Array, batch: CellBatch, config: TrainConfig) -> jax.Array:
-    """Hide ``masking.gene_fraction`` of the genes (a quarter where that is 0) in every held-out cell.
+    """Hide ``masking.gene_fraction`` of the genes (a quarter if it is 0) in every held-out cell.
 
     Args:
         key: PRNG key; the same key gives the same mask.
@@ -330,9 +330,9 @@ def heldout_rate(config: TrainConfig) -> float:
 def evaluation_step(
     params: Any, batch: CellBatch, gene_mask: jax.Array, config: TrainConfig
 ) -> dict[str, jax.Array]:
-    """Predict hidden entries of held-out cells, deterministically, and return what the scores are made of.
+    """Predict hidden entries of held-out cells, deterministically, and return the sums behind the scores.
 
-    The predicted mean is scaled by the cell's VISIBLE counts, so the hidden total is not given away.
+    The predicted mean is scaled by the cell's VISIBLE counts, so it does not reveal the hidden total.
 
     Args:
         params: The ``"params"`` collection.
@@ -360,7 +360,7 @@ def evaluation_step(
     hidden, visible = usable & gene_mask, usable & ~gene_mask
     mean = reconstruction.mean
     if reconstruction.dispersion is None:
-        # A Gaussian decoder predicts log-normalised expression; back to counts with the visible library size.
+        # A Gaussian decoder predicts log-normalised expression; convert to counts with the visible library size.
         library = jnp.where(visible, counts, 0.0).sum(-1, keepdims=True) / (1.0 - rate)
         mean = jnp.maximum(jnp.expm1(jnp.minimum(mean, 10.0)), 1e-5) * library / 1e4
         nll = jnp.zeros_like(mean)
@@ -385,7 +385,7 @@ def evaluation_step(
 
 
 def embedding_step(params: Any, batch: CellBatch, config: TrainConfig) -> jax.Array:
-    """Embed cells as inference does: float32 [samples, cells, latent], nothing hidden and nothing random.
+    """Embed cells as inference does: float32 [samples, cells, latent], without masks or random numbers.
 
     Args:
         params: The ``"params"`` collection.
@@ -414,7 +414,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
     Args:
         config: The run's configuration.
         mesh: Its mesh.
-        nonzeros: Stored counts a piece can hold.
+        nonzeros: Maximum number of stored counts per piece.
     """
     data, pieces, genes = config.data, config.mesh.cells, config.model.genes
     index = np.uint16 if genes <= 65_536 else np.uint32
@@ -456,13 +456,13 @@ def create_sharded_state(
     gene_means: np.ndarray | None = None,
     projection: Projection | None = None,
 ) -> TrainState:
-    """Initialise a run with every array born where it will live.
+    """Initialise a run with every array created in its final sharding.
 
     Args:
         config: The run.
         mesh: Its mesh.
         gene_means: See :func:`cellplm_jax.train.state.create_state`.
-        projection: Likewise.
+        projection: See :func:`cellplm_jax.train.state.create_state`.
     """
     return _compile_creation(config, mesh)(gene_means, projection)
 
@@ -479,11 +479,11 @@ def _compile_creation(config: TrainConfig, mesh: Mesh) -> MeshFunction:
 
 @_compiled_once
 def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
-    """Return the jitted training step: ``(state, batch) -> (state, metrics)``, the old state donated.
+    """Return the jitted training step: ``(state, batch) -> (state, metrics)``; the old state is donated.
 
     Args:
         config: The run.
-        mesh: From :func:`cellplm_jax.train.sharding.make_mesh`; the batch is a global one of it.
+        mesh: From :func:`cellplm_jax.train.sharding.make_mesh`; the batch is a global array on it.
 
     Raises:
         ConfigError: The run's shapes cannot be split over the mesh.
@@ -500,7 +500,7 @@ def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
 
 @_compiled_once
 def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
-    """Return the jitted ``(params, batch, key) -> sums`` of :func:`evaluation_step`; the key draws what is hidden."""
+    """Return the jitted ``(params, batch, key) -> sums`` of :func:`evaluation_step`; the key draws the hidden genes."""
 
     def run(params, batch, key):
         return evaluation_step(params, batch, heldout_gene_mask(key, batch, config), config)
@@ -510,7 +510,7 @@ def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
 
 @_compiled_once
 def compile_embedding_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
-    """Return the jitted ``(params, batch) -> embedding`` of :func:`embedding_step`, whole on every device."""
+    """Return the jitted ``(params, batch) -> embedding`` of :func:`embedding_step`, replicated on every device."""
     return MeshFunction(
         lambda params, batch: embedding_step(params, batch, config),
         mesh,
