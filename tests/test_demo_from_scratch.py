@@ -167,7 +167,7 @@ def test_demo_says_what_it_needs(monkeypatch, tmp_path):
 
     monkeypatch.setitem(__import__("sys").modules, "scanpy", None)
     with pytest.raises(MissingDependencyError, match="eval"):
-        demo.run_demo(tmp_path / "out")
+        demo.run_from_scratch(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

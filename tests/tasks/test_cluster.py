@@ -48,7 +48,11 @@ def test_finds_groups_and_writes_what_scanpy_reads():
 def test_embeds_where_the_embedding_is_missing(tiny_model):
     adata = make_adata(40)
     cluster(adata, tiny_model, neighbors=10, key_added="group")
-    assert adata.obsm["X_cellplm"].shape == (40, tiny_model.config.latent_size)
+    # Adapted to the context, unless asked otherwise.
+    assert adata.uns["cellplm"]["adapt"] == "context"
+    assert adata.obsm["X_cellplm"].shape[1] > tiny_model.config.latent_size
+    plain = cluster(make_adata(40), tiny_model, neighbors=10, adapt="none")
+    assert plain.obsm["X_cellplm"].shape == (40, tiny_model.config.latent_size)
     before = adata.obs["group"].copy()
     cluster(adata, neighbors=10, key_added="group")  # from the embedding that is there now
     pd.testing.assert_series_equal(before, adata.obs["group"])

@@ -46,8 +46,13 @@ def shrink(config):
         decoder=dataclasses.replace(old.decoder, hidden=32, bottleneck=16, batches=2, layers=2),
         positions=dataclasses.replace(old.positions, eigenvectors=3, grid=10),
     )
+    projection = dataclasses.replace(config.projection, components=6, discriminants=2)
     return dataclasses.replace(
-        config, model=model, optimizer=OptimizerConfig(warmup_steps=0), steps=2
+        config,
+        model=model,
+        optimizer=OptimizerConfig(warmup_steps=0),
+        projection=projection,
+        steps=2,
     )
 
 
@@ -106,7 +111,10 @@ def test_every_preset_takes_a_step(name, batch):
     assert any(jax.tree.leaves(moved["embedder"]))
     assert any(jax.tree.leaves(moved["encoder"]))
     assert moved["decoder"]["log_mean"]["kernel"]
-    assert metrics["loss"] == pytest.approx(metrics["reconstruction"] + metrics["latent"], rel=1e-5)
+    restoration = config.objective.restoration_weight * metrics.get("restoration", 0.0)
+    assert ("restoration" in metrics) == (config.objective.restoration_weight > 0)
+    terms = metrics["reconstruction"] + metrics["latent"] + restoration
+    assert metrics["loss"] == pytest.approx(terms, rel=1e-5)
     if name == "no_masks":
         assert config.masking.cell_fraction == 0
 
