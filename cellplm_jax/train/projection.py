@@ -19,7 +19,7 @@ from scipy import sparse
 from cellplm_jax.config import ModelConfig, TrainConfig
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, require
 from cellplm_jax.evaluate.components import (
     BLOCK,
     CLIP,
@@ -89,6 +89,11 @@ def fit_projection(
         MissingDependencyError: Discriminants need the clustering of the extra ``eval``, which is not installed.
     """
     recipe, target = config.projection, config.model.embedder.target_sum
+    if recipe.discriminants:
+        # Before the work that comes first.
+        purpose = "projection.discriminants > 0, which clusters the datasets,"
+        require("scanpy", "eval", purpose)
+        require("igraph", "eval", purpose)
     on_progress("reading cells for the projection of the corpus")
     groups = list(_read_groups(store, ranges, recipe.maximum_cells, target))
     mean, deviation, usable = _gene_statistics(groups, len(store.genes))
