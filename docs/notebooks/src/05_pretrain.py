@@ -91,5 +91,5 @@ print(f"{model.id}: {model.parameters:,} parameters; embedding {adata.obsm['X_ce
 # %% [markdown]
 # `model.push_to_hub("organisation/name")` publishes it, with a model card generated from
 # `model.card`: describe its training data there. On Colab, keep `run` on a mounted drive or at a
-# `gs://` address. A model this small, trained for seconds, has no practical use: `"small"` took 12
-# minutes on 84,047 cells.
+# `gs://` address. A model this small, trained for seconds, has no practical use: `"small"` took 40
+# minutes on 49,166 cells.
