@@ -68,42 +68,6 @@ def published_1b(genes: int = 1) -> TrainConfig:
     )
 
 
-def small(genes: int = 1) -> TrainConfig:
-    """Return a model that trains on a laptop in under an hour: 2 layers, 256 hidden, 240 latent dimensions.
-
-    It starts as a projection of its corpus (200 components and 40 discriminants, see
-    ``train/projection.py``), which stays as it is. The encoder learns to restore the projection of a cell
-    from masked counts and random gene panels, the decoder to predict the counts. The KL terms weigh half a percent: the
-    counts of a cell are thousands of nats, mostly noise. The decoder's bottleneck is half the published one, so that
-    the bundled weights stay under 15 MB.
-
-    Args:
-        genes: Size of the vocabulary; filled in from the data when a run starts.
-    """
-    return TrainConfig(
-        model=ModelConfig(
-            genes=genes,
-            hidden=256,
-            dropout=0.1,
-            trunk="projection",
-            embedder=EmbedderConfig(input_transform="library_log1p"),
-            encoder=EncoderConfig(layers=2),
-            latent=LatentConfig(size=240, latent_weight=0.005, cluster_weight=0.005),
-            decoder=DecoderConfig(hidden=256, bottleneck=64),
-        ),
-        masking=MaskingConfig(panel_fraction=0.3, library_of_visible=True),
-        objective=ObjectiveConfig(restoration_weight=100.0),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3, weight_decay=1e-4, warmup_steps=50, freeze_trunk=True
-        ),
-        data=DataConfig(rows=1, cells=1024),
-        steps=2000,
-        evaluate_every=500,
-        checkpoint_every=500,
-        probe_every=500,
-    )
-
-
 def scratch(genes: int = 1) -> TrainConfig:
     """Return what ``Estimator(None)`` trains on a few thousand cells: 2 layers, 256 hidden, 64 latent dimensions.
 
@@ -130,6 +94,33 @@ def scratch(genes: int = 1) -> TrainConfig:
         data=DataConfig(rows=1, cells=1024),
         steps=600,
         probe_every=200,
+    )
+
+
+def small(genes: int = 1) -> TrainConfig:
+    """Return a model that trains on a laptop in under an hour: 2 layers, 256 hidden, 240 latent dimensions.
+
+    It starts as a projection of its corpus (200 components and 40 discriminants, see
+    ``train/projection.py``), which stays as it is. The encoder learns to restore the projection of a cell
+    from masked counts and random gene panels, the decoder to predict the counts. The KL terms weigh half a percent: the
+    counts of a cell are thousands of nats, mostly noise. The decoder's bottleneck is half the published one, so that
+    the bundled weights stay under 15 MB.
+
+    Args:
+        genes: Size of the vocabulary; filled in from the data when a run starts.
+    """
+    base = scratch(genes)
+    latent = dataclasses.replace(base.model.latent, size=240)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, trunk="projection", latent=latent),
+        masking=MaskingConfig(panel_fraction=0.3, library_of_visible=True),
+        objective=ObjectiveConfig(restoration_weight=100.0),
+        optimizer=dataclasses.replace(base.optimizer, freeze_trunk=True),
+        steps=2000,
+        evaluate_every=500,
+        checkpoint_every=500,
+        probe_every=500,
     )
 
 
