@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import PRECISIONS
 from cellplm_jax.errors import CellPLMError
+from cellplm_jax.platforms import check_platforms
 from launch import cluster, options
 
 _CORPUS = flags.DEFINE_string("corpus", None, "A prepared corpus.", required=True)
@@ -93,6 +94,7 @@ def main(argv: list[str]) -> None:
     try:
         options.check_no_more(argv)
         joined = _JOIN()
+        check_platforms()
         run(joined)
     except CellPLMError as error:
         sys.stderr.write(f"embed: {error}\n")

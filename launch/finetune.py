@@ -28,6 +28,7 @@ from ml_collections import config_flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.errors import CellPLMError, InputError
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.storage import atomic_write, is_remote
 from cellplm_jax.train.workdir import first_difference
 from launch import cluster, estimators, options
@@ -214,6 +215,7 @@ def main(argv: list[str]) -> None:
     status = cluster.EXIT_DONE
     try:
         options.check_no_more(argv)
+        check_platforms()
         run()
     except CellPLMError as error:
         sys.stderr.write(f"finetune: {error}\n")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellplm_jax.config import TrainConfig, from_config_dict
 from cellplm_jax.errors import CellPLMError, InputError
+from cellplm_jax.platforms import check_platforms
 from cellplm_jax.storage import is_remote
 from launch import cluster, options
 
@@ -153,6 +154,7 @@ def main(argv: list[str]) -> None:
         from_config_dict(TrainConfig, _CONFIG.value)
         find_data(_CORPUS.value)
         joined = _JOIN()
+        check_platforms()
         status = run(joined)
     except CellPLMError as error:
         sys.stderr.write(f"pretrain: {error}\n")

@@ -65,6 +65,29 @@ def test_a_machine_without_cuda_says_so_in_one_message(verb):
         assert len(text.strip().splitlines()) == 1
 
 
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU, or JAX has CUDA")
+@pytest.mark.parametrize("program", ["pretrain", "finetune", "embed"])
+def test_the_programs_of_launch_say_so_too(program, tmp_path):
+    options = {
+        "pretrain": [
+            "--config=configs/pretrain.py:debug",
+            "--corpus=cellplm_jax/resources/pbmc3k.h5ad",
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        "finetune": [
+            "--config=configs/finetune_annotate.py",
+            "--data=cellplm_jax/resources/pbmc3k.h5ad",
+            f"--workdir={tmp_path / 'run'}",
+        ],
+        "embed": [f"--corpus={tmp_path}", "--model=small", f"--out={tmp_path / 'o.zarr'}"],
+    }
+    done = without_cuda(f"launch/{program}.py", *options[program])
+    assert done.returncode == 2
+    assert done.stderr.count("JAX_PLATFORMS=cuda and no such device") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_checks_before_it_works(verb, monkeypatch, capsys):
     def refuse():
