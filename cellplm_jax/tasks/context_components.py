@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
-from scipy import sparse
 
+from cellplm_jax.data.anndata_io import CountSource
 from cellplm_jax.errors import require
 from cellplm_jax.evaluate.components import (
     BLOCK,
@@ -32,22 +31,9 @@ DISCRIMINANTS, SHRINKAGE, MINIMUM_CELLS = 30, 0.3, 60
 """Discriminants appended, the shrinkage of their covariance, and the fewest cells they are computed from."""
 
 
-class RowReader(Protocol):
-    """What the counts are read from."""
-
-    @property
-    def cells(self) -> int:
-        """Number of cells."""
-        ...
-
-    def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
-        """Read cells by number: float32 CSR [cells, genes]."""
-        ...
-
-
 def join_context(
     latent: np.ndarray,
-    source: RowReader,
+    source: CountSource,
     samples: Sequence[np.ndarray],
     *,
     target_sum: float = 1e4,
@@ -81,9 +67,7 @@ def join_context(
         sample_of[members] = number
 
     def blocks():
-        for start in range(0, source.cells, BLOCK):
-            rows = np.arange(start, min(start + BLOCK, source.cells))
-            yield log_normalized(source.read_rows(rows).tocsr(), target_sum)
+        return (log_normalized(block, target_sum) for block in source.blocks(BLOCK))
 
     own = own_components(blocks, sample_of)
     joined = np.hstack([LATENT * _centred_unit(np.asarray(latent, np.float32)), _centred_unit(own)])
