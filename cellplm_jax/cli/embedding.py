@@ -293,16 +293,23 @@ def add_integrate(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "integrate",
-        "an embedding without batch effects: fine-tune the model on several batches, or embed with it",
+        "an embedding without batch effects: align several batches, or embed cells with the fitted alignment",
         fit=_integrate_fit,
         predict=_integrate_predict,
         fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
         predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
-        fit_report="the loss curve of the fit",
-        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and the scores",
+        fit_report="the facts and, for finetune, the loss curve of the fit",
+        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and their scores, beside "
+        "those of Harmony on principal components",
     )
     fit.add_argument(
         "--strength", type=float, default=1.0, metavar="F", help="mixing relative to structure (1)"
+    )
+    fit.add_argument(
+        "--method",
+        choices=("align", "finetune"),
+        help="align: latent and components, aligned by Harmony; finetune: train the model (align; with training "
+        "options: finetune)",
     )
     predict.add_argument(
         "--label-key", metavar="K", help="column of obs with known types, to print scores"
@@ -332,7 +339,7 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
         source(arguments),
         strength=arguments.strength,
         quiet=arguments.quiet,
-        **passed_options(arguments, RECIPE),
+        **passed_options(arguments, ("method", *RECIPE)),
     )
     integrator.fit(arguments.input, **passed_options(arguments, READING))
     integrator.save(arguments.out)
@@ -342,12 +349,14 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
 
 
 def _integrate_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
+    from cellplm_jax.tasks.integrate import KEY, BatchIntegrator, compare_embeddings
 
     check_new_file(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
     reading = passed_options(arguments, ("layer", "gene_key", "cells_per_context"))
+    if integrator.method == "align":
+        reading |= passed_options(arguments, ("batch_key",))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
     lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
     scores: dict[str, float] = {}
@@ -356,6 +365,19 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
         scores = integrator.score(arguments.input, **keys)
         lines.append(scores_line(scores))
     columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
-    write_page(arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores)
+    comparison = {}
+    if arguments.report is not None:
+        reading_counts = {name: reading[name] for name in ("layer", "gene_key") if name in reading}
+        comparison = compare_embeddings(
+            arguments.out, KEY, columns[0], columns[1], **reading_counts
+        )
+    write_page(
+        arguments,
+        "effects.integrated",
+        arguments.out,
+        KEY,
+        [key for key in columns if key],
+        comparison,
+    )
     facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
     print_result(arguments, lines, facts, messages=messages)

@@ -19,6 +19,7 @@ from cellplm_jax.plot.charts import (
     table_bars,
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
+from cellplm_jax.plot.effects import effect_panels, values_by_group
 from cellplm_jax.plot.maps import (
     cell_attention,
     cell_panels,
@@ -42,6 +43,7 @@ __all__ = [
     "change_map",
     "comparison_bars",
     "confusion_matrix",
+    "effect_panels",
     "fitting_curves",
     "gene_map",
     "histogram",
@@ -51,4 +53,5 @@ __all__ = [
     "table_bars",
     "training_curves",
     "umap",
+    "values_by_group",
 ]

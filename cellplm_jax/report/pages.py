@@ -47,10 +47,22 @@ NAMES = {
     "strength": "mixing strength",
     "left_out_perturbations_rmse": "error on left-out perturbations (RMSE of changes)",
     "left_out_perturbations_rmse_of_mean_change": "the same for the mean change of the others",
+    "left_out_perturbations_rmse_of_no_change": "the same for no change",
     "left_out_groups_rmse": "error on left-out groups (RMSE of changes)",
     "left_out_groups_rmse_of_mean_change": "the same for the mean change of the others",
     "left_out_samples_cross_entropy": "cross-entropy on left-out samples (nats, lower is better)",
     "cross_entropy_of_frequencies": "the same for guessing by label frequency",
+    "type_key": "column with the cell types",
+    "smallest_p": "smallest p-value that this number of samples allows",
+    "arrangements": "arrangements of the labels that were compared",
+    "p_latent": "p of the labels by the mean latent (permuted labels)",
+    "p_proportions": "p of the labels by the proportions of cell types",
+    "p_pseudobulk": "p of the labels by pseudobulk profiles (baseline)",
+    "p_shift": "smallest p of a shift of a cell type, corrected for their number",
+    "left_out_error_latent": "error on left-out samples by the mean latent (1: as label frequencies)",
+    "left_out_error_proportions": "the same by the proportions of cell types",
+    "left_out_error_pseudobulk": "the same by pseudobulk profiles (baseline)",
+    "shift_agreement_with_pseudobulk": "rank correlation of the shifts of types in latents and in pseudobulk",
     "nonzeros": "non-zero counts",
     "unknown_genes": "unknown gene names in the files",
     "genes_outside_vocabulary": "genes of the files outside the vocabulary",
@@ -493,40 +505,6 @@ def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
     return Table(names, rows, "", "Composition of the clusters")
 
 
-def integrated(
-    path: str | os.PathLike, key: str, columns: Sequence[str], scores: Mapping[str, float]
-) -> Page:
-    """Show an integrated embedding by batch, and the embedding before integration if the file has it."""
-    from cellplm_jax.tasks.embed import read_annotations
-
-    before = ("X_cellplm", "X_pca")
-    cells = read_annotations(path, obsm=[key, *before], uns=["cellplm_integration"])
-    drawn = _some(cells.n_obs)
-    known = [name for name in columns if name in cells.obs.columns]
-    shown = _columns(cells.obs, known, drawn)
-    sections: list[Section] = []
-    first = next((name for name in before if name in cells.obsm), None)
-    for name, heading in ((first, "Before"), (key, "Integrated")):
-        if name is None:
-            continue
-        coordinates = _laid_out(cells.obsm[name], drawn)
-        caption = f"UMAP of obsm['{name}'], {_of(len(drawn), cells.n_obs)}."
-        if coordinates is None:
-            sections.append(_no_map(heading))
-        else:
-            sections += _map(coordinates, shown, caption, heading)
-    if first is None:
-        sections.append(
-            Text("The file has neither obsm['X_cellplm'] nor obsm['X_pca'] for comparison: run "
-                 "cellplm embed on it first.", "Before")
-        )  # fmt: skip
-    if scores:
-        sections.append(_scores(scores, ""))
-    facts = cells.uns.get("cellplm_integration", {})
-    summary = f"{cells.n_obs:,} cells" + (f", batches of '{known[0]}'." if known else ".")
-    return Page("Integrated embedding", summary, [*sections, *_input(facts)])
-
-
 def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
@@ -779,91 +757,6 @@ def _before_and_after(
             Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
         )  # fmt: skip
     return sections
-
-
-def perturbed(found: Any) -> Page:
-    """Show predicted changes: the genes with the largest changes, as a map and a table."""
-    from cellplm_jax import plot
-    from cellplm_jax.data.genes import symbols_of
-
-    change = found.change.iloc[:30]
-    names = dict(zip(change.columns, symbols_of(list(map(str, change.columns))), strict=True))
-    largest = change.abs().max(axis=0).sort_values(ascending=False).index[:30]
-    rows = []
-    for perturbation, values in change.iterrows():
-        order = values.abs().sort_values(ascending=False).index[:5]
-        listed = ", ".join(f"{names[gene]} {values[gene]:+.2f}" for gene in order)
-        listed = listed.replace(" -", " \N{MINUS SIGN}")
-        rows.append(
-            (perturbation, found.known[perturbation], float(np.sqrt((values**2).mean())), listed)
-        )
-    more = "" if len(found.change) <= 30 else f" The first 30 of {len(found.change)} perturbations."
-    return Page(
-        "Predicted perturbations",
-        f"Changes of {found.change.shape[1]:,} genes under {len(found.change):,} perturbations, relative to control "
-        f"cells.{more}",
-        [
-            Figure(
-                plot.change_map(change[largest].rename(columns=names)),
-                "Map of the genes with the largest changes",
-                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per "
-                "10,000; +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
-                "Changes",
-            ),
-            Table(
-                ["perturbation", "known", "size", "largest changes"],
-                rows,
-                "Known: whether it, or its targets, were in the training data. Size: root mean square of the changes "
-                "of all genes.",
-                "Perturbations",
-            ),
-            *_messages(found.messages),
-        ],
-    )  # fmt: skip
-
-
-def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
-    """Show labelled samples, and the contributions of their cells."""
-    from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
-    from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
-
-    cells = read_annotations(path, uns=[FACTS])
-    facts = cells.uns.get(FACTS, {})
-    counts = table["label"].value_counts()
-    rows = [
-        (name, str(row["label"]), float(row["confidence"]), int(row["cells"]))
-        for name, row in table.iterrows()
-    ]
-    found = ", ".join(f"{n} {label}" for label, n in counts.items() if n)
-    sections: list[Section] = [
-        Table(
-            ["sample", "label", "confidence", "cells"],
-            rows,
-            "Confidence: probability of the label.",
-            "Samples",
-        ),
-        Figure(
-            plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution to the label (log-odds)"),
-            "Histogram of the contributions of the cells",
-            "Contribution of each cell to its sample's label; below 0: against it. The mean over a sample's cells is "
-            "used for the prediction.",
-            "Contributions of the cells",
-        ),
-    ]  # fmt: skip
-    # Contributions shared by all cells of each sample are not specific to kinds of cells.
-    key = estimator.facts.get("sample_key")
-    within = cells.obs.drop(columns=LABEL, errors="ignore")
-    if key in within:
-        sample = within[key].astype(str)
-        within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
-    for name in _telling(within):
-        groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
-        means = groups.mean().sort_values(ascending=False)
-        listed = [(group, int(groups.size()[group]), float(mean)) for group, mean in means.items()]
-        sections.append(Table([name, "cells", "mean contribution"], listed))
-    sections += [*_input(facts), *_messages(estimator.messages)]
-    return Page(f"Samples of {Path(path).name}", f"{len(table):,} samples: {found}.", sections)
 
 
 # --- pages of corpora and models -----------------------------------------------------------------

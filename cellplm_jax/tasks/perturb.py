@@ -162,6 +162,12 @@ class PerturbationPredictor(Estimator):
         self._residual_names: list[str] = []
         self._pair_names: list[list[str]] = []
 
+    @property
+    def mean_change(self) -> np.ndarray:
+        """Mean change of the training perturbations per target, float32 [genes]: the baseline for unseen targets."""
+        self._fitted()
+        return self._arrays["mean_change"]
+
     # -- fitting --------------------------------------------------------------------------------
 
     def fit(

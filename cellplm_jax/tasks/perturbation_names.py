@@ -176,7 +176,7 @@ class PerturbationNames:
         ):
             return True
         text = re.sub(_PREFIX, "", name, flags=re.I)
-        return any(
+        return bool(_letters(self.control)) and any(
             fold(re.sub(_MARKED_NUMBER, "", stem, flags=re.I)) == fold(self.control)
             for stem in (name, text)
         )
@@ -342,10 +342,10 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
         words = [name for name in known if is_control_word(name)]
         # CTRL is also a gene: the control only if there is no other.
         words = [name for name in words if name != "CTRL"] or words
-        words = words or [name for name in known if _letters(_stem(name)) in CONTROL_WORDS]
-        if words and len({CONTROL_WORDS[_letters(_stem(name))] for name in words}) == 1:
+        words = words or [name for name in known if _control_stem(name)]
+        if words and len({CONTROL_WORDS[_letters(_control_stem(name))] for name in words}) == 1:
             most = max(words, key=lambda name: (counts[name], name))
-            return most if is_control_word(most) else _stem(most)
+            return most if is_control_word(most) else _control_stem(most)
         what = f"{len(words)} values are well-known names ({', '.join(map(repr, words[:4]))})"
         raise InputError(
             f"control was not given, and {what if words else 'no value'} of obs['{key}']"
@@ -358,7 +358,7 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
     if text not in counts and text in ("0", "1") and set(known) <= {"True", "False"}:
         text = str(text == "1")
     same = [name for name in known if fold(name) == fold(text)]
-    guides = [name for name in known if fold(_stem(name)) == fold(text)]
+    guides = [n for n in known if fold(text) in (fold(_stem(n)), fold(_control_stem(n)))]
     if text in counts or (guides and not same and text):
         return text
     if same:
@@ -413,6 +413,15 @@ def _letters(name: str) -> str:
 def _stem(name: str) -> str:
     """Return a name without the number of a guide."""
     return re.sub(_NUMBER, "", re.sub(_PREFIX, "", name, flags=re.I), flags=re.I)
+
+
+def _control_stem(name: str) -> str:
+    """Return the well-known name of control cells in a guide or a pair of guides; an empty string if it is none."""
+    for separator in ("\n", *SEPARATORS):
+        stems = [_stem(text) for text in name.split(separator) if text]
+        if stems and all(_letters(stem) in CONTROL_WORDS for stem in stems):
+            return stems[0]
+    return ""
 
 
 def _stems(name: str) -> list[str]:
