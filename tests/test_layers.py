@@ -24,6 +24,7 @@ LEVELS = {
     "compilation_cache": 1,
     "platforms": 1,
     "storage": 1,
+    "manifest": 1,
     "progress": 1,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
