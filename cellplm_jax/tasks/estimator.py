@@ -14,7 +14,9 @@ An estimator of a task is a subclass of :class:`Estimator` that
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,7 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.manifest import Manifest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import ProgressReport
@@ -370,6 +373,18 @@ class Estimator(abc.ABC):
 
     # -- predicting -----------------------------------------------------------------------------
 
+    @property
+    def id(self) -> str:
+        """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
+        digest = hashlib.sha256(self.model.digest.encode() if self.model else b"")
+        # While it is being fitted, the state is incomplete, and predictions are not recorded.
+        with contextlib.suppress(AttributeError, TypeError):
+            state, arrays = self._state()
+            digest.update(json.dumps(state, sort_keys=True, default=str).encode())
+            for name, array in sorted(arrays.items()):
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return f"{type(self).__name__}+{digest.hexdigest()[:8]}"
+
     def _fitted(self) -> Pretrained:
         """Return the fitted model."""
         if self.model is None:
@@ -424,6 +439,7 @@ class Estimator(abc.ABC):
                     "parts_apart": part is not None,
                 },
                 "input": source.report.as_dict(),
+                "estimator": self.id,
             }
             return z, facts, source.report.messages()
 
@@ -667,7 +683,7 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
         content["class"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(_damaged(name, error)) from error
