@@ -26,6 +26,9 @@ TEXT_BYTES = 2**26
 FOLDER_ENTRIES = 1_000_000
 """Maximum number of files in a folder that is a model or a store."""
 
+WHOLE_NUMBERS = ("cells_per_context", "minimum_genes")
+"""Options that are integers; the others are text."""
+
 READ_ERRORS = (
     OSError,
     LookupError,
@@ -197,7 +200,7 @@ def require_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is None:
             continue
-        if name in ("cells_per_context", "minimum_genes"):
+        if name in WHOLE_NUMBERS:
             # numpy's integers have an index, too; True does not count cells.
             valid, wanted = (
                 hasattr(value, "__index__") and not isinstance(value, bool),

@@ -33,10 +33,11 @@ from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
-from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import ProgressReport
+from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -66,6 +67,7 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
+from cellplm_jax.untrusted import parse_json, read_text, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -642,7 +644,9 @@ class Estimator(abc.ABC):
             estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
             estimator.messages = list(content["messages"])
             estimator._restore(content["state"], arrays)
-        except (KeyError, TypeError, ValueError) as error:
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
         return estimator
 
@@ -667,9 +671,16 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["class"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not is_remote(path):
+            require_regular(path.parent, raises=CheckpointError)
+        content = parse_json(read_text(path))
+        content["class"].strip()
+        if content["format"] != 1:
+            msg = f"format {shorten(str(content['format']))}, this version reads format 1"
+            raise ValueError(msg)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(_damaged(name, error)) from error
     return content
 

@@ -28,10 +28,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from cellplm_jax.errors import CheckpointError, explain
+from cellplm_jax.errors import CheckpointError, explain, shorten
 from cellplm_jax.storage import atomic_write, atomic_write_text, explain_write_errors, is_remote
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
+from cellplm_jax.untrusted import TEXT_BYTES, parse_json, read_text, require_regular
 
 WeightFormat = Literal["orbax", "safetensors"]
 """Storage formats of the arrays: step directories, or one file per item."""
@@ -118,6 +119,8 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             "a checkpoint directory",
             "Check the path, or convert a published checkpoint first with 'cellplm convert'",
         )
+    if not is_remote(directory):
+        require_regular(directory, raises=CheckpointError)
     missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(
@@ -126,19 +129,23 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             "Copy the complete directory, or use another one",
         )
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        content = parse_json(read_text(folder / CONFIG_FILE))
+        card = parse_json(read_text(folder / CARD_FILE))
+        if not isinstance(content, dict) or content.get("format") != 1:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            msg = f"{CONFIG_FILE} has format {shorten(str(found))}, this version reads format 1"
+            raise TypeError(msg)
         model = from_dict(ModelConfig, content["model"], path="model")
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = (folder / GENES_FILE).read_text(encoding="utf-8").splitlines()
+        genes = read_text(folder / GENES_FILE, TEXT_BYTES).splitlines()
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"'{directory}' has a config, gene list or card that cannot be read ({error})",
+            f"'{directory}' has a config, gene list or card that cannot be read ({shorten(str(error), 400)})",
             "valid files of this package",
             "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
         ) from error
