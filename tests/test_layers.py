@@ -25,6 +25,7 @@ LEVELS = {
     "platforms": 1,
     "storage": 1,
     "untrusted": 1,
+    "manifest": 1,
     "progress": 1,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -397,6 +399,12 @@ def convert_state_dict(
                 "float32",
                 "Convert the checkpoint to float32 first",
             )
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"parameter '{entry.torch}' contains NaN or infinite numbers",
+                "finite weights",
+                "Download the checkpoint again",
+            )
         flat[entry.path] = entry.to_ours(array)
     unknown = [name for name in remaining if _unused_reason(name, config) is None]
     if unknown:
@@ -575,6 +583,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
             "Use the published PREFIX.config.json",
         )
     model_config(published)
+    _check_zip(checkpoint)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -607,6 +616,24 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     return convert_state_dict(arrays, published)
 
 
+def _check_zip(checkpoint: Path) -> None:
+    """Compare the checksums of the archive, which PyTorch does not do. Files of PyTorch 1.5 and older have none."""
+    if not zipfile.is_zipfile(checkpoint):
+        return
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            damaged = archive.testzip()
+    except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
+        damaged = str(error)[:160] or type(error).__name__
+    if damaged is not None:
+        raise CheckpointError(
+            f"'{checkpoint}' is damaged: a checksum of the archive differs ({damaged})",
+            "the file as it was published",
+            "Download it again",
+        )
+
+
 def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Path, Path]:
     """Write ``PREFIX.best.ckpt`` and ``PREFIX.config.json`` atomically.
 
@@ -629,7 +656,8 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
     prefix.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = prefix.with_name(f"{prefix.name}.best.ckpt")
     config = prefix.with_name(f"{prefix.name}.config.json")
-    with atomic_write(config) as partial_config, atomic_write(checkpoint) as partial:
+    room = sum(array.numel() * array.element_size() for array in state_dict.values())
+    with atomic_write(config) as partial_config, atomic_write(checkpoint, room=room) as partial:
         torch.save({"model_state_dict": state_dict}, partial)
         text = json.dumps({**converted.published_config, "gene_list": converted.genes})
         partial_config.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from cellplm_jax.data.batches import (
 )
 from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.storage import atomic_write
+from cellplm_jax.storage import atomic_write, check_replaceable, reserve
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
@@ -517,7 +517,7 @@ def check_output(out: Path) -> None:
         out: Path of the output file.
 
     Raises:
-        InputError: Its folder does not exist, or it is itself a folder.
+        InputError: Its folder does not exist, or it is a folder, a device, a pipe or a socket.
     """
     parent = out.parent
     if not parent.is_dir():
@@ -527,6 +527,7 @@ def check_output(out: Path) -> None:
             f"Create it: mkdir -p {parent}",
         )
         raise InputError(msg)
+    check_replaceable(out)
     if out.is_dir() or not os.access(parent, os.W_OK):
         msg = explain(
             f"'{out}' cannot be written",
@@ -588,10 +589,18 @@ def write_copy(
     import pandas as pd
     from anndata.io import read_elem, write_elem
 
-    with atomic_write(out) as partial:
+    # HDF5 can end the process with SIGSEGV if the disk is full while a file is closed.
+    room = path.stat().st_size + sum(
+        _bytes_of(value)
+        for group in (obs, obsm, obsp, layers, uns)
+        for value in (group or {}).values()
+    )
+    with atomic_write(out, room=room) as partial:
         shutil.copyfile(path, partial)
         os.chmod(partial, 0o644)
+        reserve(partial, room)
         with h5py.File(partial, "r+") as file, nullable_strings():
+            _reject_links(file, path, ("obs", "obsm", "obsp", "layers", "uns"))
             if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
                 # AnnData opens a file only if the index of a table is stored in the same way as the names of its cells.
                 cells: Any = read_elem(file["obs"])
@@ -612,6 +621,31 @@ def write_copy(
                 if name not in order:
                     order.append(name)
                 table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+
+
+def _bytes_of(value: Any) -> int:
+    """Return the size of an entry in a file, at least."""
+    if hasattr(value, "data") and hasattr(value, "indptr"):  # sparse
+        return value.data.nbytes + value.indices.nbytes + value.indptr.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values())) + 2**10
+    usage = getattr(value, "memory_usage", None)
+    size = np.sum(usage()) if callable(usage) else getattr(value, "nbytes", 2**10)
+    return int(size) + 2**12
+
+
+def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
+    """Reject groups that are links: the entries would be written into another file."""
+    import h5py
+
+    for name in names:
+        link = file.get(name, getlink=True) if name in file else None
+        if isinstance(link, h5py.ExternalLink | h5py.SoftLink):
+            raise InputError(
+                f"'{name}' of '{path}' is a link to other data",
+                "a group in the file itself, because the output is added to it",
+                "Read the file with anndata and write it again",
+            )
 
 
 def read_annotations(

@@ -14,7 +14,9 @@ An estimator of a task is a subclass of :class:`Estimator` that
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +36,7 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
+from cellplm_jax.manifest import Manifest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import ProgressReport
@@ -67,7 +70,7 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.untrusted import parse_json, read_text, require_regular
+from cellplm_jax.untrusted import parse_json, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -372,6 +375,18 @@ class Estimator(abc.ABC):
 
     # -- predicting -----------------------------------------------------------------------------
 
+    @property
+    def id(self) -> str:
+        """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
+        digest = hashlib.sha256(self.model.digest.encode() if self.model else b"")
+        # While it is being fitted, the state is incomplete, and predictions are not recorded.
+        with contextlib.suppress(AttributeError, TypeError):
+            state, arrays = self._state()
+            digest.update(json.dumps(state, sort_keys=True, default=str).encode())
+            for name, array in sorted(arrays.items()):
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return f"{type(self).__name__}+{digest.hexdigest()[:8]}"
+
     def _fitted(self) -> Pretrained:
         """Return the fitted model."""
         if self.model is None:
@@ -426,6 +441,7 @@ class Estimator(abc.ABC):
                     "parts_apart": part is not None,
                 },
                 "input": source.report.as_dict(),
+                "estimator": self.id,
             }
             return z, facts, source.report.messages()
 
@@ -673,14 +689,14 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
     try:
         if not is_remote(path):
             require_regular(path.parent, raises=CheckpointError)
-        content = parse_json(read_text(path))
+        content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
         content["class"].strip()
         if content["format"] != 1:
             msg = f"format {shorten(str(content['format']))}, this version reads format 1"
             raise ValueError(msg)
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(_damaged(name, error)) from error
     return content
 
