@@ -395,6 +395,7 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> Opened:
     def frame(key: str) -> pd.DataFrame:
         if key not in frames:
             check_tree(store[key], path)
+            _check_columns(store[key], key, path)
             frames[key] = _checked_frame(read_elem(store[key]), key, path)
         return frames[key]
 
@@ -445,6 +446,27 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> Opened:
         layers=layers,
         close=close,
     )
+
+
+def _check_columns(table: Any, key: str, path: Path) -> None:
+    """Raise an error for a column that is longer or shorter than the index, before any of them is read."""
+    lengths: dict[str, int] = {}
+    for name, column in _children(table) if hasattr(table, "keys") else ():
+        parts = (column,)
+        if not hasattr(column, "shape"):
+            # Categories have a length of their own.
+            parts = tuple(column[part] for part in ("codes", "values", "mask") if part in column)
+        for part in parts:
+            if len(getattr(part, "shape", ())) == 1:
+                lengths[name] = int(part.shape[0])
+    index = str(table.attrs.get("_index", ""))
+    for name, length in lengths.items():
+        if length != lengths.get(index, length):
+            raise InputError(
+                f"column {quote(name)} of {key} in '{path}' has {length:,} values",
+                f"one for each of the {lengths[index]:,} rows",
+                "The file is damaged; write it again from its source",
+            )
 
 
 def _checked_frame(frame: Any, key: str, path: Path) -> pd.DataFrame:

@@ -215,7 +215,9 @@ def _read_corpus(path: Path) -> str:
     for number, sample in enumerate(corpus.samples):
         run = corpus.read(number, 0, sample.cells)
         parts += [dataclasses.astuple(sample), run.indptr, run.gene, run.count]
-        parts += [x for x in (run.coordinates, run.labels, corpus.measured(number)) if x is not None]
+        parts += [
+            x for x in (run.coordinates, run.labels, corpus.measured(number)) if x is not None
+        ]
     return _digest(*parts)
 
 
@@ -229,7 +231,9 @@ def _read_exported(path: Path) -> str:
     """Read as ``docs/embed_exported.py`` does: the zip archive has checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return _digest(*[archive.read(n).hex() for n in ("program.bin", "genes.txt", "card.json")])
+            return _digest(
+                *[archive.read(n).hex() for n in ("program.bin", "genes.txt", "card.json")]
+            )
     except (zipfile.BadZipFile, KeyError, OSError, ValueError, NotImplementedError, RuntimeError,
             EOFError) as error:  # fmt: skip
         raise CellPLMError(f"not a complete archive ({error!r})"[:500]) from error
