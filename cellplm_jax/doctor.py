@@ -323,7 +323,10 @@ def _trial(report: _Report) -> None:
             broken.append(module)
             reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
             report.add(
-                module, f"cannot be imported ({reason})", "bad", "Make a new environment: versions do not fit"
+                module,
+                f"cannot be imported ({reason})",
+                "bad",
+                "Make a new environment: versions do not fit",
             )
     if broken:
         return
@@ -353,7 +356,10 @@ def _trial(report: _Report) -> None:
             report.add(f":{name}", f"opened: {genes:,} genes, {len(arrays)} groups of weights")
         except Exception as error:
             report.add(
-                f":{name}", f"cannot be opened ({shorten(str(error), 200)})", "bad", "Reinstall cellplm-jax"
+                f":{name}",
+                f"cannot be opened ({shorten(str(error), 200)})",
+                "bad",
+                "Reinstall cellplm-jax",
             )
 
 
