@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from cellplm_jax.errors import visible
+
 
 def _rate(done: int, seconds: float, unit: str) -> str:
     """Return the throughput, such as ``"1,250 cells/s"``; ``""`` if it is unknown."""
@@ -61,7 +63,9 @@ class ProgressReport:
         since, before = self._settled
         rate = _rate(done - before, now - since, self.unit)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note, rate=rate)
+            from rich.markup import escape
+
+            self._bar.update(self._task, completed=done, note=escape(visible(note)), rate=rate)
             return
         if self._plain and (now - self._last >= self.every or done >= self.total):
             self._last = now
@@ -69,15 +73,15 @@ class ProgressReport:
             line += f", {rate}" if rate else ""
             if before < done < self.total:
                 line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
-            sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
+            sys.stderr.write(visible(f"{line}{', ' + note if note else ''}\n"))
             sys.stderr.flush()
 
     def say(self, text: str) -> None:
         """Write a separate line, unless the report is quiet."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(visible(text), highlight=False, markup=False)
         elif self._plain:
-            sys.stderr.write(f"{self.title}: {text}\n")
+            sys.stderr.write(visible(f"{self.title}: {text}\n"))
             sys.stderr.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from cellplm_jax.data.anndata_files import check_tree, open_hdf5, unreadable
 from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.storage import atomic_write
@@ -23,6 +25,7 @@ from cellplm_jax.tasks.embed import (
     write_copy,
 )
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import READ_ERRORS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -142,18 +145,23 @@ def cluster_file(
         InputError: As in :func:`cluster`; also if ``out`` cannot be written.
     """
     import anndata
-    import h5py
     from anndata.io import read_elem
 
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
-    if not path.is_file() or not h5py.is_hdf5(path):
+    if not path.is_file():
         raise InputError(f"'{path}' is not an .h5ad file", "an existing one", "Check the name")
-    with h5py.File(path) as file:
-        obs: Any = read_elem(file["obs"])
+    file, _ = open_hdf5(path)
+    with contextlib.closing(file):
         keys = list(file.get("obsm", {}))
-        there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        for name in ("obs", *([f"obsm/{use_rep}"] if use_rep in keys else [])):
+            check_tree(file[name], path)
+        try:
+            obs: Any = read_elem(file["obs"])
+            there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        except READ_ERRORS as error:
+            raise InputError(unreadable(path, error)) from error
     obsm, uns, messages = {}, {}, []
     if there is None:
         context = Context(batch_key, "spatial", None, adapt=adapt)
@@ -186,12 +194,15 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
     Raises:
         InputError: A column does not exist.
     """
-    import h5py
-
-    if not columns or not Path(path).is_file() or not h5py.is_hdf5(path):
+    if not columns or not Path(path).is_file():
         return
-    with h5py.File(path) as file:
-        names = list(map(str, file["obs"].attrs.get("column-order", [])))
+    try:
+        file, _ = open_hdf5(Path(path))
+    except InputError:
+        return
+    with contextlib.closing(file):
+        obs = file.get("obs")
+        names = [] if obs is None else list(map(str, obs.attrs.get("column-order", [])))
     for column in columns:
         if column not in names:
             raise InputError(

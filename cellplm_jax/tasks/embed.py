@@ -16,6 +16,7 @@ import numpy as np
 
 from cellplm_jax._version import __version__
 from cellplm_jax.batch import CellBatch
+from cellplm_jax.data.anndata_files import check_copy_source, check_tree, open_hdf5
 from cellplm_jax.data.anndata_io import CountSource, Values, nullable_strings, open_counts
 from cellplm_jax.data.batches import (
     Sample,
@@ -32,6 +33,7 @@ from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import require_options
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -56,6 +58,7 @@ def embed(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
+    feature_type: str | None = None,
     quiet: bool = True,
 ) -> AnnData:
     """Embed the cells of an AnnData with a pretrained model, in place.
@@ -88,6 +91,8 @@ def embed(
             ``tasks/context_components.py``; better for one file
             (``benchmarks/zero_shot``), not comparable between files, and of a different width. Needs the extra
             ``eval``.
+        feature_type: Type of the features to read, as the file names it; None: genes, if ``var`` has the types;
+            "all": every feature.
         quiet: No progress on standard error.
 
     Returns:
@@ -97,7 +102,10 @@ def embed(
         InputError: The counts, genes or keys cannot be used; the message explains what to do.
     """
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    check_writable(adata)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
     embedding, provenance, _ = read_and_embed(
         adata, as_pretrained(model), read, context, key_added, quiet
@@ -121,6 +129,7 @@ def embed_file(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
+    feature_type: str | None = None,
     require_coordinates: bool = False,
     quiet: bool = False,
 ) -> list[str]:
@@ -139,6 +148,7 @@ def embed_file(
         values: See :func:`embed`.
         minimum_genes: See :func:`embed`.
         adapt: See :func:`embed`.
+        feature_type: See :func:`embed`.
         require_coordinates: ``spatial_key`` must be present, even if it is the default one.
         quiet: See :func:`embed`.
 
@@ -151,7 +161,9 @@ def embed_file(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
     model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
@@ -499,15 +511,51 @@ def check_key(key_added: str) -> None:
         key_added: The name.
 
     Raises:
-        InputError: It is empty or contains a slash.
+        InputError: It is no text, is empty or contains a slash.
     """
-    if not key_added or "/" in key_added:
+    require_options({"key_added": key_added})
+    if not key_added or "/" in key_added or "\0" in key_added:
         msg = explain(
             f"key_added = {key_added!r}",
             "a name without '/', which files would take for a folder",
             "Pass another key_added (--key-added)",
         )
         raise InputError(msg)
+
+
+def check_context(
+    batch_key: str | None, spatial_key: str | None, cells_per_context: int | None
+) -> None:
+    """Reject keys that are no names and a number of cells that is not whole, before any work is done.
+
+    Args:
+        batch_key: See :func:`embed`.
+        spatial_key: See :func:`embed`.
+        cells_per_context: See :func:`embed`.
+
+    Raises:
+        InputError: A value has another type.
+    """
+    require_options(
+        {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
+    )
+
+
+def check_writable(adata: Any) -> None:
+    """Reject a view of a backed AnnData, to which nothing can be added, before any work is done.
+
+    Args:
+        adata: The AnnData.
+
+    Raises:
+        InputError: It is such a view.
+    """
+    if getattr(adata, "isbacked", False) and getattr(adata, "is_view", False):
+        raise InputError(
+            "the AnnData is a view of a file opened with backed='r'",
+            "an AnnData to which an embedding can be added",
+            "Load the cells into memory first: adata = adata.to_memory()",
+        )
 
 
 def check_output(out: Path) -> None:
@@ -555,6 +603,14 @@ def check_copy(path: Path, out: Path) -> None:
             "Open a .zarr store with anndata and predict in memory, or save it as .h5ad",
         )
         raise InputError(msg)
+    if len(os.fsencode(out.name)) > 255:
+        raise InputError(
+            f"the name of the output has {len(os.fsencode(out.name))} bytes",
+            "255 or fewer, which file systems allow",
+            "Choose a shorter name",
+        )
+    if path.exists():
+        check_copy_source(path)
     if out.exists() and path.exists() and out.samefile(path):
         msg = explain(
             f"input and output are both '{path}'",
@@ -662,10 +718,14 @@ def read_annotations(
         AnnData with ``obs`` and these entries, without ``X``.
     """
     import anndata
-    import h5py
     from anndata.io import read_elem
 
-    with h5py.File(path) as file:
+    file, _ = open_hdf5(Path(path))
+    with contextlib.closing(file):
+        for name in ("obs", *(f"{group}/{name}" for group, names in (("obsm", obsm), ("uns", uns))
+                              for name in names)):  # fmt: skip
+            if name in file:
+                check_tree(file[name], Path(path))
         obs: Any = read_elem(file["obs"])
         found = {
             group: {

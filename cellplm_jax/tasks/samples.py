@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from scipy.special import softmax
 
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
+from cellplm_jax.data.anndata_files import open_hdf5
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
@@ -98,6 +100,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
     ) -> SampleClassifier:
@@ -112,6 +115,7 @@ class SampleClassifier(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context; None: one context per sample.
 
@@ -122,7 +126,15 @@ class SampleClassifier(Estimator):
             InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
                 or a label has fewer than two samples; the message states the remedy.
         """
-        reading = Reading(sample_key, spatial_key, layer, gene_key, values, cells_per_context)
+        reading = Reading(
+            sample_key,
+            spatial_key,
+            layer,
+            gene_key,
+            values,
+            cells_per_context,
+            feature_type=feature_type,
+        )
         table = self._read(adata, reading)
         names, truth = _labels_of_samples(table.batch, labels_of(table.obs, label_key), label_key)
         there = np.array([label is not None for label in truth], bool)
@@ -169,6 +181,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
@@ -187,6 +200,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
@@ -198,7 +212,7 @@ class SampleClassifier(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         table, columns, facts, _ = self._predict(adata, reading)
@@ -279,6 +293,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> dict[str, float]:
@@ -295,6 +310,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`predict`.
             layer: See :meth:`predict`.
             gene_key: See :meth:`predict`.
+            feature_type: See :meth:`predict`.
             values: See :meth:`predict`.
             cells_per_context: See :meth:`predict`.
 
@@ -308,7 +324,7 @@ class SampleClassifier(Estimator):
         """
         self._fitted()
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
@@ -511,10 +527,10 @@ def _obs_of(data: AnnData | Path) -> pd.DataFrame:
     """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
     if not isinstance(data, Path):
         return data.obs
-    import h5py
     from anndata.io import read_elem
 
-    with h5py.File(data, "r") as file:
+    file, _ = open_hdf5(data)
+    with contextlib.closing(file):
         return read_elem(file["obs"])
 
 
