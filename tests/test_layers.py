@@ -25,6 +25,7 @@ LEVELS = {
     "platforms": 1,
     "storage": 1,
     "progress": 1,
+    "display": 0,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,

@@ -19,6 +19,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
@@ -621,8 +622,8 @@ def require_counts_decoder(model: Pretrained) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class BeforeAndAfter:
+@dataclass(frozen=True, eq=False, repr=False)
+class BeforeAndAfter(Displayed):
     """Counts and their predictions for the same cells.
 
     Attributes:

@@ -33,6 +33,7 @@ from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
@@ -128,7 +129,7 @@ class Reading:
         )
 
 
-class Estimator(abc.ABC):
+class Estimator(Displayed, abc.ABC):
     """A model for one task, fitted to cells. The module docstring explains how to implement one.
 
     Args:
@@ -189,6 +190,22 @@ class Estimator(abc.ABC):
         self.messages: list[str] = []
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
+
+    def _display(self) -> dict[str, Any]:
+        start = "from scratch" if self.base is None else self.base.id
+        if self.model is None:
+            return {"start_model": start, "fitted": "no, call fit"}
+        facts = {k: v for k, v in self.facts.items() if isinstance(v, int | float | str)}
+        scores = {k: v for k, v in facts.items() if isinstance(v, float) and k != "seconds"}
+        return {
+            "start_model": self.model.card.get("fine_tuned_from", start),
+            "labels": getattr(self, "labels", None) or None,
+            "parameters": self.model.parameters,
+            "genes": len(self.model.genes),
+            **scores,
+            **{k: v for k, v in facts.items() if k not in scores},
+            "precision": self.precision,
+        }
 
     # -- defined by a task -----------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
@@ -936,8 +937,8 @@ class GeneImputer(Estimator):
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class Beside(Displayed):
     """An imputed gene and a measured one in the same cells.
 
     Attributes:
@@ -953,8 +954,8 @@ class Beside:
     measured: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class BesideMeasured:
+@dataclass(frozen=True, eq=False, repr=False)
+class BesideMeasured(Displayed):
     """Comparison of a prediction with measured values, from :meth:`GeneImputer.beside_measured`.
 
     Attributes:

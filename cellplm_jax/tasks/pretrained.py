@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
+from cellplm_jax.display import Displayed, shown
 from cellplm_jax.errors import CheckpointError, InputError, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
@@ -39,8 +40,8 @@ from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, o
 EMBEDDING_PARTS = ("embedder", "centre", "encoder", "pre_latent_norm", "latent")
 
 
-@dataclass(eq=False)
-class Pretrained:
+@dataclass(eq=False, repr=False)
+class Pretrained(Displayed):
     """A model with its weights, gene vocabulary and card.
 
     Attributes:
@@ -97,6 +98,19 @@ class Pretrained:
     def parameters(self) -> int:
         """Number of scalar parameters."""
         return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.params))
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "model": self.id,
+            "parameters": self.parameters,
+            "genes": len(self.genes),
+            "latent": self.config.latent_size,
+            "trained_on": trained_on(self.card),
+            "kind": self.card.get("kind"),
+            "species": self.card.get("species"),
+            "precision": self.precision,
+            "source": self.source,
+        }
 
     @classmethod
     def untrained(cls, config: ModelConfig, genes: list[str], *, seed: int = 0) -> Pretrained:
@@ -318,6 +332,15 @@ class Pretrained:
                 {"params": params}, z, batch, method=CellPLM.decode
             )
         )
+
+
+def trained_on(card: Mapping[str, Any]) -> str | None:
+    """Return the training data of a model card as a phrase; None if the card does not state them."""
+    data, cells = card.get("training_data"), card.get("training_cells")
+    if isinstance(data, list) and cells:
+        return f"{cells:,} cells of {len(data)} data sets"
+    stated = data or card.get("data")
+    return None if stated is None else shown(stated)
 
 
 def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | None, ...]:
