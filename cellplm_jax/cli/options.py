@@ -9,7 +9,7 @@ from typing import Any
 from cellplm_jax.errors import InputError
 
 RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
-          "validation_fraction", "seed")  # fmt: skip
+          "validation_fraction", "seed", "precision")  # fmt: skip
 """Options of the recipe of a fit."""
 
 READING = ("batch_key", "spatial_key", "layer", "gene_key", "values", "cells_per_context",
@@ -234,6 +234,12 @@ def add_task(
         help="held-out fraction" + ("" if "--split-key" in without else ", without --split-key"),
     )
     add(recipe, "--seed", type=int, metavar="N", help="random seed (0)")
+    add(
+        recipe,
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the matrix products of fit and prediction (float32)",
+    )
     return first, second
 
 

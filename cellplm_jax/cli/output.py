@@ -134,7 +134,7 @@ def check_new_folder(arguments: argparse.Namespace) -> None:
 
 def check_new_file(arguments: argparse.Namespace) -> None:
     """Check in advance that the file of ``--out`` and the report are writable."""
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     check_output(Path(arguments.out))
     check_report(arguments)
@@ -152,7 +152,7 @@ def check_report(arguments: argparse.Namespace) -> None:
     """
     if arguments.report is None:
         return
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
-from cellplm_jax.progress import ProgressReport
+from cellplm_jax.progress import write_line
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -90,6 +91,43 @@ DECODER_RECIPE = FinetuneConfig(
 
 PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
 """Known values of a split column; cells with other values are not used."""
+
+
+class Recipe(TypedDict, total=False):
+    """Named arguments of every estimator: the fields of :class:`cellplm_jax.config.FinetuneConfig`.
+
+    Editors complete from this class; ``help`` and notebooks from :attr:`Estimator.__signature__`, with the defaults of
+    the task.
+    """
+
+    epochs: int
+    patience: int
+    learning_rate: float
+    embedder_rate: float
+    dispersion_rate: float
+    layer_decay: float
+    weight_decay: float
+    embedder_weight_decay: float
+    warmup_epochs: int
+    plateau_factor: float
+    plateau_patience: int
+    clip_norm: float
+    average: float
+    freeze: Literal["none", "embedder", "encoder"]
+    adapter_rank: int
+    adapter_scale: float
+    validation_fraction: float
+    cells_per_step: int
+    cells_per_context: int
+    masking: MaskingConfig | dict[str, Any]
+    seed: int
+
+
+class Training(Recipe, total=False):
+    """The same, with the precision and the devices of a fit."""
+
+    precision: str | None
+    devices: Sequence[jax.Device] | None
 
 
 class _AsFitted(Enum):
@@ -159,6 +197,25 @@ class Estimator(Displayed, abc.ABC):
 
     task: ClassVar[str]
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
+    recipe_fields: ClassVar[Sequence[str]] = tuple(Recipe.__annotations__)
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any):
+        """Name all arguments of the constructor, so that ``help`` and the completion of notebooks show them."""
+        super().__init_subclass__(**options)
+        keyword, named = inspect.Parameter.KEYWORD_ONLY, {}
+        for function in (cls.__init__, Estimator.__init__):
+            for name, argument in inspect.signature(function).parameters.items():
+                if name != "self" and argument.kind is not inspect.Parameter.VAR_KEYWORD:
+                    named.setdefault(name, argument)
+        for name in cls.recipe_fields:
+            named[name] = inspect.Parameter(
+                name,
+                keyword,
+                default=getattr(cls.recipe, name),
+                annotation=FinetuneConfig.__annotations__[name],
+            )
+        cls.__signature__ = inspect.Signature(list(named.values()))
 
     def __init__(
         self,
@@ -168,7 +225,7 @@ class Estimator(Displayed, abc.ABC):
         quiet: bool = False,
         precision: str | None = None,
         devices: Sequence[jax.Device] | None = None,
-        **training: Any,
+        **training: Unpack[Recipe],
     ):
         keep_compiled()
         check_platforms()
@@ -380,10 +437,8 @@ class Estimator(Displayed, abc.ABC):
 
     def _log_messages(self) -> None:
         """Log the messages of the fit, unless quiet."""
-        report = ProgressReport(self.task, 1, quiet=self.quiet)
-        for message in self.messages:
-            report.say(message)
-        report.close()
+        for message in [] if self.quiet else self.messages:
+            write_line(f"{self.task}: {message}")
 
     # -- predicting -----------------------------------------------------------------------------
 

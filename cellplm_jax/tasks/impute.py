@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,15 @@ from cellplm_jax.tasks.denoise import (
     require_counts_decoder,
     require_training_cells,
 )
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    Training,
+    split_cells,
+)
+from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearRegression, RidgeProblem, pool_predictions
@@ -104,8 +111,8 @@ class GeneImputer(Estimator):
             vocabulary. By default 3,000 from scratch, else all. Genes requested by name in ``fit`` are not counted.
         linear: Average the network with ridge regression.
         quiet: Disable progress output.
-        **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+            Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Input genes: those shared by panel and reference. Empty before ``fit``.
@@ -140,9 +147,11 @@ class GeneImputer(Estimator):
         model: Pretrained | str | os.PathLike | None = None,
         *,
         linear: bool = True,
-        **options: Any,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Unpack[Training],
     ):
-        super().__init__(model, **options)
+        super().__init__(model, genes=genes, quiet=quiet, **training)
         self.linear = linear
         self.pool: dict[str, list[float]] = {}
         self._ridges: dict[str, _Ridge] = {}

@@ -106,7 +106,7 @@ def describe_corpus(
     corpus = open_corpus(path)
     if verify:
         total = corpus.index["totals"]["nonzeros"]
-        report = ProgressReport("verifying", total, unit="counts", quiet=quiet)
+        report = ProgressReport("verifying", total, unit="counts", quiet=quiet, first="reading")
         try:
             problems = corpus.verify(report.update)
         finally:

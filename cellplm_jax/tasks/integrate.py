@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +19,8 @@ from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
 from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -92,7 +92,7 @@ class BatchIntegrator(Estimator):
         strength: float = 1.0,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
@@ -198,7 +198,7 @@ class BatchIntegrator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
         layer: str | None = AS_FITTED,
@@ -225,6 +225,7 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
+        adata = as_anndata(adata)
         keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
         z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
         adata.obsm[key_added] = z

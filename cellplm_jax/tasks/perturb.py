@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 
@@ -193,7 +193,7 @@ class PerturbationPredictor(Estimator):
         gene_features: Literal["default", "model", "data", "both"] = "default",
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         for name, value, known in (
