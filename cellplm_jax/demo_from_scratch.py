@@ -74,6 +74,7 @@ def run_from_scratch(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     require("scanpy", "eval", "The demonstration")
+    require("grain", "train", "The demonstration")
     began = time.monotonic()
     out = Path(out)
     say = _speaker(quiet)

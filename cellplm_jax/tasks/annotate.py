@@ -159,6 +159,8 @@ class CellTypeAnnotator(Estimator):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if method not in ("finetune", "neighbors"):
             raise InputError(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
+        if method == "neighbors":
+            require("sklearn", "eval", "method='neighbors'")
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:
             raise InputError(
                 f"unknown_threshold={unknown_threshold}",
@@ -567,6 +569,8 @@ class CellTypeAnnotator(Estimator):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
+        if umap:
+            require("scanpy", "eval", "UMAP")
         probabilities, facts, messages, z = self._probabilities(path, self.reading.changed(**keys))
         names, confidence = self._decide(probabilities)
         laid_out = {}
@@ -609,6 +613,7 @@ class CellTypeAnnotator(Estimator):
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()
+        require("sklearn", "eval", "Scoring labels")
         adata = as_anndata(adata)
         label_key = str(label_key or self.facts["label_key"])
         named = labels_of(adata.obs, label_key)

@@ -13,7 +13,7 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError
+from cellplm_jax.errors import ConfigError, InputError, require
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
@@ -284,6 +284,7 @@ class BatchIntegrator(Estimator):
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
         model = self._fitted()
+        require("scanpy", "eval", "Scoring an integration")
         with open_counts(
             adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
         ) as source:

@@ -18,7 +18,7 @@ from cellplm_jax.data.batches import MemoryStore, Sample, scale_coordinates
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, require
 from cellplm_jax.train import loop
 
 
@@ -59,9 +59,12 @@ def pretrain(
 
     Raises:
         InputError: The data cannot be used.
+        MissingDependencyError: The extra ``train`` is not installed.
         CheckpointError: ``workdir`` belongs to another run.
     """
     store: CellStore
+    # Before the data are read, which may take minutes.
+    require("grain", "train", "Pretraining")
     corpus = _corpus_path(data)
     if corpus is not None:
         if genes is not None or batch_key is not None:

@@ -19,7 +19,7 @@ from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
 from cellplm_jax.display import Displayed, shown
-from cellplm_jax.errors import CheckpointError, InputError, require
+from cellplm_jax.errors import CheckpointError, InputError, nearest, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
@@ -456,6 +456,8 @@ def resolve_source(
         )
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
     return text, text
 
 
@@ -487,7 +489,16 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source requires the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
+    where, name = resolve_source(source)
+    if "://" not in where and not Path(where).is_dir():
+        raise CheckpointError(
+            f"there is no directory '{where}'",
+            f"a checkpoint directory, a gs:// or hf:// address, or a bundled model: {', '.join(BUNDLED)}",
+            nearest(
+                where, BUNDLED, "Check the path; 'cellplm convert' opens published checkpoints"
+            ),
+        )
+    return load_located(where, name, step=step, precision=precision, devices=devices)
 
 
 def load_located(
