@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _compiled = {"seconds": 0.0, "listening": 0.0}
@@ -37,6 +38,25 @@ def write_line(text: str) -> None:
     stream = sys.stdout if in_notebook() else sys.stderr
     stream.write(f"{text}\n")
     stream.flush()
+
+
+@contextlib.contextmanager
+def named_stage(title: str, *, quiet: bool = False, after: float = 3.0) -> Iterator[None]:
+    """Write the name of the work in the block if it takes longer than ``after`` seconds.
+
+    Args:
+        title: Name of the stage, such as ``"annotation: reading cells"``.
+        quiet: Disable the line.
+        after: Seconds.
+    """
+    timer = threading.Timer(after, write_line, [f"{title} ..."])
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _rate(done: int, seconds: float, unit: str) -> str:

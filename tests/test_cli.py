@@ -330,6 +330,23 @@ def test_cluster(command, tiny_run, tmp_path):
     assert "no model was given" in err
 
 
+def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path):
+    adata = make_labelled(30)
+    adata.X = np.log1p(adata.X) + 0.25
+    path = tmp_path / "logs.h5ad"
+    adata.write_h5ad(path)
+    out = ["--out", tmp_path / "out"]
+    for run in (
+        ["prepare", path, *out],
+        ["denoise", "fit", path, "--model", tiny_run, *out],
+        ["integrate", "fit", path, "--model", tiny_run, "--batch-key", "batch", *out],
+    ):
+        status, _, err = command(*run, "--quiet")
+        assert status == 2
+        assert "(--layer) naming the matrix that holds raw counts." in err, err
+        assert "--values" not in err
+
+
 def test_cluster_has_the_options_that_its_messages_advise(command, tiny_run, tmp_path):
     pytest.importorskip("igraph", reason="needs the extra 'eval'")
     adata = make_labelled(40)

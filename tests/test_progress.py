@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cellplm_jax import progress as module
-from cellplm_jax.progress import ProgressReport
+from cellplm_jax.progress import ProgressReport, named_stage
 
 
 def test_progress_lines_go_to_standard_error(capsys):
@@ -67,6 +67,18 @@ def test_a_long_first_unit_says_that_it_compiles(capsys):
     del progress
     time.sleep(1.2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_long_stage_is_named(capsys):
+    for quiet, seconds, expected in (
+        (False, 0.3, "reading ...\n"),
+        (True, 0.3, ""),
+        (False, 0, ""),
+    ):
+        with named_stage("reading", quiet=quiet, after=0.1):
+            time.sleep(seconds)
+        time.sleep(0.15)
+        assert capsys.readouterr().err == expected
 
 
 def test_the_time_of_compiling_is_stated(capsys, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 from cellplm_jax._version import __version__
 from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
-from cellplm_jax.cli.output import fail
+from cellplm_jax.cli.output import advised, fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_devices(arguments.command)
         return arguments.run(arguments) or 0
     except CellPLMError as error:
-        fail(f"cellplm {arguments.command}", str(error))
+        fail(f"cellplm {arguments.command}", advised(str(error), arguments))
         return 2
     except KeyboardInterrupt:
         fail(f"cellplm {arguments.command}", "interrupted")

@@ -268,7 +268,8 @@ def counts_only(
             "raw counts, because the task predicts counts",
             "Select the layer with the counts with --layer",
         )
-    arguments.values = None
+    # Messages about the counts do not advise it then.
+    del arguments.values
     reject_options(arguments, others, task or arguments.command, expected, instead)
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,20 @@ def styled(text: str, style: str, stream: Any = None) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def advised(text: str, arguments: argparse.Namespace) -> str:
+    """Return a message without the alternatives of its remedy whose option the command does not have.
+
+    Args:
+        text: The message, such as ``"... Pass layer=... (--layer), or declare them with values=... (--values)."``
+        arguments: Those of the command; an option that a task rejects is removed from them.
+    """
+
+    def keep(match: re.Match[str]) -> str:
+        return match[0] if hasattr(arguments, match[1].replace("-", "_")) else ""
+
+    return re.sub(r", or [^;.]*?\(--([a-z-]+)\)", keep, text)
 
 
 def fail(command: str, text: str) -> None:

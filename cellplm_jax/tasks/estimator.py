@@ -38,7 +38,7 @@ from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
-from cellplm_jax.progress import write_line
+from cellplm_jax.progress import named_stage, write_line
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -291,15 +291,16 @@ class Estimator(Displayed, abc.ABC):
     def _read(self, data: AnnData | str | os.PathLike, reading: Reading) -> CellTable:
         """Read the cells to fit on, over the shared genes of data and model; starts a new fit."""
         self.reading, self.model, self.history, self.facts = reading, None, [], {}
-        table = read_cells(
-            data,
-            None if self.base is None else self.base.genes,
-            batch_key=reading.batch_key,
-            spatial_key=reading.spatial_key,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            values=reading.values,
-        )
+        with named_stage(f"{self.task}: reading cells", quiet=self.quiet):
+            table = read_cells(
+                data,
+                None if self.base is None else self.base.genes,
+                batch_key=reading.batch_key,
+                spatial_key=reading.spatial_key,
+                layer=reading.layer,
+                gene_key=reading.gene_key,
+                values=reading.values,
+            )
         self.messages = table.report.messages()
         return table.restrict(table.measured)
 
