@@ -109,7 +109,8 @@ def read_obs(data: AnnData | str | os.PathLike) -> pd.DataFrame:
     from anndata.io import read_elem
 
     with open_store(data) as file:
-        return read_elem(file["obs"])
+        obs: Any = read_elem(file["obs"])
+    return obs
 
 
 def check_key(key_added: str) -> None:
