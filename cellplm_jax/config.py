@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from cellplm_jax.display import DisplayedConfig
-from cellplm_jax.errors import ConfigError, explain, nearest
+from cellplm_jax.errors import ConfigError, explain, nearest, quote, shorten
 
 ConfigType = TypeVar("ConfigType")
 
@@ -37,6 +37,21 @@ def _at_least(config: Any, part: str, minimum: int, *names: str) -> None:
         value = getattr(config, name)
         path = f"{part}.{name}" if part else name
         _require(value >= minimum, f"{path} = {value}", f"at least {minimum}", f"Raise {path}")
+
+
+LARGEST_WIDTH, LARGEST_TABLE, MOST_LAYERS = 2**16, 2**24, 256
+"""Maximum width of a layer, rows of a table (genes, batches, outputs), and number of layers of an architecture.
+
+Layers are unrolled by the compiler, so a file that declares thousands would never be opened.
+"""
+
+
+def _at_most(config: Any, part: str, maximum: int, *names: str) -> None:
+    """Check that fields are no larger than ``maximum``."""
+    for name in names:
+        value = getattr(config, name)
+        path = f"{part}.{name}" if part else name
+        _require(value <= maximum, f"{path} = {value}", f"{maximum} or less", f"Lower {path}")
 
 
 def _positive(config: Any, part: str, *names: str) -> None:
@@ -91,6 +106,7 @@ class PositionsConfig(DisplayedConfig):
 
     def __post_init__(self):
         _at_least(self, "positions", 1, "grid", "eigenvectors")
+        _at_most(self, "positions", LARGEST_WIDTH, "grid", "eigenvectors")
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,6 +133,8 @@ class EncoderConfig(DisplayedConfig):
     def __post_init__(self):
         _at_least(self, "encoder", 1, "heads", "feedforward")
         _at_least(self, "encoder", 0, "random_features")
+        _at_most(self, "encoder", MOST_LAYERS, "layers", "feedforward")
+        _at_most(self, "encoder", LARGEST_WIDTH, "heads", "random_features")
         if self.kind != "none":
             _require(
                 self.layers >= 1,
@@ -173,6 +191,7 @@ class LatentConfig(DisplayedConfig):
 
     def __post_init__(self):
         _at_least(self, "latent", 1, "size", "clusters", "adversarial_hidden")
+        _at_most(self, "latent", LARGEST_WIDTH, "size", "clusters", "adversarial_hidden")
         _positive(self, "latent", "temperature")
         _at_least(self, "latent", 0, "latent_weight", "cluster_weight", "floor", "warmup_steps")
         _at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
@@ -206,6 +225,9 @@ class DecoderConfig(DisplayedConfig):
     def __post_init__(self):
         _at_least(self, "decoder", 1, "hidden", "bottleneck")
         _at_least(self, "decoder", 0, "batches", "datasets", "platforms")
+        _at_most(self, "decoder", LARGEST_WIDTH, "hidden", "bottleneck")
+        _at_most(self, "decoder", LARGEST_TABLE, "batches", "datasets", "platforms")
+        _at_most(self, "decoder", MOST_LAYERS, "layers")
         minimum = 2 if self.kind == "residual" else 1
         _require(
             self.layers >= minimum,
@@ -239,6 +261,9 @@ class HeadConfig(DisplayedConfig):
     def __post_init__(self):
         _at_least(self, "head", 1, "hidden", "layers")
         _at_least(self, "head", 0, "condition")
+        _at_most(self, "head", LARGEST_TABLE, "outputs", "condition")
+        _at_most(self, "head", LARGEST_WIDTH, "hidden")
+        _at_most(self, "head", MOST_LAYERS, "layers")
         if self.kind != "none":
             _require(
                 self.outputs >= 1,
@@ -285,6 +310,8 @@ class ModelConfig(DisplayedConfig):
             self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
         )
         _at_least(self, "", 1, "hidden", "norm_groups")
+        _at_most(self, "", LARGEST_TABLE, "genes")
+        _at_most(self, "", LARGEST_WIDTH, "hidden", "norm_groups")
         _positive(self, "", "centre_cells")
         _fraction(self.dropout, "dropout")
         if self.encoder.kind in ("flow", "softmax", "performer"):
@@ -723,7 +750,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
     where = path or kind.__name__
     if not isinstance(values, Mapping):
         msg = explain(
-            f"{where} is {type(values).__name__} {values!r}",
+            f"{where} is {type(values).__name__} {shorten(repr(values))}",
             "a mapping of its fields",
             f"Give a dictionary for {where}",
         )
@@ -734,7 +761,9 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
         if key not in fields:
             remedy = nearest(key, fields, "Remove it")
             msg = explain(
-                f"unknown key '{key}' in {where}", f"one of {', '.join(sorted(fields))}", remedy
+                f"unknown key {quote(key)} in {where}",
+                f"one of {', '.join(sorted(fields))}",
+                remedy,
             )
             raise ConfigError(msg)
     prepared = {}
@@ -774,7 +803,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in choices:
             return value
         remedy = nearest(value, choices, "Choose one of them")
-        msg = explain(f"{path} = {value!r}", "one of " + ", ".join(map(repr, choices)), remedy)
+        msg = explain(
+            f"{path} = {shorten(repr(value))}", "one of " + ", ".join(map(repr, choices)), remedy
+        )
         raise ConfigError(msg)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -782,12 +813,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**100:
+            raise ConfigError(
+                f"{path} is an integer of {value.bit_length()} bits", "a number", "Correct it"
+            )
         return float(value)
     if hint in (bool, int, float, str):
         if type(value) is hint:
             return value
         msg = explain(
-            f"{path} = {value!r} ({type(value).__name__})", hint.__name__, "Correct its type"
+            f"{path} = {shorten(repr(value))} ({type(value).__name__})",
+            hint.__name__,
+            "Correct its type",
         )
         raise ConfigError(msg)
     return value

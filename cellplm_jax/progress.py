@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cellplm_jax.errors import visible
+
 _compiled = {"seconds": 0.0, "listening": 0.0}
 
 
@@ -36,7 +38,7 @@ def in_notebook() -> bool:
 def write_line(text: str) -> None:
     """Write a line to standard error; in a notebook to standard output, which is not shown on red."""
     stream = sys.stdout if in_notebook() else sys.stderr
-    stream.write(f"{text}\n")
+    stream.write(f"{visible(text)}\n")
     stream.flush()
 
 
@@ -90,10 +92,12 @@ class _TerminalBar:
         self._bar.start()
 
     def show(self, done: int, rate: str, note: str, line: str) -> None:
-        self._bar.update(self._task, completed=done, note=note, rate=rate)
+        from rich.markup import escape
+
+        self._bar.update(self._task, completed=done, note=escape(visible(note)), rate=rate)
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, highlight=False)
+        self._bar.console.print(visible(text), highlight=False, markup=False)
 
     def close(self, line: str) -> None:
         self._bar.stop()

@@ -693,7 +693,7 @@ def test_interruption_and_defects(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr("cellplm_jax.tasks.info.describe", interrupt)
     status, out, err = command("info", tmp_path)
-    assert (status, out, err) == (1, "", "cellplm info: interrupted\n")
+    assert (status, out, err) == (130, "", "cellplm info: interrupted\n")
 
     def fail(*arguments):
         raise RuntimeError("a defect")
@@ -714,7 +714,7 @@ def test_interrupted_embedding_leaves_nothing(command, place, tiny_run, tmp_path
     status, _, err = command(
         "embed", path, "--model", tiny_run, "--out", tmp_path / "out.h5ad", "--quiet"
     )
-    assert (status, err) == (1, "cellplm embed: interrupted\n")
+    assert (status, err) == (130, "cellplm embed: interrupted\n")
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.h5ad"]
 
 

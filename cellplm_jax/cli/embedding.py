@@ -109,6 +109,7 @@ def _embedding_keys(arguments: argparse.Namespace) -> dict[str, Any]:
         "values": arguments.values,
         "minimum_genes": arguments.minimum_genes,
         "adapt": arguments.adapt,
+        "feature_type": arguments.feature_type,
         "quiet": arguments.quiet,
     }
 
@@ -164,7 +165,7 @@ def _is_corpus(path: str) -> bool:
 
 def _embed_corpus(arguments: argparse.Namespace) -> None:
     unused = ("adapt", "batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
-              "values", "minimum_genes", "color", "report")  # fmt: skip
+              "values", "minimum_genes", "feature_type", "color", "report")  # fmt: skip
     reject_options(
         arguments,
         unused,
@@ -359,7 +360,7 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
     check_new_file(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
-    reading = passed_options(arguments, ("layer", "gene_key", "cells_per_context"))
+    reading = passed_options(arguments, ("layer", "gene_key", "feature_type", "cells_per_context"))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
     lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
     scores: dict[str, float] = {}

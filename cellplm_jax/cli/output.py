@@ -13,15 +13,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.errors import InputError, require
+from cellplm_jax.errors import InputError, require, visible
 
 _STYLES = {"bold": "1", "red": "1;31", "green": "32", "yellow": "33", "faint": "2"}
 
 
+_STYLE = re.compile("(\x1b\\[[0-9;]*m)")
+
+
 def say(text: str, stream: Any = None) -> None:
-    """Write a line, to standard output by default."""
+    """Write a line, to standard output by default.
+
+    Control characters, which names from files may contain, are escaped, and characters that the encoding of the output
+    lacks are, too. Styles of :func:`styled` are kept.
+    """
     stream = sys.stdout if stream is None else stream
-    stream.write(f"{text}\n")
+    parts = _STYLE.split(text) if stream.isatty() else [text]
+    text = "".join(part if number % 2 else visible(part) for number, part in enumerate(parts))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
 
 
 def styled(text: str, style: str, stream: Any = None) -> str:

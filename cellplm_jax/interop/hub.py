@@ -21,6 +21,7 @@ from pathlib import Path
 from cellplm_jax._version import __version__
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
+from cellplm_jax.manifest import MANIFEST_FILE
 from cellplm_jax.train.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -123,7 +124,7 @@ def fetch(text: str, *, extra_files: Iterable[str] = ()) -> tuple[Path, str]:
     address = parse_address(text)
     hub = require("huggingface_hub", EXTRA, "A model from the Hugging Face Hub")
     prefix = f"{address.folder}/" if address.folder else ""
-    wanted = {*MODEL_FILES, *extra_files}
+    wanted = {*MODEL_FILES, MANIFEST_FILE, *extra_files}
     with _explained(str(address)):
         snapshot = Path(
             hub.HfApi().snapshot_download(
@@ -199,7 +200,7 @@ def push(
         new = {path.name: path for path in sorted(folder.iterdir())}
         if README_FILE in there and not _is_generated(api, address.repository, revision):
             del new[README_FILE]
-        ours = {*MODEL_FILES, *TENSOR_FILES.values(), ESTIMATOR_FILE}
+        ours = {*MODEL_FILES, MANIFEST_FILE, *TENSOR_FILES.values(), ESTIMATOR_FILE}
         operations = [
             *(hub.CommitOperationDelete(name) for name in sorted((there & ours) - set(new))),
             *(hub.CommitOperationAdd(name, path) for name, path in new.items()),

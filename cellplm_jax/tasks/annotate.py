@@ -194,6 +194,7 @@ class CellTypeAnnotator(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
         transductive: bool = False,
@@ -212,6 +213,7 @@ class CellTypeAnnotator(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
             transductive: Put all cells of ``adata`` into the training contexts, non-training cells without their
@@ -227,7 +229,7 @@ class CellTypeAnnotator(Estimator):
         """
         reading = Reading(
             batch_key, spatial_key, layer, gene_key, values, cells_per_context,
-            None if transductive else split_key,
+            None if transductive else split_key, feature_type,
         )  # fmt: skip
         table = self._read(adata, reading)
         named = labels_of(table.obs, label_key)
@@ -505,6 +507,7 @@ class CellTypeAnnotator(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
@@ -522,6 +525,7 @@ class CellTypeAnnotator(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
@@ -539,6 +543,7 @@ class CellTypeAnnotator(Estimator):
                 spatial_key=spatial_key,
                 layer=layer,
                 gene_key=gene_key,
+                feature_type=feature_type,
                 values=values,
                 cells_per_context=cells_per_context,
             ),
@@ -688,7 +693,11 @@ class CellTypeAnnotator(Estimator):
         """Return the weighted sum of both log-probabilities, float64 [cells, labels]."""
         linear: LinearClassifier = self._linear  # type: ignore[assignment]
         pooled = self.pool[0] * network
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         start = 0
         with open_counts(data, self._fitted().genes, values=reading.values, **read) as source:
             for block in source.blocks(LINEAR_CELLS):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from cellplm_jax.data.anndata_files import check_tree, unreadable
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
@@ -18,6 +19,7 @@ from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import Adapt, Context, embed, read_and_embed
 from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import READ_ERRORS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,6 +48,7 @@ def cluster(
     values: Values = "counts",
     minimum_genes: int | None = None,
     cells_per_context: int | None = None,
+    feature_type: str | None = None,
     adapt: Adapt = "context",
     quiet: bool = False,
 ) -> AnnData:
@@ -79,6 +82,7 @@ def cluster(
         values: See :func:`cellplm_jax.embed`.
         minimum_genes: See :func:`cellplm_jax.embed`.
         cells_per_context: See :func:`cellplm_jax.embed`.
+        feature_type: See :func:`cellplm_jax.embed`.
         adapt: If cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
             :func:`cellplm_jax.embed`.
         quiet: Disable progress output.
@@ -103,6 +107,7 @@ def cluster(
             values=values,
             minimum_genes=minimum_genes,
             cells_per_context=cells_per_context,
+            feature_type=feature_type,
             key_added=use_rep,
             adapt=adapt,
             quiet=quiet,
@@ -135,6 +140,7 @@ def cluster_file(
     values: Values = "counts",
     minimum_genes: int | None = None,
     cells_per_context: int | None = None,
+    feature_type: str | None = None,
     require_coordinates: bool = False,
     adapt: Adapt = "context",
     umap: bool = False,
@@ -159,6 +165,7 @@ def cluster_file(
         values: See :func:`cluster`.
         minimum_genes: See :func:`cluster`.
         cells_per_context: See :func:`cluster`.
+        feature_type: See :func:`cluster`.
         require_coordinates: See :func:`cellplm_jax.tasks.embed.embed_file`.
         adapt: See :func:`cluster`.
         umap: Also compute a UMAP of the graph: ``obsm["X_umap"]``.
@@ -178,14 +185,20 @@ def cluster_file(
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
     with open_store(path) as file:
-        obs: Any = read_elem(file["obs"])
         keys = list(file.get("obsm", {}))
-        there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        for name in ("obs", *([f"obsm/{use_rep}"] if use_rep in keys else [])):
+            check_tree(file[name], path)
+        try:
+            obs: Any = read_elem(file["obs"])
+            there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        except READ_ERRORS as error:
+            raise InputError(unreadable(path, error)) from error
     obsm, uns, messages = {}, {}, []
     if there is None:
         context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
         read = {
             "layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type,
         }  # fmt: skip
         embedder = _model(model, use_rep, keys)
         there, facts, messages = read_and_embed(path, embedder, read, context, use_rep, quiet)

@@ -111,6 +111,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> Denoiser:
         """Fit to cells.
@@ -123,6 +124,7 @@ class Denoiser(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -134,7 +136,14 @@ class Denoiser(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, split_key
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            split_key,
+            feature_type,
         )
         table = self._read(adata, reading)
         usable = np.diff(table.counts.indptr) > 0
@@ -196,6 +205,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Predict the expected counts of every cell, in place.
@@ -220,6 +230,7 @@ class Denoiser(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -230,7 +241,7 @@ class Denoiser(Estimator):
         """
         keys = {
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
-            "gene_key": gene_key, "cells_per_context": cells_per_context,
+            "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
         adata = as_anndata(adata)
         layers, facts, _ = self._layers(
@@ -308,7 +319,8 @@ class Denoiser(Estimator):
         model = self._fitted()
         reading = self.reading.changed(**keys)
         read: dict[str, Any] = {"batch_key": reading.batch_key, "spatial_key": reading.spatial_key,
-                                "layer": reading.layer, "gene_key": reading.gene_key}  # fmt: skip
+                                "layer": reading.layer, "gene_key": reading.gene_key,
+                                "feature_type": reading.feature_type}  # fmt: skip
         seen = read_cells(adata, model.genes, **read)
         if truth is None:
             visible, hidden = hide_nonzeros(seen.counts, fraction, seed=seed)
@@ -366,7 +378,11 @@ class Denoiser(Estimator):
         """
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         with open_counts(data, model.genes, **read) as source:
             column, measured = source.report.genes.column, np.asarray(source.measured)
             batch = np.full(source.cells, ONE_BATCH, object)
@@ -687,6 +703,7 @@ def before_and_after(
         model.genes,
         layer=reading.layer,
         gene_key=reading.gene_key,
+        feature_type=reading.feature_type,
         spatial_key=reading.spatial_key,
         minimum_genes=0,
     )
@@ -759,7 +776,12 @@ def check_genes(
         InputError: A gene will not be denoised, or the file cannot be read.
     """
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
-    read = {"layer": reading.layer, "gene_key": reading.gene_key, "minimum_genes": 0}
+    read = {
+        "layer": reading.layer,
+        "gene_key": reading.gene_key,
+        "feature_type": reading.feature_type,
+        "minimum_genes": 0,
+    }
     with open_counts(Path(path).expanduser(), model.genes, **read) as source:
         column = np.asarray(source.report.genes.column, int)
     _places_of(genes, [model.genes[gene] for gene in column[_known_columns(column)]])

@@ -38,6 +38,7 @@ from cellplm_jax.tasks.files import (  # noqa: F401
 )
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import require_options
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -66,6 +67,7 @@ def embed(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
+    feature_type: str | None = None,
     quiet: bool = False,
 ) -> AnnData:
     """Embed the cells of an AnnData with a pretrained model, in place, and print one line about it.
@@ -99,6 +101,8 @@ def embed(
             ``tasks/context_components.py``; better for one file
             (``benchmarks/zero_shot``), not comparable between files, and of a different width. Needs the extra
             ``eval``.
+        feature_type: Type of the features to read, as the file names it; None: genes, if ``var`` has the types;
+            "all": every feature.
         quiet: No progress and no line.
 
     Returns:
@@ -108,7 +112,10 @@ def embed(
         InputError: The counts, genes or keys cannot be used; the message explains what to do.
     """
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    check_writable(adata)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
     check_adapt(adapt)
     adata = as_anndata(adata)
@@ -136,6 +143,7 @@ def embed_file(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
+    feature_type: str | None = None,
     require_coordinates: bool = False,
     quiet: bool = False,
 ) -> list[str]:
@@ -154,6 +162,7 @@ def embed_file(
         values: See :func:`embed`.
         minimum_genes: See :func:`embed`.
         adapt: See :func:`embed`.
+        feature_type: See :func:`embed`.
         require_coordinates: ``spatial_key`` must be present, even if it is the default one.
         quiet: See :func:`embed`.
 
@@ -166,7 +175,9 @@ def embed_file(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
     model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
@@ -536,3 +547,38 @@ def _chunks_of_context(
             turn = next(turns)
             yield part, turn, jax.device_put(batch, model.embeds_on[turn])
             begin = end
+
+
+def check_context(
+    batch_key: str | None, spatial_key: str | None, cells_per_context: int | None
+) -> None:
+    """Reject keys that are no names and a number of cells that is not whole, before any work is done.
+
+    Args:
+        batch_key: See :func:`embed`.
+        spatial_key: See :func:`embed`.
+        cells_per_context: See :func:`embed`.
+
+    Raises:
+        InputError: A value has another type.
+    """
+    require_options(
+        {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
+    )
+
+
+def check_writable(adata: Any) -> None:
+    """Reject a view of a backed AnnData, to which nothing can be added, before any work is done.
+
+    Args:
+        adata: The AnnData.
+
+    Raises:
+        InputError: It is such a view.
+    """
+    if getattr(adata, "isbacked", False) and getattr(adata, "is_view", False):
+        raise InputError(
+            "the AnnData is a view of a file opened with backed='r'",
+            "an AnnData to which an embedding can be added",
+            "Load the cells into memory first: adata = adata.to_memory()",
+        )

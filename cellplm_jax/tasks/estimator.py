@@ -14,7 +14,9 @@ An estimator of a task is a subclass of :class:`Estimator` that
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -35,10 +37,12 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
+from cellplm_jax.manifest import Manifest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import named_stage, write_line
+from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -68,6 +72,7 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
+from cellplm_jax.untrusted import parse_json, require_options, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -150,6 +155,7 @@ class Reading:
         values: Kind of values in the matrix.
         cells_per_context: Maximum number of cells per context at prediction time; None: no limit.
         split_key: Column of ``obs`` with the values of a split, which do not share contexts; None: none.
+        feature_type: Type of the features to read; None: genes; "all": every feature.
     """
 
     batch_key: str | None = None
@@ -159,6 +165,11 @@ class Reading:
     values: Values = "counts"
     cells_per_context: int | None = None
     split_key: str | None = None
+    feature_type: str | None = None
+
+    def __post_init__(self):
+        """Check the types of the options."""
+        require_options(dataclasses.asdict(self))
 
     def changed(self, **changes: Any) -> Reading:
         """Return a copy with the changes that are not :data:`AS_FITTED`."""
@@ -300,6 +311,7 @@ class Estimator(Displayed, abc.ABC):
                 layer=reading.layer,
                 gene_key=reading.gene_key,
                 values=reading.values,
+                feature_type=reading.feature_type,
             )
         self.messages = table.report.messages()
         return table.restrict(table.measured)
@@ -443,6 +455,18 @@ class Estimator(Displayed, abc.ABC):
 
     # -- predicting -----------------------------------------------------------------------------
 
+    @property
+    def id(self) -> str:
+        """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
+        digest = hashlib.sha256(self.model.digest.encode() if self.model else b"")
+        # While it is being fitted, the state is incomplete, and predictions are not recorded.
+        with contextlib.suppress(AttributeError, TypeError):
+            state, arrays = self._state()
+            digest.update(json.dumps(state, sort_keys=True, default=str).encode())
+            for name, array in sorted(arrays.items()):
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return f"{type(self).__name__}+{digest.hexdigest()[:8]}"
+
     def _fitted(self) -> Pretrained:
         """Return the fitted model."""
         if self.model is None:
@@ -476,6 +500,7 @@ class Estimator(Displayed, abc.ABC):
             "layer": reading.layer,
             "gene_key": reading.gene_key,
             "values": reading.values,
+            "feature_type": reading.feature_type,
         }
         with open_counts(data, model.genes, **read) as source:
             key = reading.split_key
@@ -497,6 +522,7 @@ class Estimator(Displayed, abc.ABC):
                     "parts_apart": part is not None,
                 },
                 "input": source.report.as_dict(),
+                "estimator": self.id,
             }
             return z, facts, source.report.messages()
 
@@ -715,7 +741,10 @@ class Estimator(Displayed, abc.ABC):
             estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
             estimator.messages = list(content["messages"])
             estimator._restore(content["state"], arrays)
-        except (KeyError, TypeError, ValueError) as error:
+            _check_labels(getattr(estimator, "labels", None), model.config, arrays)
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
         return estimator
 
@@ -740,9 +769,16 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["class"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not is_remote(path):
+            require_regular(path.parent, raises=CheckpointError)
+        content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
+        content["class"].strip()
+        if content["format"] != 1:
+            msg = f"format {shorten(str(content['format']))}, this version reads format 1"
+            raise ValueError(msg)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_damaged(name, error)) from error
     return content
 
@@ -822,6 +858,26 @@ def split_cells(
         held.append(generator.permutation(cells)[:number])
     valid = np.sort(np.concatenate(held)) if held else valid
     return np.setdiff1d(train, valid), valid
+
+
+def _check_labels(labels: Any, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a ValueError if restored labels are not one per output."""
+    if labels is None or not len(labels):
+        return
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        msg = "its labels are not different texts"
+        raise ValueError(msg)
+    wanted = (
+        config.head.outputs if config.head.kind in ("annotation", "sample_classification") else None
+    )
+    if "bias" in arrays and "kernel" in arrays:
+        wanted = int(arrays["bias"].shape[-1])
+    codes = arrays.get("label")
+    if wanted not in (None, len(labels)) or (
+        codes is not None and codes.size and codes.max() >= len(labels)
+    ):
+        msg = f"it has {len(labels)} labels, and its weights have others"
+        raise ValueError(msg)
 
 
 def _where(

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from cellplm_jax.data.anndata_files import (
+    check_copy_source,
+    check_tree,
+    open_hdf5,
+    open_zarr,
+    unreadable,
+)
 from cellplm_jax.data.anndata_io import nullable_strings
 from cellplm_jax.errors import InputError, explain
-from cellplm_jax.storage import atomic_write
+from cellplm_jax.storage import atomic_write, check_replaceable, reserve
+from cellplm_jax.untrusted import READ_ERRORS, require_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,33 +45,30 @@ def open_store(path: str | os.PathLike, mode: str = "r") -> Iterator[Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        import zarr
-
-        try:
-            # The summary of all metadata would hide entries that are added.
-            group = zarr.open_group(str(path), mode=mode, use_consolidated=False)  # type: ignore[arg-type]
-        except Exception as error:
-            raise InputError(
-                f"'{path}' is a directory without a zarr group",
-                "an .h5ad file or a .zarr store of AnnData",
-            ) from error
+        # The summary of all metadata would hide entries that are added.
+        group = open_zarr(path, mode, use_consolidated=False)
         yield group
         if mode == "r+":
             import warnings
+
+            import zarr
 
             with warnings.catch_warnings():
                 # anndata writes this summary too; readers of other languages may ignore it.
                 warnings.simplefilter("ignore")
                 zarr.consolidate_metadata(group.store)
         return
-    if not path.is_file() or not h5py.is_hdf5(path):
+    if not path.exists():
         raise InputError(
-            f"'{path}' is not an .h5ad file" if path.exists() else f"'{path}' does not exist",
+            f"'{path}' does not exist",
             "an .h5ad file or a .zarr store of AnnData",
             "Check the path",
         )
-    with h5py.File(path, mode) as file:
+    file, close = open_hdf5(path, mode)
+    try:
         yield file
+    finally:
+        close()
 
 
 def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
@@ -86,16 +91,12 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
             "Wrap a matrix as anndata.AnnData(X, obs=..., var=...)",
         )
     path = Path(data).expanduser()
-    with open_store(path):
-        pass
+    with open_store(path) as file:
+        check_tree(file, path)
     try:
         return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
-    except Exception as error:
-        raise InputError(
-            f"'{path}' cannot be read as an AnnData ({type(error).__name__}: {error})",
-            "a complete file written by AnnData",
-            "Write it again from its source",
-        ) from error
+    except READ_ERRORS as error:
+        raise InputError(unreadable(path, error)) from error
 
 
 def read_obs(data: AnnData | str | os.PathLike) -> pd.DataFrame:
@@ -109,6 +110,7 @@ def read_obs(data: AnnData | str | os.PathLike) -> pd.DataFrame:
     from anndata.io import read_elem
 
     with open_store(data) as file:
+        check_tree(file["obs"], Path(data))
         obs: Any = read_elem(file["obs"])
     return obs
 
@@ -120,9 +122,10 @@ def check_key(key_added: str) -> None:
         key_added: The name.
 
     Raises:
-        InputError: It is empty or contains a slash.
+        InputError: It is no text, is empty or contains a slash.
     """
-    if not key_added or "/" in key_added:
+    require_options({"key_added": key_added})
+    if not key_added or "/" in key_added or "\0" in key_added:
         msg = explain(
             f"key_added = {key_added!r}",
             "a name without '/', which files would take for a folder",
@@ -138,7 +141,7 @@ def check_output(out: Path) -> None:
         out: Path of the output file.
 
     Raises:
-        InputError: Its folder does not exist, or it is itself a folder.
+        InputError: Its folder does not exist, or it is a folder, a device, a pipe or a socket.
     """
     parent = out.parent
     if not parent.is_dir():
@@ -148,6 +151,7 @@ def check_output(out: Path) -> None:
             f"Create it: mkdir -p {parent}",
         )
         raise InputError(msg)
+    check_replaceable(out)
     if out.is_dir() or not os.access(parent, os.W_OK):
         msg = explain(
             f"'{out}' cannot be written",
@@ -175,6 +179,17 @@ def check_copy(path: Path, out: Path) -> None:
             f"a name that ends in {kind}, because the output is a copy of the input",
             f"Name it '{out.with_suffix(kind).name}'",
         )
+    if len(os.fsencode(out.name)) > 255:
+        raise InputError(
+            f"the name of the output has {len(os.fsencode(out.name))} bytes",
+            "255 or fewer, which file systems allow",
+            "Choose a shorter name",
+        )
+    if path.is_dir():
+        with open_store(path):
+            pass
+    elif path.exists():
+        check_copy_source(path)
     if out.exists() and path.exists() and out.samefile(path):
         msg = explain(
             f"input and output are both '{path}'",
@@ -208,13 +223,23 @@ def write_copy(
     import pandas as pd
     from anndata.io import read_elem, write_elem
 
-    with atomic_write(out) as partial:
+    # HDF5 can end the process with SIGSEGV if the disk is full while a file is closed.
+    room = sum(
+        _bytes_of(value)
+        for group in (obs, obsm, obsp, layers, uns)
+        for value in (group or {}).values()
+    )
+    parts = path.rglob("*") if path.is_dir() else [path]
+    room += sum(part.stat().st_size for part in parts if part.is_file())
+    with atomic_write(out, room=room) as partial:
         if path.is_dir():
             shutil.copytree(path, partial)
         else:
             shutil.copyfile(path, partial)
             os.chmod(partial, 0o644)
+            reserve(partial, room)
         with open_store(partial, "r+") as file, nullable_strings():
+            _reject_links(file, path, ("obs", "obsm", "obsp", "layers", "uns"))
             if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
                 # AnnData opens a file only if the index of a table is stored in the same way as the names of its cells.
                 cells: Any = read_elem(file["obs"])
@@ -239,6 +264,31 @@ def write_copy(
                 )
 
 
+def _bytes_of(value: Any) -> int:
+    """Return the size of an entry in a file, at least."""
+    if hasattr(value, "data") and hasattr(value, "indptr"):  # sparse
+        return value.data.nbytes + value.indices.nbytes + value.indptr.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values())) + 2**10
+    usage = getattr(value, "memory_usage", None)
+    size = np.sum(usage()) if callable(usage) else getattr(value, "nbytes", 2**10)
+    return int(size) + 2**12
+
+
+def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
+    """Reject groups that are links: the entries would be written into another file."""
+    import h5py
+
+    for name in names:
+        link = file.get(name, getlink=True) if name in file else None
+        if isinstance(link, h5py.ExternalLink | h5py.SoftLink):
+            raise InputError(
+                f"'{name}' of '{path}' is a link to other data",
+                "a group in the file itself, because the output is added to it",
+                "Read the file with anndata and write it again",
+            )
+
+
 def read_annotations(
     path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
 ) -> AnnData:
@@ -256,6 +306,10 @@ def read_annotations(
     from anndata.io import read_elem
 
     with open_store(path) as file:
+        for name in ("obs", *(f"{group}/{name}" for group, names in (("obsm", obsm), ("uns", uns))
+                              for name in names)):  # fmt: skip
+            if name in file:
+                check_tree(file[name], Path(path))
         obs: Any = read_elem(file["obs"])
         found = {
             group: {

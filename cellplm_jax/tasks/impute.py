@@ -174,6 +174,7 @@ class GeneImputer(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         reference_layer: str | None = None,
         reference_gene_key: str | None = None,
         cells_per_context: int | None = None,
@@ -191,6 +192,7 @@ class GeneImputer(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             reference_layer: As ``layer``, for the reference.
             reference_gene_key: As ``gene_key``, for the reference.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
@@ -206,7 +208,14 @@ class GeneImputer(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         self.reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, None
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            None,
+            feature_type,
         )
         self.model, self.history, self.facts, self._seen = None, [], {}, None
         target, source = self._tables(
@@ -287,7 +296,11 @@ class GeneImputer(Estimator):
     ) -> tuple[CellTable, CellTable]:
         """Read the target cells and the reference, in the columns of one vocabulary."""
         reading = self.reading
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
         if self.base is not None:
             vocabulary = self.base.genes
@@ -562,6 +575,7 @@ class GeneImputer(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
         """Predict the genes missing from the panel.
@@ -581,6 +595,7 @@ class GeneImputer(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -591,7 +606,7 @@ class GeneImputer(Estimator):
                 or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             cells_per_context=cells_per_context,
         )  # fmt: skip
         places = self._places(genes)
@@ -729,6 +744,7 @@ class GeneImputer(Estimator):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -785,6 +801,7 @@ class GeneImputer(Estimator):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -839,7 +856,11 @@ class GeneImputer(Estimator):
         ridge = self._ridges.get(scale)
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
-            data, self.panel, layer=reading.layer, gene_key=reading.gene_key
+            data,
+            self.panel,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
@@ -902,7 +923,7 @@ class GeneImputer(Estimator):
             raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
         key = reading.gene_key or "var_names"
         with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
-                         gene_key=reading.gene_key) as source:  # fmt: skip
+                         gene_key=reading.gene_key, feature_type=reading.feature_type) as source:  # fmt: skip
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}

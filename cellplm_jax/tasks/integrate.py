@@ -116,6 +116,7 @@ class BatchIntegrator(Estimator):
         batch_key: str,
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> BatchIntegrator:
         """Fit to the cells of several batches.
@@ -125,6 +126,7 @@ class BatchIntegrator(Estimator):
             batch_key: Column of ``obs`` with the batch of each cell; at least two.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -135,7 +137,9 @@ class BatchIntegrator(Estimator):
         """
         if self.base is not None:
             require_counts_decoder(self.base)
-        reading = Reading(batch_key, None, layer, gene_key, "counts", cells_per_context, None)
+        reading = Reading(
+            batch_key, None, layer, gene_key, "counts", cells_per_context, None, feature_type
+        )
         table = self._read(adata, reading)
         cells = np.flatnonzero(np.diff(table.counts.indptr) > 0)
         names = list(dict.fromkeys(table.batch[cells]))
@@ -203,6 +207,7 @@ class BatchIntegrator(Estimator):
         key_added: str = KEY,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Embed cells, in place; batch labels are not needed, and cells of new batches can be embedded.
@@ -216,6 +221,7 @@ class BatchIntegrator(Estimator):
             key_added: Key of ``obsm``.
             layer: See :meth:`fit`; the same by default.
             gene_key: See :meth:`fit`; the same by default.
+            feature_type: See :meth:`fit`; the same by default.
             cells_per_context: See :meth:`fit`; the same by default.
 
         Returns:
@@ -226,7 +232,12 @@ class BatchIntegrator(Estimator):
         """
         check_key(key_added)
         adata = as_anndata(adata)
-        keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
+        keys = {
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+            "cells_per_context": cells_per_context,
+        }
         z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
         adata.obsm[key_added] = z
         adata.uns[FACTS] = facts
@@ -286,7 +297,11 @@ class BatchIntegrator(Estimator):
         model = self._fitted()
         require("scanpy", "eval", "Scoring an integration")
         with open_counts(
-            adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
+            adata,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             batches = source.column(str(reading.batch_key))
             labels = None if label_key is None else labels_of(source.obs, label_key)

@@ -236,6 +236,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
     ) -> PerturbationPredictor:
         """Fit to perturbed and control cells.
@@ -256,6 +257,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
 
         Returns:
@@ -264,7 +266,10 @@ class PerturbationPredictor(Estimator):
         Raises:
             InputError: Keys, counts, genes or perturbations cannot be used; the message states the remedy.
         """
-        table = self._read(adata, Reading(batch_key, spatial_key, layer, gene_key, values))
+        table = self._read(
+            adata,
+            Reading(batch_key, spatial_key, layer, gene_key, values, feature_type=feature_type),
+        )
         named, groups, usable = self._labels(
             table, perturbation_key, control, covariate_key, tell=True
         )
@@ -624,6 +629,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> PerturbationPrediction:
         """Predict the mean effect of perturbations on control cells.
@@ -638,6 +644,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -655,7 +662,7 @@ class PerturbationPredictor(Estimator):
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
             reading = self.reading.changed(
-                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
                 values=values,
             )  # fmt: skip
             z, control = self._of_controls(controls, reading)
@@ -714,6 +721,7 @@ class PerturbationPredictor(Estimator):
             spatial_key=reading.spatial_key,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             values=reading.values,
         )
 
@@ -772,6 +780,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> dict[str, float]:
         """Predict the perturbations of other cells from their control cells, and score the predictions.
@@ -785,6 +794,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -798,7 +808,7 @@ class PerturbationPredictor(Estimator):
         """
         model = self._fitted()
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values,
         )  # fmt: skip
         key = perturbation_key or self.facts["perturbation_key"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
-from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
+from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig, to_dict
 from cellplm_jax.display import Displayed, shown
 from cellplm_jax.errors import CheckpointError, InputError, nearest, require
 from cellplm_jax.interop import hub
@@ -89,10 +91,22 @@ class Pretrained(Displayed):
 
     @property
     def id(self) -> str:
-        """Name, step and number of parameters; recorded with each embedding."""
+        """Name, step, task of a fine-tuned model, and start of :attr:`digest`; recorded with each embedding."""
         source = self.source.partition("@")[0] if hub.is_hub_address(self.source) else self.source
         name = self.card.get("name") or Path(source).name
-        return f"{name}@{self.step}"
+        task = f"-{self.card['task']}" if self.card.get("kind") == "fine-tuned" else ""
+        return f"{name}@{self.step}{task}+{self.digest[:8]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of architecture, genes and weights, in hexadecimal; the same for both formats of a file."""
+        facts = json.dumps([to_dict(self.config), self.genes], sort_keys=True, default=str)
+        digest = hashlib.sha256(facts.encode())
+        for path, leaf in sorted(flatten_dict(self.params).items()):
+            array = np.ascontiguousarray(leaf)
+            digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
+            digest.update(array.data if array.ndim else array.tobytes())
+        return digest.hexdigest()
 
     @property
     def parameters(self) -> int:
