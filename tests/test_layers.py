@@ -27,6 +27,7 @@ LEVELS = {
     "untrusted": 1,
     "manifest": 1,
     "progress": 1,
+    "display": 0,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,

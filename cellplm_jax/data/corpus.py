@@ -43,6 +43,7 @@ from cellplm_jax.data.corpus_records import (
     check_names,
     check_record,
 )
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, shorten
 from cellplm_jax.storage import Folder, atomic_write_text, explain_write_errors, is_remote
 from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
@@ -646,7 +647,7 @@ class Part:
     label_codes: np.ndarray | None
 
 
-class Corpus:
+class Corpus(Displayed):
     """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Created by :func:`open_corpus`.
 
     Attributes:
@@ -695,6 +696,17 @@ class Corpus:
         self._offsets: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._offset_bytes = 0
         self._lock = threading.Lock()
+
+    def _display(self) -> dict[str, Any]:
+        totals = self.index["totals"]
+        return {
+            "path": self.path,
+            "samples": len(self.samples),
+            "cells": totals["cells"],
+            "genes": len(self.genes),
+            "datasets": list(self.index["datasets"]),
+            "labels": self.label_names,
+        }
 
     def __getstate__(self) -> str:
         return self.path

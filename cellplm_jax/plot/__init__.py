@@ -52,3 +52,7 @@ __all__ = [
     "training_curves",
     "umap",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
