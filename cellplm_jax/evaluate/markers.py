@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from scipy import sparse
 
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.components import log_normalized
+
+HOUSEKEEPING = re.compile(r"(RP[LS]\d|RPLP\d|RPSA$|MT-)", re.IGNORECASE)
+"""Symbols of ribosomal and mitochondrial genes, which differ between groups without naming them."""
 
 MINIMUM_CELLS = 3
 """Groups with fewer cells have no markers."""
@@ -52,7 +56,12 @@ def group_means(
 
 
 def marker_genes(
-    counts: Any, groups: Any, genes: Sequence[str], *, number: int = 5
+    counts: Any,
+    groups: Any,
+    genes: Sequence[str],
+    *,
+    number: int = 5,
+    housekeeping: bool = False,
 ) -> pd.DataFrame:
     """Return the genes that distinguish each group from all other cells.
 
@@ -66,6 +75,7 @@ def marker_genes(
         groups: [cells], labels. Cells without one are left out.
         genes: Names of the genes [genes].
         number: Maximum number of markers per group.
+        housekeeping: Whether ribosomal and mitochondrial genes (by symbol) may be markers.
 
     Returns:
         One row per marker, groups in the order of their labels, the best first: ``group``, ``gene``, ``score`` (t),
@@ -92,6 +102,7 @@ def marker_genes(
         mean = parts[0] / n
         return mean, (parts[1] / n - mean**2) * n / max(n - 1, 1), parts[2] / n
 
+    allowed = np.array([housekeeping or not HOUSEKEEPING.match(str(gene)) for gene in genes])
     total, cells = [part.sum(axis=0) for part in sums], float(size.sum())
     rows = []
     for place, name in enumerate(names):
@@ -105,7 +116,7 @@ def marker_genes(
         error = np.sqrt(np.maximum(variance / n + spread / (cells - n), 1e-12))
         score = (mean - rest) / error
         fold = np.log2((np.expm1(mean) + 1e-9) / (np.expm1(rest) + 1e-9))
-        usable = (fold >= np.log2(MINIMUM_FOLD)) & (share >= MINIMUM_SHARE)
+        usable = allowed & (fold >= np.log2(MINIMUM_FOLD)) & (share >= MINIMUM_SHARE)
         order = np.argsort(-np.where(usable, score, -np.inf), kind="stable")[:number]
         rows += [
             (name, genes[g], score[g], fold[g], share[g], elsewhere[g]) for g in order if usable[g]

@@ -37,7 +37,7 @@ def umap(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     label_groups: bool = False,
     axis_name: str = "UMAP",
     seed: int = 0,
@@ -69,7 +69,7 @@ def umap(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile; arrows of the colour bar mark values beyond.
         point_size: Area of a point in square points. None: chosen by the number of cells.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         label_groups: Also write the names of the groups onto the data.
         axis_name: Name of the two axes, for example "PCA".
         seed: Seed of the drawing order.
@@ -123,7 +123,7 @@ def spatial(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     unit: str | None = None,
     micrometres_per_unit: float | None = None,
     image_origin: bool = True,
@@ -151,7 +151,7 @@ def spatial(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile.
         point_size: Area of a point in square points. None: points of neighbouring cells nearly touch.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         unit: Unit of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
         micrometres_per_unit: Micrometres per unit of the coordinates, for a scale bar. None: from the scale factors
             of a Visium file; without them there is no bar.

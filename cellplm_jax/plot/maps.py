@@ -116,7 +116,7 @@ def _scatter(
     color_limits: tuple[float, float] | None,
     color_label: str | None,
     point_size: float | None,
-    legend: bool,
+    legend: bool | str,
     label_groups: bool,
     seed: int,
 ) -> None:
@@ -177,15 +177,23 @@ def _scatter(
             )
             for _, color, marker in entries
         ]
+        place: dict[str, Any] = {
+            "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
+            "ncols": _legend_columns(len(entries)),
+        }  # fmt: skip
+        if legend == "below":
+            longest = max(len(name) for name, _, _ in entries)
+            place = {
+                "loc": "upper left", "bbox_to_anchor": (0.0, -0.09),
+                "ncols": max(1, min(len(entries), 56 // (longest + 5))),
+            }  # fmt: skip
         ax.legend(
             handles,
             [name for name, _, _ in entries],
             title=color_label,
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
             borderaxespad=0.0,
             frameon=False,
-            ncols=_legend_columns(len(entries)),
+            **place,
             handletextpad=0.3,
             columnspacing=1.0,
             alignment="left",
@@ -219,7 +227,7 @@ def embedding_map(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     label_groups: bool = False,
     axis_name: str = "UMAP",
     seed: int = 0,
@@ -242,7 +250,7 @@ def embedding_map(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile; arrows of the colour bar mark values beyond.
         point_size: Area of a point in square points. None: chosen by the number of cells.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         label_groups: Also write the names of the groups onto the data.
         axis_name: Name of the two axes, for example "PCA".
         seed: Seed of the drawing order.
@@ -290,7 +298,7 @@ def tissue_map(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     unit: str | None = None,
     micrometres_per_unit: float | None = None,
     image_origin: bool = True,
@@ -312,7 +320,7 @@ def tissue_map(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile.
         point_size: Area of a point in square points. None: points of neighbouring cells nearly touch.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         unit: Unit of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
         micrometres_per_unit: Micrometres per unit of the coordinates, for a scale bar. None: no bar.
         image_origin: True: y points down.
@@ -400,7 +408,7 @@ def cell_attention(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     unit: str | None = None,
     image_origin: bool = True,
     ax: Axes | None = None,

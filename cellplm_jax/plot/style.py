@@ -259,9 +259,13 @@ def picture(
 
 
 def widen(axes: Axes) -> None:
-    """Widen the figure of these Axes by the width of its legend or colour bar."""
+    """Widen the figure of these Axes by the width of its legend or colour bar; a legend below makes it higher."""
     figure: Any = axes.figure
     legend = axes.get_legend()
+    if legend is not None and legend.get_bbox_to_anchor().y0 < axes.bbox.y0:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + legend.get_window_extent().height / figure.dpi)
+        return
     beside = 0.0
     if legend is not None:
         beside = legend.get_window_extent().width / figure.dpi + 0.15

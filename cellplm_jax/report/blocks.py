@@ -200,7 +200,11 @@ def cell_map(
         return [Figure(axes, f"{name} of the cells", caption, heading)]
     for title, values in columns.items():
         palette = (palettes or {}).get(title)
-        axes = plot.umap(coordinates, values, title=title, axis_name=name, palette=palette)
+        short = max(map(len, palette or ["long name"])) <= len("unknown")
+        axes = plot.umap(
+            coordinates, values, title=title, axis_name=name, palette=palette, legend="below",
+            label_groups=short,
+        )  # fmt: skip
         alt = f"{name} of the cells, coloured by {title}"
         figures.append(Figure(axes, alt, caption, heading))
         caption, heading = "", ""
@@ -250,7 +254,7 @@ def tissue_maps(
                 plot.spatial(
                     points[own], values[own], ax=ax, palette=(palettes or {}).get(title),
                     title=f"{title}, {name}" if name else title, micrometres_per_unit=scale,
-                    legend=place == len(panels) - 1,
+                    legend="below" if place == 0 else False,
                 )  # fmt: skip
         caption = ""
         if not figures and len(names) > len(largest):
@@ -373,7 +377,8 @@ def marker_sections(
             [what, "marker genes", "cells with the first", "elsewhere"],
             rows,
             f"Genes that are higher in a {what} than in all other cells, the strongest first (Welch's t statistic; at "
-            "least 1.5 times higher, with a count in a quarter of its cells). Look them up to name or check it.",
+            "least 1.5 times higher, with a count in a quarter of its cells). Ribosomal and mitochondrial genes are "
+            "left out.",
             "Marker genes",
         ),
         Figure(

@@ -322,7 +322,7 @@ def _figure(figure: Figure) -> str:
     if dark is not None:
         other = base64.b64encode(dark).decode("ascii")
         shown = (
-            f'<picture><source media="(prefers-color-scheme:dark) and (not print)" '
+            f'<picture><source media="screen and (prefers-color-scheme:dark)" '
             f'srcset="data:image/png;theme=dark;base64,{other}">{shown}</picture>'
         )
         card = "box image"
