@@ -56,11 +56,13 @@ function problems(win) {
     const wide = [...win.document.querySelectorAll("body *")].filter(e => {
       if (e.getBoundingClientRect().right <= win.innerWidth + 1) return false;
       for (let up = e.parentElement; up; up = up.parentElement)
-        if (/auto|scroll|hidden|clip/.test(win.getComputedStyle(up).overflowX) && up !== win.document.body) return false;
+        if (/auto|scroll|hidden|clip/.test(win.getComputedStyle(up).overflowX))
+          return up === win.document.body;
       return true;
     });
     const inner = wide.filter(e => !wide.some(other => other !== e && e.contains(other)));
-    found.push(`wider than the window: ${root.scrollWidth} of ${win.innerWidth} (${inner.slice(0, 3).map(name).join(", ")})`);
+    const named = inner.slice(0, 3).map(name).join(", ");
+    found.push(`wider than the window: ${root.scrollWidth} of ${win.innerWidth} (${named})`);
   }
   const low = new Map();
   const walker = win.document.createTreeWalker(win.document.body, 4);

@@ -54,7 +54,9 @@ def text_of(node: ast.AST | None) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(
+            text_of(part) if isinstance(part, ast.Constant) else "…" for part in node.values
+        )
     if isinstance(node, ast.BinOp):
         return text_of(node.left) + text_of(node.right)
     if isinstance(node, ast.IfExp):
@@ -78,7 +80,10 @@ def messages(package: Path = PACKAGE) -> Iterator[Message]:
                 continue
             named = {keyword.arg: keyword.value for keyword in node.keywords}
             given = [*node.args, None, None, None]
-            parts = [text_of(given[i] or named.get(n)) for i, n in enumerate(("found", "expected", "remedy"))]
+            parts = [
+                text_of(given[i] or named.get(n))
+                for i, n in enumerate(("found", "expected", "remedy"))
+            ]
             found, expected, remedy = (" ".join(text.split()) for text in parts)
             if expected and sum(c.isalpha() for c in found) > 6 and (found, expected) not in seen:
                 seen.add((found, expected))
@@ -87,7 +92,9 @@ def messages(package: Path = PACKAGE) -> Iterator[Message]:
 
 def markdown() -> list[str]:
     """Return the page: a heading per topic, and a table of its messages."""
-    topics: dict[str, list[Message]] = {name: [] for name in dict.fromkeys([*PARTS.values(), OTHER])}
+    topics: dict[str, list[Message]] = {
+        name: [] for name in dict.fromkeys([*PARTS.values(), OTHER])
+    }
     for message in messages():
         topics[message.topic].append(message)
 
