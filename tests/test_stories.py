@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("igraph", reason="needs the extra 'eval'")
-from tests.conftest import ROOT  # noqa: E402
-from tests.test_pages import cells, fits, kitchen, model, page_folder  # noqa: E402, F401
+from tests.conftest import ROOT
+from tests.test_pages import cells, fits, kitchen, model, page_folder  # noqa: F401
 
 FIGURES = ROOT / "docs" / "figures"
 specification = importlib.util.spec_from_file_location("stories", FIGURES / "stories.py")

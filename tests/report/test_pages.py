@@ -160,13 +160,73 @@ def test_integration_before_and_after(tmp_path):
     cells.obsm["X_cellplm_integrated"] = np.random.default_rng(0).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {})
-    assert "for comparison: run" in rendered(page)
+    assert headings(page) == ["Before", "Integrated"]
+    assert "principal components of the counts" in rendered(page)
     cells.obsm["X_pca"] = np.random.default_rng(1).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(
         tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {"ilisi": 0.4}
     )
     assert headings(page) == ["Before", "Integrated", "Scores"]
+    # The baseline is in the next column.
+    assert table(page, "Scores").columns == ["score", "here", "components", "meaning"]
+    assert 0 <= table(page, "Scores").rows[0][2] <= 1
+
+
+def test_clusters_of_a_file_show_markers_tissue_and_one_colour(tmp_path):
+    cells = make_adata(60)
+    counts = np.asarray(cells.X.toarray())
+    groups = np.array([str(n % 11) for n in range(60)])
+    gene = cells.var_names[3]
+    counts[groups == "2", 3] += 60
+    cells.X = counts
+    cells.obs["group"] = pd.Categorical(groups)
+    cells.obs["kind"] = ["a" if n % 11 == 10 else "b" for n in range(60)]
+    cells.obsm["X_umap"] = np.random.default_rng(0).random((60, 2))
+    cells.obsm["spatial"] = np.random.default_rng(1).random((60, 2))
+    cells.uns["kind_colors"] = ["#112233", "#445566"]
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    drawn = []
+    original = blocks.Figure
+
+    def keep(*arguments):
+        drawn.append(getattr(arguments[0], "figure", arguments[0]))
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "Figure", keep)
+        page = pages.clusters(
+            tmp_path / "out.h5ad", cells, ["group", "kind"], "X_cellplm", {"ari": 0.5}
+        )
+    assert headings(page) == [
+        "Clusters",
+        "In the tissue",
+        "Composition of the clusters",
+        "Marker genes",
+        "Scores",
+    ]
+    best = {row[0]: row[1].split(", ")[0] for row in table(page, "Marker genes").rows}
+    assert best["2"] == blocks.named([gene])[0]
+
+    def legend(figure):
+        legend = figure.axes[0].get_legend()
+        names = [text.get_text() for text in legend.get_texts()]
+        return dict(zip(names, [h.get_color() for h in legend.legend_handles], strict=True))
+
+    umap_group, umap_kind, tissue_group, tissue_kind = map(legend, drawn[:4])
+    assert list(umap_group) == [str(n) for n in range(11)]
+    assert umap_group == tissue_group
+    assert umap_kind == tissue_kind == {"a": "#112233", "b": "#445566"}
+
+
+def test_a_predicted_type_has_one_colour_in_every_order():
+    """The order in which cells are sampled does not change a colour."""
+    import anndata
+
+    obs = pd.DataFrame({"kind": ["c", "a", "b", "a"]}, index=list("wxyz"))
+    one = blocks.palettes_of(anndata.AnnData(obs=obs), ["kind"])["kind"]
+    two = blocks.palettes_of(anndata.AnnData(obs=obs.iloc[::-1]), ["kind"])["kind"]
+    assert one == two
 
 
 @pytest.fixture
