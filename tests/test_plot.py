@@ -537,6 +537,7 @@ def test_a_missing_layout_is_computed_from_the_embedding(monkeypatch):
 
 def test_scale_bar_is_a_round_length():
     adata = blood()
+    adata.obsm["spatial"][:2] = [[0, 0], [1000, 700]]
     axes = plot.spatial(adata, color="cluster", micrometres_per_unit=0.5)
     (bar,) = [line for line in axes.lines if line.get_gid() == "scale bar"]
     assert np.ptp(bar.get_xdata()) == pytest.approx(200)  # 100 µm; the tissue is 500 µm wide
