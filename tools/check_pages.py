@@ -165,7 +165,7 @@ def addresses(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         root = path if path.is_dir() else path.parent
         files = sorted(path.rglob("*.html")) if path.is_dir() else [path]
         for file in files:
-            if "_static" not in file.parts:
+            if not {"_static", "_modules"} & set(file.parts):
                 pages.append(f"/{len(roots)}/{quote(file.relative_to(root).as_posix())}")
         roots.append(root.resolve())
     return roots, pages
@@ -249,7 +249,7 @@ def picture(page: Path, out: Path, theme: str, width: int, height: int, program:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the pages that the command line names; 1 if one has a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="+", type=Path, help="folders of pages, and pages")
+    parser.add_argument("paths", nargs="*", type=Path, help="folders of pages, and pages")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of all pages")
     parser.add_argument("--height", type=int, default=1600, help="height of the pictures")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per theme")
@@ -257,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = browser()
     if program is None:
         print("not checked: Chromium is not installed (Debian: apt-get install chromium)")
+        return 0
+    if not given.paths:
+        print("not checked: no page is there; build the site first (make docs)")
         return 0
     missing = [path for path in given.paths if not path.exists()]
     if missing:
