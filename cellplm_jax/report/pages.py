@@ -173,7 +173,7 @@ def imputer(estimator: Any) -> Page:
 
 def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
     """Show embedded cells: summary and UMAP."""
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
     cells = read_annotations(path, obsm=[key, "spatial"], uns=["cellplm", "spatial"])
     facts = cells.uns.get("cellplm", {})
@@ -253,7 +253,7 @@ def clusters(
         key: The embedding.
         scores: Scores against known types and batches.
     """
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
     cluster, *known = columns
     sizes = cells.obs[cluster].value_counts()
@@ -312,7 +312,7 @@ def integrated(
 ) -> Page:
     """Show an integrated embedding by batch, before and after; without an embedding, before are components."""
     from cellplm_jax.evaluate.embedding import pca_baseline
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
     before = ("X_cellplm", "X_pca")
     cells = read_annotations(
@@ -361,7 +361,7 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
     from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
     cells = read_annotations(
         path, obsm=["X_umap", "spatial"], uns=[FACTS, "spatial", *color_keys([LABEL])]
@@ -418,7 +418,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
         keys: Reading options that differ from the fit.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
     from cellplm_jax.tasks.impute import FACTS, IMPUTED
 
     spatial_key = estimator.reading.changed(**keys).spatial_key or "spatial"
@@ -526,7 +526,7 @@ def denoised(
     """
     from cellplm_jax import plot
     from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
     cells = read_annotations(path, obsm=embeddings, uns=[FACTS])
@@ -665,7 +665,7 @@ def perturbed(found: Any) -> Page:
 def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
     """Show labelled samples, and the contributions of their cells."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
     from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
 
     cells = read_annotations(path, uns=[FACTS])
