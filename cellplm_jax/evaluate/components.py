@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -139,85 +138,20 @@ def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse
     )
 
 
-@dataclass(frozen=True, eq=False)
-class OwnBasis:
-    """Principal components of the highly variable genes of a dataset, for the same and for other cells.
-
-    Attributes:
-        genes: int [chosen], columns of the expression.
-        mean: float32 [chosen].
-        deviation: float32 [chosen].
-        loadings: float32 [chosen, components].
-    """
-
-    genes: np.ndarray
-    mean: np.ndarray
-    deviation: np.ndarray
-    loadings: np.ndarray
-
-    def project(
-        self,
-        blocks: Callable[[], Iterable[sparse.csr_matrix]],
-        sample_of: np.ndarray,
-        *,
-        minimum_cells: int = 20,
-    ) -> np.ndarray:
-        """Return components of cells, centred by tissue sample.
-
-        Args:
-            blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells.
-            sample_of: int [cells], number of each cell's tissue sample.
-            minimum_cells: Samples with fewer cells are centred at the mean of the basis.
-
-        Returns:
-            float32 [cells, components].
-        """
-        expression: Any = sparse.vstack([block[:, self.genes] for block in blocks()]).tocsr()
-        standardized = self._standardized(expression, sample_of, minimum_cells)
-        starts = range(0, expression.shape[0], BLOCK)
-        return np.concatenate([standardized(start) @ self.loadings for start in starts])
-
-    def _standardized(
-        self, expression: sparse.csr_matrix, sample_of: np.ndarray, minimum_cells: int
-    ) -> Callable[[int], np.ndarray]:
-        """Return a function from the first cell of a block to its standardized expression."""
-        cells = expression.shape[0]
-        number, sample_of = np.unique(sample_of, return_inverse=True)
-        centre = np.tile(self.mean, (len(number), 1))
-        for sample in range(len(number)):
-            members = np.flatnonzero(sample_of == sample)
-            if len(members) >= minimum_cells:
-                centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
-
-        def standardized(start: int) -> np.ndarray:
-            rows = slice(start, min(start + BLOCK, cells))
-            dense = (expression[rows].toarray() - centre[sample_of[rows]]) / self.deviation
-            return np.clip(dense, -OWN_CLIP, OWN_CLIP, out=dense)
-
-        return standardized
-
-
-def own_basis(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]],
-    sample_of: np.ndarray,
-    *,
-    genes: int = 2000,
-    components: int = 50,
-    minimum_cells: int = 20,
-) -> OwnBasis:
-    """Compute principal components of the highly variable genes of a dataset.
-
-    Expression is standardized per gene, clipped at 10 deviations, and centred by tissue sample.
+def variable_columns(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the highly variable genes of a dataset.
 
     Args:
-        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
-        sample_of: int [cells], number of each cell's tissue sample.
-        genes: Number of highly variable genes.
-        components: Number of components; fewer are returned if there are few cells or genes.
-        minimum_cells: Samples with fewer cells are centred at the mean of all.
+        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called once.
+        genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
+
+    Returns:
+        int [chosen], their columns, and the standard deviation of each, float32 [chosen].
 
     Raises:
-        InputError: Fewer than 2 genes vary.
+        InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
     """
     cells, sums = 0, np.zeros((4, 0))
     for block in blocks():
@@ -236,48 +170,69 @@ def own_basis(
             f"{len(chosen)} genes that vary between {cells} cells",
             "at least 2 genes and 3 cells to compute components from",
         )
-    expression: Any = sparse.vstack([block[:, chosen] for block in blocks()]).tocsr()
-    basis = OwnBasis(
-        chosen,
-        mean[chosen].astype(np.float32),
-        np.sqrt(variance[chosen]).astype(np.float32),
-        np.zeros((len(chosen), 0), np.float32),
-    )
-    standardized = basis._standardized(expression, sample_of, minimum_cells)
-    starts = range(0, cells, BLOCK)
-    number = min(components, cells - 1, len(chosen) - 1)
-    loadings, _ = principal_components(
-        lambda: map(standardized, starts), len(chosen), number, passes=6
-    )
-    return replace(basis, loadings=loadings)
+    return chosen, np.sqrt(variance[chosen]).astype(np.float32)
+
+
+def variable_expression(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Return the expression of the highly variable genes of a dataset.
+
+    Args:
+        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
+        genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
+
+    Returns:
+        CSR float32 [cells, chosen] and the standard deviation of each gene, float32 [chosen].
+
+    Raises:
+        InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
+    """
+    chosen, deviation = variable_columns(blocks, genes=genes)
+    return sparse.vstack([block[:, chosen] for block in blocks()]).tocsr(), deviation
 
 
 def own_components(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    expression: sparse.csr_matrix,
     sample_of: np.ndarray,
+    deviation: np.ndarray | None = None,
     *,
-    genes: int = 2000,
     components: int = 50,
     minimum_cells: int = 20,
 ) -> np.ndarray:
-    """Return principal components of the highly variable genes of a dataset; see :func:`own_basis`.
+    """Return the principal components of a dataset, centred by tissue sample.
 
     Args:
-        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called three times.
+        expression: CSR float32 [cells, genes], log-normalized, from :func:`variable_expression`.
         sample_of: int [cells], number of each cell's tissue sample.
-        genes: Number of highly variable genes.
+        deviation: float32 [genes]; genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
         components: Number of components; fewer are returned if there are few cells or genes.
         minimum_cells: Samples with fewer cells are centred at the mean of all.
 
     Returns:
         float32 [cells, components].
-
-    Raises:
-        InputError: Fewer than 2 genes vary.
     """
-    options = {"genes": genes, "components": components, "minimum_cells": minimum_cells}
-    basis = own_basis(blocks, sample_of, **options)
-    return basis.project(blocks, sample_of, minimum_cells=minimum_cells)
+    cells, genes = expression.shape
+    number, sample_of = np.unique(sample_of, return_inverse=True)
+    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    centre = np.tile(mean, (len(number), 1))
+    for sample in range(len(number)):
+        members = np.flatnonzero(sample_of == sample)
+        if len(members) >= minimum_cells:
+            centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
+
+    def standardized(start: int) -> np.ndarray:
+        rows = slice(start, min(start + BLOCK, cells))
+        dense = expression[rows].toarray() - centre[sample_of[rows]]
+        if deviation is None:
+            return dense
+        dense /= deviation
+        return np.clip(dense, -OWN_CLIP, OWN_CLIP, out=dense)
+
+    starts = range(0, cells, BLOCK)
+    number = min(components, cells - 1, genes - 1)
+    loadings, _ = principal_components(lambda: map(standardized, starts), genes, number, passes=6)
+    return np.concatenate([standardized(start) @ loadings for start in starts])
 
 
 class Discriminants:

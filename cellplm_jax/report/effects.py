@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,21 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from cellplm_jax.report.html import Figure, Section, Table, Text
-from cellplm_jax.report.pages import (
+from cellplm_jax.errors import InputError
+from cellplm_jax.report.blocks import (
     SCORES,
-    Page,
-    _columns,
-    _facts,
-    _input,
-    _laid_out,
-    _map,
-    _messages,
-    _no_map,
-    _of,
-    _some,
-    _telling,
+    cell_map,
+    color_keys,
+    columns_of,
+    facts_table,
+    input_table,
+    laid_out,
+    messages,
+    no_map,
+    of_cells,
+    palettes_of,
+    read_counts,
+    some,
+    telling,
 )
+from cellplm_jax.report.html import Figure, Section, Table
+from cellplm_jax.report.pages import Page
 
 DRAWN, DRAWN_GENES, ROWS = 6, 12, 30
 """Number of perturbations and of genes of each that are drawn, and of rows in tables and maps."""
@@ -103,7 +108,7 @@ def predictor(estimator: Any) -> Page:
                 "Prediction and baselines",
             )
         )  # fmt: skip
-    sections += [_facts(estimator.facts), *_messages(estimator.messages)]
+    sections += [facts_table(estimator.facts), *messages(estimator.messages)]
     number = estimator.facts.get("perturbations", len(estimator.perturbations))
     return Page(
         "Perturbations: fitted",
@@ -159,59 +164,91 @@ def perturbed(found: Any, estimator: Any = None) -> Page:
                    "nothing specific is predicted." if mean is not None else ""),
                 "Perturbations",
             ),
-            *_messages(found.messages),
+            *messages(found.messages),
         ],
     )  # fmt: skip
 
 
-def integrated(
-    path: str | os.PathLike,
-    key: str,
-    columns: Sequence[str],
-    scores: Mapping[str, Mapping[str, float]],
-) -> Page:
-    """Show an integrated embedding by batch, the embedding before, and the scores of both and of the baseline."""
-    from cellplm_jax.tasks.embed import read_annotations
+def integrated(path: str | os.PathLike, key: str, columns: Sequence[str]) -> Page:
+    """Show an integrated embedding by batch, before and after; without an embedding, before are components."""
+    from cellplm_jax.evaluate.embedding import pca_baseline
+    from cellplm_jax.tasks.files import read_annotations
 
     before = ("X_cellplm", "X_pca")
-    cells = read_annotations(path, obsm=[key, *before], uns=["cellplm_integration"])
-    drawn = _some(cells.n_obs)
+    cells = read_annotations(
+        path, obsm=[key, *before], uns=["cellplm_integration", *color_keys(columns)]
+    )
+    drawn = some(cells.n_obs)
     known = [name for name in columns if name in cells.obs.columns]
-    shown = _columns(cells.obs, known, drawn)
+    columns_drawn, palettes = columns_of(cells.obs, known, drawn), palettes_of(cells, known)
     sections: list[Section] = []
     first = next((name for name in before if name in cells.obsm), None)
-    for name, heading in ((first, "Before"), (key, "Integrated")):
-        if name is None:
-            continue
-        coordinates = _laid_out(cells.obsm[name], drawn)
-        caption = f"UMAP of obsm['{name}'], {_of(len(drawn), cells.n_obs)}."
+    read = read_counts(path, drawn, cells.uns.get("cellplm_integration", {}))
+    embeddings: dict[str, tuple[str, Any]] = {}
+    if first is not None:
+        embeddings["Before"] = (f"obsm['{first}']", np.asarray(cells.obsm[first])[drawn])
+    elif read is not None:
+        try:
+            components = pca_baseline(read[0])
+            embeddings["Before"] = ("principal components of the counts", components)
+        except InputError:
+            pass
+    embeddings["Integrated"] = (f"obsm['{key}']", np.asarray(cells.obsm[key])[drawn])
+    for heading, (name, values) in embeddings.items():
+        coordinates = laid_out(values, np.arange(len(values)))
+        caption = f"UMAP of {name}, {of_cells(len(drawn), cells.n_obs)}."
         if coordinates is None:
-            sections.append(_no_map(heading))
+            sections.append(no_map(heading))
         else:
-            sections += _map(coordinates, shown, caption, heading)
-    if first is None:
-        sections.append(
-            Text("The file has neither obsm['X_cellplm'] nor obsm['X_pca'] for comparison: run "
-                 "cellplm embed on it first.", "Before")
-        )  # fmt: skip
-    if scores:
-        sections.append(_compared(scores))
+            sections += cell_map(coordinates, columns_drawn, caption, heading, palettes=palettes)
+    if known:
+        if (
+            "principal components of the counts" not in {name for name, _ in embeddings.values()}
+            and read is not None
+        ):
+            with contextlib.suppress(InputError):
+                embeddings["Components"] = ("", pca_baseline(read[0]))
+        batches = cells.obs[known[0]].iloc[drawn].astype(str).to_numpy()
+        labels = cells.obs[known[1]].iloc[drawn] if len(known) > 1 else None
+        sections += _compared(embeddings, batches, labels, of_cells(len(drawn), cells.n_obs))
     facts = cells.uns.get("cellplm_integration", {})
     summary = f"{cells.n_obs:,} cells" + (f", batches of '{known[0]}'." if known else ".")
-    return Page("Integrated embedding", summary, [*sections, *_input(facts)])
+    return Page("Integrated embedding", summary, [*sections, *input_table(facts)])
 
 
-def _compared(scores: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return the scores of several embeddings as a table."""
-    names = [name for name in SCORES if all(name in own for own in scores.values())]
-    rows = [(embedding, *(float(own[name]) for name in names)) for embedding, own in scores.items()]
-    described = "; ".join(f"{SCORES[name][0]}: {SCORES[name][1]}" for name in names)
-    return Table(
-        ["embedding", *(SCORES[name][0] for name in names)],
-        rows,
-        f"Before and after, and Harmony on principal components as a baseline. {described[:1].upper()}{described[1:]}.",
-        "Batch mixing and preserved types",
-    )
+def _compared(
+    embeddings: Mapping[str, tuple[str, Any]], batches: Any, labels: Any, number: str
+) -> list[Section]:
+    """Return the scores of the embeddings of the same cells as a table, and those of Harmony on their components."""
+    from cellplm_jax.errors import MissingDependencyError
+    from cellplm_jax.evaluate.embedding import integration_scores
+    from cellplm_jax.tasks.alignment import harmony, numbers_of
+
+    if len(set(batches)) < 2:
+        return []
+    named = {
+        "integrated"
+        if heading == "Integrated"
+        else ("before: " + what if what else "components"): values
+        for heading, (what, values) in embeddings.items()
+    }
+    components = next((v for name, v in named.items() if "components" in name), None)
+    if components is not None:
+        with contextlib.suppress(MissingDependencyError):
+            named["Harmony on components"] = harmony(components, numbers_of(batches))
+    try:
+        scores = {
+            name: integration_scores(values, batches, labels) for name, values in named.items()
+        }
+    except InputError:
+        return []
+    rows = [
+        (SCORES[score][0], *(float(own[score]) for own in scores.values()), SCORES[score][1])
+        for score in SCORES
+        if all(score in own for own in scores.values())
+    ]
+    caption = f"Scores of {number}. Harmony on principal components is the baseline."
+    return [Table(["score", *scores, "meaning"], rows, caption, "Batch mixing and preserved types")]
 
 
 def classifier(estimator: Any) -> Page:
@@ -220,7 +257,7 @@ def classifier(estimator: Any) -> Page:
     return Page(
         "Tissue samples: fitted",
         f"{facts['samples']:,} samples of {facts['cells']:,} cells, labels {', '.join(estimator.labels)}.",
-        [*_shifts(estimator), _facts(facts), *_messages(estimator.messages)],
+        [*_shifts(estimator), facts_table(facts), *messages(estimator.messages)],
     )
 
 
@@ -250,7 +287,7 @@ def _shifts(estimator: Any) -> list[Section]:
 def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
     """Show labelled samples, and the contributions of their cells."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
     from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL, TYPE
 
     cells = read_annotations(path, uns=[FACTS])
@@ -301,12 +338,12 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
     if key in within:
         sample = within[key].astype(str)
         within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
-    for name in _telling(within):
+    for name in telling(within):
         groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
         means = groups.mean().sort_values(ascending=False)
         by_group = [
             (group, int(groups.size()[group]), float(mean)) for group, mean in means.items()
         ]
         sections.append(Table([name, "cells", "mean contribution"], by_group))
-    sections += [*_shifts(estimator), *_input(facts), *_messages(estimator.messages)]
+    sections += [*_shifts(estimator), *input_table(facts), *messages(estimator.messages)]
     return Page(f"Samples of {Path(path).name}", f"{len(table):,} samples: {listed}.", sections)

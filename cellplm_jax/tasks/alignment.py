@@ -7,26 +7,38 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from cellplm_jax.data.anndata_io import CountSource
 from cellplm_jax.errors import require
 from cellplm_jax.evaluate.components import (
     BLOCK,
+    OWN_CLIP,
     Discriminants,
-    OwnBasis,
     log_normalized,
-    own_basis,
     principal_components,
     unit_length,
+    variable_columns,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.tasks.context_components import (
     ALIGNED_COMPONENTS,
     CLUSTERED_CELLS,
+    DEPTH_RESOLUTION,
     DISCRIMINANTS,
     LATENT,
+    PLAIN,
+    RESOLUTION,
+    SCALED,
     SHRINKAGE,
+    depth_slopes,
 )
+
+COMPONENTS = 50
+"""Number of principal components of the genes, scaled and as they are."""
+
+CENTRED_CELLS = 20
+"""Batches with fewer cells are centred at the mean of the fit."""
 
 THETA = 2.0
 """Diversity penalty of Harmony at strength 1."""
@@ -37,6 +49,9 @@ SIGMA = 0.1
 RIDGE = 1.0
 """Number of cells by which the offset of a batch in a cluster is shrunk."""
 
+NEIGHBORS = 15
+"""Fewest cells that are clustered."""
+
 ROUNDS = 10
 """Rounds of assigning cells to clusters and moving them to the clusters of the fit."""
 
@@ -45,37 +60,44 @@ ROUNDS = 10
 class Alignment:
     """Aligned embedding of several batches, and the map that moves other cells to it.
 
-    The latent and the principal components of the cells are joined, reduced, and corrected by Harmony (Korsunsky et al.
-    2019). Its clusters are kept: cells are assigned to them softly, and each batch is moved, cluster by cluster, to the
-    corrected mean of the cluster (as in Symphony, Kang et al. 2021). Discriminants of Leiden clusters are appended.
+    The latent and the principal components of the cells are joined as by ``embed(adapt="context")``, reduced, and
+    corrected by Harmony (Korsunsky et al. 2019). Its clusters are kept: cells are assigned to them softly, and each
+    batch is moved, cluster by cluster, to the corrected mean of the cluster (as in Symphony, Kang et al. 2021). What
+    the library size explains within clusters is subtracted, and discriminants of clusters are appended.
 
     Attributes:
-        basis_genes: int [chosen], columns of the vocabulary.
-        basis_mean: float32 [chosen].
-        basis_deviation: float32 [chosen].
-        basis_loadings: float32 [chosen, components].
-        latent_centre: float32 [latent].
-        own_centre: float32 [components].
-        joined_centre: float32 [latent + components].
-        loadings: float32 [latent + components, aligned].
+        genes: int [chosen], columns of the vocabulary.
+        mean: float32 [chosen].
+        deviation: float32 [chosen].
+        scaled: float32 [chosen, components], loadings of the genes divided by their deviation.
+        plain: float32 [chosen, components], loadings of the genes as they are.
+        centres: float32 [latent + 2 x components], of the latent, and of both components.
+        plain_length: float32 [], root mean square length of the centred components of the genes as they are.
+        joined_centre: float32 [latent + 2 x components].
+        loadings: float32 [latent + 2 x components, aligned].
         centroids: float32 [clusters, aligned], unit length.
         references: float32 [clusters, aligned], corrected mean of each cluster.
         corrected_centre: float32 [aligned].
+        depth: float32 [], mean log library size.
+        slopes: float32 [aligned], change by log library size within clusters.
         directions: float32 [aligned, discriminants], with their scale.
         separated_centre: float32 [discriminants].
     """
 
-    basis_genes: np.ndarray
-    basis_mean: np.ndarray
-    basis_deviation: np.ndarray
-    basis_loadings: np.ndarray
-    latent_centre: np.ndarray
-    own_centre: np.ndarray
+    genes: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+    scaled: np.ndarray
+    plain: np.ndarray
+    centres: np.ndarray
+    plain_length: np.ndarray
     joined_centre: np.ndarray
     loadings: np.ndarray
     centroids: np.ndarray
     references: np.ndarray
     corrected_centre: np.ndarray
+    depth: np.ndarray
+    slopes: np.ndarray
     directions: np.ndarray
     separated_centre: np.ndarray
 
@@ -87,12 +109,16 @@ class Alignment:
             source: Their counts, in the vocabulary of the model.
             batch_of: int [cells], number of the batch; batches need not be those of the fit.
         """
-        basis = OwnBasis(
-            self.basis_genes, self.basis_mean, self.basis_deviation, self.basis_loadings
-        )
-        own = basis.project(lambda: map(log_normalized, source.blocks(BLOCK)), batch_of)
-        joined = _joined(latent - self.latent_centre, own - self.own_centre)
-        return self._finished(self.aligned((joined - self.joined_centre) @ self.loadings, batch_of))
+        expression, depth = _read(source, self.genes)
+        blocks = _standardized(expression, batch_of, self.mean, self.deviation)
+        scaled = np.concatenate([block @ self.scaled for block in blocks()])
+        blocks = _standardized(expression, batch_of, self.mean, None)
+        plain = np.concatenate([block @ self.plain for block in blocks()])
+        joined = _joined(latent, scaled, plain, self.centres, float(self.plain_length))
+        aligned = self.aligned((joined - self.joined_centre) @ self.loadings, batch_of)
+        unit = unit_length(aligned - self.corrected_centre)
+        unit = (unit - np.outer(depth - float(self.depth), self.slopes)).astype(np.float32)
+        return np.hstack([unit, unit @ self.directions - self.separated_centre])
 
     def aligned(self, components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
         """Return components [cells, aligned] with each batch moved to the clusters of the fit.
@@ -125,11 +151,6 @@ class Alignment:
         logits = 2.0 / SIGMA * (unit_length(components) @ self.centroids.T.astype(np.float64))
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
         return weight / weight.sum(axis=1, keepdims=True)
-
-    def _finished(self, aligned: np.ndarray) -> np.ndarray:
-        """Return aligned components of unit length, and their discriminants."""
-        unit = unit_length(aligned - self.corrected_centre).astype(np.float32)
-        return np.hstack([unit, unit @ self.directions - self.separated_centre])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the attributes; ``Alignment(**arrays)`` is the same alignment."""
@@ -166,46 +187,101 @@ def fit_alignment(
     def blocks() -> Any:
         return map(log_normalized, source.blocks(BLOCK))
 
-    basis = own_basis(blocks, batch_of)
-    own = basis.project(blocks, batch_of)
-    latent_centre, own_centre = latent.mean(axis=0), own.mean(axis=0)
-    joined = _joined(latent - latent_centre, own - own_centre)
+    genes, deviation = variable_columns(blocks)
+    expression, depth = _read(source, genes)
+    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    number = min(COMPONENTS, expression.shape[0] - 1, len(genes) - 1)
+    bases, components = [], []
+    for scale in (deviation, None):
+        values = _standardized(expression, batch_of, mean, scale)
+        basis, _ = principal_components(values, len(genes), number, passes=6)
+        bases.append(basis)
+        components.append(np.concatenate([block @ basis for block in values()]))
+    centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
+    length = np.sqrt(np.square(components[1] - components[1].mean(axis=0)).sum(axis=1).mean())
+    joined = _joined(latent, *components, centres, float(length))
     centre = joined.mean(axis=0)
     number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
     loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
-    components = ((joined - centre) @ loadings).astype(np.float64)
-    empty = np.zeros((0, number), np.float32)
-    centroids = references = empty
+    reduced = ((joined - centre) @ loadings).astype(np.float64)
+    centroids = references = np.zeros((0, number))
     if strength > 0:
         on_progress("alignment of the batches")
-        corrected, weight = _harmony(components, batch_of, strength)
+        corrected, weight = _harmony(reduced, batch_of, strength)
         share = weight / np.maximum(weight.sum(axis=0), 1e-12)
         references = share.T @ corrected
         centroids = unit_length(weight.T @ unit_length(corrected))
-    unfinished = Alignment(
-        basis.genes, basis.mean, basis.deviation, basis.loadings, latent_centre, own_centre, centre,
-        loadings, centroids, references, np.zeros(number), np.zeros((number, 0)), np.zeros(0),
+    none = np.zeros(0)
+    alignment = Alignment(
+        genes, mean, deviation, *bases, centres, np.array(length), centre, loadings, centroids,
+        references, none, np.array(depth.mean()), none, none, none,
     )  # fmt: skip
-    aligned = unfinished.aligned(components, batch_of)
+    aligned = alignment.aligned(reduced, batch_of)
     middle = aligned.mean(axis=0)
-    unit = unit_length(aligned - middle)
-    on_progress("clusters of the cells")
-    every = -(-len(unit) // CLUSTERED_CELLS)
-    directions, shift = np.zeros((number, 0)), np.zeros(0)
-    if len(unit) > 15:
-        clusters = leiden_clusters(unit[::every].astype(np.float32))
+    unit = unit_length(aligned - middle).astype(np.float32)
+    slopes, directions = np.zeros(number), np.zeros((number, 0))
+    if len(unit) > NEIGHBORS:
+        on_progress("clusters of the cells")
+        every = -(-len(unit) // CLUSTERED_CELLS)
+        clusters = leiden_clusters(unit[::every], resolution=DEPTH_RESOLUTION)
+        slopes = depth_slopes(unit[::every], depth[::every], clusters)
+        unit = unit - np.outer(depth - depth.mean(), slopes).astype(np.float32)
+        clusters = leiden_clusters(unit[::every], resolution=RESOLUTION)
         pooled = Discriminants(number, shrinkage=SHRINKAGE)
-        pooled.add(unit[::every], clusters)
+        pooled.add(unit[::every] - unit[::every].mean(axis=0), clusters)
         directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
-        separated = unit @ directions
-        separated -= separated.mean(axis=0)
-        length = np.square(separated).sum(axis=1).mean()
-        directions = directions * np.sqrt(np.square(unit).sum(axis=1).mean() / max(length, 1e-12))
-        shift = unit.mean(axis=0) @ directions
-    arrays = unfinished.arrays()
-    arrays |= {"corrected_centre": middle, "directions": directions, "separated_centre": shift}
-    kept = {n: v if n == "basis_genes" else np.asarray(v, np.float32) for n, v in arrays.items()}
+        separated = (unit - unit.mean(axis=0)) @ directions
+        lengths = [np.square(values).sum(axis=1).mean() for values in (unit, separated)]
+        directions = directions * np.sqrt(lengths[0] / max(lengths[1], 1e-12))
+    arrays = alignment.arrays() | {
+        "corrected_centre": middle,
+        "slopes": slopes,
+        "directions": directions,
+        "separated_centre": unit.mean(axis=0) @ directions,
+    }
+    kept = {n: v if n == "genes" else np.asarray(v, np.float32) for n, v in arrays.items()}
     return Alignment(**kept)
+
+
+def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Return log-normalized expression of some genes, CSR [cells, genes], and the log library sizes [cells]."""
+    expression, depth = [], []
+    for block in source.blocks(BLOCK):
+        depth.append(np.log1p(np.asarray(block.sum(axis=1)).ravel()))
+        expression.append(log_normalized(block)[:, genes])
+    return sparse.vstack(expression).tocsr(), np.concatenate(depth).astype(np.float32)
+
+
+def _standardized(
+    expression: Any, batch_of: np.ndarray, mean: np.ndarray, deviation: np.ndarray | None
+) -> Callable[[], Iterable[np.ndarray]]:
+    """Return a function that returns expression, centred by batch and divided by the deviation, in blocks of cells."""
+    names, codes = np.unique(batch_of, return_inverse=True)
+    centre = np.tile(mean, (len(names), 1))
+    for code in range(len(names)):
+        members = np.flatnonzero(codes == code)
+        if len(members) >= CENTRED_CELLS:
+            centre[code] = np.asarray(expression[members].mean(axis=0)).ravel()
+
+    def blocks() -> Iterable[np.ndarray]:
+        for start in range(0, expression.shape[0], BLOCK):
+            rows = slice(start, start + BLOCK)
+            dense = expression[rows].toarray() - centre[codes[rows]]
+            if deviation is not None:
+                dense = np.clip(dense / deviation, -OWN_CLIP, OWN_CLIP)
+            yield dense
+
+    return blocks
+
+
+def _joined(
+    latent: np.ndarray, scaled: np.ndarray, plain: np.ndarray, centres: np.ndarray, length: float
+) -> np.ndarray:
+    """Return centred latent and components side by side, float32 [cells, latent + 2 x components]."""
+    widths = np.cumsum([latent.shape[1], scaled.shape[1]])
+    one, other, last = np.split(centres, widths)
+    joined = [LATENT * unit_length(latent - one), SCALED * unit_length(scaled - other)]
+    return np.hstack([*joined, PLAIN / max(length, 1e-9) * (plain - last)]).astype(np.float32)
 
 
 def harmony(components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,17 +14,16 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import ConfigError, InputError, MissingDependencyError
+from cellplm_jax.errors import ConfigError, InputError, require
 from cellplm_jax.evaluate.denoising import gene_means
-from cellplm_jax.evaluate.embedding import integration_scores, pca_baseline
+from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.tasks.alignment import Alignment, fit_alignment, harmony, numbers_of
+from cellplm_jax.tasks.alignment import Alignment, fit_alignment, numbers_of
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -39,9 +38,6 @@ FACTS = "cellplm_integration"
 
 WEIGHT = 0.03
 """Weight of the mixing term at ``strength=1``, relative to the logarithm of the reconstruction loss."""
-
-COMPARED_CELLS = 20_000
-"""Maximum number of cells for which the baselines of a report are computed."""
 
 DRAWS = 4
 """Number of random assignments of cells to contexts, over which the epochs cycle."""
@@ -106,7 +102,7 @@ class BatchIntegrator(Estimator):
         strength: float = 1.0,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
@@ -145,6 +141,7 @@ class BatchIntegrator(Estimator):
         batch_key: str,
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> BatchIntegrator:
         """Fit to the cells of several batches.
@@ -154,6 +151,7 @@ class BatchIntegrator(Estimator):
             batch_key: Column of ``obs`` with the batch of each cell; at least two.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -162,7 +160,9 @@ class BatchIntegrator(Estimator):
         Raises:
             InputError: There is only one batch, or keys, counts or genes cannot be used.
         """
-        reading = Reading(batch_key, None, layer, gene_key, "counts", cells_per_context, None)
+        reading = Reading(
+            batch_key, None, layer, gene_key, "counts", cells_per_context, None, feature_type
+        )
         if self.method == "align" and self.base is not None:
             return self._align(adata, reading, self.base)
         if self.base is not None:
@@ -234,7 +234,13 @@ class BatchIntegrator(Estimator):
         return self
 
     def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
-        return open_counts(data, model.genes, layer=reading.layer, gene_key=reading.gene_key)
+        return open_counts(
+            data,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
+        )
 
     def _deal(
         self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
@@ -257,12 +263,13 @@ class BatchIntegrator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
         batch_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Embed cells, in place; cells of new batches can be embedded.
@@ -280,6 +287,7 @@ class BatchIntegrator(Estimator):
             batch_key: Column of ``obs`` with the batch, for ``"align"``; the same as in ``fit`` by default.
             layer: See :meth:`fit`; the same by default.
             gene_key: See :meth:`fit`; the same by default.
+            feature_type: See :meth:`fit`; the same by default.
             cells_per_context: See :meth:`fit`; the same by default.
 
         Returns:
@@ -289,8 +297,14 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
-        keys = {"batch_key": batch_key, "layer": layer, "gene_key": gene_key,
-                "cells_per_context": cells_per_context}  # fmt: skip
+        adata = as_anndata(adata)
+        keys = {
+            "batch_key": batch_key,
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+            "cells_per_context": cells_per_context,
+        }
         z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
         adata.obsm[key_added] = z
         adata.uns[FACTS] = facts
@@ -348,8 +362,13 @@ class BatchIntegrator(Estimator):
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
         model = self._fitted()
+        require("scanpy", "eval", "Scoring an integration")
         with open_counts(
-            adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
+            adata,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             batches = source.column(str(reading.batch_key))
             labels = None if label_key is None else labels_of(source.obs, label_key)
@@ -448,52 +467,3 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
         }
 
     return loss
-
-
-def compare_embeddings(
-    path: str | os.PathLike,
-    key: str,
-    batch_key: str | None,
-    label_key: str | None = None,
-    *,
-    layer: str | None = None,
-    gene_key: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """Score an integrated embedding beside those before integration, and the usual baseline.
-
-    Args:
-        path: File with the embedding.
-        key: Key of ``obsm`` with the integrated embedding.
-        batch_key: Column of ``obs`` with the batch. None, or a column that the file lacks: nothing is compared.
-        label_key: Column of ``obs`` with cell types.
-        layer: Layer with the counts.
-        gene_key: Column of ``var`` with gene ids.
-
-    Returns:
-        Scores of :func:`cellplm_jax.evaluate.embedding.integration_scores` by embedding: those of ``obsm`` among
-        ``"X_cellplm"``, ``"X_pca"`` and ``key``, and for up to :data:`COMPARED_CELLS` cells ``"PCA"`` and ``"Harmony on
-        PCA"``, computed from the counts if the extra ``eval`` is installed.
-    """
-    import anndata
-
-    data = anndata.read_h5ad(path)
-    if batch_key is None or batch_key not in data.obs:
-        return {}
-    batches = data.obs[batch_key].astype(str).to_numpy()
-    if len(set(batches)) < 2:
-        return {}
-    labels = None if label_key is None else labels_of(data.obs, label_key)
-    embeddings: dict[str, np.ndarray] = {}
-    if data.n_obs <= COMPARED_CELLS:
-        human = sorted(load_human_table().symbols)
-        with open_counts(path, human, layer=layer, gene_key=gene_key, minimum_genes=0) as source:
-            counts = source.read(0, source.cells)[:, np.flatnonzero(source.measured)]
-        try:
-            embeddings["PCA"] = pca_baseline(counts)
-            embeddings["Harmony on PCA"] = harmony(embeddings["PCA"], numbers_of(batches))
-        except MissingDependencyError:
-            pass
-    for name in ("X_pca", "X_cellplm", key):
-        if name in data.obsm:
-            embeddings[name] = np.asarray(data.obsm[name])
-    return {name: integration_scores(z, batches, labels) for name, z in embeddings.items()}

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
 from cellplm_jax.tasks.perturbation_head import (
     PerturbationPrediction,
     perturbation_loss,
@@ -131,7 +131,7 @@ class PerturbationPredictor(Estimator):
         gene_features: Literal["default", "model", "data", "both"] = "default",
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         for name, value, known in (
@@ -182,6 +182,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
     ) -> PerturbationPredictor:
         """Fit to perturbed and control cells.
@@ -204,6 +205,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
 
         Returns:
@@ -216,7 +218,10 @@ class PerturbationPredictor(Estimator):
             raise InputError(
                 f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Use one of them"
             )
-        table = self._read(adata, Reading(batch_key, spatial_key, layer, gene_key, values))
+        reading = Reading(
+            batch_key, spatial_key, layer, gene_key, values, feature_type=feature_type
+        )
+        table = self._read(adata, reading)
         raw = _values(table, perturbation_key)
         genes = table.genes if self.base is None else self.base.genes
         names = read_names(raw, control, tuple(genes), key=perturbation_key, targets=targets)
@@ -583,6 +588,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> PerturbationPrediction:
         """Predict the mean effect of perturbations on control cells.
@@ -597,6 +603,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -615,7 +622,7 @@ class PerturbationPredictor(Estimator):
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
             reading = self.reading.changed(
-                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
                 values=values,
             )  # fmt: skip
             z, control = self._of_controls(controls, reading)
@@ -675,6 +682,7 @@ class PerturbationPredictor(Estimator):
             spatial_key=reading.spatial_key,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             values=reading.values,
         )
 
@@ -733,6 +741,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> dict[str, float]:
         """Predict the perturbations of other cells from their control cells, and score the predictions.
@@ -746,6 +755,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -760,7 +770,7 @@ class PerturbationPredictor(Estimator):
         """
         model = self._fitted()
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values,
         )  # fmt: skip
         key = perturbation_key or self.facts["perturbation_key"]

@@ -13,14 +13,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import MaskingConfig, ModelConfig
 from cellplm_jax.data.genes import symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
 KERNEL, BIAS = ("head", "mlp", "linear_0", "kernel"), ("head", "mlp", "linear_0", "bias")
 
 
-@dataclass(frozen=True, eq=False)
-class PerturbationPrediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class PerturbationPrediction(Displayed):
     """Predictions for perturbations.
 
     Attributes:
@@ -37,6 +38,14 @@ class PerturbationPrediction:
     control: pd.Series
     known: pd.Series
     messages: tuple[str, ...] = ()
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "perturbations": list(map(str, self.change.index)),
+            "genes": self.change.shape[1],
+            "known": self.known.value_counts().to_dict(),
+            "messages": len(self.messages) or None,
+        }
 
     def tidy(self) -> pd.DataFrame:
         """Return one row per perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""

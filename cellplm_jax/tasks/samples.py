@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,8 @@ from cellplm_jax.evaluate.cohorts import SIGNIFICANT, samples_needed, smallest_p
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.contexts import CellTable, labels_of, source_groups
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, read_obs, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.sample_shifts import CHUNK, TypeShifts, expression_of, fit_shifts
 
@@ -80,6 +80,7 @@ class SampleClassifier(Estimator):
         InputError: An option does not apply.
     """
 
+    recipe_fields = ("seed",)
     task: ClassVar[str] = "samples"
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(freeze="encoder")
 
@@ -89,7 +90,7 @@ class SampleClassifier(Estimator):
         *,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
@@ -121,6 +122,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
     ) -> SampleClassifier:
@@ -137,6 +139,7 @@ class SampleClassifier(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context; None: one context per sample.
 
@@ -147,7 +150,15 @@ class SampleClassifier(Estimator):
             InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
                 or a label has fewer than two samples; the message states the remedy.
         """
-        reading = Reading(sample_key, spatial_key, layer, gene_key, values, cells_per_context)
+        reading = Reading(
+            sample_key,
+            spatial_key,
+            layer,
+            gene_key,
+            values,
+            cells_per_context,
+            feature_type=feature_type,
+        )
         table = self._read(adata, reading)
         names, truth = _labels_of_samples(table.batch, labels_of(table.obs, label_key), label_key)
         there = np.array([label is not None for label in truth], bool)
@@ -216,8 +227,7 @@ class SampleClassifier(Estimator):
             usable = np.arange(len(z)) % every == 0
             try:
                 reading = self.reading
-                read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
-                with open_counts(data, model.genes, values=reading.values, **read) as source:
+                with self._opened(data, model, reading) as source:
                     groups = source_groups(source, reading.batch_key)
                     joined = join_context(z, source, groups)
                 clusters = leiden_clusters(joined[usable])
@@ -238,6 +248,16 @@ class SampleClassifier(Estimator):
             seed=self.training.seed,
         )  # fmt: skip
         return facts
+
+    def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
+        return open_counts(
+            data,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            values=reading.values,
+            feature_type=reading.feature_type,
+        )
 
     def _log_tests(self) -> None:
         """Append the p-values, and what the number of samples allows."""
@@ -263,12 +283,13 @@ class SampleClassifier(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         sample_key: str = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
@@ -288,6 +309,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
@@ -299,9 +321,10 @@ class SampleClassifier(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
+        adata = as_anndata(adata)
         table, columns, facts, _ = self._predict(adata, reading)
         for name, values_of_cells in columns.items():
             adata.obs[name] = values_of_cells
@@ -338,7 +361,7 @@ class SampleClassifier(Estimator):
         """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        obs = _obs_of(data)
+        obs = read_obs(data)
         samples = _column(obs, reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
@@ -354,10 +377,9 @@ class SampleClassifier(Estimator):
             columns[CONTRIBUTION] = evidence[np.arange(len(z)), of_cell].astype(np.float32)
         else:
             types = self._types_of(z, obs, self._shifts)
-            read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
             place = {gene: column for column, gene in enumerate(model.genes)}
             wanted = [place[gene] for gene in self._shifts.genes]
-            with open_counts(data, model.genes, values=reading.values, **read) as source:
+            with self._opened(data, model, reading) as source:
                 columns[CONTRIBUTION] = self._shifts.contributions(
                     z, lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
                 )
@@ -393,7 +415,7 @@ class SampleClassifier(Estimator):
 
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         folds: int | None = None,
@@ -401,6 +423,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> dict[str, float]:
@@ -417,6 +440,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`predict`.
             layer: See :meth:`predict`.
             gene_key: See :meth:`predict`.
+            feature_type: See :meth:`predict`.
             values: See :meth:`predict`.
             cells_per_context: See :meth:`predict`.
 
@@ -430,12 +454,13 @@ class SampleClassifier(Estimator):
         """
         self._fitted()
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
-        samples = _column(adata.obs, reading)
-        names, truth = _labels_of_samples(samples, labels_of(adata.obs, key), key)
+        obs = read_obs(adata)
+        samples = _column(obs, reading)
+        names, truth = _labels_of_samples(samples, labels_of(obs, key), key)
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
         if not len(truth):
@@ -635,17 +660,6 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
             "at least two samples per label",
             "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
-
-
-def _obs_of(data: AnnData | Path) -> pd.DataFrame:
-    """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
-    if not isinstance(data, Path):
-        return data.obs
-    import h5py
-    from anndata.io import read_elem
-
-    with h5py.File(data, "r") as file:
-        return read_elem(file["obs"])
 
 
 def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:
