@@ -323,8 +323,3 @@ def numbers_of(batches: Iterable[str]) -> np.ndarray:
     batches = list(batches)
     place = {name: number for number, name in enumerate(dict.fromkeys(batches))}
     return np.array([place[name] for name in batches], np.int64)
-
-
-def _joined(latent: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Return centred latent and components side by side, each of the same length for all cells."""
-    return np.hstack([LATENT * unit_length(latent), unit_length(own)]).astype(np.float32)
