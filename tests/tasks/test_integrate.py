@@ -181,7 +181,7 @@ def test_which_method(tiny_model):
         BatchIntegrator(None, method="align")
     with pytest.raises(InputError, match="method='best'; expected 'default', 'align'"):
         BatchIntegrator(tiny_model, method="best")
+    adata = batched(30)
+    adata.obs["one"] = "only"
     with pytest.raises(InputError, match=r"names 1 batch with counts \('only'\)"):
-        adata = batched(30)
-        adata.obs["one"] = "only"
         BatchIntegrator(tiny_model, quiet=True).fit(adata, batch_key="one")
