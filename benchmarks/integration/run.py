@@ -86,9 +86,12 @@ def table(rows: list[dict]) -> str:
                 values = " | ".join(f"{row['scores'][name]:.3f}" for name in SHOWN)
                 lines.append(f"| {row['method']} | {values} | {row['processor_seconds']} |")
         lines.append("")
-    lines += ["All scores: higher is better. The first four measure mixing, `kbet_per_label` and "
-              "`batch_silhouette` within types; the others preserved types (Leiden at resolution 1).", "",
-              f"{machine()}; processor seconds, compilation included. Made by `benchmarks/integration/run.py`."]  # fmt: skip
+    lines += [
+        "All scores: higher is better. The first four measure mixing, `kbet_per_label` and `batch_silhouette` within "
+        "types; the others preserved types (Leiden at resolution 1).",
+        "",
+        f"{machine()}; processor seconds, compilation included. Made by `benchmarks/integration/run.py`.",
+    ]
     return "\n".join(lines) + "\n"
 
 

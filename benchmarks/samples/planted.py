@@ -126,13 +126,18 @@ def one(model, cells: ad.AnnData, scenario: str, seed: int, type_key: str | None
 
 def page(content: dict) -> str:
     """Return the rows as a page: means over seeds."""
-    lines = ["# Planted differences between samples", "", __doc__.split("\n\n")[1].replace("\n", " "), "",
-             f"{SAMPLES} samples of {CELLS} cells of the purified PBMC of Zheng et al.; T cells that are sorted by surface "
-             f"markers are merged to CD4 T and CD8 T; {GENES} genes times or divided by {FOLD}. AUROC of the cells of the "
-             "type among the cells of sick samples, by their contribution. p: permuted labels; the number of seeds with "
-             "p at most 0.05.", "",
-             "| planted | types | seeds | AUROC | lowest | highest | AUROC before | shift found | other proportions found |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    how = (
+        f"{SAMPLES} samples of {CELLS} cells of the purified PBMC of Zheng et al.; T cells that are sorted by surface "
+        f"markers are merged to CD4 T and CD8 T; {GENES} genes times or divided by {FOLD}. AUROC of the cells of the "
+        "type among the cells of sick samples, by their contribution. Found: seeds with p at most 0.05 (permuted labels)."
+    )
+    columns = "planted | types | seeds | AUROC | lowest | highest | AUROC before | shift found | proportions found"
+    lines = [
+        "# Planted differences between samples",
+        "",
+        __doc__.split("\n\n")[1].replace("\n", " "),
+    ]
+    lines += ["", how, "", f"| {columns} |", "|---" * 9 + "|"]
     for scenario in ("shift", "proportions", "none"):
         for types in ("kind", "clusters"):
             rows = [r for r in content["rows"] if (r["scenario"], r["types"]) == (scenario, types)]

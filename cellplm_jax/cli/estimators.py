@@ -353,7 +353,7 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
         **passed_options(arguments, ("covariate_key", "targets", *READING)),
     )
     predictor.save(arguments.out)
-    facts = {**predictor.facts, **_baselines(predictor.left_out)}
+    facts = predictor.facts
     line = f"wrote {arguments.out}: {number_of(facts['perturbations'], 'perturbation')}"
     if facts["groups"] > 1:
         line += f" in {facts['groups']} groups"
@@ -367,15 +367,6 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
         )
     write_page(arguments, "effects.predictor", predictor)
     print_result(arguments, lines, {"wrote": [arguments.out], **facts})
-
-
-def _baselines(left_out: Any) -> dict[str, float]:
-    """Return the mean error of left-out predictions and of the baselines."""
-    if left_out is None:
-        return {}
-    table = left_out.table()
-    names = [name for name in table if name.startswith("rmse")]
-    return {f"left_out_{name}": float(table[name].mean()) for name in names}
 
 
 def _perturb_predict(arguments: argparse.Namespace) -> None:

@@ -486,6 +486,9 @@ class PerturbationPredictor(Estimator):
         self.facts |= errors
         parts = {name: self._names.parts(name) for name in self.perturbations}
         self.left_out = problem.left_out_table(parts, *chosen)
+        if self.left_out is not None:
+            means = self.left_out.table().filter(like="rmse").mean()
+            self.facts |= {f"left_out_{name}": float(value) for name, value in means.items()}
         mean, by_condition, by_latent = problem.solve(np.arange(len(changes)), *chosen)
         kernel = np.concatenate(
             [by_latent / scale, by_condition, (mean - usual @ by_condition)[None]], axis=0

@@ -281,6 +281,7 @@ def test_baselines_of_left_out_perturbations(fitted):
     means = table.mean(numeric_only=True)
     assert means["rmse"] < means["rmse_mean_change"] < means["rmse_no_change"]
     assert fitted.facts["left_out_perturbations_rmse_of_no_change"] > 0
+    assert fitted.facts["left_out_rmse_additive"] == pytest.approx(means["rmse_additive"])
     both = next(name for name in table.index if "+" in name)
     # A combination is predicted from its measured targets, as in predict.
     assert table.loc[both, "rmse_additive"] < table.loc[both, "rmse_mean_change"]

@@ -150,7 +150,9 @@ def test_another_well_known_name_is_a_perturbation(vocabulary):
 def test_refuses(vocabulary):
     with pytest.raises(InputError, match=r"2 values are well-known names \('ctrl', 'vehicle'\)"):
         read(vocabulary, ["ctrl", "vehicle", "STAT1"])
-    with pytest.raises(InputError, match=r"no value of obs.* is a well-known name; .* Pass control"):
+    with pytest.raises(
+        InputError, match=r"no value of obs.* is a well-known name; .* Pass control"
+    ):
         read(vocabulary, ["x", "STAT1"])
     with pytest.raises(InputError, match="no cell has the control 'contrl'"):
         read(vocabulary, ["control", "STAT1"], "contrl")
