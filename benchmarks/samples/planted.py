@@ -129,7 +129,7 @@ def page(content: dict) -> str:
     how = (
         f"{SAMPLES} samples of {CELLS} cells of the purified PBMC of Zheng et al.; T cells that are sorted by surface "
         f"markers are merged to CD4 T and CD8 T; {GENES} genes times or divided by {FOLD}. AUROC of the cells of the "
-        "type among the cells of sick samples, by their contribution. Found: seeds with p at most 0.05 (permuted labels)."
+        "type among the cells of sick samples, by their contribution. Found: seeds with p at most 0.05 (permutation)."
     )
     columns = "planted | types | seeds | AUROC | lowest | highest | AUROC before | shift found | proportions found"
     lines = [

@@ -266,19 +266,18 @@ def _shifts(estimator: Any) -> list[Section]:
     table = estimator.shifts
     if "p" not in table:
         return []
-    columns = ["type", "cells", "samples", "p", "p_latent", "p_pseudobulk", "space", "genes"]
+    columns = ["type", "cells", "samples", "p", "p_pseudobulk", "p_latent", "genes"]
     rows = [
         tuple("" if value != value else value for value in row)
         for row in table.sort_values("p")[columns].itertuples(index=False, name=None)
     ]
     return [
         Table(
-            ["type", "cells", "samples", "p, corrected", "p, latent", "p, pseudobulk", "contributions by",
-             "genes that differ most"],
+            ["type", "cells", "samples", "p, corrected", "p, expression", "p, latent", "genes that differ most"],
             rows,
-            "Shift of the mean of each type between the labels. p by permuting the labels of the samples, in the "
-            "latent and in mean expression per sample (pseudobulk, the baseline); corrected for the number of both. "
-            "Differences in the proportions of types do not count.",
+            "Shift of the mean expression of each type between the labels (pseudobulk): p by permuting the labels of "
+            "the samples; corrected for the number of types. Differences in the proportions of types do not count. The "
+            "latent of a type also shifts when other cells of its sample do, so its p is for comparison.",
             "Shifts of cell types between labels",
         )
     ]  # fmt: skip

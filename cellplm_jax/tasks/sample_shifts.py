@@ -50,57 +50,37 @@ Blocks = Callable[[], Iterable[sparse.csr_matrix]]
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
-    """Features of cells with unit variance within type and sample, and their means under every label.
-
-    Attributes:
-        kind: ``"latent"`` or ``"expression"``.
-        scale: float32, map [latent, latent] of the latents, or factor [genes] of log-normalised expression.
-        means: float32 [types, labels, features]; the same for all labels in types without a shift.
-    """
-
-    kind: str
-    scale: np.ndarray
-    means: np.ndarray
-
-    def features(self, z: np.ndarray, expression: sparse.csr_matrix) -> np.ndarray:
-        """Return float [cells, features].
-
-        Args:
-            z: float [cells, latent].
-            expression: CSR [cells, genes].
-        """
-        if self.kind == "latent":
-            return z @ self.scale
-        return np.asarray(expression.todense()) * self.scale
-
-
-@dataclass(frozen=True, eq=False)
 class TypeShifts:
-    """Mean of every type under every label, in the latent and in the expression of genes.
+    """Mean expression of every type under every label.
 
     The contribution of a cell is the log-odds of its label under normal distributions around the means of its own type:
-    the type itself, and the proportions of types, do not contribute. A difference between labels counts by feature, as
-    far as it exceeds its variance over samples (positive-part James-Stein), and not at all in types whose labels do not
-    differ more than permuted ones. Each type uses the space, latent or expression, in which its labels differ more.
+    the type itself, and the proportions of types, do not contribute. Expression is compared and not the latent, because
+    cells attend to each other: the latent of a type also shifts when other cells of its sample do. A difference between
+    labels counts by gene, as far as it exceeds its variance over samples (positive-part James-Stein), and not at all in
+    types whose labels do not differ more than permuted ones.
 
     Attributes:
         types: Names of the types.
         labels: Names of the labels.
         genes: Names of the genes that are compared.
-        spaces: Latent and expression.
-        space_of: int [types], the space that is used.
-        table: One dictionary per type: ``type``, ``cells``, ``samples``; with enough samples also ``p_latent`` and
-            ``p_pseudobulk``, permutation p-values of the shift in the latent and in the mean log-normalised expression
-            per sample, ``p`` (of both, corrected for the number of tests), ``space`` of the contributions ("none": no
-            shift) and ``genes``, those that differ most.
+        scale: float32 [genes], factor to unit variance of log-normalised expression within type and sample.
+        means: float32 [types, labels, genes], of scaled expression.
+        shifted: bool [types], types whose cells contribute.
+        whitening: float32 [latent, latent], map of the latent to unit covariance within type and sample.
+        centres: float32 [types x labels, latent], means of the latent, for the type of other cells.
+        table: One dictionary per type: ``type``, ``cells``, ``samples``; with enough samples also ``p_pseudobulk``, the
+            permutation p-value of the shift of mean expression per sample, ``p``, the same corrected for the number of
+            types, ``p_latent``, that of the mean latent, and ``genes``, those that differ most.
     """
 
     types: list[str]
     labels: list[str]
     genes: list[str]
-    spaces: tuple[Space, Space]
-    space_of: np.ndarray
+    scale: np.ndarray
+    means: np.ndarray
+    shifted: np.ndarray
+    whitening: np.ndarray
+    centres: np.ndarray
     table: list[dict[str, Any]]
 
     def assign(self, z: np.ndarray) -> np.ndarray:
@@ -109,18 +89,14 @@ class TypeShifts:
         Args:
             z: float [cells, latent].
         """
-        space = self.spaces[0]
-        means = space.means.reshape(-1, space.means.shape[-1]).astype(np.float64)
-        half = 0.5 * np.square(means).sum(axis=1)
-        return (z @ (space.scale @ means.T) - half).argmax(axis=1) // len(self.labels)
+        centres = self.centres.astype(np.float64)
+        half = 0.5 * np.square(centres).sum(axis=1)
+        return (z @ (self.whitening @ centres.T) - half).argmax(axis=1) // len(self.labels)
 
-    def contributions(
-        self, z: np.ndarray, blocks: Blocks, types: np.ndarray, labels: np.ndarray
-    ) -> np.ndarray:
+    def contributions(self, blocks: Blocks, types: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return the log-odds of each cell's label against the other labels, given its type.
 
         Args:
-            z: float [cells, latent].
             blocks: Returns log-normalised expression of :attr:`genes`, CSR [cells, genes], in blocks of cells.
             types: int [cells].
             labels: int [cells], the label whose evidence is returned.
@@ -128,43 +104,34 @@ class TypeShifts:
         Returns:
             float32 [cells]; 0 for types without a shift.
         """
-        result, start = np.zeros(len(z), np.float32), 0
+        result, start = np.zeros(len(types), np.float32), 0
         for block in blocks():
             rows = np.arange(start, start + block.shape[0])
             start += block.shape[0]
-            for number, space in enumerate(self.spaces):
-                for code in np.unique(types[rows]):
-                    if self.space_of[code] != number:
-                        continue
-                    here = rows[types[rows] == code]
-                    means = space.means[code].astype(np.float64)
-                    values = space.features(z[here], block[here - rows[0]])
-                    likelihood = values @ means.T - 0.5 * np.square(means).sum(axis=1)
-                    own = likelihood[np.arange(len(here)), labels[here]]
-                    result[here] = own - (likelihood.sum(axis=1) - own) / (len(self.labels) - 1)
+            for code in np.unique(types[rows]):
+                if not self.shifted[code]:
+                    continue
+                here = rows[types[rows] == code]
+                means = self.means[code].astype(np.float64)
+                values = np.asarray(block[here - rows[0]].todense()) * self.scale
+                likelihood = values @ means.T - 0.5 * np.square(means).sum(axis=1)
+                own = likelihood[np.arange(len(here)), labels[here]]
+                result[here] = own - (likelihood.sum(axis=1) - own) / (len(self.labels) - 1)
         return result
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the attributes as JSON and arrays, for :meth:`restore`."""
         plain = {"types": self.types, "genes": self.genes, "table": self.table}
-        arrays = {"shift_space": self.space_of}
-        for space in self.spaces:
-            arrays |= {f"{space.kind}_scale": space.scale, f"{space.kind}_means": space.means}
-        return plain, arrays
+        names = ("scale", "means", "shifted", "whitening", "centres")
+        return plain, {f"shift_{name}": getattr(self, name) for name in names}
 
     @classmethod
     def restore(
         cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], labels: Sequence[str]
     ) -> TypeShifts:
         """Return the object of :meth:`state`."""
-        one, other = (
-            Space(kind, arrays[f"{kind}_scale"], arrays[f"{kind}_means"])
-            for kind in ("latent", "expression")
-        )
-        return cls(
-            list(plain["types"]), list(labels), list(plain["genes"]), (one, other),
-            arrays["shift_space"], list(plain["table"]),
-        )  # fmt: skip
+        kept = {n.removeprefix("shift_"): a for n, a in arrays.items() if n.startswith("shift_")}
+        return cls(**plain, **kept, labels=list(labels))
 
 
 def expression_of(
@@ -238,12 +205,21 @@ def fit_shifts(
     symbols = symbols_of(compared)
 
     number = cells.reshape(shape)
+    kept_cells = _equal_cells(group, number, np.random.default_rng(seed))
+    even = sparse.csr_matrix(
+        (np.ones(len(kept_cells)), (group[kept_cells], kept_cells)), gather.shape
+    )
+    even = sparse.diags(1.0 / np.maximum(np.asarray(even.sum(axis=1)).ravel(), 1)) @ even
+    tested_means: list[Any] = [
+        np.asarray(even @ latent).reshape(*shape, -1),
+        np.asarray((even @ expression[:, chosen]).todense(), np.float64).reshape(*shape, -1),
+    ]
     means = [
         (centres @ whitening).reshape(*shape, -1),
         (profiles[:, chosen] * scale).reshape(*shape, -1),
     ]
     kept = [np.zeros((shape[0], len(labels), values.shape[-1])) for values in means]
-    space_of = np.full(shape[0], -1)
+    shifted = np.zeros(shape[0], bool)
     table: list[dict[str, Any]] = []
     tests: list[tuple[dict[str, Any], list[np.ndarray]]] = []
     for code, name in enumerate(names):
@@ -260,13 +236,14 @@ def fit_shifts(
         if min(np.count_nonzero(weight[codes == label]) for label in range(len(labels))) < 2:
             continue
         valid = np.flatnonzero(weight)
+        # Unequal numbers of cells make unequal noise, which permuted labels would not have.
         statistics = [
-            separation(_standardised(values[code][valid]), permuted[:, valid], weight[valid])
-            for values in means
+            separation(_standardised(values[code][valid]), permuted[:, valid])
+            for values in tested_means
         ]
         tests.append((row, [(one - one.mean()) / max(one.std(), 1e-30) for one in statistics]))
         p = [permutation_p(one) for one in statistics]
-        row |= {"p_latent": p[0], "p_pseudobulk": p[1], "space": "none"}
+        row |= {"p_latent": p[0], "p_pseudobulk": p[1]}
         moved = [
             _label_means(values[code][valid], codes[valid], weight[valid], len(labels))
             for values in means
@@ -274,26 +251,23 @@ def fit_shifts(
         reach = np.ptp(moved[1], axis=0)
         top = np.argsort(-reach, kind="stable")[:LISTED_GENES]
         row["genes"] = ", ".join(symbols[gene] for gene in top if reach[gene] > 0)
-        best = int(np.argmin([p[0], p[1] + 1e-9 * (tests[-1][1][0][0] > tests[-1][1][1][0])]))
-        if p[best] <= max(UNCERTAIN, 1.01 * smallest_p(codes)):
-            space_of[code] = best
-            row["space"] = ("latent", "expression")[best]
+        shifted[code] = p[1] <= max(UNCERTAIN, 1.01 * smallest_p(codes))
         for space, values in zip(kept, moved, strict=True):
             space[code] = values
-    corrected = adjusted_p(np.array([one for _, own in tests for one in own]))
-    for index, (row, _) in enumerate(tests):
-        row["p"] = float(corrected[2 * index : 2 * index + 2].min())
+    corrected = adjusted_p(np.array([own[1] for _, own in tests]))
+    for (row, _), p in zip(tests, corrected, strict=True):
+        row["p"] = float(p)
 
     shifts = TypeShifts(
-        [str(name) for name in names],
-        [str(label) for label in labels],
-        compared,
-        (
-            Space("latent", whitening.astype(np.float32), kept[0].astype(np.float32)),
-            Space("expression", scale.astype(np.float32), kept[1].astype(np.float32)),
-        ),
-        space_of,
-        table,
+        types=[str(name) for name in names],
+        labels=[str(label) for label in labels],
+        genes=compared,
+        scale=scale.astype(np.float32),
+        means=kept[1].astype(np.float32),
+        shifted=shifted,
+        whitening=whitening.astype(np.float32),
+        centres=kept[0].reshape(-1, kept[0].shape[-1]).astype(np.float32),
+        table=table,
     )
     facts: dict[str, float] = {"arrangements": float(len(permuted))}
     whole, _ = pseudobulk(counts, samples, np.zeros_like(types), (shape[1], 1))
@@ -314,6 +288,21 @@ def fit_shifts(
     if len(tests) > 2:
         facts["shift_agreement_with_pseudobulk"] = float(np.corrcoef(*ranks)[0, 1])
     return shifts, facts
+
+
+def _equal_cells(group: np.ndarray, number: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return random cells, as many of a type in every sample with enough of them: those of the smallest sample.
+
+    Args:
+        group: int [cells], type x sample.
+        number: int [types, samples], cells.
+        random: Generator.
+    """
+    enough = np.where(number >= MINIMUM_CELLS, number, np.iinfo(np.int64).max)
+    most = np.repeat(enough.min(axis=1), number.shape[1])
+    order = random.permutation(len(group))
+    rank = pd.Series(group[order]).groupby(group[order]).cumcount().to_numpy()
+    return np.sort(order[rank < most[group[order]]])
 
 
 def _label_means(

@@ -72,8 +72,8 @@ class SampleClassifier(Estimator):
     Attributes:
         labels: The labels, sorted; the columns of the probabilities.
         penalty: The chosen ridge penalty.
-        shifts: One row per cell type: cells, samples, permutation p-values of the shift between labels in the latent
-            and in pseudobulk (the baseline), and the genes that differ most.
+        shifts: One row per cell type: cells, samples, permutation p-values of the shift between labels in mean
+            expression (pseudobulk) and in the latent, and the genes that differ most.
 
     Raises:
         ConfigError: An option is unknown.
@@ -381,7 +381,7 @@ class SampleClassifier(Estimator):
             wanted = [place[gene] for gene in self._shifts.genes]
             with self._opened(data, model, reading) as source:
                 columns[CONTRIBUTION] = self._shifts.contributions(
-                    z, lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
+                    lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
                 )
             columns[TYPE] = pd.Categorical.from_codes(types, categories=self._shifts.types)  # type: ignore[arg-type]
         table = pd.DataFrame(

@@ -431,7 +431,8 @@ def test_left_out_perturbations_beside_baselines():
     assert [row[0] for row in found.rows] == ["mean", "A", "B", "A+B", "C"]
     size = np.sqrt(np.square(values[0]).mean())
     assert found.rows[1][3:7] == pytest.approx((0.1 * size, 0.2 * size, 0.5 * size, size))
-    assert "control 'ctrl'" in rendered(page)
+    assert page.summary == "4 perturbations, control 'ctrl'."
+    assert "Told." in rendered(page)
     estimator.left_out = None
     assert "Left-out perturbations" not in headings(effects.predictor(estimator))
 
@@ -455,7 +456,7 @@ def test_samples(tmp_path):
     assert "2 samples: 1 no, 1 yes." in rendered(page)
     # Kinds of cells, and not what all cells of a sample share.
     found = [s for s in page.sections if isinstance(s, Table) and "mean contribution" in s.columns]
-    assert [s.columns[0] for s in found if s.columns[0] != "batch"] == ["kind"]
+    assert [s.columns[0] for s in found if s.columns[0] not in ("sample", "batch")] == ["kind"]
     means = {name: mean for name, _, mean in next(s for s in found if s.columns[0] == "kind").rows}
     assert means["up"] == pytest.approx(cells.obs["cellplm_contribution"][1::2].mean(), abs=1e-6)
     # With types: boxes by type, and the table of their shifts.
@@ -464,12 +465,12 @@ def test_samples(tmp_path):
     cells.write_h5ad(tmp_path / "out.h5ad")
     estimator.shifts = pd.DataFrame(
         [{"type": "up", "cells": 15, "samples": 4, "p": 0.3, "p_latent": 0.2, "p_pseudobulk": 0.1,
-          "space": "none", "genes": "CD3E"}, {"type": "down", "cells": 15, "samples": 1}]
+          "genes": "CD3E"}, {"type": "down", "cells": 15, "samples": 1}]
     )  # fmt: skip
     page = effects.samples(tmp_path / "out.h5ad", rows, estimator)
     shifts = table(page, "Shifts of cell types between labels").rows
     assert shifts[0][0] == "up"
-    assert shifts[1][3:] == ("",) * 5
+    assert shifts[1][3:] == ("",) * 4
     assert "log-odds by the shift of its own type" in rendered(page)
 
 
