@@ -32,7 +32,7 @@ SHRINKAGE = 0.1
 """Weight of the identity in the covariance of latents within type and sample."""
 
 UNCERTAIN = 0.1
-"""p-value above which a shift is set to zero."""
+"""p-value, corrected for the number of types, above which the cells of a type do not contribute."""
 
 THRESHOLD = 4.0
 """Squared difference between labels, relative to its variance over samples, below which a feature does not count."""
@@ -251,12 +251,12 @@ def fit_shifts(
         reach = np.ptp(moved[1], axis=0)
         top = np.argsort(-reach, kind="stable")[:LISTED_GENES]
         row["genes"] = ", ".join(symbols[gene] for gene in top if reach[gene] > 0)
-        shifted[code] = p[1] <= max(UNCERTAIN, 1.01 * smallest_p(codes))
         for space, values in zip(kept, moved, strict=True):
             space[code] = values
     corrected = adjusted_p(np.array([own[1] for _, own in tests]))
     for (row, _), p in zip(tests, corrected, strict=True):
         row["p"] = float(p)
+        shifted[table.index(row)] = p <= max(UNCERTAIN, 1.01 * smallest_p(codes))
 
     shifts = TypeShifts(
         types=[str(name) for name in names],
