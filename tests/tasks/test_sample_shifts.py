@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import sparse
 
 from cellplm_jax.tasks.sample_shifts import (
     MINIMUM_CELLS,
