@@ -515,7 +515,7 @@ def save_model(
         items["unused"] = _as_arrays(unused)
     if estimator:
         items["estimator"] = _as_arrays(estimator)
-    room = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) if format == "safetensors" else 0
+    room = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     with atomic_write(directory, room=room) as partial:
         write_root(partial, files)
         for name, text in (texts or {}).items():
@@ -535,8 +535,14 @@ def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:
 
     manager = _manager(epath.Path(directory))
     arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-    manager.save(step, args=ocp.args.Composite(**arguments))
-    manager.wait_until_finished()
+    try:
+        manager.save(step, args=ocp.args.Composite(**arguments))
+        manager.wait_until_finished()
+    except Exception:
+        # Its threads still write; after an error it raises the same one again.
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
     manager.close()
 
 
