@@ -155,7 +155,8 @@ def try_case(inputs: Inputs, seed: int) -> Outcome:
     if number == signal.SIGKILL:
         status, _ = inputs.server.run([], folder, call=f"{name} 1")
         if status:
-            return outcome(f"not repeated: {(folder / 'stderr').read_text()[-400:]}", False)
+            detail += f" again: {(folder / 'stderr').read_text()[-400:]}"
+            return outcome("not repeated", False)
         found = strays(folder)
         return outcome(f"stray: {found}" if found else "repeated", not found)
     if status != {signal.SIGINT: 130, signal.SIGTERM: 143}[number]:
