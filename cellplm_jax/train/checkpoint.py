@@ -334,7 +334,7 @@ class RunCheckpoints:
         """
         import orbax.checkpoint as ocp
 
-        _verify_step(self.directory, step, [""])
+        verified = _verify_step(self.directory, step, [""])
         run = self.run_facts(step)
         try:
             restored = self._manager.restore(
@@ -346,6 +346,10 @@ class RunCheckpoints:
             )
         except Exception as error:
             raise _damaged(self.directory, step, error) from error
+
+        if not verified:
+            # The process was killed before it wrote them, or an older version saved the step.
+            self._add_checksums(step)
 
         def number(name: str) -> jax.Array:
             return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
@@ -372,13 +376,13 @@ class RunCheckpoints:
         finally:
             self._manager.close()
 
-    def _add_checksums(self) -> None:
-        """Write the manifest of the step that is complete now; object stores verify their objects themselves."""
+    def _add_checksums(self, step: int | None = None) -> None:
+        """Write the manifest of a complete step, the last by default; object stores verify objects themselves."""
         if is_remote(self.directory) or jax.process_index() != 0:
             return
         # An outdated step may be gone already.
         with contextlib.suppress(FileNotFoundError):
-            write_manifest(self.directory / str(self._last))
+            write_manifest(self.directory / str(self._last if step is None else step))
 
     def _remove_unfinished(self) -> None:
         """Remove files of interrupted saves and removals. Orbax would also remove unrelated folders."""
@@ -624,8 +628,8 @@ def _check_finite(params: Mapping[str, Any], directory: object) -> None:
             )
 
 
-def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> None:
-    """Verify the checksums of some parts of a step; a step without checksums is logged.
+def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> bool:
+    """Verify the checksums of some parts of a step, and return whether it has checksums.
 
     Args:
         directory: The checkpoint.
@@ -637,9 +641,8 @@ def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> None
         root = Manifest(directory)
         if root.covers(str(step)):
             manifest, parts = root, [f"{step}/{part}".rstrip("/") for part in parts]
-        elif not is_remote(directory) and root.entries is not None:
-            manifest.remark()
     manifest.verify(parts)
+    return manifest.entries is not None or is_remote(directory)
 
 
 def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
@@ -685,7 +688,8 @@ def _restore_step_item(
             step = max(steps) if step is None else step
         elif step not in steps:
             raise _no_step(directory, step, steps)
-        _verify_step(directory, step, [item, *_STEP_FILES])
+        if not _verify_step(directory, step, [item, *_STEP_FILES]):
+            Manifest(directory).remark()
         try:
             metadata = manager.item_metadata(step)[item]
             target = jax.tree.map(
