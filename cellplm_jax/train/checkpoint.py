@@ -29,7 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain
-from cellplm_jax.manifest import Manifest, replace_files, write_manifest
+from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
 from cellplm_jax.storage import (
     atomic_write,
     atomic_write_text,
@@ -227,7 +227,7 @@ def _manager(
     handlers["run"] = ocp.JsonCheckpointHandler()
     try:
         return ocp.CheckpointManager(_absolute(directory), item_handlers=handlers, options=options)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         # Opening reads the scores of every step.
         raise CheckpointError(
             f"the scores of a step of '{directory}' cannot be read ({error})",
@@ -255,6 +255,8 @@ class RunCheckpoints:
             self._manager = _manager(self.directory, keep=keep, on_saved=self._add_checksums)
         self._last = self._manager.latest_step()
         self._described = (self.directory / CONFIG_FILE).exists()
+        for step in self._manager.all_steps():
+            _verify_step(self.directory, step, ["metrics"])
         self._remove_unfinished()
 
     def latest_step(self) -> int | None:
@@ -349,7 +351,7 @@ class RunCheckpoints:
 
         if not verified:
             # The process was killed before it wrote them, or an older version saved the step.
-            self._add_checksums(step)
+            self._complete_checksums(step)
 
         def number(name: str) -> jax.Array:
             return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
@@ -366,6 +368,7 @@ class RunCheckpoints:
         """Wait until all saves are complete."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
+            self._complete_checksums(self._last)
         if not is_remote(self.directory):
             self._remove(self.directory.glob(_TRASH))
 
@@ -376,13 +379,19 @@ class RunCheckpoints:
         finally:
             self._manager.close()
 
-    def _add_checksums(self, step: int | None = None) -> None:
-        """Write the manifest of a complete step, the last by default; object stores verify objects themselves."""
-        if is_remote(self.directory) or jax.process_index() != 0:
+    def _add_checksums(self) -> None:
+        """Write the manifest of the step that is being saved; Orbax calls it before it renames the step's folder."""
+        if not is_remote(self.directory) and jax.process_index() == 0:
+            for folder in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+                write_manifest(folder, without=_STEP_FILES)
+
+    def _complete_checksums(self, step: int | None) -> None:
+        """Add to a manifest what Orbax wrote last. Object stores verify their objects themselves."""
+        if step is None or is_remote(self.directory) or jax.process_index() != 0:
             return
         # An outdated step may be gone already.
         with contextlib.suppress(FileNotFoundError):
-            write_manifest(self.directory / str(self._last if step is None else step))
+            add_to_manifest(self.directory / str(step), _STEP_FILES)
 
     def _remove_unfinished(self) -> None:
         """Remove files of interrupted saves and removals. Orbax would also remove unrelated folders."""
