@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from cellplm_jax.display import DisplayedConfig
 from cellplm_jax.errors import ConfigError, explain, nearest, quote, shorten
 
 ConfigType = TypeVar("ConfigType")
@@ -67,8 +68,8 @@ def _fraction(value: float, name: str, *, below_one: bool = True) -> None:
     _require(valid, f"{name} = {value}", f"a number in {interval}", f"Set {name} inside it")
 
 
-@dataclass(frozen=True)
-class EmbedderConfig:
+@dataclass(frozen=True, repr=False)
+class EmbedderConfig(DisplayedConfig):
     """Expression embedder: how counts become the input of the gene-weighted sum.
 
     Attributes:
@@ -86,8 +87,8 @@ class EmbedderConfig:
         _positive(self, "embedder", "target_sum")
 
 
-@dataclass(frozen=True)
-class PositionsConfig:
+@dataclass(frozen=True, repr=False)
+class PositionsConfig(DisplayedConfig):
     """Positional encoding of cells with 2-D coordinates.
 
     Attributes:
@@ -108,8 +109,8 @@ class PositionsConfig:
         _at_most(self, "positions", LARGEST_WIDTH, "grid", "eigenvectors")
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+@dataclass(frozen=True, repr=False)
+class EncoderConfig(DisplayedConfig):
     """Encoder over the cells of a sample.
 
     Attributes:
@@ -151,8 +152,8 @@ class EncoderConfig:
         _fraction(self.attention_dropout, "encoder.attention_dropout")
 
 
-@dataclass(frozen=True)
-class LatentConfig:
+@dataclass(frozen=True, repr=False)
+class LatentConfig(DisplayedConfig):
     """Latent distribution and its regularisers.
 
     Attributes:
@@ -196,8 +197,8 @@ class LatentConfig:
         _at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+@dataclass(frozen=True, repr=False)
+class DecoderConfig(DisplayedConfig):
     """Decoder from the latent to expression.
 
     Attributes:
@@ -236,8 +237,8 @@ class DecoderConfig:
         )
 
 
-@dataclass(frozen=True)
-class HeadConfig:
+@dataclass(frozen=True, repr=False)
+class HeadConfig(DisplayedConfig):
     """Task head on the latent, used instead of the decoder when fine-tuning.
 
     Attributes:
@@ -272,8 +273,8 @@ class HeadConfig:
             )
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, repr=False)
+class ModelConfig(DisplayedConfig):
     """Complete architecture; with a gene list it determines the shape of every parameter.
 
     Attributes:
@@ -375,8 +376,8 @@ class ModelConfig:
         return self.hidden if self.latent.kind == "none" else self.latent.size
 
 
-@dataclass(frozen=True)
-class MaskingConfig:
+@dataclass(frozen=True, repr=False)
+class MaskingConfig(DisplayedConfig):
     """Bi-level masking of the input while training (paper section 4.3, ``CellPLM/utils/mask.py``).
 
     The released configuration masks .25 of the genes in .75 of the cells; the authors' rebuttal states the reverse
@@ -429,8 +430,8 @@ class MaskingConfig:
             )
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
+@dataclass(frozen=True, repr=False)
+class ObjectiveConfig(DisplayedConfig):
     """Training objective, in addition to the latent terms.
 
     Attributes:
@@ -457,8 +458,8 @@ class ObjectiveConfig:
         _at_least(self, "objective", 0, "restoration_weight")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
+@dataclass(frozen=True, repr=False)
+class OptimizerConfig(DisplayedConfig):
     """AdamW with linear warm-up, cosine decay and clipping by global norm.
 
     Attributes:
@@ -484,8 +485,8 @@ class OptimizerConfig:
         )
 
 
-@dataclass(frozen=True)
-class DataConfig:
+@dataclass(frozen=True, repr=False)
+class DataConfig(DisplayedConfig):
     """Assembly of batches from samples.
 
     A sample larger than a row is cut into windows (random cells, or a spatial neighbourhood if there are
@@ -516,8 +517,8 @@ class DataConfig:
         _at_least(self, "data", 1, "prefetch")
 
 
-@dataclass(frozen=True)
-class ProjectionConfig:
+@dataclass(frozen=True, repr=False)
+class ProjectionConfig(DisplayedConfig):
     """Start of a run with a trunk: principal components of the corpus, and discriminants of its clusters.
 
     Attributes:
@@ -541,8 +542,8 @@ class ProjectionConfig:
         _at_least(self, "projection", 0, "discriminants", "discriminant_weight")
 
 
-@dataclass(frozen=True)
-class MeshConfig:
+@dataclass(frozen=True, repr=False)
+class MeshConfig(DisplayedConfig):
     """Device mesh over all processes; ``train/sharding.py`` assigns arrays to its axes.
 
     Attributes:
@@ -562,8 +563,8 @@ class MeshConfig:
         _at_least(self, "mesh", 1, "cells", "genes")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, repr=False)
+class TrainConfig(DisplayedConfig):
     """Pretraining run: model, data, objective, optimizer and schedule of the loop.
 
     Attributes:
@@ -655,8 +656,8 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, repr=False)
+class FinetuneConfig(DisplayedConfig):
     """Fine-tuning recipe; the defaults are the published annotation recipe on a smaller budget.
 
     AdamW with a linear warm-up. The learning rate falls when the validation loss stops falling, gradients are clipped

@@ -27,6 +27,7 @@ LEVELS = {
     "untrusted": 1,
     "manifest": 1,
     "progress": 1,
+    "display": 0,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,
@@ -137,6 +138,8 @@ def test_fences():
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {
         "data",
+        "plot",
+        "report",
         "tasks",
         "demo",
         "demo_from_scratch",

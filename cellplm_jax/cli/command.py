@@ -12,7 +12,7 @@ from typing import Any
 
 from cellplm_jax._version import __version__
 from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
-from cellplm_jax.cli.output import fail
+from cellplm_jax.cli.output import advised, fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError, InputError
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except CellPLMError as error:
-        fail(f"cellplm {arguments.command}", str(error))
+        fail(f"cellplm {arguments.command}", advised(str(error), arguments))
         return 2
     except KeyboardInterrupt:
         fail(f"cellplm {arguments.command}", "interrupted")

@@ -9,7 +9,7 @@ from typing import Any
 from cellplm_jax.errors import InputError
 
 RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
-          "validation_fraction", "seed")  # fmt: skip
+          "validation_fraction", "seed", "precision")  # fmt: skip
 """Options of the recipe of a fit."""
 
 READING = ("batch_key", "spatial_key", "layer", "gene_key", "feature_type", "values", "cells_per_context",
@@ -241,6 +241,12 @@ def add_task(
         help="held-out fraction" + ("" if "--split-key" in without else ", without --split-key"),
     )
     add(recipe, "--seed", type=int, metavar="N", help="random seed (0)")
+    add(
+        recipe,
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the matrix products of fit and prediction (float32)",
+    )
     return first, second
 
 
@@ -269,7 +275,8 @@ def counts_only(
             "raw counts, because the task predicts counts",
             "Select the layer with the counts with --layer",
         )
-    arguments.values = None
+    # Messages about the counts do not advise it then.
+    del arguments.values
     reject_options(arguments, others, task or arguments.command, expected, instead)
 
 

@@ -50,6 +50,20 @@ def styled(text: str, style: str, stream: Any = None) -> str:
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
 
 
+def advised(text: str, arguments: argparse.Namespace) -> str:
+    """Return a message without the alternatives of its remedy whose option the command does not have.
+
+    Args:
+        text: The message, such as ``"... Pass layer=... (--layer), or declare them with values=... (--values)."``
+        arguments: Those of the command; an option that a task rejects is removed from them.
+    """
+
+    def keep(match: re.Match[str]) -> str:
+        return match[0] if hasattr(arguments, match[1].replace("-", "_")) else ""
+
+    return re.sub(r", or [^;.]*?\(--([a-z-]+)\)", keep, text)
+
+
 def fail(command: str, text: str) -> None:
     """Write an error to standard error: the name of the command, then the message."""
     say(f"{styled(f'{command}:', 'red', sys.stderr)} {text}", sys.stderr)
@@ -145,7 +159,7 @@ def check_new_folder(arguments: argparse.Namespace) -> None:
 
 def check_new_file(arguments: argparse.Namespace) -> None:
     """Check in advance that the file of ``--out`` and the report are writable."""
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     check_output(Path(arguments.out))
     check_report(arguments)
@@ -163,7 +177,7 @@ def check_report(arguments: argparse.Namespace) -> None:
     """
     if arguments.report is None:
         return
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):

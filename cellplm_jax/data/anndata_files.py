@@ -142,7 +142,7 @@ def open_path(path: Path) -> Opened:
         raise InputError(
             f"'{path}' does not exist", "an .h5ad file or a .zarr directory", "Check the path"
         )
-    store, close = _open_zarr(path) if path.is_dir() else open_hdf5(path)
+    store, close = (open_zarr(path), lambda: None) if path.is_dir() else open_hdf5(path)
     try:
         keys = set(store.keys())
         if not {"obs", "var"} <= keys:
@@ -307,12 +307,22 @@ def _missing_filter(array: h5py.Dataset) -> str:
     return ""
 
 
-def _open_zarr(path: Path) -> tuple[Any, Callable[[], None]]:
+def open_zarr(path: Path, mode: str = "r", **options: Any) -> Any:
+    """Open a zarr directory without links.
+
+    Args:
+        path: The directory.
+        mode: As for ``zarr.open_group``.
+        **options: Likewise.
+
+    Raises:
+        InputError: It has no zarr group, or contains something else than regular files.
+    """
     import zarr
 
     require_regular(path, inside=True)
     try:
-        return zarr.open_group(str(path), mode="r"), lambda: None
+        return zarr.open_group(str(path), mode=mode, **options)  # type: ignore[arg-type]
     except (*READ_ERRORS, RecursionError) as error:
         raise InputError(
             f"'{path}' is a directory without a zarr group",

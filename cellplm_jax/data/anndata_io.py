@@ -43,6 +43,7 @@ from cellplm_jax.data.value_kinds import (
     Values,
     choose_place,
 )
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, nearest, shorten
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.untrusted import READ_ERRORS, require_options
@@ -71,8 +72,8 @@ POSITION_MATRICES = (
 """Other names of coordinates in ``obsm`` (compared in lower case)."""
 
 
-@dataclass(frozen=True, eq=False)
-class InputReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class InputReport(Displayed):
     """Choices made when opening an input, for messages and for ``uns``.
 
     Attributes:
@@ -98,6 +99,15 @@ class InputReport:
     cells_without_counts: int | None
     notes: tuple[str, ...]
     other_features: Mapping[str, int] = field(default_factory=dict)
+
+    def _display(self) -> dict[str, object]:
+        return {
+            "source": self.source,
+            "cells": self.cells,
+            "matrix": f"{self.matrix} ({self.storage}, {self.values})",
+            **self.genes._display(),
+            "gene_key": self.gene_key,
+        }
 
     def messages(self) -> list[str]:
         """Describe the input in a few sentences, one per message.
@@ -137,7 +147,7 @@ class InputReport:
         return report
 
 
-class CountSource:
+class CountSource(Displayed):
     """Counts of one AnnData in the columns of one vocabulary, read in blocks.
 
     Created by :func:`open_counts`. Use it as a context manager, or call :meth:`close`, to close a file that it opened;
@@ -173,6 +183,9 @@ class CountSource:
         self.obs_names: np.ndarray = np.asarray(opened.obs.index.astype(str), dtype=object)
         self.obsm: Mapping[str, Any] = opened.obsm
         self.measured: np.ndarray = report.genes.measured
+
+    def _display(self) -> dict[str, object]:
+        return self._report._display()
 
     def __enter__(self) -> CountSource:
         return self

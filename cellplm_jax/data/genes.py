@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, quote
 
 MINIMUM_GENES = 10
@@ -186,8 +187,8 @@ def symbols_of(genes: Iterable[str]) -> list[str]:
     return [table.get(strip_version(gene), gene) for gene in genes]
 
 
-@dataclass(frozen=True, eq=False)
-class GeneMapping:
+@dataclass(frozen=True, eq=False, repr=False)
+class GeneMapping(Displayed):
     """Mapping from the gene names of a file to a vocabulary.
 
     ``matched + unmatched`` is the number of names; ``ambiguous`` and ``blank`` are included in ``unmatched``.
@@ -223,6 +224,15 @@ class GeneMapping:
     examples: Mapping[str, tuple[str, ...]]
     twins: int = 0
     lower_case: bool = False
+
+    def _display(self) -> dict[str, object]:
+        names = self.matched + self.unmatched
+        return {
+            "gene_names_matched": f"{self.matched:,} of {names:,}",
+            "vocabulary_genes_measured": f"{self.genes_matched:,} of {len(self.measured):,}",
+            "ambiguous": self.ambiguous or None,
+            "duplicated": self.duplicated or None,
+        }
 
     @property
     def genes_matched(self) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,15 @@ from cellplm_jax.losses.objectives import average_over, classification_loss
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import follow_cells
 from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, parts_of, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    Estimator,
+    Reading,
+    Training,
+    parts_of,
+    split_cells,
+)
+from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import (
@@ -147,11 +154,13 @@ class CellTypeAnnotator(Estimator):
         linear: bool = True,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if method not in ("finetune", "neighbors"):
             raise InputError(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
+        if method == "neighbors":
+            require("sklearn", "eval", "method='neighbors'")
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:
             raise InputError(
                 f"unknown_threshold={unknown_threshold}",
@@ -492,7 +501,7 @@ class CellTypeAnnotator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         batch_key: str | None = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
@@ -526,6 +535,7 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
+        adata = as_anndata(adata)
         probabilities, facts, _, _ = self._probabilities(
             adata,
             self.reading.changed(
@@ -564,6 +574,8 @@ class CellTypeAnnotator(Estimator):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
+        if umap:
+            require("scanpy", "eval", "UMAP")
         probabilities, facts, messages, z = self._probabilities(path, self.reading.changed(**keys))
         names, confidence = self._decide(probabilities)
         laid_out = {}
@@ -580,7 +592,7 @@ class CellTypeAnnotator(Estimator):
 
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         split: str | None = None,
@@ -606,6 +618,8 @@ class CellTypeAnnotator(Estimator):
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()
+        require("sklearn", "eval", "Scoring labels")
+        adata = as_anndata(adata)
         label_key = str(label_key or self.facts["label_key"])
         named = labels_of(adata.obs, label_key)
         scored = np.array([name is not None for name in named], bool)

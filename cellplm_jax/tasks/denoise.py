@@ -19,6 +19,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
@@ -35,8 +36,8 @@ from cellplm_jax.losses.objectives import (
 )
 from cellplm_jax.model.masking import sample_gene_mask
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, read_cells
-from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.files import as_anndata, check_copy, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 
@@ -195,7 +196,7 @@ class Denoiser(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         log_normalized: bool = False,
         detected: bool = False,
@@ -242,6 +243,7 @@ class Denoiser(Estimator):
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
             "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
+        adata = as_anndata(adata)
         layers, facts, _ = self._layers(
             adata, self.reading.changed(**keys), log_normalized, detected, key_added, adata.n_vars
         )
@@ -637,8 +639,8 @@ def require_counts_decoder(model: Pretrained) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class BeforeAndAfter:
+@dataclass(frozen=True, eq=False, repr=False)
+class BeforeAndAfter(Displayed):
     """Counts and their predictions for the same cells.
 
     Attributes:
@@ -695,8 +697,6 @@ def before_and_after(
     Raises:
         InputError: A gene was not denoised, or the file cannot be read.
     """
-    import h5py
-
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
     cells = read_cells(
         path,
@@ -710,7 +710,7 @@ def before_and_after(
     column = np.asarray(cells.report.genes.column, int)
     known = _known_columns(column)
     total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
-    with h5py.File(path) as file:
+    with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
         after = np.concatenate(
             [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]

@@ -39,10 +39,12 @@ from cellplm_jax.data.corpus import (
     open_corpus,
 )
 from cellplm_jax.data.genes import GeneMapping, map_genes
+from cellplm_jax.display import html_table, one_line
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
-from cellplm_jax.tasks.embed import check_output, embed_context
+from cellplm_jax.tasks.embed import embed_context
+from cellplm_jax.tasks.files import check_output
 from cellplm_jax.tasks.long_context import IOWait
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 
@@ -88,6 +90,12 @@ class CorpusEmbedding(NamedTuple):
     embedded: int
     complete: bool
     messages: list[str]
+
+    def __repr__(self) -> str:
+        return one_line(self, self._asdict())
+
+    def _repr_html_(self) -> str:
+        return html_table(self, self._asdict())
 
 
 def embed_corpus(

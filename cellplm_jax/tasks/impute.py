@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
@@ -46,8 +47,15 @@ from cellplm_jax.tasks.denoise import (
     require_counts_decoder,
     require_training_cells,
 )
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    Training,
+    split_cells,
+)
+from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearRegression, RidgeProblem, pool_predictions
@@ -103,8 +111,8 @@ class GeneImputer(Estimator):
             vocabulary. By default 3,000 from scratch, else all. Genes requested by name in ``fit`` are not counted.
         linear: Average the network with ridge regression.
         quiet: Disable progress output.
-        **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+            Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Input genes: those shared by panel and reference. Empty before ``fit``.
@@ -139,9 +147,11 @@ class GeneImputer(Estimator):
         model: Pretrained | str | os.PathLike | None = None,
         *,
         linear: bool = True,
-        **options: Any,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Unpack[Training],
     ):
-        super().__init__(model, **options)
+        super().__init__(model, genes=genes, quiet=quiet, **training)
         self.linear = linear
         self.pool: dict[str, list[float]] = {}
         self._ridges: dict[str, _Ridge] = {}
@@ -957,8 +967,8 @@ class GeneImputer(Estimator):
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class Beside(Displayed):
     """An imputed gene and a measured one in the same cells.
 
     Attributes:
@@ -974,8 +984,8 @@ class Beside:
     measured: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class BesideMeasured:
+@dataclass(frozen=True, eq=False, repr=False)
+class BesideMeasured(Displayed):
     """Comparison of a prediction with measured values, from :meth:`GeneImputer.beside_measured`.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +13,14 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError
+from cellplm_jax.errors import ConfigError, InputError, require
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
 from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -92,7 +92,7 @@ class BatchIntegrator(Estimator):
         strength: float = 1.0,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
@@ -202,7 +202,7 @@ class BatchIntegrator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
         layer: str | None = AS_FITTED,
@@ -231,6 +231,7 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
+        adata = as_anndata(adata)
         keys = {
             "layer": layer,
             "gene_key": gene_key,
@@ -294,6 +295,7 @@ class BatchIntegrator(Estimator):
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
         model = self._fitted()
+        require("scanpy", "eval", "Scoring an integration")
         with open_counts(
             adata,
             model.genes,

@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from scipy import sparse
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.data.genes import load_human_table, map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores, no_change
 from cellplm_jax.tasks.contexts import (
@@ -31,7 +32,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 
@@ -65,8 +66,8 @@ _STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 KERNEL, BIAS = ("head", "mlp", "linear_0", "kernel"), ("head", "mlp", "linear_0", "bias")
 
 
-@dataclass(frozen=True, eq=False)
-class PerturbationPrediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class PerturbationPrediction(Displayed):
     """Predictions for perturbations.
 
     Attributes:
@@ -83,6 +84,14 @@ class PerturbationPrediction:
     control: pd.Series
     known: pd.Series
     messages: tuple[str, ...] = ()
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "perturbations": list(map(str, self.change.index)),
+            "genes": self.change.shape[1],
+            "known": self.known.value_counts().to_dict(),
+            "messages": len(self.messages) or None,
+        }
 
     def tidy(self) -> pd.DataFrame:
         """Return one row per perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""
@@ -184,7 +193,7 @@ class PerturbationPredictor(Estimator):
         gene_features: Literal["default", "model", "data", "both"] = "default",
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         for name, value, known in (

@@ -577,7 +577,7 @@ def _run_stage(
     Returns results by name, in the order of ``tasks``. Raises InputError with every file for which the function failed.
     """
     total = sum(sizes[name] for name in tasks)
-    report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
+    report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks, first="starting")
     lock = threading.Lock()  # dask reports progress from another thread
     done: dict[str, int] = {}
     results: dict[str, Any] = {}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -15,13 +14,12 @@ from scipy.special import softmax
 
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
-from cellplm_jax.data.anndata_files import open_hdf5
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
 from cellplm_jax.tasks.contexts import labels_of
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, read_obs, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -66,6 +64,7 @@ class SampleClassifier(Estimator):
         InputError: An option does not apply.
     """
 
+    recipe_fields = ("seed",)
     task: ClassVar[str] = "samples"
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(freeze="encoder")
 
@@ -75,7 +74,7 @@ class SampleClassifier(Estimator):
         *,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
@@ -175,7 +174,7 @@ class SampleClassifier(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         sample_key: str = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
@@ -215,6 +214,7 @@ class SampleClassifier(Estimator):
             batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
+        adata = as_anndata(adata)
         table, columns, facts, _ = self._predict(adata, reading)
         for name, values_of_cells in columns.items():
             adata.obs[name] = values_of_cells
@@ -251,7 +251,7 @@ class SampleClassifier(Estimator):
         """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        samples = _column(_obs_of(data), reading)
+        samples = _column(read_obs(data), reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
         probabilities = softmax(_pool(z, samples, names) @ kernel + bias, axis=1)
@@ -285,7 +285,7 @@ class SampleClassifier(Estimator):
 
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         folds: int | None = None,
@@ -328,8 +328,9 @@ class SampleClassifier(Estimator):
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
-        samples = _column(adata.obs, reading)
-        names, truth = _labels_of_samples(samples, labels_of(adata.obs, key), key)
+        obs = read_obs(adata)
+        samples = _column(obs, reading)
+        names, truth = _labels_of_samples(samples, labels_of(obs, key), key)
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
         if not len(truth):
@@ -521,17 +522,6 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
             "at least two samples per label",
             "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
-
-
-def _obs_of(data: AnnData | Path) -> pd.DataFrame:
-    """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
-    if not isinstance(data, Path):
-        return data.obs
-    from anndata.io import read_elem
-
-    file, _ = open_hdf5(data)
-    with contextlib.closing(file):
-        return read_elem(file["obs"])
 
 
 def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:

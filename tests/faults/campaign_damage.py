@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cellplm_jax.errors import CellPLMError
-from tests.conftest import VOCABULARY, make_adata, make_labelled, make_samples, tiny_train_config
+from tests.conftest import VOCABULARY, make_labelled, tiny_train_config
 from tests.faults.outcome import Outcome
 
 DAMAGES = ("flip", "flip", "flip", "overwrite", "zeros", "cut", "append", "swap", "delete")
