@@ -107,7 +107,11 @@ def open_object(adata: anndata.AnnData) -> Opened:
         adata: The object; it stays open and unchanged.
     """
     places: dict[str, Place] = {}
-    if adata.X is not None:
+    try:
+        has_matrix = adata.X is not None
+    except KeyError:  # a backed file without X
+        has_matrix = False
+    if has_matrix:
         places["X"] = Place("X", lambda: as_rows(adata.X), lambda: adata.var)
     raw = adata.raw
     if raw is not None:
