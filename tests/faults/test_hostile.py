@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import h5py
 import numpy as np
@@ -36,13 +37,18 @@ def test_every_attack_is_read_or_refused(inputs, part):
     assert not failures, "\n".join(failures)
 
 
-def test_intact_files_are_read(inputs):
+def test_intact_files_are_read(inputs, tmp_path):
     """Refusals of the cases above have a reason."""
     folder = inputs.folder
     assert campaign_hostile.read_h5ad(folder / "whole.h5ad")
     assert campaign_hostile.read_corpus(folder / "whole-corpus") == []
     assert campaign_hostile.read_estimator(folder / "whole-estimator") == ["alpha", "beta", "gamma"]
     assert campaign_hostile.read_model(folder / "whole-checkpoint")
+    published = folder / "whole-published"
+    if published.exists():
+        shutil.copyfile(folder / "tiny.config.json", tmp_path / "tiny.config.json")
+        shutil.copyfile(published / "tiny.best.ckpt", tmp_path / "tiny.best.ckpt")
+        assert campaign_hostile.read_published(tmp_path)
 
 
 def test_the_campaign_sees_a_secret_that_is_read(inputs, monkeypatch):
@@ -152,8 +158,6 @@ def test_a_model_of_another_format_or_with_thousands_of_layers(run_copy):
 
 
 def test_an_estimator_with_one_label_too_few(inputs, tmp_path):
-    import shutil
-
     path = tmp_path / "estimator"
     shutil.copytree(inputs.folder / "whole-estimator", path)
     for manifest in path.rglob("manifest.json"):
@@ -167,8 +171,6 @@ def test_an_estimator_with_one_label_too_few(inputs, tmp_path):
 
 
 def test_a_corpus_whose_fill_value_hides_a_missing_shard(inputs, tmp_path):
-    import shutil
-
     path = tmp_path / "corpus"
     shutil.copytree(inputs.folder / "whole-corpus", path)
     array = next(iter(sorted(path.glob("parts/*.zarr/X/data"))))
