@@ -37,7 +37,7 @@ from cellplm_jax.losses.objectives import (
 from cellplm_jax.model.masking import sample_gene_mask
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, read_cells
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
-from cellplm_jax.tasks.files import as_anndata, check_copy, open_store, write_copy
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 
@@ -414,8 +414,7 @@ class Denoiser(Estimator):
         width: int | None,
     ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
         """Return the layers, facts for ``uns``, and messages about the input."""
-        if not key_added or "/" in key_added:
-            raise InputError(f"key_added={key_added!r}", "a name without '/'", "Choose another one")
+        check_key(key_added)
         model = self._fitted()
         blocks, column, facts, messages = self._expected(data, reading, detected, log_normalized)
         matrix = facts["input"]["matrix"]

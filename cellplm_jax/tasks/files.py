@@ -78,11 +78,17 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
         data: The AnnData, or a path.
 
     Raises:
-        InputError: It is neither, or the file cannot be read.
+        InputError: It is neither, the file cannot be read, or nothing can be added to the AnnData.
     """
     import anndata
 
     if isinstance(data, anndata.AnnData):
+        if data.isbacked and data.is_view:
+            raise InputError(
+                "the AnnData is a view of a file opened with backed='r'",
+                "an AnnData to which results can be added",
+                "Load the cells into memory first: adata = adata.to_memory()",
+            )
         return data
     if not isinstance(data, str | os.PathLike):
         raise InputError(
