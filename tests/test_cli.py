@@ -332,7 +332,7 @@ def test_cluster(command, tiny_run, tmp_path):
 
 def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path):
     adata = make_labelled(30)
-    adata.X = np.log1p(adata.X) + 0.25
+    adata.X = np.log1p(adata.X.toarray()) + 0.25
     path = tmp_path / "logs.h5ad"
     adata.write_h5ad(path)
     out = ["--out", tmp_path / "out"]
@@ -350,7 +350,7 @@ def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path)
 def test_cluster_has_the_options_that_its_messages_advise(command, tiny_run, tmp_path):
     pytest.importorskip("igraph", reason="needs the extra 'eval'")
     adata = make_labelled(40)
-    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X) + 0.25
+    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray()) + 0.25
     adata.write_h5ad(tmp_path / "logs.h5ad")
     out = tmp_path / "out.h5ad"
     run = ["cluster", tmp_path / "logs.h5ad", "--model", tiny_run, "--out", out, "--quiet"]
