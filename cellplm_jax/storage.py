@@ -36,6 +36,18 @@ def is_remote(path: str | os.PathLike) -> bool:
 _partials: set[Path] = set()
 _lock = threading.Lock()
 _STRAY = re.compile(r"\..*\.partial-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
+
+
+def _forget() -> None:
+    """Forget, in a forked process, the partial outputs of its parent and a lock that a thread held."""
+    global _lock
+    _lock = threading.Lock()
+    _partials.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
 # Whether a caller further up converts the errors of a full disk, with a better description.
 _explaining = contextvars.ContextVar("explaining", default=False)
 

@@ -138,6 +138,8 @@ def test_fences():
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {
         "data",
+        "plot",
+        "report",
         "tasks",
         "demo",
         "demo_from_scratch",

@@ -248,7 +248,7 @@ def add_cluster(commands: Any) -> None:
 
 def _cluster(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.cluster import cluster_file, draw_clusters, known_columns
-    from cellplm_jax.tasks.files import check_output
+    from cellplm_jax.tasks.files import check_output, read_annotations
 
     check_new_file(arguments)
     if arguments.picture:
@@ -290,11 +290,13 @@ def _cluster(arguments: argparse.Namespace) -> None:
         scores = {"ilisi": batch_mixing(embedding, batches), "kbet": kbet(embedding, batches)}
         lines.append(scores_line(scores))
         facts["scores"] |= scores
+    shown = [arguments.key_added, *columns]
+    stored = [arguments.key_added, *(f"{name}_colors" for name in shown)]
+    cells.uns.update(read_annotations(arguments.out, uns=stored).uns)
     if arguments.picture:
-        draw_clusters(cells, [arguments.key_added, *columns], arguments.picture)
+        draw_clusters(cells, shown, arguments.picture)
         lines.append(f"wrote {arguments.picture}")
         facts["wrote"].append(arguments.picture)
-    shown = [arguments.key_added, *columns]
     write_page(
         arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
     )

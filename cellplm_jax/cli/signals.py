@@ -34,7 +34,8 @@ def end_on_signals(command: str) -> Iterator[None]:
     handled = [number for number in STATUS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _wait) for number in handled}
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_restore)
+    # Blocked in between: a forked process shares the pipe until its handlers are restored.
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_restore)
     watcher = threading.Thread(target=_watch, args=(read, command), daemon=True, name="signals")
     watcher.start()
     try:
@@ -51,12 +52,21 @@ def _wait(number: int, frame: object) -> None:
     """Do nothing: the thread of :func:`end_on_signals` ends the process."""
 
 
+def _block() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUS)
+
+
 def _restore() -> None:
     """Let signals end a forked process, such as a worker, without ending this one."""
     for number in STATUS:
         if signal.getsignal(number) is _wait:
             signal.set_wakeup_fd(-1)
             signal.signal(number, signal.SIG_DFL)
+    _unblock()
 
 
 def _watch(read: int, command: str) -> None:

@@ -543,9 +543,16 @@ def write_index(
         genes, {name: (folder / "parts" / f"{name}.json").read_bytes() for name in parts}
     )
     index["vocabulary"]["chosen"] = dict(vocabulary or {})
+    index["sha256"] = _index_digest(index)
     with explain_corpus_errors(f"the index of the corpus '{folder}'"):
         atomic_write_text(folder / _INDEX, json.dumps(index, indent=1) + "\n")
     return index
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the contents of ``corpus.json`` except itself."""
+    rest = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str, Any]:
@@ -927,6 +934,7 @@ class Corpus(Displayed):
         }
         handle = tensorstore.open(spec, read=True, context=self._context).result()
         self._check_array(number, array, handle)
+        self._check_stored(number, array, handle)
         with self._lock:
             return self._arrays.setdefault(key, handle)
 
@@ -959,6 +967,20 @@ class Corpus(Displayed):
             raise InputError(
                 self._damaged(number, f"{wrong[0]} of {array} is not what was written")
             )
+
+    def _check_stored(self, number: int, array: str, handle: Any) -> None:
+        """Check, when an array is opened, that nothing is missing whose fill value is a valid value."""
+        part = self.parts[number]
+        expected = part.record["checksums"].get(array)
+        if array == f"obs/{LABEL_COLUMN}/codes" and expected:
+            # Written without checksums of chunks, and small.
+            if [_crc(handle.read().result())] != expected:
+                raise InputError(self._damaged(number, f"{array} is not what was written"))
+        elif array == "obsm/spatial" and expected and self._folder.local is not None:
+            shards = self._folder.local / "parts" / f"{part.name}.zarr" / array / "c"
+            for shard in range(len(expected)):
+                if not (shards / str(shard) / "0").is_file():
+                    raise InputError(self._damaged(number, f"shard {shard} of {array} is missing"))
 
     def _read(self, number: int, wanted: Mapping[str, tuple[int, int]]) -> list[np.ndarray]:
         """Read ranges of several arrays of a part concurrently."""
@@ -1033,6 +1055,12 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             f"the corpus '{folder.path}' is unfinished",
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
+        )
+    if index.get("sha256", _index_digest(index)) != _index_digest(index):
+        raise InputError(
+            f"'{folder.path}/{_INDEX}' is damaged: its checksum differs",
+            "the file that cellplm prepare wrote",
+            "Copy the corpus again, or run the same cellplm prepare command again",
         )
     check_index(index, folder.path)
     genes = (folder.read(_GENES) or b"").decode(errors="replace").splitlines()

@@ -14,6 +14,7 @@ from cellplm_jax.data.anndata_files import check_tree, unreadable
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
+from cellplm_jax.plot.style import category_colors
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.embed import Adapt, Context, embed, read_and_embed
@@ -259,7 +260,7 @@ def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike
         1, len(columns), figsize=(6.4 * len(columns), 4.2), squeeze=False, layout="constrained"
     )
     for ax, column in zip(axes[0], columns, strict=True):
-        plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
+        plot.umap(cells, color=column, ax=ax)
     try:
         with atomic_write(out) as partial:
             figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
@@ -307,7 +308,11 @@ def _clustered(
         "obs": {key_added: pd.Categorical.from_codes(clusters, names)},  # type: ignore[arg-type]
         "obsm": laid_out,
         "obsp": {name: graph.obsp[name] for name in ("distances", "connectivities")},
-        "uns": {"neighbors": dict(graph.uns["neighbors"]), key_added: {"params": params}},
+        "uns": {
+            "neighbors": dict(graph.uns["neighbors"]),
+            key_added: {"params": params},
+            f"{key_added}_colors": list(category_colors(pd.Categorical(names, names)).values()),
+        },
     }
 
 

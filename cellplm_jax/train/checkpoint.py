@@ -53,6 +53,8 @@ TENSOR_FILES = {
 
 CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
 ESTIMATOR_FILE = "estimator.json"
+# Fields of the card that are read; others are only shown.
+_CARD_TYPES = {"name": str, "kind": str, "task": str, "unused_parameters": dict}
 # Held-out score that selects the best step.
 BEST_METRIC = "nb_log_likelihood"
 
@@ -162,6 +164,10 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
+        for name, wanted in _CARD_TYPES.items():
+            if not isinstance(card.get(name), wanted | None):
+                msg = f"'{name}' in {CARD_FILE} is a {type(card[name]).__name__}"
+                raise TypeError(msg)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
