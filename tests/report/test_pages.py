@@ -297,7 +297,7 @@ def test_imputation(imputer, tmp_path):
 
 def test_a_table_in_obsm_opens_again_where_names_of_cells_are_nullable(tmp_path):
     from cellplm_jax.data.anndata_io import write_h5ad
-    from cellplm_jax.tasks.embed import write_copy
+    from cellplm_jax.tasks.files import write_copy
 
     cells = make_adata(5)
     cells.obs.index = pd.Index(pd.array(list(cells.obs_names), dtype="string"))
