@@ -27,6 +27,7 @@ from cellplm_jax.plot.maps import (
     spatial_comparison,
     umap,
 )
+from cellplm_jax.plot.sections import heat_map, spatial_sections
 from cellplm_jax.plot.style import PALETTE, UNKNOWN_COLOR, UNKNOWN_LABELS
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "confusion_matrix",
     "fitting_curves",
     "gene_map",
+    "heat_map",
     "histogram",
     "run_picture",
     "spatial",
     "spatial_comparison",
+    "spatial_sections",
     "table_bars",
     "training_curves",
     "umap",

@@ -94,6 +94,16 @@ class Figure:
 
 Section = Text | Code | Table | Figure
 
+
+@dataclass(frozen=True)
+class Page:
+    """Contents of a report; see :func:`write_report`."""
+
+    title: str
+    summary: str
+    sections: Sequence[Section]
+
+
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1c2127;--soft:#57606a;--line:#d9dee4;--head:#0b1f330f;
 --mark:#0b5c93;--shade:#0b1f3338}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cellplm_jax.report.html import Figure, Section, Table, Text
+from cellplm_jax.report.html import Figure, Page, Section, Table, Text
+from cellplm_jax.report.niches import niches as niches
 
 DRAWN_CELLS = 5000
 """Maximum number of cells on a map; larger sets are sampled."""
@@ -87,15 +87,6 @@ SCORES = {
 
 SAME = ("micro_f1", "macro_recall", "weighted_recall")
 """Scores that equal accuracy or macro accuracy if every cell has one label."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """Contents of a report; see :func:`cellplm_jax.report.html.write_report`."""
-
-    title: str
-    summary: str
-    sections: Sequence[Section]
 
 
 # --- pieces ------------------------------------------------------------------------------------
