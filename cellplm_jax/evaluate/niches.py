@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import linalg, sparse, spatial
+from scipy import sparse
+from scipy.spatial import cKDTree
 
 from cellplm_jax.errors import InputError, require
 
@@ -50,7 +51,7 @@ def spatial_graph(
             continue
         last = min(neighbors, len(members) - 1)
         found = min(last + 1 + TIES, len(members))
-        distance, index = spatial.cKDTree(points[members]).query(points[members], k=found)
+        distance, index = cKDTree(points[members]).query(points[members], k=found)
         limit = distance[:, last]
         middle = np.median(limit)
         regular = middle <= REGULAR * np.quantile(limit, 0.05)
@@ -121,42 +122,6 @@ def shell_mean(values: np.ndarray, shell: sparse.csr_matrix) -> np.ndarray:
     return np.where((size > 0)[:, None], total / np.maximum(size, 1)[:, None], values).astype(
         np.float32
     )
-
-
-def spatial_components(
-    values: np.ndarray,
-    connectivities: sparse.csr_matrix,
-    *,
-    number: int = 20,
-    shrinkage: float = 0.1,
-) -> np.ndarray:
-    """Return the components of an embedding that are most similar between neighbours, each scaled by that similarity.
-
-    The components solve a generalised eigenproblem: the covariance of cells and their neighbours' mean, relative to
-    the shrunken covariance of the cells (MULTISPATI, Dray, Saïd and Débias 2008). The eigenvalue, close to Moran's I,
-    becomes the standard deviation of the component, so variation without spatial structure vanishes.
-
-    Args:
-        values: float [cells, dimensions].
-        connectivities: CSR [cells, cells].
-        number: Maximum number of components.
-        shrinkage: Weight of the identity in the covariance.
-
-    Returns:
-        float32 [cells, components], at least one component.
-    """
-    centred = np.asarray(values, np.float64) - np.mean(values, axis=0)
-    total = centred.T @ centred / len(centred)
-    total /= max(np.trace(total) / len(total), 1e-12)
-    total = (1 - shrinkage) * total + shrinkage * np.eye(len(total))
-    scale = max(np.mean(np.square(centred).sum(axis=1)) / centred.shape[1], 1e-12)
-    shared = centred.T @ shell_mean(centred, connectivities) / len(centred) / scale
-    similarity, directions = linalg.eigh((shared + shared.T) / 2, total)
-    order = np.argsort(-similarity)[:number]
-    order = order[similarity[order] > 0] if (similarity > 0).any() else order[:1]
-    found = centred @ directions[:, order]
-    deviation = np.maximum(found.std(axis=0), 1e-12)
-    return (found / deviation * np.abs(similarity[order])).astype(np.float32)
 
 
 def composition(groups: np.ndarray, types: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

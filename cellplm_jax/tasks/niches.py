@@ -22,7 +22,6 @@ from cellplm_jax.evaluate.niches import (
     mixture_clusters,
     shell_mean,
     shells,
-    spatial_components,
     spatial_graph,
     within_samples,
 )
@@ -57,11 +56,17 @@ CONNECTIVITIES, DISTANCES, GRAPH = (
 )
 """Keys of a spatial graph in ``obsp`` and ``uns``, as squidpy writes them."""
 
-PRINCIPAL, COMPONENTS = 50, 20
-"""Principal components of the cells' embedding, and spatial components of these."""
+PRINCIPAL, COMPONENTS, MIXED = 50, 30, 20
+"""Principal components of the cells' embedding and of the niches' embedding, and how many a mixture is fitted to."""
+
+DECAY = 0.7
+"""Weight of a shell relative to the one before."""
 
 CLUSTERED_CELLS, VOTES = 10_000, 15
 """Maximum number of cells in Leiden's graph; other cells take the majority of their nearest ones in it."""
+
+SIMILAR_NICHES, SIMILAR_CELLS = 30, 15
+"""Neighbours in Leiden's graphs. Neighbourhoods overlap, so niches need more of them than cells."""
 
 
 class NicheOptions(TypedDict, total=False):
@@ -110,8 +115,8 @@ def niches(
 ) -> AnnData:
     """Find spatial niches: embed every cell with its neighbourhood in the tissue, and cluster these embeddings.
 
-    The cells' embedding is reduced to its spatial components (MULTISPATI), and the mean over the cell and its direct
-    neighbours, and over each further shell of the spatial graph, are put side by side. An existing squidpy graph
+    The mean embedding of the cell and its direct neighbours, and that of each further shell of the spatial graph, are
+    put side by side and reduced to 30 principal components. An existing squidpy graph
     (``obsp["spatial_connectivities"]``) is used without its edges between batches; otherwise a graph of the nearest
     cells is built.
 
@@ -296,7 +301,7 @@ def _find(
             types = _types(parts.obs, CLUSTERS)
         elif types is None:
             progress.update(3, "clustering the cells")
-            own = _leiden(_reduced(latent), 1.0, options.seed)
+            own = _leiden(latent, SIMILAR_CELLS, 1.0, options.seed)
             types = pd.Categorical.from_codes(own, [str(n) for n in range(int(own.max()) + 1)])  # type: ignore[arg-type]
             obs[CLUSTERS] = types
         progress.update(3, "meetings of the cell types")
@@ -437,39 +442,37 @@ def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 
         number: Number of shells.
 
     Returns:
-        float32 [cells, components * number]: the mean over the cell and its neighbours, then over each further shell.
+        float32 [cells, up to 30]: principal components of the mean over the cell and its neighbours and of the mean
+        over each further shell, side by side, with decreasing weights.
     """
     around = shells(graph, number)
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
-    wide = sparse.csr_matrix(own + around[1]) if number > 1 else own
-    values = spatial_components(_reduced(latent), wide, number=COMPONENTS)
-    return np.hstack([shell_mean(values, shell) for shell in (own, *around[1:])])
+    values = _reduced(unit_length(latent - np.mean(latent, axis=0)), PRINCIPAL)
+    parts = [
+        DECAY**place * shell_mean(values, shell) for place, shell in enumerate((own, *around[1:]))
+    ]
+    return _reduced(np.hstack(parts), COMPONENTS)
 
 
-def _reduced(latent: np.ndarray) -> np.ndarray:
-    """Return principal components of embeddings of unit length."""
-    latent = np.asarray(latent, np.float32)
-    latent = unit_length(latent - latent.mean(axis=0))
-    latent -= latent.mean(axis=0)
-    if latent.shape[1] <= PRINCIPAL:
-        return latent
-    loadings, _ = principal_components(lambda: [latent], latent.shape[1], PRINCIPAL)
-    return latent @ loadings
+def _reduced(values: np.ndarray, number: int) -> np.ndarray:
+    """Return principal components of [cells, dimensions], float32; few dimensions are only centred."""
+    values = np.asarray(values - values.mean(axis=0), np.float32)
+    if values.shape[1] <= number:
+        return values
+    return values @ principal_components(lambda: [values], values.shape[1], number)[0]
 
 
 def _clusters(embedding: np.ndarray, options: _Options) -> np.ndarray:
     if options.n_niches is not None:
-        return mixture_clusters(embedding, options.n_niches, seed=options.seed)
-    return _leiden(embedding, options.resolution, options.seed)
+        return mixture_clusters(embedding[:, :MIXED], options.n_niches, seed=options.seed)
+    return _leiden(embedding, SIMILAR_NICHES, options.resolution, options.seed)
 
 
-def _leiden(embedding: np.ndarray, resolution: float, seed: int) -> np.ndarray:
+def _leiden(embedding: np.ndarray, similar: int, resolution: float, seed: int) -> np.ndarray:
     """Return Leiden clusters, int32 [cells]; many cells: of an even sample, extended by vote."""
     every = -(-len(embedding) // CLUSTERED_CELLS)
-    near = min(VOTES, len(embedding) - 1)
-    found = leiden_clusters(
-        embedding[::every], resolution=resolution, seed=seed, neighbors=min(VOTES, near)
-    )
+    near = min(similar, len(embedding) - 1)
+    found = leiden_clusters(embedding[::every], resolution=resolution, seed=seed, neighbors=near)
     if every == 1:
         return found
     voters = require("sklearn.neighbors", "eval", "Clustering many cells")

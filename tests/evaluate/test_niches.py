@@ -12,7 +12,6 @@ from cellplm_jax.evaluate.niches import (
     mixture_clusters,
     shell_mean,
     shells,
-    spatial_components,
     spatial_graph,
     within_samples,
 )
@@ -67,19 +66,6 @@ def test_shells_and_their_means():
     assert mean.ravel().tolist() == [4.0, 9.0, 8.0, 1.0, 4.0]
     # The middle of five has no cell at distance 3, so it keeps its own value.
     assert shell_mean(values, third)[2] == values[2]
-
-
-def test_spatial_components_prefer_what_neighbours_share():
-    random = np.random.default_rng(0)
-    points = lattice(20)
-    graph, _ = spatial_graph(points, np.zeros(400))
-    gradient = points[:, 0] / 20 - 0.5
-    values = random.normal(size=(400, 5))
-    values[:, 1] *= 2  # the largest variance has no place
-    values[:, 3] = gradient + 0.1 * random.normal(size=400)
-    found = spatial_components(values, graph, number=2)
-    assert abs(np.corrcoef(found[:, 0], gradient)[0, 1]) > 0.9
-    assert found[:, 0].std() > 5 * found[:, 1].std()
 
 
 def test_composition_counts_known_types():
