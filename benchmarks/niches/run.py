@@ -3,9 +3,9 @@
     python benchmarks/niches/run.py [--model small] [--data FOLDER] [--sets heart pdac simulated ...] [--seeds 3]
 
 All methods get the same cells, the same spatial graph and the same two clusterings: a Gaussian mixture with as many
-groups as there are labels, and Leiden at resolution 1 with 30 neighbours. Labels are used for the score only. Writes ``niches.json`` and
-``niches.md`` next to this file; sets that were not run keep their results. The recipe (three shells, side by side, their weights and
-the neighbours of Leiden) was chosen on other tissues: ``--sets validation``.
+groups as there are labels, and Leiden at resolution 1 with 30 neighbours. Labels are used for the score only. Writes
+``niches.json`` and ``niches.md`` next to this file; sets that were not run keep their results. The recipe (shells,
+their weights, neighbours of Leiden) was chosen on other tissues: ``--sets validation``.
 """
 
 from __future__ import annotations
@@ -54,9 +54,18 @@ CELLS = {
 }
 """Dissociated cells that are arranged in simulated domains, for validation."""
 
+LAYOUTS = {
+    "cells": (2500, 2, False),
+    "spots": (15_000, 2, True),
+    "small": (6700, 6, True),
+    "one": (2800, 1, True),
+}
+"""Cells, sections, and whether several cells make a spot: two large sections, or small ones."""
+
 TESTS = ("heart", "pdac", "simulated-1", "simulated-2", "simulated-3")
 VALIDATION = ("osmfish", "cells-zheng-11", "spots-zheng-12", "cells-eye-13", "spots-aml-14",
-              "spots-eye-15", "simulated-21", "simulated-22")  # fmt: skip
+              "spots-eye-15", "simulated-21", "simulated-22",
+              "small-zheng-31", "small-aml-32", "one-zheng-33", "one-eye-34")  # fmt: skip
 PACKAGES = ("cellplm-jax", "jax", "numpy", "scikit-learn", "scanpy", "harmonypy")
 NO_LABEL = ("", "nan", "unlabelled", "unknown")
 MIXTURE, LEIDEN = "mixture", "Leiden"
@@ -78,16 +87,18 @@ def opened(name: str, data: Path) -> tuple[anndata.AnnData, str | None, str]:
         ), "batch", "domain"  # fmt: skip
     file, label = CELLS[rest[0]]
     cells = anndata.read_h5ad(data / file)
-    return arranged(cells, label, int(rest[1]), spots=kind == "spots"), "batch", "domain"
+    return arranged(cells, label, int(rest[1]), *LAYOUTS[kind]), "batch", "domain"
 
 
-def arranged(source: anndata.AnnData, label: str, seed: int, *, spots: bool) -> anndata.AnnData:
+def arranged(
+    source: anndata.AnnData, label: str, seed: int, cells: int, sections: int, spots: bool
+) -> anndata.AnnData:
     """Arrange real cells in simulated domains with their own mixtures of types; spots add up about six of them."""
     labels = source.obs[label].astype(str).to_numpy()
     names, sizes = np.unique(labels, return_counts=True)
     names = [n for n in names[sizes >= 30] if n.lower() not in (*NO_LABEL, "unassigned")][:10]
     plan = simulate_tissue(
-        cells=15_000 if spots else 2500, genes=300, cell_types=len(names), domains=5, batches=2,
+        cells=cells, genes=300, cell_types=len(names), domains=5, batches=sections,
         ligand_receptor_pairs=0, seed=seed, keep_expected=False,
     )  # fmt: skip
     random = np.random.default_rng(seed + 1000)

@@ -810,6 +810,11 @@ class CountSource:
         return [text or name for text, name in zip(texts, self._gene_names, strict=True)]
 
     @property
+    def var_names(self) -> list[str]:
+        """Index of the genes of the file."""
+        return list(self._gene_names)
+
+    @property
     def report(self) -> InputReport:
         """Choices made about the input; complete after every cell has been read."""
         if (self._empty < 0).any():
