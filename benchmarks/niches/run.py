@@ -134,16 +134,31 @@ def thinned(counts, share: float, random: np.random.Generator) -> sparse.csr_mat
     return counts
 
 
-def representations(tissue: anndata.AnnData, batch: str | None, model) -> dict[str, np.ndarray]:
+def embeddings(tissue: anndata.AnnData, batch: str | None, model, kept: Path | None) -> np.ndarray:
+    """Return principal components; ``obsm["X_joined"]`` is set. Both are kept in a file, if one is named."""
+    if kept is not None and kept.is_file():
+        found = np.load(kept)
+        tissue.obsm["X_joined"] = found["joined"]
+        return found["pca"]
+    counts = sparse.csr_matrix(tissue.X, dtype=np.float32, copy=True)
+    counts.data = np.rint(counts.data)
+    pca = pca_baseline(counts)
+    cellplm_jax.embed(tissue, model, batch_key=batch, adapt="context", key_added="X_joined")
+    if kept is not None:
+        np.savez(kept, pca=pca, joined=np.asarray(tissue.obsm["X_joined"]))
+    return pca
+
+
+def representations(
+    tissue: anndata.AnnData, batch: str | None, pca: np.ndarray
+) -> dict[str, np.ndarray]:
     """Return the embedding of every rival, and of the cells themselves, float [cells, dimensions]."""
     section = np.zeros(tissue.n_obs) if batch is None else tissue.obs[batch].astype(str).to_numpy()
     graph, _ = spatial_graph(np.asarray(tissue.obsm["spatial"], float)[:, :2], section)
     first, second, third = shells(graph, 3)
     own = sparse.csr_matrix(first + sparse.eye(tissue.n_obs, dtype=bool, format="csr"))
     reach = [own, sparse.csr_matrix(own + second), sparse.csr_matrix(own + second + third)]
-    counts = sparse.csr_matrix(tissue.X, dtype=np.float32, copy=True)
-    counts.data = np.rint(counts.data)
-    bases = {"PCA": pca_baseline(counts)}
+    bases = {"PCA": pca}
     if batch is not None:
         import harmonypy
 
@@ -164,7 +179,6 @@ def representations(tissue: anndata.AnnData, batch: str | None, model) -> dict[s
             found[f"{name}, mean over {number} shell{'s' * (number > 1)}"] = shell_mean(
                 values, shell
             )
-    cellplm_jax.embed(tissue, model, batch_key=batch, adapt="context", key_added="X_joined")
     joined = np.asarray(tissue.obsm["X_joined"])
     found[OWN] = unit_length(joined - joined.mean(axis=0))
     return found
@@ -187,7 +201,7 @@ def clusterings(values: np.ndarray, number: int, seeds: int) -> dict[str, list[n
     }
 
 
-def score_set(name: str, data: Path, model, seeds: int) -> dict:
+def score_set(name: str, data: Path, model, seeds: int, cache: Path | None) -> dict:
     """Return ARI of every method, clustering and seed on one tissue."""
     started = time.process_time()
     tissue, batch, label = opened(name, data)
@@ -195,8 +209,11 @@ def score_set(name: str, data: Path, model, seeds: int) -> dict:
     labels = tissue.obs[label].astype(object).fillna("").astype(str).to_numpy()
     known = ~np.isin(labels, NO_LABEL)
     number = len(np.unique(labels[known]))
-    found = {method: clusterings(values, number, seeds)
-             for method, values in representations(tissue, batch, model).items()}  # fmt: skip
+    pca = embeddings(tissue, batch, model, None if cache is None else cache / f"{name}.npz")
+    found = {
+        method: clusterings(values, number, seeds)
+        for method, values in representations(tissue, batch, pca).items()
+    }
     found[OURS] = {MIXTURE: [], LEIDEN: []}
     for seed in range(seeds):
         for how, groups in ((MIXTURE, number), (LEIDEN, None)):
@@ -282,6 +299,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(default), help="folder of the files")
     parser.add_argument("--sets", nargs="*", default=list(TESTS), help="names, or 'validation'")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings")
     parser.add_argument(
         "--spots", type=int, default=0, help="instead: time this number of simulated spots"
     )
@@ -298,7 +316,9 @@ def main() -> None:
         document["seeds"] = arguments.seeds
         names = [n for s in arguments.sets for n in (VALIDATION if s == "validation" else (s,))]
         for name in names:
-            document["sets"][name] = found = score_set(name, arguments.data, model, arguments.seeds)
+            document["sets"][name] = found = score_set(
+                name, arguments.data, model, arguments.seeds, arguments.cache
+            )
             print(
                 name,
                 {

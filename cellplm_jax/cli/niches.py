@@ -51,7 +51,7 @@ def add_niches(commands: Any) -> None:
         "--shells",
         type=positive,
         metavar="N",
-        help="radius of a neighbourhood in steps of the spatial graph (3)",
+        help="radius of a neighbourhood in steps of the spatial graph (3; small sections 2)",
     )
     parser.add_argument(
         "--neighbors",

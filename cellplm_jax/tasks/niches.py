@@ -59,8 +59,11 @@ CONNECTIVITIES, DISTANCES, GRAPH = (
 PRINCIPAL, COMPONENTS, MIXED = 50, 30, 20
 """Principal components of the cells' embedding and of the niches' embedding, and how many a mixture is fitted to."""
 
-DECAY = 0.7
-"""Weight of a shell relative to the one before."""
+OWN, DECAY = 0.3, 0.7
+"""Weight of the cell itself next to the mean over it and its neighbours, and of a shell relative to the one before."""
+
+SHELLS, LARGEST = 3, 0.05
+"""Default number of shells; one less if their cells are a larger fraction of a typical section."""
 
 CLUSTERED_CELLS, VOTES = 10_000, 15
 """Maximum number of cells in Leiden's graph; other cells take the majority of their nearest ones in it."""
@@ -78,7 +81,8 @@ class NicheOptions(TypedDict, total=False):
         n_niches: Number of niches, by a Gaussian mixture. None: Leiden clusters.
         label_key: Column of ``obs`` with cell types, for composition and meetings; missing values are not counted.
             None: the cells' own clusters, ``obs["cellplm_cluster"]``, computed if missing.
-        shells: Number of shells: 1: direct neighbours, 2: also their neighbours, ...
+        shells: Number of shells: 1: direct neighbours, 2: also their neighbours, ... None: 3, or 2 if the section of
+            half of the cells has fewer than 20 times as many cells as three shells.
         neighbors: Nearest cells per cell in a new graph.
         resolution: Leiden resolution; higher values give more niches.
         use_rep: Key of ``obsm`` with an embedding of the cells, which replaces the model's. None: embed.
@@ -95,7 +99,7 @@ class NicheOptions(TypedDict, total=False):
     batch_key: str | None
     n_niches: int | None
     label_key: str | None
-    shells: int
+    shells: int | None
     neighbors: int
     resolution: float
     use_rep: str | None
@@ -115,8 +119,8 @@ def niches(
 ) -> AnnData:
     """Find spatial niches: embed every cell with its neighbourhood in the tissue, and cluster these embeddings.
 
-    The mean embedding of the cell and its direct neighbours, and that of each further shell of the spatial graph, are
-    put side by side and reduced to 30 principal components. An existing squidpy graph
+    The embedding of the cell, the mean over it and its direct neighbours, and that over each further shell of the
+    spatial graph are put side by side, with weights, and reduced to 30 principal components. An existing squidpy graph
     (``obsp["spatial_connectivities"]``) is used without its edges between batches; otherwise a graph of the nearest
     cells is built.
 
@@ -133,7 +137,7 @@ def niches(
         adata: Raw counts with coordinates; a path is read into memory.
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`; None with ``use_rep``.
         **options: See :class:`NicheOptions`: ``spatial_key="spatial"``, ``batch_key=None``, ``n_niches=None``,
-            ``label_key=None``, ``shells=3``, ``neighbors=6``, ``resolution=1.0``, ``adapt="context"``,
+            ``label_key=None``, ``shells=None``, ``neighbors=6``, ``resolution=1.0``, ``adapt="context"``,
             ``permutations=1000``, ``seed=0``...
 
     Returns:
@@ -192,7 +196,7 @@ class _Options:
     batch_key: str | None = None
     n_niches: int | None = None
     label_key: str | None = None
-    shells: int = 3
+    shells: int | None = None
     neighbors: int = 6
     resolution: float = 1.0
     use_rep: str | None = None
@@ -207,11 +211,11 @@ class _Options:
     def __post_init__(self):
         check_key(self.key_added)
         require("scanpy", "eval", "Clustering niches")
-        lowest = {"shells": 1, "neighbors": 1, "permutations": 2}
-        if self.n_niches is not None:
-            lowest["n_niches"] = 2
+        lowest = {"shells": 1, "neighbors": 1, "permutations": 2, "n_niches": 2}
         for name, least in lowest.items():
             value = getattr(self, name)
+            if value is None and name in ("shells", "n_niches"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise InputError(f"{name} = {value!r}", f"an integer, at least {least}")
         if not self.resolution > 0:
@@ -293,7 +297,8 @@ def _find(
         progress.update(1, "embedding the cells")
         latent, provenance, read = _latent(data, parts, model, options)
         progress.update(2, "clustering the niches")
-        embedding = niche_embedding(latent, graph, options.shells)
+        number = options.shells or _default_shells(graph, samples)
+        embedding = niche_embedding(latent, graph, number)
         found = _clusters(embedding, options)
         names = [str(number) for number in range(int(found.max()) + 1)]
         obs = {options.key_added: pd.Categorical.from_codes(found, names)}  # type: ignore[arg-type]
@@ -332,7 +337,7 @@ def _find(
             "adapt": options.adapt if options.use_rep is None else "",
             "n_niches": options.n_niches or 0,
             "resolution": options.resolution,
-            "shells": options.shells,
+            "shells": number,
             "permutations": options.permutations,
             "seed": options.seed,
         },
@@ -433,6 +438,13 @@ def _latent(
     return read_and_embed(data, as_pretrained(model), read, context, "", options.quiet)
 
 
+def _default_shells(graph: sparse.csr_matrix, samples: np.ndarray) -> int:
+    around = shells(graph, SHELLS)
+    cells = 1 + np.median(np.sum([np.diff(shell.indptr) for shell in around], axis=0))
+    _, codes, sizes = np.unique(samples.astype(str), return_inverse=True, return_counts=True)
+    return SHELLS if cells <= LARGEST * np.median(sizes[codes]) else SHELLS - 1
+
+
 def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 3) -> np.ndarray:
     """Embed every cell with its neighbourhood.
 
@@ -442,16 +454,16 @@ def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 
         number: Number of shells.
 
     Returns:
-        float32 [cells, up to 30]: principal components of the mean over the cell and its neighbours and of the mean
-        over each further shell, side by side, with decreasing weights.
+        float32 [cells, up to 30]: principal components of the cell's own embedding, the mean over it and its
+        neighbours, and the mean over each further shell, side by side, with weights .3, 1, .7, .49...
     """
     around = shells(graph, number)
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
     values = _reduced(unit_length(latent - np.mean(latent, axis=0)), PRINCIPAL)
-    parts = [
+    means = [
         DECAY**place * shell_mean(values, shell) for place, shell in enumerate((own, *around[1:]))
     ]
-    return _reduced(np.hstack(parts), COMPONENTS)
+    return _reduced(np.hstack([OWN * values, *means]), COMPONENTS)
 
 
 def _reduced(values: np.ndarray, number: int) -> np.ndarray:
