@@ -301,7 +301,7 @@ class GeneImputer(ImputerFit):
         true, predicted, parts = self._compared(adata, truth, keys)
         scores = imputation_scores(true, predicted.to_numpy(), list(predicted.columns))
         for method, each in method_scores(true, parts).items():
-            scores |= {f"{name}_{method}": n for name, n in each.items() if np.isfinite(n)}
+            scores |= {f"{name}_{method}": n for name, n in each.items()}
         if self._intervals is not None:
             scores["interval_coverage"] = float(self._covered(true, predicted).mean())
         return scores

@@ -370,16 +370,16 @@ class ImputerFit(Estimator):
         """Store and report the scores of all methods on the validation cells."""
         self.facts["validation"] = scores
         self.facts["method"] = chosen
-        listed = ", ".join(
-            f"{name.replace('_', ' ')} {scores[name]['pearson']:.3f}"
-            for name in (POOLED, NETWORK, RIDGE)
-        )
+        pearson = {
+            name: scores[name].get("pearson", float("nan")) for name in (POOLED, NETWORK, RIDGE)
+        }
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in pearson.items())
         self.messages.append(
             f"Mean correlation per gene over {cells} validation cells: {listed} (weights of network and ridge "
             f"regression {pool[0]:.2f} and {pool[1]:.2f}); RMSE {scores[POOLED]['rmse']:.3f}, of the gene mean "
             f"{scores[MEAN]['rmse']:.3f}."
         )
-        gain = scores[POOLED]["pearson"] - scores[RIDGE]["pearson"]
+        gain = pearson[POOLED] - pearson[RIDGE]
         if chosen == RIDGE:
             self.messages.append("The network adds nothing here: ridge regression is used alone.")
         elif gain < GAIN:

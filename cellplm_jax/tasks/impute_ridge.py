@@ -110,14 +110,13 @@ def mean_pearson(truth: np.ndarray, values: np.ndarray) -> float:
 
 
 def method_scores(truth: np.ndarray, methods: Mapping[str, np.ndarray]) -> dict[str, dict]:
-    """Return mean correlation per gene (NaN: undefined) and RMSE of each method's predictions [cells, genes]."""
-    return {
-        name: {
-            "pearson": mean_pearson(truth, np.broadcast_to(values, truth.shape)),
-            "rmse": float(np.sqrt(np.mean((values - truth) ** 2))),
-        }
-        for name, values in methods.items()
-    }
+    """Return mean correlation per gene (unless undefined) and RMSE of each method's predictions [cells, genes]."""
+    found = {}
+    for name, values in methods.items():
+        pearson = mean_pearson(truth, np.broadcast_to(values, truth.shape))
+        found[name] = {} if np.isnan(pearson) else {"pearson": pearson}
+        found[name]["rmse"] = float(np.sqrt(np.mean((values - truth) ** 2)))
+    return found
 
 
 class RidgeData:

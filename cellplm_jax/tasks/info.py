@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cellplm_jax.errors import InputError
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.pretrained import load
+from cellplm_jax.train.checkpoint import ESTIMATOR_FILE
 from cellplm_jax.train.metrics import read_metrics
 
 
@@ -39,7 +41,9 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
         for row in read_metrics(metrics):
             split = training.setdefault(row.get("split", "train"), {"first": row})
             split["last"] = row
+    facts = _estimator_facts(model.source)
     return {
+        **facts,
         "id": model.id,
         "step": model.step,
         "card": model.card,
@@ -48,6 +52,15 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
         "config": to_dict(model.config),
         "training": training,
     }
+
+
+def _estimator_facts(source: str) -> dict[str, Any]:
+    """Return ``{"estimator": ...}``: class and facts of the fit, if the model is that of an estimator."""
+    path = epath.Path(source) / ESTIMATOR_FILE
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {"estimator": {"class": content.get("class", ""), **content.get("facts", {})}}
 
 
 def describe_text(facts: dict[str, Any]) -> str:
@@ -72,6 +85,18 @@ def describe_text(facts: dict[str, Any]) -> str:
     ]
     unused = facts["card"].get("unused_parameters") or {}
     lines += [f"  unused in the original: {name} - {why}" for name, why in unused.items()]
+    for name, value in facts.get("estimator", {}).items():
+        if isinstance(value, dict):
+            parts = (
+                f"{part.replace('_', ' ')} " + " ".join(f"{key} {n:.3f}" for key, n in each.items())
+                if isinstance(each, dict)
+                else f"{part.replace('_', ' ')} {each:.3f}"
+                if isinstance(each, float)
+                else f"{part} {each}"
+                for part, each in value.items()
+            )
+            value = ", ".join(parts)
+        lines.append(f"{name.replace('_', ' '):<18} {value}")
     lines.append("config")
     for name, value in facts["config"].items():
         if isinstance(value, dict):
