@@ -242,12 +242,13 @@ def test_intervals_hold_their_coverage(wide):
         assert 0.87 <= scores["interval_coverage"] <= 0.93
     total = truth[:, PANEL].X.sum(axis=1)
     widths = []
-    for level in (0.5, 0.9):
+    # Narrow intervals of rare genes cover more: most of their counts are 0.
+    for level, tolerance in ((0.5, 0.12), (0.9, 0.04)):
         low, high = wide.intervals(truth, coverage=level)
         assert (low.to_numpy() >= 0).all()
         counts = truth[:, MISSING].X.toarray()
         inside = (counts >= low.to_numpy() - 1e-3) & (counts <= high.to_numpy() + 1e-3)
-        assert inside.mean() == pytest.approx(level, abs=0.06)
+        assert inside.mean() == pytest.approx(level, abs=tolerance)
         widths.append((high - low).to_numpy().mean())
     assert widths[0] < 0.7 * widths[1]
     # On the other scale they are the same intervals.
