@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.errors import InputError, require
-from cellplm_jax.plot.maps import spatial
+from cellplm_jax.plot.cells import spatial
 from cellplm_jax.plot.style import PALETTE, STYLE, picture, pyplot_module, widen
 
 if TYPE_CHECKING:

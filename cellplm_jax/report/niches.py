@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.report.html import Figure, Page, Section, Table, Text
+from cellplm_jax.report.blocks import Page
+from cellplm_jax.report.html import Figure, Section, Table, Text
 
 SECTIONS = 6
 """Maximum number of sections that are drawn."""
@@ -24,7 +25,7 @@ def niches(path: str | os.PathLike) -> Page:
     Args:
         path: Output of :func:`cellplm_jax.niches_file`.
     """
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
     from cellplm_jax.tasks.niches import FACTS
 
     facts = read_annotations(path, uns=[FACTS]).uns[FACTS]

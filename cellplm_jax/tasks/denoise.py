@@ -19,6 +19,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
@@ -35,8 +36,8 @@ from cellplm_jax.losses.objectives import (
 )
 from cellplm_jax.model.masking import sample_gene_mask
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, read_cells
-from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.files import as_anndata, check_copy, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 
@@ -110,6 +111,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> Denoiser:
         """Fit to cells.
@@ -122,6 +124,7 @@ class Denoiser(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -133,7 +136,14 @@ class Denoiser(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, split_key
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            split_key,
+            feature_type,
         )
         table = self._read(adata, reading)
         usable = np.diff(table.counts.indptr) > 0
@@ -186,7 +196,7 @@ class Denoiser(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         log_normalized: bool = False,
         detected: bool = False,
@@ -195,6 +205,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Predict the expected counts of every cell, in place.
@@ -219,6 +230,7 @@ class Denoiser(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -229,8 +241,9 @@ class Denoiser(Estimator):
         """
         keys = {
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
-            "gene_key": gene_key, "cells_per_context": cells_per_context,
+            "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
+        adata = as_anndata(adata)
         layers, facts, _ = self._layers(
             adata, self.reading.changed(**keys), log_normalized, detected, key_added, adata.n_vars
         )
@@ -306,7 +319,8 @@ class Denoiser(Estimator):
         model = self._fitted()
         reading = self.reading.changed(**keys)
         read: dict[str, Any] = {"batch_key": reading.batch_key, "spatial_key": reading.spatial_key,
-                                "layer": reading.layer, "gene_key": reading.gene_key}  # fmt: skip
+                                "layer": reading.layer, "gene_key": reading.gene_key,
+                                "feature_type": reading.feature_type}  # fmt: skip
         seen = read_cells(adata, model.genes, **read)
         if truth is None:
             visible, hidden = hide_nonzeros(seen.counts, fraction, seed=seed)
@@ -364,7 +378,11 @@ class Denoiser(Estimator):
         """
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         with open_counts(data, model.genes, **read) as source:
             column, measured = source.report.genes.column, np.asarray(source.measured)
             batch = np.full(source.cells, ONE_BATCH, object)
@@ -621,8 +639,8 @@ def require_counts_decoder(model: Pretrained) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class BeforeAndAfter:
+@dataclass(frozen=True, eq=False, repr=False)
+class BeforeAndAfter(Displayed):
     """Counts and their predictions for the same cells.
 
     Attributes:
@@ -679,21 +697,20 @@ def before_and_after(
     Raises:
         InputError: A gene was not denoised, or the file cannot be read.
     """
-    import h5py
-
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
     cells = read_cells(
         path,
         model.genes,
         layer=reading.layer,
         gene_key=reading.gene_key,
+        feature_type=reading.feature_type,
         spatial_key=reading.spatial_key,
         minimum_genes=0,
     )
     column = np.asarray(cells.report.genes.column, int)
     known = _known_columns(column)
     total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
-    with h5py.File(path) as file:
+    with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
         after = np.concatenate(
             [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]
@@ -759,7 +776,12 @@ def check_genes(
         InputError: A gene will not be denoised, or the file cannot be read.
     """
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
-    read = {"layer": reading.layer, "gene_key": reading.gene_key, "minimum_genes": 0}
+    read = {
+        "layer": reading.layer,
+        "gene_key": reading.gene_key,
+        "feature_type": reading.feature_type,
+        "minimum_genes": 0,
+    }
     with open_counts(Path(path).expanduser(), model.genes, **read) as source:
         column = np.asarray(source.report.genes.column, int)
     _places_of(genes, [model.genes[gene] for gene in column[_known_columns(column)]])

@@ -20,8 +20,8 @@ from cellplm_jax.tasks.contexts import read_cells
 from cellplm_jax.tasks.denoise import (
     expected_counts,
 )
-from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, Reading
+from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.impute_fit import DECODED_AS, ImputerFit
 from cellplm_jax.tasks.impute_genes import find_genes
 from cellplm_jax.tasks.impute_intervals import (
@@ -80,8 +80,8 @@ class GeneImputer(ImputerFit):
             vocabulary. By default 3,000 from scratch, else all. Genes requested by name in ``fit`` are not counted.
         linear: Average the network with ridge regression.
         quiet: Disable progress output.
-        **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+            Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Input genes: those shared by panel and reference. Empty before ``fit``.
@@ -117,6 +117,7 @@ class GeneImputer(ImputerFit):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
         """Predict the genes missing from the panel.
@@ -136,6 +137,7 @@ class GeneImputer(ImputerFit):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -146,7 +148,7 @@ class GeneImputer(ImputerFit):
                 or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             cells_per_context=cells_per_context,
         )  # fmt: skip
         places = self._places(genes)
@@ -376,6 +378,7 @@ class GeneImputer(ImputerFit):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -400,6 +403,7 @@ class GeneImputer(ImputerFit):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -463,7 +467,11 @@ class GeneImputer(ImputerFit):
         ridge = self._ridges.get(scale)
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
-            data, self.panel, layer=reading.layer, gene_key=reading.gene_key
+            data,
+            self.panel,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
@@ -532,7 +540,7 @@ class GeneImputer(ImputerFit):
             raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
         key = reading.gene_key or "var_names"
         with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
-                         gene_key=reading.gene_key) as source:  # fmt: skip
+                         gene_key=reading.gene_key, feature_type=reading.feature_type) as source:  # fmt: skip
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}

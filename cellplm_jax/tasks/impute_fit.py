@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Unpack
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from cellplm_jax.tasks.denoise import (
     require_counts_decoder,
     require_training_cells,
 )
-from cellplm_jax.tasks.estimator import DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import DECODER_RECIPE, Estimator, Reading, Training, split_cells
 from cellplm_jax.tasks.impute_genes import own_names, requested_genes, split_by_panel
 from cellplm_jax.tasks.impute_intervals import (
     FEWEST,
@@ -94,9 +94,11 @@ class ImputerFit(Estimator):
         model: Pretrained | str | os.PathLike | None = None,
         *,
         linear: bool = True,
-        **options: Any,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Unpack[Training],
     ):
-        super().__init__(model, **options)
+        super().__init__(model, genes=genes, quiet=quiet, **training)
         self.linear = linear
         self.pool: dict[str, list[float]] = {}
         self._ridges: dict[str, Ridge] = {}
@@ -120,6 +122,7 @@ class ImputerFit(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         reference_layer: str | None = None,
         reference_gene_key: str | None = None,
         cells_per_context: int | None = None,
@@ -137,6 +140,7 @@ class ImputerFit(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             reference_layer: As ``layer``, for the reference.
             reference_gene_key: As ``gene_key``, for the reference.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
@@ -152,7 +156,14 @@ class ImputerFit(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         self.reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, None
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            None,
+            feature_type,
         )
         self.model, self.history, self.facts, self._seen = None, [], {}, None
         target, source, names = self._tables(
@@ -236,7 +247,11 @@ class ImputerFit(Estimator):
     ) -> tuple[CellTable, CellTable, list[str]]:
         """Read the target cells and the reference, in the columns of one vocabulary, and its names in the reference."""
         reading = self.reading
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
         if self.base is not None:
             vocabulary = self.base.genes

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
@@ -15,8 +16,8 @@ from cellplm_jax.tasks.contexts import CellTable
 from cellplm_jax.tasks.impute_ridge import panel_totals
 
 
-@dataclass(frozen=True, eq=False)
-class Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class Beside(Displayed):
     """An imputed gene and a measured one in the same cells.
 
     Attributes:
@@ -32,8 +33,8 @@ class Beside:
     measured: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class BesideMeasured:
+@dataclass(frozen=True, eq=False, repr=False)
+class BesideMeasured(Displayed):
     """Comparison of a prediction with measured values, from :meth:`GeneImputer.beside_measured`.
 
     Attributes:

@@ -27,14 +27,8 @@ from cellplm_jax.evaluate.niches import (
 )
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.contexts import labels_of
-from cellplm_jax.tasks.embed import (
-    Adapt,
-    Context,
-    check_copy,
-    check_key,
-    read_and_embed,
-    write_copy,
-)
+from cellplm_jax.tasks.embed import Adapt, Context, read_and_embed
+from cellplm_jax.tasks.files import check_copy, check_key, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
@@ -151,9 +145,9 @@ def niches(
 
     if isinstance(adata, str | os.PathLike):
         path = Path(adata).expanduser()
-        if not path.is_file():
-            raise InputError(f"'{path}' does not exist", "an .h5ad file", "Check the name")
-        adata = anndata.read_h5ad(path)
+        with open_store(path):  # one clear message if it is neither kind of file
+            read = anndata.read_zarr if path.is_dir() else anndata.read_h5ad
+        adata = read(path)
     results = _find(adata, model, _Options(**options))
     for part, entries in results.entries().items():
         for name, value in entries.items():
@@ -260,13 +254,10 @@ def _parts(data: AnnData | Path, wanted: list[str]) -> _Parts:
         obsp: Any = data.obsp
         graph = obsp.get(CONNECTIVITIES)
         return _Parts(data.obs, there, graph, list(obsm))  # type: ignore[arg-type]
-    import h5py
     from anndata.io import read_elem
 
-    if not data.is_file() or not h5py.is_hdf5(data):
-        raise InputError(f"'{data}' is not an .h5ad file", "an existing one", "Check the name")
-    with h5py.File(data) as file:
-        keys = list(file.get("obsm", {}))
+    with open_store(data) as file:
+        keys = list(file["obsm"]) if "obsm" in file else []
         there = {key: read_elem(file[f"obsm/{key}"]) for key in wanted if key in keys}
         path = f"obsp/{CONNECTIVITIES}"
         graph = read_elem(file[path]) if path in file else None
