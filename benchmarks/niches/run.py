@@ -201,8 +201,10 @@ def clusterings(values: np.ndarray, number: int, seeds: int) -> dict[str, list[n
     }
 
 
-def score_set(name: str, data: Path, model, seeds: int, cache: Path | None) -> dict:
-    """Return ARI of every method, clustering and seed on one tissue."""
+def score_set(
+    name: str, data: Path, model, seeds: int, cache: Path | None, kept: dict | None
+) -> dict:
+    """Return ARI of every method, clustering and seed on one tissue; ``kept``: earlier results, for the rivals."""
     started = time.process_time()
     tissue, batch, label = opened(name, data)
     tissue.obs_names_make_unique()
@@ -210,10 +212,10 @@ def score_set(name: str, data: Path, model, seeds: int, cache: Path | None) -> d
     known = ~np.isin(labels, NO_LABEL)
     number = len(np.unique(labels[known]))
     pca = embeddings(tissue, batch, model, None if cache is None else cache / f"{name}.npz")
-    found = {
-        method: clusterings(values, number, seeds)
-        for method, values in representations(tissue, batch, pca).items()
-    }
+    found = {}
+    if kept is None:
+        rivals = representations(tissue, batch, pca).items()
+        found = {method: clusterings(values, number, seeds) for method, values in rivals}
     found[OURS] = {MIXTURE: [], LEIDEN: []}
     for seed in range(seeds):
         for how, groups in ((MIXTURE, number), (LEIDEN, None)):
@@ -227,14 +229,17 @@ def score_set(name: str, data: Path, model, seeds: int, cache: Path | None) -> d
         }
         for method, both in found.items()
     }
+    sizes = {
+        m: float(np.mean([one.max() + 1 for one in both[LEIDEN]])) for m, both in found.items()
+    }
+    if kept is not None:
+        scores, sizes = kept["ari"] | scores, kept["leiden_clusters"] | sizes
     return {
         "cells": tissue.n_obs,
         "sections": 1 if batch is None else int(tissue.obs[batch].nunique()),
         "regions": number,
         "ari": scores,
-        "leiden_clusters": {
-            m: float(np.mean([one.max() + 1 for one in both[LEIDEN]])) for m, both in found.items()
-        },
+        "leiden_clusters": sizes,
         "processor_seconds": round(time.process_time() - started, 1),
     }
 
@@ -299,6 +304,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(default), help="folder of the files")
     parser.add_argument("--sets", nargs="*", default=list(TESTS), help="names, or 'validation'")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--keep-rivals", action="store_true", help="keep the stored scores of the rivals"
+    )
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings")
     parser.add_argument(
         "--spots", type=int, default=0, help="instead: time this number of simulated spots"
@@ -317,7 +325,12 @@ def main() -> None:
         names = [n for s in arguments.sets for n in (VALIDATION if s == "validation" else (s,))]
         for name in names:
             document["sets"][name] = found = score_set(
-                name, arguments.data, model, arguments.seeds, arguments.cache
+                name,
+                arguments.data,
+                model,
+                arguments.seeds,
+                arguments.cache,
+                document["sets"].get(name) if arguments.keep_rivals else None,
             )
             print(
                 name,

@@ -204,7 +204,7 @@ class GeneImputer(ImputerFit):
         if self._intervals is None:
             raise InputError(
                 "this imputer has no intervals",
-                f"one that was fitted with at least {FEWEST} validation cells, by version 1.1 or later",
+                f"one that was fitted with at least {FEWEST} validation cells, by a version with intervals",
                 "Fit again with a larger reference or validation_fraction",
             )
         return self._intervals

@@ -53,7 +53,7 @@ CONNECTIVITIES, DISTANCES, GRAPH = (
 PRINCIPAL, COMPONENTS, MIXED = 50, 30, 20
 """Principal components of the cells' embedding and of the niches' embedding, and how many a mixture is fitted to."""
 
-OWN, DECAY = 0.3, 0.7
+OWN, DECAY = 0.2, 0.7
 """Weight of the cell itself next to the mean over it and its neighbours, and of a shell relative to the one before."""
 
 SHELLS, LARGEST = 3, 0.05
@@ -446,7 +446,7 @@ def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 
 
     Returns:
         float32 [cells, up to 30]: principal components of the cell's own embedding, the mean over it and its
-        neighbours, and the mean over each further shell, side by side, with weights .3, 1, .7, .49...
+        neighbours, and the mean over each further shell, side by side, with weights .2, 1, .7, .49...
     """
     around = shells(graph, number)
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
