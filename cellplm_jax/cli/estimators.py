@@ -142,6 +142,12 @@ def add_impute(commands: Any) -> None:
     predict.add_argument(
         "--log-normalized", action="store_true", help="log-normalised values instead of counts"
     )
+    predict.add_argument(
+        "--coverage",
+        type=float,
+        metavar="F",
+        help="also write prediction intervals with this coverage, such as 0.9 (none)",
+    )
 
 
 def _impute_fit(arguments: argparse.Namespace) -> None:
@@ -162,7 +168,13 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
     facts = imputer.facts
     what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
     if "mean_confidence" in facts:
-        what += f", mean confidence {facts['mean_confidence']:.3f}"
+        what += f", mean confidence {facts['mean_confidence']:.3f} over {facts['genes_with_confidence']} of them"
+    if "validation" in facts:
+        scores = ", ".join(
+            f"{name} {facts['validation'][name].get('pearson', float('nan')):.3f}"
+            for name in ("pooled", "network", "ridge")
+        )
+        what += f" ({scores}; used: {facts['method']})"
     write_page(arguments, "imputer", imputer)
     line = fitted_line(arguments, what, facts)
     print_result(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
@@ -180,6 +192,7 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         arguments.out,
         genes=genes,
         log_normalized=arguments.log_normalized,
+        coverage=arguments.coverage,
         **passed_options(arguments, READING),
     )
     number = len(imputer.imputed if genes is None else genes)

@@ -43,6 +43,7 @@ from cellplm_jax.report.blocks import (
     tissue_maps,
 )
 from cellplm_jax.report.html import Figure, Section, Table, Text
+from cellplm_jax.report.niches import niches as niches
 
 # --- pages of what was fitted --------------------------------------------------------------------
 
@@ -162,9 +163,18 @@ def imputer(estimator: Any) -> Page:
             Table(["gene", "confidence"], rows, caption, "Genes"),
         ]  # fmt: skip
     facts = estimator.facts
+    if "validation" in facts:
+        listed = [
+            (name.replace("_", " "), each.get("pearson", np.nan), each["rmse"])
+            for name, each in facts["validation"].items()
+        ]
+        note = "On validation cells of the reference: mean correlation per gene, and error of log-normalised values. " \
+            f"Used: {facts['method']}."  # fmt: skip
+        sections.append(Table(["method", "correlation", "RMSE"], listed, note, "Methods"))
     summary = f"{facts['imputed_genes']:,} genes are predicted from {facts['shared_genes']:,} measured ones."
     if "mean_confidence" in facts:
-        summary += f" Mean confidence {facts['mean_confidence']:.3f}."
+        summary += f" Mean confidence {facts['mean_confidence']:.3f}"
+        summary += f", over {len(known):,} genes with counts in the validation cells."
     return Page("Imputed genes: fitted", summary, [*sections, *page.sections])
 
 
@@ -398,7 +408,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
     if len(beside.pearson):
         summary += (
             f" {len(beside.pearson):,} of them are measured in this file, unused by the prediction: their "
-            f"median correlation with it is {np.nanmedian(beside.pearson):.2f}."
+            f"mean correlation with it is {np.nanmean(beside.pearson):.2f}."
         )
         caption += " Correlation here: with the measured values of these cells, log-normalised."
     else:

@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain, shorten
 from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
 from cellplm_jax.storage import (
