@@ -240,7 +240,8 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.denoise import LAYER, Denoiser, check_genes
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.denoise_view import check_genes
 
     check_new_file(arguments)
     counts_only(arguments)

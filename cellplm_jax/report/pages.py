@@ -685,7 +685,8 @@ def denoised(
         genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
+    from cellplm_jax.tasks.denoise import FACTS, LAYER
+    from cellplm_jax.tasks.denoise_view import before_and_after
     from cellplm_jax.tasks.embed import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
