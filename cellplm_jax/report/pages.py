@@ -320,8 +320,35 @@ def fit(estimator: Any) -> Page:
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
         f"Fitted to {_shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
-        [_facts(facts), *_curve(estimator), *_messages(estimator.messages)],
+        [_facts(facts), *_pool(facts), *_curve(estimator), *_messages(estimator.messages)],
     )
+
+
+def _pool(facts: Mapping[str, Any]) -> list[Section]:
+    """Return the errors of a denoiser's pool and of its parts, if there is one."""
+    if "pool" not in facts:
+        return []
+    pool = facts["pool"]
+    names = {
+        "pooled": "pooled", "without_correction": "pooled, means of clusters not kept",
+        "without_network": "pooled without the network", "network": "network",
+        "neighbours": "mean over the nearest cells", "gene_mean": "gene mean",
+    }  # fmt: skip
+    rows = [
+        (shown, float(pool["rmse"][name]), float(pool["log_likelihood"][name]),
+         float(pool["weights"].get(name, "nan")))
+        for name, shown in names.items()
+    ]  # fmt: skip
+    return [
+        Table(
+            ["prediction", "RMSE", "log-likelihood", "weight"],
+            rows,
+            "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
+            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
+            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "Held-out counts",
+        )
+    ]
 
 
 def annotator(estimator: Any) -> Page:
@@ -733,6 +760,7 @@ def denoised(
                 f"{totals}",
                 "Means of all genes",
             ),
+            *_pool(facts),
             *_input(facts),
             *_messages(estimator.messages),
         ],

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from scipy import sparse
 from cellplm_jax._version import __version__
 from cellplm_jax.batch import Reconstruction
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
-from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
     gene_means,
@@ -33,6 +33,15 @@ from cellplm_jax.losses.objectives import (
 )
 from cellplm_jax.model.masking import sample_gene_mask
 from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells
+from cellplm_jax.tasks.denoise_counts import (
+    LAYER,
+    LayerWriter,
+    Options,
+    Storage,
+    expected_counts,
+    expected_logs,
+    posterior_counts,
+)
 from cellplm_jax.tasks.denoise_pool import (
     PARTS,
     Parts,
@@ -51,27 +60,14 @@ from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 if TYPE_CHECKING:
     from anndata import AnnData
 
-LAYER = "cellplm_denoised"
-"""Layer that ``predict`` writes; the log-normalised one has the suffix ``_log1p``."""
-
 FACTS = "cellplm_denoising"
 """Key written to ``uns``."""
 
 COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
 """Decoders that predict counts."""
 
-EXPLICIT_MEAN, EXPLICIT_COUNTS = 12.0, 48
-"""Maximum mean, and number of counts, for the explicit sum of a mean of logarithms."""
-
 VALIDATION = MaskingConfig(cell_fraction=1.0, gene_fraction=0.1, beta=False, drop_cells=0.0)
 """Entries hidden from the validation cells, the same in every epoch."""
-
-
-Storage = Literal["float32", "float16", "sparse"]
-"""How a layer is stored."""
-
-SPARSE_ENTRIES = 1.25
-"""Entries of a sparse layer per non-zero count."""
 
 
 class Denoiser(Estimator):
@@ -196,7 +192,7 @@ class Denoiser(Estimator):
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self.pool = self._fit_pool(table, held, np.union1d(train, valid))
         self.facts["pool"] = self.pool.scores
-        self.messages.append(f"{self.pool.message()}.")
+        self.messages.append(self.pool.message())
         self._log_messages()
         return self
 
@@ -268,7 +264,7 @@ class Denoiser(Estimator):
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
             "gene_key": gene_key, "cells_per_context": cells_per_context,
         }  # fmt: skip
-        options = _Options(log_normalized, detected, own_counts, storage, key_added)
+        options = Options(log_normalized, detected, own_counts, storage, key_added)
         layers, denoised, facts, _ = self._layers(
             adata, self.reading.changed(**keys), options, adata.n_vars
         )
@@ -294,7 +290,7 @@ class Denoiser(Estimator):
 
         Args:
             path: Input; never changed.
-            out: Output: the input plus the layers and facts of :meth:`predict`, written atomically.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
             log_normalized: See :meth:`predict`.
             detected: See :meth:`predict`.
             own_counts: See :meth:`predict`.
@@ -310,7 +306,7 @@ class Denoiser(Estimator):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
-        options = _Options(log_normalized, detected, own_counts, storage, key_added)
+        options = Options(log_normalized, detected, own_counts, storage, key_added)
         layers, _, facts, messages = self._layers(path, self.reading.changed(**keys), options, None)
         write_copy(path, out, layers=layers, uns={FACTS: facts})
         return messages
@@ -394,15 +390,6 @@ class Denoiser(Estimator):
             scores |= {f"{prefix}{key}": found[key] for key in ("rmse", "mae")}
         return scores
 
-    def _fitted(self) -> Pretrained:
-        """Return the fitted model; without a fit, the pretrained one."""
-        if self.model is None and self.base is not None:
-            require_counts_decoder(self.base)
-            self.model = self.base
-            self.messages = ["Not fitted: using the pretrained model zero-shot."]
-            self.facts = {"zero_shot": True}
-        return super()._fitted()
-
     def _table(self, data: Any, reading: Reading) -> CellTable:
         """Return the cells over the measured genes of the model."""
         table = read_cells(
@@ -461,7 +448,7 @@ class Denoiser(Estimator):
             self.reading = before
 
     def _expected(
-        self, data: Any, reading: Reading, options: _Options
+        self, data: Any, reading: Reading, options: Options
     ) -> tuple[Iterator[tuple[slice, np.ndarray, np.ndarray | None]], CellTable, dict, list[str]]:
         """Predict in chunks of cells.
 
@@ -493,7 +480,7 @@ class Denoiser(Estimator):
         return blocks(), table, facts, [*messages, pool.message()]
 
     def _layers(
-        self, data: Any, reading: Reading, options: _Options, width: int | None
+        self, data: Any, reading: Reading, options: Options, width: int | None
     ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], list[str]]:
         """Return the layers, bool [names of the data] (denoised), facts for ``uns``, and messages about the input."""
         options.check()
@@ -516,7 +503,7 @@ class Denoiser(Estimator):
         names = [options.key_added]
         names += [f"{options.key_added}_log1p"] if options.log_normalized else []
         shape = (len(table), len(column))
-        writers = [_LayerWriter(shape, known, options.storage, table.counts.nnz) for _ in names]
+        writers = [LayerWriter(shape, known, options.storage, table.counts.nnz) for _ in names]
         for piece, values, logs in blocks:
             chosen = [values[:, gene] * share]
             if logs is not None:
@@ -561,73 +548,6 @@ POOL_ARRAYS = ("weights", "dispersion", "gene_means")
 """Arrays of a pool that are saved."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Options of a prediction; see :meth:`Denoiser.predict`."""
-
-    log_normalized: bool = False
-    detected: bool = False
-    own_counts: bool = False
-    storage: str = "float32"
-    key_added: str = LAYER
-
-    def check(self) -> None:
-        if not self.key_added or "/" in self.key_added:
-            raise InputError(
-                f"key_added={self.key_added!r}", "a name without '/'", "Choose another one"
-            )
-        if self.storage not in get_args(Storage):
-            known = get_args(Storage)
-            raise InputError(
-                f"storage={self.storage!r}",
-                f"one of {', '.join(map(repr, known))}",
-                nearest(str(self.storage), known, "Pass one of them"),
-            )
-        if self.detected and self.own_counts:
-            raise InputError(
-                "detected and own_counts",
-                "one of them, because counts given as non-zero do not use the own count",
-                "Omit one",
-            )
-
-
-class _LayerWriter:
-    """A layer [cells, names of the data] that is filled in chunks of cells and holds the denoised columns only."""
-
-    def __init__(self, shape: tuple[int, int], known: np.ndarray, storage: str, nonzeros: int):
-        self.shape, self.known, self.storage = shape, known, storage
-        self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
-        self.dense, self.blocks = None, []
-        if storage == "float16" or (storage == "float32" and len(known) == shape[1]):
-            self.dense = np.zeros(shape, storage)
-
-    def add(self, cells: slice, values: np.ndarray) -> None:
-        if self.dense is not None:
-            if self.storage == "float16" and values.size and values.max() > 65504:
-                raise InputError(
-                    f"an expected count of {values.max():.0f}",
-                    "at most 65,504 in storage='float16'",
-                    "Pass storage='float32'",
-                )
-            self.dense[cells, self.known] = values
-            return
-        indices = np.tile(self.known.astype(np.int32), len(values))
-        indptr = np.arange(0, values.size + 1, max(values.shape[1], 1))
-        if self.storage == "sparse":
-            number = min(values.size, max(1, round(self.density * values.size)))
-            kept = values >= np.partition(values.ravel(), values.size - number)[-number]
-            indices = indices[kept.ravel()]
-            indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-            # Rounded in binary, so that the lower bytes are 0 and compress.
-            bits = values[kept].astype(np.float32).view(np.int32)
-            values = ((bits + (1 << 13)) & ~((1 << 14) - 1)).view(np.float32)
-        shape = (cells.stop - cells.start, self.shape[1])
-        self.blocks.append(sparse.csr_matrix((values.ravel(), indices, indptr), shape))
-
-    def result(self) -> Any:
-        return sparse.vstack(self.blocks).tocsr() if self.dense is None else self.dense
-
-
 def _as_anndata(table: CellTable) -> AnnData:
     """Return the cells of a table as an AnnData with its genes."""
     import anndata
@@ -646,98 +566,6 @@ def _own_reading(reading: Reading, table: CellTable) -> Reading:
 
 def _totals(counts: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=1), np.float64).ravel()
-
-
-def posterior_counts(
-    expected: np.ndarray, dispersion: np.ndarray, counts: sparse.csr_matrix
-) -> np.ndarray:
-    """Return the posterior means of rates with a gamma prior, given Poisson counts; rows keep their sums.
-
-    Args:
-        expected: float32 [cells, genes], means of the prior.
-        dispersion: float [genes], inverse dispersion.
-        counts: CSR [cells, genes].
-    """
-    mean = expected * (dispersion + counts.toarray()) / (dispersion + expected)
-    sums = np.maximum(mean.sum(axis=1, keepdims=True), 1e-12)
-    return (mean * (expected.sum(axis=1, keepdims=True) / sums)).astype(np.float32)
-
-
-def expected_counts(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, detected: bool = False
-) -> np.ndarray:
-    """Convert a decoder's output to counts: scaled so that the measured genes of each cell sum to its total.
-
-    Args:
-        output: Unscaled means [cells, genes], as numpy.
-        totals: float [cells].
-        measured: bool [genes], genes that determine the scale.
-        detected: Return the mean of the non-zero counts, ``mean / (1 - p(0))``.
-
-    Returns:
-        float32 [cells, genes].
-    """
-    mean, present = _scaled_means(output, totals, measured)
-    if not detected:
-        return (mean * present).astype(np.float32)
-    theta = np.asarray(output.dispersion, np.float64)
-    # For the zero-truncated negative binomial; the structural zeros cancel.
-    chance = -np.expm1(-theta * np.log1p(mean / theta))
-    return np.where(chance > 1e-12, mean / np.maximum(chance, 1e-12), 1.0).astype(np.float32)
-
-
-def _scaled_means(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scaled means of the negative binomials, and the probabilities that a zero is not structural."""
-    mean = np.asarray(output.mean, np.float64)
-    present = np.ones_like(mean)
-    if output.zero_logits is not None:
-        present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits, np.float64)))
-    sums = (mean * present)[:, measured].sum(axis=1)
-    return mean * (totals / np.where(sums > 0, sums, 1.0))[:, None], present
-
-
-def expected_logs(
-    output: Reconstruction,
-    totals: np.ndarray,
-    measured: np.ndarray,
-    detected: np.ndarray,
-    *,
-    target_sum: float = 1e4,
-) -> np.ndarray:
-    """Return the mean of log-normalised non-zero counts: of log1p(count / total x 10,000).
-
-    The logarithm of a mean is above the mean of the logarithms (Jensen); for errors on logarithms, the latter is the
-    better prediction. Up to :data:`EXPLICIT_MEAN` the zero-truncated negative binomial
-    is summed over counts, above it the logarithm is expanded to second order around the mean.
-
-    Args:
-        output: Unscaled means [cells, genes], as numpy.
-        totals: float [cells].
-        measured: bool [genes], genes that determine the scale.
-        detected: float [cells, genes], from :func:`expected_counts` with ``detected``.
-        target_sum: Library size.
-
-    Returns:
-        float32 [cells, genes].
-    """
-    scale = (target_sum / np.where(totals > 0, totals, 1.0)).astype(np.float32)[:, None]
-    mean = np.maximum(_scaled_means(output, totals, measured)[0], 1e-8).astype(np.float32)
-    theta = np.asarray(output.dispersion, np.float32)
-    # Recursion from count 1, unnormalised: p(x + 1) / p(x) = (x + theta) / (x + 1) * mean / (mean + theta).
-    ratio = mean / (mean + theta)
-    few = mean <= EXPLICIT_MEAN
-    ratio_few = np.where(few, ratio, 0.0)
-    weight, chance = np.ones_like(mean), np.ones_like(mean)
-    total = np.broadcast_to(np.log1p(scale), mean.shape).copy()
-    for count in range(2, EXPLICIT_COUNTS + 1):
-        weight *= (count - 1 + theta) / count * ratio_few
-        chance += weight
-        total += weight * np.log1p(count * scale)
-    variance = mean + mean**2 / theta
-    many = np.log1p(scale * detected) - 0.5 * variance * np.square(scale / (1.0 + scale * detected))
-    return np.where(few, total / chance, many).astype(np.float32)
 
 
 def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:

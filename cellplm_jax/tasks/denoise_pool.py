@@ -43,7 +43,7 @@ ROWS = 512
 """Cells whose parts are dense at once."""
 
 MARGIN = 0.002
-"""Smallest change of an error that counts as a difference."""
+"""Smallest change of the log-likelihood per molecule that counts as a difference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +65,14 @@ class Pool:
     scores: dict[str, Any]
 
     def message(self) -> str:
-        """Return one sentence: the errors of pool and parts, and whether the network lowers them."""
+        """Return one sentence: the errors of pool and parts, and whether the pool is better with the network."""
         rmse = self.scores["rmse"]
         listed = ", ".join(f"{name.replace('_', ' ')} {rmse[name]:.3f}" for name in PARTS[::-1])
-        gain = rmse["without_network"] - rmse["without_correction"]
-        network = (
-            f"the network lowers it by {gain:.3f}" if gain > MARGIN else "the network adds nothing"
-        )
+        likelihood = self.scores["log_likelihood"]
+        gain = likelihood["without_correction"] - likelihood["without_network"]
+        network = "the network adds nothing"
+        if gain > MARGIN:
+            network = f"the network raises their log-likelihood by {gain:.3f} per molecule"
         return f"RMSE of held-out counts: pooled {rmse['pooled']:.3f} ({listed}); {network}"
 
 

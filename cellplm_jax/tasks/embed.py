@@ -568,6 +568,7 @@ def write_copy(
     out: Path,
     *,
     obs: Mapping[str, Any] | None = None,
+    var: Mapping[str, Any] | None = None,
     obsm: Mapping[str, Any] | None = None,
     obsp: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
@@ -579,6 +580,7 @@ def write_copy(
         path: Input; never changed.
         out: Output.
         obs: Columns (arrays or categoricals) by name; an existing column is replaced.
+        var: Likewise.
         obsm: Matrices with one row per cell, by name.
         obsp: Matrices with one entry per pair of cells, by name.
         layers: Layers by name.
@@ -587,6 +589,7 @@ def write_copy(
     import h5py
     import pandas as pd
     from anndata.io import read_elem, write_elem
+    from scipy import sparse
 
     with atomic_write(out) as partial:
         shutil.copyfile(path, partial)
@@ -604,14 +607,17 @@ def write_copy(
                 for name, value in (values or {}).items():
                     if group not in file:
                         write_elem(file, group, {})
-                    write_elem(file[group], name, value)
-            for name, value in (obs or {}).items():
-                table = file["obs"]
-                write_elem(table, name, value)
-                order = [str(column) for column in table.attrs["column-order"]]
-                if name not in order:
-                    order.append(name)
-                table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+                    compression = "gzip" if sparse.issparse(value) else None
+                    write_elem(
+                        file[group], name, value, dataset_kwargs={"compression": compression}
+                    )
+            for table, columns in ((file["obs"], obs), (file["var"], var)):
+                for name, value in (columns or {}).items():
+                    write_elem(table, name, value)
+                    order = [str(column) for column in table.attrs["column-order"]]
+                    if name not in order:
+                        order.append(name)
+                    table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
 
 
 def read_annotations(
