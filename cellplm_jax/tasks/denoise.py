@@ -307,8 +307,10 @@ class Denoiser(Estimator):
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
         options = Options(log_normalized, detected, own_counts, storage, key_added)
-        layers, _, facts, messages = self._layers(path, self.reading.changed(**keys), options, None)
-        write_copy(path, out, layers=layers, uns={FACTS: facts})
+        layers, denoised, facts, messages = self._layers(
+            path, self.reading.changed(**keys), options, None
+        )
+        write_copy(path, out, var={key_added: denoised}, layers=layers, uns={FACTS: facts})
         return messages
 
     def score(
