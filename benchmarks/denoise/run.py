@@ -32,8 +32,8 @@ from cellplm_jax.evaluate.denoising import (
     log_normalize,
     marker_scores,
 )
-from cellplm_jax.tasks import denoise_pool
 from cellplm_jax.tasks.denoise import Denoiser
+from cellplm_jax.tasks.denoise_pool import alone, combine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,17 +53,17 @@ def denoised(cells: anndata.AnnData, fit: bool, seed: int) -> dict[str, np.ndarr
     found = Denoiser("small", quiet=True, seed=seed)
     if fit:
         found.fit(cells)
-    result = found.predict(cells.copy())
-    reading = found.reading
-    table = found._table(cells, reading)
-    parts = found._parts(table, found._embed(cells, reading)[0])
-    network = denoise_pool.combine(
-        parts, denoise_pool.alone("network", len(table.genes)), correct=False
-    )
+    # As predict computes it, and from the same parts the network alone.
+    z, *_ = found._embed(cells, found.reading)
+    table = found._table(cells, found.reading)
+    pool = found._pool_for(table, found.reading)
+    parts = found._parts(table, z)
+    network = combine(parts, alone("network", len(table.genes)), correct=False)
     place = {gene: number for number, gene in enumerate(table.genes)}
     columns = [place[gene] for gene in cells.var_names]
     name = "fitted" if fit else "zero-shot"
-    return {name: result.layers["cellplm_denoised"], f"network alone, {name}": network[:, columns]}
+    pooled = combine(parts, pool.weights)
+    return {name: pooled[:, columns], f"network alone, {name}": network[:, columns]}
 
 
 def neighbours(cells: anndata.AnnData, _fit: bool, _seed: int) -> dict[str, np.ndarray]:

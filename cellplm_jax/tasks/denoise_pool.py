@@ -15,8 +15,8 @@ import numpy as np
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.evaluate.components import BLOCK, log_normalized, own_components, unit_length
-from cellplm_jax.tasks.context_components import LATENT
+from cellplm_jax.evaluate.components import BLOCK, log_normalized, variable_expression
+from cellplm_jax.tasks.context_components import join_components
 
 PARTS = ("gene_mean", "neighbours", "network")
 """The parts of the pool, in the order of its weights."""
@@ -292,16 +292,15 @@ def fit_pool(parts: Sequence[Parts], held: sparse.csr_matrix, *, seed: int = 0) 
 
 def joined_embedding(latent: np.ndarray, counts: sparse.csr_matrix) -> np.ndarray:
     """Return float32 [cells, dimensions]: the latent next to the cells' own principal components."""
-    latent = LATENT * unit_length(latent - latent.mean(axis=0))
+    latent = np.asarray(latent, np.float32)
     starts = range(0, len(latent), BLOCK)
     try:
-        own = own_components(
-            lambda: (log_normalized(sparse.csr_matrix(counts[at : at + BLOCK])) for at in starts),
-            np.zeros(len(latent), int),
+        expression, deviation = variable_expression(
+            lambda: (log_normalized(sparse.csr_matrix(counts[at : at + BLOCK])) for at in starts)
         )
     except InputError:  # too few cells or genes
-        return latent.astype(np.float32)
-    return np.hstack([latent, unit_length(own - own.mean(axis=0))]).astype(np.float32)
+        return latent
+    return join_components(latent, expression, deviation, np.zeros(len(latent), int))
 
 
 def nearest_cells(embedding: np.ndarray, *, seed: int = 0) -> sparse.csr_matrix:
