@@ -226,8 +226,8 @@ class Denoiser(Estimator):
 
         Writes:
             ``layers[key_added]``: float32 [n_obs, n_vars], expected counts, which sum to the measured total per cell
-            (over the shared genes of data and model). If genes of the data are not denoised, the layer is a sparse
-            matrix in which their columns are empty.
+            (over the shared genes of data and model). Genes that are not denoised are 0; if they are half of the genes
+            or more, the layer is a sparse matrix of the others.
             ``layers[key_added + "_log1p"]``: with ``log_normalized``, log1p of the expected counts scaled to
             10,000 per cell.
             ``var[key_added]``: bool, whether the gene is denoised.

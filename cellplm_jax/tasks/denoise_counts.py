@@ -64,7 +64,8 @@ class LayerWriter:
         self.shape, self.known, self.storage = shape, known, storage
         self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
         self.dense, self.blocks = None, []
-        if storage == "float16" or (storage == "float32" and len(known) == shape[1]):
+        # A sparse entry takes the memory of two dense ones.
+        if storage == "float16" or (storage == "float32" and 2 * len(known) > shape[1]):
             self.dense = np.zeros(shape, storage)
 
     def add(self, cells: slice, values: np.ndarray) -> None:

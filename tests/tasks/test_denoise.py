@@ -75,7 +75,7 @@ def test_markers_stay_in_their_cell_types_zero_shot(blood):
     assert scores["markers"] >= 20
     assert scores["markers_highest"] >= 0.95
     assert scores["contrast_kept"] >= 0.7
-    assert scores["profile_pearson"] > 0.98
+    assert scores["profile_pearson"] > scores["gene_mean_profile_pearson"] + 0.1
     # Not below the better part, and above it where it matters: the network alone loses the contrast.
     best = min(scores[f"{part}_rmse"] for part in PARTS)
     assert scores["rmse"] <= best + 0.002
@@ -111,9 +111,14 @@ def test_storage(fitted):
     half = fitted.predict(adata.copy(), storage="float16").layers["cellplm_denoised"]
     assert (half.dtype, half.shape) == (np.float16, adata.shape)
     np.testing.assert_allclose(half.astype(np.float32), full, rtol=2e-3)
-    measured = adata[:, [name in VOCABULARY for name in adata.var_names]].copy()
-    dense = fitted.predict(measured).layers["cellplm_denoised"]
-    assert isinstance(dense, np.ndarray)
+    # With many other genes the layer holds the denoised ones only.
+    extra = np.random.default_rng(0).poisson(1.0, (30, 60)).astype(np.float32)
+    wide = ad.AnnData(sparse.hstack([adata.X, extra]).tocsr(), obs=adata.obs.copy())
+    wide.var_names = [*adata.var_names, *(f"other-{n}" for n in range(60))]
+    wide.obsm["spatial"] = adata.obsm["spatial"]
+    layer = fitted.predict(wide).layers["cellplm_denoised"]
+    assert (layer.dtype, layer.nnz) == (np.float32, 30 * 40)
+    np.testing.assert_array_equal(layer[:, :43].toarray(), full)
     with pytest.raises(InputError, match="storage='float8'; expected one of 'float32'"):
         fitted.predict(adata, storage="float8")
     with pytest.raises(InputError, match="detected and own_counts"):
@@ -178,9 +183,7 @@ def test_writes_counts_that_add_up_and_their_logarithms(fitted):
     assert (layer.shape, layer.dtype, log.dtype) == (adata.shape, np.float32, np.float32)
     known = np.array([name in VOCABULARY for name in adata.var_names])
     np.testing.assert_array_equal(adata.var["cellplm_denoised"], known)
-    # Columns of other genes are empty, not NaN, and take no memory.
-    assert layer.nnz == 30 * 40
-    layer, log = layer.toarray(), log.toarray()
+    # Other genes are 0, not NaN.
     assert not layer[:, ~known].any()
     assert np.isfinite(layer).all()
     assert (layer[:, known] > 0).all()
@@ -256,7 +259,7 @@ def test_zero_shot(tiny_model, tmp_path):
     found.save(tmp_path / "zero")
     loaded = Denoiser.load(tmp_path / "zero", quiet=True)
     again = loaded.predict(adata.copy())
-    np.testing.assert_array_equal(again.layers["cellplm_denoised"].toarray(), layer)
+    np.testing.assert_array_equal(again.layers["cellplm_denoised"], layer)
     assert again.uns["cellplm_denoising"]["zero_shot"]
 
 
@@ -301,7 +304,7 @@ def test_a_new_process_predicts_the_same(fitted, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     written = ad.read_h5ad(tmp_path / "out.h5ad")
-    np.testing.assert_array_equal(written.layers["cellplm_denoised"].toarray(), wanted)
+    np.testing.assert_array_equal(written.layers["cellplm_denoised"], wanted)
 
 
 def test_a_file_is_predicted_into_a_copy(fitted, tmp_path):
@@ -313,7 +316,7 @@ def test_a_file_is_predicted_into_a_copy(fitted, tmp_path):
     written = ad.read_h5ad(tmp_path / "out.h5ad")
     assert set(written.layers) == {"clean", "clean_log1p"}
     wanted = denoised(fitted, make_adata(30, seed=6))
-    np.testing.assert_array_equal(written.layers["clean"].toarray(), wanted)
+    np.testing.assert_array_equal(written.layers["clean"], wanted)
     assert written.var["clean"].sum() == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
 
