@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import sparse
 
 from cellplm_jax.data.anndata_io import CountSource
 from cellplm_jax.errors import require
@@ -81,7 +80,13 @@ def join_context(
             yield log_normalized(block, target_sum)
 
     expression, deviation = variable_expression(blocks)
-    joined = join_components(latent, expression, deviation, sample_of)
+    joined = np.hstack(
+        [
+            LATENT * _centred_unit(np.asarray(latent, np.float32)),
+            SCALED * _centred_unit(own_components(expression, sample_of, deviation)),
+            PLAIN * _centred(own_components(expression, sample_of)),
+        ]
+    )
     if len(joined) < MINIMUM_CELLS:
         return joined
     if len(samples) > 1:
@@ -104,29 +109,6 @@ def join_context(
     separated -= separated.mean(axis=0)
     length = np.sqrt(np.mean(np.sum(joined**2, axis=1)) / np.mean(np.sum(separated**2, axis=1)))
     return np.hstack([joined, separated * np.float32(length)])
-
-
-def join_components(
-    latent: np.ndarray, expression: sparse.csr_matrix, deviation: np.ndarray, sample_of: np.ndarray
-) -> np.ndarray:
-    """Put a latent and the principal components of the same cells side by side, without clusters or alignment.
-
-    Args:
-        latent: float [cells, latent].
-        expression: CSR [cells, genes], from :func:`cellplm_jax.evaluate.components.variable_expression`.
-        deviation: float [genes], likewise.
-        sample_of: int [cells], number of each cell's tissue sample.
-
-    Returns:
-        float32 [cells, dimensions].
-    """
-    return np.hstack(
-        [
-            LATENT * _centred_unit(np.asarray(latent, np.float32)),
-            SCALED * _centred_unit(own_components(expression, sample_of, deviation)),
-            PLAIN * _centred(own_components(expression, sample_of)),
-        ]
-    )
 
 
 def _slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:

@@ -15,14 +15,22 @@ import numpy as np
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.evaluate.components import BLOCK, log_normalized, variable_expression
-from cellplm_jax.tasks.context_components import join_components
+from cellplm_jax.evaluate.components import (
+    BLOCK,
+    log_normalized,
+    own_components,
+    unit_length,
+    variable_expression,
+)
 
 PARTS = ("gene_mean", "neighbours", "network")
 """The parts of the pool, in the order of its weights."""
 
 HELD_OUT = 0.1
 """Share of the molecules that the weights are fitted to."""
+
+LATENT = 0.7
+"""Length of the latent next to principal components of length 1."""
 
 NEIGHBORS, BANDWIDTH = 150, 15
 """Nearest cells that are averaged, and the one whose distance is the bandwidth of their Gaussian weights."""
@@ -291,16 +299,21 @@ def fit_pool(parts: Sequence[Parts], held: sparse.csr_matrix, *, seed: int = 0) 
 
 
 def joined_embedding(latent: np.ndarray, counts: sparse.csr_matrix) -> np.ndarray:
-    """Return float32 [cells, dimensions]: the latent next to the cells' own principal components."""
-    latent = np.asarray(latent, np.float32)
+    """Return float32 [cells, dimensions]: the latent next to the cells' own principal components, each of one length.
+
+    The genes of the components are scaled: components of genes as they are follow the counts of a few genes, so that
+    the nearest cells share the dropouts of a cell.
+    """
+    latent = LATENT * unit_length(latent - latent.mean(axis=0))
     starts = range(0, len(latent), BLOCK)
     try:
         expression, deviation = variable_expression(
             lambda: (log_normalized(sparse.csr_matrix(counts[at : at + BLOCK])) for at in starts)
         )
     except InputError:  # too few cells or genes
-        return latent
-    return join_components(latent, expression, deviation, np.zeros(len(latent), int))
+        return latent.astype(np.float32)
+    own = own_components(expression, np.zeros(len(latent), int), deviation)
+    return np.hstack([latent, unit_length(own - own.mean(axis=0))]).astype(np.float32)
 
 
 def nearest_cells(embedding: np.ndarray, *, seed: int = 0) -> sparse.csr_matrix:
