@@ -52,8 +52,8 @@ from cellplm_jax.tasks.denoise_pool import (
     make_parts,
     thin,
 )
-from cellplm_jax.tasks.embed import check_copy, write_copy
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
 
@@ -128,6 +128,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> Denoiser:
         """Fit to cells.
@@ -140,6 +141,7 @@ class Denoiser(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -151,7 +153,14 @@ class Denoiser(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, split_key
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            split_key,
+            feature_type,
         )
         table = self._read(adata, reading)
         usable = np.diff(table.counts.indptr) > 0
@@ -209,7 +218,7 @@ class Denoiser(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         log_normalized: bool = False,
         detected: bool = False,
@@ -220,6 +229,7 @@ class Denoiser(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Predict the expected counts of every cell, in place.
@@ -251,6 +261,7 @@ class Denoiser(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -262,8 +273,9 @@ class Denoiser(Estimator):
         """
         keys = {
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
-            "gene_key": gene_key, "cells_per_context": cells_per_context,
+            "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
+        adata = as_anndata(adata)
         options = Options(log_normalized, detected, own_counts, storage, key_added)
         layers, denoised, facts, _ = self._layers(
             adata, self.reading.changed(**keys), options, adata.n_vars
@@ -367,7 +379,7 @@ class Denoiser(Estimator):
                 "Pass the masked counts as adata and the original ones as truth, or omit truth",
             )
         table = dataclasses.replace(seen, counts=visible)
-        z, *_ = self._embed(_as_anndata(table), _own_reading(reading, table))
+        z, *_ = self._embed(_cells_of(table), _own_reading(reading, table))
         pool = self._pool_for(table, reading)
         parts = self._parts(table, z)
         true_logs, names = log_normalize(true), [*PARTS[::-1]]
@@ -401,6 +413,7 @@ class Denoiser(Estimator):
             spatial_key=reading.spatial_key,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         )
         return table.restrict(table.measured)
 
@@ -425,7 +438,7 @@ class Denoiser(Estimator):
     def _fit_pool(self, kept: CellTable, held: sparse.csr_matrix, rows: np.ndarray) -> Pool:
         """Fit the pool to held-out molecules [cells, genes] of some cells, int rows."""
         reading = _own_reading(self.reading, kept)
-        z, *_ = self._embed(_as_anndata(kept), reading)
+        z, *_ = self._embed(_cells_of(kept), reading)
         if len(rows) < len(kept):
             kept = dataclasses.replace(kept, counts=kept.counts[rows], batch=kept.batch[rows],
                                        coordinates=None, obs=kept.obs.iloc[rows])  # fmt: skip
@@ -550,7 +563,7 @@ POOL_ARRAYS = ("weights", "dispersion", "gene_means")
 """Arrays of a pool that are saved."""
 
 
-def _as_anndata(table: CellTable) -> AnnData:
+def _cells_of(table: CellTable) -> AnnData:
     """Return the cells of a table as an AnnData with its genes."""
     import anndata
 
@@ -561,9 +574,9 @@ def _as_anndata(table: CellTable) -> AnnData:
 
 
 def _own_reading(reading: Reading, table: CellTable) -> Reading:
-    """Return the options that read :func:`_as_anndata` of a table."""
+    """Return the options that read :func:`_cells_of` of a table."""
     spatial = None if table.coordinates is None else "spatial"
-    return reading.changed(layer=None, gene_key="var_names", spatial_key=spatial)
+    return reading.changed(layer=None, gene_key="var_names", spatial_key=spatial, feature_type=None)
 
 
 def _totals(counts: sparse.csr_matrix) -> np.ndarray:

@@ -14,15 +14,17 @@ from scipy import sparse
 
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.tasks.contexts import read_cells
 from cellplm_jax.tasks.denoise import LAYER, Denoiser, known_columns
+from cellplm_jax.tasks.files import open_store
 
 
-@dataclass(frozen=True, eq=False)
-class BeforeAndAfter:
+@dataclass(frozen=True, eq=False, repr=False)
+class BeforeAndAfter(Displayed):
     """Counts and their predictions for the same cells.
 
     Attributes:
@@ -79,7 +81,6 @@ def before_and_after(
     Raises:
         InputError: A gene was not denoised, or the file cannot be read.
     """
-    import h5py
     from anndata.io import sparse_dataset
 
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
@@ -88,15 +89,16 @@ def before_and_after(
         model.genes,
         layer=reading.layer,
         gene_key=reading.gene_key,
+        feature_type=reading.feature_type,
         spatial_key=reading.spatial_key,
         minimum_genes=0,
     )
     column = np.asarray(cells.report.genes.column, int)
     known = known_columns(column)
     total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
-    with h5py.File(path) as file:
+    with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
-        if isinstance(values, h5py.Group):
+        if not hasattr(values, "shape"):
             values = sparse_dataset(values)
         blocks = [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]
         after = np.concatenate(
@@ -155,7 +157,12 @@ def check_genes(
         InputError: A gene will not be denoised, or the file cannot be read.
     """
     model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
-    read = {"layer": reading.layer, "gene_key": reading.gene_key, "minimum_genes": 0}
+    read = {
+        "layer": reading.layer,
+        "gene_key": reading.gene_key,
+        "feature_type": reading.feature_type,
+        "minimum_genes": 0,
+    }
     with open_counts(Path(path).expanduser(), model.genes, **read) as source:
         column = np.asarray(source.report.genes.column, int)
     _places_of(genes, [model.genes[gene] for gene in column[known_columns(column)]])

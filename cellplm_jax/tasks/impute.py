@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
@@ -46,8 +47,15 @@ from cellplm_jax.tasks.denoise import (
     require_counts_decoder,
     require_training_cells,
 )
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    Training,
+    split_cells,
+)
+from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearRegression, RidgeProblem, pool_predictions
@@ -103,8 +111,8 @@ class GeneImputer(Estimator):
             vocabulary. By default 3,000 from scratch, else all. Genes requested by name in ``fit`` are not counted.
         linear: Average the network with ridge regression.
         quiet: Disable progress output.
-        **options: ``genes`` and ``quiet``, and fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
-            ``learning_rate``, ``seed``... Also ``precision`` and ``devices``; None: as the model.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``...
+            Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         panel: Input genes: those shared by panel and reference. Empty before ``fit``.
@@ -139,9 +147,11 @@ class GeneImputer(Estimator):
         model: Pretrained | str | os.PathLike | None = None,
         *,
         linear: bool = True,
-        **options: Any,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Unpack[Training],
     ):
-        super().__init__(model, **options)
+        super().__init__(model, genes=genes, quiet=quiet, **training)
         self.linear = linear
         self.pool: dict[str, list[float]] = {}
         self._ridges: dict[str, _Ridge] = {}
@@ -164,6 +174,7 @@ class GeneImputer(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         reference_layer: str | None = None,
         reference_gene_key: str | None = None,
         cells_per_context: int | None = None,
@@ -181,6 +192,7 @@ class GeneImputer(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             reference_layer: As ``layer``, for the reference.
             reference_gene_key: As ``gene_key``, for the reference.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
@@ -196,7 +208,14 @@ class GeneImputer(Estimator):
         if self.base is not None:
             require_counts_decoder(self.base)
         self.reading = Reading(
-            batch_key, spatial_key, layer, gene_key, "counts", cells_per_context, None
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            None,
+            feature_type,
         )
         self.model, self.history, self.facts, self._seen = None, [], {}, None
         target, source = self._tables(
@@ -277,7 +296,11 @@ class GeneImputer(Estimator):
     ) -> tuple[CellTable, CellTable]:
         """Read the target cells and the reference, in the columns of one vocabulary."""
         reading = self.reading
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
         if self.base is not None:
             vocabulary = self.base.genes
@@ -552,6 +575,7 @@ class GeneImputer(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
         """Predict the genes missing from the panel.
@@ -571,6 +595,7 @@ class GeneImputer(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
@@ -581,7 +606,7 @@ class GeneImputer(Estimator):
                 or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             cells_per_context=cells_per_context,
         )  # fmt: skip
         places = self._places(genes)
@@ -719,6 +744,7 @@ class GeneImputer(Estimator):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -775,6 +801,7 @@ class GeneImputer(Estimator):
             model.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -829,7 +856,11 @@ class GeneImputer(Estimator):
         ridge = self._ridges.get(scale)
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
-            data, self.panel, layer=reading.layer, gene_key=reading.gene_key
+            data,
+            self.panel,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
@@ -892,7 +923,7 @@ class GeneImputer(Estimator):
             raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
         key = reading.gene_key or "var_names"
         with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
-                         gene_key=reading.gene_key) as source:  # fmt: skip
+                         gene_key=reading.gene_key, feature_type=reading.feature_type) as source:  # fmt: skip
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}
@@ -936,8 +967,8 @@ class GeneImputer(Estimator):
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Beside:
+@dataclass(frozen=True, eq=False, repr=False)
+class Beside(Displayed):
     """An imputed gene and a measured one in the same cells.
 
     Attributes:
@@ -953,8 +984,8 @@ class Beside:
     measured: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class BesideMeasured:
+@dataclass(frozen=True, eq=False, repr=False)
+class BesideMeasured(Displayed):
     """Comparison of a prediction with measured values, from :meth:`GeneImputer.beside_measured`.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +13,14 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError
+from cellplm_jax.errors import ConfigError, InputError, require
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
 from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -92,7 +92,7 @@ class BatchIntegrator(Estimator):
         strength: float = 1.0,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
@@ -116,6 +116,7 @@ class BatchIntegrator(Estimator):
         batch_key: str,
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> BatchIntegrator:
         """Fit to the cells of several batches.
@@ -125,6 +126,7 @@ class BatchIntegrator(Estimator):
             batch_key: Column of ``obs`` with the batch of each cell; at least two.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -135,7 +137,9 @@ class BatchIntegrator(Estimator):
         """
         if self.base is not None:
             require_counts_decoder(self.base)
-        reading = Reading(batch_key, None, layer, gene_key, "counts", cells_per_context, None)
+        reading = Reading(
+            batch_key, None, layer, gene_key, "counts", cells_per_context, None, feature_type
+        )
         table = self._read(adata, reading)
         cells = np.flatnonzero(np.diff(table.counts.indptr) > 0)
         names = list(dict.fromkeys(table.batch[cells]))
@@ -198,11 +202,12 @@ class BatchIntegrator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
         """Embed cells, in place; batch labels are not needed, and cells of new batches can be embedded.
@@ -216,6 +221,7 @@ class BatchIntegrator(Estimator):
             key_added: Key of ``obsm``.
             layer: See :meth:`fit`; the same by default.
             gene_key: See :meth:`fit`; the same by default.
+            feature_type: See :meth:`fit`; the same by default.
             cells_per_context: See :meth:`fit`; the same by default.
 
         Returns:
@@ -225,7 +231,13 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
-        keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
+        adata = as_anndata(adata)
+        keys = {
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+            "cells_per_context": cells_per_context,
+        }
         z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
         adata.obsm[key_added] = z
         adata.uns[FACTS] = facts
@@ -283,8 +295,13 @@ class BatchIntegrator(Estimator):
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
         model = self._fitted()
+        require("scanpy", "eval", "Scoring an integration")
         with open_counts(
-            adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
+            adata,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             batches = source.column(str(reading.batch_key))
             labels = None if label_key is None else labels_of(source.obs, label_key)

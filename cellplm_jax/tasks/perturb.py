@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from scipy import sparse
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.data.genes import load_human_table, map_genes, symbols_of
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores, no_change
 from cellplm_jax.tasks.contexts import (
@@ -31,7 +32,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 
@@ -65,8 +66,8 @@ _STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 KERNEL, BIAS = ("head", "mlp", "linear_0", "kernel"), ("head", "mlp", "linear_0", "bias")
 
 
-@dataclass(frozen=True, eq=False)
-class PerturbationPrediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class PerturbationPrediction(Displayed):
     """Predictions for perturbations.
 
     Attributes:
@@ -83,6 +84,14 @@ class PerturbationPrediction:
     control: pd.Series
     known: pd.Series
     messages: tuple[str, ...] = ()
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "perturbations": list(map(str, self.change.index)),
+            "genes": self.change.shape[1],
+            "known": self.known.value_counts().to_dict(),
+            "messages": len(self.messages) or None,
+        }
 
     def tidy(self) -> pd.DataFrame:
         """Return one row per perturbation and gene: perturbation, gene, symbol, control, change, expression, known."""
@@ -184,7 +193,7 @@ class PerturbationPredictor(Estimator):
         gene_features: Literal["default", "model", "data", "both"] = "default",
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         for name, value, known in (
@@ -227,6 +236,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
     ) -> PerturbationPredictor:
         """Fit to perturbed and control cells.
@@ -247,6 +257,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
 
         Returns:
@@ -255,7 +266,10 @@ class PerturbationPredictor(Estimator):
         Raises:
             InputError: Keys, counts, genes or perturbations cannot be used; the message states the remedy.
         """
-        table = self._read(adata, Reading(batch_key, spatial_key, layer, gene_key, values))
+        table = self._read(
+            adata,
+            Reading(batch_key, spatial_key, layer, gene_key, values, feature_type=feature_type),
+        )
         named, groups, usable = self._labels(
             table, perturbation_key, control, covariate_key, tell=True
         )
@@ -615,6 +629,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> PerturbationPrediction:
         """Predict the mean effect of perturbations on control cells.
@@ -629,6 +644,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -646,7 +662,7 @@ class PerturbationPredictor(Estimator):
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
             reading = self.reading.changed(
-                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
                 values=values,
             )  # fmt: skip
             z, control = self._of_controls(controls, reading)
@@ -705,6 +721,7 @@ class PerturbationPredictor(Estimator):
             spatial_key=reading.spatial_key,
             layer=reading.layer,
             gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
             values=reading.values,
         )
 
@@ -763,6 +780,7 @@ class PerturbationPredictor(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
     ) -> dict[str, float]:
         """Predict the perturbations of other cells from their control cells, and score the predictions.
@@ -776,6 +794,7 @@ class PerturbationPredictor(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
 
         Returns:
@@ -789,7 +808,7 @@ class PerturbationPredictor(Estimator):
         """
         model = self._fitted()
         reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values,
         )  # fmt: skip
         key = perturbation_key or self.facts["perturbation_key"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,8 @@ from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
 from cellplm_jax.tasks.contexts import labels_of
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, read_obs, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class SampleClassifier(Estimator):
         InputError: An option does not apply.
     """
 
+    recipe_fields = ("seed",)
     task: ClassVar[str] = "samples"
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(freeze="encoder")
 
@@ -73,7 +74,7 @@ class SampleClassifier(Estimator):
         *,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
@@ -98,6 +99,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
     ) -> SampleClassifier:
@@ -112,6 +114,7 @@ class SampleClassifier(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context; None: one context per sample.
 
@@ -122,7 +125,15 @@ class SampleClassifier(Estimator):
             InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
                 or a label has fewer than two samples; the message states the remedy.
         """
-        reading = Reading(sample_key, spatial_key, layer, gene_key, values, cells_per_context)
+        reading = Reading(
+            sample_key,
+            spatial_key,
+            layer,
+            gene_key,
+            values,
+            cells_per_context,
+            feature_type=feature_type,
+        )
         table = self._read(adata, reading)
         names, truth = _labels_of_samples(table.batch, labels_of(table.obs, label_key), label_key)
         there = np.array([label is not None for label in truth], bool)
@@ -163,12 +174,13 @@ class SampleClassifier(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         sample_key: str = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
@@ -187,6 +199,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
@@ -198,9 +211,10 @@ class SampleClassifier(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
+        adata = as_anndata(adata)
         table, columns, facts, _ = self._predict(adata, reading)
         for name, values_of_cells in columns.items():
             adata.obs[name] = values_of_cells
@@ -237,7 +251,7 @@ class SampleClassifier(Estimator):
         """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        samples = _column(_obs_of(data), reading)
+        samples = _column(read_obs(data), reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
         probabilities = softmax(_pool(z, samples, names) @ kernel + bias, axis=1)
@@ -271,7 +285,7 @@ class SampleClassifier(Estimator):
 
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         folds: int | None = None,
@@ -279,6 +293,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> dict[str, float]:
@@ -295,6 +310,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`predict`.
             layer: See :meth:`predict`.
             gene_key: See :meth:`predict`.
+            feature_type: See :meth:`predict`.
             values: See :meth:`predict`.
             cells_per_context: See :meth:`predict`.
 
@@ -308,12 +324,13 @@ class SampleClassifier(Estimator):
         """
         self._fitted()
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
-        samples = _column(adata.obs, reading)
-        names, truth = _labels_of_samples(samples, labels_of(adata.obs, key), key)
+        obs = read_obs(adata)
+        samples = _column(obs, reading)
+        names, truth = _labels_of_samples(samples, labels_of(obs, key), key)
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
         if not len(truth):
@@ -505,17 +522,6 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
             "at least two samples per label",
             "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
-
-
-def _obs_of(data: AnnData | Path) -> pd.DataFrame:
-    """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
-    if not isinstance(data, Path):
-        return data.obs
-    import h5py
-    from anndata.io import read_elem
-
-    with h5py.File(data, "r") as file:
-        return read_elem(file["obs"])
 
 
 def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:

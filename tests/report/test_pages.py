@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 
 from cellplm_jax.cli import main
 from cellplm_jax.errors import InputError
-from cellplm_jax.report import pages
+from cellplm_jax.report import blocks, pages
 from cellplm_jax.report.html import Figure, Table, render_report
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 
@@ -146,9 +146,9 @@ def test_every_score_that_is_shown_says_what_it_means():
     )
     assert {"ilisi", "kbet_per_label", "ari", "clusters"} <= set(listed)
     shown = {**scores, **dict.fromkeys(listed, 0.5)}
-    known = pages._scores(shown, "").rows
+    known = blocks.scores_table(shown, "").rows
     assert all(meaning for *_, meaning in known)
-    assert len(known) == len(shown) - len(pages.SAME)
+    assert len(known) == len(shown) - len(blocks.SAME)
     # Those left out are others by another name.
     assert scores["micro_f1"] == pytest.approx(scores["accuracy"])
     assert scores["weighted_recall"] == pytest.approx(scores["accuracy"])
@@ -160,13 +160,73 @@ def test_integration_before_and_after(tmp_path):
     cells.obsm["X_cellplm_integrated"] = np.random.default_rng(0).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {})
-    assert "for comparison: run" in rendered(page)
+    assert headings(page) == ["Before", "Integrated"]
+    assert "principal components of the counts" in rendered(page)
     cells.obsm["X_pca"] = np.random.default_rng(1).random((30, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
     page = pages.integrated(
         tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {"ilisi": 0.4}
     )
     assert headings(page) == ["Before", "Integrated", "Scores"]
+    # The baseline is in the next column.
+    assert table(page, "Scores").columns == ["score", "here", "components", "meaning"]
+    assert 0 <= table(page, "Scores").rows[0][2] <= 1
+
+
+def test_clusters_of_a_file_show_markers_tissue_and_one_colour(tmp_path):
+    cells = make_adata(60)
+    counts = np.asarray(cells.X.toarray())
+    groups = np.array([str(n % 11) for n in range(60)])
+    gene = cells.var_names[3]
+    counts[groups == "2", 3] += 60
+    cells.X = counts
+    cells.obs["group"] = pd.Categorical(groups)
+    cells.obs["kind"] = ["a" if n % 11 == 10 else "b" for n in range(60)]
+    cells.obsm["X_umap"] = np.random.default_rng(0).random((60, 2))
+    cells.obsm["spatial"] = np.random.default_rng(1).random((60, 2))
+    cells.uns["kind_colors"] = ["#112233", "#445566"]
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    drawn = []
+    original = blocks.Figure
+
+    def keep(*arguments):
+        drawn.append(getattr(arguments[0], "figure", arguments[0]))
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "Figure", keep)
+        page = pages.clusters(
+            tmp_path / "out.h5ad", cells, ["group", "kind"], "X_cellplm", {"ari": 0.5}
+        )
+    assert headings(page) == [
+        "Clusters",
+        "In the tissue",
+        "Composition of the clusters",
+        "Marker genes",
+        "Scores",
+    ]
+    best = {row[0]: row[1].split(", ")[0] for row in table(page, "Marker genes").rows}
+    assert best["2"] == blocks.named([gene])[0]
+
+    def legend(figure):
+        legend = figure.axes[0].get_legend()
+        names = [text.get_text() for text in legend.get_texts()]
+        return dict(zip(names, [h.get_color() for h in legend.legend_handles], strict=True))
+
+    umap_group, umap_kind, tissue_group, tissue_kind = map(legend, drawn[:4])
+    assert list(umap_group) == [str(n) for n in range(11)]
+    assert umap_group == tissue_group
+    assert umap_kind == tissue_kind == {"a": "#112233", "b": "#445566"}
+
+
+def test_a_predicted_type_has_one_colour_in_every_order():
+    """The order in which cells are sampled does not change a colour."""
+    import anndata
+
+    obs = pd.DataFrame({"kind": ["c", "a", "b", "a"]}, index=list("wxyz"))
+    one = blocks.palettes_of(anndata.AnnData(obs=obs), ["kind"])["kind"]
+    two = blocks.palettes_of(anndata.AnnData(obs=obs.iloc[::-1]), ["kind"])["kind"]
+    assert one == two
 
 
 @pytest.fixture
@@ -228,7 +288,7 @@ def test_imputation(imputer, tmp_path):
     panel.write_h5ad(tmp_path / "panel.h5ad")
     page = pages.imputed(tmp_path / "panel.h5ad", estimator, {})
     genes = [row[0] for row in table(page, "Imputed genes").rows]
-    assert genes == pages._named(estimator.imputed)
+    assert genes == blocks.named(estimator.imputed)
     assert "correlation here" not in table(page, "Imputed genes").columns
     assert "after all" not in rendered(page)
     page = pages.imputer(estimator)
@@ -263,7 +323,7 @@ def test_denoised(tiny_run, tmp_path, capsys):
     gene = VOCABULARY[3]
     shown = pages.denoised(out, Denoiser(tiny_run), {}, [gene])
     assert sum(isinstance(section, Figure) for section in shown.sections) == 2
-    assert [row[0] for row in table(shown, "Genes").rows] == pages._named([gene])
+    assert [row[0] for row in table(shown, "Genes").rows] == blocks.named([gene])
     capsys.readouterr()
     assert main([*run[:-2], "--show", gene]) == 2
     assert "--show requires --report" in capsys.readouterr().err
@@ -319,11 +379,11 @@ def test_losses_that_lie_apart_are_drawn_apart():
         for n in (1, 2, 3)
     ]  # fmt: skip
     apart = SimpleNamespace(history=rows, facts={"best_epoch": 3})
-    assert len(pages._curve(apart)) == 2
+    assert len(blocks.curve(apart)) == 2
     near = [{**row, "validation_loss": row["loss"] + 0.5, "validation_score": None} for row in rows]
-    assert len(pages._curve(SimpleNamespace(history=near, facts={"best_epoch": 3}))) == 1
+    assert len(blocks.curve(SimpleNamespace(history=near, facts={"best_epoch": 3}))) == 1
     scored = [{**row, "validation_score": 0.5} for row in near]
-    assert len(pages._curve(SimpleNamespace(history=scored, facts={"best_epoch": 3}))) == 2
+    assert len(blocks.curve(SimpleNamespace(history=scored, facts={"best_epoch": 3}))) == 2
 
 
 def test_a_map_is_coloured_by_what_tells_cells_apart():
@@ -331,7 +391,7 @@ def test_a_map_is_coloured_by_what_tells_cells_apart():
         {"one": ["a"] * 40, "name": [f"c{n}" for n in range(40)], "type": ["a", "b"] * 20, "n": range(40)}
     )  # fmt: skip
     obs["again"] = obs["type"].astype("category")
-    assert pages._telling(obs) == ["type"]
+    assert blocks.telling(obs) == ["type"]
 
 
 def test_perturbations():
@@ -380,7 +440,7 @@ def test_a_model_and_its_run(tiny_run, tmp_path, capsys):
 
 def test_many_groups_are_not_all_drawn():
     obs = pd.DataFrame({"donor": [f"d{n}" for n in range(50)], "depth": np.linspace(0, 1, 50)})
-    found = pages._columns(obs, ["donor", "depth", None, "donor"], np.arange(50))
+    found = blocks.columns_of(obs, ["donor", "depth", None, "donor"], np.arange(50))
     assert list(found) == ["donor", "depth"]
     assert len(found["donor"].categories) == 31
     assert (found["donor"] == "others").sum() == 20
