@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from cellplm_jax._version import __version__
 from cellplm_jax.batch import Reconstruction
-from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
+from cellplm_jax.config import FinetuneConfig
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
@@ -25,13 +24,7 @@ from cellplm_jax.evaluate.denoising import (
     log_normalize,
     marker_scores,
 )
-from cellplm_jax.losses.objectives import (
-    average_over,
-    count_nll,
-    latent_loss,
-    reconstruction_loss,
-)
-from cellplm_jax.model.masking import sample_gene_mask
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells
 from cellplm_jax.tasks.denoise_counts import (
     LAYER,
@@ -42,6 +35,7 @@ from cellplm_jax.tasks.denoise_counts import (
     expected_logs,
     posterior_counts,
 )
+from cellplm_jax.tasks.denoise_loss import denoising_loss, hidden_likelihood
 from cellplm_jax.tasks.denoise_pool import (
     PARTS,
     Parts,
@@ -55,7 +49,7 @@ from cellplm_jax.tasks.denoise_pool import (
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
-from cellplm_jax.train.finetune import LOSS, SCORE, Loss, corrupted_forward
+from cellplm_jax.train.finetune import LOSS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -65,9 +59,6 @@ FACTS = "cellplm_denoising"
 
 COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
 """Decoders that predict counts."""
-
-VALIDATION = MaskingConfig(cell_fraction=1.0, gene_fraction=0.1, beta=False, drop_cells=0.0)
-"""Entries hidden from the validation cells, the same in every epoch."""
 
 
 class Denoiser(Estimator):
@@ -201,6 +192,8 @@ class Denoiser(Estimator):
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self.pool = self._fit_pool(table, held, np.union1d(train, valid))
         self.facts["pool"] = self.pool.scores
+        rmse = self.pool.scores["rmse"]
+        self.facts |= {f"{name}_rmse": rmse[name] for name in ("pooled", *PARTS[::-1])}
         self.messages.append(self.pool.message())
         self._log_messages()
         return self
@@ -427,8 +420,29 @@ class Denoiser(Estimator):
                 present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits)[:, places]))
             network[piece] = mean * present
         means = None if self.pool is None else self.pool.gene_means[places]
-        seed = self.training.seed
-        return make_parts(table.counts, z, network, table.batch, means, seed=seed)
+        with self._progress("nearest cells", len(table)) as advance:
+            return make_parts(
+                table.counts, z, network, table.batch, means,
+                seed=self.training.seed, advance=advance,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _progress(self, what: str, cells: int) -> Iterator[Callable[[int], None]]:
+        """Report the progress of a stage over cells; yields a function to call with the number of finished cells."""
+        report = ProgressReport(
+            f"{self.task}: {what}", cells, unit="cells", quiet=self.quiet, first="reading counts"
+        )
+        done = 0
+
+        def advance(number: int) -> None:
+            nonlocal done
+            done += number
+            report.update(done)
+
+        try:
+            yield advance
+        finally:
+            report.close()
 
     def _places(self, table: CellTable) -> np.ndarray:
         """Return int [genes of the table], their positions in the model."""
@@ -474,7 +488,9 @@ class Denoiser(Estimator):
         z, facts, messages = self._embed(data, reading)
         table = self._table(data, reading)
         pool = self._pool_for(table, reading)
-        shares = combine(self._parts(table, z), pool.weights)
+        parts = self._parts(table, z)
+        with self._progress("pooling", len(table)) as advance:
+            shares = combine(parts, pool.weights, advance=advance)
         totals, every = _totals(table.counts), np.ones(len(table.genes), bool)
 
         def blocks() -> Iterator[tuple[slice, np.ndarray, np.ndarray | None]]:
@@ -583,66 +599,6 @@ def _totals(counts: sparse.csr_matrix) -> np.ndarray:
     return np.asarray(counts.sum(axis=1), np.float64).ravel()
 
 
-def denoising_loss(config: ModelConfig, masking: MaskingConfig) -> Loss:
-    """Return the loss: measured counts of masked cells, the hidden entries once more, and the latent terms.
-
-    Args:
-        config: Architecture with a decoder of counts.
-        masking: Dropped cells and hidden entries.
-
-    Returns:
-        Pure ``(params, example, key) -> (nats per cell, {"reconstruction": ..., "kl_latent": ...})``.
-    """
-    objective = ObjectiveConfig(kind=config.decoder.kind)  # type: ignore[arg-type]
-
-    def loss(params, example, key):
-        output, kept, gene_mask = corrupted_forward(params, example.batch, key, config, masking)
-        reconstruction: Any = output.reconstruction
-        terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
-        latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
-        total = terms["reconstruction"] + latent["latent"]
-        return total, {
-            "reconstruction": terms["reconstruction"],
-            "kl_latent": latent["kl_latent"],
-        }
-
-    return loss
-
-
-def hidden_likelihood(config: ModelConfig, layouts: Any, seed: int) -> Any:
-    """Return a validation function: the negative log-likelihood of hidden entries, in nats per cell.
-
-    Args:
-        config: Architecture.
-        layouts: Validation cells, from :meth:`Estimator._examples`.
-        seed: Seed of the hidden entries.
-    """
-    from cellplm_jax.model.cellplm import CellPLM
-
-    @jax.jit
-    def judge(params, batch, key):
-        gene_mask = sample_gene_mask(key, batch, config.genes, VALIDATION)
-        output: Any = CellPLM(config).apply({"params": params}, batch, gene_mask=gene_mask)
-        measured = batch.measured_entries()
-        entries = gene_mask if measured is None else gene_mask & measured
-        counts = batch.dense_counts(config.genes)
-        nll = count_nll(output.reconstruction, batch, counts, entries)
-        return average_over(nll, batch.cell_mask), batch.cell_mask.sum().astype(jnp.float32)
-
-    root = jax.random.key(seed)
-
-    def validate(params: Any) -> dict[str, float]:
-        sums = [
-            judge(params, layout.example.batch, jax.random.fold_in(root, number))
-            for number, layout in enumerate(layouts)
-        ]
-        values, weights = np.array(jax.device_get(sums)).T
-        nll = float((values * weights).sum() / weights.sum())
-        return {SCORE: -nll, LOSS: nll}
-
-    return validate
-
-
 def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.ndarray) -> None:
     """Raise an error for batches without training cells, whose decoder row could not be trained.
 
@@ -681,11 +637,3 @@ def require_counts_decoder(model: Pretrained) -> None:
             "a negative-binomial decoder, which predicts counts",
             "Pass a pretrained model that was not fine-tuned for another task, or None",
         )
-
-
-def known_columns(column: np.ndarray) -> np.ndarray:
-    """Return int: the columns of a file in the vocabulary; of several names of one gene the first."""
-    known = np.flatnonzero(column >= 0)
-    # Their sum is the count of that gene.
-    _, first = np.unique(column[known], return_index=True)
-    return known[np.sort(first)]

@@ -7,7 +7,7 @@ weights maximise the likelihood of the held-out ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +114,20 @@ class Parts:
         mean[total <= 0] = self.mean
         return mean.astype(np.float32)
 
-    def combined(self, weights: np.ndarray, *, correct: bool = True) -> np.ndarray:
+    def combined(
+        self,
+        weights: np.ndarray,
+        *,
+        correct: bool = True,
+        advance: Callable[[int], None] = lambda cells: None,
+    ) -> np.ndarray:
         """Return float32 [cells, genes]: the weighted parts, with rows that sum to one.
 
         Args:
             weights: float [genes, parts].
             correct: Scale each gene in each cluster towards the cluster's own mean, which keeps the contrast between
                 cell types; few molecules change the scale little.
+            advance: Called with the number of pooled cells.
         """
         weights = np.asarray(weights, np.float32)
         pooled = self.network * weights[:, 2]
@@ -129,6 +136,7 @@ class Parts:
             pooled[rows] += self.mean * weights[:, 0]
             if weights[:, 1].any():
                 pooled[rows] += self.neighbours(rows) * weights[:, 1]
+            advance(len(pooled[rows]))
         if correct:
             for cluster in np.unique(self.clusters):
                 members = np.flatnonzero(self.clusters == cluster)
@@ -156,6 +164,7 @@ def make_parts(
     gene_means: np.ndarray | None = None,
     *,
     seed: int = 0,
+    advance: Callable[[int], None] = lambda cells: None,
 ) -> list[Parts]:
     """Compute the parts, for each batch from its own cells.
 
@@ -166,6 +175,7 @@ def make_parts(
         batch: [cells], batches; their cells are not averaged with one another.
         gene_means: float [genes], shares that stabilise the means of small batches; None: the network's.
         seed: Seed of clusters and candidates.
+        advance: Called with the number of cells whose neighbours were found.
 
     Returns:
         One entry per batch.
@@ -187,18 +197,31 @@ def make_parts(
         place = joined_embedding(latent[rows], own)
         parts.append(
             Parts(
-                rows, own, totals, mean.astype(np.float32), nearest_cells(place, seed=seed), shares,
+                rows, own, totals, mean.astype(np.float32), nearest_cells(place, seed=seed, advance=advance), shares,
                 kmeans(place, min(CLUSTERS, max(1, len(rows) // CLUSTER_CELLS)), seed=seed),
             )
         )  # fmt: skip
     return parts
 
 
-def combine(parts: Sequence[Parts], weights: np.ndarray, *, correct: bool = True) -> np.ndarray:
-    """Return float32 [cells, genes]: the pooled shares of all batches, in the order of the file."""
+def combine(
+    parts: Sequence[Parts],
+    weights: np.ndarray,
+    *,
+    correct: bool = True,
+    advance: Callable[[int], None] = lambda cells: None,
+) -> np.ndarray:
+    """Return float32 [cells, genes]: the pooled shares of all batches, in the order of the file.
+
+    Args:
+        parts: From :func:`make_parts`.
+        weights: float [genes, parts].
+        correct: See :meth:`Parts.combined`.
+        advance: Called with the number of pooled cells.
+    """
     pooled = np.zeros((sum(len(part.rows) for part in parts), len(weights)), np.float32)
     for part in parts:
-        pooled[part.rows] = part.combined(weights, correct=correct)
+        pooled[part.rows] = part.combined(weights, correct=correct, advance=advance)
     return pooled
 
 
@@ -316,7 +339,9 @@ def joined_embedding(latent: np.ndarray, counts: sparse.csr_matrix) -> np.ndarra
     return np.hstack([latent, unit_length(own - own.mean(axis=0))]).astype(np.float32)
 
 
-def nearest_cells(embedding: np.ndarray, *, seed: int = 0) -> sparse.csr_matrix:
+def nearest_cells(
+    embedding: np.ndarray, *, seed: int = 0, advance: Callable[[int], None] = lambda cells: None
+) -> sparse.csr_matrix:
     """Return Gaussian weights of the nearest cells, CSR float32 [cells, cells]; a cell is not its own neighbour."""
     cells = len(embedding)
     candidates = np.arange(cells)
@@ -339,6 +364,7 @@ def nearest_cells(embedding: np.ndarray, *, seed: int = 0) -> sparse.csr_matrix:
         bandwidth = np.maximum(bandwidth[:, min(BANDWIDTH, number) - 1], 1e-12)
         index.append(candidates[near])
         weight.append(np.exp(-0.5 * square / bandwidth[:, None]))
+        advance(len(rows))
     return sparse.csr_matrix(
         (
             np.concatenate(weight).astype(np.float32).ravel(),

@@ -19,7 +19,7 @@ from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.tasks.contexts import read_cells
-from cellplm_jax.tasks.denoise import LAYER, Denoiser, known_columns
+from cellplm_jax.tasks.denoise import LAYER, Denoiser
 from cellplm_jax.tasks.files import open_store
 
 
@@ -94,7 +94,7 @@ def before_and_after(
         minimum_genes=0,
     )
     column = np.asarray(cells.report.genes.column, int)
-    known = known_columns(column)
+    known = _known_columns(column)
     total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
     with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
@@ -142,6 +142,14 @@ def before_and_after(
     )
 
 
+def _known_columns(column: np.ndarray) -> np.ndarray:
+    """Return int: the columns of a file in the vocabulary; of several names of one gene the first."""
+    known = np.flatnonzero(column >= 0)
+    # Their sum is the count of that gene.
+    _, first = np.unique(column[known], return_index=True)
+    return known[np.sort(first)]
+
+
 def check_genes(
     denoiser: Denoiser, path: str | os.PathLike, genes: Sequence[str], **keys: Any
 ) -> None:
@@ -165,7 +173,7 @@ def check_genes(
     }
     with open_counts(Path(path).expanduser(), model.genes, **read) as source:
         column = np.asarray(source.report.genes.column, int)
-    _places_of(genes, [model.genes[gene] for gene in column[known_columns(column)]])
+    _places_of(genes, [model.genes[gene] for gene in column[_known_columns(column)]])
 
 
 def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
