@@ -187,6 +187,9 @@ def clear_markers(
     Returns:
         The types; int [markers], genes; int [markers], the type of each; float [types, genes], log1p of the mean counts
         per 10,000.
+
+    Raises:
+        InputError: There are fewer than two cell types.
     """
     labels = np.asarray(labels, object)
     names, sizes = np.unique(labels.astype(str), return_counts=True)

@@ -37,7 +37,11 @@ class Options:
     key_added: str = LAYER
 
     def check(self) -> None:
-        """Raise an InputError if an option is unknown or two exclude each other."""
+        """Reject options.
+
+        Raises:
+            InputError: An option is unknown, or two exclude each other.
+        """
         if not self.key_added or "/" in self.key_added:
             raise InputError(
                 f"key_added={self.key_added!r}", "a name without '/'", "Choose another one"
@@ -69,7 +73,15 @@ class LayerWriter:
             self.dense = np.zeros(shape, storage)
 
     def add(self, cells: slice, values: np.ndarray) -> None:
-        """Write float32 [cells, denoised columns]."""
+        """Write float32 [cells, denoised columns].
+
+        Args:
+            cells: Rows of the layer.
+            values: Expected counts.
+
+        Raises:
+            InputError: A value is too large for float16.
+        """
         if self.dense is not None:
             if self.storage == "float16" and values.size and values.max() > 65504:
                 raise InputError(
