@@ -142,7 +142,8 @@ class Parts:
                 members = np.flatnonzero(self.clusters == cluster)
                 expected = self.totals[members] @ pooled[members]
                 pooled[members] *= _ratio(self.counts[members], expected, CLUSTER_PRIOR)
-        return pooled / np.maximum(pooled.sum(axis=1, keepdims=True), 1e-12)
+        pooled /= np.maximum(pooled.sum(axis=1, keepdims=True), 1e-12)
+        return pooled
 
     def at(self, row: np.ndarray, gene: np.ndarray) -> np.ndarray:
         """Return float32 [entries, parts]: the parts at entries that are sorted by row."""
@@ -191,7 +192,7 @@ def make_parts(
         weight = MEAN_PRIOR * max(float(totals.mean()), 1.0)
         mean = (np.asarray(own.sum(axis=0)).ravel() + weight * prior) / (totals.sum() + weight)
         # A network fitted on other cells has other gene means: only its differences between cells are used.
-        shares = network[rows]
+        shares = network if len(rows) == len(network) else network[rows]
         shares *= _ratio(own, totals @ shares, CLUSTER_PRIOR)
         shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
         place = joined_embedding(latent[rows], own)
@@ -219,6 +220,8 @@ def combine(
         correct: See :meth:`Parts.combined`.
         advance: Called with the number of pooled cells.
     """
+    if len(parts) == 1:
+        return parts[0].combined(weights, correct=correct, advance=advance)
     pooled = np.zeros((sum(len(part.rows) for part in parts), len(weights)), np.float32)
     for part in parts:
         pooled[part.rows] = part.combined(weights, correct=correct, advance=advance)
