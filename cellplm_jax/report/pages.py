@@ -54,8 +54,35 @@ def fit(estimator: Any) -> Page:
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
         f"Fitted to {shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
-        [facts_table(facts), *curve(estimator), *messages(estimator.messages)],
+        [facts_table(facts), *_pool(facts), *curve(estimator), *messages(estimator.messages)],
     )
+
+
+def _pool(facts: Mapping[str, Any]) -> list[Section]:
+    """Return the errors of a denoiser's pool and of its parts, if there is one."""
+    if "pool" not in facts:
+        return []
+    pool = facts["pool"]
+    names = {
+        "pooled": "pooled", "without_correction": "pooled, means of clusters not kept",
+        "without_network": "pooled without the network", "network": "network",
+        "neighbours": "mean over the nearest cells", "gene_mean": "gene mean",
+    }  # fmt: skip
+    rows = [
+        (shown, float(pool["rmse"][name]), float(pool["log_likelihood"][name]),
+         float(pool["weights"].get(name, "nan")))
+        for name, shown in names.items()
+    ]  # fmt: skip
+    return [
+        Table(
+            ["prediction", "RMSE", "log-likelihood", "weight"],
+            rows,
+            "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
+            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
+            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "Held-out counts",
+        )
+    ]
 
 
 def annotator(estimator: Any) -> Page:
@@ -485,7 +512,8 @@ def denoised(
         genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
+    from cellplm_jax.tasks.denoise import FACTS, LAYER
+    from cellplm_jax.tasks.denoise_view import before_and_after
     from cellplm_jax.tasks.files import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
@@ -532,6 +560,7 @@ def denoised(
                 f"equal. {totals}",
                 "Means of all genes",
             ),
+            *_pool(facts),
             *input_table(facts),
             *messages(estimator.messages),
         ],

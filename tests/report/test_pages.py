@@ -336,7 +336,8 @@ def test_denoised(tiny_run, tmp_path, capsys):
 
 
 def test_before_and_after(tiny_run, tmp_path):
-    from cellplm_jax.tasks.denoise import Denoiser, before_and_after
+    from cellplm_jax.tasks.denoise import Denoiser
+    from cellplm_jax.tasks.denoise_view import before_and_after
 
     cells = make_adata(30)[:, VOCABULARY].copy()
     counts = cells.X.toarray()
@@ -367,7 +368,7 @@ def test_before_and_after(tiny_run, tmp_path):
 
 
 def test_the_second_gene_lies_elsewhere():
-    from cellplm_jax.tasks.denoise import _telling_genes
+    from cellplm_jax.tasks.denoise_view import _telling_genes
 
     base = np.linspace(0, 3, 20)
     values = np.stack([base, 0.9 * base, 0.8 * base[::-1], 0.01 * base], axis=1)
