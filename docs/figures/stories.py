@@ -49,6 +49,7 @@ def write_files(folder: Path) -> None:
     # A type that the labelled cells do not have.
     labelled = labelled[labelled.obs["cell_type"] != "NK cell"].copy()
     labelled.obs["batch"] = np.where(np.arange(labelled.n_obs) % 2, "b1", "b2")
+    cells.obs["batch"] = "new"
     cells.write_h5ad(folder / "cells.h5ad")
     labelled.write_h5ad(folder / "labelled.h5ad")
     tissue = cellplm.datasets.simulate_tissue(
