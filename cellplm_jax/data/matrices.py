@@ -52,7 +52,11 @@ class Entries(NamedTuple):
 
 
 class SparseRows:
-    """Rows of a CSR matrix in memory or on disk (h5py or zarr)."""
+    """Rows of a CSR matrix in memory or on disk (h5py or zarr).
+
+    Raises:
+        InputError: A row has more entries than genes can explain.
+    """
 
     kind = "CSR"
 

@@ -292,6 +292,9 @@ class RunCheckpoints:
             metrics: Held-out scores, which determine the best step.
             facts: Additional JSON data for the ``run`` item, which also has the step, ``skipped`` and
                 ``skipped_in_a_row``.
+
+        Raises:
+            CheckpointError: The folder was deleted, or the step cannot be written.
         """
         import orbax.checkpoint as ocp
 
