@@ -112,7 +112,11 @@ class CompressedColumns:
 
 
 class DenseRows:
-    """Rows of a dense array: numpy, h5py, zarr, or another type with the same slicing."""
+    """Rows of a dense array: numpy, h5py, zarr, or another type with the same slicing.
+
+    Raises:
+        InputError: The stored arrays do not fit together.
+    """
 
     kind = "dense"
 
