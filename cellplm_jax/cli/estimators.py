@@ -142,6 +142,12 @@ def add_impute(commands: Any) -> None:
     predict.add_argument(
         "--log-normalized", action="store_true", help="log-normalised values instead of counts"
     )
+    predict.add_argument(
+        "--coverage",
+        type=float,
+        metavar="F",
+        help="also write prediction intervals with this coverage, such as 0.9 (none)",
+    )
 
 
 def _impute_fit(arguments: argparse.Namespace) -> None:
@@ -162,7 +168,13 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
     facts = imputer.facts
     what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
     if "mean_confidence" in facts:
-        what += f", mean confidence {facts['mean_confidence']:.3f}"
+        what += f", mean confidence {facts['mean_confidence']:.3f} over {facts['genes_with_confidence']} of them"
+    if "validation" in facts:
+        scores = ", ".join(
+            f"{name} {facts['validation'][name].get('pearson', float('nan')):.3f}"
+            for name in ("pooled", "network", "ridge")
+        )
+        what += f" ({scores}; used: {facts['method']})"
     write_page(arguments, "imputer", imputer)
     line = fitted_line(arguments, what, facts)
     print_result(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
@@ -180,6 +192,7 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         arguments.out,
         genes=genes,
         log_normalized=arguments.log_normalized,
+        coverage=arguments.coverage,
         **passed_options(arguments, READING),
     )
     number = len(imputer.imputed if genes is None else genes)
@@ -202,7 +215,7 @@ def add_denoise(commands: Any) -> None:
         predict=_denoise_predict,
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
-        fit_report="the loss curve",
+        fit_report="the loss curve, and errors of held-out counts",
         predict_report="some genes before and after denoising on a UMAP or in the tissue, and the means of all genes",
     )
     predict.add_argument(
@@ -212,6 +225,17 @@ def add_denoise(commands: Any) -> None:
     )
     predict.add_argument(
         "--detected", action="store_true", help="counts conditional on being non-zero"
+    )
+    predict.add_argument(
+        "--own-counts",
+        action="store_true",
+        help="combine the prediction with the cell's own counts (posterior mean)",
+    )
+    predict.add_argument(
+        "--storage",
+        choices=("float32", "float16", "sparse"),
+        default="float32",
+        help="of the layer; sparse: only the largest values, rounded, about the size of the counts (float32)",
     )
     predict.add_argument(
         "--show",
@@ -236,11 +260,13 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
     denoiser.save(arguments.out)
     write_page(arguments, "fit", denoiser)
     line = fitted_line(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
-    print_result(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
+    scores = denoiser.messages[-1]
+    print_result(arguments, [line, scores], {"wrote": [arguments.out], **denoiser.facts})
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.denoise import LAYER, Denoiser, check_genes
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.denoise_view import check_genes
 
     check_new_file(arguments)
     counts_only(arguments)
@@ -255,11 +281,13 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
     if shown:
         check_genes(denoiser, arguments.input, shown, **passed_options(arguments, READING))
-    messages = denoiser.predict_file(
+    *messages, scores = denoiser.predict_file(
         arguments.input,
         arguments.out,
         log_normalized=arguments.log_normalized,
         detected=arguments.detected,
+        own_counts=arguments.own_counts,
+        storage=arguments.storage,
         **passed_options(arguments, READING),
     )
     write_page(
@@ -267,8 +295,13 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     )
     print_result(
         arguments,
-        [f"wrote {arguments.out}: layers['{LAYER}']"],
-        {"wrote": [arguments.out], "layer": LAYER, "detected": arguments.detected},
+        [f"wrote {arguments.out}: layers['{LAYER}']", scores],
+        {
+            "wrote": [arguments.out],
+            "layer": LAYER,
+            "detected": arguments.detected,
+            "scores": scores,
+        },
         messages=messages,
     )
 

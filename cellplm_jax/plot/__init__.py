@@ -29,6 +29,7 @@ from cellplm_jax.plot.maps import (
     panels,
     spatial_comparison,
 )
+from cellplm_jax.plot.sections import heat_map, spatial_sections
 from cellplm_jax.plot.style import (
     PALETTE,
     UNKNOWN_COLOR,
@@ -57,12 +58,14 @@ __all__ = [
     "effect_panels",
     "fitting_curves",
     "gene_map",
+    "heat_map",
     "histogram",
     "panels",
     "run_picture",
     "scale_of",
     "spatial",
     "spatial_comparison",
+    "spatial_sections",
     "store_colors",
     "table_bars",
     "training_curves",

@@ -43,6 +43,7 @@ from cellplm_jax.report.blocks import (
     tissue_maps,
 )
 from cellplm_jax.report.html import Figure, Section, Table, Text
+from cellplm_jax.report.niches import niches as niches
 
 # --- pages of what was fitted --------------------------------------------------------------------
 
@@ -53,8 +54,35 @@ def fit(estimator: Any) -> Page:
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
         f"Fitted to {shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
-        [facts_table(facts), *curve(estimator), *messages(estimator.messages)],
+        [facts_table(facts), *_pool(facts), *curve(estimator), *messages(estimator.messages)],
     )
+
+
+def _pool(facts: Mapping[str, Any]) -> list[Section]:
+    """Return the errors of a denoiser's pool and of its parts, if there is one."""
+    if "pool" not in facts:
+        return []
+    pool = facts["pool"]
+    names = {
+        "pooled": "pooled", "without_correction": "pooled, means of clusters not kept",
+        "without_network": "pooled without the network", "network": "network",
+        "neighbours": "mean over the nearest cells", "gene_mean": "gene mean",
+    }  # fmt: skip
+    rows = [
+        (shown, float(pool["rmse"][name]), float(pool["log_likelihood"][name]),
+         float(pool["weights"].get(name, "nan")))
+        for name, shown in names.items()
+    ]  # fmt: skip
+    return [
+        Table(
+            ["prediction", "RMSE", "log-likelihood", "weight"],
+            rows,
+            "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
+            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
+            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "Held-out counts",
+        )
+    ]
 
 
 def annotator(estimator: Any) -> Page:
@@ -162,9 +190,18 @@ def imputer(estimator: Any) -> Page:
             Table(["gene", "confidence"], rows, caption, "Genes"),
         ]  # fmt: skip
     facts = estimator.facts
+    if "validation" in facts:
+        listed = [
+            (name.replace("_", " "), each.get("pearson", np.nan), each["rmse"])
+            for name, each in facts["validation"].items()
+        ]
+        note = "On validation cells of the reference: mean correlation per gene, and error of log-normalised values. " \
+            f"Used: {facts['method']}."  # fmt: skip
+        sections.append(Table(["method", "correlation", "RMSE"], listed, note, "Methods"))
     summary = f"{facts['imputed_genes']:,} genes are predicted from {facts['shared_genes']:,} measured ones."
     if "mean_confidence" in facts:
-        summary += f" Mean confidence {facts['mean_confidence']:.3f}."
+        summary += f" Mean confidence {facts['mean_confidence']:.3f}"
+        summary += f", over {len(known):,} genes with counts in the validation cells."
     return Page("Imputed genes: fitted", summary, [*sections, *page.sections])
 
 
@@ -398,7 +435,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
     if len(beside.pearson):
         summary += (
             f" {len(beside.pearson):,} of them are measured in this file, unused by the prediction: their "
-            f"median correlation with it is {np.nanmedian(beside.pearson):.2f}."
+            f"mean correlation with it is {np.nanmean(beside.pearson):.2f}."
         )
         caption += " Correlation here: with the measured values of these cells, log-normalised."
     else:
@@ -475,7 +512,8 @@ def denoised(
         genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
+    from cellplm_jax.tasks.denoise import FACTS, LAYER
+    from cellplm_jax.tasks.denoise_view import before_and_after
     from cellplm_jax.tasks.files import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
@@ -522,6 +560,7 @@ def denoised(
                 f"equal. {totals}",
                 "Means of all genes",
             ),
+            *_pool(facts),
             *input_table(facts),
             *messages(estimator.messages),
         ],

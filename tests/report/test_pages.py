@@ -299,7 +299,7 @@ def test_imputation(imputer, tmp_path):
 
 def test_a_table_in_obsm_opens_again_where_names_of_cells_are_nullable(tmp_path):
     from cellplm_jax.data.anndata_io import write_h5ad
-    from cellplm_jax.tasks.embed import write_copy
+    from cellplm_jax.tasks.files import write_copy
 
     cells = make_adata(5)
     cells.obs.index = pd.Index(pd.array(list(cells.obs_names), dtype="string"))
@@ -336,7 +336,8 @@ def test_denoised(tiny_run, tmp_path, capsys):
 
 
 def test_before_and_after(tiny_run, tmp_path):
-    from cellplm_jax.tasks.denoise import Denoiser, before_and_after
+    from cellplm_jax.tasks.denoise import Denoiser
+    from cellplm_jax.tasks.denoise_view import before_and_after
 
     cells = make_adata(30)[:, VOCABULARY].copy()
     counts = cells.X.toarray()
@@ -367,7 +368,7 @@ def test_before_and_after(tiny_run, tmp_path):
 
 
 def test_the_second_gene_lies_elsewhere():
-    from cellplm_jax.tasks.denoise import _telling_genes
+    from cellplm_jax.tasks.denoise_view import _telling_genes
 
     base = np.linspace(0, 3, 20)
     values = np.stack([base, 0.9 * base, 0.8 * base[::-1], 0.01 * base], axis=1)
