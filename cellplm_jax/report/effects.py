@@ -307,7 +307,7 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
         )
     ]
     caption = (
-        "Contribution of each cell to the label of its sample: log-odds by the shift of its own type; above 0: for the "
+        "Contribution of each cell to the label of its sample: log-odds by the shift of its type; above 0: for the "
         "label, 0: the type does not shift."
     )
     heading = "Contributions of the cells"

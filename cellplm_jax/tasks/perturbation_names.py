@@ -56,7 +56,7 @@ class PerturbationNames:
         control: Canonical name of the control.
         vocabulary: Genes of the model.
         genes: Names read as genes: ``"any"`` spelling; only ``"current"`` symbols and Ensembl ids as written (for
-            screens of drugs, where an alias is mostly a coincidence); or ``"none"``.
+            screens of drugs: an alias is mostly a coincidence there); or ``"none"``.
         conditions: Canonical name of every known condition that is not a gene, by its folded spelling.
         rejected: Separators that do not separate targets in the file of the fit.
         plain: Names are only split at ``"+"`` and sorted, as in predictors that were saved without rules.
@@ -136,7 +136,7 @@ class PerturbationNames:
 
         Args:
             separator: One of :data:`SEPARATORS`.
-            name: Not known as a whole.
+            name: Neither a gene nor a known condition.
         """
         if separator not in name or separator in self.rejected:
             return []
@@ -205,7 +205,7 @@ def read_names(
 ) -> PerturbationNames:
     """Decide what the perturbations of a file mean.
 
-    A name that is a gene or a known condition as a whole is not split. ``"+"`` always separates; another character
+    A name that is a gene or a known condition is not split. ``"+"`` always separates; another character
     does if at least half of the names that contain it split into genes and known conditions. With
     ``targets="auto"``, previous symbols and aliases are read as genes if at least half of the names are genes.
 

@@ -53,7 +53,7 @@ Blocks = Callable[[], Iterable[sparse.csr_matrix]]
 class TypeShifts:
     """Mean expression of every type under every label.
 
-    The contribution of a cell is the log-odds of its label under normal distributions around the means of its own type:
+    The contribution of a cell is the log-odds of its label under normal distributions around the means of its type:
     the type itself, and the proportions of types, do not contribute. Expression is compared and not the latent, because
     cells attend to each other: the latent of a type also shifts when other cells of its sample do. A difference between
     labels counts by gene, as far as it exceeds its variance over samples (positive-part James-Stein), and not at all in

@@ -56,7 +56,7 @@ class SampleClassifier(Estimator):
     train it. The head is a logistic regression on the mean latent per sample, solved exactly, with
     a ridge penalty chosen by cross-validation over samples: the strongest within one standard error of the best.
 
-    The contribution of a cell, ``obs["cellplm_contribution"]``, compares it with cells of its own type: it is the
+    The contribution of a cell, ``obs["cellplm_contribution"]``, compares it with cells of the same type: it is the
     log-odds of the sample's label by the shift of that type between the labels. Cell types themselves, and their
     proportions, do not contribute. Shifts are estimated over samples, and are zero for types in which labels do not
     differ more than permuted ones; see ``shifts`` and the p-values in ``facts``.
@@ -266,7 +266,7 @@ class SampleClassifier(Estimator):
         if smallest > SIGNIFICANT:
             self.messages.append(
                 f"Warning: {facts['samples']} samples allow no p-value below {smallest:.2g}, so a difference between "
-                f"the labels cannot be told from chance. Use at least {samples_needed(labels)} samples per label."
+                f"the labels cannot be distinguished from chance. Use at least {samples_needed(labels)} samples per label."
             )
         self.messages.append(
             f"Permuted labels: p = {facts['p_latent']:.3g} for the mean latent, {facts['p_proportions']:.3g} for the "

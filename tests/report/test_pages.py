@@ -472,7 +472,7 @@ def test_samples(tmp_path):
     shifts = table(page, "Shifts of cell types between labels").rows
     assert shifts[0][0] == "up"
     assert shifts[1][3:] == ("",) * 4
-    assert "log-odds by the shift of its own type" in rendered(page)
+    assert "log-odds by the shift of its type" in rendered(page)
 
 
 def test_a_model_and_its_run(tiny_run, tmp_path, capsys):
