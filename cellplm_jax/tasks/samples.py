@@ -265,8 +265,8 @@ class SampleClassifier(Estimator):
         smallest, labels = facts["smallest_p"], len(self.labels)
         if smallest > SIGNIFICANT:
             self.messages.append(
-                f"Warning: {facts['samples']} samples allow no p-value below {smallest:.2g}, so a difference between "
-                f"the labels cannot be distinguished from chance. Use at least {samples_needed(labels)} samples per label."
+                f"Warning: {facts['samples']} samples allow no p-value below {smallest:.2g}: a difference between the "
+                f"labels cannot be distinguished from chance. Use at least {samples_needed(labels)} samples per label."
             )
         self.messages.append(
             f"Permuted labels: p = {facts['p_latent']:.3g} for the mean latent, {facts['p_proportions']:.3g} for the "
