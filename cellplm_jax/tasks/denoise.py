@@ -243,14 +243,14 @@ class Denoiser(Estimator):
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
             "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
-        adata = as_anndata(adata)
+        data = as_anndata(adata)
         layers, facts, _ = self._layers(
-            adata, self.reading.changed(**keys), log_normalized, detected, key_added, adata.n_vars
+            data, self.reading.changed(**keys), log_normalized, detected, key_added, data.n_vars
         )
         for name, values in layers.items():
-            adata.layers[name] = values
-        adata.uns[FACTS] = facts
-        return adata
+            data.layers[name] = values
+        data.uns[FACTS] = facts
+        return data
 
     def predict_file(
         self,

@@ -270,8 +270,8 @@ def _bytes_of(value: Any) -> int:
         return value.data.nbytes + value.indices.nbytes + value.indptr.nbytes
     if isinstance(value, Mapping):
         return sum(map(_bytes_of, value.values())) + 2**10
-    usage = getattr(value, "memory_usage", None)
-    size = np.sum(usage()) if callable(usage) else getattr(value, "nbytes", 2**10)
+    usage: Any = getattr(value, "memory_usage", None)
+    size = np.sum(usage()) if usage is not None else getattr(value, "nbytes", 2**10)
     return int(size) + 2**12
 
 
