@@ -215,14 +215,20 @@ def test_denoise(command, tiny_run, tmp_path):
     status, printed, err = command(*fit, "--epochs", "1")
     assert (status, err) == (0, "")
     assert printed.startswith(f"wrote {saved}: 40 genes, 22 training cells, epoch 1 of 1 kept")
+    assert printed.splitlines()[-1].startswith("RMSE of held-out counts: pooled ")
     predict = ["denoise", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
     status, printed, _ = command(*predict, "--log-normalized", "--quiet")
-    assert (status, printed) == (0, f"wrote {out}: layers['cellplm_denoised']\n")
+    wrote, scores = printed.splitlines()
+    assert (status, wrote) == (0, f"wrote {out}: layers['cellplm_denoised']")
+    assert scores.startswith("RMSE of held-out counts: pooled ")
     assert set(ad.read_h5ad(out).layers) == {"cellplm_denoised", "cellplm_denoised_log1p"}
     predict[4] = tiny_run
     assert "has no estimator.json" in command(*predict, "--quiet")[2]
-    assert command(*predict, "--zero-shot", "--quiet")[0] == 0
-    assert ad.read_h5ad(out).uns["cellplm_denoising"]["zero_shot"]
+    options = ["--zero-shot", "--own-counts", "--storage", "float16", "--quiet"]
+    assert command(*predict, *options)[0] == 0
+    written = ad.read_h5ad(out)
+    assert written.uns["cellplm_denoising"]["zero_shot"]
+    assert written.layers["cellplm_denoised"].dtype == "float16"
 
 
 def test_perturb(command, tiny_run, tmp_path):

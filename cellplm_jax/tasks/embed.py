@@ -107,7 +107,6 @@ def embed(
     """
     check_key(key_added)
     check_context(batch_key, spatial_key, cells_per_context)
-    check_writable(adata)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
             "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
@@ -559,20 +558,3 @@ def check_context(
     require_options(
         {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
     )
-
-
-def check_writable(adata: Any) -> None:
-    """Reject a view of a backed AnnData, to which nothing can be added, before any work is done.
-
-    Args:
-        adata: The AnnData.
-
-    Raises:
-        InputError: It is such a view.
-    """
-    if getattr(adata, "isbacked", False) and getattr(adata, "is_view", False):
-        raise InputError(
-            "the AnnData is a view of a file opened with backed='r'",
-            "an AnnData to which an embedding can be added",
-            "Load the cells into memory first: adata = adata.to_memory()",
-        )
