@@ -83,7 +83,7 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
     import anndata
 
     if isinstance(data, anndata.AnnData):
-        if data.isbacked and data.is_view:
+        if getattr(data, "isbacked", False) and getattr(data, "is_view", False):
             raise InputError(
                 "the AnnData is a view of a file opened with backed='r'",
                 "an AnnData to which results can be added",
