@@ -401,6 +401,24 @@ def _indexed(names: tuple[str, ...]) -> _Vocabulary:
     return _Vocabulary(names)
 
 
+def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
+    """Map one name to a vocabulary, by the rules of :func:`map_genes` for a file with this name only.
+
+    Args:
+        name: An Ensembl id or a symbol.
+        vocabulary: The genes [genes]; indexed once and cached.
+
+    Returns:
+        Its index and the matching rule (see :class:`GeneMapping`); -1 and an empty string if there is no match.
+    """
+    name = name.strip()
+    index = _indexed(tuple(vocabulary))
+    if not name or name in index.exact:
+        return (index.exact[name], "exact") if name else (-1, "")
+    match = index.resolve(name, mouse=_looks_like_mouse([name]))
+    return match.column, match.rule
+
+
 def map_genes(
     names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
 ) -> GeneMapping:

@@ -29,13 +29,7 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
-from cellplm_jax.tasks.files import (  # noqa: F401
-    as_anndata,
-    check_copy,
-    check_key,
-    read_annotations,
-    write_copy,
-)
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 from cellplm_jax.untrusted import require_options
