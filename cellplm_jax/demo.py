@@ -66,11 +66,11 @@ def run_demo(
     if max_cells is not None and max_cells < adata.n_obs:
         chosen = np.random.default_rng(seed).choice(adata.n_obs, max_cells, replace=False)
         adata = adata[np.sort(chosen)].copy()
-    progress = ProgressReport("demo", 4, unit="stages", quiet=quiet)
+    progress = ProgressReport("demo", 4, unit="stages", quiet=quiet, first="starting")
     try:
         model = load("small")
-        embed(adata, model, key_added="X_cellplm_zero_shot")
-        embed(adata, model, adapt="context")
+        embed(adata, model, key_added="X_cellplm_zero_shot", quiet=True)
+        embed(adata, model, adapt="context", quiet=True)
         progress.update(1, "embedded")
         embeddings = {
             CONTEXT: adata.obsm["X_cellplm"],

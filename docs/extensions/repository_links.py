@@ -30,6 +30,8 @@ PAGES = {
     "benchmarks/load/read_corpus.md": "benchmarks/load",
     "benchmarks/load/write_corpus.md": "benchmarks/load",
     "benchmarks/robustness/kill_resume.md": "benchmarks/robustness",
+    "benchmarks/faults/damage.md": "benchmarks/faults",
+    "benchmarks/faults/soak.md": "benchmarks/faults",
 }
 """Files outside ``docs/`` and the page of the site that includes each."""
 
