@@ -192,8 +192,8 @@ class Denoiser(Estimator):
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self.pool = self._fit_pool(table, held, np.union1d(train, valid))
         self.facts["pool"] = self.pool.scores
-        rmse = self.pool.scores["rmse"]
-        self.facts |= {f"{name}_rmse": rmse[name] for name in ("pooled", *PARTS[::-1])}
+        scores = self.pool.scores["log_likelihood"]
+        self.facts |= {f"{name}_log_likelihood": scores[name] for name in ("pooled", *PARTS[::-1])}
         self.messages.append(self.pool.message())
         self._log_messages()
         return self
