@@ -131,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "type minus the mean of the others, median over markers of predicted over counted. Calibration error: "
         "|expected - counted| over bins of the expected count, as a share of all counts. The bundled model was trained "
         "on the counts of eye, not on pbmc3k and kang. Nearest cells: in the latent joined with the cells' principal "
-        "components, in which the pool finds its neighbours. Network alone: without pool and without the means of clusters. "
+        "components, in which the pool finds its neighbours. Network alone: without the means of clusters. "
         "Mean ± standard deviation over the seeds of the last column.",
         "",
         "`python benchmarks/denoise/run.py --data DIR --rivals-python PYTHON`; "
