@@ -77,7 +77,8 @@ def baselines(cells: anndata.AnnData, embedding: np.ndarray) -> dict[str, np.nda
         index = np.argpartition(distance, number, axis=1)[:, :number]
         starts = np.arange(0, index.size + 1, number)
         graph = sparse.csr_matrix((np.ones(index.size), index.ravel(), starts), distance.shape)
-        result[f"mean of {number} nearest cells"] = (graph @ shares).toarray()
+        smooth: Any = graph @ shares
+        result[f"mean of {number} nearest cells"] = smooth.toarray()
     result["gene mean"] = np.tile(gene_means(shares), (cells.n_obs, 1))
     result["own counts"] = shares.toarray()
     return result
@@ -166,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run what is missing, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--data", type=Path, help="directory with the .h5ad files; none: only write the table"
     )
