@@ -338,16 +338,16 @@ def test_cluster(command, tiny_run, tmp_path):
 
 def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path):
     adata = make_labelled(30)
-    adata.X = np.log1p(adata.X) + 0.25
+    adata.X = np.log1p(adata.X.toarray()) + 0.25
     path = tmp_path / "logs.h5ad"
     adata.write_h5ad(path)
-    out = ["--out", tmp_path / "out"]
+    fit = ["fit", path, "--model", tiny_run]
     for run in (
-        ["prepare", path, *out],
-        ["denoise", "fit", path, "--model", tiny_run, *out],
-        ["integrate", "fit", path, "--model", tiny_run, "--batch-key", "batch", *out],
+        ["prepare", path],
+        ["denoise", *fit],
+        ["integrate", *fit, "--batch-key", "batch"],
     ):
-        status, _, err = command(*run, "--quiet")
+        status, _, err = command(*run, "--out", tmp_path / run[0], "--quiet")
         assert status == 2
         assert "(--layer) naming the matrix that holds raw counts." in err, err
         assert "--values" not in err
@@ -356,7 +356,7 @@ def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path)
 def test_cluster_has_the_options_that_its_messages_advise(command, tiny_run, tmp_path):
     pytest.importorskip("igraph", reason="needs the extra 'eval'")
     adata = make_labelled(40)
-    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X) + 0.25
+    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray()) + 0.25
     adata.write_h5ad(tmp_path / "logs.h5ad")
     out = tmp_path / "out.h5ad"
     run = ["cluster", tmp_path / "logs.h5ad", "--model", tiny_run, "--out", out, "--quiet"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellplm_jax._version import __version__
-from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
+from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models, niches
 from cellplm_jax.cli.output import advised, fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError, InputError
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_prepare(commands)
     embedding.add_embed(commands)
     embedding.add_cluster(commands)
+    niches.add_niches(commands)
     embedding.add_integrate(commands)
     estimators.add_annotate(commands)
     estimators.add_impute(commands)

@@ -210,6 +210,11 @@ class CountSource(Displayed):
         return [name if kept else "" for name, kept in zip(names, self._kept, strict=True)]
 
     @property
+    def var_names(self) -> list[str]:
+        """Index of the genes of the file."""
+        return list(self._gene_names)
+
+    @property
     def report(self) -> InputReport:
         """Choices made about the input; complete after every cell has been read."""
         if (self._empty < 0).any():

@@ -21,6 +21,7 @@ from cellplm_jax.plot.charts import (
     table_bars,
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
+from cellplm_jax.plot.effects import effect_panels, values_by_group
 from cellplm_jax.plot.maps import (
     cell_attention,
     cell_panels,
@@ -28,6 +29,7 @@ from cellplm_jax.plot.maps import (
     panels,
     spatial_comparison,
 )
+from cellplm_jax.plot.sections import heat_map, spatial_sections
 from cellplm_jax.plot.style import (
     PALETTE,
     UNKNOWN_COLOR,
@@ -53,18 +55,22 @@ __all__ = [
     "confusion_matrix",
     "dark_theme",
     "dot_plot",
+    "effect_panels",
     "fitting_curves",
     "gene_map",
+    "heat_map",
     "histogram",
     "panels",
     "run_picture",
     "scale_of",
     "spatial",
     "spatial_comparison",
+    "spatial_sections",
     "store_colors",
     "table_bars",
     "training_curves",
     "umap",
+    "values_by_group",
 ]
 
 

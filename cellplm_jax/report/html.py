@@ -95,6 +95,7 @@ class Figure:
 
 Section = Text | Code | Table | Figure
 
+
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1c2127;--soft:#57606a;--line:#d9dee4;--head:#0b1f330f;
 --mark:#0b5c93;--shade:#0b1f3338}

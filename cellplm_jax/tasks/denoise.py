@@ -47,7 +47,7 @@ from cellplm_jax.tasks.denoise_pool import (
     thin,
 )
 from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
-from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS
 
@@ -515,6 +515,7 @@ class Denoiser(Estimator):
     ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], list[str]]:
         """Return the layers, bool [names of the data] (denoised), facts for ``uns``, and messages about the input."""
         options.check()
+        check_key(options.key_added)
         model = self._fitted()
         blocks, table, facts, messages = self._expected(data, reading, options)
         column = np.asarray(table.report.genes.column, int)

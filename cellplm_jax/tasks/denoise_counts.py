@@ -42,10 +42,6 @@ class Options:
         Raises:
             InputError: An option is unknown, or two exclude each other.
         """
-        if not self.key_added or "/" in self.key_added:
-            raise InputError(
-                f"key_added={self.key_added!r}", "a name without '/'", "Choose another one"
-            )
         if self.storage not in get_args(Storage):
             known = get_args(Storage)
             raise InputError(

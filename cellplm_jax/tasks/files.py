@@ -78,11 +78,17 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
         data: The AnnData, or a path.
 
     Raises:
-        InputError: It is neither, or the file cannot be read.
+        InputError: It is neither, the file cannot be read, or nothing can be added to the AnnData.
     """
     import anndata
 
     if isinstance(data, anndata.AnnData):
+        if data.isbacked and data.is_view:
+            raise InputError(
+                "the AnnData is a view of a file opened with backed='r'",
+                "an AnnData to which results can be added",
+                "Load the cells into memory first: adata = adata.to_memory()",
+            )
         return data
     if not isinstance(data, str | os.PathLike):
         raise InputError(
@@ -274,16 +280,15 @@ def _bytes_of(value: Any) -> int:
         return value.data.nbytes + value.indices.nbytes + value.indptr.nbytes
     if isinstance(value, Mapping):
         return sum(map(_bytes_of, value.values())) + 2**10
-    usage = getattr(value, "memory_usage", None)
-    size = np.sum(usage()) if callable(usage) else getattr(value, "nbytes", 2**10)
+    usage: Any = getattr(value, "memory_usage", None)
+    size = np.sum(usage()) if usage is not None else getattr(value, "nbytes", 2**10)
     return int(size) + 2**12
 
 
 def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
     """Reject groups that are links: the entries would be written into another file."""
-    import h5py
-
-    for name in names:
+    # A zarr store has no links, and open_zarr rejects those of the file system.
+    for name in names if isinstance(file, h5py.Group) else ():
         link = file.get(name, getlink=True) if name in file else None
         if isinstance(link, h5py.ExternalLink | h5py.SoftLink):
             raise InputError(
