@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cellplm_jax._version import __version__
-from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
-from cellplm_jax.cli.output import fail
+from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models, niches
+from cellplm_jax.cli.output import advised, fail
 from cellplm_jax.cli.parser import Parser
 from cellplm_jax.errors import CellPLMError, InputError
 
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_prepare(commands)
     embedding.add_embed(commands)
     embedding.add_cluster(commands)
+    niches.add_niches(commands)
     embedding.add_integrate(commands)
     estimators.add_annotate(commands)
     estimators.add_impute(commands)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except CellPLMError as error:
-        fail(f"cellplm {arguments.command}", str(error))
+        fail(f"cellplm {arguments.command}", advised(str(error), arguments))
         return 2
     except KeyboardInterrupt:
         fail(f"cellplm {arguments.command}", "interrupted")

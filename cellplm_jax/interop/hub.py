@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellplm_jax._version import __version__
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
 from cellplm_jax.manifest import MANIFEST_FILE
 from cellplm_jax.train.checkpoint import (
@@ -66,8 +67,8 @@ class HubAddress:
         return f"{SCHEME}{self.repository}{revision}{f'/{self.folder}' if self.folder else ''}"
 
 
-@dataclass(frozen=True)
-class HubCommit:
+@dataclass(frozen=True, repr=False)
+class HubCommit(Displayed):
     """A published model.
 
     Attributes:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig, to_dict
-from cellplm_jax.errors import CheckpointError, InputError, require
+from cellplm_jax.display import Displayed, shown
+from cellplm_jax.errors import CheckpointError, InputError, nearest, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
@@ -41,8 +42,8 @@ from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, o
 EMBEDDING_PARTS = ("embedder", "centre", "encoder", "pre_latent_norm", "latent")
 
 
-@dataclass(eq=False)
-class Pretrained:
+@dataclass(eq=False, repr=False)
+class Pretrained(Displayed):
     """A model with its weights, gene vocabulary and card.
 
     Attributes:
@@ -111,6 +112,19 @@ class Pretrained:
     def parameters(self) -> int:
         """Number of scalar parameters."""
         return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.params))
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "model": self.id,
+            "parameters": self.parameters,
+            "genes": len(self.genes),
+            "latent": self.config.latent_size,
+            "trained_on": trained_on(self.card),
+            "kind": self.card.get("kind"),
+            "species": self.card.get("species"),
+            "precision": self.precision,
+            "source": self.source,
+        }
 
     @classmethod
     def untrained(cls, config: ModelConfig, genes: list[str], *, seed: int = 0) -> Pretrained:
@@ -334,6 +348,15 @@ class Pretrained:
         )
 
 
+def trained_on(card: Mapping[str, Any]) -> str | None:
+    """Return the training data of a model card as a phrase; None if the card does not state them."""
+    data, cells = card.get("training_data"), card.get("training_cells")
+    if isinstance(data, list) and cells:
+        return f"{cells:,} cells of {len(data)} data sets"
+    stated = data or card.get("data")
+    return None if stated is None else shown(stated)
+
+
 def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | None, ...]:
     """Return the devices that work together; None, alone: JAX's default device.
 
@@ -447,6 +470,8 @@ def resolve_source(
         )
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
     return text, text
 
 
@@ -478,7 +503,16 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source requires the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
+    where, name = resolve_source(source)
+    if "://" not in where and not Path(where).is_dir():
+        raise CheckpointError(
+            f"there is no directory '{where}'",
+            f"a checkpoint directory, a gs:// or hf:// address, or a bundled model: {', '.join(BUNDLED)}",
+            nearest(
+                where, BUNDLED, "Check the path; 'cellplm convert' opens published checkpoints"
+            ),
+        )
+    return load_located(where, name, step=step, precision=precision, devices=devices)
 
 
 def load_located(

@@ -27,8 +27,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from cellplm_jax.errors import CheckpointError, explain
+from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
+from cellplm_jax.errors import CheckpointError, explain, shorten
 from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
 from cellplm_jax.storage import (
     atomic_write,
@@ -39,6 +39,7 @@ from cellplm_jax.storage import (
 )
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
+from cellplm_jax.untrusted import parse_json, require_regular
 
 WeightFormat = Literal["orbax", "safetensors"]
 """Storage formats of the arrays: step directories, or one file per item."""
@@ -52,6 +53,8 @@ TENSOR_FILES = {
 
 CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
 ESTIMATOR_FILE = "estimator.json"
+# Fields of the card that are read; others are only shown.
+_CARD_TYPES = {"name": str, "kind": str, "task": str, "unused_parameters": dict}
 # Held-out score that selects the best step.
 BEST_METRIC = "nb_log_likelihood"
 
@@ -134,6 +137,8 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             "a checkpoint directory",
             "Check the path, or convert a published checkpoint first with 'cellplm convert'",
         )
+    if not is_remote(directory):
+        require_regular(directory, raises=CheckpointError)
     missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(
@@ -145,8 +150,12 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
     if manifest.entries is None:
         manifest.remark()
     try:
-        content = json.loads(manifest.read(CONFIG_FILE))
-        card = json.loads(manifest.read(CARD_FILE))
+        content = parse_json(manifest.read(CONFIG_FILE))
+        card = parse_json(manifest.read(CARD_FILE))
+        if not isinstance(content, dict) or content.get("format") != 1:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            msg = f"{CONFIG_FILE} has format {shorten(str(found))}, this version reads format 1"
+            raise TypeError(msg)
         model = from_dict(ModelConfig, content["model"], path="model")
         train = content.get("train")
         if train is not None:
@@ -155,9 +164,15 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        for name, wanted in _CARD_TYPES.items():
+            if not isinstance(card.get(name), wanted | None):
+                msg = f"'{name}' in {CARD_FILE} is a {type(card[name]).__name__}"
+                raise TypeError(msg)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"'{directory}' has a config, gene list or card that cannot be read ({error})",
+            f"'{directory}' has a config, gene list or card that cannot be read ({shorten(str(error), 400)})",
             "valid files of this package",
             "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
         ) from error
@@ -277,6 +292,9 @@ class RunCheckpoints:
             metrics: Held-out scores, which determine the best step.
             facts: Additional JSON data for the ``run`` item, which also has the step, ``skipped`` and
                 ``skipped_in_a_row``.
+
+        Raises:
+            CheckpointError: The folder was deleted, or the step cannot be written.
         """
         import orbax.checkpoint as ocp
 

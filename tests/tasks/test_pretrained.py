@@ -251,3 +251,17 @@ def test_half_precision_is_half_the_size_and_close(tiny_model, tmp_path):
     ):
         assert two.dtype == np.float32
         np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-6)
+
+
+def test_a_misspelt_bundled_model_is_answered_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smal", "Small", "smlal"):
+        with pytest.raises(CheckpointError, match=r"bundled model: small.* Did you mean 'small'\?"):
+            load(name)
+    with pytest.raises(CheckpointError, match=r"there is no directory 'runs/none'.*Check the path"):
+        load("runs/none")
+
+
+def test_home_is_expanded(tiny_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_run.parent))
+    assert load(f"~/{tiny_run.name}").genes == load(tiny_run).genes
