@@ -33,6 +33,7 @@ NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6
 # The site: `make docs`.
 DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2025.7", "sphinx-copybutton>=0.5"]
 DEV = [
+    "hypothesis>=6.100",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff==0.17.6",

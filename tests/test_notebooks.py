@@ -38,7 +38,7 @@ def read(source):
 
 def python_of(cell) -> str:
     """The Python of a cell: lines of IPython become ``pass``; a cell of the shell has none."""
-    if cell.source.startswith(("%%bash", "#@title")):
+    if cell.source.startswith(("%%bash", "# @title")):
         return ""
     return re.sub(r"^(\s*)[!%].*$", r"\1pass", cell.source, flags=re.MULTILINE)
 

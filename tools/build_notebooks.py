@@ -46,7 +46,7 @@ COLORS = 192  # of a picture: enough for a plot, a third of the bytes
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 
 SETUP = """\
-#@title Set-up: installs cellplm-jax if it is missing; the jax of Colab is kept if it is 0.10 to 0.12
+# @title Set-up: installs cellplm-jax if it is missing; the jax of Colab is kept if it is 0.10 to 0.12
 !python -c "import cellplm_jax" 2> /dev/null || pip install -q {requirement}"""
 HIDDEN = {"tags": ["remove-cell"], "jupyter": {"source_hidden": True}, "cellView": "form"}
 THUMBNAIL = (360, 200)  # pixels, at most

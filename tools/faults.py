@@ -83,7 +83,7 @@ def report(
         "# Faults",
         "",
         f"Made by `tools/faults.py`, seeds from {seed}, on {os.cpu_count()} shared CPU cores: {seconds / 60:.0f} "
-        f"minutes, {used / 60:.1f} minutes of processor time. {failures} failures.",
+        f"minutes, {used / 60:.1f} minutes of processor time of this process. {failures} failures.",
     ]
     for name, outcomes in table.items():
         results = sorted({outcome.result for outcome in outcomes})

@@ -10,7 +10,7 @@ from cellplm_jax.cli.options import add_counts, add_output, command, passed_opti
 from cellplm_jax.cli.output import check_new_file, number_of, print_result, write_page
 
 OPTIONS = ("spatial_key", "batch_key", "n_niches", "label_key", "shells", "neighbors", "resolution",
-           "use_rep", "adapt", "layer", "gene_key", "permutations", "key_added", "seed")  # fmt: skip
+           "use_rep", "adapt", "layer", "gene_key", "feature_type", "permutations", "key_added", "seed")  # fmt: skip
 """Options of the command that are options of the function."""
 
 MEETINGS = 3

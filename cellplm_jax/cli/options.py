@@ -276,7 +276,7 @@ def counts_only(
             "Select the layer with the counts with --layer",
         )
     # Messages about the counts do not advise it then.
-    del arguments.values
+    vars(arguments).pop("values", None)
     reject_options(arguments, others, task or arguments.command, expected, instead)
 
 

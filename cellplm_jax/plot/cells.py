@@ -15,7 +15,6 @@ from cellplm_jax.plot.maps import embedding_map, tissue_map
 from cellplm_jax.plot.style import STYLE, pyplot_module, store_colors
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from matplotlib.axes import Axes
 
 VISIUM_SPOT = 65.0
@@ -197,7 +196,7 @@ def spatial(
     return _panels(color, draw, columns, (4.2, height), ax, title, show)
 
 
-def scale_of(adata: AnnData) -> float | None:
+def scale_of(adata: Any) -> float | None:
     """Return micrometres per unit of the coordinates, from the scale factors of a Visium file.
 
     Args:
@@ -224,7 +223,7 @@ def _check_arrays(values: Any, color: Any) -> None:
         )
 
 
-def _coordinates(adata: AnnData, basis: str, remedy: str) -> np.ndarray:
+def _coordinates(adata: Any, basis: str, remedy: str) -> np.ndarray:
     """Return the first two columns of an entry of ``obsm``."""
     if basis not in adata.obsm:
         keys = ", ".join(map(repr, adata.obsm)) or "no entry"
@@ -236,7 +235,7 @@ def _coordinates(adata: AnnData, basis: str, remedy: str) -> np.ndarray:
     return np.asarray(adata.obsm[basis], np.float64)[:, :2]
 
 
-def _layout(adata: AnnData, basis: str, use_rep: str) -> np.ndarray:
+def _layout(adata: Any, basis: str, use_rep: str) -> np.ndarray:
     """Return the coordinates of a map; a missing UMAP is computed and stored."""
     if basis == "X_umap" and basis not in adata.obsm and use_rep in adata.obsm:
         from cellplm_jax.evaluate.embedding import umap_coordinates
@@ -246,7 +245,7 @@ def _layout(adata: AnnData, basis: str, use_rep: str) -> np.ndarray:
 
 
 def _values(
-    adata: AnnData, name: str | None, layer: str | None, palette: Any
+    adata: Any, name: str | None, layer: str | None, palette: Any
 ) -> tuple[Any, Any, str | None]:
     """Return values of a column or gene, their colours, and the title."""
     if name is None:

@@ -177,13 +177,13 @@ def _scatter(
             )
             for _, color, marker in entries
         ]
-        place: dict[str, Any] = {
+        where: dict[str, Any] = {
             "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
             "ncols": _legend_columns(len(entries)),
         }  # fmt: skip
         if legend == "below":
             longest = max(len(name) for name, _, _ in entries)
-            place = {
+            where = {
                 "loc": "upper left", "bbox_to_anchor": (0.0, -0.09),
                 "ncols": max(1, min(len(entries), 56 // (longest + 5))),
             }  # fmt: skip
@@ -193,7 +193,7 @@ def _scatter(
             title=color_label,
             borderaxespad=0.0,
             frameon=False,
-            **place,
+            **where,
             handletextpad=0.3,
             columnspacing=1.0,
             alignment="left",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -323,40 +322,6 @@ def columns_of(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict
             column = pd.Categorical(chosen, [*kept, *last])
         found[str(name)] = column
     return found
-
-
-def read_counts(
-    path: str | os.PathLike, rows: np.ndarray, facts: Mapping[str, Any]
-) -> tuple[Any, list[str]] | None:
-    """Read the counts of some cells in the genes of the file, as the work read them.
-
-    Args:
-        path: An ``.h5ad`` file.
-        rows: int [n], numbers of the cells.
-        facts: Facts of ``uns`` with the entry ``"input"``; without it the counts are searched.
-
-    Returns:
-        CSR [n, genes] and the symbols of the genes; None: the file has no counts that can be read.
-    """
-    import h5py
-    from anndata.io import read_elem
-
-    from cellplm_jax.data.anndata_io import open_counts
-
-    read = facts.get("input") or {}
-    matrix = str(read.get("matrix", ""))
-    layer = matrix.removeprefix("layers['").removesuffix("']") or None
-    try:
-        with h5py.File(path) as file:
-            table: Any = read_elem(file["raw/var" if matrix == "raw.X" else "var"])
-        genes = list(dict.fromkeys(map(str, table.index)))
-        with open_counts(
-            path, genes, layer=layer, gene_key="var_names", minimum_genes=0,
-            values=read.get("values", "counts"),
-        ) as source:  # fmt: skip
-            return source.read_rows(rows), named(genes)
-    except (InputError, OSError, KeyError):
-        return None
 
 
 def marker_sections(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cellplm_jax.data.own_counts import read_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.report.blocks import (
     SCORES,
@@ -23,7 +24,6 @@ from cellplm_jax.report.blocks import (
     no_map,
     of_cells,
     palettes_of,
-    read_counts,
     some,
     telling,
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cellplm_jax.data.own_counts import read_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.plot.style import categories_of
 from cellplm_jax.report.blocks import (
@@ -35,7 +36,6 @@ from cellplm_jax.report.blocks import (
     no_map,
     of_cells,
     palettes_of,
-    read_counts,
     scores_table,
     shown,
     some,

@@ -535,9 +535,9 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        adata = as_anndata(adata)
+        data = as_anndata(adata)
         probabilities, facts, _, _ = self._probabilities(
-            adata,
+            data,
             self.reading.changed(
                 batch_key=batch_key,
                 spatial_key=spatial_key,
@@ -549,11 +549,11 @@ class CellTypeAnnotator(Estimator):
             ),
         )
         names, confidence = self._decide(probabilities)
-        adata.obs[LABEL] = names
-        adata.obs[CONFIDENCE] = confidence
-        adata.obsm[PROBABILITIES] = probabilities
-        adata.uns[FACTS] = facts
-        return adata
+        data.obs[LABEL] = names
+        data.obs[CONFIDENCE] = confidence
+        data.obsm[PROBABILITIES] = probabilities
+        data.uns[FACTS] = facts
+        return data
 
     def predict_file(
         self, path: str | os.PathLike, out: str | os.PathLike, *, umap: bool = False, **keys: Any
@@ -619,19 +619,19 @@ class CellTypeAnnotator(Estimator):
         """
         self._fitted()
         require("sklearn", "eval", "Scoring labels")
-        adata = as_anndata(adata)
+        data = as_anndata(adata)
         label_key = str(label_key or self.facts["label_key"])
-        named = labels_of(adata.obs, label_key)
+        named = labels_of(data.obs, label_key)
         scored = np.array([name is not None for name in named], bool)
         if split is not None:
             key = self.reading.split_key
-            if key is None or key not in adata.obs.columns:
+            if key is None or key not in data.obs.columns:
                 raise InputError(
                     f"split={split!r} without a split column",
                     "an estimator that was fitted with split_key, and its column in obs",
                     "Select the cells to score instead: score(adata[...])",
                 )
-            parts = parts_of(np.asarray(adata.obs[key].astype(object)))
+            parts = parts_of(np.asarray(data.obs[key].astype(object)))
             scored &= parts == parts_of(np.array([split]))[0]
         unseen = sorted(set(named[scored]) - set(self.labels))
         if unseen and unseen_labels == "error":
@@ -649,7 +649,7 @@ class CellTypeAnnotator(Estimator):
                 f"cells with a training label in obs['{label_key}']",
                 "Check the label column and the split",
             )
-        probabilities, _, _, _ = self._probabilities(adata, self.reading.changed(**keys))
+        probabilities, _, _, _ = self._probabilities(data, self.reading.changed(**keys))
         names, _ = self._decide(probabilities)
         truth, predicted = named[scored], np.asarray(names)[scored]
         if self.unknown_threshold is not None:

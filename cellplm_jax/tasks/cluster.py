@@ -96,11 +96,11 @@ def cluster(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     _check(key_added, use_rep, resolution)
-    adata = as_anndata(adata)
-    if use_rep not in adata.obsm:
+    data = as_anndata(adata)
+    if use_rep not in data.obsm:
         embed(
-            adata,
-            _model(model, use_rep, list(adata.obsm)),
+            data,
+            _model(model, use_rep, list(data.obsm)),
             batch_key=batch_key,
             spatial_key=spatial_key,
             layer=layer,
@@ -114,13 +114,13 @@ def cluster(
             quiet=quiet,
         )
     results = _clustered(
-        np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric,
+        np.asarray(data.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric,
         quiet=quiet,
     )  # fmt: skip
     for part in ("obs", "obsp", "uns"):
         for name, value in results[part].items():
-            getattr(adata, part)[name] = value
-    return adata
+            getattr(data, part)[name] = value
+    return data
 
 
 def cluster_file(

@@ -192,8 +192,8 @@ class Denoiser(Estimator):
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self.pool = self._fit_pool(table, held, np.union1d(train, valid))
         self.facts["pool"] = self.pool.scores
-        rmse = self.pool.scores["rmse"]
-        self.facts |= {f"{name}_rmse": rmse[name] for name in ("pooled", *PARTS[::-1])}
+        scores = self.pool.scores["log_likelihood"]
+        self.facts |= {f"{name}_log_likelihood": scores[name] for name in ("pooled", *PARTS[::-1])}
         self.messages.append(self.pool.message())
         self._log_messages()
         return self
@@ -258,7 +258,7 @@ class Denoiser(Estimator):
             cells_per_context: See :meth:`fit`.
 
         Returns:
-            ``adata`` itself.
+            ``adata`` itself; if it is a path, what was read from it.
 
         Raises:
             InputError: There is neither a fit nor a pretrained model, or the counts, genes, keys or options cannot be
@@ -268,16 +268,16 @@ class Denoiser(Estimator):
             "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
             "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
         }  # fmt: skip
-        adata = as_anndata(adata)
+        cells = as_anndata(adata)
         options = Options(log_normalized, detected, own_counts, storage, key_added)
         layers, denoised, facts, _ = self._layers(
-            adata, self.reading.changed(**keys), options, adata.n_vars
+            cells, self.reading.changed(**keys), options, cells.n_vars
         )
         for name, values in layers.items():
-            adata.layers[name] = values
-        adata.var[key_added] = denoised
-        adata.uns[FACTS] = facts
-        return adata
+            cells.layers[name] = values
+        cells.var[key_added] = denoised
+        cells.uns[FACTS] = facts
+        return cells
 
     def predict_file(
         self,

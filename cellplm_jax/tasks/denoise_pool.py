@@ -73,15 +73,17 @@ class Pool:
     scores: dict[str, Any]
 
     def message(self) -> str:
-        """Return one sentence: the errors of pool and parts, and whether the pool is better with the network."""
-        rmse = self.scores["rmse"]
-        listed = ", ".join(f"{name.replace('_', ' ')} {rmse[name]:.3f}" for name in PARTS[::-1])
-        likelihood = self.scores["log_likelihood"]
-        gain = likelihood["without_correction"] - likelihood["without_network"]
-        network = "the network adds nothing"
-        if gain > MARGIN:
-            network = f"the network raises their log-likelihood by {gain:.3f} per molecule"
-        return f"RMSE of held-out counts: pooled {rmse['pooled']:.3f} ({listed}); {network}"
+        """Return one sentence: the scores of pool and parts, and whether the pool is better with the network."""
+        score = self.scores["log_likelihood"]
+        listed = ", ".join(f"{name.replace('_', ' ')} {score[name]:.3f}" for name in PARTS[::-1])
+        gain = score["without_correction"] - score["without_network"]
+        network = (
+            f"the network raises it by {gain:.3f}" if gain > MARGIN else "the network adds nothing"
+        )
+        return (
+            f"Log-likelihood per held-out molecule (higher is better): pooled {score['pooled']:.3f} ({listed}); "
+            f"{network}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

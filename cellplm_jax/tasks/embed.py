@@ -111,15 +111,15 @@ def embed(
             "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
     check_adapt(adapt)
-    adata = as_anndata(adata)
+    data = as_anndata(adata)
     embedding, provenance, _ = read_and_embed(
-        adata, as_pretrained(model), read, context, key_added, quiet
+        data, as_pretrained(model), read, context, key_added, quiet
     )
     if few := few_matched(provenance["input"]["genes"]):
         warnings.warn(few, stacklevel=2)
-    adata.obsm[key_added] = embedding
-    adata.uns["cellplm"] = provenance
-    return adata
+    data.obsm[key_added] = embedding
+    data.uns["cellplm"] = provenance
+    return data
 
 
 def embed_file(

@@ -776,6 +776,10 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
         if content["format"] != 1:
             msg = f"format {shorten(str(content['format']))}, this version reads format 1"
             raise ValueError(msg)
+        for field in ("training", "reading", "batch_rows", "facts", "state"):
+            if not isinstance(content[field], dict):
+                msg = f"'{field}' is a {type(content[field]).__name__}"
+                raise TypeError(msg)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -83,7 +83,7 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
     import anndata
 
     if isinstance(data, anndata.AnnData):
-        if data.isbacked and data.is_view:
+        if getattr(data, "isbacked", False) and getattr(data, "is_view", False):
             raise InputError(
                 "the AnnData is a view of a file opened with backed='r'",
                 "an AnnData to which results can be added",
@@ -149,6 +149,12 @@ def check_output(out: Path) -> None:
     Raises:
         InputError: Its folder does not exist, or it is a folder, a device, a pipe or a socket.
     """
+    if len(os.fsencode(out.name)) > 255:
+        raise InputError(
+            f"the name of the output has {len(os.fsencode(out.name))} bytes",
+            "255 or fewer, which file systems allow",
+            "Choose a shorter name",
+        )
     parent = out.parent
     if not parent.is_dir():
         msg = explain(
@@ -184,12 +190,6 @@ def check_copy(path: Path, out: Path) -> None:
             f"the output '{out.name}' is of another kind than the input '{path.name}'",
             f"a name that ends in {kind}, because the output is a copy of the input",
             f"Name it '{out.with_suffix(kind).name}'",
-        )
-    if len(os.fsencode(out.name)) > 255:
-        raise InputError(
-            f"the name of the output has {len(os.fsencode(out.name))} bytes",
-            "255 or fewer, which file systems allow",
-            "Choose a shorter name",
         )
     if path.is_dir():
         with open_store(path):

@@ -256,7 +256,9 @@ class ImputerFit(Estimator):
         if self.base is not None:
             vocabulary = self.base.genes
         else:
-            vocabulary = own_vocabulary(adata, reading.layer, reading.gene_key, "counts")
+            vocabulary = own_vocabulary(
+                adata, reading.layer, reading.gene_key, "counts", reading.feature_type
+            )
             if reference is not None:
                 more = own_vocabulary(reference, reference_layer, reference_gene_key, "counts")
                 vocabulary = list(dict.fromkeys([*vocabulary, *more]))

@@ -297,7 +297,7 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
-        adata = as_anndata(adata)
+        data = as_anndata(adata)
         keys = {
             "batch_key": batch_key,
             "layer": layer,
@@ -305,10 +305,10 @@ class BatchIntegrator(Estimator):
             "feature_type": feature_type,
             "cells_per_context": cells_per_context,
         }
-        z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
-        adata.obsm[key_added] = z
-        adata.uns[FACTS] = facts
-        return adata
+        z, facts, _ = self._integrate(data, self.reading.changed(**keys), key_added)
+        data.obsm[key_added] = z
+        data.uns[FACTS] = facts
+        return data
 
     def predict_file(
         self, path: str | os.PathLike, out: str | os.PathLike, *, key_added: str = KEY, **keys: Any

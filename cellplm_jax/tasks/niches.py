@@ -83,6 +83,7 @@ class NicheOptions(TypedDict, total=False):
         adapt: See :func:`cellplm_jax.embed`.
         layer: Layer with the counts; None: search for them.
         gene_key: Column of ``var`` with gene ids; None: the best match.
+        feature_type: Type of the features to read; None: genes; "all": every feature.
         permutations: Permutations for the meetings of cell types.
         key_added: Column of ``obs`` to write.
         seed: Seed of clustering and permutations.
@@ -100,6 +101,7 @@ class NicheOptions(TypedDict, total=False):
     adapt: Adapt
     layer: str | None
     gene_key: str | None
+    feature_type: str | None
     permutations: int
     key_added: str
     seed: int
@@ -197,6 +199,7 @@ class _Options:
     adapt: Adapt = "context"
     layer: str | None = None
     gene_key: str | None = None
+    feature_type: str | None = None
     permutations: int = 1000
     key_added: str = KEY
     seed: int = 0
@@ -424,7 +427,9 @@ def _latent(
             "neither a model nor use_rep was passed", "one of them", "Pass model='small'"
         )
     key = options.spatial_key if options.spatial_key in parts.keys else None
-    read = {"layer": options.layer, "gene_key": options.gene_key}
+    read = {
+        "layer": options.layer, "gene_key": options.gene_key, "feature_type": options.feature_type,
+    }  # fmt: skip
     context = Context(options.batch_key, key, None, adapt=options.adapt)
     return read_and_embed(data, as_pretrained(model), read, context, "", options.quiet)
 

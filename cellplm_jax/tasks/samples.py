@@ -324,11 +324,11 @@ class SampleClassifier(Estimator):
             batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
-        adata = as_anndata(adata)
-        table, columns, facts, _ = self._predict(adata, reading)
+        data = as_anndata(adata)
+        table, columns, facts, _ = self._predict(data, reading)
         for name, values_of_cells in columns.items():
-            adata.obs[name] = values_of_cells
-        adata.uns[FACTS] = facts
+            data.obs[name] = values_of_cells
+        data.uns[FACTS] = facts
         return table
 
     def predict_file(

@@ -32,6 +32,7 @@ PAGES = {
     "benchmarks/robustness/kill_resume.md": "benchmarks/robustness",
     "benchmarks/faults/damage.md": "benchmarks/faults",
     "benchmarks/faults/soak.md": "benchmarks/faults",
+    "benchmarks/faults/writers.md": "benchmarks/faults",
 }
 """Files outside ``docs/`` and the page of the site that includes each."""
 

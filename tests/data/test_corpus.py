@@ -317,7 +317,7 @@ def test_parts_that_do_not_belong_together(copy):
     with pytest.raises(InputError, match="part 'part1' was made with another vocabulary"):
         write_index(copy, ["part0", "part1"])
     record = json.loads((copy / "parts/part0.json").read_text())
-    (copy / "parts/part1.json").write_text(json.dumps(record))
+    (copy / "parts/part1.json").write_text(json.dumps({**record, "name": "part1"}))
     with pytest.raises(InputError, match="sample 'a' of data set 'part0' is both in part"):
         write_index(copy, ["part0", "part1"])
 

@@ -66,7 +66,8 @@ def test_embed(tiny_run, tmp_path, capsys):
     assert facts["report"] == str(page)
     assert "X_cellplm" in ad.read_h5ad(out).obsm
     text = page.read_text()
-    assert text.count("data:image/png;base64,") == 1
+    assert text.count("data:image/png;base64,") == 2  # the map, and the tissue
+    assert text.count("theme=dark") == 2
     assert "24 cells in" in text
     assert "40 of 40" in text  # genes of the model that the file has
     assert "--color batch" in text  # how it was made
@@ -99,9 +100,9 @@ def test_annotation(tiny_run, tmp_path, capsys):
     written = ad.read_h5ad(out)
     assert written.obsm["X_umap"].shape == (60, 2)
     text = (tmp_path / "predict.html").read_text()
-    assert (
-        text.count("data:image/png;base64,") == 3
-    )  # confidence; the map by label and by confidence
+    # Confidence; the map by label and by confidence; markers, and the tissue if there are coordinates.
+    assert text.count("data:image/png;base64,") == 4 + ("spatial" in written.obsm)
+    assert "Marker genes" in text
     for label, count in written.obs["cellplm_cell_type"].value_counts().items():
         assert re.search(rf"<td>{label}</td><td[^>]*>{count}</td>", text)
 

@@ -144,7 +144,7 @@ def test_the_scores_of_the_parts_are_told(fitted):
     pool = fitted.facts["pool"]
     assert sum(pool["weights"].values()) == pytest.approx(1, abs=1e-4)
     assert set(pool["rmse"]) == {"pooled", "without_correction", "without_network", *PARTS}
-    assert fitted.messages[-1].startswith("RMSE of held-out counts: pooled ")
+    assert fitted.messages[-1].startswith("Log-likelihood per held-out molecule")
     assert "network" in fitted.messages[-1].split(";")[1]
     scores = fitted.score(make_adata(60, seed=9), seed=1)
     for part in ("", "network_", "neighbours_", "gene_mean_"):
@@ -158,7 +158,10 @@ def test_an_old_denoiser_opens_and_is_pooled():
     layer = denoised(found, adata)
     assert np.isfinite(layer).all()
     np.testing.assert_allclose(layer.sum(axis=1), adata.X.toarray().sum(axis=1), rtol=1e-4)
-    assert "RMSE of held-out counts" in found._layers(adata, found.reading, _options(), None)[3][-1]
+    assert (
+        "Log-likelihood per held-out molecule"
+        in found._layers(adata, found.reading, _options(), None)[3][-1]
+    )
 
 
 def _options():

@@ -71,7 +71,7 @@ def test_a_network_without_types_does_not_erase_markers():
 def test_a_network_that_is_right_has_the_weight():
     pool, parts, _, shares, _ = fitted(lambda shares, counts: shares, spread=1.0)
     assert pool.scores["weights"]["network"] > 0.8
-    assert "the network raises their log-likelihood by" in pool.message()
+    assert "the network raises it by" in pool.message()
     network = combine(parts, alone("network", GENES), correct=False)
     errors = [np.abs(combine(parts, given, correct=False) - shares).mean()
               for given in (pool.weights, alone("neighbours", GENES))]  # fmt: skip

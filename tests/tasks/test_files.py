@@ -112,8 +112,8 @@ def test_refusals(tiny_model, tmp_path):
     (tmp_path / "out.zarr").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
         embed_file(store, tiny_model, tmp_path / "out.zarr", quiet=True)
-    with pytest.raises(InputError, match=r"Name it 'out\.h5ad'"):
-        embed_file(write(make_adata(8), tmp_path / "in.h5ad"), tiny_model, tmp_path / "out.zarr")
+    with pytest.raises(InputError, match=r"Name it 'new\.h5ad'"):
+        embed_file(write(make_adata(8), tmp_path / "in.h5ad"), tiny_model, tmp_path / "new.zarr")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="without a zarr group"):
         embed(tmp_path / "folder", tiny_model)
@@ -122,7 +122,7 @@ def test_refusals(tiny_model, tmp_path):
     with pytest.raises(InputError, match="type ndarray"):
         embed(np.zeros((3, 3)), tiny_model)
     (tmp_path / "text.h5ad").write_text("no")
-    with pytest.raises(InputError, match=r"not an \.h5ad file"):
+    with pytest.raises(InputError, match=r"complete \.h5ad file"):
         embed(tmp_path / "text.h5ad", tiny_model)
     damaged = write(make_adata(8), tmp_path / "damaged.h5ad")
     damaged.write_bytes(damaged.read_bytes()[:-2000])

@@ -125,7 +125,7 @@ def edit(run, change):
     content = json.loads((run / "config.json").read_text())
     change(content)
     (run / "config.json").write_text(json.dumps(content))
-    (run / "manifest.json").unlink()
+    (run / "manifest.json").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
