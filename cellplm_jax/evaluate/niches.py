@@ -77,7 +77,7 @@ def spatial_graph(
 
 
 def sample_members(sample_of: np.ndarray) -> list[np.ndarray]:
-    """Return the cells of each sample: int arrays, in the order of first appearance."""
+    """Return the cells of each sample, int [cells of the sample] each, in the order of first appearance."""
     _, first, codes = np.unique(
         np.asarray(sample_of, object).astype(str), return_index=True, return_inverse=True
     )

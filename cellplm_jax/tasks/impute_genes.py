@@ -38,7 +38,11 @@ def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
 
 
 def split_by_panel(table: CellTable) -> tuple[CellTable, CellTable, str]:
-    """Split one table into the cells of batches with fewer genes and those of batches with (almost) all; a message."""
+    """Split one table into the cells of batches with fewer genes and those of batches with (almost) all; a message.
+
+    Raises:
+        InputError: No batch has fewer genes than others.
+    """
     measured = {}
     for name in dict.fromkeys(table.batch):
         counts = table.counts[table.batch == name]
