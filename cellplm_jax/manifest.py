@@ -24,19 +24,38 @@ MANIFEST_FILE = "manifest.json"
 _told: set[str] = set()
 
 
-def write_manifest(folder: str | os.PathLike) -> None:
+def write_manifest(folder: str | os.PathLike, *, without: Iterable[str] = ()) -> None:
     """Write the checksums of all files in a complete folder.
 
     Args:
         folder: A local folder.
+        without: Files that are not complete yet.
     """
     root = epath.Path(folder)
+    skipped = {MANIFEST_FILE, *without}
     names = sorted(
         os.path.relpath(os.path.join(where, name), root).replace(os.sep, "/")
         for where, _, files in os.walk(root)
         for name in files
     )
-    _write(root, {name: [_digest(root / name)] for name in names if name != MANIFEST_FILE})
+    _write(root, {name: [_digest(root / name)] for name in names if name not in skipped})
+
+
+def add_to_manifest(folder: str | os.PathLike, names: Iterable[str]) -> None:
+    """Add the checksums of some files; a folder without a manifest gets one of all its files.
+
+    Args:
+        folder: A local folder.
+        names: Files that exist or not.
+    """
+    root = epath.Path(folder)
+    entries = Manifest(root).entries
+    if entries is None:
+        write_manifest(root)
+        return
+    new = {n: [_digest(root / n)] for n in names if n not in entries and (root / n).is_file()}
+    if new:
+        _write(root, entries | new)
 
 
 def replace_files(folder: str | os.PathLike, texts: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -113,10 +114,7 @@ def stop_writing(seconds: float = 1.0) -> None:
     # Never released: other threads wait here until the process ends.
     _lock.acquire(timeout=seconds)
     for partial in list(_partials):
-        for _ in range(20):
-            _remove(partial)
-            if not os.path.lexists(partial):
-                break
+        _remove(partial)
 
 
 def remove_strays(folder: Path) -> None:
@@ -216,7 +214,7 @@ def _explain_full_disk(path: Path) -> Iterator[None]:
             raise
         if full and not _diagnosis(error)[1]:
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with explain_write_errors(f"'{path}'"):
+        with explain_write_errors(f"'{path}'", catch=Exception):
             raise error
 
 
@@ -240,12 +238,16 @@ def _is_alive(process: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    """Remove a file or folder if it exists; other threads may still be writing into a folder."""
+    for _ in range(5):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.01)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

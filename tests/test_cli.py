@@ -215,14 +215,20 @@ def test_denoise(command, tiny_run, tmp_path):
     status, printed, err = command(*fit, "--epochs", "1")
     assert (status, err) == (0, "")
     assert printed.startswith(f"wrote {saved}: 40 genes, 22 training cells, epoch 1 of 1 kept")
+    assert printed.splitlines()[-1].startswith("RMSE of held-out counts: pooled ")
     predict = ["denoise", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
     status, printed, _ = command(*predict, "--log-normalized", "--quiet")
-    assert (status, printed) == (0, f"wrote {out}: layers['cellplm_denoised']\n")
+    wrote, scores = printed.splitlines()
+    assert (status, wrote) == (0, f"wrote {out}: layers['cellplm_denoised']")
+    assert scores.startswith("RMSE of held-out counts: pooled ")
     assert set(ad.read_h5ad(out).layers) == {"cellplm_denoised", "cellplm_denoised_log1p"}
     predict[4] = tiny_run
     assert "has no estimator.json" in command(*predict, "--quiet")[2]
-    assert command(*predict, "--zero-shot", "--quiet")[0] == 0
-    assert ad.read_h5ad(out).uns["cellplm_denoising"]["zero_shot"]
+    options = ["--zero-shot", "--own-counts", "--storage", "float16", "--quiet"]
+    assert command(*predict, *options)[0] == 0
+    written = ad.read_h5ad(out)
+    assert written.uns["cellplm_denoising"]["zero_shot"]
+    assert written.layers["cellplm_denoised"].dtype == "float16"
 
 
 def test_perturb(command, tiny_run, tmp_path):
@@ -332,16 +338,16 @@ def test_cluster(command, tiny_run, tmp_path):
 
 def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path):
     adata = make_labelled(30)
-    adata.X = np.log1p(adata.X) + 0.25
+    adata.X = np.log1p(adata.X.toarray()) + 0.25
     path = tmp_path / "logs.h5ad"
     adata.write_h5ad(path)
-    out = ["--out", tmp_path / "out"]
+    fit = ["fit", path, "--model", tiny_run]
     for run in (
-        ["prepare", path, *out],
-        ["denoise", "fit", path, "--model", tiny_run, *out],
-        ["integrate", "fit", path, "--model", tiny_run, "--batch-key", "batch", *out],
+        ["prepare", path],
+        ["denoise", *fit],
+        ["integrate", *fit, "--batch-key", "batch"],
     ):
-        status, _, err = command(*run, "--quiet")
+        status, _, err = command(*run, "--out", tmp_path / run[0], "--quiet")
         assert status == 2
         assert "(--layer) naming the matrix that holds raw counts." in err, err
         assert "--values" not in err
@@ -350,7 +356,7 @@ def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path)
 def test_cluster_has_the_options_that_its_messages_advise(command, tiny_run, tmp_path):
     pytest.importorskip("igraph", reason="needs the extra 'eval'")
     adata = make_labelled(40)
-    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X) + 0.25
+    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray()) + 0.25
     adata.write_h5ad(tmp_path / "logs.h5ad")
     out = tmp_path / "out.h5ad"
     run = ["cluster", tmp_path / "logs.h5ad", "--model", tiny_run, "--out", out, "--quiet"]

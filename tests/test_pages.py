@@ -447,6 +447,8 @@ def test_links_of_the_repository_become_links_of_the_site():
     text = (
         "[a](../benchmarks/quality/quality.md#annotation) [b](embed_exported.py) [c](https://x.y/z)"
     )
+    notebook = "[n](notebooks/01_quickstart.ipynb)"
+    assert links.rewrite(notebook, DOCS / "choosing.md", "choosing") == notebook
     assert links.rewrite(text, DOCS / "choosing.md", "choosing") == (
         "[a](benchmarks/quality.md#annotation) b (`docs/embed_exported.py`) [c](https://x.y/z)"
     )

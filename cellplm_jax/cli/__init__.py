@@ -8,6 +8,7 @@ commands import their dependencies when they run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Sequence
@@ -22,6 +23,15 @@ def build_parser() -> argparse.ArgumentParser:
     from cellplm_jax.cli import command
 
     return command.build_parser()
+
+
+def _log_plainly() -> None:
+    """Write remarks of the package to standard error as they are, whatever its dependencies configure."""
+    logger = logging.getLogger("cellplm_jax")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cellplm_jax.cli.signals import end_on_signals
 
             stack.enter_context(end_on_signals((sys.argv[1:2] or [""])[0]))
+            _log_plainly()
         from cellplm_jax.cli import command
 
         return command.main(argv)

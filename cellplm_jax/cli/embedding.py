@@ -308,16 +308,23 @@ def add_integrate(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "integrate",
-        "an embedding without batch effects: fine-tune the model on several batches, or embed with it",
+        "an embedding without batch effects: align several batches, or embed cells with the fitted alignment",
         fit=_integrate_fit,
         predict=_integrate_predict,
         fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
         predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
-        fit_report="the loss curve of the fit",
-        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and the scores",
+        fit_report="the facts and, for finetune, the loss curve of the fit",
+        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and their scores, beside "
+        "those of Harmony on principal components",
     )
     fit.add_argument(
         "--strength", type=float, default=1.0, metavar="F", help="mixing relative to structure (1)"
+    )
+    fit.add_argument(
+        "--method",
+        choices=("align", "finetune"),
+        help="align: latent and components, aligned by Harmony; finetune: train the model (align; with training "
+        "options: finetune)",
     )
     predict.add_argument(
         "--label-key", metavar="K", help="column of obs with known types, to print scores"
@@ -347,7 +354,7 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
         source(arguments),
         strength=arguments.strength,
         quiet=arguments.quiet,
-        **passed_options(arguments, RECIPE),
+        **passed_options(arguments, ("method", *RECIPE)),
     )
     integrator.fit(arguments.input, **passed_options(arguments, READING))
     integrator.save(arguments.out)
@@ -363,6 +370,8 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
     reading = passed_options(arguments, ("layer", "gene_key", "feature_type", "cells_per_context"))
+    if integrator.method == "align":
+        reading |= passed_options(arguments, ("batch_key",))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
     lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
     scores: dict[str, float] = {}
@@ -371,6 +380,6 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
         scores = integrator.score(arguments.input, **keys)
         lines.append(scores_line(scores))
     columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
-    write_page(arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores)
+    write_page(arguments, "effects.integrated", arguments.out, KEY, [key for key in columns if key])
     facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
     print_result(arguments, lines, facts, messages=messages)

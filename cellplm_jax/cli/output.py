@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -196,12 +197,11 @@ def write_page(arguments: argparse.Namespace, page: str, *results: Any) -> None:
 
     Args:
         arguments: With ``report``, and the other arguments for the command line.
-        page: Name of one of the functions of :mod:`cellplm_jax.report.pages`.
+        page: Name of one of the functions of :mod:`cellplm_jax.report.pages`, or ``"module.function"`` of another one.
         *results: Its arguments.
     """
     if arguments.report is None:
         return
-    from cellplm_jax.report import pages
     from cellplm_jax.report.html import write_report
 
     matplotlib = require("matplotlib", "eval", "A report")
@@ -210,7 +210,9 @@ def write_page(arguments: argparse.Namespace, page: str, *results: Any) -> None:
     backend = matplotlib.get_backend()
     pyplot.switch_backend("Agg")
     try:
-        shown = getattr(pages, page)(*results)
+        module, _, name = page.rpartition(".")
+        pages = importlib.import_module(f"cellplm_jax.report.{module or 'pages'}")
+        shown = getattr(pages, name)(*results)
         write_report(
             Path(arguments.report).expanduser(),
             title=shown.title,

@@ -84,9 +84,9 @@ def _end(number: int, command: str) -> None:
     timer.start()
     _end_children()
     # Nothing was written before this module is loaded; importing it here could wait for the main thread.
-    storage = sys.modules.get("cellplm_jax.storage")
-    if hasattr(storage, "stop_writing"):
-        storage.stop_writing(_SECONDS / 2)
+    stop_writing = getattr(sys.modules.get("cellplm_jax.storage"), "stop_writing", None)
+    if stop_writing is not None:
+        stop_writing(_SECONDS / 2)
     # A progress bar hides the cursor.
     start = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
     with contextlib.suppress(OSError):

@@ -107,7 +107,11 @@ def open_object(adata: anndata.AnnData) -> Opened:
         adata: The object; it stays open and unchanged.
     """
     places: dict[str, Place] = {}
-    if adata.X is not None:
+    try:
+        has_matrix = adata.X is not None
+    except KeyError:  # a backed file without X
+        has_matrix = False
+    if has_matrix:
         places["X"] = Place("X", lambda: as_rows(adata.X), lambda: adata.var)
     raw = adata.raw
     if raw is not None:
@@ -490,7 +494,7 @@ def _checked_frame(frame: Any, key: str, path: Path) -> pd.DataFrame:
             "Read the file with anndata and write it again with write_h5ad",
         )
     if frame.index.dtype.kind in "OST" or str(frame.index.dtype).startswith("str"):
-        longest = int(frame.index.astype(str).str.len().max()) if len(frame) else 0
+        longest = max((len(str(name)) for name in frame.index), default=0)
         if longest > LONGEST_TEXT:
             raise InputError(
                 f"a name in {key} of '{path}' has {longest:,} characters",

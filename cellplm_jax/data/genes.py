@@ -401,6 +401,24 @@ def _indexed(names: tuple[str, ...]) -> _Vocabulary:
     return _Vocabulary(names)
 
 
+def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
+    """Map one name to a vocabulary, by the rules of :func:`map_genes` for a file with this name only.
+
+    Args:
+        name: An Ensembl id or a symbol.
+        vocabulary: The genes [genes]; indexed once and cached.
+
+    Returns:
+        Its index and the matching rule (see :class:`GeneMapping`); -1 and an empty string if there is no match.
+    """
+    name = name.strip()
+    index = _indexed(tuple(vocabulary))
+    if not name or name in index.exact:
+        return (index.exact[name], "exact") if name else (-1, "")
+    match = index.resolve(name, mouse=_looks_like_mouse([name]))
+    return match.column, match.rule
+
+
 def map_genes(
     names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
 ) -> GeneMapping:
@@ -537,11 +555,11 @@ def require_matches(
             "Keep the genes of one species, and the cells that are of it",
         )
     few = 2 * mapping.matched < len(names)
-    species = other_species(names)
     # A model of the same species matches exactly; symbols of a fish match human ones in upper case.
     folded = 2 * mapping.by_rule.get("case", 0) > mapping.matched
     if mapping.genes_matched >= minimum and not (few or folded):
         return
+    species = other_species(names)
     if mapping.genes_matched >= minimum and not species:
         return
     shown = [str(name) for name in names if str(name).strip()][:EXAMPLES]
@@ -624,9 +642,9 @@ def _is_copy(name: str, kind: str, present: set[str]) -> bool:
 
 def _mixture(names: Sequence[str]) -> str:
     """Return how many names are human and how many mouse genes, if both are common; "" otherwise."""
-    texts = [str(name).strip() for name in names]
+    texts = list(map(str, names))
     enough = max(2 * MINIMUM_GENES, MIXED_FRACTION * len(texts))
-    mouse = [t for t in texts if t[1:2].islower() or t.startswith("ENSMUSG")]
+    mouse = [text for text in texts if text[1:2].islower() or text.startswith("ENSMUSG")]
     if len(mouse) < enough:
         return ""
     orthologues, human = load_mouse_table(), load_human_table().genes

@@ -52,7 +52,11 @@ class Entries(NamedTuple):
 
 
 class SparseRows:
-    """Rows of a CSR matrix in memory or on disk (h5py or zarr)."""
+    """Rows of a CSR matrix in memory or on disk (h5py or zarr).
+
+    Raises:
+        InputError: A row has more entries than genes can explain.
+    """
 
     kind = "CSR"
 
@@ -108,7 +112,11 @@ class CompressedColumns:
 
 
 class DenseRows:
-    """Rows of a dense array: numpy, h5py, zarr, or another type with the same slicing."""
+    """Rows of a dense array: numpy, h5py, zarr, or another type with the same slicing.
+
+    Raises:
+        InputError: The stored arrays do not fit together.
+    """
 
     kind = "dense"
 

@@ -12,6 +12,7 @@ called) are kept as *unused*, by name, and written back unchanged.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -730,7 +731,10 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
     config = prefix.with_name(f"{prefix.name}.config.json")
     room = sum(array.numel() * array.element_size() for array in state_dict.values())
     with atomic_write(config) as partial_config, atomic_write(checkpoint, room=room) as partial:
-        torch.save({"model_state_dict": state_dict}, partial)
+        # Through memory: PyTorch does not report the reason if a file cannot be written.
+        buffer = io.BytesIO()
+        torch.save({"model_state_dict": state_dict}, buffer)
+        partial.write_bytes(buffer.getbuffer())
         text = json.dumps({**converted.published_config, "gene_list": converted.genes})
         partial_config.write_text(text, encoding="utf-8")
     return checkpoint, config

@@ -21,6 +21,7 @@ from cellplm_jax.plot.charts import (
     table_bars,
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
+from cellplm_jax.plot.effects import effect_panels, values_by_group
 from cellplm_jax.plot.maps import (
     cell_attention,
     cell_panels,
@@ -54,6 +55,7 @@ __all__ = [
     "confusion_matrix",
     "dark_theme",
     "dot_plot",
+    "effect_panels",
     "fitting_curves",
     "gene_map",
     "heat_map",
@@ -68,6 +70,7 @@ __all__ = [
     "table_bars",
     "training_curves",
     "umap",
+    "values_by_group",
 ]
 
 

@@ -124,7 +124,7 @@ def category_colors(values: Any, stored: Sequence[str] | None = None) -> dict[st
             has fewer.
 
     Returns:
-        Label -> colour, in the order of :func:`categories_of`.
+        Label -> colour, in the order of legends.
     """
     names = [str(name) for name in categories_of(values).categories]
     if stored is not None:

@@ -54,8 +54,35 @@ def fit(estimator: Any) -> Page:
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
         f"Fitted to {shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
-        [facts_table(facts), *curve(estimator), *messages(estimator.messages)],
+        [facts_table(facts), *_pool(facts), *curve(estimator), *messages(estimator.messages)],
     )
+
+
+def _pool(facts: Mapping[str, Any]) -> list[Section]:
+    """Return the errors of a denoiser's pool and of its parts, if there is one."""
+    if "pool" not in facts:
+        return []
+    pool = facts["pool"]
+    names = {
+        "pooled": "pooled", "without_correction": "pooled, means of clusters not kept",
+        "without_network": "pooled without the network", "network": "network",
+        "neighbours": "mean over the nearest cells", "gene_mean": "gene mean",
+    }  # fmt: skip
+    rows = [
+        (shown, float(pool["rmse"][name]), float(pool["log_likelihood"][name]),
+         float(pool["weights"].get(name, "nan")))
+        for name, shown in names.items()
+    ]  # fmt: skip
+    return [
+        Table(
+            ["prediction", "RMSE", "log-likelihood", "weight"],
+            rows,
+            "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
+            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
+            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "Held-out counts",
+        )
+    ]
 
 
 def annotator(estimator: Any) -> Page:
@@ -317,56 +344,6 @@ def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
     return Table(names, rows, "", "Composition of the clusters")
 
 
-def integrated(
-    path: str | os.PathLike, key: str, columns: Sequence[str], scores: Mapping[str, float]
-) -> Page:
-    """Show an integrated embedding by batch, before and after; without an embedding, before are components."""
-    from cellplm_jax.evaluate.embedding import pca_baseline
-    from cellplm_jax.tasks.files import read_annotations
-
-    before = ("X_cellplm", "X_pca")
-    cells = read_annotations(
-        path, obsm=[key, *before], uns=["cellplm_integration", *color_keys(columns)]
-    )
-    drawn = some(cells.n_obs)
-    known = [name for name in columns if name in cells.obs.columns]
-    columns_drawn, palettes = columns_of(cells.obs, known, drawn), palettes_of(cells, known)
-    sections: list[Section] = []
-    first = next((name for name in before if name in cells.obsm), None)
-    read = read_counts(path, drawn, cells.uns.get("cellplm_integration", {}))
-    embeddings: dict[str, tuple[str, Any]] = {}
-    if first is not None:
-        embeddings["Before"] = (f"obsm['{first}']", np.asarray(cells.obsm[first])[drawn])
-    elif read is not None:
-        try:
-            components = pca_baseline(read[0])
-            embeddings["Before"] = ("principal components of the counts", components)
-        except InputError:
-            pass
-    embeddings["Integrated"] = (f"obsm['{key}']", np.asarray(cells.obsm[key])[drawn])
-    for heading, (name, values) in embeddings.items():
-        coordinates = laid_out(values, np.arange(len(values)))
-        caption = f"UMAP of {name}, {of_cells(len(drawn), cells.n_obs)}."
-        if coordinates is None:
-            sections.append(no_map(heading))
-        else:
-            sections += cell_map(coordinates, columns_drawn, caption, heading, palettes=palettes)
-    simple: dict[str, float] = {}
-    if scores and read is not None and known:
-        given = {"batches": cells.obs[known[0]].iloc[drawn]}
-        if len(known) > 1:
-            given["labels"] = cells.obs[known[1]].iloc[drawn]
-        simple = component_scores(read[0], given)
-    if scores:
-        note = ""
-        if simple:
-            note = f"Components: 50 principal components of the counts, {of_cells(len(drawn), cells.n_obs)}."
-        sections.append(scores_table(scores, note, baseline=("components", simple)))
-    facts = cells.uns.get("cellplm_integration", {})
-    summary = f"{cells.n_obs:,} cells" + (f", batches of '{known[0]}'." if known else ".")
-    return Page("Integrated embedding", summary, [*sections, *input_table(facts)])
-
-
 def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
@@ -535,7 +512,8 @@ def denoised(
         genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
+    from cellplm_jax.tasks.denoise import FACTS, LAYER
+    from cellplm_jax.tasks.denoise_view import before_and_after
     from cellplm_jax.tasks.files import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
@@ -582,6 +560,7 @@ def denoised(
                 f"equal. {totals}",
                 "Means of all genes",
             ),
+            *_pool(facts),
             *input_table(facts),
             *messages(estimator.messages),
         ],
@@ -629,91 +608,6 @@ def _before_and_after(
             Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
         )  # fmt: skip
     return sections
-
-
-def perturbed(found: Any) -> Page:
-    """Show predicted changes: the genes with the largest changes, as a map and a table."""
-    from cellplm_jax import plot
-    from cellplm_jax.data.genes import symbols_of
-
-    change = found.change.iloc[:30]
-    names = dict(zip(change.columns, symbols_of(list(map(str, change.columns))), strict=True))
-    largest = change.abs().max(axis=0).sort_values(ascending=False).index[:30]
-    rows = []
-    for perturbation, values in change.iterrows():
-        order = values.abs().sort_values(ascending=False).index[:5]
-        listed = ", ".join(f"{names[gene]} {values[gene]:+.2f}" for gene in order)
-        listed = listed.replace(" -", " \N{MINUS SIGN}")
-        rows.append(
-            (perturbation, found.known[perturbation], float(np.sqrt((values**2).mean())), listed)
-        )
-    more = "" if len(found.change) <= 30 else f" The first 30 of {len(found.change)} perturbations."
-    return Page(
-        "Predicted perturbations",
-        f"Changes of {found.change.shape[1]:,} genes under {len(found.change):,} perturbations, relative to control "
-        f"cells.{more}",
-        [
-            Figure(
-                plot.change_map(change[largest].rename(columns=names)),
-                "Map of the genes with the largest changes",
-                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per "
-                "10,000; +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
-                "Changes",
-            ),
-            Table(
-                ["perturbation", "known", "size", "largest changes"],
-                rows,
-                "Known: whether it, or its targets, were in the training data. Size: root mean square of the changes "
-                "of all genes.",
-                "Perturbations",
-            ),
-            *messages(found.messages),
-        ],
-    )  # fmt: skip
-
-
-def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
-    """Show labelled samples, and the contributions of their cells."""
-    from cellplm_jax import plot
-    from cellplm_jax.tasks.files import read_annotations
-    from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
-
-    cells = read_annotations(path, uns=[FACTS])
-    facts = cells.uns.get(FACTS, {})
-    counts = table["label"].value_counts()
-    rows = [
-        (name, str(row["label"]), float(row["confidence"]), int(row["cells"]))
-        for name, row in table.iterrows()
-    ]
-    found = ", ".join(f"{n} {label}" for label, n in counts.items() if n)
-    sections: list[Section] = [
-        Table(
-            ["sample", "label", "confidence", "cells"],
-            rows,
-            "Confidence: probability of the label.",
-            "Samples",
-        ),
-        Figure(
-            plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution to the label (log-odds)"),
-            "Histogram of the contributions of the cells",
-            "Contribution of each cell to its sample's label; below 0: against it. The mean over a sample's cells is "
-            "used for the prediction.",
-            "Contributions of the cells",
-        ),
-    ]  # fmt: skip
-    # Contributions shared by all cells of each sample are not specific to kinds of cells.
-    key = estimator.facts.get("sample_key")
-    within = cells.obs.drop(columns=LABEL, errors="ignore")
-    if key in within:
-        sample = within[key].astype(str)
-        within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
-    for name in telling(within):
-        groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
-        means = groups.mean().sort_values(ascending=False)
-        listed = [(group, int(groups.size()[group]), float(mean)) for group, mean in means.items()]
-        sections.append(Table([name, "cells", "mean contribution"], listed))
-    sections += [*input_table(facts), *messages(estimator.messages)]
-    return Page(f"Samples of {Path(path).name}", f"{len(table):,} samples: {found}.", sections)
 
 
 # --- pages of corpora and models -----------------------------------------------------------------

@@ -29,13 +29,7 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
-from cellplm_jax.tasks.files import (  # noqa: F401
-    as_anndata,
-    check_copy,
-    check_key,
-    read_annotations,
-    write_copy,
-)
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 from cellplm_jax.untrusted import require_options
@@ -113,7 +107,6 @@ def embed(
     """
     check_key(key_added)
     check_context(batch_key, spatial_key, cells_per_context)
-    check_writable(adata)
     read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
             "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
@@ -565,20 +558,3 @@ def check_context(
     require_options(
         {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
     )
-
-
-def check_writable(adata: Any) -> None:
-    """Reject a view of a backed AnnData, to which nothing can be added, before any work is done.
-
-    Args:
-        adata: The AnnData.
-
-    Raises:
-        InputError: It is such a view.
-    """
-    if getattr(adata, "isbacked", False) and getattr(adata, "is_view", False):
-        raise InputError(
-            "the AnnData is a view of a file opened with backed='r'",
-            "an AnnData to which an embedding can be added",
-            "Load the cells into memory first: adata = adata.to_memory()",
-        )

@@ -47,6 +47,7 @@ from cellplm_jax.tasks.embed import embed_context
 from cellplm_jax.tasks.files import check_output
 from cellplm_jax.tasks.long_context import IOWait
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
+from cellplm_jax.untrusted import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -327,8 +328,9 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     """Return the state in the root of the store."""
     text = folder.read(_ROOT) or b""
     try:
-        state = json.loads(text)["attributes"][_STATE]
-    except (ValueError, KeyError, TypeError) as error:
+        state = parse_json(text)["attributes"][_STATE]
+        state.get("format")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(_something_else(folder)) from error
     if state.get("format") != FORMAT:
         raise InputError(
@@ -393,7 +395,7 @@ def _complete(folder: Folder) -> bool:
         return True
     if not done.all():
         return False
-    root = json.loads(folder.read(_ROOT) or b"")
+    root = parse_json(folder.read(_ROOT) or b"")
     root["attributes"][_STATE]["complete"] = True
     folder.write(_ROOT, json.dumps(root, indent=2).encode())
     folder.remove(_DONE)

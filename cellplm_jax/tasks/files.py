@@ -78,11 +78,17 @@ def as_anndata(data: AnnData | str | os.PathLike) -> AnnData:
         data: The AnnData, or a path.
 
     Raises:
-        InputError: It is neither, or the file cannot be read.
+        InputError: It is neither, the file cannot be read, or nothing can be added to the AnnData.
     """
     import anndata
 
     if isinstance(data, anndata.AnnData):
+        if data.isbacked and data.is_view:
+            raise InputError(
+                "the AnnData is a view of a file opened with backed='r'",
+                "an AnnData to which results can be added",
+                "Load the cells into memory first: adata = adata.to_memory()",
+            )
         return data
     if not isinstance(data, str | os.PathLike):
         raise InputError(
@@ -204,6 +210,7 @@ def write_copy(
     out: Path,
     *,
     obs: Mapping[str, Any] | None = None,
+    var: Mapping[str, Any] | None = None,
     obsm: Mapping[str, Any] | None = None,
     obsp: Mapping[str, Any] | None = None,
     layers: Mapping[str, Any] | None = None,
@@ -215,6 +222,7 @@ def write_copy(
         path: Input; never changed.
         out: Output.
         obs: Columns (arrays or categoricals) by name; an existing column is replaced.
+        var: Likewise.
         obsm: Matrices with one row per cell, by name.
         obsp: Matrices with one entry per pair of cells, by name.
         layers: Layers by name.
@@ -226,7 +234,7 @@ def write_copy(
     # HDF5 can end the process with SIGSEGV if the disk is full while a file is closed.
     room = sum(
         _bytes_of(value)
-        for group in (obs, obsm, obsp, layers, uns)
+        for group in (obs, var, obsm, obsp, layers, uns)
         for value in (group or {}).values()
     )
     parts = path.rglob("*") if path.is_dir() else [path]
@@ -239,7 +247,7 @@ def write_copy(
             os.chmod(partial, 0o644)
             reserve(partial, room)
         with open_store(partial, "r+") as file, nullable_strings():
-            _reject_links(file, path, ("obs", "obsm", "obsp", "layers", "uns"))
+            _reject_links(file, path, ("obs", "var", "obsm", "obsp", "layers", "uns"))
             if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
                 # AnnData opens a file only if the index of a table is stored in the same way as the names of its cells.
                 cells: Any = read_elem(file["obs"])
@@ -252,16 +260,18 @@ def write_copy(
                 for name, value in (values or {}).items():
                     if group not in file:
                         write_elem(file, group, {})
-                    write_elem(file[group], name, value)
-            for name, value in (obs or {}).items():
-                table = file["obs"]
-                write_elem(table, name, value)
-                order = [str(column) for column in table.attrs["column-order"]]
-                if name not in order:
-                    order.append(name)
-                table.attrs["column-order"] = (
-                    order if path.is_dir() else np.array(order, dtype=h5py.string_dtype())
-                )
+                    sparse = hasattr(value, "indptr") and not path.is_dir()
+                    options = {"compression": "gzip"} if sparse else {}
+                    write_elem(file[group], name, value, dataset_kwargs=options)
+            for table, columns in ((file["obs"], obs), (file["var"], var)):
+                for name, value in (columns or {}).items():
+                    write_elem(table, name, value)
+                    order = [str(column) for column in table.attrs["column-order"]]
+                    if name not in order:
+                        order.append(name)
+                    table.attrs["column-order"] = (
+                        order if path.is_dir() else np.array(order, dtype=h5py.string_dtype())
+                    )
 
 
 def _bytes_of(value: Any) -> int:
@@ -270,16 +280,15 @@ def _bytes_of(value: Any) -> int:
         return value.data.nbytes + value.indices.nbytes + value.indptr.nbytes
     if isinstance(value, Mapping):
         return sum(map(_bytes_of, value.values())) + 2**10
-    usage = getattr(value, "memory_usage", None)
-    size = np.sum(usage()) if callable(usage) else getattr(value, "nbytes", 2**10)
+    usage: Any = getattr(value, "memory_usage", None)
+    size = np.sum(usage()) if usage is not None else getattr(value, "nbytes", 2**10)
     return int(size) + 2**12
 
 
 def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
     """Reject groups that are links: the entries would be written into another file."""
-    import h5py
-
-    for name in names:
+    # A zarr store has no links, and open_zarr rejects those of the file system.
+    for name in names if isinstance(file, h5py.Group) else ():
         link = file.get(name, getlink=True) if name in file else None
         if isinstance(link, h5py.ExternalLink | h5py.SoftLink):
             raise InputError(

@@ -43,7 +43,7 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
     metrics = epath.Path(where) / "metrics.jsonl"
     if metrics.is_file():
         for row in read_metrics(metrics):
-            split = training.setdefault(row.get("split", "train"), {"first": row})
+            split = training.setdefault(str(row.get("split", "train")), {"first": row})
             split["last"] = row
     facts: dict[str, Any] = {}
     if (epath.Path(where) / ESTIMATOR_FILE).is_file():
@@ -109,8 +109,8 @@ def describe_text(facts: dict[str, Any]) -> str:
             lines.append(f"  {name:<16} {value}")
     for split, rows in facts["training"].items():
         last = {k: v for k, v in rows["last"].items() if k not in ("split", "time", "step")}
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if v is not None)
-        lines.append(f"{split:<18} step {rows['last']['step']}: {numbers}")
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if isinstance(v, int | float))
+        lines.append(f"{split:<18} step {rows['last'].get('step')}: {numbers}")
     return "\n".join(lines)
 
 

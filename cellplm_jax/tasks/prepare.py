@@ -99,7 +99,7 @@ class Keys:
             else {k: v for k, v in keys.items() if k != "feature_type"}
         )
 
-    def reading(self) -> dict[str, str | None]:
+    def reading(self) -> dict[str, Any]:
         """Return the arguments of :func:`cellplm_jax.data.anndata_io.open_counts`."""
         return {"layer": self.layer, "gene_key": self.gene, "feature_type": self.feature_type}
 

@@ -29,7 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, explain, shorten
-from cellplm_jax.manifest import Manifest, replace_files, write_manifest
+from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
 from cellplm_jax.storage import (
     atomic_write,
     atomic_write_text,
@@ -242,7 +242,7 @@ def _manager(
     handlers["run"] = ocp.JsonCheckpointHandler()
     try:
         return ocp.CheckpointManager(_absolute(directory), item_handlers=handlers, options=options)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         # Opening reads the scores of every step.
         raise CheckpointError(
             f"the scores of a step of '{directory}' cannot be read ({error})",
@@ -270,6 +270,8 @@ class RunCheckpoints:
             self._manager = _manager(self.directory, keep=keep, on_saved=self._add_checksums)
         self._last = self._manager.latest_step()
         self._described = (self.directory / CONFIG_FILE).exists()
+        for step in self._manager.all_steps():
+            _verify_step(self.directory, step, ["metrics"])
         self._remove_unfinished()
 
     def latest_step(self) -> int | None:
@@ -290,6 +292,9 @@ class RunCheckpoints:
             metrics: Held-out scores, which determine the best step.
             facts: Additional JSON data for the ``run`` item, which also has the step, ``skipped`` and
                 ``skipped_in_a_row``.
+
+        Raises:
+            CheckpointError: The folder was deleted, or the step cannot be written.
         """
         import orbax.checkpoint as ocp
 
@@ -349,7 +354,7 @@ class RunCheckpoints:
         """
         import orbax.checkpoint as ocp
 
-        _verify_step(self.directory, step, [""])
+        verified = _verify_step(self.directory, step, [""])
         run = self.run_facts(step)
         try:
             restored = self._manager.restore(
@@ -361,6 +366,10 @@ class RunCheckpoints:
             )
         except Exception as error:
             raise _damaged(self.directory, step, error) from error
+
+        if not verified:
+            # The process was killed before it wrote them, or an older version saved the step.
+            self._complete_checksums(step)
 
         def number(name: str) -> jax.Array:
             return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
@@ -377,6 +386,7 @@ class RunCheckpoints:
         """Wait until all saves are complete."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
+            self._complete_checksums(self._last)
         if not is_remote(self.directory):
             self._remove(self.directory.glob(_TRASH))
 
@@ -388,12 +398,18 @@ class RunCheckpoints:
             self._manager.close()
 
     def _add_checksums(self) -> None:
-        """Write the manifest of the step that is complete now; object stores verify their objects themselves."""
-        if is_remote(self.directory) or jax.process_index() != 0:
+        """Write the manifest of the step that is being saved; Orbax calls it before it renames the step's folder."""
+        if not is_remote(self.directory) and jax.process_index() == 0:
+            for folder in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+                write_manifest(folder, without=_STEP_FILES)
+
+    def _complete_checksums(self, step: int | None) -> None:
+        """Add to a manifest what Orbax wrote last. Object stores verify their objects themselves."""
+        if step is None or is_remote(self.directory) or jax.process_index() != 0:
             return
         # An outdated step may be gone already.
         with contextlib.suppress(FileNotFoundError):
-            write_manifest(self.directory / str(self._last))
+            add_to_manifest(self.directory / str(step), _STEP_FILES)
 
     def _remove_unfinished(self) -> None:
         """Remove files of interrupted saves and removals. Orbax would also remove unrelated folders."""
@@ -530,7 +546,7 @@ def save_model(
         items["unused"] = _as_arrays(unused)
     if estimator:
         items["estimator"] = _as_arrays(estimator)
-    room = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) if format == "safetensors" else 0
+    room = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
     with atomic_write(directory, room=room) as partial:
         write_root(partial, files)
         for name, text in (texts or {}).items():
@@ -550,8 +566,14 @@ def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:
 
     manager = _manager(epath.Path(directory))
     arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-    manager.save(step, args=ocp.args.Composite(**arguments))
-    manager.wait_until_finished()
+    try:
+        manager.save(step, args=ocp.args.Composite(**arguments))
+        manager.wait_until_finished()
+    except Exception:
+        # Its threads still write; after an error it raises the same one again.
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
     manager.close()
 
 
@@ -633,8 +655,8 @@ def _check_finite(params: Mapping[str, Any], directory: object) -> None:
             )
 
 
-def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> None:
-    """Verify the checksums of some parts of a step; a step without checksums is logged.
+def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> bool:
+    """Verify the checksums of some parts of a step, and return whether it has checksums.
 
     Args:
         directory: The checkpoint.
@@ -646,9 +668,8 @@ def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> None
         root = Manifest(directory)
         if root.covers(str(step)):
             manifest, parts = root, [f"{step}/{part}".rstrip("/") for part in parts]
-        elif not is_remote(directory) and root.entries is not None:
-            manifest.remark()
     manifest.verify(parts)
+    return manifest.entries is not None or is_remote(directory)
 
 
 def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
@@ -694,7 +715,8 @@ def _restore_step_item(
             step = max(steps) if step is None else step
         elif step not in steps:
             raise _no_step(directory, step, steps)
-        _verify_step(directory, step, [item, *_STEP_FILES])
+        if not _verify_step(directory, step, [item, *_STEP_FILES]):
+            Manifest(directory).remark()
         try:
             metadata = manager.item_metadata(step)[item]
             target = jax.tree.map(

@@ -57,6 +57,8 @@ def rewrite(text: str, file: Path, page: str) -> str:
             found = PAGES[name]
         elif target.suffix == ".md" and target.is_relative_to(DOCS):
             found = target.relative_to(DOCS).with_suffix("").as_posix()
+        elif target.suffix == ".ipynb" and target.is_relative_to(DOCS) and target.exists():
+            return match[0]
         elif target.exists():
             shown = match["text"].strip("`")
             return f"`{shown}`" if shown == name else f"{match['text']} (`{name}`)"

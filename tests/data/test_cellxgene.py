@@ -36,7 +36,7 @@ def discover() -> ad.AnnData:
         },
         index=pd.Index(VOCABULARY, name="feature_id"),
     ).astype({"feature_reference": "category", "feature_biotype": "category"})
-    raw = np.asarray(adata.X, np.float32)
+    raw = adata.X.toarray().astype(np.float32)
     filtered = np.arange(len(VOCABULARY)) % 7 == 0
     normalised = np.log1p(1e4 * raw / raw.sum(1, keepdims=True))
     normalised[:, filtered] = 0
@@ -63,7 +63,7 @@ def census() -> ad.AnnData:
         index=[str(number) for number in range(len(VOCABULARY))],
     )
     return ad.AnnData(
-        np.asarray(adata.X, np.float32), pd.DataFrame(OBS, index=adata.obs_names), var
+        adata.X.toarray().astype(np.float32), pd.DataFrame(OBS, index=adata.obs_names), var
     )
 
 
@@ -72,7 +72,7 @@ def census() -> ad.AnnData:
     [(discover, "raw.X", "var_names"), (census, "X", "feature_id")],
 )
 def test_counts_and_genes_are_found(make, matrix, gene_key, tiny_model, tmp_path):
-    expected = np.asarray(counts().X, np.float32)
+    expected = counts().X.toarray().astype(np.float32)
     adata = make()
     with open_counts(adata, VOCABULARY) as source:
         assert (source.report.matrix, source.report.gene_key) == (matrix, gene_key)

@@ -235,7 +235,7 @@ def read_h5ad(path: Path) -> list[str]:
 def copy_h5ad(path: Path) -> list[str]:
     """Add results to a copy, as ``embed`` and ``annotate predict`` do."""
     from cellplm_jax.tasks.cluster import known_columns
-    from cellplm_jax.tasks.embed import check_copy, read_annotations, write_copy
+    from cellplm_jax.tasks.files import check_copy, read_annotations, write_copy
 
     out = path.with_name("out.h5ad")
     check_copy(path, out)

@@ -1,8 +1,8 @@
 """Forks commands from a process that has imported everything, because each new process would import for seconds.
 
 ``python -m tests.faults.server`` reads one JSON request per line from standard input: ``argv``, ``folder``, ``limit``
-(bytes of the largest file; 0: none), and ``log``, the folder of its ``stdout`` and ``stderr``. It answers with the
-number of the forked process, and after its end with status and seconds.
+(bytes of the largest file; 0: none), ``log``, the folder of its ``stdout`` and ``stderr``, and ``call``, a writer
+instead of a command. It answers with the number of the forked process, and after its end with status and seconds.
 """
 
 from __future__ import annotations
@@ -54,11 +54,17 @@ class Server:
         )
 
     def start(
-        self, argv: list[str], folder: Path, *, limit: int = 0, log: Path | None = None
+        self,
+        argv: list[str],
+        folder: Path,
+        *,
+        limit: int = 0,
+        log: Path | None = None,
+        call: str = "",
     ) -> int:
-        """Start ``cellplm ARGV`` in a folder; return the number of the process."""
+        """Start ``cellplm ARGV``, or a writer, in a folder; return the number of the process."""
         request = {"argv": list(map(str, argv)), "folder": str(folder), "limit": limit}
-        request["log"] = str(log or folder)
+        request |= {"log": str(log or folder), "call": call}
         return int(self._ask(json.dumps(request))["process"])
 
     def wait(self) -> tuple[int, float]:
@@ -131,7 +137,7 @@ def run(request: dict) -> None:
 
     status = 1
     try:
-        status = main()
+        status = main() if not request["call"] else write(*request["call"].split())
     except SystemExit as stop:
         status = int(stop.code or 0)
     except BaseException:
@@ -141,6 +147,16 @@ def run(request: dict) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def write(name: str, times: str) -> int:
+    """Run a function of ``campaign_writers`` as a command would."""
+    from cellplm_jax.cli.signals import end_on_signals
+    from tests.faults.campaign_writers import WRITERS
+
+    with end_on_signals(name):
+        WRITERS[name](int(times))
+    return 0
 
 
 if __name__ == "__main__":

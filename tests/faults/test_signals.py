@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, make_adata
 from tests.faults import campaign_kills as campaign
+from tests.faults import campaign_writers as writers
 from tests.faults.server import handles_signals
 
 BEGIN = """
@@ -154,6 +155,19 @@ def test_a_real_command(tmp_path):
     _, said = process.communicate(timeout=120)
     assert (process.returncode, said) == (130, "cellplm embed: interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+@pytest.mark.multiprocess
+def test_every_writer_at_random_moments(tmp_path, monkeypatch):
+    """A few cases of the campaign; `tools/faults.py --campaign writers` runs more."""
+    monkeypatch.setattr(writers, "SECONDS", 10.0)
+    inputs = writers.prepare(tmp_path)
+    try:
+        outcomes = [writers.try_case(inputs, seed) for seed in range(15)]
+    finally:
+        inputs.server.close()
+    assert [f"{o.result}: {o.detail}" for o in outcomes if not o.ok] == []
+    assert {o.result for o in outcomes} == {"obeyed", "repeated"}
 
 
 @pytest.mark.multiprocess
