@@ -77,7 +77,11 @@ def spatial_graph(
 
 
 def sample_members(sample_of: np.ndarray) -> list[np.ndarray]:
-    """Return the cells of each sample, int [cells of the sample] each, in the order of first appearance."""
+    """Return int [cells of the sample] of each sample, in the order of first appearance.
+
+    Args:
+        sample_of: [cells], the sample of each cell.
+    """
     _, first, codes = np.unique(
         np.asarray(sample_of, object).astype(str), return_index=True, return_inverse=True
     )
@@ -85,7 +89,7 @@ def sample_members(sample_of: np.ndarray) -> list[np.ndarray]:
 
 
 def within_samples(connectivities: Any, sample_of: np.ndarray) -> tuple[sparse.csr_matrix, int]:
-    """Return a graph without self-loops and edges between samples, and the number of the latter."""
+    """Return a graph [cells, cells] without self-loops and edges between samples, and the number of the latter."""
     codes = np.unique(np.asarray(sample_of, object).astype(str), return_inverse=True)[1]
     graph = sparse.coo_matrix(connectivities)
     stored = (graph.data != 0) & (graph.row != graph.col)

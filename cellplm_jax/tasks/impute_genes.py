@@ -41,7 +41,7 @@ def split_by_panel(table: CellTable) -> tuple[CellTable, CellTable, str]:
     """Split one table into the cells of batches with fewer genes and those of batches with (almost) all; a message.
 
     Raises:
-        InputError: No batch has fewer genes than others.
+        InputError: No batch measures fewer genes than others.
     """
     measured = {}
     for name in dict.fromkeys(table.batch):
