@@ -247,7 +247,7 @@ def test_intervals_hold_their_coverage(wide):
         low, high = wide.intervals(truth, coverage=level)
         assert (low.to_numpy() >= 0).all()
         counts = truth[:, MISSING].X.toarray()
-        inside = (counts >= low.to_numpy() - 1e-3) & (counts <= high.to_numpy() + 1e-3)
+        inside = (counts >= low.to_numpy() - 1e-5) & (counts <= high.to_numpy() + 1e-5)
         assert inside.mean() == pytest.approx(level, abs=tolerance)
         widths.append((high - low).to_numpy().mean())
     assert widths[0] < 0.7 * widths[1]
@@ -300,7 +300,7 @@ def test_never_below_the_better_part(network, linear, seed):
     assert mean_pearson(truth[rest], mixed[rest]) > better - 0.002
     if network == linear:
         assert method == "pooled"
-        assert mean_pearson(truth[rest], mixed[rest]) > better + 0.05
+        assert mean_pearson(truth[rest], mixed[rest]) > better + 0.03
 
 
 def test_a_useless_network_is_left_out():
