@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 
 def _rate(done: int, seconds: float, unit: str) -> str:
@@ -84,3 +87,31 @@ class ProgressReport:
         """Finish the bar."""
         if self._bar is not None:
             self._bar.stop()
+
+
+@contextlib.contextmanager
+def stage(title: str, *, quiet: bool = False, every: float = 10.0) -> Iterator[None]:
+    """Report a stage of unknown length: a line with the elapsed time every few seconds while it runs.
+
+    Args:
+        title: Title of the stage.
+        quiet: Disable all output.
+        every: Seconds between lines; a shorter stage writes nothing.
+    """
+    if quiet:
+        yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(every):
+            sys.stderr.write(f"{title}: {time.monotonic() - start:.0f} s\n")
+            sys.stderr.flush()
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reporter.join()

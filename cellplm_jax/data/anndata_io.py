@@ -30,6 +30,7 @@ from cellplm_jax.data.device_arrays import (
 )
 from cellplm_jax.data.genes import (
     ORTHOLOGUE,
+    FittedGenes,
     GeneMapping,
     map_genes,
     other_species,
@@ -538,9 +539,12 @@ def _probe(rows: _Rows) -> _Probe:
 
 
 def _choose_place(
-    opened: _Opened, layer: str | None, values: Values
+    opened: _Opened, layer: str | None, values: Values, fitted: str = ""
 ) -> tuple[_Place, _Rows, _Probe, str]:
-    """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message."""
+    """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message.
+
+    The matrix that a fit has read (``fitted``) is tried before the others.
+    """
     places = opened.places
     if layer is not None:
         named = (f"layers['{layer}']", layer, f"{layer}.X")
@@ -558,10 +562,10 @@ def _choose_place(
             )
         candidates = [place]
     elif values == "counts":
-        order = ["X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
-        candidates = [places[name] for name in order if name in places]
+        order = [fitted, "X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
+        candidates = [places[name] for name in dict.fromkeys(order) if name in places]
     else:
-        candidates = [places[name] for name in ("X", "raw.X") if name in places][:1]
+        candidates = [places[name] for name in (fitted, "X", "raw.X") if name in places][:1]
     if not candidates:
         raise InputError(
             f"{opened.label} has no matrix X and no raw.X, and its layers are "
@@ -671,12 +675,16 @@ def _choose_genes(
                 if str(column).lower() == known and var[column].dtype.kind not in "biufc":
                     candidates[str(column)] = _texts(var[column])
 
+    fitted = vocabulary.gene_key if isinstance(vocabulary, FittedGenes) else ""
     best: tuple[str, GeneMapping, list[str]] | None = None
+    most = -1.0
     for key, texts in candidates.items():
         filled = [text or name for text, name in zip(texts, names, strict=True)]
         mapping = map_genes(filled, vocabulary, minimum=0)
-        if best is None or mapping.genes_matched > best[1].genes_matched:
-            best = (key, mapping, filled)
+        # The column that a fit has read is used again, unless its names are of another kind in this file.
+        found = mapping.genes_matched * (2.0 if key == fitted else 1.0)
+        if found > most:
+            best, most = (key, mapping, filled), found
     if best is None:  # pragma: no cover - candidates are never empty
         raise InputError(explain("no gene names", "var_names", "Name the genes"))
     key, mapping, filled = best
@@ -1100,7 +1108,9 @@ def open_counts(
     Args:
         source: An AnnData (in memory, a view, or backed), or the path of an ``.h5ad`` file or a ``.zarr`` directory,
             which is read block by block and not loaded.
-        vocabulary: Genes of the model [genes], normally Ensembl ids.
+        vocabulary: Genes of the model [genes], normally Ensembl ids. With
+            :class:`~cellplm_jax.data.genes.FittedGenes` the matrix, the column of names and ambiguous names are
+            resolved as in the fit.
         layer: Layer with the counts; "X" and "raw.X" select these matrices.
         gene_key: Column of ``var`` with the gene names; "var_names" for the index.
         values: Kind of values. "counts" requires raw counts. "normalized" accepts values normalised by library size,
@@ -1159,7 +1169,8 @@ def _resolve(
             "at least one cell and one gene",
             "Check the filters that were applied to it",
         )
-    place, rows, probe, note = _choose_place(opened, layer, values)
+    fitted = vocabulary.matrix if isinstance(vocabulary, FittedGenes) else ""
+    place, rows, probe, note = _choose_place(opened, layer, values, fitted)
     if rows.shape[0] != cells:
         raise InputError(
             f"{place.name} of {opened.label} has {rows.shape[0]} rows for {cells} cells",
@@ -1168,6 +1179,8 @@ def _resolve(
         )
     key, mapping = _choose_genes(opened, place, rows.shape[1], vocabulary, gene_key, minimum_genes)
     notes = [note]
+    if layer is None and fitted and place.name != fitted:
+        notes.append(f"The fit read {fitted}; this file has no such matrix with {values} values.")
     if isinstance(rows, _CompressedColumns):
         notes.append(
             f"{place.name} is stored by columns (CSC), so it is loaded into memory completely."

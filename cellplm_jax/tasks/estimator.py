@@ -17,7 +17,7 @@ import abc
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,6 +33,7 @@ from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
+from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
@@ -189,6 +190,7 @@ class Estimator(abc.ABC):
         self.messages: list[str] = []
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
+        self._names: FittedGenes | None = None
 
     # -- defined by a task -----------------------------------------------------------------------
 
@@ -227,6 +229,7 @@ class Estimator(abc.ABC):
             values=reading.values,
         )
         self.messages = table.report.messages()
+        self._names = _names_of(table)
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
@@ -270,6 +273,8 @@ class Estimator(abc.ABC):
         start, fresh = start_model(
             self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
         )
+        if self._names is not None:
+            start.genes = self._names.subset(start.genes)
         self.messages.append(f"Initialised parameters: {', '.join(fresh) if fresh else 'none'}.")
         return start
 
@@ -405,6 +410,7 @@ class Estimator(abc.ABC):
             "values": reading.values,
         }
         with open_counts(data, model.genes, **read) as source:
+            reading, remarks = self.with_batches(reading, source.obs.columns)
             key = reading.split_key
             if part is None and key is not None and key in source.obs.columns:
                 part = parts_of(source.column(key, missing=""))
@@ -425,7 +431,20 @@ class Estimator(abc.ABC):
                 },
                 "input": source.report.as_dict(),
             }
-            return z, facts, source.report.messages()
+            return z, facts, [*source.report.messages(), *remarks]
+
+    def with_batches(self, reading: Reading, columns: Collection[str]) -> tuple[Reading, list[str]]:
+        """Return the options for a file, and remarks: without the batch column of the fit, its cells are one batch.
+
+        Args:
+            reading: Options for reading.
+            columns: Columns of ``obs`` of the file.
+        """
+        key = reading.batch_key
+        if key is None or key in columns or key != self.reading.batch_key:
+            return reading, []
+        remark = f"obs has no column '{key}', the batch_key of the fit: all cells are one batch."
+        return dataclasses.replace(reading, batch_key=None), [remark]
 
     def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
         """Apply the task head to latents, each cell separately.
@@ -532,6 +551,7 @@ class Estimator(abc.ABC):
             "genes": self.genes,
             "precision": self.precision,
             "reading": dataclasses.asdict(self.reading),
+            "names": _names_json(model.genes),
             "batch_rows": self.batch_rows,
             "facts": self.facts,
             "messages": self.messages,
@@ -636,6 +656,11 @@ class Estimator(abc.ABC):
                 None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
                 **content["training"],
             )  # fmt: skip
+            if "names" in content:
+                named = content["names"]
+                model.genes = FittedGenes(
+                    model.genes, named["others"], named["matrix"], named["gene_key"]
+                )
             estimator.model = model
             estimator.reading = Reading(**content["reading"])
             estimator.batch_rows = dict(content["batch_rows"])
@@ -645,6 +670,18 @@ class Estimator(abc.ABC):
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
         return estimator
+
+
+def _names_of(table: CellTable) -> FittedGenes:
+    """Return the vocabulary of a fit with the decisions made about its file."""
+    return FittedGenes(table.genes, [], table.report.matrix, table.report.gene_key)
+
+
+def _names_json(genes: list[str]) -> dict[str, Any]:
+    """Return the decisions about gene names as plain values."""
+    if not isinstance(genes, FittedGenes):
+        return {"others": [], "matrix": "", "gene_key": ""}
+    return {"others": genes.others, "matrix": genes.matrix, "gene_key": genes.gene_key}
 
 
 def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:
