@@ -138,30 +138,20 @@ def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse
     )
 
 
-def own_components(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]],
-    sample_of: np.ndarray,
-    *,
-    genes: int = 2000,
-    components: int = 50,
-    minimum_cells: int = 20,
-) -> np.ndarray:
-    """Return principal components of the highly variable genes of a dataset.
-
-    Expression is standardized per gene, clipped at 10 deviations, and centred by tissue sample.
+def variable_expression(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Return the expression of the highly variable genes of a dataset.
 
     Args:
         blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
-        sample_of: int [cells], number of each cell's tissue sample.
-        genes: Number of highly variable genes.
-        components: Number of components; fewer are returned if there are few cells or genes.
-        minimum_cells: Samples with fewer cells are centred at the mean of all.
+        genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
 
     Returns:
-        float32 [cells, components].
+        CSR float32 [cells, chosen] and the standard deviation of each gene, float32 [chosen].
 
     Raises:
-        InputError: Fewer than 2 genes vary.
+        InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
     """
     cells, sums = 0, np.zeros((4, 0))
     for block in blocks():
@@ -181,9 +171,33 @@ def own_components(
             "at least 2 genes and 3 cells to compute components from",
         )
     expression = sparse.vstack([block[:, chosen] for block in blocks()]).tocsr()
-    deviation = np.sqrt(variance[chosen]).astype(np.float32)
+    return expression, np.sqrt(variance[chosen]).astype(np.float32)
+
+
+def own_components(
+    expression: sparse.csr_matrix,
+    sample_of: np.ndarray,
+    deviation: np.ndarray | None = None,
+    *,
+    components: int = 50,
+    minimum_cells: int = 20,
+) -> np.ndarray:
+    """Return the principal components of a dataset, centred by tissue sample.
+
+    Args:
+        expression: CSR float32 [cells, genes], log-normalized, from :func:`variable_expression`.
+        sample_of: int [cells], number of each cell's tissue sample.
+        deviation: float32 [genes]; genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
+        components: Number of components; fewer are returned if there are few cells or genes.
+        minimum_cells: Samples with fewer cells are centred at the mean of all.
+
+    Returns:
+        float32 [cells, components].
+    """
+    cells, genes = expression.shape
     number, sample_of = np.unique(sample_of, return_inverse=True)
-    centre = np.tile(mean[chosen].astype(np.float32), (len(number), 1))
+    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    centre = np.tile(mean, (len(number), 1))
     for sample in range(len(number)):
         members = np.flatnonzero(sample_of == sample)
         if len(members) >= minimum_cells:
@@ -191,14 +205,15 @@ def own_components(
 
     def standardized(start: int) -> np.ndarray:
         rows = slice(start, min(start + BLOCK, cells))
-        dense = (expression[rows].toarray() - centre[sample_of[rows]]) / deviation
+        dense = expression[rows].toarray() - centre[sample_of[rows]]
+        if deviation is None:
+            return dense
+        dense /= deviation
         return np.clip(dense, -OWN_CLIP, OWN_CLIP, out=dense)
 
     starts = range(0, cells, BLOCK)
-    number = min(components, cells - 1, len(chosen) - 1)
-    loadings, _ = principal_components(
-        lambda: map(standardized, starts), len(chosen), number, passes=6
-    )
+    number = min(components, cells - 1, genes - 1)
+    loadings, _ = principal_components(lambda: map(standardized, starts), genes, number, passes=6)
     return np.concatenate([standardized(start) @ loadings for start in starts])
 
 

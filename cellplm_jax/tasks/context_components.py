@@ -15,20 +15,24 @@ from cellplm_jax.evaluate.components import (
     own_components,
     principal_components,
     unit_length,
+    variable_expression,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
 
 CLUSTERED_CELLS = 10_000
 """Maximum number of cells that are clustered; the discriminants of the clusters are applied to all."""
 
-LATENT = 0.7
-"""Length of the zero-shot latent next to components of length 1."""
+LATENT, SCALED, PLAIN = 0.5, 0.5, 1.0
+"""Lengths of the zero-shot latent, of components of scaled genes, and of components of genes as they are."""
 
 ALIGNED_COMPONENTS = 50
 """Components of the joined embedding that are aligned between samples."""
 
 DISCRIMINANTS, SHRINKAGE, MINIMUM_CELLS = 30, 0.3, 60
 """Discriminants appended, the shrinkage of their covariance, and the fewest cells they are computed from."""
+
+DEPTH_RESOLUTION, RESOLUTION = 1.0, 0.7
+"""Leiden's resolution of the clusters in which depth is removed, and of those that are separated."""
 
 
 def join_context(
@@ -39,13 +43,15 @@ def join_context(
     target_sum: float = 1e4,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
-    """Join a zero-shot latent with the spectral components of the same cells, and separate their clusters.
+    """Join a zero-shot latent with the principal components of the same cells, and separate their clusters.
 
-    The latent and 50 principal components of 2,000 highly variable genes (log-normalized, standardized, centred by
-    tissue sample) are scaled to length 0.7 and 1 per cell and put side by side. With several samples, 50 components of
-    that joined embedding are aligned by Harmony (Korsunsky et al. 2019) and scaled to length 1. Leiden clusters
-    (resolution 1, 15 neighbours) then give linear discriminants, which are appended with the same mean length. The
-    result is deterministic, reads no label, and describes these cells only: it is not comparable between files.
+    Three embeddings are put side by side: the latent, 50 principal components of 2,000 highly variable genes
+    (log-normalized, centred by tissue sample), and 50 components of the same genes divided by their deviation. The
+    latent and the components of scaled genes have length 0.5 per cell, the other components a root mean square of 1.
+    With several samples, 50 components of the result are aligned by Harmony (Korsunsky et al. 2019) and scaled to
+    length 1. What the log library size explains within Leiden clusters is subtracted. Clusters at resolution 0.7 then
+    give linear discriminants, which are appended with the same mean length. The result is deterministic, reads no
+    label, and describes these cells only: it is not comparable between files.
 
     Args:
         latent: float [cells, latent], zero-shot.
@@ -65,12 +71,22 @@ def join_context(
     sample_of = np.zeros(len(latent), np.int64)
     for number, members in enumerate(samples):
         sample_of[members] = number
+    libraries: list[np.ndarray] = []
 
     def blocks():
-        return (log_normalized(block, target_sum) for block in source.blocks(BLOCK))
+        libraries.clear()
+        for block in source.blocks(BLOCK):
+            libraries.append(np.asarray(block.sum(axis=1)).ravel())
+            yield log_normalized(block, target_sum)
 
-    own = own_components(blocks, sample_of)
-    joined = np.hstack([LATENT * _centred_unit(np.asarray(latent, np.float32)), _centred_unit(own)])
+    expression, deviation = variable_expression(blocks)
+    joined = np.hstack(
+        [
+            LATENT * _centred_unit(np.asarray(latent, np.float32)),
+            SCALED * _centred_unit(own_components(expression, sample_of, deviation)),
+            PLAIN * _centred(own_components(expression, sample_of)),
+        ]
+    )
     if len(joined) < MINIMUM_CELLS:
         return joined
     if len(samples) > 1:
@@ -78,8 +94,13 @@ def join_context(
         joined = _centred_unit(_aligned(joined, sample_of))
     on_progress("clusters of the context")
     every = -(-len(joined) // CLUSTERED_CELLS)
+    depth = np.log1p(np.concatenate(libraries)).astype(np.float32)
+    clusters = leiden_clusters(joined[::every], resolution=DEPTH_RESOLUTION)
+    joined = joined - np.outer(
+        depth - depth.mean(), _slopes(joined[::every], depth[::every], clusters)
+    )
+    clusters = leiden_clusters(joined[::every], resolution=RESOLUTION)
     pooled = Discriminants(joined.shape[1], shrinkage=SHRINKAGE)
-    clusters = leiden_clusters(joined[::every])
     pooled.add(joined[::every], clusters)
     directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
     if not directions.shape[1]:
@@ -88,6 +109,16 @@ def join_context(
     separated -= separated.mean(axis=0)
     length = np.sqrt(np.mean(np.sum(joined**2, axis=1)) / np.mean(np.sum(separated**2, axis=1)))
     return np.hstack([joined, separated * np.float32(length)])
+
+
+def _slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return the slope of each dimension on the log library size within clusters, float32 [dimensions].
+
+    Slopes between clusters stay: types differ in the size of their libraries.
+    """
+    _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    inside = depth - (np.bincount(codes, depth) / sizes)[codes]
+    return (inside @ embedding / max(float(inside @ inside), 1e-9)).astype(np.float32)
 
 
 def _aligned(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
@@ -110,3 +141,9 @@ def _aligned(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
 
 def _centred_unit(values: np.ndarray) -> np.ndarray:
     return unit_length(values - values.mean(axis=0)).astype(np.float32)
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    """Centre cells and scale them together to a root mean square length of 1."""
+    values = values - values.mean(axis=0)
+    return values / np.float32(max(np.sqrt(np.mean(np.sum(values**2, axis=1))), 1e-9))

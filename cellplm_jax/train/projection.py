@@ -28,6 +28,7 @@ from cellplm_jax.evaluate.components import (
     own_components,
     principal_components,
     unit_length,
+    variable_expression,
     variable_genes,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
@@ -304,4 +305,5 @@ def _own_components(groups: Sequence[_Group], every: int) -> np.ndarray:
         sample_of.append(np.full(len(take), number))
         start += group.expression.shape[0]
     everything = sparse.csr_matrix(sparse.vstack(parts))
-    return own_components(lambda: [everything], np.concatenate(sample_of))
+    expression, deviation = variable_expression(lambda: [everything])
+    return own_components(expression, np.concatenate(sample_of), deviation)

@@ -13,6 +13,7 @@ from cellplm_jax.evaluate.components import (
     own_components,
     principal_components,
     unit_length,
+    variable_expression,
     variable_genes,
 )
 
@@ -82,16 +83,17 @@ def test_own_components_do_not_depend_on_blocks_and_remove_sample_means():
     counts = generator.poisson(np.repeat(rate, 60, axis=0)).astype(np.float32)
     expression = log_normalized(sparse.csr_matrix(counts))
     sample_of = np.repeat([0, 1], 60)
-    whole = own_components(lambda: [expression], sample_of, components=8)
-    pieces = own_components(
-        lambda: (expression[start : start + 37] for start in range(0, 120, 37)),
-        sample_of,
-        components=8,
+    variable, deviation = variable_expression(lambda: [expression])
+    pieces, same = variable_expression(
+        lambda: (expression[start : start + 37] for start in range(0, 120, 37))
     )
-    np.testing.assert_allclose(whole, pieces, atol=1e-3)
-    assert np.abs(whole[:60].mean(axis=0) - whole[60:].mean(axis=0)).max() < 0.5
+    assert (variable != pieces).nnz == 0
+    np.testing.assert_allclose(deviation, same, rtol=1e-5)
+    for scale in (deviation, None):
+        whole = own_components(variable, sample_of, scale, components=8)
+        assert np.abs(whole[:60].mean(axis=0) - whole[60:].mean(axis=0)).max() < 0.5
     with pytest.raises(InputError, match="at least 2 genes"):
-        own_components(lambda: [sparse.csr_matrix((5, 4), dtype=np.float32)], np.zeros(5, int))
+        variable_expression(lambda: [sparse.csr_matrix((5, 4), dtype=np.float32)])
 
 
 def test_log_normalized_and_unit_length():
