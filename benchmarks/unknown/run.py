@@ -6,7 +6,9 @@ and, at each method's own threshold for 5 % false alarms (the 95 % quantile of i
 cells, fitted to the others), the shares of known and of unknown cells that are flagged. ``--rivals DIR`` writes the
 problems for ``celltypist_scores.py``, which runs in another environment, and reads its scores from there.
 
-    python benchmarks/unknown/run.py --data DIR --out benchmarks/unknown [--rivals DIR]
+Scores that ``unknown.json`` has already are kept.
+
+    python benchmarks/unknown/run.py --data DIR --out benchmarks/unknown [--methods NAME ...] [--rivals DIR]
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ LINEAGES = {
     "kang_muscat_labelled": ("B cells", "CD14+ Monocytes"),
 }
 SMALLEST_TYPE, RATE = 10, 0.05
-METHODS = ("logistic regression", "nearest neighbours", "Mahalanobis", "CellTypist")
+Rows = dict[tuple[str, str, int], dict[str, Any]]
+
+METHODS = ("cellplm", "logistic regression", "nearest neighbours", "Mahalanobis", "CellTypist")
 
 
 def _folds(codes: np.ndarray, number: int = 3) -> np.ndarray:
@@ -131,64 +135,57 @@ def _row(score: np.ndarray, threshold: float, new: np.ndarray) -> dict[str, floa
     }
 
 
-def measure(path: Path, seed: int, rivals: Path | None) -> list[dict[str, Any]]:
-    """Return one row per left-out type."""
-    rows = []
+def measure(path: Path, seed: int, methods: list[str], rivals: Path | None, rows: Rows) -> None:
+    """Add the scores of the methods that are not there yet, for every left-out type."""
     for number, (left_out, counts, labels, train, test, latent) in enumerate(problems(path, seed)):
+        row = rows.setdefault(
+            (path.stem, left_out, seed),
+            {"cells": int((labels[test] == left_out).sum()), "labelled": len(train), "scores": {}},
+        )
+        scores = row["scores"]
         names, codes = np.unique(labels[train], return_inverse=True)
         new = labels[test] == left_out
-        detector = UnknownDetector.fit(counts[train], codes, len(names), latent=latent)
-        assert detector is not None
-        cells = detector.project(counts[test])
-        found = detector.compare(cells, list(names), rate=RATE)
-        own = np.asarray(detector.project(counts[train]), np.float64)
-        scores = {"cellplm": _row(found.score, 0.0, new)}
-        columns = variable_genes(counts[train], LINEAR_GENES)
-        logs = log_counts(counts, columns)
-        for method, score, a, b in (
-            ("logistic regression", _confidence, logs[train], logs[test]),
-            ("nearest neighbours", _distance, own, cells),
-            ("Mahalanobis", _mahalanobis, own, cells),
-        ):
-            null = _held_out(score, a, codes)
-            scores[method] = _row(score(a, codes, b), np.quantile(null, 1 - RATE), new)
-        if rivals is not None:
+        missing = [name for name in methods if name not in scores]
+        if {"cellplm", "nearest neighbours", "Mahalanobis"} & set(missing):
+            detector = UnknownDetector.fit(counts[train], codes, len(names), latent=latent)
+            assert detector is not None
+            cells = detector.project(counts[test])
+            found = detector.compare(cells, list(names), rate=RATE)
+            scores["cellplm"] = _row(found.score, 0.0, new)
+            reasons, times = np.unique(
+                found.reason[new & found.flagged].astype(str), return_counts=True
+            )
+            row["reason"] = str(reasons[times.argmax()]) if len(reasons) else ""
+            own = np.asarray(detector.project(counts[train]), np.float64)
+            for method, score in (("nearest neighbours", _distance), ("Mahalanobis", _mahalanobis)):
+                limit = np.quantile(_held_out(score, own, codes), 1 - RATE)
+                scores[method] = _row(score(own, codes, cells), float(limit), new)
+        if "logistic regression" in missing:
+            logs = log_counts(counts, variable_genes(counts[train], LINEAR_GENES))
+            limit = np.quantile(_held_out(_confidence, logs[train], codes), 1 - RATE)
+            confidence = _confidence(logs[train], codes, logs[test])
+            scores["logistic regression"] = _row(confidence, float(limit), new)
+        if rivals is not None and "CellTypist" in missing:
             problem = rivals / f"{path.stem}_{seed}_{number}"
-            if not problem.with_suffix(".npz").exists():
+            done = rivals / f"{problem.name}.scores.npz"
+            if done.exists():
+                given = np.load(done)
+                limit = float(np.quantile(given["null"], 1 - RATE))
+                scores["CellTypist"] = _row(given["test"], limit, new)
+            elif not problem.with_suffix(".npz").exists():
                 problem.parent.mkdir(parents=True, exist_ok=True)
-                every = log_normalized(counts).astype(np.float32)
+                every = log_normalized(counts)
                 np.savez(
                     problem.with_suffix(".npz"),
                     data=every.data, indices=every.indices, indptr=every.indptr, shape=every.shape,
                     train=train, test=test, labels=labels[train], fold=_folds(codes),
                 )  # fmt: skip
-            done = rivals / f"{problem.name}.scores.npz"
-            if done.exists():
-                given = np.load(done)
-                scores["CellTypist"] = _row(
-                    given["test"], float(np.quantile(given["null"], 1 - RATE)), new
-                )
-        reasons, times = np.unique(
-            found.reason[new & found.flagged].astype(str), return_counts=True
-        )
-        rows.append(
-            {
-                "dataset": path.stem,
-                "type": left_out,
-                "cells": int(new.sum()),
-                "labelled": len(train),
-                "seed": seed,
-                "reason": str(reasons[times.argmax()]) if len(reasons) else "",
-                "scores": scores,
-            }
-        )
-        sys.stderr.write(f"{path.stem} {left_out}: {scores['cellplm']['auroc']:.3f}\n")
-    return rows
+        sys.stderr.write(f"{path.stem} {left_out}: {scores}\n")
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the table of all types, and the means."""
-    methods = ["cellplm", *(name for name in METHODS if any(name in r["scores"] for r in rows))]
+    methods = [name for name in METHODS if any(name in r["scores"] for r in rows)]
 
     def mean(chosen: list[dict[str, Any]], method: str, key: str) -> float:
         return float(np.mean([r["scores"][method][key] for r in chosen if method in r["scores"]]))
@@ -242,18 +239,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rivals", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     arguments = parser.parse_args()
-    rows = [
-        row
-        for seed in range(arguments.seeds)
-        for name in arguments.datasets
-        for row in measure(arguments.data / f"{name}.h5ad", seed, arguments.rivals)
-    ]
-    document = {"machine": machine(), "rate": RATE, "weights": unknown.WEIGHTS, "rows": rows}
-    (arguments.out / "unknown.json").write_text(json.dumps(document, indent=1) + "\n")
-    write_table(rows, arguments.out / "unknown.md")
+    store = arguments.out / "unknown.json"
+    rows: Rows = {}
+    if store.exists():
+        for row in json.loads(store.read_text())["rows"]:
+            rows[row.pop("dataset"), row.pop("type"), row.pop("seed")] = row
+    for seed in range(arguments.seeds):
+        for name in arguments.datasets:
+            path = arguments.data / f"{name}.h5ad"
+            measure(path, seed, arguments.methods, arguments.rivals, rows)
+            listed = [
+                {"dataset": key[0], "type": key[1], "seed": key[2], **row}
+                for key, row in rows.items()
+            ]
+            document = {
+                "machine": machine(), "rate": RATE, "weights": unknown.WEIGHTS, "rows": listed
+            }  # fmt: skip
+            store.write_text(json.dumps(document, indent=1) + "\n")
+            write_table(listed, arguments.out / "unknown.md")
 
 
 if __name__ == "__main__":

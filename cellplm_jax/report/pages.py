@@ -362,6 +362,17 @@ def annotator(estimator: Any) -> Page:
             "temperature and the pooling weights were chosen on them, so new cells may have lower scores."
         )
         each = per_class_scores(truth, predicted)
+        rows = [(name, float(score)) for name, score in estimator.validation_scores.items()]
+        if len(rows) > 1:
+            sections.append(
+                Table(
+                    ["prediction", "macro F1"],
+                    rows,
+                    "The first row is used. Network and logistic regression (linear) alone, and as a baseline label "
+                    "transfer from the nearest labelled cells (neighbors).",
+                    "Parts",
+                )
+            )
         sections += [
             _scores(scores, note),
             Table(
@@ -530,7 +541,7 @@ def integrated(
 def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL
+    from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL, UNKNOWN_REASON
     from cellplm_jax.tasks.embed import read_annotations
 
     cells = read_annotations(path, obsm=["X_umap"], uns=[FACTS])
@@ -560,6 +571,11 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
         sections += _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Map")
     else:
         sections.append(_no_map("Map"))
+    if UNKNOWN_REASON in cells.obs:
+        reasons = cells.obs[UNKNOWN_REASON].astype(str)
+        rows = [(name, int(n)) for name, n in reasons[reasons != ""].value_counts().items()]
+        note = "Cells that are unlike the labelled cells of the fit, by the most obvious reason."
+        sections.append(Table(["reason", "cells"], rows[:LISTED], note, "Unknown cells"))
     low = float(np.mean(confidence < 0.5))
     return Page(
         f"Cell types of {Path(path).name}",

@@ -522,6 +522,24 @@ class CellTypeAnnotator(Estimator):
         head = HeadConfig(kind="annotation", outputs=len(self.labels))
         return dataclasses.replace(config, latent=latent, head=head, dropout=0.5)
 
+    @property
+    def validation_scores(self) -> dict[str, float]:
+        """Macro F1 on the validation cells: of the prediction, its parts, and neighbours' label transfer.
+
+        Empty without validation cells. The first entry is named by the choice of the pool: ``"pooled"``, ``"network"``
+        or ``"linear"``.
+        """
+        names = {"network": "", "linear": "_linear", "neighbors": "_neighbors"}
+        parts = {
+            name: self.facts[key]
+            for name, suffix in names.items()
+            if (key := f"validation_f1{suffix}") in self.facts
+        }
+        if "validation_f1_pooled" in self.facts:
+            chosen = self.facts.get("pool", "pooled")
+            parts = {chosen: self.facts["validation_f1_pooled"], **parts}
+        return parts
+
     def _weights(self, codes: np.ndarray) -> np.ndarray | None:
         """Return float32 [classes], the weight of each cell by its class."""
         if self.class_weights is None:
@@ -767,7 +785,13 @@ class CellTypeAnnotator(Estimator):
             **facts,
         }
         if unknown is not None:
-            facts["unknown_cells"] = int(unknown.flagged.sum())
+            number = int(unknown.flagged.sum())
+            facts["unknown_cells"] = number
+            if number:
+                messages.append(
+                    f"{number:,} of {len(z):,} cells are labelled '{UNKNOWN}': they are unlike the labelled cells; see "
+                    f"obs['{UNKNOWN_REASON}']."
+                )
         return _Predicted(probabilities.astype(np.float32), parts, unknown, facts, messages, z)
 
     def _of_counts(

@@ -112,6 +112,7 @@ def read_cells(
     gene_key: str | None = None,
     values: Values = "counts",
     minimum_genes: int | None = None,
+    one_batch: bool = False,
 ) -> CellTable:
     """Read cells into memory.
 
@@ -125,6 +126,7 @@ def read_cells(
         gene_key: See :func:`cellplm_jax.embed`.
         values: See :func:`cellplm_jax.embed`.
         minimum_genes: See :func:`cellplm_jax.embed`.
+        one_batch: All cells are one batch if the column ``batch_key`` does not exist, with a note in the report.
 
     Returns:
         All cells over all genes of the vocabulary.
@@ -142,7 +144,10 @@ def read_cells(
         minimum_genes=minimum_genes,
     ) as source:
         batch = np.full(source.cells, ONE_BATCH, object)
-        if batch_key is not None:
+        notes: tuple[str, ...] = ()
+        if batch_key is not None and one_batch and batch_key not in source.obs.columns:
+            notes = (missing_batch(batch_key),)
+        elif batch_key is not None:
             batch = source.column(batch_key)
         coordinates = None
         if spatial_key is not None:
@@ -155,8 +160,13 @@ def read_cells(
             batch=batch,
             coordinates=coordinates,
             obs=source.obs,
-            report=source.report,
+            report=replace(source.report, notes=(*source.report.notes, *notes)),
         )
+
+
+def missing_batch(key: str) -> str:
+    """Return the remark about a file without the batch column of the fit."""
+    return f"obs has no column '{key}', the batch_key of the fit: all cells are one batch."
 
 
 def own_vocabulary(

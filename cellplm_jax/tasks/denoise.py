@@ -306,7 +306,8 @@ class Denoiser(Estimator):
         model = self._fitted()
         reading = self.reading.changed(**keys)
         read: dict[str, Any] = {"batch_key": reading.batch_key, "spatial_key": reading.spatial_key,
-                                "layer": reading.layer, "gene_key": reading.gene_key}  # fmt: skip
+                                "layer": reading.layer, "gene_key": reading.gene_key,
+                                "one_batch": reading.batch_key == self.reading.batch_key}  # fmt: skip
         seen = read_cells(adata, model.genes, **read)
         if truth is None:
             visible, hidden = hide_nonzeros(seen.counts, fraction, seed=seed)
@@ -368,8 +369,9 @@ class Denoiser(Estimator):
         with open_counts(data, model.genes, **read) as source:
             column, measured = source.report.genes.column, np.asarray(source.measured)
             batch = np.full(source.cells, ONE_BATCH, object)
-            if reading.batch_key is not None:
-                batch = source.column(reading.batch_key)
+            key = self.with_batches(reading, source.obs.columns)[0].batch_key
+            if key is not None:
+                batch = source.column(key)
             totals = np.concatenate(
                 [np.asarray(block.sum(axis=1)).ravel() for block in source.blocks(4096)]
             )

@@ -44,6 +44,7 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     make_examples,
+    missing_batch,
     read_cells,
     source_groups,
     variable_genes,
@@ -229,7 +230,7 @@ class Estimator(abc.ABC):
             values=reading.values,
         )
         self.messages = table.report.messages()
-        self._names = _names_of(table)
+        self._names = fitted_names(table)
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
@@ -274,6 +275,7 @@ class Estimator(abc.ABC):
             self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
         )
         if self._names is not None:
+            # Readers of the fitted model's genes resolve names as this fit does.
             start.genes = self._names.subset(start.genes)
         self.messages.append(f"Initialised parameters: {', '.join(fresh) if fresh else 'none'}.")
         return start
@@ -443,8 +445,7 @@ class Estimator(abc.ABC):
         key = reading.batch_key
         if key is None or key in columns or key != self.reading.batch_key:
             return reading, []
-        remark = f"obs has no column '{key}', the batch_key of the fit: all cells are one batch."
-        return dataclasses.replace(reading, batch_key=None), [remark]
+        return dataclasses.replace(reading, batch_key=None), [missing_batch(key)]
 
     def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
         """Apply the task head to latents, each cell separately.
@@ -672,8 +673,12 @@ class Estimator(abc.ABC):
         return estimator
 
 
-def _names_of(table: CellTable) -> FittedGenes:
-    """Return the vocabulary of a fit with the decisions made about its file."""
+def fitted_names(table: CellTable) -> FittedGenes:
+    """Return the vocabulary of a fit with the decisions made about its file.
+
+    Args:
+        table: The cells of the fit, over its complete vocabulary.
+    """
     return FittedGenes(table.genes, [], table.report.matrix, table.report.gene_key)
 
 

@@ -19,7 +19,7 @@ from scipy import sparse
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.genes import map_genes
+from cellplm_jax.data.genes import FittedGenes, map_genes
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import gene_means, log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
@@ -47,7 +47,14 @@ from cellplm_jax.tasks.denoise import (
     require_training_cells,
 )
 from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    fitted_names,
+    split_cells,
+)
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearRegression, RidgeProblem, pool_predictions
@@ -295,6 +302,7 @@ class GeneImputer(Estimator):
             **read,
         )
         self.messages = target.report.messages()
+        self._names = fitted_names(target)
         if reference is not None:
             source = read_cells(
                 reference,
@@ -829,7 +837,7 @@ class GeneImputer(Estimator):
         ridge = self._ridges.get(scale)
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
-            data, self.panel, layer=reading.layer, gene_key=reading.gene_key
+            data, self._seen.genes, layer=reading.layer, gene_key=reading.gene_key
         ) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
@@ -1069,8 +1077,9 @@ def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
     flat[path] = flat[path][[rows[gene] for gene in panel]]
     config = dataclasses.replace(model.config, genes=len(panel))
     card, source = dict(model.card), model.source
+    genes = model.genes.subset(panel) if isinstance(model.genes, FittedGenes) else list(panel)
     return Pretrained(
-        config, unflatten_dict(flat), list(panel), card, source, model.step,
+        config, unflatten_dict(flat), genes, card, source, model.step,
         precision=model.precision, devices=model.devices,
     )  # fmt: skip
 

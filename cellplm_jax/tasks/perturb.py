@@ -706,6 +706,7 @@ class PerturbationPredictor(Estimator):
             layer=reading.layer,
             gene_key=reading.gene_key,
             values=reading.values,
+            one_batch=reading.batch_key == self.reading.batch_key,
         )
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
