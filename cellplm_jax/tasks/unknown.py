@@ -9,8 +9,8 @@ zero-shot latent, joined with the principal components of the labelled cells. Th
   file only (semi-supervised novelty detection; Blanchard et al. 2010). Neighbouring subtypes are found by it.
 
 Each is averaged over neighbouring cells and standardized by the labelled cells of the predicted type, whose energies
-are cross-validated and whose neighbours exclude themselves. Half of the labelled cells, compared with the other half in
-the same way, give the threshold.
+are cross-validated and whose neighbours exclude themselves. The threshold is cross-validated: a detector is fitted to
+each half of the labelled cells, space included, and compares the other half.
 Recipe and weights were chosen on other data sets than those of the benchmark (``benchmarks/unknown``).
 """
 
@@ -42,6 +42,12 @@ MINIMUM_CELLS = 50
 GENES, COMPONENTS, COMPONENT_LENGTH = 2000, 50, 0.7
 """Highly variable genes, their principal components, and the length of these next to a latent of length 1."""
 
+CELLS_PER_COMPONENT = 10
+"""Minimum number of labelled cells per principal component."""
+
+COMPONENT_FOLDS = 5
+"""Parts of the labelled cells; each is projected on components of the others."""
+
 NEIGHBORS, NEAREST = 30, 10
 """Number of neighbours of the share, and of the nearest labelled cells of the distance."""
 
@@ -51,8 +57,9 @@ FOLDS, SHARPNESS, ITERATIONS = 3, 8.0, 60
 WEIGHTS = {"energy": 1.0, "distance": 0.5, "share": 1.0}
 """Weights of the standardized quantities."""
 
-SHRINK_CELLS, SMALLEST_SPREAD = 20.0, 0.3
-"""Cells of a type at which its own median and spread weigh as much as those of all types; smallest relative spread."""
+OWN_CENTRE_CELLS, SHRINK_CELLS, SMALLEST_SPREAD = 5, 20.0, 0.3
+"""Minimum number of cells of a type for its own median; number at which its own spread weighs as much as that of all
+types; smallest spread relative to that of all types."""
 
 CAUTION = 0.7
 """The threshold is for this share of the rate: known cells next to unknown ones are raised with these."""
@@ -88,7 +95,7 @@ class UnknownDetector:
 
     Attributes:
         arrays: The state, for saving: map to the space, coordinates of the labelled cells, their classes and
-            cross-validated energies, the logistic regression, and the scores of known cells.
+            cross-validated energies, the logistic regressions of the folds, and the scores of known cells.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]):
@@ -96,7 +103,8 @@ class UnknownDetector:
         self._reference = np.asarray(arrays["reference"], np.float32)
         self._codes = np.asarray(arrays["codes"], np.int64)
         self._energy = np.asarray(arrays["energy"], np.float64)
-        self._classifier = LinearClassifier(arrays["kernel"], arrays["bias"])
+        kernels = zip(arrays["kernels"], arrays["biases"], strict=True)
+        self._classifiers = [LinearClassifier(kernel, bias) for kernel, bias in kernels]
 
     @classmethod
     def fit(
@@ -127,28 +135,17 @@ class UnknownDetector:
             return None
         codes = codes[chosen]
         logs = log_normalized(sparse.csr_matrix(counts[chosen]))
-        state = _fit_space(logs, latent)
+        state = _fit_state(logs, codes, classes, latent, generator)
         if state is None:
             return None
-        reference = _project(logs, state)
-        fold = _folds(codes, generator)
-        energy, guess = np.zeros(len(codes)), np.zeros(len(codes), np.int64)
-        for number in range(FOLDS):
-            out = fold == number
-            logits = _logits(_classify(reference[~out], codes[~out], classes), reference[out])
-            energy[out], guess[out] = -logsumexp(logits, axis=1), logits.argmax(axis=1)
-        spread, null = _calibrate(reference, codes, energy, guess, classes, generator)
-        final = _classify(reference, codes, classes)
-        state |= {
-            "reference": reference.astype(np.float16),
-            "codes": codes.astype(np.int32),
-            "energy": energy.astype(np.float32),
-            "kernel": final.kernel,
-            "bias": final.bias,
-            "share_spread": spread,
-            "null": null,
-        }
-        return cls(state)
+        null = np.zeros(len(codes), np.float32)
+        first = generator.permuted(np.arange(len(codes)) % 2).astype(bool)
+        for half in (first, ~first):
+            part = _fit_state(logs[half], codes[half], classes, latent, generator)
+            if part is None:
+                return None
+            null[~half] = cls(part)._scores(_project(logs[~half], part))[0]
+        return cls(state | {"null": null})
 
     def project(self, counts: sparse.csr_matrix) -> np.ndarray:
         """Return the coordinates of cells, float32 [cells, dimensions], from their raw counts [cells, genes]."""
@@ -177,20 +174,27 @@ class UnknownDetector:
         """Return the label transfer from the nearest labelled cells, float64 [cells, classes]."""
         return neighbor_votes(self._reference, self._codes, cells, classes)
 
-    def _compare(
-        self, cells: np.ndarray, labels: list[str], rate: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        known, codes = len(self._reference), self._codes
-        logits = _logits(self._classifier, cells)
+    def _scores(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the scores [cells], distances [labelled cells and cells] and logits [cells, classes] of cells."""
+        # The classifiers of the folds, whose energies of cells outside their folds are the standard.
+        each = np.stack([_logits(found, cells) for found in self._classifiers])
+        logits, known = each.mean(axis=0), len(self._codes)
         total, distance, _ = _totals(
             np.concatenate([self._reference, np.asarray(cells, np.float32)]),
             known,
-            np.concatenate([self._energy, -logsumexp(logits, axis=1)]),
-            np.concatenate([codes, logits.argmax(axis=1)]),
+            np.concatenate([self._energy, -logsumexp(each, axis=2).mean(axis=0)]),
+            np.concatenate([self._codes, logits.argmax(axis=1)]),
             self.arrays["share_spread"],
         )
+        return total[known:], distance, logits
+
+    def _compare(
+        self, cells: np.ndarray, labels: list[str], rate: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        codes, known = self._codes, len(self._codes)
+        total, distance, logits = self._scores(cells)
         threshold = float(np.quantile(self.arrays["null"], 1.0 - CAUTION * rate))
-        score = (total[known:] - threshold).astype(np.float32)
+        score = (total - threshold).astype(np.float32)
         reason = np.full(len(cells), "", object)
         limit = np.array(
             [
@@ -213,8 +217,41 @@ class UnknownDetector:
         return score, reason
 
 
-def _fit_space(logs: sparse.csr_matrix, latent: np.ndarray | None) -> dict[str, np.ndarray] | None:
-    """Return the map to the space: latent and components, each centred at the mean of these cells."""
+def _fit_state(
+    logs: sparse.csr_matrix,
+    codes: np.ndarray,
+    classes: int,
+    latent: np.ndarray | None,
+    generator: np.random.Generator,
+) -> dict[str, np.ndarray] | None:
+    """Return the state without the threshold; None without genes that vary."""
+    space = _fit_space(logs, latent)
+    if space is None:
+        return None
+    state, reference = space
+    fold = _folds(codes, generator)
+    energy, guess = np.zeros(len(codes)), np.zeros(len(codes), np.int64)
+    classifiers = []
+    for number in range(FOLDS):
+        out = fold == number
+        found = _classify(reference[~out], codes[~out], classes)
+        logits = _logits(found, reference[out])
+        energy[out], guess[out] = -logsumexp(logits, axis=1), logits.argmax(axis=1)
+        classifiers.append(found)
+    return state | {
+        "reference": reference.astype(np.float16),
+        "codes": codes.astype(np.int32),
+        "energy": energy.astype(np.float32),
+        "kernels": np.stack([found.kernel for found in classifiers]),
+        "biases": np.stack([found.bias for found in classifiers]),
+        "share_spread": _share_spread(reference, codes, energy, guess, classes, generator),
+    }
+
+
+def _fit_space(
+    logs: sparse.csr_matrix, latent: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], np.ndarray] | None:
+    """Return the map to the space, of latent and components, and the coordinates of these cells."""
     cells = logs.shape[0]
     level = logs.copy()
     level.data = np.expm1(level.data)
@@ -231,14 +268,28 @@ def _fit_space(logs: sparse.csr_matrix, latent: np.ndarray | None) -> dict[str, 
         "deviation": np.sqrt(variance[genes]).astype(np.float32),
     }
     standard = _standard(logs, state)
-    number = min(COMPONENTS, cells - 1, len(genes) - 1)
-    state["loadings"], _ = principal_components(lambda: [standard], len(genes), number, passes=5)
-    state["component_centre"] = (standard @ state["loadings"]).mean(axis=0)
+    # Few cells fix few components: more would describe these cells alone.
+    number = min(COMPONENTS, max(2, cells // CELLS_PER_COMPONENT), len(genes) - 1)
+    # Labelled cells are projected on components that other labelled cells fix, as new cells are: otherwise components
+    # that are noise set them apart from all new cells.
+    own, rotated = np.zeros((cells, number), np.float32), []
+    for part in range(COMPONENT_FOLDS):
+        out = np.arange(cells) % COMPONENT_FOLDS == part
+        rest = standard[~out]
+        loadings, _ = principal_components(lambda rest=rest: [rest], len(genes), number, passes=4)
+        if rotated:
+            left, _, right = np.linalg.svd((standard @ loadings).T @ (standard @ rotated[0]))
+            loadings = loadings @ (left @ right)
+        rotated.append(loadings)
+        own[out] = standard[out] @ loadings
+    state["loadings"] = np.mean(rotated, axis=0).astype(np.float32)
+    state["component_centre"] = own.mean(axis=0)
+    hidden = None
     if latent is not None:
         state["latent"] = np.asarray(latent, np.float16)
         hidden = logs @ state["latent"].astype(np.float32)
         state["latent_centre"] = hidden.mean(axis=0).astype(np.float32)
-    return state
+    return state, _joined(own, hidden, state)
 
 
 def _standard(logs: sparse.csr_matrix, state: dict[str, np.ndarray]) -> np.ndarray:
@@ -248,11 +299,18 @@ def _standard(logs: sparse.csr_matrix, state: dict[str, np.ndarray]) -> np.ndarr
 
 def _project(logs: sparse.csr_matrix, state: dict[str, np.ndarray]) -> np.ndarray:
     """Return float32 [cells, dimensions]."""
-    own = _standard(logs, state) @ state["loadings"] - state["component_centre"]
-    if "latent" not in state:
-        return unit_length(own).astype(np.float32)
-    hidden = logs @ state["latent"].astype(np.float32) - state["latent_centre"]
-    return np.hstack([unit_length(hidden), COMPONENT_LENGTH * unit_length(own)]).astype(np.float32)
+    own = _standard(logs, state) @ state["loadings"]
+    hidden = logs @ state["latent"].astype(np.float32) if "latent" in state else None
+    return _joined(own, hidden, state)
+
+
+def _joined(own: np.ndarray, hidden: np.ndarray | None, state: dict[str, np.ndarray]) -> np.ndarray:
+    """Return components and latent side by side, centred and scaled per cell."""
+    own = unit_length(own - state["component_centre"])
+    if hidden is None:
+        return own.astype(np.float32)
+    hidden = unit_length(hidden - state["latent_centre"])
+    return np.hstack([hidden, COMPONENT_LENGTH * own]).astype(np.float32)
 
 
 def _stratified(codes: np.ndarray, limit: int, generator: np.random.Generator) -> np.ndarray:
@@ -287,44 +345,28 @@ def _logits(classifier: LinearClassifier, cells: np.ndarray) -> np.ndarray:
     return (cells * SHARPNESS) @ classifier.kernel.astype(np.float64) + classifier.bias
 
 
-def _calibrate(
+def _share_spread(
     reference: np.ndarray,
     codes: np.ndarray,
     energy: np.ndarray,
     guess: np.ndarray,
     classes: int,
     generator: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compare halves of the labelled cells with each other.
-
-    Args:
-        reference: float32 [cells, dimensions].
-        codes: int [cells], classes.
-        energy: float [cells], cross-validated.
-        guess: int [cells], cross-validated predictions.
-        classes: Number of classes.
-        generator: Of the halves.
-
-    Returns:
-        The spread of the share per class, float32 [classes], and the scores of known cells, float32 [cells].
-    """
+) -> np.ndarray:
+    """Return the spread of the share per class, float32 [classes], between halves of the labelled cells."""
     first = generator.permuted(np.arange(len(codes)) % 2).astype(bool)
-    null, spreads = np.zeros(len(codes), np.float32), []
-    for half in (first, ~first):
-        order = np.concatenate([np.flatnonzero(half), np.flatnonzero(~half)])
-        known = int(half.sum())
-        predicted = np.concatenate([codes[half], guess[~half]])
-        total, _, share = _totals(reference[order], known, energy[order], predicted, None)
-        null[order[known:]] = total[known:]
-        overall = float(share.std()) + 1e-9
-        spread = np.full(classes, overall)
-        for code in range(classes):
-            own = share[:known][codes[half] == code]
-            weight = len(own) / (len(own) + SHRINK_CELLS)
-            if len(own):
-                spread[code] = weight * own.std() + (1 - weight) * overall
-        spreads.append(np.maximum(spread, SMALLEST_SPREAD * overall))
-    return np.mean(spreads, axis=0).astype(np.float32), null
+    order = np.concatenate([np.flatnonzero(first), np.flatnonzero(~first)])
+    known = int(first.sum())
+    predicted = np.concatenate([codes[first], guess[~first]])
+    share = _totals(reference[order], known, energy[order], predicted, None)[2]
+    overall = float(share.std()) + 1e-9
+    spread = np.full(classes, overall)
+    for code in range(classes):
+        own = share[codes[order] == code]
+        weight = len(own) / (len(own) + SHRINK_CELLS)
+        if len(own):
+            spread[code] = weight * own.std() + (1 - weight) * overall
+    return np.maximum(spread, SMALLEST_SPREAD * overall).astype(np.float32)
 
 
 def _totals(
@@ -390,7 +432,7 @@ def _standardized(
     shifted: bool = False,
     spread_of: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Centre and scale by the labelled cells of each predicted type, shrunken towards all labelled cells.
+    """Centre and scale by the labelled cells of each predicted type; spreads are shrunken towards that of all types.
 
     With ``shifted``, a type whose lowest values are higher in the file than among the labelled cells is centred at the
     file's: all its cells differ, as between batches or compositions, and none differs from the rest. ``spread_of``:
@@ -403,7 +445,7 @@ def _standardized(
         members = predicted == code
         own, rest = reference[members[:known]], values[known:][members[known:]]
         weight = len(own) / (len(own) + SHRINK_CELLS)
-        centre = weight * float(np.median(own)) + (1 - weight) * middle if len(own) else middle
+        centre = float(np.median(own)) if len(own) >= OWN_CENTRE_CELLS else middle
         scale = weight * float(own.std()) + (1 - weight) * spread if len(own) else spread
         scale = max(scale, SMALLEST_SPREAD * spread)
         if spread_of is not None:
