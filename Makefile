@@ -11,7 +11,7 @@ WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
-.PHONY: demo test lint types docs docs-links parity multiprocess notebooks notebooks-full dist smoke extras \
+.PHONY: demo test lint types docs docs-links pages parity multiprocess notebooks notebooks-full dist smoke extras \
 	debug-pretrain gpu-rehearsal gpu-bundle clean
 
 $(VENV)/.installed: setup.py pyproject.toml
@@ -49,6 +49,9 @@ types: $(VENV)/.installed
 
 docs: $(VENV)/.docs  ## the site in docs/_build/html; every warning is an error, links within the site are checked
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+pages: $(VENV)/.installed  ## open the built site, and reports, in Chromium: width, contrast, both themes; skipped without it
+	$(BIN)/python tools/check_pages.py $(wildcard docs/_build/html demo/report.html)
 
 docs-links: $(VENV)/.docs  ## follow the links to other sites; needs the internet
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/links

@@ -6,9 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "cellplm_jax" / "_version.py").read_text(), re.MULTILINE
-).group(1)
+SETTINGS = (ROOT / "cellplm_jax" / "_version.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', SETTINGS, re.MULTILINE).group(1)
+ADDRESS = re.search(r'^ADDRESS = "(.*)"$', SETTINGS, re.MULTILINE).group(1)
 
 # Training reads through Grain; several processes of `cellplm prepare` are dask's.
 TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=2025.1"]
@@ -49,6 +49,7 @@ setup(
     description="CellPLM in JAX: a language model of cells for single-cell and spatial transcriptomics",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    url=f"https://{ADDRESS}" if ADDRESS else None,
     license="BSD-2-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cellplm_jax.tasks.gene_embeddings import gene_embeddings
     from cellplm_jax.tasks.impute import GeneImputer
     from cellplm_jax.tasks.integrate import BatchIntegrator
+    from cellplm_jax.tasks.niches import niches, niches_file
     from cellplm_jax.tasks.perturb import PerturbationPredictor
     from cellplm_jax.tasks.pretrain import pretrain
     from cellplm_jax.tasks.pretrained import Pretrained, load
@@ -61,6 +62,8 @@ _WHERE = {
     "export_model": "cellplm_jax.tasks.export",
     "gene_embeddings": "cellplm_jax.tasks.gene_embeddings",
     "load": "cellplm_jax.tasks.pretrained",
+    "niches": "cellplm_jax.tasks.niches",
+    "niches_file": "cellplm_jax.tasks.niches",
     "preset": "cellplm_jax.presets",
     "pretrain": "cellplm_jax.tasks.pretrain",
 }

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from cellplm_jax.errors import ConfigError, explain, nearest
+from cellplm_jax.display import DisplayedConfig
+from cellplm_jax.errors import ConfigError, explain, nearest, quote, shorten
 
 ConfigType = TypeVar("ConfigType")
 
@@ -38,6 +39,21 @@ def _at_least(config: Any, part: str, minimum: int, *names: str) -> None:
         _require(value >= minimum, f"{path} = {value}", f"at least {minimum}", f"Raise {path}")
 
 
+LARGEST_WIDTH, LARGEST_TABLE, MOST_LAYERS = 2**16, 2**24, 256
+"""Maximum width of a layer, rows of a table (genes, batches, outputs), and number of layers of an architecture.
+
+Layers are unrolled by the compiler, so a file that declares thousands would never be opened.
+"""
+
+
+def _at_most(config: Any, part: str, maximum: int, *names: str) -> None:
+    """Check that fields are no larger than ``maximum``."""
+    for name in names:
+        value = getattr(config, name)
+        path = f"{part}.{name}" if part else name
+        _require(value <= maximum, f"{path} = {value}", f"{maximum} or less", f"Lower {path}")
+
+
 def _positive(config: Any, part: str, *names: str) -> None:
     """Check that fields are numbers above 0; NaN never is."""
     for name in names:
@@ -52,8 +68,8 @@ def _fraction(value: float, name: str, *, below_one: bool = True) -> None:
     _require(valid, f"{name} = {value}", f"a number in {interval}", f"Set {name} inside it")
 
 
-@dataclass(frozen=True)
-class EmbedderConfig:
+@dataclass(frozen=True, repr=False)
+class EmbedderConfig(DisplayedConfig):
     """Expression embedder: how counts become the input of the gene-weighted sum.
 
     Attributes:
@@ -71,8 +87,8 @@ class EmbedderConfig:
         _positive(self, "embedder", "target_sum")
 
 
-@dataclass(frozen=True)
-class PositionsConfig:
+@dataclass(frozen=True, repr=False)
+class PositionsConfig(DisplayedConfig):
     """Positional encoding of cells with 2-D coordinates.
 
     Attributes:
@@ -90,10 +106,11 @@ class PositionsConfig:
 
     def __post_init__(self):
         _at_least(self, "positions", 1, "grid", "eigenvectors")
+        _at_most(self, "positions", LARGEST_WIDTH, "grid", "eigenvectors")
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+@dataclass(frozen=True, repr=False)
+class EncoderConfig(DisplayedConfig):
     """Encoder over the cells of a sample.
 
     Attributes:
@@ -116,6 +133,8 @@ class EncoderConfig:
     def __post_init__(self):
         _at_least(self, "encoder", 1, "heads", "feedforward")
         _at_least(self, "encoder", 0, "random_features")
+        _at_most(self, "encoder", MOST_LAYERS, "layers", "feedforward")
+        _at_most(self, "encoder", LARGEST_WIDTH, "heads", "random_features")
         if self.kind != "none":
             _require(
                 self.layers >= 1,
@@ -133,8 +152,8 @@ class EncoderConfig:
         _fraction(self.attention_dropout, "encoder.attention_dropout")
 
 
-@dataclass(frozen=True)
-class LatentConfig:
+@dataclass(frozen=True, repr=False)
+class LatentConfig(DisplayedConfig):
     """Latent distribution and its regularisers.
 
     Attributes:
@@ -172,13 +191,14 @@ class LatentConfig:
 
     def __post_init__(self):
         _at_least(self, "latent", 1, "size", "clusters", "adversarial_hidden")
+        _at_most(self, "latent", LARGEST_WIDTH, "size", "clusters", "adversarial_hidden")
         _positive(self, "latent", "temperature")
         _at_least(self, "latent", 0, "latent_weight", "cluster_weight", "floor", "warmup_steps")
         _at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+@dataclass(frozen=True, repr=False)
+class DecoderConfig(DisplayedConfig):
     """Decoder from the latent to expression.
 
     Attributes:
@@ -205,6 +225,9 @@ class DecoderConfig:
     def __post_init__(self):
         _at_least(self, "decoder", 1, "hidden", "bottleneck")
         _at_least(self, "decoder", 0, "batches", "datasets", "platforms")
+        _at_most(self, "decoder", LARGEST_WIDTH, "hidden", "bottleneck")
+        _at_most(self, "decoder", LARGEST_TABLE, "batches", "datasets", "platforms")
+        _at_most(self, "decoder", MOST_LAYERS, "layers")
         minimum = 2 if self.kind == "residual" else 1
         _require(
             self.layers >= minimum,
@@ -214,8 +237,8 @@ class DecoderConfig:
         )
 
 
-@dataclass(frozen=True)
-class HeadConfig:
+@dataclass(frozen=True, repr=False)
+class HeadConfig(DisplayedConfig):
     """Task head on the latent, used instead of the decoder when fine-tuning.
 
     Attributes:
@@ -238,6 +261,9 @@ class HeadConfig:
     def __post_init__(self):
         _at_least(self, "head", 1, "hidden", "layers")
         _at_least(self, "head", 0, "condition")
+        _at_most(self, "head", LARGEST_TABLE, "outputs", "condition")
+        _at_most(self, "head", LARGEST_WIDTH, "hidden")
+        _at_most(self, "head", MOST_LAYERS, "layers")
         if self.kind != "none":
             _require(
                 self.outputs >= 1,
@@ -247,8 +273,8 @@ class HeadConfig:
             )
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, repr=False)
+class ModelConfig(DisplayedConfig):
     """Complete architecture; with a gene list it determines the shape of every parameter.
 
     Attributes:
@@ -284,6 +310,8 @@ class ModelConfig:
             self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
         )
         _at_least(self, "", 1, "hidden", "norm_groups")
+        _at_most(self, "", LARGEST_TABLE, "genes")
+        _at_most(self, "", LARGEST_WIDTH, "hidden", "norm_groups")
         _positive(self, "", "centre_cells")
         _fraction(self.dropout, "dropout")
         if self.encoder.kind in ("flow", "softmax", "performer"):
@@ -348,8 +376,8 @@ class ModelConfig:
         return self.hidden if self.latent.kind == "none" else self.latent.size
 
 
-@dataclass(frozen=True)
-class MaskingConfig:
+@dataclass(frozen=True, repr=False)
+class MaskingConfig(DisplayedConfig):
     """Bi-level masking of the input while training (paper section 4.3, ``CellPLM/utils/mask.py``).
 
     The released configuration masks .25 of the genes in .75 of the cells; the authors' rebuttal states the reverse
@@ -402,8 +430,8 @@ class MaskingConfig:
             )
 
 
-@dataclass(frozen=True)
-class ObjectiveConfig:
+@dataclass(frozen=True, repr=False)
+class ObjectiveConfig(DisplayedConfig):
     """Training objective, in addition to the latent terms.
 
     Attributes:
@@ -430,8 +458,8 @@ class ObjectiveConfig:
         _at_least(self, "objective", 0, "restoration_weight")
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
+@dataclass(frozen=True, repr=False)
+class OptimizerConfig(DisplayedConfig):
     """AdamW with linear warm-up, cosine decay and clipping by global norm.
 
     Attributes:
@@ -457,8 +485,8 @@ class OptimizerConfig:
         )
 
 
-@dataclass(frozen=True)
-class DataConfig:
+@dataclass(frozen=True, repr=False)
+class DataConfig(DisplayedConfig):
     """Assembly of batches from samples.
 
     A sample larger than a row is cut into windows (random cells, or a spatial neighbourhood if there are
@@ -489,8 +517,8 @@ class DataConfig:
         _at_least(self, "data", 1, "prefetch")
 
 
-@dataclass(frozen=True)
-class ProjectionConfig:
+@dataclass(frozen=True, repr=False)
+class ProjectionConfig(DisplayedConfig):
     """Start of a run with a trunk: principal components of the corpus, and discriminants of its clusters.
 
     Attributes:
@@ -514,8 +542,8 @@ class ProjectionConfig:
         _at_least(self, "projection", 0, "discriminants", "discriminant_weight")
 
 
-@dataclass(frozen=True)
-class MeshConfig:
+@dataclass(frozen=True, repr=False)
+class MeshConfig(DisplayedConfig):
     """Device mesh over all processes; ``train/sharding.py`` assigns arrays to its axes.
 
     Attributes:
@@ -535,8 +563,8 @@ class MeshConfig:
         _at_least(self, "mesh", 1, "cells", "genes")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, repr=False)
+class TrainConfig(DisplayedConfig):
     """Pretraining run: model, data, objective, optimizer and schedule of the loop.
 
     Attributes:
@@ -628,8 +656,8 @@ class TrainConfig:
             )
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, repr=False)
+class FinetuneConfig(DisplayedConfig):
     """Fine-tuning recipe; the defaults are the published annotation recipe on a smaller budget.
 
     AdamW with a linear warm-up. The learning rate falls when the validation loss stops falling, gradients are clipped
@@ -722,7 +750,7 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
     where = path or kind.__name__
     if not isinstance(values, Mapping):
         msg = explain(
-            f"{where} is {type(values).__name__} {values!r}",
+            f"{where} is {type(values).__name__} {shorten(repr(values))}",
             "a mapping of its fields",
             f"Give a dictionary for {where}",
         )
@@ -733,7 +761,9 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
         if key not in fields:
             remedy = nearest(key, fields, "Remove it")
             msg = explain(
-                f"unknown key '{key}' in {where}", f"one of {', '.join(sorted(fields))}", remedy
+                f"unknown key {quote(key)} in {where}",
+                f"one of {', '.join(sorted(fields))}",
+                remedy,
             )
             raise ConfigError(msg)
     prepared = {}
@@ -773,7 +803,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in choices:
             return value
         remedy = nearest(value, choices, "Choose one of them")
-        msg = explain(f"{path} = {value!r}", "one of " + ", ".join(map(repr, choices)), remedy)
+        msg = explain(
+            f"{path} = {shorten(repr(value))}", "one of " + ", ".join(map(repr, choices)), remedy
+        )
         raise ConfigError(msg)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -781,12 +813,18 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**100:
+            raise ConfigError(
+                f"{path} is an integer of {value.bit_length()} bits", "a number", "Correct it"
+            )
         return float(value)
     if hint in (bool, int, float, str):
         if type(value) is hint:
             return value
         msg = explain(
-            f"{path} = {value!r} ({type(value).__name__})", hint.__name__, "Correct its type"
+            f"{path} = {shorten(repr(value))} ({type(value).__name__})",
+            hint.__name__,
+            "Correct its type",
         )
         raise ConfigError(msg)
     return value

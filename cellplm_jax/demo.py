@@ -66,11 +66,11 @@ def run_demo(
     if max_cells is not None and max_cells < adata.n_obs:
         chosen = np.random.default_rng(seed).choice(adata.n_obs, max_cells, replace=False)
         adata = adata[np.sort(chosen)].copy()
-    progress = ProgressReport("demo", 4, unit="stages", quiet=quiet)
+    progress = ProgressReport("demo", 4, unit="stages", quiet=quiet, first="starting")
     try:
         model = load("small")
-        embed(adata, model, key_added="X_cellplm_zero_shot")
-        embed(adata, model, adapt="context")
+        embed(adata, model, key_added="X_cellplm_zero_shot", quiet=True)
+        embed(adata, model, adapt="context", quiet=True)
         progress.update(1, "embedded")
         embeddings = {
             CONTEXT: adata.obsm["X_cellplm"],
@@ -92,6 +92,7 @@ def run_demo(
             "seconds": time.monotonic() - began,
         }
         _write_report(out, table, facts, figure)
+        _close(figure)
         progress.update(4, "written")
     finally:
         progress.close()
@@ -161,7 +162,8 @@ def verdict(table: dict[str, dict[str, float]]) -> str:
     return f"{CONTEXT}: {'; '.join(parts)}."
 
 
-def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -> bytes:
+def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -> Any:
+    """Draw the UMAPs, write umap.png, and return the figure, which the report draws again for the dark theme."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,22 +172,30 @@ def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -
     from cellplm_jax import plot
     from cellplm_jax.evaluate.embedding import umap_coordinates
 
-    labels = adata.obs["cell_type"].astype("category")
-    figure, axes = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    colors = plot.store_colors(adata, "cell_type")
     for ax, method in zip(axes, (CONTEXT, ZERO_SHOT, COMPONENTS), strict=True):
         coordinates = umap_coordinates(embeddings[method], seed=seed)
         if method == CONTEXT:
             adata.obsm["X_umap"] = coordinates
-        plot.umap(coordinates, labels, title=method, ax=ax, legend=ax is axes[2])
+        plot.umap(
+            coordinates, adata.obs["cell_type"], title=method, ax=ax, legend=ax is axes[2],
+            palette=colors,
+        )  # fmt: skip
     path = out / "umap.png"
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
+    return figure
+
+
+def _close(figure: Any) -> None:
+    import matplotlib.pyplot as plt
+
     plt.close(figure)
-    return path.read_bytes()
 
 
 def _write_report(
-    out: Path, table: dict[str, dict[str, float]], facts: dict[str, Any], figure: bytes
+    out: Path, table: dict[str, dict[str, float]], facts: dict[str, Any], figure: Any
 ) -> None:
     from cellplm_jax.report.html import Code, Figure, Table, Text, write_report
 

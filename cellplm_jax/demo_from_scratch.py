@@ -74,6 +74,7 @@ def run_from_scratch(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     require("scanpy", "eval", "The demonstration")
+    require("grain", "train", "The demonstration")
     began = time.monotonic()
     out = Path(out)
     say = _speaker(quiet)
@@ -108,14 +109,14 @@ def run_from_scratch(
     config = dataclasses.replace(config, model=model.config)
     untrained = Pretrained.untrained(model.config, model.genes, seed=seed)
     say("embedding and clustering")
-    embed(adata, model)
+    embed(adata, model, quiet=True)
     embeddings = {
         TRAINED: adata.obsm["X_cellplm"],
-        UNTRAINED: embed(adata, untrained, key_added="X_untrained").obsm["X_untrained"],
+        UNTRAINED: embed(adata, untrained, key_added="X_untrained", quiet=True).obsm["X_untrained"],
         COMPONENTS: _principal_components(adata, seed),
     }
     del adata.obsm["X_untrained"]
-    embed(adata, model)  # the provenance in uns is that of the trained model
+    embed(adata, model, quiet=True)  # the provenance in uns is that of the trained model
     table = _scores(adata, embeddings, seed)
     train, heldout = split_heldout(store, config.data, config.seed)
     evaluate = HeldoutEvaluation(config, store, heldout, one_device_mesh())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cellplm_jax._version import __version__
+from cellplm_jax.errors import shorten
 
 DISTRIBUTION = "cellplm-jax"
 
@@ -58,6 +59,7 @@ def diagnose() -> dict[str, Any]:
         ("Caches", _caches),
         ("Extras", _extras),
         ("Models", _models),
+        ("Trial", _trial),
     ):
         report.section(title, look)
     return report.facts()
@@ -304,6 +306,61 @@ def _there(module: str) -> bool:
         return module in sys.modules or importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+_IMPORTED = ("numpy", "scipy.sparse", "pandas", "h5py", "zarr", "tensorstore", "anndata", "flax.linen", "optax",
+             "orbax.checkpoint")  # fmt: skip
+"""Modules that every verb imports; an installed one can still be broken."""
+
+
+def _trial(report: _Report) -> None:
+    """Do what every verb does: import, write and read a file, open the bundled model."""
+    broken = []
+    for module in _IMPORTED:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken library raises various exceptions
+            broken.append(module)
+            reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
+            report.add(
+                module,
+                f"cannot be imported ({reason})",
+                "bad",
+                "Make a new environment: versions do not fit",
+            )
+    if broken:
+        return
+    report.add("imports", f"{len(_IMPORTED)} libraries")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            import h5py
+
+            with h5py.File(Path(folder) / "trial.h5", "w") as file:
+                file["x"] = range(1000)
+            with h5py.File(Path(folder) / "trial.h5") as file:
+                file["x"][:]
+        report.add("a file", f"written and read in {tempfile.gettempdir()}")
+    except Exception as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
+        report.add(
+            "a file", f"cannot be written in {tempfile.gettempdir()} ({reason})", "bad",
+            "Point TMPDIR at a writable folder with room",
+        )  # fmt: skip
+    from cellplm_jax.tasks.pretrained import BUNDLED, bundled_path
+    from cellplm_jax.train.checkpoint import read_root, restore_item
+
+    for name in BUNDLED:
+        try:
+            genes = len(read_root(bundled_path(name)).genes)
+            arrays, _ = restore_item(bundled_path(name))
+            report.add(f":{name}", f"opened: {genes:,} genes, {len(arrays)} groups of weights")
+        except Exception as error:
+            report.add(
+                f":{name}",
+                f"cannot be opened ({shorten(str(error), 200)})",
+                "bad",
+                "Reinstall cellplm-jax",
+            )
 
 
 def _models(report: _Report) -> None:

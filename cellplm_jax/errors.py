@@ -1,13 +1,56 @@
 """Errors raised by this package.
 
 Every message states three things in this order: what was found, what was expected, and the remedy. The errors build
-the text from these with :func:`explain`. The command line converts a :class:`CellPLMError` to exit status 2 and one
-message without a traceback.
+the text from these with :func:`explain`. A message has at most 1,000 characters, and control characters of names are
+escaped. The command line converts a :class:`CellPLMError` to exit status 2 and one message without a traceback.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+LONGEST = 1000
+"""Maximum length of a message in characters."""
+
+LONGEST_NAME = 120
+"""Maximum length at which a message quotes a name from a file."""
+
+# Control characters except the line feed, marks that change the direction of text, separators of lines, surrogates.
+_UNSAFE = re.compile(
+    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Return text with escaped control characters, so that names from files cannot control a terminal.
+
+    Args:
+        text: Any text; line feeds are kept.
+    """
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def shorten(text: str, limit: int = LONGEST_NAME) -> str:
+    """Return text of a maximum length; the middle of a longer text is left out.
+
+    Args:
+        text: Any text.
+        limit: Maximum number of characters.
+    """
+    if len(text) <= limit:
+        return text
+    end = max(0, limit // 3 - 5)
+    return f"{text[: limit - end - 5]} ... {text[len(text) - end :]}"
+
+
+def quote(name: object) -> str:
+    """Return a name from a file or a user in quotes, in one line, escaped and shortened.
+
+    Args:
+        name: The name.
+    """
+    return f"'{visible(shorten(str(name))).replace(chr(10), ' ')}'"
 
 
 class CellPLMError(Exception):
@@ -21,7 +64,8 @@ class CellPLMError(Exception):
 
     def __init__(self, found: str, expected: str | None = None, remedy: str = ""):
         # One argument, the message, so that an error from another process is identical.
-        super().__init__(found if expected is None else explain(found, expected, remedy))
+        text = found if expected is None else explain(found, expected, remedy)
+        super().__init__(shorten(visible(text[: 100 * LONGEST]), LONGEST))
 
 
 class InputError(CellPLMError, ValueError):
@@ -49,12 +93,16 @@ def explain(found: str, expected: str, remedy: str = "") -> str:
         remedy: Instruction for the user; "": none.
 
     Returns:
-        ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised.
+        ``"<found>; expected <expected>. <remedy>"`` with the sentence punctuation normalised. At most ``LONGEST``
+        characters: a longer description of what was found is shortened.
     """
-    text = f"{found.rstrip('.;')}; expected {expected.rstrip('.')}."
+    expected, remedy = (shorten(text.rstrip("."), LONGEST // 4) for text in (expected, remedy))
+    # Escapes make a text longer, so they come before it is shortened.
+    found = visible(shorten(found.rstrip(".;"), LONGEST))
+    found = shorten(found, LONGEST - len(expected) - len(remedy) - len("; expected . ."))
+    text = f"{found}; expected {expected}."
     if not remedy:
         return text
-    remedy = remedy.rstrip(".")
     return f"{text} {remedy}{'' if remedy.endswith('?') else '.'}"
 
 
@@ -70,10 +118,12 @@ def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
         ``"Did you mean 'x'?"`` with the closest valid name, or ``otherwise``.
     """
     import difflib
+    import itertools
 
-    by_lower = {str(text).lower(): str(text) for text in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"Did you mean '{by_lower[near[0]]}'?" if near else otherwise
+    texts = (str(text) for text in itertools.islice(known, 2000))
+    by_lower = {text.lower(): text for text in texts if len(text) <= LONGEST_NAME}
+    near = difflib.get_close_matches(shorten(str(name)).lower(), by_lower, n=1)
+    return f"Did you mean {quote(by_lower[near[0]])}?" if near else otherwise
 
 
 def require(module: str, extra: str, purpose: str):

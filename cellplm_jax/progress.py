@@ -1,12 +1,64 @@
-"""Progress of long work, on standard error."""
+"""Progress of long work: a live bar on a terminal and in a notebook, plain lines on standard error elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cellplm_jax.errors import visible
+
+_compiled = {"seconds": 0.0, "listening": 0.0}
+
+
+def compile_seconds() -> float:
+    """Return the seconds that JAX has compiled in this process, counted from the first call."""
+    jax = sys.modules.get("jax")
+    if jax is not None and not _compiled["listening"]:
+        _compiled["listening"] = 1.0
+        jax.monitoring.register_event_duration_secs_listener(_on_event)
+    return _compiled["seconds"]
+
+
+def _on_event(event: str, seconds: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/backend"):
+        _compiled["seconds"] += seconds
+
+
+def in_notebook() -> bool:
+    """Return whether the output is that of a notebook: Jupyter, Colab, VS Code."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def write_line(text: str) -> None:
+    """Write a line to standard error; in a notebook to standard output, which is not shown on red."""
+    stream = sys.stdout if in_notebook() else sys.stderr
+    stream.write(f"{visible(text)}\n")
+    stream.flush()
+
+
+@contextlib.contextmanager
+def named_stage(title: str, *, quiet: bool = False, after: float = 3.0) -> Iterator[None]:
+    """Write the name of the work in the block if it takes longer than ``after`` seconds.
+
+    Args:
+        title: Name of the stage, such as ``"annotation: reading cells"``.
+        quiet: Disable the line.
+        after: Seconds.
+    """
+    timer = threading.Timer(after, write_line, [f"{title} ..."])
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _rate(done: int, seconds: float, unit: str) -> str:
@@ -19,8 +71,98 @@ def _rate(done: int, seconds: float, unit: str) -> str:
     return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.1f} {unit}/s"
 
 
+class _TerminalBar:
+    """A bar of rich."""
+
+    def __init__(self, title: str, total: int, unit: str, first: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, note=first, rate="")
+        self._bar.start()
+
+    def show(self, done: int, rate: str, note: str, line: str) -> None:
+        from rich.markup import escape
+
+        self._bar.update(self._task, completed=done, note=escape(visible(note)), rate=rate)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(visible(text), highlight=False, markup=False)
+
+    def close(self, line: str) -> None:
+        self._bar.stop()
+        if line:
+            self.say(line)
+
+
+class _NotebookBar:
+    """A bar of HTML, updated in place; it needs no widgets. A line replaces it at the end."""
+
+    def __init__(self, title: str, total: int, unit: str, first: str):
+        from IPython.display import display
+
+        self._total, self._shown = max(total, 1), 0.0
+        self._handle: Any = display(self._bundle(0, f"{title}: {first}"), raw=True, display_id=True)
+
+    def _bundle(self, done: int, line: str) -> Mapping[str, str]:
+        bar = f'<progress value="{done}" max="{self._total}"></progress>'
+        return {"text/plain": line, "text/html": f"<div>{bar} {html.escape(line)}</div>"}
+
+    def show(self, done: int, rate: str, note: str, line: str) -> None:
+        if time.monotonic() - self._shown > 0.2:
+            self._shown = time.monotonic()
+            self._handle.update(self._bundle(done, line), raw=True)
+
+    def say(self, text: str) -> None:
+        write_line(text)
+
+    def close(self, line: str) -> None:
+        self._handle.update({"text/plain": line, "text/html": html.escape(line)}, raw=True)
+
+
+class _Lines:
+    """Plain lines, one per ``every`` seconds; also one if the first unit takes longer than that."""
+
+    def __init__(self, title: str, every: float, first: str):
+        self._every, self._last, self._line = every, time.monotonic(), ""
+        self._timer = threading.Timer(every, write_line, [f"{title}: {first}, {every:.0f} s"])
+        self._timer.daemon = True
+        if every >= 1:
+            self._timer.start()
+
+    def show(self, done: int, rate: str, note: str, line: str) -> None:
+        self._timer.cancel()
+        if time.monotonic() - self._last >= self._every:
+            self._last, self._line = time.monotonic(), line
+            write_line(line)
+
+    def say(self, text: str) -> None:
+        write_line(text)
+
+    def __del__(self) -> None:
+        # After an error nobody closes the report.
+        self._timer.cancel()
+
+    def close(self, line: str) -> None:
+        self._timer.cancel()
+        if line and line != self._line:
+            write_line(line)
+
+
 class ProgressReport:
-    """Progress of long work on standard error: a live bar on a terminal, plain lines elsewhere.
+    """Progress of long work: a live bar on a terminal and in a notebook, plain lines elsewhere.
+
+    Every line states the seconds that JAX spent on compiling, if it was a second or more. One line remains at the end.
 
     Args:
         title: Title of the work.
@@ -28,65 +170,79 @@ class ProgressReport:
         unit: Name of the units, in the plural.
         quiet: Disable all output.
         every: Seconds between plain lines.
+        first: Stage until the first unit is finished; with JAX most of it is compiling.
     """
 
     def __init__(
-        self, title: str, total: int, *, unit: str = "steps", quiet: bool = False, every: float = 10
+        self,
+        title: str,
+        total: int,
+        *,
+        unit: str = "steps",
+        quiet: bool = False,
+        every: float = 10,
+        first: str = "compiling",
     ):
-        self.title, self.total, self.unit, self.every = title, total, unit, every
-        self._start = self._last = time.monotonic()
+        self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
+        self._start = time.monotonic()
+        self._compiled = compile_seconds()
         self._settled: tuple[float, int] | None = None
-        self._bar = self._task = None
-        self._plain = not quiet
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        self._line, self._done, self._stage = "", 0, ""
+        self._out: _TerminalBar | _NotebookBar | _Lines | None = None
+        if quiet:
+            return
+        if in_notebook():
+            self._out = _NotebookBar(title, total, unit, first)
+        elif sys.stderr.isatty():
+            self._out = _TerminalBar(title, total, unit, first)
+        else:
+            self._out = _Lines(title, every, first)
 
-            self._plain = False
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
-            )
-            self._task = self._bar.add_task(title, total=total, note="", rate="")
-            self._bar.start()
+    @property
+    def time_taken(self) -> str:
+        """Seconds since the start as text, such as ``"12 s (4 s compiling)"``."""
+        seconds = time.monotonic() - self._start
+        compiled = min(compile_seconds() - self._compiled, seconds)
+        text = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{text} ({compiled:.0f} s compiling)" if compiled >= 1 else text
 
     def update(self, done: int, note: str = "") -> None:
         """Report that ``done`` units are finished."""
-        if self._settled is None:
-            # The first unit includes the compilation; rates start at the second one.
-            self._settled = (time.monotonic(), done)
+        if self._out is None:
+            return
         now = time.monotonic()
+        if self._settled is None:
+            # Rates start at the second unit, because the first one includes the compilation.
+            self._settled = (now, done)
         since, before = self._settled
         rate = _rate(done - before, now - since, self.unit)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, note=note, rate=rate)
-            return
-        if self._plain and (now - self._last >= self.every or done >= self.total):
-            self._last = now
-            line = f"{self.title}: {done}/{self.total} {self.unit}, {now - self._start:.0f} s"
-            line += f", {rate}" if rate else ""
-            if before < done < self.total:
-                line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
-            sys.stderr.write(f"{line}{', ' + note if note else ''}\n")
-            sys.stderr.flush()
+        line = f"{self.title}: {done:,}/{self.total:,} {self.unit}, {self.time_taken}"
+        line += f", {rate}" if rate else ""
+        if before < done < self.total:
+            line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
+        note = ", ".join(filter(None, (self._stage, note)))
+        self._line, self._done = f"{line}{', ' + note if note else ''}", done
+        self._out.show(done, rate, note, self._line)
+
+    def stage(self, name: str) -> None:
+        """Name the stage that begins."""
+        self._stage = name
+        self.update(self._done)
 
     def say(self, text: str) -> None:
         """Write a separate line, unless the report is quiet."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        elif self._plain:
-            sys.stderr.write(f"{self.title}: {text}\n")
-            sys.stderr.flush()
+        if self._out is not None:
+            self._out.say(text if isinstance(self._out, _TerminalBar) else f"{self.title}: {text}")
 
-    def close(self) -> None:
-        """Finish the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+    def close(self, summary: str = "") -> None:
+        """Finish: replace the bar by a line.
+
+        Args:
+            summary: The line; "": that of the last update.
+        """
+        if self._out is not None:
+            self._out.close(summary or self._line)
+            self._out = None
 
 
 @contextlib.contextmanager
@@ -105,8 +261,7 @@ def stage(title: str, *, quiet: bool = False, every: float = 10.0) -> Iterator[N
 
     def report() -> None:
         while not done.wait(every):
-            sys.stderr.write(f"{title}: {time.monotonic() - start:.0f} s\n")
-            sys.stderr.flush()
+            write_line(f"{title}: {time.monotonic() - start:.0f} s")
 
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import os
+import platform
+import re
 import shutil
+import stat
+import tempfile
+import threading
+import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +24,7 @@ from cellplm_jax.errors import CellPLMError, InputError, explain
 if TYPE_CHECKING:
     import tensorstore
 
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL = ("no space left", "enospc", "file too large", "disk quota", "quota exceeded")
 
 
@@ -24,29 +33,221 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+# Partial outputs of this process. While the lock is held, no output is created or renamed.
+_partials: set[Path] = set()
+_lock = threading.Lock()
+_STRAY = re.compile(r"\..*\.partial-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
+
+
+def _forget() -> None:
+    """Forget, in a forked process, the partial outputs of its parent and a lock that a thread held."""
+    global _lock
+    _lock = threading.Lock()
+    _partials.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+# Whether a caller further up converts the errors of a full disk, with a better description.
+_explaining = contextvars.ContextVar("explaining", default=False)
+
+
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, *, room: int = 0) -> Iterator[Path]:
     """Yield a temporary path next to a file or folder; it is renamed if the block ends without an error.
 
-    After an error it is removed, and ``path`` is unchanged.
+    After an error it is removed, and ``path`` is unchanged. Temporary paths that dead processes left in the same folder
+    are removed.
 
     Args:
         path: A local file or folder. An existing file is replaced, a folder only if it is empty.
+        room: Bytes that the output needs; checked against the free space first.
 
     Yields:
         A path that does not exist yet, in the same folder.
+
+    Raises:
+        InputError: ``path`` exists and is neither a regular file nor a folder, or the disk is full.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    check_replaceable(path)
+    remove_strays(path.parent)
+    # Without a part of the name: a name may have the maximum length already.
+    name = (
+        path.name if len(os.fsencode(path.name)) < 160 else f"{zlib.crc32(path.name.encode()):08x}"
+    )
+    partial = path.with_name(f".{name}.partial-{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    with _lock:
+        _partials.add(partial)
     try:
-        yield partial
-        os.replace(partial, path)
+        with _explain_full_disk(path):
+            check_free_space(path, room)
+            yield partial
+            with _lock:
+                os.replace(partial, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+        with _lock:
+            _partials.discard(partial)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str = "cellplm-") -> Iterator[Path]:
+    """Yield a temporary folder that is removed afterwards, also by :func:`stop_writing`."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        with _lock:
+            _partials.add(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            with _lock:
+                _partials.discard(Path(name))
+
+
+def stop_writing(seconds: float = 1.0) -> None:
+    """Remove all partial outputs of this process, and let no other thread finish one. The process must end next.
+
+    Args:
+        seconds: Maximum time to wait for an output that is being renamed, and for threads that still write.
+    """
+    # Never released: other threads wait here until the process ends.
+    _lock.acquire(timeout=seconds)
+    for partial in list(_partials):
+        _remove(partial)
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove temporary paths of :func:`atomic_write` whose processes are dead.
+
+    Paths of other machines that share the folder remain: their processes may be alive.
+
+    Args:
+        folder: A local folder.
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            match = _STRAY.fullmatch(name)
+            if match and match["machine"] == _machine() and not _is_alive(int(match["process"])):
+                _remove(Path(folder) / name)
+
+
+def check_replaceable(path: Path) -> None:
+    """Reject an output that exists and is a device, a pipe or a socket.
+
+    Args:
+        path: The output; a link is followed.
+
+    Raises:
+        InputError: It is neither a regular file nor a folder.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(
+            f"'{path}' is a device, a pipe or a socket",
+            "a new or a regular file, because the output replaces it",
+            "Choose another output",
+        )
+
+
+def check_free_space(path: Path, room: int) -> None:
+    """Check in advance that an output fits on its disk.
+
+    Args:
+        path: The output; its folder exists.
+        room: Bytes that it needs.
+
+    Raises:
+        InputError: The disk has less free space.
+    """
+    if room <= 0:
+        return
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        if free < room:
+            raise InputError(
+                f"'{path}' cannot be written because the disk is full ({free / 1e6:,.1f} MB are free)",
+                f"{room / 1e6:,.1f} MB",
+                "Free some space or choose another folder",
+            )
+
+
+def reserve(path: Path, size: int) -> None:
+    """Extend a partial file to a size, so that later writes into it cannot fail because the disk is full.
+
+    Args:
+        path: An existing file. HDF5 removes what it does not use.
+        size: Bytes.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            # Some file systems cannot reserve space.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+@contextlib.contextmanager
+def _explain_full_disk(path: Path) -> Iterator[None]:
+    """Convert the errors of a full disk, unless a caller does it; libraries raise them in many forms."""
+    try:
+        yield
+    except CellPLMError:
+        raise
+    except Exception as error:
+        if _explaining.get():
+            raise
+        _, full, _ = _diagnosis(error)
+        with contextlib.suppress(OSError):
+            full = full or shutil.disk_usage(path.parent).free < 2**16
+        denied = isinstance(error, PermissionError) and error.filename in (None, str(path))
+        if not (full or denied):
+            raise
+        if full and not _diagnosis(error)[1]:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with explain_write_errors(f"'{path}'", catch=Exception):
+            raise error
+
+
+def _machine() -> str:
+    """Return a short name of this machine and its process numbers (a container has its own)."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it exists; other threads may still be writing into a folder."""
+    for _ in range(5):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+        if not os.path.lexists(path):
+            return
+        time.sleep(0.01)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
@@ -87,6 +288,7 @@ def explain_write_errors(
     Raises:
         CellPLMError: Of class ``raises``, instead of the error of the operating system or of TensorStore.
     """
+    token = _explaining.set(True)
     try:
         yield
     except CellPLMError:
@@ -111,18 +313,23 @@ def explain_write_errors(
                 f"Correct its permissions or choose another folder{rerun}",
             )
         raise raises(msg) from error
+    finally:
+        _explaining.reset(token)
 
 
 def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
     """Return the reason of an error in one short line, and whether it is a full disk or a missing permission."""
+    chain, inner = [error], error
+    while (inner := inner.__cause__ or inner.__context__) is not None and inner not in chain:
+        chain.append(inner)
     number = error.errno if isinstance(error, OSError) else None
     lines = str(error).strip().splitlines()
     reason = " ".join(lines[0].split()) if lines else type(error).__name__
     if len(reason) > 160:
         # Long reasons contain paths, and the end of a path is the most specific part.
         reason = f"... {reason[-160:].partition(' ')[2]}"
-    everything = f"{error} {error.__cause__ or ''}"
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    everything = " ".join(map(str, chain))
+    full = any(getattr(e, "errno", None) in _FULL_NUMBERS for e in chain)
     full = full or any(sign in everything.lower() for sign in _FULL)
     # Wording of TensorStore.
     denied = number in (errno.EACCES, errno.EPERM, errno.EROFS) or everything.startswith(

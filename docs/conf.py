@@ -25,6 +25,7 @@ extensions = [
     "myst_nb",  # Markdown pages and notebooks
     "sphinx_copybutton",
     "command_help",
+    "message_list",
     "repository_links",
 ]
 exclude_patterns = ["_build", "**/README.md"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
     monkeypatch.setattr(annotate, "CellTypeAnnotator", Recorder)
     arguments = ["--label-key", "k", "--split-key", "s", "--batch-key", "b", "--epochs", "9",
                  "--genes", "50", "--freeze", "encoder", "--adapter-rank", "2", "--balanced",
-                 "--learning-rate", "0.1", "--seed", "3", "--quiet"]  # fmt: skip
+                 "--learning-rate", "0.1", "--seed", "3", "--precision", "bfloat16", "--quiet"]  # fmt: skip
     out = tmp_path / "new"
     status, printed, _ = command(
         "annotate", "fit", "x", "--model", "none", "--out", out, *arguments
@@ -161,6 +162,7 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
     assert made[0] == (None, {
         "method": "finetune", "unknown_threshold": None, "class_weights": "balanced", "quiet": True,
         "genes": 50, "epochs": 9, "learning_rate": 0.1, "freeze": "encoder", "adapter_rank": 2, "seed": 3,
+        "precision": "bfloat16",
     })  # fmt: skip
     assert made[1] == (
         "x",
@@ -213,14 +215,20 @@ def test_denoise(command, tiny_run, tmp_path):
     status, printed, err = command(*fit, "--epochs", "1")
     assert (status, err) == (0, "")
     assert printed.startswith(f"wrote {saved}: 40 genes, 22 training cells, epoch 1 of 1 kept")
+    assert printed.splitlines()[-1].startswith("RMSE of held-out counts: pooled ")
     predict = ["denoise", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
     status, printed, _ = command(*predict, "--log-normalized", "--quiet")
-    assert (status, printed) == (0, f"wrote {out}: layers['cellplm_denoised']\n")
+    wrote, scores = printed.splitlines()
+    assert (status, wrote) == (0, f"wrote {out}: layers['cellplm_denoised']")
+    assert scores.startswith("RMSE of held-out counts: pooled ")
     assert set(ad.read_h5ad(out).layers) == {"cellplm_denoised", "cellplm_denoised_log1p"}
     predict[4] = tiny_run
     assert "has no estimator.json" in command(*predict, "--quiet")[2]
-    assert command(*predict, "--zero-shot", "--quiet")[0] == 0
-    assert ad.read_h5ad(out).uns["cellplm_denoising"]["zero_shot"]
+    options = ["--zero-shot", "--own-counts", "--storage", "float16", "--quiet"]
+    assert command(*predict, *options)[0] == 0
+    written = ad.read_h5ad(out)
+    assert written.uns["cellplm_denoising"]["zero_shot"]
+    assert written.layers["cellplm_denoised"].dtype == "float16"
 
 
 def test_perturb(command, tiny_run, tmp_path):
@@ -326,6 +334,46 @@ def test_cluster(command, tiny_run, tmp_path):
     status, _, err = command("cluster", tmp_path / "cells.h5ad", "--out", tmp_path / "no.h5ad")
     assert (status, (tmp_path / "no.h5ad").exists()) == (2, False)
     assert "no model was given" in err
+
+
+def test_no_command_advises_an_option_that_it_lacks(command, tiny_run, tmp_path):
+    adata = make_labelled(30)
+    adata.X = np.log1p(adata.X.toarray()) + 0.25
+    path = tmp_path / "logs.h5ad"
+    adata.write_h5ad(path)
+    fit = ["fit", path, "--model", tiny_run]
+    for run in (
+        ["prepare", path],
+        ["denoise", *fit],
+        ["integrate", *fit, "--batch-key", "batch"],
+    ):
+        status, _, err = command(*run, "--out", tmp_path / run[0], "--quiet")
+        assert status == 2
+        assert "(--layer) naming the matrix that holds raw counts." in err, err
+        assert "--values" not in err
+
+
+def test_cluster_has_the_options_that_its_messages_advise(command, tiny_run, tmp_path):
+    pytest.importorskip("igraph", reason="needs the extra 'eval'")
+    adata = make_labelled(40)
+    adata.layers["mine"], adata.X = adata.X.copy(), np.log1p(adata.X.toarray()) + 0.25
+    adata.write_h5ad(tmp_path / "logs.h5ad")
+    out = tmp_path / "out.h5ad"
+    run = ["cluster", tmp_path / "logs.h5ad", "--model", tiny_run, "--out", out, "--quiet"]
+    run += ["--adapt", "none"]
+    status, _, err = command(*run)
+    assert status == 2
+    advised = set(re.findall(r"\((--[a-z-]+)\)", err))
+    assert advised == {"--layer", "--values"}
+    help_text = command("cluster", "--help")[1]
+    assert all(option in help_text for option in advised)
+    assert command(*run, "--layer", "mine")[0] == 0
+    embedded = tmp_path / "embedded.h5ad"
+    command(
+        "embed", tmp_path / "logs.h5ad", "--model", tiny_run, "--out", embedded, "--layer", "mine"
+    )
+    expected = ad.read_h5ad(embedded).obsm["X_cellplm"]
+    np.testing.assert_array_equal(ad.read_h5ad(out).obsm["X_cellplm"], expected)
 
 
 def test_integrate(command, tiny_run, tmp_path):
@@ -651,7 +699,7 @@ def test_interruption_and_defects(command, monkeypatch, tmp_path):
 
     monkeypatch.setattr("cellplm_jax.tasks.info.describe", interrupt)
     status, out, err = command("info", tmp_path)
-    assert (status, out, err) == (1, "", "cellplm info: interrupted\n")
+    assert (status, out, err) == (130, "", "cellplm info: interrupted\n")
 
     def fail(*arguments):
         raise RuntimeError("a defect")
@@ -672,7 +720,7 @@ def test_interrupted_embedding_leaves_nothing(command, place, tiny_run, tmp_path
     status, _, err = command(
         "embed", path, "--model", tiny_run, "--out", tmp_path / "out.h5ad", "--quiet"
     )
-    assert (status, err) == (1, "cellplm embed: interrupted\n")
+    assert (status, err) == (130, "cellplm embed: interrupted\n")
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.h5ad"]
 
 

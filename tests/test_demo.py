@@ -10,6 +10,7 @@ import pytest
 
 from cellplm_jax.cli import main
 from cellplm_jax.demo import COMPONENTS, CONTEXT, ZERO_SHOT, verdict
+from tests.conftest import ROOT
 
 
 def table(ours, rival):
@@ -51,6 +52,16 @@ def test_files_hold_what_the_report_says(demo):
     report = (demo / "report.html").read_text()
     assert html.escape(CONTEXT) in report
     assert (demo / "umap.png").stat().st_size > 10_000
+
+
+def test_the_readme_shows_what_is_printed(demo):
+    scores = json.loads((demo / "scores.json").read_text())["scores"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method, values in scores.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {method} |"))
+        shown = [float(cell) for cell in row.strip("|").split("|")[1:]]
+        # The last digits of Leiden depend on the machine.
+        assert shown == pytest.approx([values[k] for k in ("ari", "nmi", "knn_accuracy")], abs=5e-3)
 
 
 def test_steps_need_from_scratch(capsys, tmp_path):

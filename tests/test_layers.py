@@ -24,7 +24,10 @@ LEVELS = {
     "compilation_cache": 1,
     "platforms": 1,
     "storage": 1,
+    "untrusted": 1,
+    "manifest": 1,
     "progress": 1,
+    "display": 0,
     # Fast forms of array operations, for model, losses and tasks alike.
     "kernels": 1,
     "data": 2,
@@ -135,6 +138,8 @@ def test_fences():
     assert {part_of(module) for module in users("huggingface_hub")} <= {"interop", "tasks"}
     assert {part_of(module) for module in users("anndata")} <= {
         "data",
+        "plot",
+        "report",
         "tasks",
         "demo",
         "demo_from_scratch",
@@ -228,7 +233,11 @@ def test_numpy_modules_do_not_import_jax():
     for module in ("errors", "config", "presets", *pages, *pictures, *command):
         assert not any(n.split(".")[0] == "jax" for n in top_level_imports(MODULES[module])), module
     for module in MODULES:
-        if part_of(module) == "evaluate" or module in ("data.genes", "data.anndata_io"):
+        if part_of(module) == "evaluate" or module in (
+            "data.genes",
+            "data.anndata_io",
+            "data.anndata_files",
+        ):
             assert not uses(MODULES[module], "jax"), module
 
 

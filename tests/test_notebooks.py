@@ -38,7 +38,7 @@ def read(source):
 
 def python_of(cell) -> str:
     """The Python of a cell: lines of IPython become ``pass``; a cell of the shell has none."""
-    if cell.source.startswith("%%bash"):
+    if cell.source.startswith(("%%bash", "#@title")):
         return ""
     return re.sub(r"^(\s*)[!%].*$", r"\1pass", cell.source, flags=re.MULTILINE)
 
@@ -62,20 +62,52 @@ def test_it_equals_its_source(source):
 
 
 @each
-def test_it_opens_in_colab_and_keeps_its_jax(source):
-    first, install, check = read(source).cells[:3]
-    assert first.source.startswith("[![Open in Colab]")
-    assert f"/blob/main/docs/notebooks/{source.stem}.ipynb)" in first.source
-    assert "\n# " in first.source
-    assert '%pip install -q -c constraints.txt "cellplm-jax[' in install.source
-    assert '("jax", "jaxlib")' in install.source
-    extras = re.search(r"cellplm-jax\[([\w,]+)\]", install.source)
+def test_it_opens_with_one_hidden_set_up_line(source):
+    first, setup = read(source).cells[:2]
+    assert first.source.splitlines()[0].startswith(("# ", "[![Open in Colab]"))
+    assert "remove-cell" in setup.metadata.tags
+    assert setup.metadata.cellView == "form"
+    assert len(setup.source.splitlines()) == 2  # a title that Colab shows, and the line
+    extras = re.search(r"\[([\w,]+)\]", setup.source)
     assert extras is not None
     declared = (ROOT / "setup.py").read_text()
     assert all(f'"{extra}":' in declared for extra in extras[1].split(","))
-    assert "CELLPLM_NOTEBOOK_FAST" in check.source
-    later = "\n".join(cell.source for cell in read(source).cells[3:])
-    assert "CELLPLM_NOTEBOOK_FAST" not in later
+    later = "\n".join(cell.source for cell in read(source).cells[2:])
+    assert "FAST" not in later
+    assert "pip install" not in later
+
+
+def test_notebooks_follow_the_address(monkeypatch):
+    build = builder()
+    setting = build.set_address()
+    monkeypatch.setattr(build, "set_address", lambda: setting)
+    monkeypatch.setattr(setting, "address", lambda: "github.com/someone/cellplm-jax")
+    made = build.assemble(SOURCES[0])
+    assert (
+        "colab.research.google.com/github/someone/cellplm-jax/blob/main/docs"
+        in made.cells[0].source
+    )
+    assert (
+        '"cellplm-jax[eval,train] @ git+https://github.com/someone/cellplm-jax"'
+        in made.cells[1].source
+    )
+    monkeypatch.setattr(setting, "address", lambda: "")
+    made = build.assemble(SOURCES[0])
+    assert "colab" not in made.cells[0].source
+    assert '"../..[eval,train]"' in made.cells[1].source
+
+
+@each
+def test_the_reduced_setting_changes_what_is_there(source):
+    full, fast = (builder().assemble(source, fast=fast) for fast in (False, True))
+    assert [c.source for c in full.cells] != [c.source for c in fast.cells]
+
+
+def test_the_index_shows_every_notebook():
+    index = (FOLDER / "index.md").read_text(encoding="utf-8")
+    assert index == builder().index(FOLDER), "run: make notebooks-full"
+    for source in SOURCES:
+        assert f"({source.stem}.ipynb)" in index
 
 
 @each
@@ -109,7 +141,7 @@ def test_its_outputs_are_those_of_a_clean_run(source):
     assert builder().problems(notebook) == []
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
+    assert sum(bool(cell.outputs) for cell in code[1:]) >= len(code[1:]) / 2
     assert (FOLDER / f"{source.stem}.ipynb").stat().st_size < LARGEST
     text = json.dumps(notebook)
     assert ROOT.as_posix() not in text

@@ -244,11 +244,14 @@ def test_python_blocks_run_as_written(page, page_folder, monkeypatch):
     import matplotlib.pyplot as plt
     import scanpy
 
+    from cellplm_jax.evaluate import embedding
+
     def two_dimensions(adata):
         # UMAP takes ten seconds to compile; that it runs on this graph is tested with the tasks.
         adata.obsm["X_umap"] = np.asarray(adata.obsm["X_cellplm"])[:, :2]
 
     monkeypatch.setattr(scanpy.tl, "umap", two_dimensions)
+    monkeypatch.setattr(embedding, "umap_coordinates", lambda z, **_: np.asarray(z)[:, :2])
     names: dict[str, Any] = {}
     said = ""
     for block in blocks(page):
@@ -269,9 +272,10 @@ def test_python_blocks_run_as_written(page, page_folder, monkeypatch):
 
 def _readme(names):
     adata = names["adata"]
-    assert {"cellplm_cluster", "cellplm_cell_type"} <= set(adata.obs)
+    assert "cellplm_cluster" in adata.obs
     assert adata.uns["cellplm"]["adapt"] == "context"
-    assert "cellplm_probabilities" in adata.obsm
+    # The picture stores the colours.
+    assert len(adata.uns["cell_type_colors"]) == adata.obs["cell_type"].nunique()
 
 
 def _genes(names):
@@ -443,6 +447,8 @@ def test_links_of_the_repository_become_links_of_the_site():
     text = (
         "[a](../benchmarks/quality/quality.md#annotation) [b](embed_exported.py) [c](https://x.y/z)"
     )
+    notebook = "[n](notebooks/01_quickstart.ipynb)"
+    assert links.rewrite(notebook, DOCS / "choosing.md", "choosing") == notebook
     assert links.rewrite(text, DOCS / "choosing.md", "choosing") == (
         "[a](benchmarks/quality.md#annotation) b (`docs/embed_exported.py`) [c](https://x.y/z)"
     )
@@ -465,15 +471,92 @@ def test_the_reference_holds_every_public_name():
             assert f":: {where}\n" in reference, name
 
 
+# -- the first page --------------------------------------------------------------------------------
+
+
+def tool(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_is_short_and_opens_with_install_line_and_picture():
+    lines_ = PAGES["README.md"].splitlines()
+    assert len(lines_) <= 110
+    assert len(PAGES["README.md"].split()) <= 900
+    install = next(n for n, line in enumerate(lines_, 1) if line.startswith("pip install"))
+    picture = next(n for n, line in enumerate(lines_, 1) if "<img" in line)
+    assert install <= 25
+    assert picture <= 30
+    assert not re.search(r"(?<![\d.])\.\d", PAGES["README.md"])  # 0.882, not .882
+
+
+def test_install_lines_follow_the_one_address():
+    setting = tool("set_address")
+    held = 0
+    for path in setting.pages():
+        text = path.read_text(encoding="utf-8")
+        assert setting.render(text, setting.address()) == text, f"run tools/set_address.py: {path}"
+        held += "<!-- install -->" in text
+    assert held == 3  # README, first page, getting started
+    other = setting.render(PAGES["README.md"], "github.com/someone/cellplm-jax")
+    assert 'pip install "cellplm-jax[eval] @ git+https://github.com/someone/cellplm-jax"' in other
+    assert setting.main(["https://github.com/someone/cellplm-jax"]) == 2
+
+
+UNPUBLISHED = re.compile(r"pip install (?:-\S+ )*['\"]?cellplm-jax(?!\[|-)")
+
+
+def test_no_placeholder_and_no_unpublished_name():
+    """A first installation needs an address or a checkout; extras of an installed package need neither."""
+    texts = dict(PAGES)
+    for path in [*DOCS.glob("notebooks/*.ipynb"), *(ROOT / "cellplm_jax").rglob("*.py")]:
+        texts[path.name] = path.read_text(encoding="utf-8")
+    for page, text in texts.items():
+        assert not re.search(r"\bOWNER\b", text), page
+        assert not UNPUBLISHED.search(text), page
+    assert UNPUBLISHED.search("pip install cellplm-jax")
+    assert UNPUBLISHED.search("pip install -q 'cellplm-jax'")
+
+
+def test_badges_are_those_of_the_metadata():
+    badges = tool("make_badges")
+    for name, text in badges.facts().items():
+        assert (badges.FOLDER / f"{name}.svg").read_text() == badges.badge(name, text)
+        assert f"badges/{name}.svg" in PAGES["README.md"]
+
+
+def test_every_message_has_a_row_with_its_remedy():
+    path = DOCS / "extensions" / "message_list.py"
+    spec = importlib.util.spec_from_file_location("message_list", path)
+    assert spec is not None
+    assert spec.loader is not None
+    listed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(listed)
+    found = list(listed.messages())
+    assert len(found) > 250
+    assert sum(bool(message.remedy) for message in found) > 0.9 * len(found)
+    text = "\n".join(listed.markdown())
+    assert "obsm has no '…'" in text
+    assert text.count("\n## ") >= 8
+
+
 @pytest.mark.parametrize("path", sorted(DOCS.glob("figures/*.py")), ids=lambda path: path.stem)
 def test_figures_are_there_in_both_themes(path):
     if path.stem != "themes":
         used = "\n".join(PAGES.values())
         for theme in ("light", "dark"):
-            picture = path.with_name(f"{path.stem}-{theme}.svg")
-            assert picture.exists()
-            assert picture.stat().st_size < 150_000
-            assert f"figures/{picture.name}" in used
+            drawn = sorted(path.parent.rglob(f"{path.stem}-{theme}.*"))
+            if path.stem == "stories":
+                drawn = sorted((path.parent / "stories").glob(f"*-{theme}.png"))
+                assert len(drawn) == 8
+            assert drawn
+            for picture in drawn:
+                assert picture.stat().st_size < 150_000
+                assert f"figures/{picture.relative_to(path.parent).as_posix()}" in used
 
 
 def test_embedding_scores_of_the_readme_are_those_of_the_study():

@@ -427,6 +427,162 @@ def test_palette_can_be_told_apart(vision):
         assert np.linalg.norm(position - grey) > 0.05
 
 
+def luminance(color):
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one, two):
+    low, high = sorted([luminance(one), luminance(two)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_palette_can_be_seen_on_the_light_and_the_dark_page():
+    from cellplm_jax.plot.style import DARK_INK, DARK_PAGE
+
+    for ground in ("#FFFFFF", DARK_PAGE):
+        for color in (*plot.PALETTE, plot.UNKNOWN_COLOR):
+            assert contrast(color, ground) > 1.8, (color, ground)
+        assert min(contrast(color, ground) for color in plot.PALETTE[:6]) > 2.2
+    assert contrast("#CCCCFF", "#FFFFFF") < 1.8  # what this is for
+    assert contrast(DARK_INK, DARK_PAGE) > 7
+
+
+# -- one order and one colour per category ---------------------------------------------------------
+
+
+def blood(cells=60):
+    import anndata
+
+    generator = np.random.default_rng(0)
+    adata = anndata.AnnData(generator.poisson(2.0, (cells, 3)).astype(np.float32))
+    adata.var_names = ["CD3D", "LYZ", "MS4A1"]
+    adata.obs["cluster"] = [str(n % 12) for n in range(cells)]
+    adata.obs["depth"] = np.linspace(0, 1, cells)
+    adata.obsm["X_umap"] = generator.random((cells, 2))
+    adata.obsm["spatial"] = generator.random((cells, 2)) * [1000, 700]
+    return adata
+
+
+def test_labels_are_sorted_as_people_do():
+    from cellplm_jax.plot.style import categories_of
+
+    wanted = [str(n) for n in range(12)]
+    for values in (
+        blood().obs["cluster"],
+        blood().obs["cluster"].astype("category"),  # alphabetical by default
+        pd.Categorical(blood().obs["cluster"], wanted),
+    ):
+        assert [str(name) for name in categories_of(values).categories] == wanted
+    assert list(categories_of(["CD14", "CD8", "CD4"]).categories) == ["CD4", "CD8", "CD14"]
+
+
+def test_colours_are_stored_and_read_as_scanpy_does():
+    adata = blood()
+    axes = plot.umap(adata, color="cluster")
+    assert axes.get_title(loc="left") == "cluster"
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [str(n) for n in range(12)]
+    stored = dict(
+        zip(adata.obs["cluster"].cat.categories, adata.uns["cluster_colors"], strict=True)
+    )
+    assert stored == {str(n): plot.PALETTE[n] for n in range(12)}
+    drawn = colors_at(axes, adata.obsm["X_umap"])
+    assert [color.upper() for color in drawn] == [stored[n] for n in adata.obs["cluster"]]
+    # The tissue, and a subset of the cells, have the same colours.
+    some = adata[adata.obs["cluster"].isin(["3", "7"])].copy()
+    axes = plot.spatial(some, color="cluster")
+    drawn = colors_at(axes, some.obsm["spatial"])
+    assert [color.upper() for color in drawn] == [stored[n] for n in some.obs["cluster"]]
+    adata.uns["cluster_colors"] = ["#112233"] * 11 + ["#445566"]
+    axes = plot.umap(adata, color="cluster")
+    assert set(colors_at(axes, adata.obsm["X_umap"])) == {"#112233", "#445566"}
+    shown = {(h.get_color(), h.get_marker()) for h in axes.get_legend().legend_handles}
+    assert len(shown) == 5  # four markers of the repeated colour, and the other
+
+
+def test_umap_of_cells_draws_columns_and_genes():
+    adata = blood()
+    panels = plot.umap(adata, color=["cluster", "depth", "LYZ"], title="Blood")
+    assert [panel.get_title(loc="left") for panel in panels] == ["cluster", "depth", "LYZ"]
+    values = np.asarray(panels[2].collections[-1].get_array())
+    total = adata.X.sum(axis=1)
+    expected = np.log1p(1e4 * adata.X[:, 1] / np.maximum(total, 1))
+    np.testing.assert_allclose(np.sort(values), np.sort(expected), rtol=1e-5)
+    assert plot.umap(adata).get_legend() is None
+    for arguments, text in (
+        ({"color": "LYS"}, "Did you mean 'LYZ'"),
+        ({"color": []}, "empty list"),
+        ({"color": "LYZ", "basis": "X_tsne"}, "obsm has no 'X_tsne'"),
+    ):
+        with pytest.raises(InputError, match=text):
+            plot.umap(adata, **arguments)
+    with pytest.raises(InputError, match="without values"):
+        plot.umap(adata.obsm["X_umap"])
+    del adata.obsm["X_umap"]
+    with pytest.raises(InputError, match="Embed the cells first"):
+        plot.umap(adata, color="LYZ")
+
+
+def test_a_missing_layout_is_computed_from_the_embedding(monkeypatch):
+    from cellplm_jax.evaluate import embedding
+
+    adata = blood()
+    adata.obsm["X_cellplm"] = adata.obsm.pop("X_umap")
+    monkeypatch.setattr(embedding, "umap_coordinates", lambda z, **_: 2 * z)
+    plot.umap(adata, color="depth")
+    np.testing.assert_allclose(adata.obsm["X_umap"], 2 * adata.obsm["X_cellplm"])
+
+
+def test_scale_bar_is_a_round_length():
+    adata = blood()
+    adata.obsm["spatial"][:2] = [[0, 0], [1000, 700]]
+    axes = plot.spatial(adata, color="cluster", micrometres_per_unit=0.5)
+    (bar,) = [line for line in axes.lines if line.get_gid() == "scale bar"]
+    assert np.ptp(bar.get_xdata()) == pytest.approx(200)  # 100 µm; the tissue is 500 µm wide
+    assert [text.get_text() for text in axes.texts] == ["100 µm"]
+    assert not plot.spatial(adata, color="cluster").lines
+    factors = {"scalefactors": {"spot_diameter_fullres": 130.0}}
+    adata.uns["spatial"] = {"one": factors}
+    assert plot.scale_of(adata) == pytest.approx(0.5)
+    assert plot.spatial(adata, color="cluster").texts[0].get_text() == "100 µm"
+
+
+def test_dark_theme_turns_ink_and_leaves_data():
+    adata = blood()
+    axes = plot.umap(adata, color="cluster", label_groups=True)
+    figure = axes.figure
+    ink = axes.xaxis.label.get_color()
+    data = colors_at(axes, adata.obsm["X_umap"])
+    with plot.dark_theme(figure):
+        assert contrast(axes.xaxis.label.get_color(), "#1D2125") > 6
+        assert contrast(axes.get_facecolor(), "#1D2125") == pytest.approx(1, abs=0.02)
+        assert colors_at(axes, adata.obsm["X_umap"]) == data
+        handles = axes.get_legend().legend_handles
+        assert [handle.get_color() for handle in handles] == list(plot.PALETTE[:12])
+    assert axes.xaxis.label.get_color() == ink
+    assert to_hex(axes.get_facecolor()) == "#ffffff"
+    # Numbers on the cells of a confusion matrix stay on their colours.
+    axes = plot.confusion_matrix(pd.DataFrame([[5, 1], [0, 9]], list("ab"), list("ab")))
+    before = [text.get_color() for text in axes.texts]
+    with plot.dark_theme(axes.figure):
+        assert [text.get_color() for text in axes.texts] == before
+
+
+def test_dot_plot_shows_means_and_shares():
+    means = pd.DataFrame([[1.0, 0.0], [3.0, 2.0]], ["0", "1"], ["LYZ", "CD3D"])
+    shares = pd.DataFrame([[0.5, 0.0], [1.0, 0.25]], ["0", "1"], ["LYZ", "CD3D"])
+    axes = plot.dot_plot(means, shares)
+    dots = axes.collections[0]
+    np.testing.assert_allclose(dots.get_array(), [0, 0, 1, 1])
+    sizes = dots.get_sizes() - 2
+    np.testing.assert_allclose(sizes / sizes[2], [0.5, 0, 1, 0.25])
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1"]
+    with pytest.raises(InputError, match="the same shape"):
+        plot.dot_plot(means, shares.iloc[:1])
+
+
 def test_fitting_curves():
     history = [
         {"epoch": n, "loss": 1.0 / n, "validation_loss": 2.0 / n, "validation_score": n / 10}

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib.util
 import io
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -24,68 +26,83 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 
-REPOSITORY = "OWNER/cellplm-jax"
-"""Where the badge opens the notebooks from: the one place to write the public repository's name."""
+FAST = {
+    "01_quickstart": [('"unassigned"].copy()', '"unassigned"][:400].copy()')],
+    "02_annotate": [('"unassigned"].copy()', '"unassigned"][:500].copy()'), ("epochs=15", "epochs=2")],
+    "03_spatial_imputation": [("cells=2400", "cells=600"), ("epochs=40", "epochs=3")],
+    "04_denoise_and_perturb": [("[:600]", "[:200]"), ("epochs=5", "epochs=1")],
+    "05_pretrain": [
+        ('adata.write_h5ad("cells.h5ad")', 'adata[:600].copy().write_h5ad("cells.h5ad")'),
+        ("steps=240", "steps=30"), ("evaluate_every=40", "evaluate_every=10"),
+        ("checkpoint_every=40", "checkpoint_every=10"),
+    ],
+    "06_convert_checkpoint": [("[:1000]", "[:200]")],
+}  # fmt: skip
+"""What ``--fast`` replaces in each source: fewer cells and epochs."""
 
-FAST = "CELLPLM_NOTEBOOK_FAST"
 EXTRAS = {"05_pretrain": "eval,train,hub", "06_convert_checkpoint": "eval,torch"}
 COLORS = 192  # of a picture: enough for a plot, a third of the bytes
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
 
-INSTALL = '''\
-# Installs cellplm-jax where it is missing, as on Colab. The machine's own jax is kept: it was built for its GPU or
-# TPU, so the versions that are there become a constraint. If pip says that they cannot be kept, that jax is too old
-# or too new for cellplm-jax (it needs 0.10 to 0.12); nothing is changed then.
-import importlib.metadata
-import importlib.util
-from pathlib import Path
-
-if importlib.util.find_spec("cellplm_jax") is None:
-    there = [name for name in ("jax", "jaxlib") if importlib.util.find_spec(name)]
-    kept = [f"{{name}}=={{importlib.metadata.version(name)}}" for name in there]
-    Path("constraints.txt").write_text("\\n".join(kept))
-    %pip install -q -c constraints.txt "cellplm-jax[{extras}]"'''
-
-CHECK = """\
-import os
-
-import jax
-
-# Continuous integration runs a reduced setting: fewer cells and epochs. Results below are of the full one.
-FAST = os.environ.get("CELLPLM_NOTEBOOK_FAST") == "1"
-
-versions = {name: importlib.metadata.version(name) for name in ("cellplm-jax", "jax")}
-print(*(f"{name} {version}" for name, version in versions.items()), "on", jax.devices()[0].platform)"""
+SETUP = """\
+#@title Set-up: installs cellplm-jax if it is missing; the jax of Colab is kept if it is 0.10 to 0.12
+!python -c "import cellplm_jax" 2> /dev/null || pip install -q {requirement}"""
+HIDDEN = {"tags": ["remove-cell"], "jupyter": {"source_hidden": True}, "cellView": "form"}
+THUMBNAIL = (360, 200)  # pixels, at most
 
 
-def assemble(source: Path):
-    """Return the notebook of a source: badge, install cell, check cell, then the source's cells; without outputs.
+def set_address():
+    """Return the module that knows the public address."""
+    specification = importlib.util.spec_from_file_location(
+        "set_address", ROOT / "tools" / "set_address.py"
+    )
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def assemble(source: Path, *, fast: bool = False):
+    """Return the notebook of a source: badge, a hidden set-up cell, then the source's cells; without outputs.
 
     Args:
         source: A percent script; its first cell is Markdown and starts with the title.
+        fast: In the reduced setting.
+
+    Raises:
+        ValueError: The first cell is no title, or the reduced setting names what the source lacks.
     """
     import jupytext
     import nbformat
 
-    read = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    text = source.read_text(encoding="utf-8")
+    for old, new in FAST[source.stem] if fast else ():
+        if old not in text:
+            msg = f"{source}: the reduced setting replaces {old!r}, which is not there"
+            raise ValueError(msg)
+        text = text.replace(old, new)
+    read = jupytext.reads(text, fmt="py:percent")
     first, rest = read.cells[0], read.cells[1:]
     if first.cell_type != "markdown" or not first.source.startswith("# "):
         msg = f"{source}: the first cell has to be Markdown with the title"
         raise ValueError(msg)
-    path = f"blob/main/docs/notebooks/{source.stem}.ipynb"
-    badge = BADGE.format(address=f"https://colab.research.google.com/github/{REPOSITORY}/{path}")
+    setting = set_address()
+    where, title = setting.address(), first.source
+    if where.startswith("github.com/"):
+        name = where.removeprefix("github.com/")
+        path = f"github/{name}/blob/main/docs/notebooks/{source.stem}.ipynb"
+        title = f"{BADGE.format(address=f'https://colab.research.google.com/{path}')}\n\n{title}"
+    # Without an address the notebook is in a checkout, two folders below its root.
     extras = EXTRAS.get(source.stem, "eval,train")
+    wanted = setting.requirement(extras, where).replace('".[', '"../..[')
     make = nbformat.v4
-    cells = [
-        make.new_markdown_cell(f"{badge}\n\n{first.source}"),
-        make.new_code_cell(INSTALL.format(extras=extras)),
-        make.new_code_cell(CHECK),
-        *rest,
-    ]
+    setup = make.new_code_cell(SETUP.format(requirement=wanted))
+    cells = [make.new_markdown_cell(title), setup, *rest]
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number:02d}"
-        cell["metadata"] = {}
+        cell["metadata"] = HIDDEN if cell is setup else {}
     metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -107,7 +124,6 @@ def run(notebook, *, fast: bool, timeout: int) -> None:
     import nbclient
 
     environment = {
-        FAST: "1" if fast else "0",
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         # So that !cellplm is the one of this Python, and finds the package of this checkout.
@@ -183,6 +199,60 @@ def shrink(notebook) -> None:
             output.get("metadata", {}).clear()
 
 
+def children_seconds() -> float:
+    """Return the processor time of all programs that ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def thumbnail(notebook, path: Path) -> None:
+    """Write the largest picture of a notebook, small, for the index.
+
+    Args:
+        notebook: With outputs.
+        path: PNG file; not written if the notebook has no picture.
+    """
+    from PIL import Image
+
+    found = [
+        output["data"]["image/png"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    if found:
+        picture = Image.open(io.BytesIO(base64.b64decode(max(found, key=len)))).convert("RGB")
+        picture.thumbnail(THUMBNAIL)
+        path.parent.mkdir(exist_ok=True)
+        picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def index(folder: Path) -> str:
+    """Return the index of the notebooks: a card each, with title, first sentence, picture and run time.
+
+    Args:
+        folder: With the notebooks and their pictures.
+    """
+    import nbformat
+
+    lines = [
+        "# Notebooks", "",
+        "For Google Colab or a laptop, shown with their committed outputs.",
+        "", "```{toctree}", ":glob:", ":hidden:", "", "*", "```", "", ":::::{container} cards notebooks", "",
+    ]  # fmt: skip
+    for path in sorted(folder.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        _, _, text = notebook.cells[0].source.partition("# ")
+        title, _, body = text.partition("\n")
+        sentence = re.split(r"(?<=\.)\s", " ".join(body.split()), maxsplit=1)[0]
+        seconds = notebook.metadata.get("cellplm", {}).get("processor_seconds")
+        lines += ["::::{container} card", f"**[{title}]({path.name})**", ""]
+        if (folder / "thumbnails" / f"{path.stem}.png").exists():
+            lines += [f"![](thumbnails/{path.stem}.png)", ""]
+        lines += [sentence + (f" {seconds:.0f} processor seconds." if seconds else ""), "::::", ""]
+    return "\n".join([*lines, ":::::", "", "[Running the notebooks](running.md)", ""])
+
+
 def main() -> int:
     """Run what the command line says; 1 where a notebook shows what it must not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -201,17 +271,22 @@ def main() -> int:
         parser.error(f"no such notebook: {', '.join(sorted(unknown)) or 'none is there'}")
     failed = False
     for source in chosen:
-        notebook, began = assemble(source), time.monotonic()
+        notebook, began = assemble(source, fast=arguments.fast), time.monotonic()
+        used = children_seconds()
         run(notebook, fast=arguments.fast, timeout=arguments.timeout)
         found = problems(notebook)
         print(f"{source.stem}: {time.monotonic() - began:.0f} s", *found, sep="\n  ", flush=True)
         failed |= bool(found)
         if not arguments.fast:
             shrink(notebook)
+            notebook.metadata["cellplm"] = {"processor_seconds": round(children_seconds() - used)}
+            thumbnail(notebook, arguments.out / "thumbnails" / f"{source.stem}.png")
             nbformat.validate(notebook)
             partial = arguments.out / f".{source.stem}.partial"
             nbformat.write(notebook, partial)
             os.replace(partial, arguments.out / f"{source.stem}.ipynb")
+    if not arguments.fast and arguments.out == NOTEBOOKS:
+        (NOTEBOOKS / "index.md").write_text(index(NOTEBOOKS), encoding="utf-8")
     return int(failed)
 
 

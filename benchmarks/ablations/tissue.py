@@ -87,7 +87,9 @@ def impute(seed: int, spatial_key: str | None) -> dict[str, Any]:
     )
     table = imputer.score_genes(panel, truth=target)
     place = {name: number for number, name in enumerate(target.var["ensembl_id"])}
-    pearson = {place[name]: value for name, value in table["pearson"].items()}
+    pearson = {
+        place[gene]: value for gene, value in zip(table["gene_id"], table["pearson"], strict=True)
+    }
     facts = {
         "fit_seconds": round(time.monotonic() - began, 1),
         "best_epoch": imputer.facts["best_epoch"],

@@ -271,7 +271,9 @@ def one_embedding(job: Job, cells: int, precision: str, way: str) -> None:
             held = cupyx.scipy.sparse.csr_matrix(counts)
         adata = anndata.AnnData(held)
         adata.var_names = list(model.genes)
-        seconds, first = timed(lambda: cellplm.embed(adata, model).obsm["X_cellplm"], repeats)
+        seconds, first = timed(
+            lambda: cellplm.embed(adata, model, quiet=True).obsm["X_cellplm"], repeats
+        )
     else:
         if way == "device dense":
             if counts.shape[0] * counts.shape[1] * 4 > job.choose(20e9, 1e9):
@@ -758,7 +760,7 @@ def profile(job: Job) -> None:
     adata.var_names = list(model.genes)
 
     def embed() -> None:
-        cellplm.embed(adata, model)
+        cellplm.embed(adata, model, quiet=True)
 
     def trace(what: str, run: Callable[[], None]) -> None:
         run()  # compiles

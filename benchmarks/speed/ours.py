@@ -40,7 +40,7 @@ def prepare_embedding(job: dict[str, Any], counts: Any) -> Callable[[], np.ndarr
     adata.var_names = list(model.genes)
 
     def embed() -> np.ndarray:
-        cellplm.embed(adata, model)
+        cellplm.embed(adata, model, quiet=True)
         return adata.obsm["X_cellplm"]
 
     return embed

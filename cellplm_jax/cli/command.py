@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from cellplm_jax._version import __version__
-from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models
-from cellplm_jax.cli.output import fail
+from cellplm_jax.cli import bench, corpus, embedding, estimators, install, models, niches
+from cellplm_jax.cli.output import advised, fail
 from cellplm_jax.cli.parser import Parser
-from cellplm_jax.errors import CellPLMError
+from cellplm_jax.errors import CellPLMError, InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     corpus.add_prepare(commands)
     embedding.add_embed(commands)
     embedding.add_cluster(commands)
+    niches.add_niches(commands)
     embedding.add_integrate(commands)
     estimators.add_annotate(commands)
     estimators.add_impute(commands)
@@ -84,21 +87,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _usable_outputs()
     arguments = build_parser().parse_args(words)
     # For reports, which show the command line.
     arguments.words = words
     _silence_abandoned_reads()
     try:
-        if os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu"):
-            _check_devices(arguments.command)
-        return arguments.run(arguments) or 0
+        return _run(arguments)
     except CellPLMError as error:
-        fail(f"cellplm {arguments.command}", str(error))
+        fail(f"cellplm {arguments.command}", advised(str(error), arguments))
         return 2
     except KeyboardInterrupt:
         fail(f"cellplm {arguments.command}", "interrupted")
-        return 1
+        return 130
     except BrokenPipeError:
         # The reader of a pipe closed it (head, less); this is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a command, and write its complete output."""
+    try:
+        if os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu"):
+            _check_devices(arguments.command)
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        # Python would try to write the rest again at its end.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(
+            f"the output cannot be written because the disk is full ({error.strerror})",
+            "enough space for the output",
+            "Free some space or choose another folder",
+        ) from error
+    return status
+
+
+def _usable_outputs() -> None:
+    """Replace closed standard streams, and let them accept all characters."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

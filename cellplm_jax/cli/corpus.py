@@ -139,6 +139,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         label_key=arguments.label_key,
         layer=arguments.layer,
         gene_key=arguments.gene_key,
+        feature_type=arguments.feature_type,
         genes=arguments.genes,
         vocabulary=arguments.vocabulary,
         minimum_cells=arguments.minimum_cells,

@@ -38,7 +38,7 @@ def add_embed(commands: Any) -> None:
         commands,
         "embed",
         _embed,
-        "embed the cells of an .h5ad file or a corpus",
+        "embed the cells of an .h5ad file, a .zarr store or a corpus",
         "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html\n"
         "  cellplm embed corpus --model small --out embedded.zarr",
     )
@@ -61,16 +61,30 @@ def add_embed(commands: Any) -> None:
     )
     add_counts(parser)
     parser.add_argument(
-        "--cells-per-context",
-        type=positive,
-        metavar="N",
-        help="maximum number of cells per context (all)",
-    )
-    parser.add_argument(
         "--key-added",
         default=DEFAULTS["key_added"],
         metavar="K",
         help="key of obsm to write (X_cellplm)",
+    )
+    _add_values(parser)
+    add_adapt(parser, "none")
+    add_precision(parser)
+    parser.add_argument(
+        "--color",
+        action="append",
+        metavar="K",
+        help="column of obs that colours the UMAP of the report; repeatable (--batch-key)",
+    )
+    add_output(parser, report="a summary of the input and a UMAP")
+
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an embedding for its contexts and the values of its cells."""
+    parser.add_argument(
+        "--cells-per-context",
+        type=positive,
+        metavar="N",
+        help="maximum number of cells per context (all)",
     )
     parser.add_argument(
         "--values",
@@ -81,15 +95,23 @@ def add_embed(commands: Any) -> None:
     parser.add_argument(
         "--minimum-genes", type=positive, metavar="N", help="minimum number of known genes"
     )
-    add_adapt(parser, "none")
-    add_precision(parser)
-    parser.add_argument(
-        "--color",
-        action="append",
-        metavar="K",
-        help="column of obs that colours the UMAP of the report; repeatable (--batch-key)",
-    )
-    add_output(parser, report="a summary of the input and a UMAP")
+
+
+def _embedding_keys(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of an embedding that ``embed`` and ``cluster`` share."""
+    return {
+        "batch_key": arguments.batch_key,
+        "spatial_key": arguments.spatial_key or "spatial",
+        "require_coordinates": arguments.spatial_key is not None,
+        "layer": arguments.layer,
+        "gene_key": arguments.gene_key,
+        "cells_per_context": arguments.cells_per_context,
+        "values": arguments.values,
+        "minimum_genes": arguments.minimum_genes,
+        "adapt": arguments.adapt,
+        "feature_type": arguments.feature_type,
+        "quiet": arguments.quiet,
+    }
 
 
 def add_adapt(parser: argparse.ArgumentParser, default: str) -> None:
@@ -118,17 +140,8 @@ def _embed(arguments: argparse.Namespace) -> None:
         arguments.input,
         model,
         arguments.out,
-        batch_key=arguments.batch_key,
-        spatial_key=arguments.spatial_key or "spatial",
-        require_coordinates=arguments.spatial_key is not None,
-        layer=arguments.layer,
-        gene_key=arguments.gene_key,
-        cells_per_context=arguments.cells_per_context,
         key_added=arguments.key_added,
-        values=arguments.values,
-        minimum_genes=arguments.minimum_genes,
-        adapt=arguments.adapt,
-        quiet=arguments.quiet,
+        **_embedding_keys(arguments),
     )
     write_page(arguments, "embedding", arguments.out, arguments.key_added, colors)
     print_result(
@@ -152,7 +165,7 @@ def _is_corpus(path: str) -> bool:
 
 def _embed_corpus(arguments: argparse.Namespace) -> None:
     unused = ("adapt", "batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
-              "values", "minimum_genes", "color", "report")  # fmt: skip
+              "values", "minimum_genes", "feature_type", "color", "report")  # fmt: skip
     reject_options(
         arguments,
         unused,
@@ -191,7 +204,7 @@ def add_cluster(commands: Any) -> None:
         commands,
         "cluster",
         _cluster,
-        "cluster the cells of an .h5ad file: neighbours and Leiden on an embedding, scores, a figure",
+        "cluster the cells of an .h5ad file or a .zarr store: neighbours and Leiden on an embedding, scores, a figure",
         "cellplm cluster cells.h5ad --model small --out clustered.h5ad --label-key cell_type --picture umap.png",
     )
     parser.add_argument("input", metavar="IN.h5ad", help="cells, embedded or with raw counts")
@@ -220,6 +233,8 @@ def add_cluster(commands: Any) -> None:
         metavar="K",
         help="column of obs: contexts of the embedding, and mixing scores",
     )
+    add_counts(parser)
+    _add_values(parser)
     parser.add_argument(
         "--label-key", metavar="K", help="column of obs with known types, to print scores"
     )
@@ -233,7 +248,7 @@ def add_cluster(commands: Any) -> None:
 
 def _cluster(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.cluster import cluster_file, draw_clusters, known_columns
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output, read_annotations
 
     check_new_file(arguments)
     if arguments.picture:
@@ -249,10 +264,8 @@ def _cluster(arguments: argparse.Namespace) -> None:
         neighbors=arguments.neighbors,
         key_added=arguments.key_added,
         seed=arguments.seed,
-        batch_key=arguments.batch_key,
-        adapt=arguments.adapt,
         umap=arguments.picture is not None or arguments.report is not None,
-        quiet=arguments.quiet,
+        **_embedding_keys(arguments),
     )
     number = cells.obs[arguments.key_added].nunique()
     lines = [f"wrote {arguments.out}: obs['{arguments.key_added}'], {number} clusters"]
@@ -277,11 +290,13 @@ def _cluster(arguments: argparse.Namespace) -> None:
         scores = {"ilisi": batch_mixing(embedding, batches), "kbet": kbet(embedding, batches)}
         lines.append(scores_line(scores))
         facts["scores"] |= scores
+    shown = [arguments.key_added, *columns]
+    stored = [arguments.key_added, *(f"{name}_colors" for name in shown)]
+    cells.uns.update(read_annotations(arguments.out, uns=stored).uns)
     if arguments.picture:
-        draw_clusters(cells, [arguments.key_added, *columns], arguments.picture)
+        draw_clusters(cells, shown, arguments.picture)
         lines.append(f"wrote {arguments.picture}")
         facts["wrote"].append(arguments.picture)
-    shown = [arguments.key_added, *columns]
     write_page(
         arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
     )
@@ -293,16 +308,23 @@ def add_integrate(commands: Any) -> None:
     fit, predict = add_task(
         commands,
         "integrate",
-        "an embedding without batch effects: fine-tune the model on several batches, or embed with it",
+        "an embedding without batch effects: align several batches, or embed cells with the fitted alignment",
         fit=_integrate_fit,
         predict=_integrate_predict,
         fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
         predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
-        fit_report="the loss curve of the fit",
-        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and the scores",
+        fit_report="the facts and, for finetune, the loss curve of the fit",
+        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and their scores, beside "
+        "those of Harmony on principal components",
     )
     fit.add_argument(
         "--strength", type=float, default=1.0, metavar="F", help="mixing relative to structure (1)"
+    )
+    fit.add_argument(
+        "--method",
+        choices=("align", "finetune"),
+        help="align: latent and components, aligned by Harmony; finetune: train the model (align; with training "
+        "options: finetune)",
     )
     predict.add_argument(
         "--label-key", metavar="K", help="column of obs with known types, to print scores"
@@ -332,7 +354,7 @@ def _integrate_fit(arguments: argparse.Namespace) -> None:
         source(arguments),
         strength=arguments.strength,
         quiet=arguments.quiet,
-        **passed_options(arguments, RECIPE),
+        **passed_options(arguments, ("method", *RECIPE)),
     )
     integrator.fit(arguments.input, **passed_options(arguments, READING))
     integrator.save(arguments.out)
@@ -347,7 +369,9 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
     check_new_file(arguments)
     _integrate_only(arguments, "spatial_key")
     integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
-    reading = passed_options(arguments, ("layer", "gene_key", "cells_per_context"))
+    reading = passed_options(arguments, ("layer", "gene_key", "feature_type", "cells_per_context"))
+    if integrator.method == "align":
+        reading |= passed_options(arguments, ("batch_key",))
     messages = integrator.predict_file(arguments.input, arguments.out, **reading)
     lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
     scores: dict[str, float] = {}
@@ -356,6 +380,6 @@ def _integrate_predict(arguments: argparse.Namespace) -> None:
         scores = integrator.score(arguments.input, **keys)
         lines.append(scores_line(scores))
     columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
-    write_page(arguments, "integrated", arguments.out, KEY, [key for key in columns if key], scores)
+    write_page(arguments, "effects.integrated", arguments.out, KEY, [key for key in columns if key])
     facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
     print_result(arguments, lines, facts, messages=messages)

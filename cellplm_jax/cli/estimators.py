@@ -149,6 +149,12 @@ def add_impute(commands: Any) -> None:
     predict.add_argument(
         "--log-normalized", action="store_true", help="log-normalised values instead of counts"
     )
+    predict.add_argument(
+        "--coverage",
+        type=float,
+        metavar="F",
+        help="also write prediction intervals with this coverage, such as 0.9 (none)",
+    )
 
 
 def _impute_fit(arguments: argparse.Namespace) -> None:
@@ -169,7 +175,13 @@ def _impute_fit(arguments: argparse.Namespace) -> None:
     facts = imputer.facts
     what = f"{facts['imputed_genes']} genes from {facts['shared_genes']}"
     if "mean_confidence" in facts:
-        what += f", mean confidence {facts['mean_confidence']:.3f}"
+        what += f", mean confidence {facts['mean_confidence']:.3f} over {facts['genes_with_confidence']} of them"
+    if "validation" in facts:
+        scores = ", ".join(
+            f"{name} {facts['validation'][name].get('pearson', float('nan')):.3f}"
+            for name in ("pooled", "network", "ridge")
+        )
+        what += f" ({scores}; used: {facts['method']})"
     write_page(arguments, "imputer", imputer)
     line = fitted_line(arguments, what, facts)
     print_result(arguments, [line], {"wrote": [arguments.out], "genes": imputer.imputed, **facts})
@@ -187,6 +199,7 @@ def _impute_predict(arguments: argparse.Namespace) -> None:
         arguments.out,
         genes=genes,
         log_normalized=arguments.log_normalized,
+        coverage=arguments.coverage,
         **passed_options(arguments, READING),
     )
     number = len(imputer.imputed if genes is None else genes)
@@ -209,7 +222,7 @@ def add_denoise(commands: Any) -> None:
         predict=_denoise_predict,
         fit_example="cellplm denoise fit cells.h5ad --model small --out denoiser",
         predict_example="cellplm denoise predict cells.h5ad --model denoiser --out denoised.h5ad",
-        fit_report="the loss curve",
+        fit_report="the loss curve, and errors of held-out counts",
         predict_report="some genes before and after denoising on a UMAP or in the tissue, and the means of all genes",
     )
     predict.add_argument(
@@ -219,6 +232,17 @@ def add_denoise(commands: Any) -> None:
     )
     predict.add_argument(
         "--detected", action="store_true", help="counts conditional on being non-zero"
+    )
+    predict.add_argument(
+        "--own-counts",
+        action="store_true",
+        help="combine the prediction with the cell's own counts (posterior mean)",
+    )
+    predict.add_argument(
+        "--storage",
+        choices=("float32", "float16", "sparse"),
+        default="float32",
+        help="of the layer; sparse: only the largest values, rounded, about the size of the counts (float32)",
     )
     predict.add_argument(
         "--show",
@@ -243,11 +267,13 @@ def _denoise_fit(arguments: argparse.Namespace) -> None:
     denoiser.save(arguments.out)
     write_page(arguments, "fit", denoiser)
     line = fitted_line(arguments, f"{denoiser.facts['genes']} genes", denoiser.facts)
-    print_result(arguments, [line], {"wrote": [arguments.out], **denoiser.facts})
+    scores = denoiser.messages[-1]
+    print_result(arguments, [line, scores], {"wrote": [arguments.out], **denoiser.facts})
 
 
 def _denoise_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.denoise import LAYER, Denoiser, check_genes
+    from cellplm_jax.tasks.denoise import LAYER, Denoiser
+    from cellplm_jax.tasks.denoise_view import check_genes
 
     check_new_file(arguments)
     counts_only(arguments)
@@ -262,11 +288,13 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     denoiser = open_model(arguments.model, quiet=arguments.quiet)
     if shown:
         check_genes(denoiser, arguments.input, shown, **passed_options(arguments, READING))
-    messages = denoiser.predict_file(
+    *messages, scores = denoiser.predict_file(
         arguments.input,
         arguments.out,
         log_normalized=arguments.log_normalized,
         detected=arguments.detected,
+        own_counts=arguments.own_counts,
+        storage=arguments.storage,
         **passed_options(arguments, READING),
     )
     write_page(
@@ -274,8 +302,13 @@ def _denoise_predict(arguments: argparse.Namespace) -> None:
     )
     print_result(
         arguments,
-        [f"wrote {arguments.out}: layers['{LAYER}']"],
-        {"wrote": [arguments.out], "layer": LAYER, "detected": arguments.detected},
+        [f"wrote {arguments.out}: layers['{LAYER}']", scores],
+        {
+            "wrote": [arguments.out],
+            "layer": LAYER,
+            "detected": arguments.detected,
+            "scores": scores,
+        },
         messages=messages,
     )
 
@@ -289,11 +322,11 @@ def add_perturb(commands: Any) -> None:
         fit=_perturb_fit,
         predict=_perturb_predict,
         fit_example="cellplm perturb fit screen.h5ad --model small --out predictor "
-        "--perturbation-key perturbation --control control",
+        "--perturbation-key perturbation",
         predict_example="cellplm perturb predict --model predictor --out changes.csv "
         "--perturbation STAT1 --perturbation STAT1+IRF1",
-        fit_report="the left-out perturbations and the prediction error",
-        predict_report="the genes with the largest changes",
+        fit_report="left-out perturbations, predicted and measured, with the error of three baselines",
+        predict_report="the genes with the largest changes, and how specific they are",
         without=("--split-key", "--cells-per-context"),
         predicts="table",
     )
@@ -301,10 +334,12 @@ def add_perturb(commands: Any) -> None:
         "--perturbation-key",
         required=True,
         metavar="K",
-        help="column of obs with the perturbation of every cell; A+B is a combination",
+        help="column of obs with the perturbation of every cell; A+B, A_B, A;B or A|B is a combination",
     )
     fit.add_argument(
-        "--control", required=True, metavar="NAME", help="its value for the control cells"
+        "--control",
+        metavar="NAME",
+        help="its value for the control cells (a well-known name, such as ctrl or non-targeting)",
     )
     fit.add_argument(
         "--covariate-key",
@@ -363,8 +398,15 @@ def _perturb_fit(arguments: argparse.Namespace) -> None:
     if facts["groups"] > 1:
         line += f" in {facts['groups']} groups"
     line += f", {number_of(facts['genes'], 'gene')}, {number_of(facts['control_cells'], 'control cell')}"
-    write_page(arguments, "fit", predictor)
-    print_result(arguments, [line], {"wrote": [arguments.out], **facts})
+    lines = [line]
+    if predictor.left_out is not None:
+        lines.append(
+            f"left-out perturbations: RMSE {facts['left_out_rmse']:.4f}, additive "
+            f"{facts['left_out_rmse_additive']:.4f}, mean of the others {facts['left_out_rmse_mean_change']:.4f}, "
+            f"no change {facts['left_out_rmse_no_change']:.4f}"
+        )
+    write_page(arguments, "effects.predictor", predictor)
+    print_result(arguments, lines, {"wrote": [arguments.out], **facts})
 
 
 def _perturb_predict(arguments: argparse.Namespace) -> None:
@@ -398,7 +440,7 @@ def _perturb_predict(arguments: argparse.Namespace) -> None:
         f"wrote {arguments.out}: {number_of(len(prediction.known), 'perturbation')} ({kinds}), "
         f"{number_of(prediction.change.shape[1], 'gene')} each"
     )
-    write_page(arguments, "perturbed", prediction)
+    write_page(arguments, "effects.perturbed", prediction, predictor)
     facts = {
         "wrote": [arguments.out],
         "known": prediction.known.to_dict(),
@@ -418,8 +460,8 @@ def add_samples(commands: Any) -> None:
         fit_example="cellplm samples fit cohort.h5ad --model small --out classifier "
         "--sample-key donor --label-key disease",
         predict_example="cellplm samples predict cells.h5ad --model classifier --out labelled.h5ad --table samples.csv",
-        fit_report="a summary of the fit, and the error on left-out samples",
-        predict_report="one row per sample, and the cells that contribute to its label",
+        fit_report="the error on left-out samples, and the shift of every cell type with its p-value",
+        predict_report="one row per sample, and the contributions of its cells by type",
         without=("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate",
                  "--freeze", "--adapter-rank", "--validation-fraction"),
     )  # fmt: skip
@@ -431,6 +473,11 @@ def add_samples(commands: Any) -> None:
     )
     fit.add_argument(
         "--label-key", required=True, metavar="K", help="column of obs with the sample label"
+    )
+    fit.add_argument(
+        "--type-key",
+        metavar="K",
+        help="column of obs with cell types, which contributions are relative to (clusters)",
     )
     predict.add_argument(
         "--sample-key",
@@ -453,7 +500,7 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
         arguments.input,
         sample_key=arguments.sample_key,
         label_key=arguments.label_key,
-        **passed_options(arguments, READING),
+        **passed_options(arguments, ("type_key", *READING)),
     )
     classifier.save(arguments.out)
     facts = classifier.facts
@@ -464,10 +511,14 @@ def _samples_fit(arguments: argparse.Namespace) -> None:
         f"{facts['left_out_samples_cross_entropy']:.3f} (of the labels' frequencies "
         f"{facts['cross_entropy_of_frequencies']:.3f})"
     )
-    write_page(arguments, "fit", classifier)
-    print_result(
-        arguments, [line], {"wrote": [arguments.out], "labels": classifier.labels, **facts}
-    )
+    lines = [
+        line,
+        f"p of permuted labels: mean latent {facts['p_latent']:.3g}, proportions of types "
+        f"{facts['p_proportions']:.3g}, pseudobulk {facts['p_pseudobulk']:.3g}"
+        + (f", most shifted type {facts['p_shift']:.3g}" if "p_shift" in facts else ""),
+    ]
+    write_page(arguments, "effects.classifier", classifier)
+    print_result(arguments, lines, {"wrote": [arguments.out], "labels": classifier.labels, **facts})
 
 
 def _samples_predict(arguments: argparse.Namespace) -> None:
@@ -490,6 +541,6 @@ def _samples_predict(arguments: argparse.Namespace) -> None:
     if arguments.table is not None:
         lines.append(f"wrote {arguments.table}")
         wrote.append(arguments.table)
-    write_page(arguments, "samples", arguments.out, table, classifier)
+    write_page(arguments, "effects.samples", arguments.out, table, classifier)
     facts = {"wrote": wrote, "samples": table.to_dict(orient="index")}
     print_result(arguments, lines, facts, messages=messages)

@@ -91,13 +91,14 @@ def add_info(commands: Any) -> None:
         commands,
         "info",
         _info,
-        "show a model (configuration, parameters by module, genes, training history) or a corpus",
+        "show a model (configuration, parameters by module, genes, training history), a fitted estimator "
+        "(labels, scores) or a corpus",
         "cellplm info demo/model\n  cellplm info corpus --verify\n  cellplm info runs/small --report run.html",
     )
     parser.add_argument(
         "model",
         metavar="MODEL|CORPUS",
-        help="checkpoint directory, pretraining work directory, or corpus",
+        help="bundled model, checkpoint directory, fitted estimator, pretraining work directory, or corpus",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read the complete corpus and compare its checksums"

@@ -9,10 +9,10 @@ from typing import Any
 from cellplm_jax.errors import InputError
 
 RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
-          "validation_fraction", "seed")  # fmt: skip
+          "validation_fraction", "seed", "precision")  # fmt: skip
 """Options of the recipe of a fit."""
 
-READING = ("batch_key", "spatial_key", "layer", "gene_key", "values", "cells_per_context",
+READING = ("batch_key", "spatial_key", "layer", "gene_key", "feature_type", "values", "cells_per_context",
             "split_key")  # fmt: skip
 """Options for reading a file."""
 
@@ -73,7 +73,9 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def add_counts(parser: argparse.ArgumentParser, default: str = "") -> None:
-    """Add the options for the location of counts and coordinates: ``--spatial-key``, ``--layer``, ``--gene-key``.
+    """Add the options for the location of counts and coordinates.
+
+    They are ``--spatial-key``, ``--layer``, ``--gene-key`` and ``--feature-type``.
 
     Args:
         parser: Parser of the command.
@@ -87,6 +89,11 @@ def add_counts(parser: argparse.ArgumentParser, default: str = "") -> None:
     parser.add_argument("--layer", metavar="L", help=f"layer with the counts (detected{default})")
     parser.add_argument(
         "--gene-key", metavar="K", help=f"column of var with gene ids (detected{default})"
+    )
+    parser.add_argument(
+        "--feature-type",
+        metavar="T",
+        help=f"type of the features to read, such as 'Gene Expression'; 'all' reads every feature (genes{default})",
     )
 
 
@@ -234,6 +241,12 @@ def add_task(
         help="held-out fraction" + ("" if "--split-key" in without else ", without --split-key"),
     )
     add(recipe, "--seed", type=int, metavar="N", help="random seed (0)")
+    add(
+        recipe,
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of the matrix products of fit and prediction (float32)",
+    )
     return first, second
 
 
@@ -262,7 +275,8 @@ def counts_only(
             "raw counts, because the task predicts counts",
             "Select the layer with the counts with --layer",
         )
-    arguments.values = None
+    # Messages about the counts do not advise it then.
+    del arguments.values
     reject_options(arguments, others, task or arguments.command, expected, instead)
 
 

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.errors import InputError, require
+from cellplm_jax.errors import InputError, require, visible
 
 _STYLES = {"bold": "1", "red": "1;31", "green": "32", "yellow": "33", "faint": "2"}
 
 
+_STYLE = re.compile("(\x1b\\[[0-9;]*m)")
+
+
 def say(text: str, stream: Any = None) -> None:
-    """Write a line, to standard output by default."""
+    """Write a line, to standard output by default.
+
+    Control characters, which names from files may contain, are escaped, and characters that the encoding of the output
+    lacks are, too. Styles of :func:`styled` are kept.
+    """
     stream = sys.stdout if stream is None else stream
-    stream.write(f"{text}\n")
+    parts = _STYLE.split(text) if stream.isatty() else [text]
+    text = "".join(part if number % 2 else visible(part) for number, part in enumerate(parts))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
 
 
 def styled(text: str, style: str, stream: Any = None) -> str:
@@ -37,6 +49,20 @@ def styled(text: str, style: str, stream: Any = None) -> str:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
     return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+
+def advised(text: str, arguments: argparse.Namespace) -> str:
+    """Return a message without the alternatives of its remedy whose option the command does not have.
+
+    Args:
+        text: The message, such as ``"... Pass layer=... (--layer), or declare them with values=... (--values)."``
+        arguments: Those of the command; an option that a task rejects is removed from them.
+    """
+
+    def keep(match: re.Match[str]) -> str:
+        return match[0] if hasattr(arguments, match[1].replace("-", "_")) else ""
+
+    return re.sub(r", or [^;.]*?\(--([a-z-]+)\)", keep, text)
 
 
 def fail(command: str, text: str) -> None:
@@ -134,7 +160,7 @@ def check_new_folder(arguments: argparse.Namespace) -> None:
 
 def check_new_file(arguments: argparse.Namespace) -> None:
     """Check in advance that the file of ``--out`` and the report are writable."""
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     check_output(Path(arguments.out))
     check_report(arguments)
@@ -152,7 +178,7 @@ def check_report(arguments: argparse.Namespace) -> None:
     """
     if arguments.report is None:
         return
-    from cellplm_jax.tasks.embed import check_output
+    from cellplm_jax.tasks.files import check_output
 
     path = Path(arguments.report).expanduser()
     if path.suffix.lower() not in (".html", ".htm"):
@@ -171,12 +197,11 @@ def write_page(arguments: argparse.Namespace, page: str, *results: Any) -> None:
 
     Args:
         arguments: With ``report``, and the other arguments for the command line.
-        page: Name of one of the functions of :mod:`cellplm_jax.report.pages`.
+        page: Name of one of the functions of :mod:`cellplm_jax.report.pages`, or ``"module.function"`` of another one.
         *results: Its arguments.
     """
     if arguments.report is None:
         return
-    from cellplm_jax.report import pages
     from cellplm_jax.report.html import write_report
 
     matplotlib = require("matplotlib", "eval", "A report")
@@ -185,7 +210,9 @@ def write_page(arguments: argparse.Namespace, page: str, *results: Any) -> None:
     backend = matplotlib.get_backend()
     pyplot.switch_backend("Agg")
     try:
-        shown = getattr(pages, page)(*results)
+        module, _, name = page.rpartition(".")
+        pages = importlib.import_module(f"cellplm_jax.report.{module or 'pages'}")
+        shown = getattr(pages, name)(*results)
         write_report(
             Path(arguments.report).expanduser(),
             title=shown.title,

@@ -12,6 +12,7 @@ import scipy.sparse as sparse
 
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, CellRun, SampleRecord, storage_order
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError
 
 
@@ -206,7 +207,7 @@ def pad_batch(
     )
 
 
-class MemoryStore:
+class MemoryStore(Displayed):
     """Samples in memory as a :class:`cellplm_jax.data.cell_store.CellStore`.
 
     Args:
@@ -264,6 +265,10 @@ class MemoryStore:
                     platform=sample.platform,
                 )
             )
+
+    def _display(self) -> dict[str, int]:
+        cells = sum(sample.cells for sample in self.samples)
+        return {"samples": len(self.samples), "cells": cells, "genes": len(self.genes)}
 
     def indptr(self, sample: int) -> np.ndarray:
         """Return int64 [cells + 1]: offsets of each cell's stored counts."""

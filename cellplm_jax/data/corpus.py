@@ -36,14 +36,20 @@ import numpy as np
 import tensorstore
 
 from cellplm_jax.data.cell_store import CellRun, SampleRecord
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.data.corpus_records import (
+    FORMAT,
+    check_entry,
+    check_index,
+    check_names,
+    check_record,
+)
+from cellplm_jax.display import Displayed
+from cellplm_jax.errors import InputError, explain, shorten
 from cellplm_jax.storage import Folder, atomic_write_text, explain_write_errors, is_remote
+from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT = 1
-"""Version of the corpus format; a reader rejects other versions."""
 
 CHUNK_VALUES = 2**17
 """Values per compressed chunk, the minimum that a read decodes: about 90 cells of 1,500 stored counts."""
@@ -537,9 +543,16 @@ def write_index(
         genes, {name: (folder / "parts" / f"{name}.json").read_bytes() for name in parts}
     )
     index["vocabulary"]["chosen"] = dict(vocabulary or {})
+    index["sha256"] = _index_digest(index)
     with explain_corpus_errors(f"the index of the corpus '{folder}'"):
         atomic_write_text(folder / _INDEX, json.dumps(index, indent=1) + "\n")
     return index
+
+
+def _index_digest(index: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the contents of ``corpus.json`` except itself."""
+    rest = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str, Any]:
@@ -561,7 +574,7 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
     seen: dict[tuple[str, str], str] = {}
     digest = vocabulary_hash(genes)
     for name, text in records.items():
-        record = json.loads(text)
+        record = check_record(_parse(f"parts/{name}.json", text), name, len(genes))
         if record["vocabulary"] != digest:
             raise InputError(
                 f"part '{name}' was made with another vocabulary",
@@ -634,7 +647,7 @@ class Part:
     label_codes: np.ndarray | None
 
 
-class Corpus:
+class Corpus(Displayed):
     """An open corpus, a :class:`cellplm_jax.data.cell_store.CellStore`. Created by :func:`open_corpus`.
 
     Attributes:
@@ -683,6 +696,17 @@ class Corpus:
         self._offsets: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._offset_bytes = 0
         self._lock = threading.Lock()
+
+    def _display(self) -> dict[str, Any]:
+        totals = self.index["totals"]
+        return {
+            "path": self.path,
+            "samples": len(self.samples),
+            "cells": totals["cells"],
+            "genes": len(self.genes),
+            "datasets": list(self.index["datasets"]),
+            "labels": self.label_names,
+        }
 
     def __getstate__(self) -> str:
         return self.path
@@ -856,9 +880,20 @@ class Corpus:
             "obsm/spatial": (cells, SHARD_VALUES // 2),
             f"obs/{LABEL_COLUMN}/codes": (cells, max(1, cells)),
         }
+        missing = [
+            name for name in ("X/indices", "X/data", "X/indptr") if name not in record["checksums"]
+        ]
+        if missing:
+            raise InputError(self._damaged(number, f"{missing[0]} has no checksum"))
         checked = 0
         for array, expected in record["checksums"].items():
             length, step = lengths[array]
+            if len(expected) != -(-length // step):
+                raise InputError(
+                    self._damaged(
+                        number, f"{array} has {len(expected)} checksums, not one per shard"
+                    )
+                )
             checksums = []
             for start in range(0, length, step):
                 stop = min(start + step, length)
@@ -898,8 +933,54 @@ class Corpus:
             "recheck_cached_data": False,
         }
         handle = tensorstore.open(spec, read=True, context=self._context).result()
+        self._check_array(number, array, handle)
+        self._check_stored(number, array, handle)
         with self._lock:
             return self._arrays.setdefault(key, handle)
+
+    def _check_array(self, number: int, array: str, handle: Any) -> None:
+        """Raise an error for an array that is not stored as :func:`_create` stores it.
+
+        The fill value marks missing shards, and CRC-32C finds damaged ones; a changed type or shape reads other bytes.
+        """
+        record, wide = self.parts[number].record, array == "obsm/spatial"
+        if array.startswith("X/"):
+            types = {"X/indices": index_type(len(self.genes)), "X/data": np.dtype(np.uint16)}
+            dtype = types.get(array, np.dtype(np.int64))
+            length = record["nonzeros"] if array in types else record["cells"] + 1
+            expected = {"data_type": dtype.name, "shape": [length]}
+            expected["fill_value"] = _impossible_value(array.split("/")[1], dtype)
+        elif wide:
+            expected = {"data_type": "float32", "shape": [record["cells"], 2], "fill_value": "NaN"}
+        else:
+            expected = {"shape": [record["cells"]]}
+        metadata = handle.spec().to_json()["metadata"]
+        wrong = [name for name, value in expected.items() if metadata.get(name) != value]
+        codecs = metadata.get("codecs", [])
+        inner = codecs[0].get("configuration", {}).get("codecs", []) if codecs else []
+        if (wide or array.startswith("X/")) and not any(c.get("name") == "crc32c" for c in inner):
+            wrong.append("codecs")
+        chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        if int(np.prod(chunk, dtype=object)) > max(SHARD_VALUES, 2 * record["cells"]):
+            wrong.append("chunk_shape")
+        if wrong:
+            raise InputError(
+                self._damaged(number, f"{wrong[0]} of {array} is not what was written")
+            )
+
+    def _check_stored(self, number: int, array: str, handle: Any) -> None:
+        """Check, when an array is opened, that nothing is missing whose fill value is a valid value."""
+        part = self.parts[number]
+        expected = part.record["checksums"].get(array)
+        if array == f"obs/{LABEL_COLUMN}/codes" and expected:
+            # Written without checksums of chunks, and small.
+            if [_crc(handle.read().result())] != expected:
+                raise InputError(self._damaged(number, f"{array} is not what was written"))
+        elif array == "obsm/spatial" and expected and self._folder.local is not None:
+            shards = self._folder.local / "parts" / f"{part.name}.zarr" / array / "c"
+            for shard in range(len(expected)):
+                if not (shards / str(shard) / "0").is_file():
+                    raise InputError(self._damaged(number, f"shard {shard} of {array} is missing"))
 
     def _read(self, number: int, wanted: Mapping[str, tuple[int, int]]) -> list[np.ndarray]:
         """Read ranges of several arrays of a part concurrently."""
@@ -952,6 +1033,8 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
     """
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     folder = Folder(path, context)
+    if folder.local is not None:
+        _check_files(folder)
     text = folder.read(_INDEX)
     if text is None:
         raise InputError(
@@ -959,10 +1042,11 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "a corpus made by cellplm prepare",
             "Check the path, or run: cellplm prepare FILE.h5ad ... --out CORPUS",
         )
-    index = _parse(folder, _INDEX, text)
-    if index.get("format") != FORMAT:
+    index = _parse(f"{folder.path}/{_INDEX}", text)
+    written = index.get("format") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or written != FORMAT:
         raise InputError(
-            f"the corpus '{folder.path}' has format {index.get('format')}",
+            f"the corpus '{folder.path}' has format {shorten(str(written))}",
             f"format {FORMAT}",
             "Use the version of cellplm-jax that wrote it, or prepare it again",
         )
@@ -972,7 +1056,14 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
-    genes = (folder.read(_GENES) or b"").decode().splitlines()
+    if index.get("sha256", _index_digest(index)) != _index_digest(index):
+        raise InputError(
+            f"'{folder.path}/{_INDEX}' is damaged: its checksum differs",
+            "the file that cellplm prepare wrote",
+            "Copy the corpus again, or run the same cellplm prepare command again",
+        )
+    check_index(index, folder.path)
+    genes = (folder.read(_GENES) or b"").decode(errors="replace").splitlines()
     if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
         raise InputError(
             f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "
@@ -995,16 +1086,36 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
                 f"Copy the part again, or run cellplm prepare again with "
                 f"{entry['source'].get('name', 'its file')}",
             )
-        records[name] = json.loads(text)
+        records[name] = check_record(
+            _parse(f"{folder.path}/parts/{name}.json", text), name, len(genes)
+        )
+        check_entry(entry, records[name], folder.path)
+    check_names(index, records, folder.path)
     return Corpus(folder, context, genes, index, records)
 
 
-def _parse(folder: Folder, name: str, text: bytes) -> dict[str, Any]:
+def _check_files(folder: Folder) -> None:
+    """Raise an error for pipes, devices, links out of a local corpus, and texts that are too large to be its own."""
+    local = folder.local
+    if local is None or not local.is_dir():
+        return
+    require_regular(local, inside=True)
+    for path in (local / _INDEX, local / _GENES, *(local / "parts").glob("*.json")):
+        size = path.stat().st_size if path.is_file() else 0
+        if size > JSON_BYTES:
+            raise InputError(
+                f"'{path}' has {size:,} bytes",
+                f"{JSON_BYTES:,} or fewer",
+                "Copy the corpus again, or prepare it again",
+            )
+
+
+def _parse(path: str, text: bytes) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise InputError(
-            f"'{folder.path}/{name}' is not JSON ({error})",
+            f"'{path}' is not JSON ({error})",
             "the file that cellplm prepare wrote",
             "Copy the corpus again, or prepare it again",
         ) from error

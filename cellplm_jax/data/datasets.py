@@ -14,6 +14,7 @@ import numpy as np
 
 from cellplm_jax.data.bundled import pbmc3k
 from cellplm_jax.data.simulate import simulate_tissue
+from cellplm_jax.display import html_table, one_line
 from cellplm_jax.errors import InputError
 
 __all__ = [
@@ -24,6 +25,11 @@ __all__ = [
     "pbmc3k",
     "simulate_tissue",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 UNASSIGNED = "unassigned"
 """Label of a cell if the difference of its two best marker scores is below the margin."""
@@ -55,6 +61,12 @@ class MarkerAnnotation(NamedTuple):
     scores: np.ndarray
     margin: np.ndarray
     cell_types: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return one_line(self, self._asdict())
+
+    def _repr_html_(self) -> str:
+        return html_table(self, self._asdict())
 
 
 def annotate_by_markers(

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.display import Displayed
+from cellplm_jax.errors import InputError, explain, quote
 
 MINIMUM_GENES = 10
 """Default minimum number of vocabulary genes that a file must match.
@@ -37,7 +38,7 @@ EXAMPLES = 5
 KINDS = ("current", "previous", "alias")
 """Kinds of symbols in the bundled table, in order of preference."""
 
-_CATEGORIES = ("matched", "unmatched", "ambiguous", "duplicated", "missing")
+_CATEGORIES = ("matched", "unmatched", "ambiguous", "duplicated", "missing", "twins")
 _TABLE = "human_genes.csv.gz"
 _MOUSE_TABLE = "mouse_genes.csv.gz"
 
@@ -59,6 +60,17 @@ _SPECIES = {
 _OTHER_ID = re.compile(r"ENS(?!MUS)([A-Z]{3})[A-Z]*G\d{11}(\.\d+)?")
 _MOUSE_ID = re.compile(r"ENSMUSG\d{11}(\.\d+)?")
 _MOUSE_SYMBOL = re.compile(r"[A-Z][a-z]+[a-z0-9.\-]*|\d+[A-Z]\d+Rik|mt-[A-Z][a-z0-9]+")
+# Names of genes in reads aligned to several genomes, such as "GRCh38_CD4" and "mm10___Cd4".
+_GENOME = re.compile(r"((?:GRC[a-z]\d\d|hg\d\d|mm\d{1,2}|rn\d|human|mouse)[A-Za-z0-9.\-]*_+).+")
+# make_unique of anndata appends "-1", that of R ".1".
+_COPY = re.compile(r"(.+)[-.]\d{1,3}")
+_OTHER_SYMBOLS = {
+    "zebrafish": re.compile(r"(si:|zgc:|wu:|im:).+"),
+    "fruit fly": re.compile(r"CG\d{4,5}"),
+    "worm": re.compile(r"[A-Z]\d{1,2}[A-Z]\d{1,2}[A-Z]?\.\d+"),
+}
+MIXED_FRACTION = 0.1
+"""Fraction of the names from which on the genes of a second species are not chance or contamination."""
 # Any letter.
 _LETTER = re.compile(r"[^\W\d_]")
 
@@ -175,8 +187,8 @@ def symbols_of(genes: Iterable[str]) -> list[str]:
     return [table.get(strip_version(gene), gene) for gene in genes]
 
 
-@dataclass(frozen=True, eq=False)
-class GeneMapping:
+@dataclass(frozen=True, eq=False, repr=False)
+class GeneMapping(Displayed):
     """Mapping from the gene names of a file to a vocabulary.
 
     ``matched + unmatched`` is the number of names; ``ambiguous`` and ``blank`` are included in ``unmatched``.
@@ -195,6 +207,9 @@ class GeneMapping:
             "current", "previous", "alias" (symbols), "case" (after conversion to upper case), "punctuation"
             (R's dots for dashes), "orthologue" (mouse genes).
         examples: Up to five examples per category, for messages.
+        twins: Number of names omitted because they differ from the name of another gene of the file only in case or
+            by the suffix of a copy.
+        lower_case: Whether most names are in lower case, and were read as symbols in upper case.
     """
 
     column: np.ndarray
@@ -207,6 +222,17 @@ class GeneMapping:
     duplicated: int
     by_rule: Mapping[str, int]
     examples: Mapping[str, tuple[str, ...]]
+    twins: int = 0
+    lower_case: bool = False
+
+    def _display(self) -> dict[str, object]:
+        names = self.matched + self.unmatched
+        return {
+            "gene_names_matched": f"{self.matched:,} of {names:,}",
+            "vocabulary_genes_measured": f"{self.genes_matched:,} of {len(self.measured):,}",
+            "ambiguous": self.ambiguous or None,
+            "duplicated": self.duplicated or None,
+        }
 
     @property
     def genes_matched(self) -> int:
@@ -229,11 +255,17 @@ class GeneMapping:
                 f"The names are those of mouse genes; {self.by_rule[ORTHOLOGUE]} were mapped to their human one-to-one "
                 "orthologues (Ensembl 105), and genes with none or several were left out."
             )
+        if self.lower_case:
+            parts.append(
+                "Most names are in lower case, as in zebrafish and frogs; they were read as human symbols."
+            )
         if self.unmatched:
-            known = self.unmatched - self.ambiguous - self.blank
+            known = self.unmatched - self.ambiguous - self.blank - self.twins
             details = [f"{known} outside the vocabulary{self._quote('unmatched')}"] if known else []
             if self.ambiguous:
                 details.append(f"{self.ambiguous} ambiguous{self._quote('ambiguous')}")
+            if self.twins:
+                details.append(f"{self.twins} too similar to another name{self._quote('twins')}")
             if self.blank:
                 details.append(f"{self.blank} empty")
             parts.append(f"Left out: {'; '.join(details)}.")
@@ -265,6 +297,7 @@ class GeneMapping:
             "missing": self.missing,
             "duplicated": self.duplicated,
             "by_rule": dict(self.by_rule),
+            **({"twins": self.twins} if self.twins else {}),
             "examples": {category: list(names) for category, names in self.examples.items()},
         }
 
@@ -306,6 +339,7 @@ class _Match(NamedTuple):
     column: int = -1
     rule: str = ""
     candidates: tuple[str, ...] = ()
+    kind: str = ""
 
 
 class _Vocabulary:
@@ -343,8 +377,11 @@ class _Vocabulary:
                 self.by_id.setdefault(gene, *positions)
         self.by_fold = {name: min(found) for name, found in folds.items() if len(found) == 1}
 
-    def resolve(self, name: str, *, mouse: bool) -> _Match:
-        """Return the column of a non-empty name outside the vocabulary; ``mouse``: in a file of mouse genes."""
+    def resolve(self, name: str, *, mouse: bool, lower: bool = False) -> _Match:
+        """Return the column of a non-empty name outside the vocabulary.
+
+        ``mouse``: in a file of mouse genes; ``lower``: in a file of names in lower case.
+        """
         if mouse:
             return self._resolve_mouse(name)
         if is_ensembl(name):
@@ -355,6 +392,11 @@ class _Vocabulary:
             return _Match(position, rule)
         table = load_human_table()
         found, rule = table.genes.get(name), ""
+        if found is not None and name.islower() and (lower or found[0] != "current"):
+            # 'elk1' is an alias of ELK3 in the table, and ELK1 in a file of names in lower case.
+            upper = table.genes.get(name.upper())
+            if upper is not None and upper[0] == "current":
+                found, rule = upper, "case"
         if found is None:
             rule, upper = "case", name.upper()
             if upper in self.by_fold:
@@ -374,7 +416,7 @@ class _Vocabulary:
             first = min(gene for gene in genes if gene in self.by_id)
             return _Match(self.by_id[first], rule or kind)
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
-            return _Match(columns.pop(), rule or kind)
+            return _Match(columns.pop(), rule or kind, kind=kind)
         return _Match(candidates=genes if columns else ())
 
     def _resolve_mouse(self, name: str) -> _Match:
@@ -394,6 +436,24 @@ def _indexed(names: tuple[str, ...]) -> _Vocabulary:
     return _Vocabulary(names)
 
 
+def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
+    """Map one name to a vocabulary, by the rules of :func:`map_genes` for a file with this name only.
+
+    Args:
+        name: An Ensembl id or a symbol.
+        vocabulary: The genes [genes]; indexed once and cached.
+
+    Returns:
+        Its index and the matching rule (see :class:`GeneMapping`); -1 and an empty string if there is no match.
+    """
+    name = name.strip()
+    index = _indexed(tuple(vocabulary))
+    if not name or name in index.exact:
+        return (index.exact[name], "exact") if name else (-1, "")
+    match = index.resolve(name, mouse=_looks_like_mouse([name]))
+    return match.column, match.rule
+
+
 def map_genes(
     names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
 ) -> GeneMapping:
@@ -406,8 +466,10 @@ def map_genes(
     alias of several genes is ambiguous even if one is in the vocabulary: ``COX1`` in a file is the mitochondrial gene
     more often than PTGS1. If most names are mouse ids or capitalised like mouse symbols, each is tried as written and
     then replaced by its human one-to-one orthologue; none is converted to upper case, because orthologues do not always
-    share a symbol. With :class:`FittedGenes` names are resolved among the genes of the fit. If several names map to
-    one gene, their counts are summed.
+    share a symbol. With :class:`FittedGenes` names are resolved among the genes of the fit. If several names map to one
+    gene, their counts are summed; but a name is omitted if another name of the file differs from it only in case
+    (``Cd4`` beside ``CD4``), or if it is an alias that a copy of another name got as a suffix (``CAT-1`` beside
+    ``CAT``).
 
     Args:
         names: Gene names [names]: Ensembl ids, symbols, or both; empty strings are allowed.
@@ -436,14 +498,23 @@ def map_genes(
     matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
     mouse = bool(len(unresolved)) and _looks_like_mouse(names)
+    lower = bool(len(unresolved)) and 2 * sum(map(str.islower, names)) > len(names)
     outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
     for row in outside[:EXAMPLES]:
         examples["unmatched"].append(names[row])
+    present, twins, doubtful = set(names), 0, []
     for row in unresolved:
         name = shown = names[row]
-        match = index.resolve(name, mouse=mouse) if name else _Match()
+        match = index.resolve(name, mouse=mouse, lower=lower) if name else _Match()
+        if match.column >= 0 and _is_copy(name, match.kind, present):
+            twins += 1
+            if len(examples["twins"]) < EXAMPLES:
+                examples["twins"].append(name)
+            continue
         if 0 <= match.column < width:
             column[row] = match.column
+            if match.rule in ("case", ORTHOLOGUE):
+                doubtful.append((row, match.rule))
             rules[match.rule] += 1
             matched.append((row, f"{name} -> {index.names[match.column]}"))
             continue
@@ -455,6 +526,21 @@ def map_genes(
         if shown and len(examples[category]) < EXAMPLES:
             examples[category].append(shown)
 
+    if doubtful:
+        rows = np.array([row for row, _ in doubtful])
+        sure = np.zeros(len(index.names) + 1, bool)
+        rest = np.ones(len(names), bool)
+        rest[rows] = False
+        sure[column[rest]] = True
+        sure[-1] = False
+        for row, rule in doubtful:
+            if sure[column[row]]:
+                column[row] = -1
+                rules[rule] -= 1
+                twins += 1
+                if len(examples["twins"]) < EXAMPLES:
+                    examples["twins"].append(names[row])
+        matched = [(row, shown) for row, shown in matched if column[row] >= 0]
     examples["matched"] = [shown for _, shown in sorted(matched)[:EXAMPLES]]
     hits = np.bincount(column[column >= 0], minlength=width)
     repeated = np.flatnonzero(hits > 1)
@@ -476,6 +562,8 @@ def map_genes(
         duplicated=len(repeated),
         by_rule=dict(+rules),
         examples={category: tuple(shown) for category, shown in examples.items() if shown},
+        twins=twins,
+        lower_case=lower and rules["case"] > 0,
     )
     require_matches(mapping, names, minimum=minimum)
     return mapping
@@ -503,19 +591,37 @@ def require_matches(
         minimum = min(MINIMUM_GENES, len(mapping.measured))
     if minimum <= 0:
         return
+    mixed = _mixture(names)
+    if mixed and mapping.genes_matched >= minimum:
+        raise InputError(
+            f"{where} lists genes of two species, {mixed}",
+            "genes of one species: the same gene of the other one would be added to it",
+            "Keep the genes of one species, and the cells that are of it",
+        )
     few = 2 * mapping.matched < len(names)
-    if mapping.genes_matched >= minimum and not few:
+    # A model of the same species matches exactly; symbols of a fish match human ones in upper case.
+    folded = 2 * mapping.by_rule.get("case", 0) > mapping.matched
+    if mapping.genes_matched >= minimum and not (few or folded):
         return
     species = other_species(names)
     if mapping.genes_matched >= minimum and not species:
         return
     shown = [str(name) for name in names if str(name).strip()][:EXAMPLES]
-    quoted = ", ".join(f"'{name}'" for name in shown) if shown else "only empty names"
+    quoted = ", ".join(map(quote, shown)) if shown else "only empty names"
     found = (
         f"{mapping.genes_matched} of the model's {len(mapping.measured)} genes are among the "
         f"{len(names)} gene names of {where} (such as {quoted})"
     )
-    if species:
+    prefixes = Counter(match[1] for name in names if (match := _GENOME.fullmatch(str(name))))
+    if 2 * sum(prefixes.values()) > len(names):
+        prefix = next((p for p in prefixes if re.match("GRCh|hg|human", p)), next(iter(prefixes)))
+        msg = explain(
+            f"{found}, which begin with the name of a genome ({', '.join(map(quote, list(prefixes)[:4]))})",
+            "human Ensembl ids or gene symbols without a prefix",
+            f"Keep the genes of one genome, adata[:, adata.var_names.str.startswith('{prefix}')].copy(), and "
+            f"remove the prefix: adata.var_names = adata.var_names.str.removeprefix('{prefix}')",
+        )
+    elif species:
         msg = explain(
             f"{found}, which are genes of {species}",
             "human genes, or mouse genes, which are mapped to their human orthologues",
@@ -540,7 +646,7 @@ def require_matches(
 
 
 def other_species(names: Sequence[str]) -> str:
-    """Return the species of most names by their Ensembl ids, if it is neither human nor mouse.
+    """Return the species of the names by their Ensembl ids or typical symbols, if it is neither human nor mouse.
 
     Args:
         names: Gene names [names].
@@ -552,6 +658,10 @@ def other_species(names: Sequence[str]) -> str:
         match[1] for name in names if (match := _OTHER_ID.fullmatch(str(name).strip())) is not None
     )
     if not prefixes:
+        texts = [str(name) for name in names]
+        for species, form in _OTHER_SYMBOLS.items():
+            if 50 * sum(form.fullmatch(text) is not None for text in texts) > len(texts):
+                return species
         return ""
     prefix, number = prefixes.most_common(1)[0]
     if 2 * number <= len(names):
@@ -564,3 +674,29 @@ def _looks_like_mouse(names: Sequence[str]) -> bool:
     named = [str(name) for name in names if _LETTER.search(str(name))]
     mouse = sum(bool(_MOUSE_ID.fullmatch(n) or _MOUSE_SYMBOL.fullmatch(n)) for n in named)
     return 2 * mouse > len(named)
+
+
+def _is_copy(name: str, kind: str, present: set[str]) -> bool:
+    """Return whether a name that is no current symbol is another name of the file with the suffix of a copy."""
+    if kind not in ("alias", "previous"):
+        return False
+    match = _COPY.fullmatch(name)
+    return match is not None and match[1] in present
+
+
+def _mixture(names: Sequence[str]) -> str:
+    """Return how many names are human and how many mouse genes, if both are common; "" otherwise."""
+    texts = list(map(str, names))
+    enough = max(2 * MINIMUM_GENES, MIXED_FRACTION * len(texts))
+    mouse = [text for text in texts if text[1:2].islower() or text.startswith("ENSMUSG")]
+    if len(mouse) < enough:
+        return ""
+    orthologues, human = load_mouse_table(), load_human_table().genes
+    mice = sum(strip_version(text) in orthologues and text not in human for text in mouse)
+    people = sum(
+        (text.startswith("ENSG") and is_ensembl(text)) or human.get(text, ("",))[0] == "current"
+        for text in texts
+    )
+    if min(mice, people) < enough:
+        return ""
+    return f"{people:,} of human and {mice:,} of mice"

@@ -138,17 +138,17 @@ def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse
     )
 
 
-def variable_expression(
+def variable_columns(
     blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
-) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Return the expression of the highly variable genes of a dataset.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the highly variable genes of a dataset.
 
     Args:
-        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
+        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called once.
         genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
 
     Returns:
-        CSR float32 [cells, chosen] and the standard deviation of each gene, float32 [chosen].
+        int [chosen], their columns, and the standard deviation of each, float32 [chosen].
 
     Raises:
         InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
@@ -170,8 +170,26 @@ def variable_expression(
             f"{len(chosen)} genes that vary between {cells} cells",
             "at least 2 genes and 3 cells to compute components from",
         )
-    expression = sparse.vstack([block[:, chosen] for block in blocks()]).tocsr()
-    return expression, np.sqrt(variance[chosen]).astype(np.float32)
+    return chosen, np.sqrt(variance[chosen]).astype(np.float32)
+
+
+def variable_expression(
+    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Return the expression of the highly variable genes of a dataset.
+
+    Args:
+        blocks: Returns log-normalized expression, CSR [cells, genes], in blocks of cells; called twice.
+        genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
+
+    Returns:
+        CSR float32 [cells, chosen] and the standard deviation of each gene, float32 [chosen].
+
+    Raises:
+        InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
+    """
+    chosen, deviation = variable_columns(blocks, genes=genes)
+    return sparse.vstack([block[:, chosen] for block in blocks()]).tocsr(), deviation
 
 
 def own_components(

@@ -111,8 +111,9 @@ def denoising_scores(truth: Any, prediction: Any, hidden: Any) -> dict[str, floa
         hidden: bool, the same shape, dense or sparse. True: the entry was hidden and is compared.
 
     Returns:
-        ``rmse`` and ``mae`` over all hidden entries, ``gene_pearson``, the mean over genes of the correlation over
-        their hidden cells (NaN if no gene has three hidden cells and non-constant values), and ``entries``.
+        ``rmse``, ``mae`` and ``pearson`` over all hidden entries, ``gene_pearson``, the mean over genes of the
+        correlation over their hidden cells (NaN if no gene has three hidden cells and non-constant values), and
+        ``entries``.
 
     Raises:
         InputError: Shapes differ, nothing is hidden, or a value is not finite.
@@ -127,8 +128,138 @@ def denoising_scores(truth: Any, prediction: Any, hidden: Any) -> dict[str, floa
     entries = np.asarray(hidden, bool).sum(axis=0)
     correlation = pearson_per_gene(truth, prediction, hidden)
     correlation = correlation[(entries >= 3) & np.isfinite(correlation)]
+    chosen = np.asarray(hidden, bool)
+    pair = np.asarray(truth[chosen], np.float64), np.asarray(prediction[chosen], np.float64)
+    vary = len(pair[0]) > 2 and min(values.std() for values in pair) > 0
     return {
         **errors,
+        "pearson": float(np.corrcoef(*pair)[0, 1]) if vary else float("nan"),
         "gene_pearson": float(correlation.mean()) if correlation.size else float("nan"),
         "entries": int(entries.sum()),
+    }
+
+
+MARKERS, MARKER_ERRORS, MARKER_CELLS = 8, 3.0, 10
+"""Maximum number of markers per cell type, the standard errors that separate them from every other type, and the
+fewest cells of a type."""
+
+UNLABELLED = ("", "nan", "none", "unassigned", "unknown")
+"""Labels in lower case that are no cell type."""
+
+
+def type_profiles(values: Any, labels: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the squared standard error of each gene in each type, per 10,000 counts.
+
+    Args:
+        values: [cells, genes], counts or shares, dense or sparse; cells are scaled to 10,000.
+        labels: [cells].
+        types: Labels to average.
+
+    Returns:
+        Two float64 [types, genes].
+    """
+    labels = np.asarray(labels, object)
+    means, errors = [], []
+    for name in types:
+        rows = np.flatnonzero(labels == name)
+        some = sparse.csr_matrix(values[rows], dtype=np.float64)
+        total = np.maximum(np.asarray(some.sum(axis=1)).ravel(), 1e-12)
+        some = sparse.csr_matrix(sparse.diags(1e4 / total) @ some)
+        mean = np.asarray(some.mean(axis=0)).ravel()
+        square = np.asarray(some.multiply(some).mean(axis=0)).ravel()
+        means.append(mean)
+        errors.append(np.maximum(square - mean**2, 0) / max(len(rows) - 1, 1))
+    return np.array(means), np.array(errors)
+
+
+def clear_markers(
+    counts: sparse.csr_matrix, labels: Any
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Choose the clearest markers of cell types: genes that one type expresses more than every other type.
+
+    The mean is :data:`MARKER_ERRORS` standard errors above that of every other type. Of these genes, each type keeps
+    the :data:`MARKERS` with the largest difference of log1p means to the second type.
+
+    Args:
+        counts: CSR [cells, genes].
+        labels: [cells]; None and "unassigned" are no types, nor are labels of fewer than :data:`MARKER_CELLS` cells.
+
+    Returns:
+        The types; int [markers], genes; int [markers], the type of each; float [types, genes], log1p of the mean counts
+        per 10,000.
+
+    Raises:
+        InputError: There are fewer than two cell types.
+    """
+    labels = np.asarray(labels, object)
+    names, sizes = np.unique(labels.astype(str), return_counts=True)
+    types = [
+        str(name)
+        for name, size in zip(names, sizes, strict=True)
+        if size >= MARKER_CELLS and name.lower() not in UNLABELLED
+    ]
+    if len(types) < 2:
+        raise InputError(
+            f"{len(types)} cell types with {MARKER_CELLS} cells", "at least two, to compare markers"
+        )
+    mean, error = type_profiles(counts, labels, types)
+    # A type without a count of a gene has no variance: one count in one of its cells is the resolution.
+    depth = float(np.median(np.asarray(counts.sum(axis=1)).ravel()))
+    members = np.array([(labels == name).sum() for name in types])
+    error += (1e4 / max(depth, 1.0) / members[:, None]) ** 2
+    gene = np.arange(mean.shape[1])
+    highest = mean.argmax(axis=0)
+    distance = (mean[highest, gene] - mean) / np.sqrt(error[highest, gene] + error)
+    distance[highest, gene] = np.inf
+    clear = distance.min(axis=0) >= MARKER_ERRORS
+    logs = np.log1p(mean)
+    ordered = np.sort(logs, axis=0)
+    gap = ordered[-1] - ordered[-2]
+    chosen = []
+    for number in range(len(types)):
+        own = np.flatnonzero(clear & (highest == number))
+        chosen.append(own[np.argsort(-gap[own], kind="stable")[:MARKERS]])
+    genes = np.concatenate(chosen)
+    return types, genes, highest[genes], logs
+
+
+def marker_scores(counts: sparse.csr_matrix, prediction: Any, labels: Any) -> dict[str, float]:
+    """Compare the contrast of marker genes between cell types in the prediction with that in the counts.
+
+    Args:
+        counts: CSR [cells, genes].
+        prediction: [cells, genes], expected counts or shares, dense or sparse.
+        labels: [cells], cell types.
+
+    Returns:
+        ``markers``, their number (:func:`clear_markers`); ``markers_highest``, the share whose highest type is the same
+        in the prediction; ``contrast_kept``, the median over markers of the predicted over the counted contrast (log1p
+        mean of the highest type minus the mean over the other types); ``profile_pearson``, the mean over types of the
+        correlation of log1p means over genes. NaN without markers.
+
+    Raises:
+        InputError: There are fewer than two cell types.
+    """
+    types, genes, highest, logs = clear_markers(counts, labels)
+    predicted = np.log1p(type_profiles(prediction, labels, types)[0])
+    place = np.arange(len(genes))
+
+    def contrast(profiles: np.ndarray) -> np.ndarray:
+        own = profiles[highest, place]
+        return own - (profiles.sum(axis=0) - own) / (len(types) - 1)
+
+    counted, kept = contrast(logs[:, genes]), contrast(predicted[:, genes])
+    correlation = [
+        np.corrcoef(*pair)[0, 1]
+        for pair in zip(logs, predicted, strict=True)
+        if min(values.std() for values in pair) > 0
+    ]
+    nothing = float("nan")
+    return {
+        "markers": len(genes),
+        "markers_highest": float((predicted[:, genes].argmax(axis=0) == highest).mean())
+        if len(genes)
+        else nothing,
+        "contrast_kept": float(np.median(kept / counted)) if len(genes) else nothing,
+        "profile_pearson": float(np.mean(correlation)) if correlation else nothing,
     }

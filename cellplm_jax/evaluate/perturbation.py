@@ -132,3 +132,23 @@ def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
 def no_change(perturbations: int, genes: int) -> np.ndarray:
     """Return the baseline that predicts control expression: zeros, float64 [perturbations, genes]."""
     return np.zeros((perturbations, genes))
+
+
+def additive_change(changes: Any) -> np.ndarray:
+    """Return the baseline that predicts the sum of the effects of the targets for a combination.
+
+    Args:
+        changes: float [targets, genes], the effect of each target; one target: its own.
+
+    Returns:
+        float64 [genes].
+
+    Raises:
+        InputError: There are no targets.
+    """
+    values = np.asarray(changes, np.float64)
+    if values.ndim != 2 or not len(values):
+        raise InputError(
+            f"changes of shape {values.shape}", "[targets, genes], at least one target"
+        )
+    return values.sum(axis=0)

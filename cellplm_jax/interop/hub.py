@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellplm_jax._version import __version__
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, require
+from cellplm_jax.manifest import MANIFEST_FILE
 from cellplm_jax.train.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -65,8 +67,8 @@ class HubAddress:
         return f"{SCHEME}{self.repository}{revision}{f'/{self.folder}' if self.folder else ''}"
 
 
-@dataclass(frozen=True)
-class HubCommit:
+@dataclass(frozen=True, repr=False)
+class HubCommit(Displayed):
     """A published model.
 
     Attributes:
@@ -122,7 +124,7 @@ def fetch(text: str, *, extra_files: Iterable[str] = ()) -> tuple[Path, str]:
     address = parse_address(text)
     hub = require("huggingface_hub", EXTRA, "A model from the Hugging Face Hub")
     prefix = f"{address.folder}/" if address.folder else ""
-    wanted = {*MODEL_FILES, *extra_files}
+    wanted = {*MODEL_FILES, MANIFEST_FILE, *extra_files}
     with _explained(str(address)):
         snapshot = Path(
             hub.HfApi().snapshot_download(
@@ -198,7 +200,7 @@ def push(
         new = {path.name: path for path in sorted(folder.iterdir())}
         if README_FILE in there and not _is_generated(api, address.repository, revision):
             del new[README_FILE]
-        ours = {*MODEL_FILES, *TENSOR_FILES.values(), ESTIMATOR_FILE}
+        ours = {*MODEL_FILES, MANIFEST_FILE, *TENSOR_FILES.values(), ESTIMATOR_FILE}
         operations = [
             *(hub.CommitOperationDelete(name) for name in sorted((there & ours) - set(new))),
             *(hub.CommitOperationAdd(name, path) for name, path in new.items()),

@@ -12,9 +12,15 @@ called) are kept as *unused*, by name, and written back unchanged.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import pickle
 import re
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +30,9 @@ import numpy as np
 
 from cellplm_jax import config as configuration
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.errors import CheckpointError, require
+from cellplm_jax.errors import CheckpointError, quote, require, shorten
 from cellplm_jax.storage import atomic_write
+from cellplm_jax.untrusted import parse_json, read_text, require_regular
 
 # Constructor defaults of the original (CellPLM/model/cellformer.py); a published config may omit them.
 DEFAULTS: dict[str, Any] = {
@@ -60,6 +67,12 @@ REQUIRED = (
     "dec_layers",
     "out_dim",
 )
+_SIZES = (
+    "enc_hid", "enc_layers", "enc_head", "post_latent_dim", "num_clusters", "dec_hid", "dec_layers", "out_dim",
+    "batch_num", "dataset_num", "platform_num",
+)  # fmt: skip
+_RATES = ("model_dropout", "w_li", "w_en", "lamda")
+_NAMES = ("enc_mod", "latent_mod", "dec_mod", "norm", "pe_type", "mask_type")
 HEADS = {
     "annotation": "annotation",
     "imputation": "imputation",
@@ -141,24 +154,56 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
         )
     values = {**DEFAULTS, **published}
     try:
+        _check_types(values)
         _refuse_inexact(values)
         return _translate(values)
     except CheckpointError:
         raise
-    except (configuration.ConfigError, TypeError, ValueError) as error:
+    except (configuration.ConfigError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(
-            f"the published config is invalid ({error})",
+            f"the published config is invalid ({shorten(str(error), 300)})",
             "a config the original itself could run",
             "Use the PREFIX.config.json that was published with the weights",
         ) from error
 
 
-def _translate(values: Mapping[str, Any]) -> ModelConfig:
-    """Build the architecture from constructor arguments with an exact equivalent."""
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Raise a TypeError or ValueError for sizes, rates, names and genes of the wrong type."""
+    for name in _SIZES:
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            msg = f"{name} = {shorten(repr(value))} is not a size"
+            raise TypeError(msg)
+    for name in _RATES:
+        value = values[name]
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            msg = f"{name} = {shorten(repr(value))} is not a finite number"
+            raise TypeError(msg)
+    for name in _NAMES:
+        if values[name] is not None and not isinstance(values[name], str):
+            msg = f"{name} = {shorten(repr(values[name]))} is not a name"
+            raise TypeError(msg)
     genes = values["gene_list"]
     if not isinstance(genes, list):
         msg = f"gene_list is a {type(genes).__name__}"
         raise TypeError(msg)
+    wrong = next((g for g in genes if not isinstance(g, str) or not 0 < len(g) <= 1000), None)
+    if wrong is not None:
+        msg = f"gene_list contains {shorten(repr(wrong))}, which is not the name of a gene"
+        raise TypeError(msg)
+    if len(set(genes)) < len(genes):
+        repeated = Counter(genes).most_common(1)[0][0]
+        msg = f"gene_list contains '{shorten(repeated)}' more than once"
+        raise ValueError(msg)
+
+
+def _translate(values: Mapping[str, Any]) -> ModelConfig:
+    """Build the architecture from constructor arguments with an exact equivalent."""
+    genes = values["gene_list"]
     kind = {
         "gmvae": "gaussian_mixture",
         "vae": "gaussian",
@@ -397,6 +442,12 @@ def convert_state_dict(
                 "float32",
                 "Convert the checkpoint to float32 first",
             )
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"parameter '{entry.torch}' contains NaN or infinite numbers",
+                "finite weights",
+                "Download the checkpoint again",
+            )
         flat[entry.path] = entry.to_ours(array)
     unknown = [name for name in remaining if _unused_reason(name, config) is None]
     if unknown:
@@ -556,6 +607,7 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     torch = require("torch", "torch", "Reading a PyTorch checkpoint")
     checkpoint, config = Path(checkpoint), Path(config)
     for path in (checkpoint, config):
+        require_regular(path, raises=CheckpointError)
         if not path.is_file():
             raise CheckpointError(
                 f"there is no file '{path}'",
@@ -563,8 +615,8 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
                 "Check the path",
             )
     try:
-        published = json.loads(config.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        published = parse_json(read_text(config))
+    except ValueError as error:
         raise CheckpointError(
             f"'{config}' is not JSON ({error})", "a published config", "Download the file again"
         ) from error
@@ -575,12 +627,15 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
             "Use the published PREFIX.config.json",
         )
     model_config(published)
+    _check_zip(checkpoint)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own message recommends weights_only=False, which runs code of the file.
+        pickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it contains other Python objects" if pickled else _first_line(error)
         raise CheckpointError(
-            f"'{checkpoint}' cannot be read as PyTorch weights ({first[:160]})",
+            f"'{checkpoint}' cannot be read as PyTorch weights ({reason})",
             "a complete file of tensors written by torch.save",
             "Download it again; files with other Python objects are never unpickled",
         ) from error
@@ -591,11 +646,23 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
             "a published CellPLM checkpoint",
             "Use the published PREFIX.best.ckpt",
         )
+    if not all(isinstance(name, str) for name in state_dict):
+        raise CheckpointError(
+            f"'{checkpoint}' names a tensor {shorten(repr(next(iter(state_dict))))}",
+            "text",
+            "Use the published PREFIX.best.ckpt",
+        )
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    arrays = {}
+    arrays, size = {}, checkpoint.stat().st_size
     for name, value in state_dict.items():
+        if value.numel() * value.element_size() > size:
+            raise CheckpointError(
+                f"parameter {quote(name)} has the shape {tuple(value.shape)}, and its file has {size:,} bytes",
+                "tensors that the file stores completely",
+                "Download it again",
+            )
         try:
             arrays[name] = value.detach().numpy()
         except (TypeError, RuntimeError) as error:  # bfloat16, sparse or quantised
@@ -605,6 +672,39 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
                 "Convert the checkpoint to float32 first",
             ) from error
     return convert_state_dict(arrays, published)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return shorten(lines[0], 160) if lines else type(error).__name__
+
+
+def _check_zip(checkpoint: Path) -> None:
+    """Compare the checksums of the archive, which PyTorch does not do. Files of PyTorch 1.5 and older have none."""
+    if not zipfile.is_zipfile(checkpoint):
+        return
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            packed = [
+                entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED
+            ]
+            declared = sum(entry.file_size for entry in archive.infolist())
+            if packed or declared > checkpoint.stat().st_size:
+                raise CheckpointError(
+                    f"'{checkpoint}' contains compressed records, of {declared:,} bytes in all",
+                    "records as torch.save stores them, without compression",
+                    "Download it again",
+                )
+            damaged = archive.testzip()
+    except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
+            zlib.error) as error:  # fmt: skip
+        damaged = str(error)[:160] or type(error).__name__
+    if damaged is not None:
+        raise CheckpointError(
+            f"'{checkpoint}' is damaged: a checksum of the archive differs ({damaged})",
+            "the file as it was published",
+            "Download it again",
+        )
 
 
 def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Path, Path]:
@@ -629,8 +729,12 @@ def write_published(converted: Converted, prefix: str | os.PathLike) -> tuple[Pa
     prefix.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = prefix.with_name(f"{prefix.name}.best.ckpt")
     config = prefix.with_name(f"{prefix.name}.config.json")
-    with atomic_write(config) as partial_config, atomic_write(checkpoint) as partial:
-        torch.save({"model_state_dict": state_dict}, partial)
+    room = sum(array.numel() * array.element_size() for array in state_dict.values())
+    with atomic_write(config) as partial_config, atomic_write(checkpoint, room=room) as partial:
+        # Through memory: PyTorch does not report the reason if a file cannot be written.
+        buffer = io.BytesIO()
+        torch.save({"model_state_dict": state_dict}, buffer)
+        partial.write_bytes(buffer.getbuffer())
         text = json.dumps({**converted.published_config, "gene_list": converted.genes})
         partial_config.write_text(text, encoding="utf-8")
     return checkpoint, config

@@ -28,7 +28,7 @@ from cellplm_jax.plan.hlo import cost
 from cellplm_jax.plan.jaxprs import product_flops
 from cellplm_jax.plan.roofline import estimate
 from cellplm_jax.platforms import has_cuda_plugin
-from cellplm_jax.storage import atomic_write_text
+from cellplm_jax.storage import atomic_write_text, scratch_folder
 
 # Settings of libtpu for a machine without a TPU: do not look for a TPU or for the metadata server of a cloud.
 ENVIRONMENT = {
@@ -267,10 +267,10 @@ def compile_apart(
     package = str(Path(__file__).resolve().parents[2])
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([package, *([inherited] if inherited else [])])
-    with tempfile.TemporaryDirectory(prefix="cellplm-plan-") as directory:
+    with scratch_folder("cellplm-plan-") as directory:
         # The compiler's temporary files are deleted with the folder, even if the compiler is stopped.
-        environment["TMPDIR"] = directory
-        request, answer = Path(directory) / "request.json", Path(directory) / "answer.json"
+        environment["TMPDIR"] = str(directory)
+        request, answer = directory / "request.json", directory / "answer.json"
         request.write_text(
             json.dumps(
                 {"config": to_dict(config), "topology": topology.name, "nonzeros": nonzeros}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from cellplm_jax.plan.chips import Topology, parse_topology
 from cellplm_jax.plan.compiler import compile_apart, in_gibibytes, require_compiler
 from cellplm_jax.plan.roofline import RESOURCES
 from cellplm_jax.presets import PRESETS, preset
+from cellplm_jax.untrusted import parse_json, read_text
 
 # Defaults for the data: the vocabulary and the sample tables of the published checkpoint, and stored counts per cell
 # as in its training atlases.
@@ -53,8 +53,8 @@ def load_config(source: str) -> TrainConfig:
         )
     if path.suffix == ".json":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            values = parse_json(read_text(path))
+        except ValueError as error:
             raise ConfigError(
                 f"'{name}' is not JSON ({error})", "a configuration", "Check the file"
             ) from error
@@ -105,8 +105,8 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
                 f"--set was given '{setting}'", "name=value", "Write for example data.rows=512"
             )
         try:
-            value = json.loads(text.lower() if text in ("True", "False") else text)
-        except json.JSONDecodeError:
+            value = parse_json(text.lower() if text in ("True", "False") else text)
+        except ValueError:
             value = text
         place = values
         *parents, last = name.split(".")

@@ -7,6 +7,7 @@ Colours are distinguishable with the common forms of colour blindness; lines and
 so that figures can be printed in grey. This module computes no scores.
 """
 
+from cellplm_jax.plot.cells import scale_of, spatial, umap
 from cellplm_jax.plot.charts import (
     ablation_dots,
     agreement,
@@ -15,19 +16,28 @@ from cellplm_jax.plot.charts import (
     change_map,
     comparison_bars,
     confusion_matrix,
+    dot_plot,
     histogram,
     table_bars,
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
+from cellplm_jax.plot.effects import effect_panels, values_by_group
 from cellplm_jax.plot.maps import (
     cell_attention,
     cell_panels,
     gene_map,
-    spatial,
+    panels,
     spatial_comparison,
-    umap,
 )
-from cellplm_jax.plot.style import PALETTE, UNKNOWN_COLOR, UNKNOWN_LABELS
+from cellplm_jax.plot.sections import heat_map, spatial_sections
+from cellplm_jax.plot.style import (
+    PALETTE,
+    UNKNOWN_COLOR,
+    UNKNOWN_LABELS,
+    category_colors,
+    dark_theme,
+    store_colors,
+)
 
 __all__ = [
     "PALETTE",
@@ -37,18 +47,32 @@ __all__ = [
     "agreement",
     "benchmark_lines",
     "calibration",
+    "category_colors",
     "cell_attention",
     "cell_panels",
     "change_map",
     "comparison_bars",
     "confusion_matrix",
+    "dark_theme",
+    "dot_plot",
+    "effect_panels",
     "fitting_curves",
     "gene_map",
+    "heat_map",
     "histogram",
+    "panels",
     "run_picture",
+    "scale_of",
     "spatial",
     "spatial_comparison",
+    "spatial_sections",
+    "store_colors",
     "table_bars",
     "training_curves",
     "umap",
+    "values_by_group",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -187,6 +187,61 @@ def table_bars(
     return axes
 
 
+def dot_plot(
+    means: pd.DataFrame,
+    shares: pd.DataFrame,
+    *,
+    title: str | None = None,
+    value_label: str = "mean of log1p counts per 10,000",
+    ax: Axes | None = None,
+    show: bool = False,
+) -> Axes:
+    """Draw genes by groups as dots: the colour is the mean expression, the area the share of cells with a count.
+
+    Args:
+        means: float [groups, genes], for example from :func:`cellplm_jax.evaluate.markers.group_means`. Colours are
+            scaled from the smallest to the largest mean of each gene.
+        shares: float [groups, genes], 0 to 1, with the same rows and columns.
+        title: Title of the plot.
+        value_label: Label of the colour bar.
+        ax: Axes to draw on. None: a new figure, large enough for the names.
+        show: Call ``matplotlib.pyplot.show()`` before returning.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        InputError: A table is empty, contains non-numeric values, or the two differ in shape.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    mean, share = _frame(means, "The table of means"), _frame(shares, "The table of shares")
+    if mean.shape != share.shape:
+        raise InputError(
+            f"{mean.shape} means and {share.shape} shares", "the same shape", "Pass the same genes"
+        )
+    groups, genes = mean.shape
+    low = mean.min(axis=0)
+    scaled = (mean - low) / np.maximum(mean.max(axis=0) - low, 1e-9)
+    width = float(np.clip(0.24 * genes + 1.2, 2.4, 14.0))
+    with picture(ax, (width, 0.24 * groups + 1.1), title=title, show=show, beside=True) as axes:
+        rows, columns = np.divmod(np.arange(groups * genes), genes)
+        drawn = axes.scatter(
+            columns, rows, s=2 + 95 * share.to_numpy().ravel(), c=scaled.to_numpy().ravel(),
+            cmap="viridis", vmin=0, vmax=1, linewidths=0,
+        )  # fmt: skip
+        axes.set_xticks(range(genes), [str(name) for name in mean.columns], rotation=90)
+        axes.set_yticks(range(groups), [str(name) for name in mean.index])
+        axes.set_xlim(-0.7, genes - 0.3)
+        axes.set_ylim(groups - 0.3, -0.7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=14)
+        bar.set_ticks([0, 1], labels=["lowest\ngroup", "highest\ngroup"])
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.set_label(value_label)
+    return axes
+
+
 def confusion_matrix(
     counts: pd.DataFrame,
     *,

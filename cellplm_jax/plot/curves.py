@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, picture, pyplot_module
+from cellplm_jax.untrusted import parse_json, read_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,11 +34,10 @@ _SPLIT_NAMES = {"train": "training", "heldout": "held out"}
 def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read a metrics file; an incomplete last line is ignored."""
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except OSError as error:
+        lines = read_text(Path(path)).splitlines()
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"The metrics file {os.fspath(path)!r} cannot be read ({error.strerror})",
+            f"The metrics file {os.fspath(path)!r} cannot be read ({getattr(error, 'strerror', None) or error})",
             "a file with one JSON object per line",
             "Pass the metrics file of a training run, or a list of dictionaries",
         ) from error
@@ -46,12 +46,12 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise InputError(
-                f"Line {number} of {os.fspath(path)!r} is not JSON ({error.msg})",
+                f"Line {number} of {os.fspath(path)!r} is not JSON ({error})",
                 "one JSON object per line",
                 "Remove that line",
             ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from cellplm_jax.plot.style import (
     STYLE,
     UNKNOWN_COLOR,
     UNKNOWN_LABELS,
+    categories_of,
     picture,
     pyplot_module,
 )
@@ -55,15 +58,13 @@ def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categoric
         )
     if pd.api.types.is_float_dtype(column.dtype):
         return np.asarray(column, dtype=np.float64), None
-    if isinstance(column, pd.Categorical) or isinstance(column.dtype, pd.CategoricalDtype):
-        return None, pd.Categorical(column).remove_unused_categories()
-    return None, pd.Categorical(column)
+    return None, categories_of(column)
 
 
-def _category_colors(
+def _category_styles(
     names: Sequence[str], palette: Mapping[str, str] | Sequence[str] | None
 ) -> list[tuple[str, str]]:
-    """Return colour and marker of every category; the marker changes when the palette repeats."""
+    """Return colour and marker of every category; the marker changes when a colour repeats."""
     if isinstance(palette, Mapping):
         lacking = [name for name in names if name not in palette and name not in UNKNOWN_LABELS]
         if lacking:
@@ -72,16 +73,18 @@ def _category_colors(
                 "a colour for every label",
                 "Add them, or omit the palette",
             )
-        return [(palette.get(name, UNKNOWN_COLOR), "o") for name in names]
-    colors = tuple(palette) if palette else PALETTE
-    styles, place = [], 0
-    for name in names:
-        if name in UNKNOWN_LABELS:
-            styles.append((UNKNOWN_COLOR, "o"))
-            continue
-        styles.append((colors[place % len(colors)], MARKERS[(place // len(colors)) % len(MARKERS)]))
-        place += 1
-    return styles
+        chosen = {name: palette.get(name, UNKNOWN_COLOR) for name in names}
+    else:
+        colors = itertools.cycle(palette or PALETTE)
+        chosen = {name: UNKNOWN_COLOR if name in UNKNOWN_LABELS else next(colors) for name in names}
+    # Over the complete palette, so that labels of a subset have the markers of the whole.
+    seen: Counter[str] = Counter()
+    markers = dict.fromkeys(names, "o")
+    for name, color in (palette if isinstance(palette, Mapping) else chosen).items():
+        if name not in UNKNOWN_LABELS:
+            markers[name] = MARKERS[seen[color] % len(MARKERS)]
+            seen[color] += 1
+    return [(chosen[name], markers[name]) for name in names]
 
 
 def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float]:
@@ -113,7 +116,7 @@ def _scatter(
     color_limits: tuple[float, float] | None,
     color_label: str | None,
     point_size: float | None,
-    legend: bool,
+    legend: bool | str,
     label_groups: bool,
     seed: int,
 ) -> None:
@@ -148,7 +151,7 @@ def _scatter(
         return
     names = [str(name) for name in categories.categories]
     codes = np.asarray(categories.codes)
-    styles = _category_colors(names, palette)
+    styles = _category_styles(names, palette)
     known = [place for place, name in enumerate(names) if name not in UNKNOWN_LABELS]
     unknown = [place for place, name in enumerate(names) if name in UNKNOWN_LABELS]
     behind = np.isin(codes, [-1, *unknown])
@@ -174,15 +177,23 @@ def _scatter(
             )
             for _, color, marker in entries
         ]
+        place: dict[str, Any] = {
+            "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
+            "ncols": _legend_columns(len(entries)),
+        }  # fmt: skip
+        if legend == "below":
+            longest = max(len(name) for name, _, _ in entries)
+            place = {
+                "loc": "upper left", "bbox_to_anchor": (0.0, -0.09),
+                "ncols": max(1, min(len(entries), 56 // (longest + 5))),
+            }  # fmt: skip
         ax.legend(
             handles,
             [name for name, _, _ in entries],
             title=color_label,
-            loc="center left",
-            bbox_to_anchor=(1.01, 0.5),
             borderaxespad=0.0,
             frameon=False,
-            ncols=_legend_columns(len(entries)),
+            **place,
             handletextpad=0.3,
             columnspacing=1.0,
             alignment="left",
@@ -206,7 +217,7 @@ def _scatter(
             )
 
 
-def umap(
+def embedding_map(
     coordinates: Any,
     labels: Any,
     *,
@@ -216,7 +227,7 @@ def umap(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     label_groups: bool = False,
     axis_name: str = "UMAP",
     seed: int = 0,
@@ -239,7 +250,7 @@ def umap(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile; arrows of the colour bar mark values beyond.
         point_size: Area of a point in square points. None: chosen by the number of cells.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         label_groups: Also write the names of the groups onto the data.
         axis_name: Name of the two axes, for example "PCA".
         seed: Seed of the drawing order.
@@ -277,7 +288,7 @@ def umap(
     return axes
 
 
-def spatial(
+def tissue_map(
     coordinates: Any,
     values: Any,
     *,
@@ -287,8 +298,9 @@ def spatial(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     unit: str | None = None,
+    micrometres_per_unit: float | None = None,
     image_origin: bool = True,
     seed: int = 0,
     ax: Axes | None = None,
@@ -308,8 +320,9 @@ def spatial(
         color_map: matplotlib colour map of a quantity.
         color_limits: Its limits. None: 1st to 99th percentile.
         point_size: Area of a point in square points. None: points of neighbouring cells nearly touch.
-        legend: Draw the legend or colour bar.
+        legend: Draw the legend or colour bar. "below": the legend of groups is below the plot.
         unit: Unit of the coordinates, for example "µm"; shown with the axes. None: no ticks are drawn.
+        micrometres_per_unit: Micrometres per unit of the coordinates, for a scale bar. None: no bar.
         image_origin: True: y points down.
         seed: Seed of the drawing order.
         ax: Axes to draw on. None: a new figure.
@@ -349,6 +362,8 @@ def spatial(
             label_groups=False,
             seed=seed,
         )
+        if micrometres_per_unit:
+            _scale_bar(axes, points, micrometres_per_unit, image_origin)
         axes.set_aspect("equal")
         if image_origin and not axes.yaxis_inverted():
             axes.invert_yaxis()
@@ -365,6 +380,24 @@ def spatial(
     return axes
 
 
+def _scale_bar(axes: Axes, points: np.ndarray, scale: float, image_origin: bool) -> None:
+    """Draw a bar of a round number of micrometres, about a fifth of the width, below the tissue."""
+    (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+    wanted = max(right - left, 1e-9) * scale / 5
+    power = 10.0 ** math.floor(math.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    y = bottom + 0.05 * (bottom - top) if image_origin else top - 0.05 * (bottom - top)
+    axes.plot(
+        [left, left + length / scale], [y, y], color="#1A1A1A", linewidth=2.0, gid="scale bar",
+        solid_capstyle="butt",
+    )  # fmt: skip
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    axes.annotate(
+        text, (left + length / scale, y), xytext=(4, 0), textcoords="offset points", va="center",
+        fontsize=8,
+    )  # fmt: skip
+
+
 def cell_attention(
     coordinates: Any,
     weights: Any,
@@ -375,7 +408,7 @@ def cell_attention(
     color_map: str = "viridis",
     color_limits: tuple[float, float] | None = None,
     point_size: float | None = None,
-    legend: bool = True,
+    legend: bool | str = True,
     unit: str | None = None,
     image_origin: bool = True,
     ax: Axes | None = None,
@@ -410,7 +443,7 @@ def cell_attention(
         raise InputError(
             f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Pass one of these"
         )
-    axes = spatial(
+    axes = tissue_map(
         points,
         np.asarray(weights, np.float64),
         title=title,
@@ -488,7 +521,7 @@ def spatial_comparison(
             (difference, "difference", "RdBu_r", (-reach, reach), f"{names[1]} \N{MINUS SIGN} {names[0]}"),
         )  # fmt: skip
         for ax, (column, name, colors, limits, label) in zip(axes, drawn, strict=True):
-            spatial(
+            tissue_map(
                 points, column, title=name, color_label=label, color_map=colors,
                 color_limits=limits, point_size=point_size, unit=unit, image_origin=image_origin,
                 ax=ax,
@@ -550,10 +583,33 @@ def cell_panels(
                 "color_limits": limits, "point_size": point_size, "ax": ax,
             }  # fmt: skip
             if tissue:
-                spatial(points, column, unit=unit, image_origin=image_origin, **options)
+                tissue_map(points, column, unit=unit, image_origin=image_origin, **options)
             else:
-                umap(points, column, axis_name=axis_name, **options)
+                embedding_map(points, column, axis_name=axis_name, **options)
     return axes
+
+
+@contextlib.contextmanager
+def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Context manager for a row of panels in the common style, as wide as these tissues at one height.
+
+    Args:
+        tissues: Coordinates of each panel, float [cells, 2].
+
+    Yields:
+        Object array of the Axes.
+    """
+    pyplot = pyplot_module()
+    widths = []
+    for points in tissues:
+        extent = np.maximum(np.ptp(points, axis=0), 1e-9)
+        widths.append(float(np.clip(3.4 * extent[0] / extent[1], 1.5, 7.0)))
+    with pyplot.rc_context(STYLE):
+        grid = pyplot.subplots(
+            1, len(widths), figsize=(sum(widths) + 1.8, 3.8), layout="constrained", squeeze=False,
+            width_ratios=widths,
+        )[1]  # fmt: skip
+        yield grid[0]
 
 
 @contextlib.contextmanager

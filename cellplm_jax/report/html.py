@@ -22,6 +22,7 @@ from typing import Any
 
 from cellplm_jax._version import __version__
 from cellplm_jax.errors import InputError
+from cellplm_jax.plot.style import DARK_PAGE, dark_theme
 from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
 _FIGURE_DPI = 192  # two image pixels per page pixel: sharp on dense screens
@@ -77,10 +78,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image on a white card, legible in both themes.
+    """An image. A matplotlib figure is drawn for the light and for the dark theme; image files are on a white card.
 
     Attributes:
-        image: Bytes of a PNG or SVG file, a matplotlib figure, or Axes (their complete figure is shown).
+        image: A matplotlib figure, Axes (their complete figure is shown), or bytes of a PNG or SVG file.
         alt: Alternative text of the image. Required.
         caption: One or two sentences under the image.
         heading: Heading above it, or None.
@@ -93,6 +94,7 @@ class Figure:
 
 
 Section = Text | Code | Table | Figure
+
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1c2127;--soft:#57606a;--line:#d9dee4;--head:#0b1f330f;
@@ -116,7 +118,8 @@ linear-gradient(90deg,var(--shade),transparent) left/.8rem 100% no-repeat scroll
 linear-gradient(270deg,var(--shade),transparent) right/.8rem 100% no-repeat scroll,var(--card)}
 .hint{display:none;color:var(--soft);font-size:.8rem;margin-top:.35rem}
 .box:focus-visible{outline:2px solid var(--mark);outline-offset:2px}
-.image{background:#fff;padding:.75rem;text-align:center}
+.image{padding:.75rem;text-align:center}
+.image.file{background:#fff}
 .image img{display:block;margin:0 auto;max-width:100%;height:auto}
 table{border-collapse:collapse;width:100%;font-size:.93rem}
 th,td{padding:.42rem .9rem;text-align:left;vertical-align:top;overflow-wrap:normal}
@@ -253,28 +256,31 @@ def _png_size(image: bytes) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _image_bytes(image: Any) -> bytes:
-    """Return the bytes of a PNG or SVG file for any supported image."""
+def _image_bytes(image: Any) -> tuple[bytes, bytes | None]:
+    """Return the bytes of a PNG or SVG file for the light theme, and for the dark one if the image can be redrawn."""
     if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
+        return bytes(image), None
     if not hasattr(image, "savefig"):
         image = getattr(image, "figure", image)  # of Axes
     if hasattr(image, "savefig"):
-        buffer = io.BytesIO()
-        image.savefig(
-            buffer,
-            format="png",
-            dpi=_FIGURE_DPI,
-            bbox_inches="tight",
-            pad_inches=0.06,
-            facecolor="white",
-        )
-        return buffer.getvalue()
+        light = _drawn(image, "white")
+        with dark_theme(image):
+            return light, _drawn(image, DARK_PAGE)
     raise InputError(
         f"A figure's image is a {type(image).__name__}",
         "PNG or SVG bytes, a matplotlib figure or Axes",
         "Read the file with Path(...).read_bytes(), or pass axes.figure",
     )
+
+
+def _drawn(figure: Any, ground: str) -> bytes:
+    """Return a matplotlib figure as a PNG file on this ground."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", dpi=_FIGURE_DPI, bbox_inches="tight", pad_inches=0.06,
+        facecolor=ground,
+    )  # fmt: skip
+    return buffer.getvalue()
 
 
 def _figure(figure: Figure) -> str:
@@ -285,7 +291,7 @@ def _figure(figure: Figure) -> str:
             "a short description of the image",
             "Fill Figure(alt=...)",
         )
-    image = _image_bytes(figure.image)
+    image, dark = _image_bytes(figure.image)
     size, width = "", 0
     if image.startswith(_PNG) and len(image) >= 33:
         kind = "image/png"
@@ -312,9 +318,18 @@ def _figure(figure: Figure) -> str:
     )
     if width < _WIDE:
         wide = hint = ""
+    shown = f'<img src="data:{kind};base64,{data}" alt="{_escape(figure.alt)}"{size}>'
+    card = "box image file"
+    if dark is not None:
+        other = base64.b64encode(dark).decode("ascii")
+        shown = (
+            f'<picture><source media="screen and (prefers-color-scheme:dark)" '
+            f'srcset="data:image/png;theme=dark;base64,{other}">{shown}</picture>'
+        )
+        card = "box image"
     return (
-        f'<figure{wide}><div class="box image" role="group" tabindex="0" aria-label="{_escape(figure.alt)}">'
-        f'<img src="data:{kind};base64,{data}" alt="{_escape(figure.alt)}"{size}></div>{hint}{caption}</figure>\n'
+        f'<figure{wide}><div class="{card}" role="group" tabindex="0" aria-label="{_escape(figure.alt)}">'
+        f"{shown}</div>{hint}{caption}</figure>\n"
     )
 
 

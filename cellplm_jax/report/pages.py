@@ -7,309 +7,43 @@ random subset if there are many cells.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cellplm_jax.errors import InputError
+from cellplm_jax.plot.style import categories_of
+from cellplm_jax.report.blocks import (
+    DRAWN_GENES,
+    LISTED,
+    NEIGHBORS,
+    TASKS,
+    Page,
+    cell_map,
+    color_keys,
+    columns_of,
+    component_scores,
+    curve,
+    facts_table,
+    input_table,
+    laid_out,
+    marker_sections,
+    messages,
+    named,
+    no_map,
+    of_cells,
+    palettes_of,
+    read_counts,
+    scores_table,
+    shown,
+    some,
+    telling,
+    tissue_maps,
+)
 from cellplm_jax.report.html import Figure, Section, Table, Text
-
-DRAWN_CELLS = 5000
-"""Maximum number of cells on a map; larger sets are sampled."""
-
-DRAWN_GENES = 6
-"""Maximum number of named genes to draw."""
-
-NEIGHBORS = 15
-"""Number of neighbours for UMAP."""
-
-LISTED = 20
-"""Maximum number of rows of long lists."""
-
-NAMES = {
-    "label_key": "column with the labels",
-    "perturbation_key": "column with the perturbations",
-    "covariate_key": "column with the groups",
-    "sample_key": "column with the samples",
-    "epochs": "epochs run",
-    "best_epoch": "selected epoch",
-    "stopped_early": "stopped before the last epoch",
-    "seconds": "time of the fit (s)",
-    "shared_genes": "genes shared by panel and reference",
-    "mean_confidence": "mean confidence (correlation)",
-    "validation_loss": "loss on validation cells (nats per cell, lower is better)",
-    "validation_f1": "macro F1 on validation cells, network only",
-    "validation_f1_linear": "macro F1 on validation cells, logistic regression only",
-    "validation_f1_pooled": "macro F1 on validation cells, average of both",
-    "strength": "mixing strength",
-    "left_out_perturbations_rmse": "error on left-out perturbations (RMSE of changes)",
-    "left_out_perturbations_rmse_of_mean_change": "the same for the mean change of the others",
-    "left_out_groups_rmse": "error on left-out groups (RMSE of changes)",
-    "left_out_groups_rmse_of_mean_change": "the same for the mean change of the others",
-    "left_out_samples_cross_entropy": "cross-entropy on left-out samples (nats, lower is better)",
-    "cross_entropy_of_frequencies": "the same for guessing by label frequency",
-    "nonzeros": "non-zero counts",
-    "unknown_genes": "unknown gene names in the files",
-    "genes_outside_vocabulary": "genes of the files outside the vocabulary",
-    "megabytes": "size on disk (MB)",
-}
-"""Descriptions of facts whose names are not self-explanatory."""
-
-TASKS = {
-    "annotation": "Cell types", "imputation": "Imputed genes", "denoising": "Denoising",
-    "integration": "Integration", "perturbation": "Perturbations", "samples": "Tissue samples",
-}  # fmt: skip
-"""Names of the estimators' tasks in reports."""
-
-
-SCORES = {
-    "accuracy": ("accuracy", "fraction of cells with the correct type"),
-    "macro_accuracy": ("macro accuracy", "fraction of each type's cells with the correct type, mean of the types"),
-    "macro_f1": ("macro F1", "harmonic mean of precision and recall, mean of the types; 1 is best"),
-    "weighted_f1": ("weighted F1", "the same, types weighted by their cells"),
-    "macro_precision": ("macro precision", "fraction of correct cells per predicted label, mean of the types"),
-    "weighted_precision": ("weighted precision", "the same, types weighted by their cells"),
-    "calibration_error": ("calibration error", "difference between confidence and accuracy; 0 is best"),
-    "ari": ("ARI", "agreement of clusters and types; 1: identical, 0: chance"),
-    "nmi": ("NMI", "mutual information of clusters and types; 1: complete, 0: none"),
-    "knn_accuracy": ("kNN accuracy", "fraction of cells whose nearest cells are mostly of the same type"),
-    "label_silhouette": ("silhouette of types", "1: types are far from each other, 0: they touch, below: mixed"),
-    "ilisi": ("iLISI", "batches around each cell; 1: evenly mixed, 0: one only"),
-    "kbet": ("kBET", "fraction of cells around which batches are mixed as overall"),
-    "kbet_per_label": ("kBET within types", "the same among the cells of each type, mean of the types"),
-    "batch_silhouette": ("overlap of batches", "within types; 1: complete overlap, 0: separated"),
-    "clusters": ("clusters", "number of clusters"),
-}  # fmt: skip
-"""Display names and descriptions of scores."""
-
-SAME = ("micro_f1", "macro_recall", "weighted_recall")
-"""Scores that equal accuracy or macro accuracy if every cell has one label."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """Contents of a report; see :func:`cellplm_jax.report.html.write_report`."""
-
-    title: str
-    summary: str
-    sections: Sequence[Section]
-
-
-# --- pieces ------------------------------------------------------------------------------------
-
-
-def _facts(facts: Mapping[str, Any], heading: str = "Facts", caption: str = "") -> Table:
-    """Return plain facts as a table of two columns; nested ones are omitted."""
-    rows = [
-        (NAMES.get(name, name.replace("_", " ")), _shown(value))
-        for name, value in facts.items()
-        if isinstance(value, str | int | float | np.generic) and value != ""
-    ]
-    return Table(["", "value"], rows, heading=heading, caption=caption)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, int | np.integer):
-        return f"{int(value):,}"
-    return f"{float(value):.4g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _messages(messages: Sequence[str]) -> list[Section]:
-    """Return the messages of the work."""
-    said = [message for message in messages if message != "Initialised parameters: none."]
-    return [Text("\n\n".join(said), heading="Messages")] if said else []
-
-
-def _scores(scores: Mapping[str, float], caption: str, heading: str = "Scores") -> Table:
-    """Return scores as a table with their descriptions."""
-    rows = []
-    for key, value in scores.items():
-        if key in SAME:
-            continue
-        name, meaning = SCORES.get(key, (key.replace("_", " "), ""))
-        rows.append((name, float(value), meaning))
-    return Table(["score", "value", "meaning"], rows, caption, heading)
-
-
-def _named(genes: Sequence[Any]) -> list[str]:
-    """Return the symbols of genes, if known."""
-    from cellplm_jax.data.genes import symbols_of
-
-    return symbols_of([str(gene) for gene in genes])
-
-
-def _some(cells: int) -> np.ndarray:
-    """Return the cells to draw: all, or a reproducible random subset."""
-    if cells <= DRAWN_CELLS:
-        return np.arange(cells)
-    return np.sort(np.random.default_rng(0).choice(cells, DRAWN_CELLS, replace=False))
-
-
-def _of(drawn: int, cells: int) -> str:
-    return f"{cells:,} cells" if drawn == cells else f"{drawn:,} of {cells:,} cells, at random"
-
-
-def _map(
-    coordinates: np.ndarray,
-    columns: Mapping[str, Any],
-    caption: str,
-    heading: str,
-    name: str = "UMAP",
-) -> list[Section]:
-    """Return maps of cells, one figure per column; without columns one without colours."""
-    from cellplm_jax import plot
-
-    figures: list[Section] = []
-    if not columns:
-        one = np.full(len(coordinates), "cells", object)
-        axes = plot.umap(coordinates, one, axis_name=name, legend=False)
-        return [Figure(axes, f"{name} of the cells", caption, heading)]
-    for title, values in columns.items():
-        axes = plot.umap(coordinates, values, title=title, axis_name=name)
-        alt = f"{name} of the cells, coloured by {title}"
-        figures.append(Figure(axes, alt, caption, heading))
-        caption, heading = "", ""
-    return figures
-
-
-def _columns(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict[str, Any]:
-    """Return columns of ``obs`` for some cells, integers and text as groups; the rarest beyond 30 are merged."""
-    import pandas as pd
-
-    found = {}
-    for name in dict.fromkeys(name for name in names if name):
-        column = obs[name].iloc[cells]
-        if not pd.api.types.is_float_dtype(column.dtype):
-            text = column.astype(object).where(column.notna(), "unknown").astype(str)
-            often = set(text.value_counts().index[:30])
-            shown = text.where(text.isin(often), "others")
-            column = pd.Categorical(shown, sorted(set(shown), key=_natural))
-        found[str(name)] = column
-    return found
-
-
-def _natural(text: str) -> list[Any]:
-    """Return a key that sorts "2" before "10", and "others" last."""
-    parts = [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in _DIGITS.split(text)
-    ]
-    return [text == "others", parts]
-
-
-_DIGITS = re.compile(r"(\d+)")
-
-
-def _telling(obs: Any) -> list[str]:
-    """Return up to two different text columns with 2 to 30 groups: the default colours of a map."""
-    import pandas as pd
-
-    chosen: list[str] = []
-    for name, column in obs.items():
-        words = column.astype(str)
-        if pd.api.types.is_numeric_dtype(column.dtype) or not 2 <= column.nunique() <= 30:
-            continue
-        if not any(words.equals(obs[other].astype(str)) for other in chosen):
-            chosen.append(str(name))
-    return chosen[:2]
-
-
-def _laid_out(embedding: np.ndarray, cells: np.ndarray) -> np.ndarray | None:
-    """Return UMAP coordinates of some cells; None: too few, or not finite."""
-    from cellplm_jax.evaluate.embedding import umap_coordinates
-
-    chosen = np.asarray(embedding)[cells]
-    if len(chosen) <= NEIGHBORS or not np.isfinite(chosen).all():
-        return None
-    return umap_coordinates(chosen, neighbors=NEIGHBORS)
-
-
-def _no_map(heading: str) -> Text:
-    return Text(f"Too few cells for a map: it requires more than {NEIGHBORS}.", heading=heading)
-
-
-def _share(facts: Mapping[str, Any], part: str, whole: str) -> str | None:
-    """Return "3 of 4" from two facts; None: one is missing."""
-    if part not in facts or whole not in facts:
-        return None
-    return f"{_shown(facts[part])} of {_shown(facts[whole])}"
-
-
-def _input(facts: Mapping[str, Any]) -> list[Section]:
-    """Return a summary of the input counts, from the facts of ``uns``."""
-    read = facts.get("input") or {}
-    genes = read.get("genes") or {}
-    rows = [
-        ("file", read.get("source")),
-        ("counts", read.get("matrix")),
-        ("stored as", read.get("storage")),
-        ("gene names from", read.get("gene_key")),
-        ("cells", _shown(read["cells"]) if "cells" in read else None),
-        ("genes of the file in the vocabulary", _share(genes, "matched", "names")),
-        ("genes of the vocabulary in the file", _share(genes, "genes_matched", "vocabulary")),
-        ("cells without counts", _shown(read["cells_without_counts"]) if "cells_without_counts" in read else None),
-    ]  # fmt: skip
-    context = facts.get("context") or {}
-    rows += [
-        (f"context: {name.replace('_', ' ')}", _shown(value))
-        for name, value in context.items()
-        if value
-    ]
-    kept = [(name, str(value)) for name, value in rows if value not in (None, "")]
-    return [Table(["", "value"], kept, heading="Input")] if kept else []
-
-
-def _curve(estimator: Any) -> list[Section]:
-    """Return the history of a fit: the loss, and the score if it is another quantity."""
-    from cellplm_jax import plot
-
-    history, best = estimator.history, estimator.facts.get("best_epoch")
-    names = {name for row in history for name in row}
-    pictures: list[tuple[str, list[dict[str, float]], str]] = []
-    if names & {"loss", "validation_loss"}:
-        note = "Loss in nats per cell, lower is better"
-        if _apart(history):
-            # Training and validation loss are over different entries: on one axis both would be flat.
-            pictures = [
-                ("loss", _without(history, "validation_loss"), f"{note}, of the training cells."),
-                ("loss", _without(history, "loss"), f"{note}, of hidden entries of the validation cells."),
-            ]  # fmt: skip
-        else:
-            pictures = [("loss", list(history), f"{note}.")]
-    mirrored = all(
-        row.get("validation_score") in (None, -row.get("validation_loss", np.nan))
-        for row in history
-    )
-    if names & {"score", "validation_score"} and not mirrored:
-        pictures.append(("score", list(history), "Score, higher is better."))
-    figures: list[Section] = []
-    for key, rows, caption in pictures:
-        if not figures:
-            caption += " The dotted line marks the selected epoch"
-            caption += "; strong lines are running means." if len(rows) > 40 else "."
-        axes = plot.fitting_curves(rows, key=key, best_epoch=best)
-        heading = None if figures else "Fitting"
-        figures.append(Figure(axes, f"{key} over the epochs of the fit", caption, heading))
-    return figures
-
-
-def _apart(history: Sequence[Mapping[str, float]]) -> bool:
-    """Return whether training and validation losses differ too much for one axis."""
-    sides = [[row[name] for row in history if name in row] for name in ("loss", "validation_loss")]
-    if not all(sides):
-        return False
-    low, high = sorted(sides, key=max)
-    return max(low) < min(high) - 3 * max(np.ptp(low), np.ptp(high))
-
-
-def _without(history: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
-    """Return a history without one quantity."""
-    return [{key: value for key, value in row.items() if key != name} for row in history]
-
+from cellplm_jax.report.niches import niches as niches
 
 # --- pages of what was fitted --------------------------------------------------------------------
 
@@ -319,9 +53,36 @@ def fit(estimator: Any) -> Page:
     facts = estimator.facts
     return Page(
         f"{TASKS.get(estimator.task, estimator.task)}: fitted",
-        f"Fitted to {_shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
-        [_facts(facts), *_curve(estimator), *_messages(estimator.messages)],
+        f"Fitted to {shown(facts.get('training_cells', facts.get('cells', 0)))} cells.",
+        [facts_table(facts), *_pool(facts), *curve(estimator), *messages(estimator.messages)],
     )
+
+
+def _pool(facts: Mapping[str, Any]) -> list[Section]:
+    """Return the errors of a denoiser's pool and of its parts, if there is one."""
+    if "pool" not in facts:
+        return []
+    pool = facts["pool"]
+    names = {
+        "pooled": "pooled", "without_correction": "pooled, means of clusters not kept",
+        "without_network": "pooled without the network", "network": "network",
+        "neighbours": "mean over the nearest cells", "gene_mean": "gene mean",
+    }  # fmt: skip
+    rows = [
+        (shown, float(pool["rmse"][name]), float(pool["log_likelihood"][name]),
+         float(pool["weights"].get(name, "nan")))
+        for name, shown in names.items()
+    ]  # fmt: skip
+    return [
+        Table(
+            ["prediction", "RMSE", "log-likelihood", "weight"],
+            rows,
+            "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
+            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
+            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "Held-out counts",
+        )
+    ]
 
 
 def annotator(estimator: Any) -> Page:
@@ -337,7 +98,7 @@ def annotator(estimator: Any) -> Page:
     facts = estimator.facts
     page = fit(estimator)
     summary = (
-        f"{len(estimator.labels)} cell types, fitted to {_shown(facts['training_cells'])} cells, "
+        f"{len(estimator.labels)} cell types, fitted to {shown(facts['training_cells'])} cells, "
         f"method {estimator.method}."
     )
     sections: list[Section] = []
@@ -362,19 +123,28 @@ def annotator(estimator: Any) -> Page:
             "temperature and the pooling weights were chosen on them, so new cells may have lower scores."
         )
         each = per_class_scores(truth, predicted)
-        rows = [(name, float(score)) for name, score in estimator.validation_scores.items()]
-        if len(rows) > 1:
-            sections.append(
+        titles = {
+            "network": "the network alone",
+            "linear": "logistic regression alone (baseline)",
+            "neighbors": "label transfer from the nearest cells (baseline)",
+        }
+        known = [
+            (titles.get(name, name) if place else f"used: {name}", float(value))
+            for place, (name, value) in enumerate(estimator.validation_scores.items())
+        ]
+        beside: list[Section] = []
+        if len(known) > 1:
+            beside = [
                 Table(
-                    ["prediction", "macro F1"],
-                    rows,
-                    "The first row is used. Network and logistic regression (linear) alone, and as a baseline label "
-                    "transfer from the nearest labelled cells (neighbors).",
-                    "Parts",
+                    ["method", "macro F1"],
+                    known,
+                    "On the same validation cells.",
+                    "Next to a baseline",
                 )
-            )
+            ]
         sections += [
-            _scores(scores, note),
+            scores_table(scores, note),
+            *beside,
             Table(
                 ["cell type", *map(str, each.columns)],
                 [[name, *row] for name, *row in each.itertuples()],
@@ -406,7 +176,7 @@ def imputer(estimator: Any) -> Page:
     known = estimator.confidence.dropna().sort_values(ascending=False)
     sections: list[Section] = []
     if len(known):
-        rows = list(zip(_named(known.index), known, strict=True))
+        rows = list(zip(named(known.index), known, strict=True))
         caption = "The genes, the most confident first."
         if len(rows) > LISTED:
             rows = [*rows[: LISTED // 2], *rows[-LISTED // 2 :]]
@@ -423,9 +193,18 @@ def imputer(estimator: Any) -> Page:
             Table(["gene", "confidence"], rows, caption, "Genes"),
         ]  # fmt: skip
     facts = estimator.facts
+    if "validation" in facts:
+        listed = [
+            (name.replace("_", " "), each.get("pearson", np.nan), each["rmse"])
+            for name, each in facts["validation"].items()
+        ]
+        note = "On validation cells of the reference: mean correlation per gene, and error of log-normalised values. " \
+            f"Used: {facts['method']}."  # fmt: skip
+        sections.append(Table(["method", "correlation", "RMSE"], listed, note, "Methods"))
     summary = f"{facts['imputed_genes']:,} genes are predicted from {facts['shared_genes']:,} measured ones."
     if "mean_confidence" in facts:
-        summary += f" Mean confidence {facts['mean_confidence']:.3f}."
+        summary += f" Mean confidence {facts['mean_confidence']:.3f}"
+        summary += f", over {len(known):,} genes with counts in the validation cells."
     return Page("Imputed genes: fitted", summary, [*sections, *page.sections])
 
 
@@ -434,26 +213,68 @@ def imputer(estimator: Any) -> Page:
 
 def embedding(path: str | os.PathLike, key: str, colors: Sequence[str]) -> Page:
     """Show embedded cells: summary and UMAP."""
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
-    cells = read_annotations(path, obsm=[key], uns=["cellplm"])
+    cells = read_annotations(path, obsm=[key, "spatial"], uns=["cellplm", "spatial"])
     facts = cells.uns.get("cellplm", {})
     z = np.asarray(cells.obsm[key])
-    drawn = _some(len(z))
-    coordinates = _laid_out(z, drawn)
-    sections: list[Section] = [_no_map("The embedding")]
+    drawn = some(len(z))
+    coordinates = laid_out(z, drawn)
+    names = list(colors or telling(cells.obs))
+    cells.uns.update(read_annotations(path, uns=color_keys(names)).uns)
+    columns, palettes = columns_of(cells.obs, names, drawn), palettes_of(cells, names)
+    sections: list[Section] = [no_map("The embedding")]
     if coordinates is not None:
-        columns = _columns(cells.obs, colors or _telling(cells.obs), drawn)
-        caption = f"UMAP of obsm['{key}'], {_of(len(drawn), len(z))}: one point per cell, similar cells nearby. " \
+        caption = f"UMAP of obsm['{key}'], {of_cells(len(drawn), len(z))}: one point per cell, similar cells nearby. " \
             "For visualisation only: distances between groups have little meaning."  # fmt: skip
         if not colors:
             caption += " Use --color to colour it by a column of obs."
-        sections = _map(coordinates, columns, caption, "The embedding")
+        sections = cell_map(coordinates, columns, caption, "The embedding", palettes=palettes)
+    sample = (facts.get("context") or {}).get("batch_key") or None
+    sections += tissue_maps(cells, columns, drawn, sample_key=sample, palettes=palettes)
+    sections += _nearest_scores(path, z, drawn, columns, facts)
     return Page(
         f"Embedding of {Path(path).name}",
         f"{len(z):,} cells in {z.shape[1]} dimensions, by {facts.get('model', 'a model')}.",
-        [*sections, *_input(facts), *_messages(list((facts.get('input') or {}).get('notes', [])))],
+        [*sections, *input_table(facts), *messages(list((facts.get('input') or {}).get('notes', [])))],
     )  # fmt: skip
+
+
+def _nearest_scores(
+    path: str | os.PathLike,
+    z: np.ndarray,
+    drawn: np.ndarray,
+    columns: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> list[Section]:
+    """Return how well neighbours share the groups of each column, in the embedding and in components of the counts."""
+    from cellplm_jax.evaluate.embedding import knn_accuracy, pca_baseline
+
+    groups = {name: values for name, values in columns.items() if hasattr(values, "categories")}
+    if not groups or len(drawn) <= 3 * NEIGHBORS or not np.isfinite(z[drawn]).all():
+        return []
+    read = read_counts(path, drawn, facts)
+    if read is None:
+        return []
+    try:
+        components = pca_baseline(read[0])
+    except InputError:
+        return []
+    rows = []
+    for name, values in groups.items():
+        known = ~np.isin(np.asarray(values), ["unknown", "others"])
+        labels = np.asarray(values)[known]
+        if known.sum() > NEIGHBORS and len(set(labels)) > 1:
+            rows.append(
+                (name, *(knn_accuracy(part[known], labels) for part in (z[drawn], components)))
+            )
+    if not rows:
+        return []
+    note = (
+        f"Fraction of cells whose {NEIGHBORS} nearest cells are mostly of the same group, over "
+        f"{of_cells(len(drawn), len(z))}. Baseline: 50 principal components of the same counts."
+    )
+    return [Table(["column", "this embedding", "principal components"], rows, note, "Neighbours")]
 
 
 def clusters(
@@ -472,17 +293,39 @@ def clusters(
         key: The embedding.
         scores: Scores against known types and batches.
     """
+    from cellplm_jax.tasks.files import read_annotations
+
     cluster, *known = columns
     sizes = cells.obs[cluster].value_counts()
-    drawn = _some(cells.n_obs)
-    shown = _columns(cells.obs, columns, drawn)
-    caption = f"UMAP of obsm['{key}'], {_of(len(drawn), cells.n_obs)}: one point per cell, similar cells nearby."
-    sections = _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Clusters")
+    drawn = some(cells.n_obs)
+    columns_drawn, palettes = columns_of(cells.obs, columns, drawn), palettes_of(cells, columns)
+    caption = f"UMAP of obsm['{key}'], {of_cells(len(drawn), cells.n_obs)}: one point per cell, similar cells nearby."
+    umap = np.asarray(cells.obsm["X_umap"])[drawn]
+    sections = cell_map(umap, columns_drawn, caption, "Clusters", palettes=palettes)
+    read, batches, simple = None, None, {}
+    if Path(path).is_file():
+        more = read_annotations(path, obsm=["spatial"], uns=["cellplm", "spatial"])
+        facts = more.uns.get("cellplm", {})
+        batches = next(
+            (name for name in known if name == (facts.get("context") or {}).get("batch_key")), None
+        )
+        sections += tissue_maps(more, columns_drawn, drawn, sample_key=batches, palettes=palettes)
+        read = read_counts(path, drawn, facts)
     sections.append(_contents(cells.obs, cluster, known))
+    if read is not None:
+        groups = cells.obs[cluster].iloc[drawn].astype("category").array
+        sections += marker_sections(*read, groups)
     if scores:
         against = " and ".join(f"obs['{name}']" for name in known)
         note = f"Against {against}, which clustering does not use; higher is better."
-        sections.append(_scores({name: n for name, n in scores.items()}, note))
+        if read is not None:
+            labels = next((name for name in known if name != batches), None)
+            sides = {"labels": labels, "batches": batches if "kbet" in scores else None}
+            given = {side: cells.obs[name].iloc[drawn] for side, name in sides.items() if name}
+            settings = (cells.uns.get(cluster) or {}).get("params") or {}
+            simple = component_scores(read[0], given, float(settings.get("resolution", 1.0)))
+            note += f" Components: 50 principal components of the counts, {of_cells(len(drawn), cells.n_obs)}."
+        sections.append(scores_table(scores, note, baseline=("components", simple)))
     return Page(
         f"Clusters of {Path(path).name}",
         f"{cells.n_obs:,} cells in {len(sizes)} clusters, of {min(sizes):,} to {max(sizes):,} cells.",
@@ -493,7 +336,7 @@ def clusters(
 def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
     """Return one row per cluster: its cells, and the most frequent value of each column with its fraction."""
     rows = []
-    for name in sorted(map(str, obs[cluster].unique()), key=_natural):
+    for name in map(str, categories_of(obs[cluster]).categories):
         own = obs[obs[cluster].astype(str) == name]
         row: list[Any] = [name, len(own), f"{len(own) / len(obs):.0%}"]
         for column in known:
@@ -504,51 +347,20 @@ def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
     return Table(names, rows, "", "Composition of the clusters")
 
 
-def integrated(
-    path: str | os.PathLike, key: str, columns: Sequence[str], scores: Mapping[str, float]
-) -> Page:
-    """Show an integrated embedding by batch, and the embedding before integration if the file has it."""
-    from cellplm_jax.tasks.embed import read_annotations
-
-    before = ("X_cellplm", "X_pca")
-    cells = read_annotations(path, obsm=[key, *before], uns=["cellplm_integration"])
-    drawn = _some(cells.n_obs)
-    known = [name for name in columns if name in cells.obs.columns]
-    shown = _columns(cells.obs, known, drawn)
-    sections: list[Section] = []
-    first = next((name for name in before if name in cells.obsm), None)
-    for name, heading in ((first, "Before"), (key, "Integrated")):
-        if name is None:
-            continue
-        coordinates = _laid_out(cells.obsm[name], drawn)
-        caption = f"UMAP of obsm['{name}'], {_of(len(drawn), cells.n_obs)}."
-        if coordinates is None:
-            sections.append(_no_map(heading))
-        else:
-            sections += _map(coordinates, shown, caption, heading)
-    if first is None:
-        sections.append(
-            Text("The file has neither obsm['X_cellplm'] nor obsm['X_pca'] for comparison: run "
-                 "cellplm embed on it first.", "Before")
-        )  # fmt: skip
-    if scores:
-        sections.append(_scores(scores, ""))
-    facts = cells.uns.get("cellplm_integration", {})
-    summary = f"{cells.n_obs:,} cells" + (f", batches of '{known[0]}'." if known else ".")
-    return Page("Integrated embedding", summary, [*sections, *_input(facts)])
-
-
 def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
     from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL, UNKNOWN_REASON
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
 
-    cells = read_annotations(path, obsm=["X_umap"], uns=[FACTS])
+    cells = read_annotations(
+        path, obsm=["X_umap", "spatial"], uns=[FACTS, "spatial", *color_keys([LABEL])]
+    )
+    facts, palettes = cells.uns.get(FACTS, {}), palettes_of(cells, [LABEL])
     labels, confidence = cells.obs[LABEL].astype(str), cells.obs[CONFIDENCE].to_numpy(float)
     counts = labels.value_counts()
     mean = cells.obs.groupby(labels.to_numpy(), observed=True)[CONFIDENCE].mean()
-    drawn = _some(cells.n_obs)
+    drawn = some(cells.n_obs)
     sections: list[Section] = [
         Table(
             ["cell type", "cells", "share", "mean confidence"],
@@ -563,25 +375,32 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
             "Confidence",
         ),
     ]
+    columns = columns_of(cells.obs, [LABEL], drawn) | {CONFIDENCE: confidence[drawn]}
     if "X_umap" in cells.obsm:
-        shown = _columns(cells.obs, [LABEL], drawn) | {CONFIDENCE: confidence[drawn]}
-        caption = (
-            f"UMAP of the fine-tuned embedding, {_of(len(drawn), cells.n_obs)}; obsm['X_umap']."
-        )
-        sections += _map(np.asarray(cells.obsm["X_umap"])[drawn], shown, caption, "Map")
+        caption = f"UMAP of the fine-tuned embedding, {of_cells(len(drawn), cells.n_obs)}; obsm['X_umap']."
+        umap = np.asarray(cells.obsm["X_umap"])[drawn]
+        sections += cell_map(umap, columns, caption, "Map", palettes=palettes)
     else:
-        sections.append(_no_map("Map"))
+        sections.append(no_map("Map"))
     if UNKNOWN_REASON in cells.obs:
         reasons = cells.obs[UNKNOWN_REASON].astype(str)
         rows = [(name, int(n)) for name, n in reasons[reasons != ""].value_counts().items()]
         note = "Cells that are unlike the labelled cells of the fit, by the most obvious reason."
         sections.append(Table(["reason", "cells"], rows[:LISTED], note, "Unknown cells"))
+    sample = (facts.get("context") or {}).get("batch_key") or None
+    sections += tissue_maps(
+        cells, {LABEL: columns[LABEL]}, drawn, sample_key=sample, palettes=palettes
+    )
+    read = read_counts(path, drawn, facts)
+    if read is not None:
+        groups = cells.obs[LABEL].iloc[drawn].astype(str).astype("category").array
+        sections += marker_sections(*read, groups, "type")
     low = float(np.mean(confidence < 0.5))
     return Page(
         f"Cell types of {Path(path).name}",
         f"{cells.n_obs:,} cells of {len(counts)} types; median confidence {np.median(confidence):.2f}, "
         f"{low:.0%} of the cells below one half.",
-        [*sections, *_input(cells.uns.get(FACTS, {}))],
+        [*sections, *input_table(facts)],
     )
 
 
@@ -594,7 +413,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
         keys: Reading options that differ from the fit.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.files import read_annotations
     from cellplm_jax.tasks.impute import FACTS, IMPUTED
 
     spatial_key = estimator.reading.changed(**keys).spatial_key or "spatial"
@@ -605,7 +424,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
     beside = estimator.beside_measured(path, values, log_normalized=logged, **keys)
     confidence = estimator.confidence.reindex(values.columns)
     order = confidence.sort_values(ascending=False, na_position="last").index
-    names = dict(zip(order, _named(order), strict=True))
+    names = dict(zip(order, named(order), strict=True))
     checked = beside.pearson.reindex(order)
     mean, top = values.mean(axis=0), values.max(axis=0)
     unit = "log1p of counts per 10,000" if logged else "counts"
@@ -624,7 +443,7 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
     if len(beside.pearson):
         summary += (
             f" {len(beside.pearson):,} of them are measured in this file, unused by the prediction: their "
-            f"median correlation with it is {np.nanmedian(beside.pearson):.2f}."
+            f"mean correlation with it is {np.nanmean(beside.pearson):.2f}."
         )
         caption += " Correlation here: with the measured values of these cells, log-normalised."
     else:
@@ -647,14 +466,14 @@ def imputed(path: str | os.PathLike, estimator: Any, keys: Mapping[str, Any]) ->
         )  # fmt: skip
     if spatial_key in cells.obsm:
         sections += _beside(beside, np.asarray(cells.obsm[spatial_key], np.float64)[:, :2], names)
-    return Page(f"Imputed genes of {Path(path).name}", summary, [*sections, *_input(facts)])
+    return Page(f"Imputed genes of {Path(path).name}", summary, [*sections, *input_table(facts)])
 
 
 def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[Section]:
     """Return spatial maps of imputed genes and measured ones."""
     from cellplm_jax import plot
 
-    drawn = _some(len(points))
+    drawn = some(len(points))
     drawn = drawn[np.isfinite(points[drawn]).all(axis=1)]
     if not len(drawn):
         return []
@@ -673,7 +492,7 @@ def _beside(beside: Any, points: np.ndarray, names: Mapping[str, str]) -> list[S
             caption = "Measured genes of this file: the most confident, a median and the " \
                 "least confident one. Difference: red is predicted too high, blue too low."  # fmt: skip
         else:
-            (other,) = _named([pair.other])
+            (other,) = named([pair.other])
             axes = plot.cell_panels(
                 points[drawn], {f"{gene}, imputed": values[0], f"{other}, measured": values[1]},
                 color_label=scale, tissue=True,
@@ -701,19 +520,20 @@ def denoised(
         genes: Genes to show; None: some that vary most between cells.
     """
     from cellplm_jax import plot
-    from cellplm_jax.tasks.denoise import FACTS, LAYER, before_and_after
-    from cellplm_jax.tasks.embed import read_annotations
+    from cellplm_jax.tasks.denoise import FACTS, LAYER
+    from cellplm_jax.tasks.denoise_view import before_and_after
+    from cellplm_jax.tasks.files import read_annotations
 
     embeddings = ("X_umap", "X_cellplm_integrated", "X_cellplm", "X_pca")
     cells = read_annotations(path, obsm=embeddings, uns=[FACTS])
     facts = cells.uns.get(FACTS, {})
-    drawn = _some(cells.n_obs)
+    drawn = some(cells.n_obs)
     comparison = before_and_after(estimator, path, LAYER, rows=drawn, genes=genes, **keys)
     after = "expected if non-zero" if facts.get("detected") else "expected"
     totals = "The expected counts of each cell sum to its measured total."
     if facts.get("detected"):
         totals = "Counts conditional on being non-zero are larger than the measured counts."
-    names = _named(comparison.genes)
+    names = named(comparison.genes)
     rows = [
         [name, *comparison.table.loc[gene, list(comparison.table)]]
         for name, gene in zip(names, comparison.genes, strict=True)
@@ -744,12 +564,13 @@ def denoised(
                     names=("counted", after), logarithmic=True,
                 ),
                 "Mean expected count against mean count, one point per gene",
-                f"One point per gene with a count, over {_of(len(drawn), cells.n_obs)}. On the line both are equal. "
-                f"{totals}",
+                f"One point per gene with a count, over {of_cells(len(drawn), cells.n_obs)}. On the line both are "
+                f"equal. {totals}",
                 "Means of all genes",
             ),
-            *_input(facts),
-            *_messages(estimator.messages),
+            *_pool(facts),
+            *input_table(facts),
+            *messages(estimator.messages),
         ],
     )  # fmt: skip
 
@@ -771,13 +592,13 @@ def _before_and_after(
                 "The map is obsm['X_umap'].",
             )
         elif key is not None:
-            points, place = _laid_out(cells.obsm[key], drawn), f"UMAP of obsm['{key}']."
+            points, place = laid_out(cells.obsm[key], drawn), f"UMAP of obsm['{key}']."
         elif len(drawn) > NEIGHBORS:
             components = pca_baseline(found.counts)
-            points = _laid_out(components, np.arange(len(drawn)))
+            points = laid_out(components, np.arange(len(drawn)))
             place = "UMAP of the principal components of the counts, before denoising."
     if points is None:
-        return [_no_map("Before and after")]
+        return [no_map("Before and after")]
     there = np.isfinite(points).all(axis=1)
     sections: list[Section] = []
     for number in range(min(DRAWN_GENES if chosen else 2, len(names))):
@@ -795,91 +616,6 @@ def _before_and_after(
             Figure(axes, f"{names[number]} in the cells before and after denoising", caption, heading)
         )  # fmt: skip
     return sections
-
-
-def perturbed(found: Any) -> Page:
-    """Show predicted changes: the genes with the largest changes, as a map and a table."""
-    from cellplm_jax import plot
-    from cellplm_jax.data.genes import symbols_of
-
-    change = found.change.iloc[:30]
-    names = dict(zip(change.columns, symbols_of(list(map(str, change.columns))), strict=True))
-    largest = change.abs().max(axis=0).sort_values(ascending=False).index[:30]
-    rows = []
-    for perturbation, values in change.iterrows():
-        order = values.abs().sort_values(ascending=False).index[:5]
-        listed = ", ".join(f"{names[gene]} {values[gene]:+.2f}" for gene in order)
-        listed = listed.replace(" -", " \N{MINUS SIGN}")
-        rows.append(
-            (perturbation, found.known[perturbation], float(np.sqrt((values**2).mean())), listed)
-        )
-    more = "" if len(found.change) <= 30 else f" The first 30 of {len(found.change)} perturbations."
-    return Page(
-        "Predicted perturbations",
-        f"Changes of {found.change.shape[1]:,} genes under {len(found.change):,} perturbations, relative to control "
-        f"cells.{more}",
-        [
-            Figure(
-                plot.change_map(change[largest].rename(columns=names)),
-                "Map of the genes with the largest changes",
-                "The genes with the largest changes under any of these. Change of the mean of log1p of counts per "
-                "10,000; +1 is about 2.7 times as much, and \N{MINUS SIGN}1 about 2.7 times less.",
-                "Changes",
-            ),
-            Table(
-                ["perturbation", "known", "size", "largest changes"],
-                rows,
-                "Known: whether it, or its targets, were in the training data. Size: root mean square of the changes "
-                "of all genes.",
-                "Perturbations",
-            ),
-            *_messages(found.messages),
-        ],
-    )  # fmt: skip
-
-
-def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
-    """Show labelled samples, and the contributions of their cells."""
-    from cellplm_jax import plot
-    from cellplm_jax.tasks.embed import read_annotations
-    from cellplm_jax.tasks.samples import CONTRIBUTION, FACTS, LABEL
-
-    cells = read_annotations(path, uns=[FACTS])
-    facts = cells.uns.get(FACTS, {})
-    counts = table["label"].value_counts()
-    rows = [
-        (name, str(row["label"]), float(row["confidence"]), int(row["cells"]))
-        for name, row in table.iterrows()
-    ]
-    found = ", ".join(f"{n} {label}" for label, n in counts.items() if n)
-    sections: list[Section] = [
-        Table(
-            ["sample", "label", "confidence", "cells"],
-            rows,
-            "Confidence: probability of the label.",
-            "Samples",
-        ),
-        Figure(
-            plot.histogram(cells.obs[CONTRIBUTION], value_label="contribution to the label (log-odds)"),
-            "Histogram of the contributions of the cells",
-            "Contribution of each cell to its sample's label; below 0: against it. The mean over a sample's cells is "
-            "used for the prediction.",
-            "Contributions of the cells",
-        ),
-    ]  # fmt: skip
-    # Contributions shared by all cells of each sample are not specific to kinds of cells.
-    key = estimator.facts.get("sample_key")
-    within = cells.obs.drop(columns=LABEL, errors="ignore")
-    if key in within:
-        sample = within[key].astype(str)
-        within = within.loc[:, [within[n].groupby(sample).nunique().max() > 1 for n in within]]
-    for name in _telling(within):
-        groups = cells.obs.groupby(cells.obs[name].astype(str), observed=True)[CONTRIBUTION]
-        means = groups.mean().sort_values(ascending=False)
-        listed = [(group, int(groups.size()[group]), float(mean)) for group, mean in means.items()]
-        sections.append(Table([name, "cells", "mean contribution"], listed))
-    sections += [*_input(facts), *_messages(estimator.messages)]
-    return Page(f"Samples of {Path(path).name}", f"{len(table):,} samples: {found}.", sections)
 
 
 # --- pages of corpora and models -----------------------------------------------------------------
@@ -907,7 +643,7 @@ def corpus(facts: Mapping[str, Any]) -> Page:
                 "",
                 "Sizes",
             ),
-            _facts(
+            facts_table(
                 {
                     "nonzeros": totals["nonzeros"],
                     **reported,
@@ -915,7 +651,7 @@ def corpus(facts: Mapping[str, Any]) -> Page:
                     "fingerprint": facts["fingerprint"],
                 }
             ),
-            *_messages(notes),
+            *messages(notes),
         ],
     )  # fmt: skip
 
@@ -927,7 +663,7 @@ def model(source: str | os.PathLike, facts: Mapping[str, Any]) -> Page:
 
     parameters = {name: n for name, n in facts["parameters"].items() if name != "total"}
     sections: list[Section] = [
-        _facts(facts["card"], "Card"),
+        facts_table(facts["card"], "Card"),
         Figure(
             plot.table_bars(parameters, value_label="parameters"),
             "Parameters per module",

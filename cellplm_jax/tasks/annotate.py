@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,15 @@ from cellplm_jax.tasks.annotation_pool import (
     neighbor_votes,
 )
 from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, parts_of, split_cells
+from cellplm_jax.tasks.estimator import (
+    AS_FITTED,
+    Estimator,
+    Reading,
+    Training,
+    parts_of,
+    split_cells,
+)
+from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.unknown import Unknown, UnknownDetector, latent_map
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
@@ -168,11 +175,13 @@ class CellTypeAnnotator(Estimator):
         linear: bool = True,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if method not in ("finetune", "neighbors"):
             raise InputError(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
+        if method == "neighbors":
+            require("sklearn", "eval", "method='neighbors'")
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:
             raise InputError(
                 f"unknown_threshold={unknown_threshold}",
@@ -213,6 +222,7 @@ class CellTypeAnnotator(Estimator):
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
         transductive: bool = False,
@@ -231,6 +241,7 @@ class CellTypeAnnotator(Estimator):
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
             transductive: Put all cells of ``adata`` into the training contexts, non-training cells without their
@@ -246,7 +257,7 @@ class CellTypeAnnotator(Estimator):
         """
         reading = Reading(
             batch_key, spatial_key, layer, gene_key, values, cells_per_context,
-            None if transductive else split_key,
+            None if transductive else split_key, feature_type,
         )  # fmt: skip
         start = time.monotonic()
         with stage(f"{self.task}: reading", quiet=self.quiet):
@@ -579,12 +590,13 @@ class CellTypeAnnotator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         batch_key: str | None = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
@@ -604,6 +616,7 @@ class CellTypeAnnotator(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
@@ -613,6 +626,7 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
+        adata = as_anndata(adata)
         found = self._predicted(
             adata,
             self.reading.changed(
@@ -620,6 +634,7 @@ class CellTypeAnnotator(Estimator):
                 spatial_key=spatial_key,
                 layer=layer,
                 gene_key=gene_key,
+                feature_type=feature_type,
                 values=values,
                 cells_per_context=cells_per_context,
             ),
@@ -649,6 +664,8 @@ class CellTypeAnnotator(Estimator):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
+        if umap:
+            require("scanpy", "eval", "UMAP")
         found = self._predicted(path, self.reading.changed(**keys))
         laid_out = {}
         if umap and len(found.z) > UMAP_NEIGHBORS:
@@ -665,7 +682,7 @@ class CellTypeAnnotator(Estimator):
 
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         split: str | None = None,
@@ -696,6 +713,8 @@ class CellTypeAnnotator(Estimator):
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()
+        require("sklearn", "eval", "Scoring labels")
+        adata = as_anndata(adata)
         label_key = str(label_key or self.facts["label_key"])
         named = labels_of(adata.obs, label_key)
         scored = np.array([name is not None for name in named], bool)
@@ -801,7 +820,11 @@ class CellTypeAnnotator(Estimator):
         if self._linear is None and self._detector is None:
             return None, None
         linear, cells = [], []
-        read: dict[str, Any] = {"layer": reading.layer, "gene_key": reading.gene_key}
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
         with (
             stage(f"{self.task}: genes", quiet=self.quiet),
             open_counts(data, self._fitted().genes, values=reading.values, **read) as source,

@@ -154,7 +154,7 @@ def bench_embedding(
         adata = anndata.read_h5ad(data)[:cells].to_memory()
     with open_counts(adata, model.genes) as source:
         stored = source.read(0, source.cells).nnz
-    timed = _timed(lambda: embed(adata, model), repeats)
+    timed = _timed(lambda: embed(adata, model, quiet=True), repeats)
     flops = embedding_flops(model.config, adata.n_obs, stored, adata.n_obs)
     return {
         "task": "embed",

@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from cellplm_jax.data.anndata_files import check_tree, unreadable
+from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
+from cellplm_jax.plot.style import category_colors
+from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.tasks.embed import (
-    Adapt,
-    Context,
-    check_copy,
-    check_key,
-    embed,
-    read_and_embed,
-    write_copy,
-)
+from cellplm_jax.tasks.embed import Adapt, Context, embed, read_and_embed
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import READ_ERRORS
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,7 +33,7 @@ REPRESENTATION = "X_cellplm"
 
 
 def cluster(
-    adata: AnnData,
+    adata: AnnData | str | os.PathLike,
     model: Pretrained | str | os.PathLike | None = None,
     *,
     use_rep: str = REPRESENTATION,
@@ -45,8 +43,15 @@ def cluster(
     seed: int = 0,
     metric: Metric = "euclidean",
     batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    values: Values = "counts",
+    minimum_genes: int | None = None,
+    cells_per_context: int | None = None,
+    feature_type: str | None = None,
     adapt: Adapt = "context",
-    quiet: bool = True,
+    quiet: bool = False,
 ) -> AnnData:
     """Cluster cells with Leiden on the neighbour graph of an embedding, in place.
 
@@ -61,7 +66,8 @@ def cluster(
         ``obsm[use_rep]`` and ``uns["cellplm"]``: if the cells were embedded, see :func:`cellplm_jax.embed`.
 
     Args:
-        adata: The cells; raw counts if they have to be embedded.
+        adata: The cells; raw counts if they have to be embedded. A path is read into memory, see
+            :func:`cellplm_jax.embed`.
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`; unused if the embedding
             exists.
         use_rep: Key of ``obsm`` with the embedding, such as ``"X_cellplm_integrated"``.
@@ -71,30 +77,46 @@ def cluster(
         seed: Seed of the neighbour search and of Leiden; clusters are reproducible.
         metric: Distance between cells.
         batch_key: If cells are embedded: column of ``obs`` with the tissue sample, one context each.
+        spatial_key: If cells are embedded: see :func:`cellplm_jax.embed`, and so are the next ones.
+        layer: See :func:`cellplm_jax.embed`.
+        gene_key: See :func:`cellplm_jax.embed`.
+        values: See :func:`cellplm_jax.embed`.
+        minimum_genes: See :func:`cellplm_jax.embed`.
+        cells_per_context: See :func:`cellplm_jax.embed`.
+        feature_type: See :func:`cellplm_jax.embed`.
         adapt: If cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
             :func:`cellplm_jax.embed`.
         quiet: Disable progress output.
 
     Returns:
-        ``adata`` itself.
+        ``adata`` itself; for a path the AnnData that was read, with the results.
 
     Raises:
         InputError: There is neither an embedding nor a model, or numbers or keys cannot be used.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     _check(key_added, use_rep, resolution)
+    adata = as_anndata(adata)
     if use_rep not in adata.obsm:
         embed(
             adata,
             _model(model, use_rep, list(adata.obsm)),
             batch_key=batch_key,
+            spatial_key=spatial_key,
+            layer=layer,
+            gene_key=gene_key,
+            values=values,
+            minimum_genes=minimum_genes,
+            cells_per_context=cells_per_context,
+            feature_type=feature_type,
             key_added=use_rep,
             adapt=adapt,
             quiet=quiet,
         )
     results = _clustered(
-        np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric
-    )
+        np.asarray(adata.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric,
+        quiet=quiet,
+    )  # fmt: skip
     for part in ("obs", "obsp", "uns"):
         for name, value in results[part].items():
             getattr(adata, part)[name] = value
@@ -113,11 +135,19 @@ def cluster_file(
     seed: int = 0,
     metric: Metric = "euclidean",
     batch_key: str | None = None,
+    spatial_key: str | None = "spatial",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    values: Values = "counts",
+    minimum_genes: int | None = None,
+    cells_per_context: int | None = None,
+    feature_type: str | None = None,
+    require_coordinates: bool = False,
     adapt: Adapt = "context",
     umap: bool = False,
     quiet: bool = False,
 ) -> tuple[AnnData, list[str]]:
-    """Cluster an ``.h5ad`` file and write a copy with the results; counts are streamed.
+    """Cluster an ``.h5ad`` file or a ``.zarr`` store and write a copy with the results; counts are streamed.
 
     Args:
         path: Input; never changed.
@@ -130,6 +160,14 @@ def cluster_file(
         seed: See :func:`cluster`.
         metric: See :func:`cluster`.
         batch_key: See :func:`cluster`.
+        spatial_key: See :func:`cluster`.
+        layer: See :func:`cluster`.
+        gene_key: See :func:`cluster`.
+        values: See :func:`cluster`.
+        minimum_genes: See :func:`cluster`.
+        cells_per_context: See :func:`cluster`.
+        feature_type: See :func:`cluster`.
+        require_coordinates: See :func:`cellplm_jax.tasks.embed.embed_file`.
         adapt: See :func:`cluster`.
         umap: Also compute a UMAP of the graph: ``obsm["X_umap"]``.
         quiet: See :func:`cluster`.
@@ -142,27 +180,34 @@ def cluster_file(
         InputError: As in :func:`cluster`; also if ``out`` cannot be written.
     """
     import anndata
-    import h5py
     from anndata.io import read_elem
 
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
-    if not path.is_file() or not h5py.is_hdf5(path):
-        raise InputError(f"'{path}' is not an .h5ad file", "an existing one", "Check the name")
-    with h5py.File(path) as file:
-        obs: Any = read_elem(file["obs"])
+    with open_store(path) as file:
         keys = list(file.get("obsm", {}))
-        there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        for name in ("obs", *([f"obsm/{use_rep}"] if use_rep in keys else [])):
+            check_tree(file[name], path)
+        try:
+            obs: Any = read_elem(file["obs"])
+            there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+        except READ_ERRORS as error:
+            raise InputError(unreadable(path, error)) from error
     obsm, uns, messages = {}, {}, []
     if there is None:
-        context = Context(batch_key, "spatial", None, adapt=adapt)
+        context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
+        read = {
+            "layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type,
+        }  # fmt: skip
         embedder = _model(model, use_rep, keys)
-        there, facts, messages = read_and_embed(path, embedder, {}, context, use_rep, quiet)
+        there, facts, messages = read_and_embed(path, embedder, read, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
     results = _clustered(
-        np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap
-    )
+        np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap,
+        quiet=quiet,
+    )  # fmt: skip
     obsm |= results["obsm"]
     write_copy(
         path,
@@ -180,17 +225,15 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
     """Raise an error for names that are not columns of ``obs`` of a file, before any work is done.
 
     Args:
-        path: An ``.h5ad`` file; unreadable files are ignored here and reported by their reader.
+        path: An ``.h5ad`` file or a ``.zarr`` store; a file that does not exist is reported by its reader.
         columns: Names.
 
     Raises:
         InputError: A column does not exist.
     """
-    import h5py
-
-    if not columns or not Path(path).is_file() or not h5py.is_hdf5(path):
+    if not columns or not Path(path).exists():
         return
-    with h5py.File(path) as file:
+    with open_store(path) as file:
         names = list(map(str, file["obs"].attrs.get("column-order", [])))
     for column in columns:
         if column not in names:
@@ -217,7 +260,7 @@ def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike
         1, len(columns), figsize=(6.4 * len(columns), 4.2), squeeze=False, layout="constrained"
     )
     for ax, column in zip(axes[0], columns, strict=True):
-        plot.umap(cells.obsm["X_umap"], cells.obs[column].astype(str), title=column, ax=ax)
+        plot.umap(cells, color=column, ax=ax)
     try:
         with atomic_write(out) as partial:
             figure.savefig(partial, format=out.suffix[1:] or "png", dpi=150)
@@ -235,29 +278,50 @@ def _clustered(
     metric: Metric,
     *,
     umap: bool = False,
+    quiet: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Return the new entries of ``obs``, ``obsm``, ``obsp`` and ``uns``."""
-    graph = neighbor_graph(embedding, neighbors=neighbors, seed=seed, metric=metric, name=use_rep)
-    clusters = leiden_of_graph(graph, resolution=resolution, seed=seed)
-    names = [str(number) for number in range(clusters.max() + 1)]
+    progress = ProgressReport(
+        "clustering", 2 + umap, unit="stages", quiet=quiet, first="finding neighbours"
+    )
     laid_out = {}
-    if umap:
-        import scanpy
+    try:
+        graph = neighbor_graph(
+            embedding, neighbors=neighbors, seed=seed, metric=metric, name=use_rep
+        )
+        progress.update(1, "Leiden")
+        clusters = leiden_of_graph(graph, resolution=resolution, seed=seed)
+        names = [str(number) for number in range(clusters.max() + 1)]
+        if umap:
+            import scanpy
 
-        scanpy.tl.umap(graph, random_state=seed)
-        laid_out["X_umap"] = np.asarray(graph.obsm["X_umap"], np.float32)
+            progress.update(2, "UMAP")
+            scanpy.tl.umap(graph, random_state=seed)
+            laid_out["X_umap"] = np.asarray(graph.obsm["X_umap"], np.float32)
+        progress.close(
+            f"clustered {len(clusters):,} cells: {len(names)} clusters, {progress.time_taken}"
+        )
+    finally:
+        progress.close()
     params = {"resolution": resolution, "random_state": seed, "n_iterations": 2}
     return {
         "obs": {key_added: pd.Categorical.from_codes(clusters, names)},  # type: ignore[arg-type]
         "obsm": laid_out,
         "obsp": {name: graph.obsp[name] for name in ("distances", "connectivities")},
-        "uns": {"neighbors": dict(graph.uns["neighbors"]), key_added: {"params": params}},
+        "uns": {
+            "neighbors": dict(graph.uns["neighbors"]),
+            key_added: {"params": params},
+            f"{key_added}_colors": list(category_colors(pd.Categorical(names, names)).values()),
+        },
     }
 
 
 def _check(key_added: str, use_rep: str, resolution: float) -> None:
     check_key(key_added)
     check_key(use_rep)
+    # Before any cell is embedded, which takes long.
+    require("scanpy", "eval", "Clustering")
+    require("igraph", "eval", "Clustering")
     if not resolution > 0:
         raise InputError(f"resolution = {resolution}", "a number above 0", "1.0 is usual")
 

@@ -97,7 +97,7 @@ def join_context(
     depth = np.log1p(np.concatenate(libraries)).astype(np.float32)
     clusters = leiden_clusters(joined[::every], resolution=DEPTH_RESOLUTION)
     joined = joined - np.outer(
-        depth - depth.mean(), _slopes(joined[::every], depth[::every], clusters)
+        depth - depth.mean(), depth_slopes(joined[::every], depth[::every], clusters)
     )
     clusters = leiden_clusters(joined[::every], resolution=RESOLUTION)
     pooled = Discriminants(joined.shape[1], shrinkage=SHRINKAGE)
@@ -111,10 +111,18 @@ def join_context(
     return np.hstack([joined, separated * np.float32(length)])
 
 
-def _slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Return the slope of each dimension on the log library size within clusters, float32 [dimensions].
+def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return the slope of each dimension on the log library size within clusters.
 
     Slopes between clusters stay: types differ in the size of their libraries.
+
+    Args:
+        embedding: float [cells, dimensions].
+        depth: float [cells], log library size.
+        clusters: [cells].
+
+    Returns:
+        float32 [dimensions].
     """
     _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     inside = depth - (np.bincount(codes, depth) / sizes)[codes]

@@ -113,6 +113,7 @@ def read_cells(
     values: Values = "counts",
     minimum_genes: int | None = None,
     one_batch: bool = False,
+    feature_type: str | None = None,
 ) -> CellTable:
     """Read cells into memory.
 
@@ -127,6 +128,7 @@ def read_cells(
         values: See :func:`cellplm_jax.embed`.
         minimum_genes: See :func:`cellplm_jax.embed`.
         one_batch: All cells are one batch if the column ``batch_key`` does not exist, with a note in the report.
+        feature_type: See :func:`cellplm_jax.embed`.
 
     Returns:
         All cells over all genes of the vocabulary.
@@ -134,7 +136,9 @@ def read_cells(
     Raises:
         InputError: The counts, genes or keys cannot be used.
     """
-    genes = own_vocabulary(data, layer, gene_key, values) if vocabulary is None else vocabulary
+    genes = vocabulary
+    if genes is None:
+        genes = own_vocabulary(data, layer, gene_key, values, feature_type)
     with open_counts(
         data,
         genes,
@@ -142,6 +146,7 @@ def read_cells(
         gene_key=gene_key,
         values=values,
         minimum_genes=minimum_genes,
+        feature_type=feature_type,
     ) as source:
         batch = np.full(source.cells, ONE_BATCH, object)
         notes: tuple[str, ...] = ()
@@ -170,7 +175,11 @@ def missing_batch(key: str) -> str:
 
 
 def own_vocabulary(
-    data: AnnData | str | os.PathLike, layer: str | None, gene_key: str | None, values: Values
+    data: AnnData | str | os.PathLike,
+    layer: str | None,
+    gene_key: str | None,
+    values: Values,
+    feature_type: str | None = None,
 ) -> list[str]:
     """Return the genes of the data: the vocabulary of a model trained from scratch.
 
@@ -179,9 +188,12 @@ def own_vocabulary(
         layer: See :func:`read_cells`.
         gene_key: See :func:`read_cells`.
         values: See :func:`read_cells`.
+        feature_type: See :func:`read_cells`.
     """
     human = sorted(load_human_table().symbols)
-    read: dict[str, Any] = {"layer": layer, "gene_key": gene_key, "values": values}
+    read: dict[str, Any] = {
+        "layer": layer, "gene_key": gene_key, "values": values, "feature_type": feature_type,
+    }  # fmt: skip
     with open_counts(data, human, minimum_genes=0, **read) as source:
         mapping = source.report.genes
         # Mouse genes keep their own names when training from scratch: no orthologues needed, no genes lost.

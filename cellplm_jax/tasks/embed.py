@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -16,7 +16,7 @@ import numpy as np
 
 from cellplm_jax._version import __version__
 from cellplm_jax.batch import CellBatch
-from cellplm_jax.data.anndata_io import CountSource, Values, nullable_strings, open_counts
+from cellplm_jax.data.anndata_io import CountSource, Values, open_counts
 from cellplm_jax.data.batches import (
     Sample,
     bucket,
@@ -26,12 +26,13 @@ from cellplm_jax.data.batches import (
 )
 from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at_once
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.untrusted import require_options
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -43,8 +44,12 @@ CHUNK_CELLS = 512
 CHUNK_NONZEROS = 2048
 
 
+FEW_MATCHED = 0.3
+"""Fraction of the gene names of a file below which an embedding warns."""
+
+
 def embed(
-    adata: AnnData,
+    adata: AnnData | str | os.PathLike,
     model: Pretrained | str | os.PathLike,
     *,
     batch_key: str | None = None,
@@ -56,9 +61,10 @@ def embed(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
-    quiet: bool = True,
+    feature_type: str | None = None,
+    quiet: bool = False,
 ) -> AnnData:
-    """Embed the cells of an AnnData with a pretrained model, in place.
+    """Embed the cells of an AnnData with a pretrained model, in place, and print one line about it.
 
     Cells of one context attend to one another: all cells with the same ``batch_key`` value (without it, all cells
     of the file), or, with ``cells_per_context``, sets of about that size. The result does not depend on how the file is
@@ -70,7 +76,8 @@ def embed(
         the vocabulary were matched, missing, ambiguous and duplicated.
 
     Args:
-        adata: Raw counts: in ``X``, ``raw.X`` or a usual layer, any storage; a backed one is streamed.
+        adata: Raw counts: in ``X``, ``raw.X`` or a usual layer, any storage; a backed one is streamed. The path of an
+            ``.h5ad`` file or a ``.zarr`` store is read into memory first; :func:`embed_file` streams it instead.
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
         batch_key: Column of ``obs`` with the tissue sample of each cell; each sample is one context.
         spatial_key: Key of ``obsm`` with 2-D coordinates in any unit, scaled per tissue sample. The default is used
@@ -88,20 +95,28 @@ def embed(
             ``tasks/context_components.py``; better for one file
             (``benchmarks/zero_shot``), not comparable between files, and of a different width. Needs the extra
             ``eval``.
-        quiet: No progress on standard error.
+        feature_type: Type of the features to read, as the file names it; None: genes, if ``var`` has the types;
+            "all": every feature.
+        quiet: No progress and no line.
 
     Returns:
-        ``adata`` itself.
+        ``adata`` itself; for a path the AnnData that was read, with the embedding.
 
     Raises:
         InputError: The counts, genes or keys cannot be used; the message explains what to do.
     """
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
+    check_adapt(adapt)
+    adata = as_anndata(adata)
     embedding, provenance, _ = read_and_embed(
         adata, as_pretrained(model), read, context, key_added, quiet
     )
+    if few := few_matched(provenance["input"]["genes"]):
+        warnings.warn(few, stacklevel=2)
     adata.obsm[key_added] = embedding
     adata.uns["cellplm"] = provenance
     return adata
@@ -121,15 +136,16 @@ def embed_file(
     values: Values = "counts",
     minimum_genes: int | None = None,
     adapt: Adapt = "none",
+    feature_type: str | None = None,
     require_coordinates: bool = False,
     quiet: bool = False,
 ) -> list[str]:
-    """Embed an ``.h5ad`` file into a copy of it, without loading the file into memory.
+    """Embed an ``.h5ad`` file or a ``.zarr`` store into a copy of it, without loading it into memory.
 
     Args:
         path: Input; never changed.
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
-        out: Output: the input plus what :func:`embed` writes; an atomic write.
+        out: Output of the same kind: the input plus what :func:`embed` writes; an atomic write.
         batch_key: As in :func:`embed`, and so are the rest.
         spatial_key: See :func:`embed`.
         layer: See :func:`embed`.
@@ -139,6 +155,7 @@ def embed_file(
         values: See :func:`embed`.
         minimum_genes: See :func:`embed`.
         adapt: See :func:`embed`.
+        feature_type: See :func:`embed`.
         require_coordinates: ``spatial_key`` must be present, even if it is the default one.
         quiet: See :func:`embed`.
 
@@ -151,12 +168,34 @@ def embed_file(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes}
+    check_context(batch_key, spatial_key, cells_per_context)
+    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
+            "feature_type": feature_type}  # fmt: skip
     context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
     model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
-    return messages
+    few = few_matched(provenance["input"]["genes"])
+    return [few, *messages] if few else messages
+
+
+def few_matched(genes: Mapping[str, Any]) -> str:
+    """Return a warning if the model knows few of the genes of a file; "" otherwise.
+
+    Args:
+        genes: ``uns["cellplm"]["input"]["genes"]``.
+    """
+    if genes["matched"] >= FEW_MATCHED * genes["names"]:
+        return ""
+    return (
+        f"the model knows only {_matched(genes)}; the embedding is unreliable unless the others are no genes. Check "
+        "gene_key (--gene-key) and the species"
+    )
+
+
+def _matched(genes: Mapping[str, Any]) -> str:
+    share = 100 * genes["matched"] / max(genes["names"], 1)
+    return f"{genes['matched']:,} of {genes['names']:,} genes ({share:.0f} %)"
 
 
 Adapt = Literal["none", "context"]
@@ -214,7 +253,10 @@ def read_and_embed(
         float32 [cells, latent]; facts for ``uns``; sentences about the input.
     """
     check_adapt(context.adapt)
-    with open_counts(data, model.genes, **read) as source:
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_counts(data, model.genes, **read))
+        progress = ProgressReport("embedding", source.cells, unit="cells", quiet=quiet)
+        stack.callback(progress.close)
         if context.require_coordinates and context.spatial_key is not None:
             source.coordinates(context.spatial_key, required=True)
         embedding = embed_source(
@@ -223,10 +265,11 @@ def read_and_embed(
             batch_key=context.batch_key,
             spatial_key=context.spatial_key,
             cells_per_context=context.cells_per_context,
-            quiet=quiet,
+            progress=progress,
             waiting=(waiting := IOWait()),
         )
         if context.adapt == "context":
+            progress.stage("joining components and clusters")
             embedding = join_context(
                 embedding,
                 source,
@@ -254,6 +297,10 @@ def read_and_embed(
             "comparable_between_files": context.adapt == "none",
             "input": source.report.as_dict(),
         }
+        progress.close(
+            f"embedded {source.cells:,} cells: {_matched(source.report.genes.as_dict())} matched, "
+            f"{progress.time_taken}"
+        )
     return embedding, provenance, messages
 
 
@@ -267,6 +314,7 @@ def embed_source(
     groups: Sequence[np.ndarray] | None = None,
     title: str = "embedding",
     quiet: bool = True,
+    progress: ProgressReport | None = None,
     waiting: IOWait | None = None,
 ) -> np.ndarray:
     """Embed an opened source of counts.
@@ -280,6 +328,7 @@ def embed_source(
         groups: int arrays, cells that attend to one another, instead of the batches that ``batch_key`` names.
         title: Title of the progress report.
         quiet: No progress on standard error.
+        progress: Report to update, which the caller closes; None: a new one.
         waiting: Accumulates the time spent waiting for data.
 
     Returns:
@@ -298,21 +347,22 @@ def embed_source(
     tissue_samples = _tissue_samples(source, batch_key) if groups is None else groups
     coordinates = _coordinates(source, spatial_key)
     embedding = np.full((source.cells, model.config.latent_size), np.nan, np.float32)
-    progress = ProgressReport(title, source.cells, unit="cells", quiet=quiet)
     done = 0
-    try:
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            progress = ProgressReport(title, source.cells, unit="cells", quiet=quiet)
+            stack.callback(progress.close)
+        update = progress.update
         for cells in tissue_samples:
             placed = None if coordinates is None else scale_coordinates(coordinates[cells])
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
-                on_progress = lambda text, n=done: progress.update(n, text)  # noqa: E731
+                on_progress = lambda text, n=done: update(n, text)  # noqa: E731
                 embedding[cells[index]] = embed_context(
                     source, model, cells[index], here, waiting, on_progress
                 )
                 done += len(index)
-                progress.update(done)
-    finally:
-        progress.close()
+                update(done)
     return embedding
 
 
@@ -492,152 +542,19 @@ def _chunks_of_context(
             begin = end
 
 
-def check_key(key_added: str) -> None:
-    """Reject a name that cannot be a key of an AnnData file.
-
-    Args:
-        key_added: The name.
-
-    Raises:
-        InputError: It is empty or contains a slash.
-    """
-    if not key_added or "/" in key_added:
-        msg = explain(
-            f"key_added = {key_added!r}",
-            "a name without '/', which files would take for a folder",
-            "Pass another key_added (--key-added)",
-        )
-        raise InputError(msg)
-
-
-def check_output(out: Path) -> None:
-    """Reject a path to which no file can be written, before any work is done.
-
-    Args:
-        out: Path of the output file.
-
-    Raises:
-        InputError: Its folder does not exist, or it is itself a folder.
-    """
-    parent = out.parent
-    if not parent.is_dir():
-        msg = explain(
-            f"the directory '{parent}' of the output does not exist",
-            "an existing directory",
-            f"Create it: mkdir -p {parent}",
-        )
-        raise InputError(msg)
-    if out.is_dir() or not os.access(parent, os.W_OK):
-        msg = explain(
-            f"'{out}' cannot be written",
-            "a file name in a writable directory",
-            "Name another output",
-        )
-        raise InputError(msg)
-
-
-def check_copy(path: Path, out: Path) -> None:
-    """Reject a copy that cannot be written, before any work is done.
-
-    Args:
-        path: Input file.
-        out: Path of the copy.
-
-    Raises:
-        InputError: ``path`` is a folder, both are the same file, or see :func:`check_output`.
-    """
-    check_output(out)
-    if path.is_dir():
-        msg = explain(
-            f"'{path}' is a directory",
-            "an .h5ad file, which the output is a copy of",
-            "Open a .zarr store with anndata and predict in memory, or save it as .h5ad",
-        )
-        raise InputError(msg)
-    if out.exists() and path.exists() and out.samefile(path):
-        msg = explain(
-            f"input and output are both '{path}'",
-            "two different files",
-            "Name another output",
-        )
-        raise InputError(msg)
-
-
-def write_copy(
-    path: Path,
-    out: Path,
-    *,
-    obs: Mapping[str, Any] | None = None,
-    obsm: Mapping[str, Any] | None = None,
-    obsp: Mapping[str, Any] | None = None,
-    layers: Mapping[str, Any] | None = None,
-    uns: Mapping[str, Any] | None = None,
+def check_context(
+    batch_key: str | None, spatial_key: str | None, cells_per_context: int | None
 ) -> None:
-    """Write a copy of an ``.h5ad`` file with additional entries; an atomic write.
+    """Reject keys that are no names and a number of cells that is not whole, before any work is done.
 
     Args:
-        path: Input; never changed.
-        out: Output.
-        obs: Columns (arrays or categoricals) by name; an existing column is replaced.
-        obsm: Matrices with one row per cell, by name.
-        obsp: Matrices with one entry per pair of cells, by name.
-        layers: Layers by name.
-        uns: Anything AnnData can write, by name.
+        batch_key: See :func:`embed`.
+        spatial_key: See :func:`embed`.
+        cells_per_context: See :func:`embed`.
+
+    Raises:
+        InputError: A value has another type.
     """
-    import h5py
-    import pandas as pd
-    from anndata.io import read_elem, write_elem
-
-    with atomic_write(out) as partial:
-        shutil.copyfile(path, partial)
-        os.chmod(partial, 0o644)
-        with h5py.File(partial, "r+") as file, nullable_strings():
-            if any(isinstance(value, pd.DataFrame) for value in (obsm or {}).values()):
-                # AnnData opens a file only if the index of a table is stored in the same way as the names of its cells.
-                cells: Any = read_elem(file["obs"])
-                obsm = {
-                    name: value.set_axis(cells.index) if isinstance(value, pd.DataFrame) else value
-                    for name, value in (obsm or {}).items()
-                }
-            added = (("obsm", obsm), ("obsp", obsp), ("layers", layers), ("uns", uns))
-            for group, values in added:
-                for name, value in (values or {}).items():
-                    if group not in file:
-                        write_elem(file, group, {})
-                    write_elem(file[group], name, value)
-            for name, value in (obs or {}).items():
-                table = file["obs"]
-                write_elem(table, name, value)
-                order = [str(column) for column in table.attrs["column-order"]]
-                if name not in order:
-                    order.append(name)
-                table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
-
-
-def read_annotations(
-    path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
-) -> AnnData:
-    """Read the annotations of the cells of an ``.h5ad`` file, without their counts.
-
-    Args:
-        path: The file.
-        obsm: Names of matrices to read, if present.
-        uns: Names of entries of ``uns`` to read, if present.
-
-    Returns:
-        AnnData with ``obs`` and these entries, without ``X``.
-    """
-    import anndata
-    import h5py
-    from anndata.io import read_elem
-
-    with h5py.File(path) as file:
-        obs: Any = read_elem(file["obs"])
-        found = {
-            group: {
-                name: read_elem(file[f"{group}/{name}"]) for name in names if name in file[group]
-            }
-            for group, names in (("obsm", obsm), ("uns", uns))
-            if group in file
-        }
-    return anndata.AnnData(obs=obs, **found)
+    require_options(
+        {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
+    )

@@ -13,6 +13,7 @@ separate file with a single writer. The last process writes ``complete`` to the 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import heapq
 import json
@@ -38,12 +39,15 @@ from cellplm_jax.data.corpus import (
     open_corpus,
 )
 from cellplm_jax.data.genes import GeneMapping, map_genes
+from cellplm_jax.display import html_table, one_line
 from cellplm_jax.errors import InputError, explain
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import Folder, atomic_write, explain_write_errors
-from cellplm_jax.tasks.embed import check_output, embed_context
+from cellplm_jax.tasks.embed import embed_context
+from cellplm_jax.tasks.files import check_output
 from cellplm_jax.tasks.long_context import IOWait
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
+from cellplm_jax.untrusted import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,6 +91,12 @@ class CorpusEmbedding(NamedTuple):
     embedded: int
     complete: bool
     messages: list[str]
+
+    def __repr__(self) -> str:
+        return one_line(self, self._asdict())
+
+    def _repr_html_(self) -> str:
+        return html_table(self, self._asdict())
 
 
 def embed_corpus(
@@ -318,8 +328,9 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     """Return the state in the root of the store."""
     text = folder.read(_ROOT) or b""
     try:
-        state = json.loads(text)["attributes"][_STATE]
-    except (ValueError, KeyError, TypeError) as error:
+        state = parse_json(text)["attributes"][_STATE]
+        state.get("format")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(_something_else(folder)) from error
     if state.get("format") != FORMAT:
         raise InputError(
@@ -378,9 +389,13 @@ def _done_samples(folder: Folder) -> np.ndarray | None:
 def _complete(folder: Folder) -> bool:
     """Return whether all samples are finished; the first process to see this records it and removes the marks."""
     done = _done_samples(folder)
-    if done is None or not done.all():
-        return done is None
-    root = json.loads(folder.read(_ROOT) or b"")
+    if done is None:
+        # Another process may have finished, and this one marked a sample after that.
+        folder.remove(_DONE)
+        return True
+    if not done.all():
+        return False
+    root = parse_json(folder.read(_ROOT) or b"")
     root["attributes"][_STATE]["complete"] = True
     folder.write(_ROOT, json.dumps(root, indent=2).encode())
     folder.remove(_DONE)
@@ -419,8 +434,13 @@ def _create(
         raise InputError(_something_else(folder))
     if not target.exists():
         check_output(target)
-    with atomic_write(target) as partial:
-        _build(partial, corpus, model, mapping, state)
+    try:
+        with atomic_write(target) as partial:
+            _build(partial, corpus, model, mapping, state)
+    except OSError as error:
+        # Another process created the store in the meantime; its state is checked next.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or folder.read(_ROOT) is None:
+            raise
 
 
 def _build(

@@ -14,14 +14,17 @@ An estimator of a task is a subclass of :class:`Estimator` that
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
+import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -34,10 +37,13 @@ from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.data.genes import FittedGenes
-from cellplm_jax.errors import CheckpointError, InputError, explain, nearest
+from cellplm_jax.display import Displayed
+from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
+from cellplm_jax.manifest import Manifest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
-from cellplm_jax.progress import ProgressReport
+from cellplm_jax.progress import named_stage, write_line
+from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -68,6 +74,7 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
+from cellplm_jax.untrusted import parse_json, require_options, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -93,6 +100,43 @@ PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": 
 """Known values of a split column; cells with other values are not used."""
 
 
+class Recipe(TypedDict, total=False):
+    """Named arguments of every estimator: the fields of :class:`cellplm_jax.config.FinetuneConfig`.
+
+    Editors complete from this class; ``help`` and notebooks from :attr:`Estimator.__signature__`, with the defaults of
+    the task.
+    """
+
+    epochs: int
+    patience: int
+    learning_rate: float
+    embedder_rate: float
+    dispersion_rate: float
+    layer_decay: float
+    weight_decay: float
+    embedder_weight_decay: float
+    warmup_epochs: int
+    plateau_factor: float
+    plateau_patience: int
+    clip_norm: float
+    average: float
+    freeze: Literal["none", "embedder", "encoder"]
+    adapter_rank: int
+    adapter_scale: float
+    validation_fraction: float
+    cells_per_step: int
+    cells_per_context: int
+    masking: MaskingConfig | dict[str, Any]
+    seed: int
+
+
+class Training(Recipe, total=False):
+    """The same, with the precision and the devices of a fit."""
+
+    precision: str | None
+    devices: Sequence[jax.Device] | None
+
+
 class _AsFitted(Enum):
     AS_FITTED = "as in fit"
 
@@ -113,6 +157,7 @@ class Reading:
         values: Kind of values in the matrix.
         cells_per_context: Maximum number of cells per context at prediction time; None: no limit.
         split_key: Column of ``obs`` with the values of a split, which do not share contexts; None: none.
+        feature_type: Type of the features to read; None: genes; "all": every feature.
     """
 
     batch_key: str | None = None
@@ -122,6 +167,11 @@ class Reading:
     values: Values = "counts"
     cells_per_context: int | None = None
     split_key: str | None = None
+    feature_type: str | None = None
+
+    def __post_init__(self):
+        """Check the types of the options."""
+        require_options(dataclasses.asdict(self))
 
     def changed(self, **changes: Any) -> Reading:
         """Return a copy with the changes that are not :data:`AS_FITTED`."""
@@ -130,7 +180,7 @@ class Reading:
         )
 
 
-class Estimator(abc.ABC):
+class Estimator(Displayed, abc.ABC):
     """A model for one task, fitted to cells. The module docstring explains how to implement one.
 
     Args:
@@ -160,6 +210,25 @@ class Estimator(abc.ABC):
 
     task: ClassVar[str]
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
+    recipe_fields: ClassVar[Sequence[str]] = tuple(Recipe.__annotations__)
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any):
+        """Name all arguments of the constructor, so that ``help`` and the completion of notebooks show them."""
+        super().__init_subclass__(**options)
+        keyword, named = inspect.Parameter.KEYWORD_ONLY, {}
+        for function in (cls.__init__, Estimator.__init__):
+            for name, argument in inspect.signature(function).parameters.items():
+                if name != "self" and argument.kind is not inspect.Parameter.VAR_KEYWORD:
+                    named.setdefault(name, argument)
+        for name in cls.recipe_fields:
+            named[name] = inspect.Parameter(
+                name,
+                keyword,
+                default=getattr(cls.recipe, name),
+                annotation=FinetuneConfig.__annotations__[name],
+            )
+        cls.__signature__ = inspect.Signature(list(named.values()))
 
     def __init__(
         self,
@@ -169,7 +238,7 @@ class Estimator(abc.ABC):
         quiet: bool = False,
         precision: str | None = None,
         devices: Sequence[jax.Device] | None = None,
-        **training: Any,
+        **training: Unpack[Recipe],
     ):
         keep_compiled()
         check_platforms()
@@ -192,6 +261,22 @@ class Estimator(abc.ABC):
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
         self._names: FittedGenes | None = None
+
+    def _display(self) -> dict[str, Any]:
+        start = "from scratch" if self.base is None else self.base.id
+        if self.model is None:
+            return {"start_model": start, "fitted": "no, call fit"}
+        facts = {k: v for k, v in self.facts.items() if isinstance(v, int | float | str)}
+        scores = {k: v for k, v in facts.items() if isinstance(v, float) and k != "seconds"}
+        return {
+            "start_model": self.model.card.get("fine_tuned_from", start),
+            "labels": getattr(self, "labels", None) or None,
+            "parameters": self.model.parameters,
+            "genes": len(self.model.genes),
+            **scores,
+            **{k: v for k, v in facts.items() if k not in scores},
+            "precision": self.precision,
+        }
 
     # -- defined by a task -----------------------------------------------------------------------
 
@@ -220,15 +305,17 @@ class Estimator(abc.ABC):
     def _read(self, data: AnnData | str | os.PathLike, reading: Reading) -> CellTable:
         """Read the cells to fit on, over the shared genes of data and model; starts a new fit."""
         self.reading, self.model, self.history, self.facts = reading, None, [], {}
-        table = read_cells(
-            data,
-            None if self.base is None else self.base.genes,
-            batch_key=reading.batch_key,
-            spatial_key=reading.spatial_key,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            values=reading.values,
-        )
+        with named_stage(f"{self.task}: reading cells", quiet=self.quiet):
+            table = read_cells(
+                data,
+                None if self.base is None else self.base.genes,
+                batch_key=reading.batch_key,
+                spatial_key=reading.spatial_key,
+                layer=reading.layer,
+                gene_key=reading.gene_key,
+                values=reading.values,
+                feature_type=reading.feature_type,
+            )
         self.messages = table.report.messages()
         self._names = fitted_names(table)
         return table.restrict(table.measured)
@@ -370,12 +457,22 @@ class Estimator(abc.ABC):
 
     def _log_messages(self) -> None:
         """Log the messages of the fit, unless quiet."""
-        report = ProgressReport(self.task, 1, quiet=self.quiet)
-        for message in self.messages:
-            report.say(message)
-        report.close()
+        for message in [] if self.quiet else self.messages:
+            write_line(f"{self.task}: {message}")
 
     # -- predicting -----------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
+        digest = hashlib.sha256(self.model.digest.encode() if self.model else b"")
+        # While it is being fitted, the state is incomplete, and predictions are not recorded.
+        with contextlib.suppress(AttributeError, TypeError):
+            state, arrays = self._state()
+            digest.update(json.dumps(state, sort_keys=True, default=str).encode())
+            for name, array in sorted(arrays.items()):
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return f"{type(self).__name__}+{digest.hexdigest()[:8]}"
 
     def _fitted(self) -> Pretrained:
         """Return the fitted model."""
@@ -410,6 +507,7 @@ class Estimator(abc.ABC):
             "layer": reading.layer,
             "gene_key": reading.gene_key,
             "values": reading.values,
+            "feature_type": reading.feature_type,
         }
         with open_counts(data, model.genes, **read) as source:
             reading, remarks = self.with_batches(reading, source.obs.columns)
@@ -432,6 +530,7 @@ class Estimator(abc.ABC):
                     "parts_apart": part is not None,
                 },
                 "input": source.report.as_dict(),
+                "estimator": self.id,
             }
             return z, facts, [*source.report.messages(), *remarks]
 
@@ -668,7 +767,10 @@ class Estimator(abc.ABC):
             estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
             estimator.messages = list(content["messages"])
             estimator._restore(content["state"], arrays)
-        except (KeyError, TypeError, ValueError) as error:
+            _check_labels(getattr(estimator, "labels", None), model.config, arrays)
+        except CheckpointError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
         return estimator
 
@@ -709,9 +811,16 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
             "Fit one and save it first; a plain model is opened with cellplm_jax.load",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["class"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if not is_remote(path):
+            require_regular(path.parent, raises=CheckpointError)
+        content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
+        content["class"].strip()
+        if content["format"] != 1:
+            msg = f"format {shorten(str(content['format']))}, this version reads format 1"
+            raise ValueError(msg)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_damaged(name, error)) from error
     return content
 
@@ -791,6 +900,26 @@ def split_cells(
         held.append(generator.permutation(cells)[:number])
     valid = np.sort(np.concatenate(held)) if held else valid
     return np.setdiff1d(train, valid), valid
+
+
+def _check_labels(labels: Any, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a ValueError if restored labels are not one per output."""
+    if labels is None or not len(labels):
+        return
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
+        msg = "its labels are not different texts"
+        raise ValueError(msg)
+    wanted = (
+        config.head.outputs if config.head.kind in ("annotation", "sample_classification") else None
+    )
+    if "bias" in arrays and "kernel" in arrays:
+        wanted = int(arrays["bias"].shape[-1])
+    codes = arrays.get("label")
+    if wanted not in (None, len(labels)) or (
+        codes is not None and codes.size and codes.max() >= len(labels)
+    ):
+        msg = f"it has {len(labels)} labels, and its weights have others"
+        raise ValueError(msg)
 
 
 def _where(

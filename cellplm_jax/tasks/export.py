@@ -17,7 +17,7 @@ from cellplm_jax.batch import CellBatch
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.tasks.embed import check_output
+from cellplm_jax.tasks.files import check_output
 from cellplm_jax.tasks.pretrained import EMBEDDING_PARTS, Pretrained, as_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -21,19 +21,23 @@ def gene_embeddings(
 
     Args:
         model: From :func:`cellplm_jax.load`, or a source for it, such as ``"small"``.
-        symbols: Name the rows by current gene symbols, if known, instead of the model's names.
+        symbols: Name the rows by current gene symbols, if known; the model's names are then the second level of the
+            index, because two genes may share a symbol.
 
     Returns:
-        float32 [genes, hidden]; one row per gene, index ``"gene"``, in the order of ``model.genes``.
+        float32 [genes, hidden]; one row per gene, index ``"gene"`` (with ``symbols`` ``"gene"`` and
+        ``"id"``), in the order of ``model.genes``.
 
     Raises:
         CheckpointError: The model does not exist.
     """
     model = as_pretrained(model)
     table = np.array(model.params["embedder"]["gene_embedding"], np.float32)
-    names = symbols_of(model.genes) if symbols else list(model.genes)
+    index: pd.Index = pd.Index(model.genes, name="gene")
+    if symbols:
+        index = pd.MultiIndex.from_arrays([symbols_of(model.genes), index], names=["gene", "id"])
     return pd.DataFrame(
         table,
-        index=pd.Index(names, name="gene"),
+        index=index,
         columns=pd.RangeIndex(table.shape[1], name="dimension"),
     )

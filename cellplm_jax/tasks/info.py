@@ -12,10 +12,13 @@ from etils import epath
 
 from cellplm_jax.config import to_dict
 from cellplm_jax.data.corpus import open_corpus
+from cellplm_jax.display import shown
 from cellplm_jax.errors import InputError
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import is_remote
-from cellplm_jax.tasks.pretrained import load
+from cellplm_jax.tasks.estimator import read_estimator
+from cellplm_jax.tasks.pretrained import load_located, resolve_source
+from cellplm_jax.train.checkpoint import ESTIMATOR_FILE
 from cellplm_jax.train.metrics import read_metrics
 
 
@@ -27,18 +30,24 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         A JSON-ready dictionary: ``id``, ``step``, ``card``, ``genes``, ``parameters`` (total and by module),
-        ``config``, ``training`` (first and last line of each split of the metrics, if there are any).
+        ``config``, ``training`` (first and last line of each split of the metrics, if there are any); for a fitted
+        estimator also ``estimator``: class, ``start_model``, labels and other names, ``facts`` of the fit with its
+        scores, and the options for reading.
     """
-    model = load(source)
+    where, name = resolve_source(source, extra_files=(ESTIMATOR_FILE,))
+    model = load_located(where, name)
     modules: dict[str, int] = {}
     for top, tree in model.params.items():
         modules[top] = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(tree))
     training: dict[str, Any] = {}
-    metrics = epath.Path(model.source) / "metrics.jsonl"
+    metrics = epath.Path(where) / "metrics.jsonl"
     if metrics.is_file():
         for row in read_metrics(metrics):
-            split = training.setdefault(row.get("split", "train"), {"first": row})
+            split = training.setdefault(str(row.get("split", "train")), {"first": row})
             split["last"] = row
+    facts: dict[str, Any] = {}
+    if (epath.Path(where) / ESTIMATOR_FILE).is_file():
+        facts["estimator"] = _estimator_facts(read_estimator(where, name), model.card)
     return {
         "id": model.id,
         "step": model.step,
@@ -47,6 +56,23 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
         "parameters": {"total": model.parameters, **modules},
         "config": to_dict(model.config),
         "training": training,
+        **facts,
+    }
+
+
+def _estimator_facts(content: dict[str, Any], card: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts about a fitted estimator from its ``estimator.json``."""
+    names = {
+        key: value
+        for key, value in content["state"].items()
+        if isinstance(value, list) and all(isinstance(item, str) for item in value) and value
+    }
+    return {
+        "class": content["class"],
+        "start_model": card.get("fine_tuned_from"),
+        **names,
+        "facts": content["facts"],
+        "reading": {key: value for key, value in content["reading"].items() if value is not None},
     }
 
 
@@ -57,11 +83,13 @@ def describe_text(facts: dict[str, Any]) -> str:
         facts: From :func:`describe`.
     """
     lines = [f"{'model':<18} {facts['id']}"]
-    lines += [
-        f"{name:<18} {value}"
-        for name, value in facts["card"].items()
-        if not isinstance(value, dict) and name != "name"
-    ]
+    if "estimator" in facts:
+        lines += _estimator_lines(facts["estimator"])
+    for name, value in facts["card"].items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            lines += _table_lines(name, value)
+        elif not isinstance(value, dict) and name != "name":
+            lines.append(f"{name:<18} {shown(value) if isinstance(value, int | float) else value}")
     first = ", ".join(facts["genes"]["first"])
     lines.append(f"{'genes':<18} {facts['genes']['count']:,} ({first}, ...)")
     lines.append(f"{'parameters':<18} {facts['parameters']['total']:,}")
@@ -81,9 +109,39 @@ def describe_text(facts: dict[str, Any]) -> str:
             lines.append(f"  {name:<16} {value}")
     for split, rows in facts["training"].items():
         last = {k: v for k, v in rows["last"].items() if k not in ("split", "time", "step")}
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if v is not None)
-        lines.append(f"{split:<18} step {rows['last']['step']}: {shown}")
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in last.items() if isinstance(v, int | float))
+        lines.append(f"{split:<18} step {rows['last'].get('step')}: {numbers}")
     return "\n".join(lines)
+
+
+def _estimator_lines(estimator: dict[str, Any]) -> list[str]:
+    """Return the lines about a fitted estimator: all labels, the first names of other lists, and its scores."""
+    facts = estimator["facts"]
+    lines = [f"{'estimator':<18} {estimator['class']}, fitted from {estimator['start_model']}"]
+    for name, value in estimator.items():
+        if isinstance(value, list):
+            text = ", ".join(value) if name == "labels" else shown(value)
+            lines.append(f"{name:<18} {text}" + (f" ({len(value)})" if len(value) > 3 else ""))
+    scores = {k: v for k, v in facts.items() if isinstance(v, float) and k != "seconds"}
+    lines.append(f"{'scores':<18} {shown(scores) if scores else 'none'}")
+    rest = {k: v for k, v in facts.items() if k not in scores and isinstance(v, int | float | str)}
+    lines += [f"{'fit':<18} {shown(rest)}", f"{'reading':<18} {shown(estimator['reading'])}"]
+    return lines
+
+
+def _table_lines(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return rows with the same keys as aligned lines: text on the left, numbers on the right."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[shown(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+
+    def line(values: list[str]) -> str:
+        return "  " + "  ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for number, (text, width) in enumerate(zip(values, widths, strict=True))
+        )
+
+    return [f"{name:<18} {len(rows)}", *map(line, [columns, *cells])]
 
 
 def describe_corpus(
@@ -106,7 +164,7 @@ def describe_corpus(
     corpus = open_corpus(path)
     if verify:
         total = corpus.index["totals"]["nonzeros"]
-        report = ProgressReport("verifying", total, unit="counts", quiet=quiet)
+        report = ProgressReport("verifying", total, unit="counts", quiet=quiet, first="reading")
         try:
             problems = corpus.verify(report.update)
         finally:

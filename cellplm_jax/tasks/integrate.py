@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +14,16 @@ import numpy as np
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError
+from cellplm_jax.errors import ConfigError, InputError, require
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
-from cellplm_jax.tasks.contexts import CellTable, Layout, labels_of, make_examples
+from cellplm_jax.progress import ProgressReport
+from cellplm_jax.tasks.alignment import Alignment, fit_alignment, numbers_of
+from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.embed import check_copy, check_key, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading
+from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
@@ -41,16 +44,19 @@ DRAWS = 4
 
 
 class BatchIntegrator(Estimator):
-    """Fine-tunes a model so that its embedding does not depend on the batch.
+    """Computes an embedding that does not depend on the batch; no labels are used.
 
-    No labels are used. As in pretraining, entries are hidden and measured counts are predicted, with a decoder row per
-    batch: the decoder explains the batch, so the latent need not encode it. A second term, ramped up over the
-    first half of the fit, removes remaining differences: the batches around every cell should match those of all cells
-    (:func:`cellplm_jax.losses.objectives.batch_mixing_loss`). It moves neighbours only.
+    ``method="align"``, the default with a pretrained model, trains nothing: the zero-shot latent is joined with the
+    principal components of the cells, Harmony aligns the batches, and discriminants of clusters are appended, as in
+    ``embed(adapt="context")``. In addition, the clusters are kept, so that other files, and new batches, are moved to
+    the same embedding. It takes seconds, and needs the extra ``eval``.
 
-    Contexts: cells attend to each other, so a context of one batch reveals the batch. Contexts therefore contain
-    cells of all batches, in proportion during training, and all cells of the data in ``predict``. Contexts of one
-    batch, and single cells, gave the same scores within noise, the latter at three times the run time.
+    ``method="finetune"`` fine-tunes the model. As in pretraining, entries are hidden and measured counts are predicted,
+    with a decoder row per batch: the decoder explains the batch, so the latent need not encode it. A second term,
+    ramped up over the first half of the fit, removes remaining differences: the batches around every cell should match
+    those of all cells (:func:`cellplm_jax.losses.objectives.batch_mixing_loss`). It moves neighbours only. Cells attend
+    to each other, so a context of one batch reveals the batch: contexts contain cells of all batches, in proportion
+    during training, and all cells of the data in ``predict``.
 
     The batches should contain similar cell types. A cell type of one batch only is moved towards the others as
     well: lower ``strength`` in this case, and use ``score`` with labels. Biological differences between batches
@@ -59,16 +65,19 @@ class BatchIntegrator(Estimator):
     Args:
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
             the ``:small`` architecture from scratch, over the genes of the data.
-        strength: Mixing relative to structure: 0 only reconstructs, 1 is the default, larger values mix more.
-        genes: Number of highly variable genes to fit on; None: all genes of the vocabulary that the cells express. By
-            default 3,000 from scratch, else all.
+        method: ``"align"`` or ``"finetune"``; ``"default"``: ``"align"`` with a pretrained model and without training
+            options, else ``"finetune"``.
+        strength: Mixing relative to structure: 0 does not mix, 1 is the default, larger values mix more.
+        genes: Number of highly variable genes to fine-tune on; None: all genes of the vocabulary that the cells
+            express. By default 3,000 from scratch, else all.
         quiet: Disable progress output.
-        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``learning_rate``, ``seed``... No
-            cells are held out and all epochs are run, so ``validation_fraction`` and ``patience`` have no effect. Also
-            ``precision`` and ``devices``; None: as the model.
+        **training: For ``"finetune"``, fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``,
+            ``learning_rate``, ``seed``... No cells are held out and all epochs are run, so ``validation_fraction`` and
+            ``patience`` have no effect. Also ``precision`` and ``devices``; None: as the model.
 
     Raises:
         ConfigError: An option is unknown or its value is invalid.
+        InputError: The method does not apply.
     """
 
     task: ClassVar[str] = "integration"
@@ -89,10 +98,11 @@ class BatchIntegrator(Estimator):
         self,
         model: Pretrained | str | os.PathLike | None = None,
         *,
+        method: Literal["default", "align", "finetune"] = "default",
         strength: float = 1.0,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if not (np.isfinite(strength) and strength >= 0):
@@ -105,7 +115,22 @@ class BatchIntegrator(Estimator):
                 "0, because all cells of a context are compared",
                 "Lower it",
             )
+        if method not in ("default", "align", "finetune"):
+            raise InputError(
+                f"method={method!r}", "'default', 'align' or 'finetune'", "Use one of them"
+            )
+        seeded = dataclasses.replace(self.recipe, seed=self.training.seed)
+        plain = self.base is not None and self.training == seeded and self.genes is None
+        if method == "align" and not plain:
+            raise InputError(
+                "method='align' "
+                + ("without a pretrained model" if self.base is None else "with training options"),
+                "a pretrained model, and no training option except seed",
+                "Use method='finetune', or omit them",
+            )
+        self.method: str = ("align" if plain else "finetune") if method == "default" else method
         self.strength = float(strength)
+        self._alignment: Alignment | None = None
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -116,6 +141,7 @@ class BatchIntegrator(Estimator):
         batch_key: str,
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         cells_per_context: int | None = None,
     ) -> BatchIntegrator:
         """Fit to the cells of several batches.
@@ -125,6 +151,7 @@ class BatchIntegrator(Estimator):
             batch_key: Column of ``obs`` with the batch of each cell; at least two.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
 
         Returns:
@@ -133,19 +160,17 @@ class BatchIntegrator(Estimator):
         Raises:
             InputError: There is only one batch, or keys, counts or genes cannot be used.
         """
+        reading = Reading(
+            batch_key, None, layer, gene_key, "counts", cells_per_context, None, feature_type
+        )
+        if self.method == "align" and self.base is not None:
+            return self._align(adata, reading, self.base)
         if self.base is not None:
             require_counts_decoder(self.base)
-        reading = Reading(batch_key, None, layer, gene_key, "counts", cells_per_context, None)
         table = self._read(adata, reading)
         cells = np.flatnonzero(np.diff(table.counts.indptr) > 0)
         names = list(dict.fromkeys(table.batch[cells]))
-        if len(names) < 2:
-            raise InputError(
-                f"obs['{batch_key}'] names {len(names)} batch with counts"
-                + (f" ('{names[0]}')" if names else ""),
-                "at least two batches to mix",
-                "Use the column with the batches; a single batch needs no integration",
-            )
+        _check_batches(names, batch_key)
         table = self._choose_genes(table, cells)
         means = gene_means(table.counts[cells])
         start = self._begin(table, self._architecture(), gene_means=means)
@@ -155,6 +180,7 @@ class BatchIntegrator(Estimator):
             "training_cells": len(cells),
             "batches": len(names),
             "strength": self.strength,
+            "method": self.method,
         }
         draws = [self._deal(table, cells, start, draw) for draw in range(DRAWS)]
         ramp_epochs = max(1.0, self.training.epochs / 2)
@@ -177,6 +203,45 @@ class BatchIntegrator(Estimator):
         self._log_messages()
         return self
 
+    def _align(self, data: Any, reading: Reading, base: Pretrained) -> BatchIntegrator:
+        """Fit without training: keep the clusters of the aligned batches."""
+        self.reading, self.history, self.facts, self.batch_rows = reading, [], {}, {}
+        with self._opened(data, base, reading) as source:
+            batches = source.column(str(reading.batch_key))
+            counted = source.cells
+        _check_batches(list(dict.fromkeys(batches)), str(reading.batch_key))
+        z, _, self.messages = self._embed(data, reading, model=base)
+        report = ProgressReport(self.task, 1, quiet=self.quiet)
+        start = time.monotonic()
+        with self._opened(data, base, reading) as source:
+            self._alignment = fit_alignment(
+                z, source, numbers_of(batches), strength=self.strength, on_progress=report.say
+            )
+        report.close()
+        self._keep(base, base.params)
+        names = list(dict.fromkeys(batches))
+        self.facts = {
+            "cells": counted,
+            "training_cells": counted,
+            "genes": len(base.genes),
+            "batches": len(names),
+            "batch_names": names,
+            "strength": self.strength,
+            "method": self.method,
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        self._log_messages()
+        return self
+
+    def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
+        return open_counts(
+            data,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
+        )
+
     def _deal(
         self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
     ) -> list[Layout]:
@@ -198,14 +263,19 @@ class BatchIntegrator(Estimator):
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
+        batch_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> AnnData:
-        """Embed cells, in place; batch labels are not needed, and cells of new batches can be embedded.
+        """Embed cells, in place; cells of new batches can be embedded.
+
+        With ``"align"`` each batch is moved to the clusters of the fit, so the column of the batches is needed; without
+        it the cells are one batch. With ``"finetune"`` batch labels are not used.
 
         Writes:
             ``obsm[key_added]``: float32 [n_obs, latent].
@@ -214,8 +284,10 @@ class BatchIntegrator(Estimator):
         Args:
             adata: The cells; their contexts contain all of them.
             key_added: Key of ``obsm``.
+            batch_key: Column of ``obs`` with the batch, for ``"align"``; the same as in ``fit`` by default.
             layer: See :meth:`fit`; the same by default.
             gene_key: See :meth:`fit`; the same by default.
+            feature_type: See :meth:`fit`; the same by default.
             cells_per_context: See :meth:`fit`; the same by default.
 
         Returns:
@@ -225,7 +297,14 @@ class BatchIntegrator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         check_key(key_added)
-        keys = {"layer": layer, "gene_key": gene_key, "cells_per_context": cells_per_context}
+        adata = as_anndata(adata)
+        keys = {
+            "batch_key": batch_key,
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+            "cells_per_context": cells_per_context,
+        }
         z, facts, _ = self._integrate(adata, self.reading.changed(**keys), key_added)
         adata.obsm[key_added] = z
         adata.uns[FACTS] = facts
@@ -283,8 +362,13 @@ class BatchIntegrator(Estimator):
         """
         reading = self.reading.changed(batch_key=batch_key, **keys)
         model = self._fitted()
+        require("scanpy", "eval", "Scoring an integration")
         with open_counts(
-            adata, model.genes, layer=reading.layer, gene_key=reading.gene_key
+            adata,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            feature_type=reading.feature_type,
         ) as source:
             batches = source.column(str(reading.batch_key))
             labels = None if label_key is None else labels_of(source.obs, label_key)
@@ -296,7 +380,22 @@ class BatchIntegrator(Estimator):
     ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
         """Embed in contexts of all batches; return z, facts for ``uns``, and messages about the input."""
         model = self._fitted()
-        z, facts, messages = self._embed(data, reading.changed(batch_key=None))
+        if self._alignment is None:
+            z, facts, messages = self._embed(data, reading.changed(batch_key=None))
+        else:
+            with self._opened(data, model, reading) as source:
+                key = reading.batch_key
+                batches = np.full(source.cells, ONE_BATCH, object)
+                known = key is not None and key in source.obs.columns
+                if known:
+                    batches = source.column(key)
+            z, facts, messages = self._embed(
+                data, reading if known else reading.changed(batch_key=None)
+            )
+            if not known:
+                messages = [*messages, f"obs has no column '{key}': the cells are one batch."]
+            with self._opened(data, model, reading) as source:
+                z = self._alignment.embed(z, source, numbers_of(batches))
         return (
             z,
             {
@@ -304,7 +403,8 @@ class BatchIntegrator(Estimator):
                 "version": __version__,
                 "key_added": key_added,
                 "strength": self.strength,
-                "batches_fitted": list(self.batch_rows),
+                "method": self.method,
+                "batches_fitted": self.facts.get("batch_names", list(self.batch_rows)),
                 **facts,
             },
             messages,
@@ -313,10 +413,25 @@ class BatchIntegrator(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return {"strength": self.strength}, {}
+        state = {"strength": self.strength, "method": self.method}
+        return state, {} if self._alignment is None else self._alignment.arrays()
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.strength = float(state["strength"])
+        # Integrators saved without a method were fine-tuned.
+        self.method = state.get("method", "finetune")
+        self._alignment = Alignment(**arrays) if self.method == "align" else None
+
+
+def _check_batches(names: list[str], batch_key: str) -> None:
+    """Raise an error for a single batch."""
+    if len(names) < 2:
+        raise InputError(
+            f"obs['{batch_key}'] names {len(names)} batch with counts"
+            + (f" ('{names[0]}')" if names else ""),
+            "at least two batches to mix",
+            "Use the column with the batches; a single batch needs no integration",
+        )
 
 
 def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: int) -> Loss:

@@ -29,10 +29,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sparse
 
+from cellplm_jax.data.anndata_files import LONGEST_TEXT
 from cellplm_jax.data.anndata_io import CountSource, open_counts
 from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.data.corpus import (
-    FORMAT,
     PartSample,
     PartWriter,
     explain_corpus_errors,
@@ -41,10 +41,12 @@ from cellplm_jax.data.corpus import (
     write_genes,
     write_index,
 )
+from cellplm_jax.data.corpus_records import FORMAT, check_index
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote
+from cellplm_jax.untrusted import TEXT_BYTES, parse_json, read_text, require_options
 
 Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
@@ -76,6 +78,7 @@ class Keys:
         label: Column of ``obs`` with labels of cells, for the embedding probe during training.
         layer: Layer with the counts; None: detected automatically.
         gene: Column of ``var`` with the gene names; None: detected automatically.
+        feature_type: Type of the features that are read; None: genes.
     """
 
     sample: str | None = None
@@ -85,6 +88,20 @@ class Keys:
     label: str | None = None
     layer: str | None = None
     gene: str | None = None
+    feature_type: str | None = None
+
+    def settings(self) -> dict[str, str | None]:
+        """Return the keys that a part records; parts from before a key existed were made with its default."""
+        keys = dataclasses.asdict(self)
+        return (
+            keys
+            if self.feature_type is not None
+            else {k: v for k, v in keys.items() if k != "feature_type"}
+        )
+
+    def reading(self) -> dict[str, Any]:
+        """Return the arguments of :func:`cellplm_jax.data.anndata_io.open_counts`."""
+        return {"layer": self.layer, "gene_key": self.gene, "feature_type": self.feature_type}
 
     def columns(self) -> dict[str, str]:
         """Return the option and the name of every requested column of ``obs``."""
@@ -126,6 +143,7 @@ def prepare(
     label_key: str | None = None,
     layer: str | None = None,
     gene_key: str | None = None,
+    feature_type: str | None = None,
     genes: Sequence[str] | str | os.PathLike | None = None,
     vocabulary: Vocabulary | None = None,
     minimum_cells: int | None = None,
@@ -151,6 +169,7 @@ def prepare(
         label_key: Column of ``obs`` with labels of cells; may have gaps.
         layer: Layer with the counts; None: detected automatically.
         gene_key: Column of ``var`` with the gene names; None: detected automatically.
+        feature_type: Type of the features to read; None: genes; "all": every feature.
         genes: The vocabulary: Ensembl ids, or a text file with one per line. None: chosen from the files.
         vocabulary: How it is chosen: ``"union"`` (every known human gene measured in any file; the default) or
             ``"intersection"`` (those measured in all files).
@@ -173,6 +192,11 @@ def prepare(
     start = time.monotonic()
     files = find_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     folder = _local_folder(out)
+    require_options(
+        {"sample_key": sample_key, "dataset_key": dataset_key, "platform_key": platform_key,
+         "spatial_key": spatial_key, "label_key": label_key, "layer": layer, "gene_key": gene_key,
+         "feature_type": feature_type}
+    )  # fmt: skip
     keys = Keys(
         sample=sample_key,
         dataset=dataset_key,
@@ -181,6 +205,7 @@ def prepare(
         label=label_key,
         layer=layer,
         gene=gene_key,
+        feature_type=feature_type,
     )
     wanted = _wanted_vocabulary(genes, vocabulary, minimum_cells, minimum_prevalence)
     with contextlib.ExitStack() as stack:
@@ -315,15 +340,23 @@ def read_genes(path: str | os.PathLike) -> list[str]:
         InputError: It is not a readable text file.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path).expanduser(), TEXT_BYTES)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"the vocabulary '{path}' cannot be read ({error})",
             "a text file with one gene per line",
             "Check the path",
         ) from error
     lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    genes = [line for line in lines if line and not line.startswith("#")]
+    longest = max(genes, key=len, default="")
+    if len(longest) > LONGEST_TEXT:
+        raise InputError(
+            f"the vocabulary '{path}' has a name of {len(longest):,} characters",
+            "a text file with one gene per line",
+            "Check the path",
+        )
+    return genes
 
 
 def _settle_vocabulary(
@@ -378,7 +411,10 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
             with explain_corpus_errors(f"the corpus '{folder}'"):
                 atomic_write_text(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
         try:
-            state = json.loads(index.read_text(encoding="utf-8"))
+            state = parse_json(read_text(index))
+            if not isinstance(state, dict):
+                msg = f"it contains a {type(state).__name__}"
+                raise ValueError(msg)
         except ValueError as error:
             raise InputError(
                 f"'{index}' is not JSON ({error})",
@@ -391,6 +427,8 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
                 f"format {FORMAT}",
                 "Choose a new folder",
             )
+        if state.get("complete"):
+            check_index(state, str(folder))
         yield state
 
 
@@ -539,7 +577,7 @@ def _run_stage(
     Returns results by name, in the order of ``tasks``. Raises InputError with every file for which the function failed.
     """
     total = sum(sizes[name] for name in tasks)
-    report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks)
+    report = ProgressReport(title, total, unit=unit, quiet=quiet or not tasks, first="starting")
     lock = threading.Lock()  # dask reports progress from another thread
     done: dict[str, int] = {}
     results: dict[str, Any] = {}
@@ -597,7 +635,7 @@ def _check(
 
 def _check_file(path: Path, keys: Keys, genes: list[str] | None, advance: Advance) -> Facts:
     """Open a file and return its facts."""
-    with open_counts(path, genes or _human_genes(), layer=keys.layer, gene_key=keys.gene) as source:
+    with open_counts(path, genes or _human_genes(), **keys.reading()) as source:
         mapping = source.report.genes
         return Facts(
             cells=source.cells,
@@ -734,13 +772,13 @@ def _count_file(
         int64 [genes] and bool [genes], whether the file measures the gene.
     """
     candidates = _human_genes()
-    key = json.dumps([source, dataclasses.asdict(keys), vocabulary_hash(candidates)])
+    key = json.dumps([source, keys.settings(), vocabulary_hash(candidates)])
     kept = parts / f".{name}.genes.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(kept) as stored:
         if str(stored["key"]) == key:
             return stored["expressed"], stored["measured"]
     expressed = np.zeros(len(candidates), np.int64)
-    with open_counts(path, candidates, layer=keys.layer, gene_key=keys.gene) as counts:
+    with open_counts(path, candidates, **keys.reading()) as counts:
         for stop, block in _blocks(counts):
             expressed += np.bincount(block.indices, minlength=len(candidates))
             advance(stop)
@@ -784,7 +822,7 @@ def _write(
     quiet: bool,
 ) -> dict[str, dict[str, Any]]:
     """Write the unfinished parts; returns their records by name."""
-    settings = dataclasses.asdict(keys)
+    settings = keys.settings()
     digest = vocabulary_hash(genes)
     tasks = {
         name: (path, name, keys, folder, sources[name], facts[name], nonzeros_in_memory)
@@ -804,11 +842,12 @@ def _is_finished(
 ) -> bool:
     """Return whether a part was made from this source, with these settings and this vocabulary."""
     try:
-        record = json.loads((folder / "parts" / f"{name}.json").read_text(encoding="utf-8"))
+        record = parse_json(read_text(folder / "parts" / f"{name}.json"))
     except (OSError, ValueError):
         return False
     return (
-        record.get("format") == FORMAT
+        isinstance(record, dict)
+        and record.get("format") == FORMAT
         and record.get("source") == source
         and record.get("settings") == settings
         and record.get("vocabulary") == vocabulary
@@ -833,7 +872,7 @@ def _write_file(
     with (
         explain_corpus_errors(f"part '{name}' of the corpus '{folder}'"),
         contextlib.closing(spool),
-        open_counts(path, genes, layer=keys.layer, gene_key=keys.gene) as source,
+        open_counts(path, genes, **keys.reading()) as source,
     ):
         # Reading dominates the run time; writing starts after the complete file has been read.
         for stop, block in _blocks(source):
@@ -874,7 +913,7 @@ def _write_file(
                 labels=layout.labels,
                 measured=source.measured,
                 source=described,
-                settings=dataclasses.asdict(keys),
+                settings=keys.settings(),
                 counters=counters,
             )
 
@@ -1122,7 +1161,7 @@ def _summary(
 ) -> dict[str, Any]:
     parts = []
     for entry in index["parts"]:
-        record = json.loads((folder / "parts" / f"{entry['name']}.json").read_text())
+        record = parse_json(read_text(folder / "parts" / f"{entry['name']}.json"))
         kept = {name: entry[name] for name in ("name", "samples", "cells", "nonzeros")}
         parts.append(
             {

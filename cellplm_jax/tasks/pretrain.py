@@ -18,7 +18,8 @@ from cellplm_jax.data.batches import MemoryStore, Sample, scale_coordinates
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, require
+from cellplm_jax.progress import named_stage
 from cellplm_jax.train import loop
 
 
@@ -59,9 +60,12 @@ def pretrain(
 
     Raises:
         InputError: The data cannot be used.
+        MissingDependencyError: The extra ``train`` is not installed.
         CheckpointError: ``workdir`` belongs to another run.
     """
     store: CellStore
+    # Before the data are read, which may take minutes.
+    require("grain", "train", "Pretraining")
     corpus = _corpus_path(data)
     if corpus is not None:
         if genes is not None or batch_key is not None:
@@ -72,13 +76,14 @@ def pretrain(
             )
         store = open_corpus(corpus)
     else:
-        samples, vocabulary = read_samples(
-            data,
-            genes=genes,
-            batch_key=batch_key,
-            spatial_key=spatial_key,
-            minimum_gene_cells=minimum_gene_cells,
-        )
+        with named_stage("pretraining: reading cells", quiet=quiet):
+            samples, vocabulary = read_samples(
+                data,
+                genes=genes,
+                batch_key=batch_key,
+                spatial_key=spatial_key,
+                minimum_gene_cells=minimum_gene_cells,
+            )
         store = MemoryStore(samples, vocabulary, seed=config.seed)
     model = dataclasses.replace(config.model, genes=len(store.genes))
     config = dataclasses.replace(config, model=model)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -17,8 +19,9 @@ from flax.traverse_util import flatten_dict
 
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
-from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig
-from cellplm_jax.errors import CheckpointError, InputError, require
+from cellplm_jax.config import PRECISIONS, MeshConfig, ModelConfig, to_dict
+from cellplm_jax.display import Displayed, shown
+from cellplm_jax.errors import CheckpointError, InputError, nearest, require
 from cellplm_jax.interop import hub
 from cellplm_jax.interop.model_card import model_card
 from cellplm_jax.model.cellplm import CellPLM, attention_rows, in_precision, init_params
@@ -39,8 +42,8 @@ from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, o
 EMBEDDING_PARTS = ("embedder", "centre", "encoder", "pre_latent_norm", "latent")
 
 
-@dataclass(eq=False)
-class Pretrained:
+@dataclass(eq=False, repr=False)
+class Pretrained(Displayed):
     """A model with its weights, gene vocabulary and card.
 
     Attributes:
@@ -88,15 +91,40 @@ class Pretrained:
 
     @property
     def id(self) -> str:
-        """Name, step and number of parameters; recorded with each embedding."""
+        """Name, step, task of a fine-tuned model, and start of :attr:`digest`; recorded with each embedding."""
         source = self.source.partition("@")[0] if hub.is_hub_address(self.source) else self.source
         name = self.card.get("name") or Path(source).name
-        return f"{name}@{self.step}"
+        task = f"-{self.card['task']}" if self.card.get("kind") == "fine-tuned" else ""
+        return f"{name}@{self.step}{task}+{self.digest[:8]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of architecture, genes and weights, in hexadecimal; the same for both formats of a file."""
+        facts = json.dumps([to_dict(self.config), self.genes], sort_keys=True, default=str)
+        digest = hashlib.sha256(facts.encode())
+        for path, leaf in sorted(flatten_dict(self.params).items()):
+            array = np.ascontiguousarray(leaf)
+            digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
+            digest.update(array.data if array.ndim else array.tobytes())
+        return digest.hexdigest()
 
     @property
     def parameters(self) -> int:
         """Number of scalar parameters."""
         return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self.params))
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "model": self.id,
+            "parameters": self.parameters,
+            "genes": len(self.genes),
+            "latent": self.config.latent_size,
+            "trained_on": trained_on(self.card),
+            "kind": self.card.get("kind"),
+            "species": self.card.get("species"),
+            "precision": self.precision,
+            "source": self.source,
+        }
 
     @classmethod
     def untrained(cls, config: ModelConfig, genes: list[str], *, seed: int = 0) -> Pretrained:
@@ -320,6 +348,15 @@ class Pretrained:
         )
 
 
+def trained_on(card: Mapping[str, Any]) -> str | None:
+    """Return the training data of a model card as a phrase; None if the card does not state them."""
+    data, cells = card.get("training_data"), card.get("training_cells")
+    if isinstance(data, list) and cells:
+        return f"{cells:,} cells of {len(data)} data sets"
+    stated = data or card.get("data")
+    return None if stated is None else shown(stated)
+
+
 def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | None, ...]:
     """Return the devices that work together; None, alone: JAX's default device.
 
@@ -433,6 +470,8 @@ def resolve_source(
         )
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
     return text, text
 
 
@@ -464,7 +503,16 @@ def load(
         InputError: The kind of source is not supported.
         MissingDependencyError: The source requires the extra ``hub`` or ``gcp``, which is not installed.
     """
-    return load_located(*resolve_source(source), step=step, precision=precision, devices=devices)
+    where, name = resolve_source(source)
+    if "://" not in where and not Path(where).is_dir():
+        raise CheckpointError(
+            f"there is no directory '{where}'",
+            f"a checkpoint directory, a gs:// or hf:// address, or a bundled model: {', '.join(BUNDLED)}",
+            nearest(
+                where, BUNDLED, "Check the path; 'cellplm convert' opens published checkpoints"
+            ),
+        )
+    return load_located(where, name, step=step, precision=precision, devices=devices)
 
 
 def load_located(

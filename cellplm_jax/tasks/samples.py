@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import pandas as pd
@@ -14,18 +14,23 @@ from scipy.special import softmax
 
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
-from cellplm_jax.data.anndata_io import Values
-from cellplm_jax.errors import InputError
+from cellplm_jax.data.anndata_io import Values, open_counts
+from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
-from cellplm_jax.tasks.contexts import labels_of
-from cellplm_jax.tasks.embed import check_copy, write_copy
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading
+from cellplm_jax.evaluate.cohorts import SIGNIFICANT, samples_needed, smallest_p
+from cellplm_jax.evaluate.embedding import leiden_clusters
+from cellplm_jax.tasks.context_components import join_context
+from cellplm_jax.tasks.contexts import CellTable, labels_of, source_groups
+from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
+from cellplm_jax.tasks.files import as_anndata, check_copy, read_obs, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.sample_shifts import CHUNK, TypeShifts, expression_of, fit_shifts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 LABEL, CONTRIBUTION = "cellplm_sample_label", "cellplm_contribution"
+TYPE = "cellplm_contribution_type"
 """Keys written by ``predict`` to ``obs``."""
 
 FACTS = "cellplm_samples"
@@ -33,6 +38,12 @@ FACTS = "cellplm_samples"
 
 PENALTIES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 """Candidate strengths of the ridge penalty, strongest first."""
+
+CLUSTERED_CELLS = 20_000
+"""Maximum number of cells that types are clustered from; the others get the nearest type."""
+
+ONE_TYPE = "all cells"
+"""Name of the type if cells are not clustered."""
 
 MAXIMUM_FOLDS = 10
 """Number of folds for choosing the penalty, limited by the number of samples."""
@@ -45,7 +56,10 @@ class SampleClassifier(Estimator):
     train it. The head is a logistic regression on the mean latent per sample, solved exactly, with
     a ridge penalty chosen by cross-validation over samples: the strongest within one standard error of the best.
 
-    Because the logits are means over cells, the contribution of each cell is exact: ``obs["cellplm_contribution"]``.
+    The contribution of a cell, ``obs["cellplm_contribution"]``, compares it with cells of its own type: it is the
+    log-odds of the sample's label by the shift of that type between the labels. Cell types themselves, and their
+    proportions, do not contribute. Shifts are estimated over samples, and are zero for types in which labels do not
+    differ more than permuted ones; see ``shifts`` and the p-values in ``facts``.
 
     Args:
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
@@ -58,12 +72,15 @@ class SampleClassifier(Estimator):
     Attributes:
         labels: The labels, sorted; the columns of the probabilities.
         penalty: The chosen ridge penalty.
+        shifts: One row per cell type: cells, samples, permutation p-values of the shift between labels in mean
+            expression (pseudobulk) and in the latent, and the genes that differ most.
 
     Raises:
         ConfigError: An option is unknown.
         InputError: An option does not apply.
     """
 
+    recipe_fields = ("seed",)
     task: ClassVar[str] = "samples"
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(freeze="encoder")
 
@@ -73,7 +90,7 @@ class SampleClassifier(Estimator):
         *,
         genes: int | Literal["default"] | None = "default",
         quiet: bool = False,
-        **training: Any,
+        **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
         if dataclasses.replace(self.training, seed=self.recipe.seed) != self.recipe:
@@ -86,6 +103,12 @@ class SampleClassifier(Estimator):
         self.labels: list[str] = []
         self.penalty = 0.0
         self._centre = np.zeros(0, np.float32)
+        self._shifts: TypeShifts | None = None
+
+    @property
+    def shifts(self) -> pd.DataFrame:
+        """Shifts of the cell types; empty for classifiers that were saved without."""
+        return pd.DataFrame([] if self._shifts is None else self._shifts.table)
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -95,9 +118,11 @@ class SampleClassifier(Estimator):
         *,
         sample_key: str,
         label_key: str,
+        type_key: str | None = None,
         spatial_key: str | None = "spatial",
         layer: str | None = None,
         gene_key: str | None = None,
+        feature_type: str | None = None,
         values: Values = "counts",
         cells_per_context: int | None = None,
     ) -> SampleClassifier:
@@ -109,9 +134,12 @@ class SampleClassifier(Estimator):
             adata: Raw counts; all cells of each sample have the same label, or none.
             sample_key: Column of ``obs`` with the tissue sample of each cell; cells attend within it.
             label_key: Column of ``obs`` with the labels.
+            type_key: Column of ``obs`` with cell types, for the contributions; None: clusters of the cells, in an
+                embedding that is aligned between samples (extra ``eval``). Use types that are finer than lineages.
             spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
             layer: Layer with the counts; None: search for them.
             gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
             values: Kind of values; see :func:`cellplm_jax.embed`.
             cells_per_context: Maximum number of cells per context; None: one context per sample.
 
@@ -122,7 +150,15 @@ class SampleClassifier(Estimator):
             InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
                 or a label has fewer than two samples; the message states the remedy.
         """
-        reading = Reading(sample_key, spatial_key, layer, gene_key, values, cells_per_context)
+        reading = Reading(
+            sample_key,
+            spatial_key,
+            layer,
+            gene_key,
+            values,
+            cells_per_context,
+            feature_type=feature_type,
+        )
         table = self._read(adata, reading)
         names, truth = _labels_of_samples(table.batch, labels_of(table.obs, label_key), label_key)
         there = np.array([label is not None for label in truth], bool)
@@ -146,6 +182,7 @@ class SampleClassifier(Estimator):
         flat["head", "linear", "kernel"] = kernel.astype(np.float32)
         flat["head", "linear", "bias"] = bias.astype(np.float32)
         self._keep(start, unflatten_dict(flat))
+        shift_facts = self._fit_shifts(adata, table, start, z, names[there], codes, type_key)
         share = np.bincount(codes) / len(codes)
         self.facts = {
             "sample_key": sample_key,
@@ -155,20 +192,104 @@ class SampleClassifier(Estimator):
             "penalty": self.penalty,
             "left_out_samples_cross_entropy": error,
             "cross_entropy_of_frequencies": float(-(share * np.log(share)).sum()),
+            "type_key": type_key or "",
+            "smallest_p": smallest_p(codes),
+            **shift_facts,
         }
+        self._log_tests()
         self._log_messages()
         return self
+
+    def _fit_shifts(
+        self,
+        data: Any,
+        table: CellTable,
+        model: Pretrained,
+        z: np.ndarray,
+        names: np.ndarray,
+        codes: np.ndarray,
+        type_key: str | None,
+    ) -> dict[str, float]:
+        """Fit the shifts of the cell types; return facts about their tests."""
+        if type_key is not None:
+            given = labels_of(table.obs, type_key)
+            usable = np.array([name is not None for name in given], bool)
+            types = sorted({name for name in given if name is not None})
+            if not types:
+                raise InputError(
+                    f"obs['{type_key}'] is missing for all cells", "the type of the cells",
+                    "Use another column, or omit type_key",
+                )  # fmt: skip
+            place = {name: code for code, name in enumerate(types)}
+            type_codes = np.array([place.get(name, 0) for name in given])
+        else:
+            every = -(-len(z) // CLUSTERED_CELLS)
+            usable = np.arange(len(z)) % every == 0
+            try:
+                reading = self.reading
+                with self._opened(data, model, reading) as source:
+                    groups = source_groups(source, reading.batch_key)
+                    joined = join_context(z, source, groups)
+                clusters = leiden_clusters(joined[usable])
+            except MissingDependencyError:
+                clusters = np.zeros(int(usable.sum()), int)
+                self.messages.append(
+                    "Cells are compared with all cells, not with their type: types need type_key, or the extra 'eval'."
+                )
+            type_codes = np.zeros(len(z), int)
+            type_codes[usable] = clusters
+            number = int(clusters.max()) + 1
+            types = [f"cluster {code}" for code in range(number)] if number > 1 else [ONE_TYPE]
+        place = {name: code for code, name in enumerate(names)}
+        samples = np.array([place.get(name, -1) for name in table.batch])
+        samples[~usable] = -1
+        self._shifts, facts = fit_shifts(
+            z, table.counts, table.genes, samples, type_codes, types, codes, self.labels,
+            seed=self.training.seed,
+        )  # fmt: skip
+        return facts
+
+    def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
+        return open_counts(
+            data,
+            model.genes,
+            layer=reading.layer,
+            gene_key=reading.gene_key,
+            values=reading.values,
+            feature_type=reading.feature_type,
+        )
+
+    def _log_tests(self) -> None:
+        """Append the p-values, and what the number of samples allows."""
+        facts = self.facts
+        smallest, labels = facts["smallest_p"], len(self.labels)
+        if smallest > SIGNIFICANT:
+            self.messages.append(
+                f"Warning: {facts['samples']} samples allow no p-value below {smallest:.2g}, so a difference between "
+                f"the labels cannot be told from chance. Use at least {samples_needed(labels)} samples per label."
+            )
+        self.messages.append(
+            f"Permuted labels: p = {facts['p_latent']:.3g} for the mean latent, {facts['p_proportions']:.3g} for the "
+            f"proportions of types, {facts['p_pseudobulk']:.3g} for pseudobulk (baseline)."
+        )
+        if "p_shift" in facts:
+            rows = [row for row in self.shifts.to_dict("records") if row.get("p", 1) <= SIGNIFICANT]
+            listed = ", ".join(f"{row['type']} ({row['p']:.2g})" for row in rows[:5])
+            self.messages.append(
+                f"Types that shift between labels (p at most {SIGNIFICANT} after correction): {listed or 'none'}."
+            )
 
     # -- predicting -----------------------------------------------------------------------------
 
     def predict(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         sample_key: str = AS_FITTED,
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> pd.DataFrame:
@@ -176,9 +297,10 @@ class SampleClassifier(Estimator):
 
         Writes:
             ``obs["cellplm_sample_label"]``: categorical, the label of the cell's sample.
-            ``obs["cellplm_contribution"]``: float32, contribution of the cell to that label (may be negative):
-            its term of the label's logit, relative to the average training sample and to the other labels. The
-            prediction uses the mean over a sample's cells.
+            ``obs["cellplm_contribution"]``: float32, contribution of the cell to that label (may be negative): the
+            log-odds of the label by the shift of the cell's type, 0 for types without a shift.
+            ``obs["cellplm_contribution_type"]``: categorical, the type that the cell is compared with: the column
+            ``type_key`` of ``fit`` if these cells have it, else the nearest type of the fit.
             ``uns["cellplm_samples"]``: labels, model, contexts, genes matched.
 
         Args:
@@ -187,20 +309,22 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`fit`.
             layer: See :meth:`fit`.
             gene_key: See :meth:`fit`.
+            feature_type: See :meth:`fit`.
             values: See :meth:`fit`.
             cells_per_context: See :meth:`fit`.
 
         Returns:
-            One row per sample: ``label``, ``confidence`` (the label's probability), ``cells``, and the probability of
-            every label, in columns ``probability_<label>``.
+            One row per sample: ``label``, ``confidence`` (the label's probability), ``cells``, ``shift`` (the mean
+            contribution), and the probability of every label, in columns ``probability_<label>``.
 
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
+        adata = as_anndata(adata)
         table, columns, facts, _ = self._predict(adata, reading)
         for name, values_of_cells in columns.items():
             adata.obs[name] = values_of_cells
@@ -237,24 +361,35 @@ class SampleClassifier(Estimator):
         """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
-        samples = _column(_obs_of(data), reading)
+        obs = read_obs(data)
+        samples = _column(obs, reading)
         names = np.array(list(dict.fromkeys(samples)), object)
         kernel, bias = self._head_params()
         probabilities = softmax(_pool(z, samples, names) @ kernel + bias, axis=1)
         chosen = probabilities.argmax(axis=1)
         place = {name: row for row, name in enumerate(names)}
         of_cell = chosen[[place[name] for name in samples]]
-        evidence = (z - self._centre) @ (kernel - kernel.mean(axis=1, keepdims=True))
         decided = np.array(self.labels, object)
-        columns = {
-            LABEL: pd.Categorical(decided[of_cell], categories=self.labels),
-            CONTRIBUTION: evidence[np.arange(len(z)), of_cell].astype(np.float32),
-        }
+        columns: dict[str, Any] = {LABEL: pd.Categorical(decided[of_cell], categories=self.labels)}
+        if self._shifts is None:
+            # Saved before contributions were relative to types: terms of the logit.
+            evidence = (z - self._centre) @ (kernel - kernel.mean(axis=1, keepdims=True))
+            columns[CONTRIBUTION] = evidence[np.arange(len(z)), of_cell].astype(np.float32)
+        else:
+            types = self._types_of(z, obs, self._shifts)
+            place = {gene: column for column, gene in enumerate(model.genes)}
+            wanted = [place[gene] for gene in self._shifts.genes]
+            with self._opened(data, model, reading) as source:
+                columns[CONTRIBUTION] = self._shifts.contributions(
+                    lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
+                )
+            columns[TYPE] = pd.Categorical.from_codes(types, categories=self._shifts.types)  # type: ignore[arg-type]
         table = pd.DataFrame(
             {
                 "label": pd.Categorical(decided[chosen], categories=self.labels),
                 "confidence": probabilities.max(axis=1),
                 "cells": [int((samples == name).sum()) for name in names],
+                "shift": [float(columns[CONTRIBUTION][samples == name].mean()) for name in names],
             },
             index=pd.Index(names, name="sample"),
         )
@@ -269,9 +404,18 @@ class SampleClassifier(Estimator):
         }
         return table, columns, facts, messages
 
+    def _types_of(self, z: np.ndarray, obs: pd.DataFrame, shifts: TypeShifts) -> np.ndarray:
+        """Return the type of each cell: that of its column, else the nearest."""
+        types, key = shifts.assign(z), self.facts.get("type_key")
+        if key and key in obs.columns:
+            place = {name: code for code, name in enumerate(shifts.types)}
+            named = np.array([place.get(name, -1) for name in labels_of(obs, key)])
+            types = np.where(named >= 0, named, types)
+        return types
+
     def score(
         self,
-        adata: AnnData,
+        adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
         folds: int | None = None,
@@ -279,6 +423,7 @@ class SampleClassifier(Estimator):
         spatial_key: str | None = AS_FITTED,
         layer: str | None = AS_FITTED,
         gene_key: str | None = AS_FITTED,
+        feature_type: str | None = AS_FITTED,
         values: Values = AS_FITTED,
         cells_per_context: int | None = AS_FITTED,
     ) -> dict[str, float]:
@@ -295,6 +440,7 @@ class SampleClassifier(Estimator):
             spatial_key: See :meth:`predict`.
             layer: See :meth:`predict`.
             gene_key: See :meth:`predict`.
+            feature_type: See :meth:`predict`.
             values: See :meth:`predict`.
             cells_per_context: See :meth:`predict`.
 
@@ -308,12 +454,13 @@ class SampleClassifier(Estimator):
         """
         self._fitted()
         reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key,
+            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
             values=values, cells_per_context=cells_per_context,
         )  # fmt: skip
         key = str(label_key or self.facts["label_key"])
-        samples = _column(adata.obs, reading)
-        names, truth = _labels_of_samples(samples, labels_of(adata.obs, key), key)
+        obs = read_obs(adata)
+        samples = _column(obs, reading)
+        names, truth = _labels_of_samples(samples, labels_of(obs, key), key)
         there = np.array([label is not None for label in truth], bool)
         truth = truth[there]
         if not len(truth):
@@ -368,11 +515,19 @@ class SampleClassifier(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return {"labels": self.labels, "penalty": self.penalty}, {"centre": self._centre}
+        state: dict[str, Any] = {"labels": self.labels, "penalty": self.penalty}
+        arrays = {"centre": self._centre}
+        if self._shifts is not None:
+            state["shifts"], own = self._shifts.state()
+            arrays |= own
+        return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.labels, self.penalty = list(state["labels"]), state["penalty"]
         self._centre = arrays["centre"]
+        self._shifts = None
+        if "shifts" in state:
+            self._shifts = TypeShifts.restore(state["shifts"], arrays, self.labels)
 
 
 def logistic_regression(
@@ -505,17 +660,6 @@ def _check_labels(truth: np.ndarray, samples: int, label_key: str) -> None:
             "at least two samples per label",
             "Add more samples, set its label to NaN, or check that sample_key names samples",
         )
-
-
-def _obs_of(data: AnnData | Path) -> pd.DataFrame:
-    """Return ``obs`` of an AnnData, or of an ``.h5ad`` file that was read before."""
-    if not isinstance(data, Path):
-        return data.obs
-    import h5py
-    from anndata.io import read_elem
-
-    with h5py.File(data, "r") as file:
-        return read_elem(file["obs"])
 
 
 def _column(obs: pd.DataFrame, reading: Reading) -> np.ndarray:

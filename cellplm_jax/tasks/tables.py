@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cellplm_jax.errors import InputError
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.tasks.embed import check_output
+from cellplm_jax.tasks.files import check_output
 
 if TYPE_CHECKING:
     import pandas as pd

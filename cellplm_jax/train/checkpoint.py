@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,11 +27,19 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from cellplm_jax.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from cellplm_jax.errors import CheckpointError, explain
-from cellplm_jax.storage import atomic_write, atomic_write_text, explain_write_errors, is_remote
+from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
+from cellplm_jax.errors import CheckpointError, explain, shorten
+from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
+from cellplm_jax.storage import (
+    atomic_write,
+    atomic_write_text,
+    explain_write_errors,
+    is_remote,
+    remove_strays,
+)
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
+from cellplm_jax.untrusted import parse_json, require_regular
 
 WeightFormat = Literal["orbax", "safetensors"]
 """Storage formats of the arrays: step directories, or one file per item."""
@@ -45,6 +53,8 @@ TENSOR_FILES = {
 
 CONFIG_FILE, GENES_FILE, CARD_FILE = "config.json", "genes.txt", "card.json"
 ESTIMATOR_FILE = "estimator.json"
+# Fields of the card that are read; others are only shown.
+_CARD_TYPES = {"name": str, "kind": str, "task": str, "unused_parameters": dict}
 # Held-out score that selects the best step.
 BEST_METRIC = "nb_log_likelihood"
 
@@ -86,9 +96,15 @@ def write_root(directory: str | os.PathLike, files: ModelFiles) -> None:
         content["published"] = files.published
     if files.store is not None:
         content["store"] = files.store
-    atomic_write_text(folder / GENES_FILE, "".join(f"{gene}\n" for gene in files.genes))
-    write_card(folder, files.card)
-    atomic_write_text(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+    # A folder with a config is a run, so it is written last.
+    replace_files(
+        folder,
+        {
+            GENES_FILE: "".join(f"{gene}\n" for gene in files.genes),
+            CARD_FILE: _card_text(files.card),
+            CONFIG_FILE: json.dumps(content, indent=2) + "\n",
+        },
+    )
 
 
 def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
@@ -98,12 +114,15 @@ def write_card(directory: str | os.PathLike, card: Mapping[str, Any]) -> None:
         directory: A checkpoint directory.
         card: Its contents.
     """
-    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-    atomic_write_text(epath.Path(directory) / CARD_FILE, text)
+    replace_files(directory, {CARD_FILE: _card_text(card)})
+
+
+def _card_text(card: Mapping[str, Any]) -> str:
+    return json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_root(directory: str | os.PathLike) -> ModelFiles:
-    """Read the root files of a checkpoint.
+    """Read the root files of a checkpoint and verify their checksums.
 
     Args:
         directory: A checkpoint directory or a pretraining work directory.
@@ -118,6 +137,8 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             "a checkpoint directory",
             "Check the path, or convert a published checkpoint first with 'cellplm convert'",
         )
+    if not is_remote(directory):
+        require_regular(directory, raises=CheckpointError)
     missing = [n for n in (CONFIG_FILE, GENES_FILE, CARD_FILE) if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(
@@ -125,20 +146,33 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
             f"a checkpoint directory with {CONFIG_FILE}, {GENES_FILE} and {CARD_FILE}",
             "Copy the complete directory, or use another one",
         )
+    manifest = Manifest(folder)
+    if manifest.entries is None:
+        manifest.remark()
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        content = parse_json(manifest.read(CONFIG_FILE))
+        card = parse_json(manifest.read(CARD_FILE))
+        if not isinstance(content, dict) or content.get("format") != 1:
+            found = content.get("format") if isinstance(content, dict) else type(content).__name__
+            msg = f"{CONFIG_FILE} has format {shorten(str(found))}, this version reads format 1"
+            raise TypeError(msg)
         model = from_dict(ModelConfig, content["model"], path="model")
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = (folder / GENES_FILE).read_text(encoding="utf-8").splitlines()
+        genes = manifest.read(GENES_FILE).decode().splitlines()
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        for name, wanted in _CARD_TYPES.items():
+            if not isinstance(card.get(name), wanted | None):
+                msg = f"'{name}' in {CARD_FILE} is a {type(card[name]).__name__}"
+                raise TypeError(msg)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"'{directory}' has a config, gene list or card that cannot be read ({error})",
+            f"'{directory}' has a config, gene list or card that cannot be read ({shorten(str(error), 400)})",
             "valid files of this package",
             "Copy the checkpoint again, or use the version of cellplm-jax that wrote it",
         ) from error
@@ -161,6 +195,9 @@ _TRASH = ".deleted"
 step.
 """
 
+# Files of a step outside its items.
+_STEP_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
 _ITEMS = ("params", "optimizer", "unused", "estimator")
 
 
@@ -168,7 +205,13 @@ def _absolute(directory: epath.Path) -> epath.Path:
     return directory if is_remote(directory) else directory.resolve()
 
 
-def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool = False):
+def _manager(
+    directory: epath.Path,
+    *,
+    keep: int | None = None,
+    read_only: bool = False,
+    on_saved: Callable[[], None] | None = None,
+):
     import orbax.checkpoint as ocp
     from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -193,12 +236,13 @@ def _manager(directory: epath.Path, *, keep: int | None = None, read_only: bool 
         read_only=read_only,
         create=not read_only,
         todelete_subdir=None if read_only else _TRASH,
+        async_options=ocp.AsyncOptions(post_finalization_callback=on_saved),
     )
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     handlers["run"] = ocp.JsonCheckpointHandler()
     try:
         return ocp.CheckpointManager(_absolute(directory), item_handlers=handlers, options=options)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         # Opening reads the scores of every step.
         raise CheckpointError(
             f"the scores of a step of '{directory}' cannot be read ({error})",
@@ -223,8 +267,11 @@ class RunCheckpoints:
     def __init__(self, directory: str | os.PathLike, *, keep: int):
         self.directory = epath.Path(directory)
         with self._explained("the folder"):
-            self._manager = _manager(self.directory, keep=keep)
+            self._manager = _manager(self.directory, keep=keep, on_saved=self._add_checksums)
         self._last = self._manager.latest_step()
+        self._described = (self.directory / CONFIG_FILE).exists()
+        for step in self._manager.all_steps():
+            _verify_step(self.directory, step, ["metrics"])
         self._remove_unfinished()
 
     def latest_step(self) -> int | None:
@@ -245,6 +292,9 @@ class RunCheckpoints:
             metrics: Held-out scores, which determine the best step.
             facts: Additional JSON data for the ``run`` item, which also has the step, ``skipped`` and
                 ``skipped_in_a_row``.
+
+        Raises:
+            CheckpointError: The folder was deleted, or the step cannot be written.
         """
         import orbax.checkpoint as ocp
 
@@ -258,6 +308,12 @@ class RunCheckpoints:
             "skipped_in_a_row": int(state.skipped_in_a_row),
         }
         self.wait()
+        if self._described and not (self.directory / CONFIG_FILE).exists():
+            raise CheckpointError(
+                f"'{self.directory}' has no {CONFIG_FILE} any more, so step {step} was not saved",
+                "the work directory as this run created it",
+                "Do not remove a work directory during a run; start the run again",
+            )
         self._last = step
         with self._explained(f"step {step}"):
             self._manager.save(
@@ -298,6 +354,7 @@ class RunCheckpoints:
         """
         import orbax.checkpoint as ocp
 
+        verified = _verify_step(self.directory, step, [""])
         run = self.run_facts(step)
         try:
             restored = self._manager.restore(
@@ -309,6 +366,10 @@ class RunCheckpoints:
             )
         except Exception as error:
             raise _damaged(self.directory, step, error) from error
+
+        if not verified:
+            # The process was killed before it wrote them, or an older version saved the step.
+            self._complete_checksums(step)
 
         def number(name: str) -> jax.Array:
             return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
@@ -325,6 +386,7 @@ class RunCheckpoints:
         """Wait until all saves are complete."""
         with self._explained(f"step {self._last}"):
             self._manager.wait_until_finished()
+            self._complete_checksums(self._last)
         if not is_remote(self.directory):
             self._remove(self.directory.glob(_TRASH))
 
@@ -335,6 +397,20 @@ class RunCheckpoints:
         finally:
             self._manager.close()
 
+    def _add_checksums(self) -> None:
+        """Write the manifest of the step that is being saved; Orbax calls it before it renames the step's folder."""
+        if not is_remote(self.directory) and jax.process_index() == 0:
+            for folder in self.directory.glob(f"{self._last}.orbax-checkpoint-tmp*"):
+                write_manifest(folder, without=_STEP_FILES)
+
+    def _complete_checksums(self, step: int | None) -> None:
+        """Add to a manifest what Orbax wrote last. Object stores verify their objects themselves."""
+        if step is None or is_remote(self.directory) or jax.process_index() != 0:
+            return
+        # An outdated step may be gone already.
+        with contextlib.suppress(FileNotFoundError):
+            add_to_manifest(self.directory / str(step), _STEP_FILES)
+
     def _remove_unfinished(self) -> None:
         """Remove files of interrupted saves and removals. Orbax would also remove unrelated folders."""
         if is_remote(self.directory):
@@ -343,6 +419,8 @@ class RunCheckpoints:
             self._remove([step for step in steps if not (step / "commit_success.txt").exists()])
             return
         self._remove(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        for folder in (self.directory, *self.directory.glob("[0-9]*")):
+            remove_strays(Path(folder))
         self._remove(self.directory.glob(_TRASH))
 
     def _remove(self, folders: Iterable[epath.Path]) -> None:
@@ -468,7 +546,8 @@ def save_model(
         items["unused"] = _as_arrays(unused)
     if estimator:
         items["estimator"] = _as_arrays(estimator)
-    with atomic_write(directory) as partial:
+    room = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+    with atomic_write(directory, room=room) as partial:
         write_root(partial, files)
         for name, text in (texts or {}).items():
             atomic_write_text(partial / name, text)
@@ -478,6 +557,7 @@ def save_model(
             for item, tree in items.items():
                 flat = {"/".join(path): leaf for path, leaf in flatten_dict(tree).items()}
                 write_tensors(partial / TENSOR_FILES[item], flat, step=step)
+        write_manifest(partial)
 
 
 def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:
@@ -486,8 +566,14 @@ def _write_step(directory: Path, items: Mapping[str, Any], step: int) -> None:
 
     manager = _manager(epath.Path(directory))
     arguments = {item: ocp.args.StandardSave(tree) for item, tree in items.items()}
-    manager.save(step, args=ocp.args.Composite(**arguments))
-    manager.wait_until_finished()
+    try:
+        manager.save(step, args=ocp.args.Composite(**arguments))
+        manager.wait_until_finished()
+    except Exception:
+        # Its threads still write; after an error it raises the same one again.
+        with contextlib.suppress(Exception):
+            manager.close()
+        raise
     manager.close()
 
 
@@ -544,12 +630,46 @@ def restore_item(
     folder = epath.Path(directory)
     if weight_format(folder) == "safetensors":
         arrays, found = read_tensors(folder / TENSOR_FILES[item])
+        Manifest(folder).verify([TENSOR_FILES[item]])
         if step not in (None, found):
             raise _no_step(directory, step, [found])
         if item != "params":  # the others are not trees, and their names may contain a slash
             return arrays, found
-        return _as_tree(arrays, directory), found
-    return _restore_step_item(folder, item, step)
+        arrays = _as_tree(arrays, directory)
+    else:
+        arrays, found = _restore_step_item(folder, item, step)
+    if item == "params":
+        _check_finite(arrays, directory)
+    return arrays, found
+
+
+def _check_finite(params: Mapping[str, Any], directory: object) -> None:
+    """Reject weights that contain NaN or infinity: every prediction would be NaN."""
+    for path, leaf in flatten_dict(params).items():
+        wrong = int(np.size(leaf) - np.isfinite(leaf).sum())
+        if wrong:
+            raise CheckpointError(
+                f"'{directory}' contains {wrong:,} weights that are NaN or infinite, some in '{'/'.join(path)}'",
+                "finite weights",
+                "Use an earlier step, or copy the checkpoint again",
+            )
+
+
+def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> bool:
+    """Verify the checksums of some parts of a step, and return whether it has checksums.
+
+    Args:
+        directory: The checkpoint.
+        step: A complete step.
+        parts: Names inside; "": everything.
+    """
+    manifest = Manifest(directory / str(step), f"step {step} of '{directory}'")
+    if manifest.entries is None:
+        root = Manifest(directory)
+        if root.covers(str(step)):
+            manifest, parts = root, [f"{step}/{part}".rstrip("/") for part in parts]
+    manifest.verify(parts)
+    return manifest.entries is not None or is_remote(directory)
 
 
 def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
@@ -589,10 +709,14 @@ def _restore_step_item(
                 "Let the run save once, or copy the complete directory",
             )
         if step is None:
+            for scored in steps:
+                _verify_step(directory, scored, ["metrics"])
             step = manager.best_step()
             step = max(steps) if step is None else step
         elif step not in steps:
             raise _no_step(directory, step, steps)
+        if not _verify_step(directory, step, [item, *_STEP_FILES]):
+            Manifest(directory).remark()
         try:
             metadata = manager.item_metadata(step)[item]
             target = jax.tree.map(

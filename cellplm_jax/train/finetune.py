@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.batch import CellBatch, ModelOutput
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, MeshConfig, ModelConfig
+from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CellPLMError, explain
 from cellplm_jax.model.cellplm import CellPLM, in_precision
 from cellplm_jax.model.masking import drop_cells, sample_gene_mask
@@ -55,8 +56,8 @@ class Trainable(struct.PyTreeNode):
     adapters: dict[Path, dict[str, jax.Array]]
 
 
-@dataclass(frozen=True, eq=False)
-class FinetuneResult:
+@dataclass(frozen=True, eq=False, repr=False)
+class FinetuneResult(Displayed):
     """Result of fine-tuning.
 
     Attributes:
@@ -77,6 +78,15 @@ class FinetuneResult:
     trained: int
     seconds: float
     start_scores: dict[str, float] = field(default_factory=dict)
+
+    def _display(self) -> dict[str, Any]:
+        return {
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch,
+            "trained_parameters": self.trained,
+            "seconds": self.seconds,
+            "last_epoch": self.history[-1] if self.history else None,
+        }
 
 
 def corrupted_forward(

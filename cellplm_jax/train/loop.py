@@ -25,7 +25,8 @@ from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, gene_means, split_heldout
-from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain
+from cellplm_jax.display import Displayed
+from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain, require
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.train.checkpoint import (
     BEST_METRIC,
@@ -63,8 +64,8 @@ from cellplm_jax.train.workdir import (
 METRICS_FILE, PICTURE_FILE = "metrics.jsonl", "run.png"
 
 
-@dataclasses.dataclass(frozen=True)
-class RunResult:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RunResult(Displayed):
     """Result of a run.
 
     Attributes:
@@ -117,6 +118,7 @@ def pretrain(
         CellPLMError: Loss or gradients were not finite for ``config.maximum_skipped`` steps in a row.
     """
     began = time.monotonic()
+    require("grain", "train", "Pretraining")
     folder, first_process = epath.Path(workdir), jax.process_index() == 0
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 

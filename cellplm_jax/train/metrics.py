@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.config import ModelConfig, TrainConfig
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.storage import atomic_write_text, explain_write_errors, is_remote
+from cellplm_jax.untrusted import parse_json
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("tpu v2", 22.5e12),
@@ -281,9 +282,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     rows = []
     for line in epath.Path(path).read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

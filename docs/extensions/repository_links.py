@@ -30,6 +30,8 @@ PAGES = {
     "benchmarks/load/read_corpus.md": "benchmarks/load",
     "benchmarks/load/write_corpus.md": "benchmarks/load",
     "benchmarks/robustness/kill_resume.md": "benchmarks/robustness",
+    "benchmarks/faults/damage.md": "benchmarks/faults",
+    "benchmarks/faults/soak.md": "benchmarks/faults",
 }
 """Files outside ``docs/`` and the page of the site that includes each."""
 
@@ -55,6 +57,8 @@ def rewrite(text: str, file: Path, page: str) -> str:
             found = PAGES[name]
         elif target.suffix == ".md" and target.is_relative_to(DOCS):
             found = target.relative_to(DOCS).with_suffix("").as_posix()
+        elif target.suffix == ".ipynb" and target.is_relative_to(DOCS) and target.exists():
+            return match[0]
         elif target.exists():
             shown = match["text"].strip("`")
             return f"`{shown}`" if shown == name else f"{match['text']} (`{name}`)"

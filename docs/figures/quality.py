@@ -66,20 +66,30 @@ PANELS = (
 
 
 def figure(plt, theme):
-    """Draw one panel per score, one line per data set, one marker per method; error bars are over seeds."""
+    """Draw one panel per score, one line per data set, one marker per method; error bars are over seeds.
+
+    The dashed line is the simple method: a marker to its right (to its left for an error) is better.
+    """
     scores = json.loads(SCORES.read_text(encoding="utf-8"))
     heights = [len(panel[-1]) + 0.9 for panel in PANELS]
     drawn, axes = plt.subplots(
-        len(PANELS), figsize=(6.8, 7.4), layout="constrained", height_ratios=heights
+        len(PANELS), figsize=(6.8, 7.8), layout="constrained", height_ratios=heights
     )
     for ax, (task, score, title, simple, other, names) in zip(axes, PANELS, strict=True):
         methods = (
             (OURS, "o", theme.blue, 0.0, 9),
-            (ORIGINAL, "s", ORANGE, 0.18, 7),
-            (simple, "^", theme.text, -0.18, 7),
-            (other, "D", theme.faint, 0.34, 6),
+            (ORIGINAL, "s", ORANGE, 0.2, 7),
+            (other, "D", theme.faint, 0.36, 6),
         )
         for row, data in enumerate(names):
+            baseline = scores[task][data][simple]["scores"][score][0]
+            ax.plot(
+                [baseline] * 2,
+                [row - 0.5, row + 0.5],
+                color=theme.text,
+                linestyle=(0, (3, 2)),
+                linewidth=1.4,
+            )
             for method, mark, color, shift, size in methods:
                 if method not in scores[task][data]:
                     continue
@@ -93,17 +103,19 @@ def figure(plt, theme):
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="x", color=theme.faint, linewidth=0.4, alpha=0.6)
         ax.set_axisbelow(True)
-        tools = f"▲ {simple}" + (f"   ◆ {other}" if other else "")
+        tools = f"line: {simple.partition(',')[0]}" + (f"   ◆ {other}" if other else "")
         ax.set_title(title, loc="left", weight="bold", fontsize=10.5)
         ax.set_title(tools, loc="right", fontsize=9.5)
     marks = [
-        plt.Line2D([], [], marker=mark, color=color, linestyle="", markersize=8, label=label)
-        for mark, color, label in (
-            ("o", theme.blue, 'this package, from "small"'),
-            ("s", ORANGE, "the original, from scratch"),
+        plt.Line2D([], [], marker=mark, color=color, linestyle=line, markersize=8, label=label)
+        for mark, color, line, label in (
+            ("o", theme.blue, "", 'this package, from "small"'),
+            ("s", ORANGE, "", "the original, from scratch"),
+            ("D", theme.faint, "", "another tool"),
+            ("", theme.text, (0, (3, 2)), "simple baseline"),
         )
     ]
-    drawn.legend(handles=marks, loc="outside lower center", ncols=2)
+    drawn.legend(handles=marks, loc="outside upper center", ncols=4, fontsize=9.5)
     return drawn
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,3 +75,23 @@ def draw(name: str, figure: Callable[[Any, Theme], Any], folder: Path = HERE) ->
             plt.close(drawn)
         files.append(path)
     return files
+
+
+def save(name: str, figure: Any, folder: Path = HERE) -> None:
+    """Save a figure of many cells for both themes, as PNG on no ground.
+
+    Args:
+        name: Name of the files, ``NAME-light.png`` and ``NAME-dark.png``.
+        figure: A figure of :mod:`cellplm_jax.plot`.
+        folder: Output folder.
+    """
+    from PIL import Image
+
+    from cellplm_jax.plot import dark_theme
+
+    for theme in (LIGHT, DARK):
+        path = folder / f"{name}-{theme.name}.png"
+        with dark_theme(figure) if theme is DARK else contextlib.nullcontext():
+            figure.savefig(path, transparent=True, dpi=130, bbox_inches="tight", pad_inches=0.05)
+        # A palette: a third of the bytes.
+        Image.open(path).quantize(255, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)

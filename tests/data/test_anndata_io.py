@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from cellplm_jax.data import anndata_io
+from cellplm_jax.data import matrices
 from cellplm_jax.data.anndata_io import open_counts, write_h5ad
 from cellplm_jax.errors import InputError
 
@@ -437,7 +437,7 @@ def test_bad_values_are_named(value, name, form, tmp_path):
 
 
 def test_bad_values_outside_the_probe_are_found_when_read(monkeypatch):
-    monkeypatch.setattr(anndata_io, "PROBE_VALUES", 64)
+    monkeypatch.setattr(matrices, "PROBE_VALUES", 64)
     counts = dense_counts(cells=400).astype(np.int32)
     matrix = sparse.csr_matrix(counts)
     position = len(matrix.data) // 3 + 7  # between two sampled places
@@ -498,8 +498,8 @@ def test_files_that_are_no_anndata(tmp_path):
     folder.mkdir()
     for path, words in (
         (text, "cannot be read"),
-        (cut, "cannot be read"),
-        (nothing, "cannot be read"),
+        (cut, "cut off"),
+        (nothing, "is empty, not HDF5"),
         (tenx, "'matrix' but no 'obs'"),
         (folder, "without a zarr group"),
         (tmp_path / "absent.h5ad", "does not exist"),
@@ -703,14 +703,14 @@ def test_rows_are_read_in_runs_and_only_once():
 
 
 def test_probe_is_bounded(monkeypatch):
-    monkeypatch.setattr(anndata_io, "PROBE_VALUES", 320)
+    monkeypatch.setattr(matrices, "PROBE_VALUES", 320)
     values = Watched(np.ones(100_000, dtype=np.float32))
-    assert len(anndata_io._sample(values, 100_000)) == 320
-    assert values.calls == anndata_io.PROBE_BLOCKS
+    assert len(matrices.sample_values(values, 100_000)) == 320
+    assert values.calls == matrices.PROBE_BLOCKS
 
 
 def test_dense_blocks_are_bounded(monkeypatch):
-    monkeypatch.setattr(anndata_io, "DENSE_ENTRIES", 90)
+    monkeypatch.setattr(matrices, "DENSE_ENTRIES", 90)
     counts = dense_counts()
     adata = make(counts.astype(np.float32))
     source = open_counts(adata, VOCABULARY)

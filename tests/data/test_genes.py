@@ -174,7 +174,9 @@ def test_alias_of_several_genes_is_not_guessed_from_the_vocabulary():
 def test_vocabulary_of_symbols():
     vocabulary = ["TP53", "SELENOF", "MARCH1", "MyGene", "GAPDH"]
     names = ["SELENOF", "SEP15", TP53 + ".2", "MARCHF1", "MyGene", "MYGENE", "gapdh", "EGFR"]
-    assert columns(names, vocabulary) == [1, 1, 0, 2, 3, 3, 4, -1]
+    # MYGENE beside MyGene is another feature, not a copy to be added.
+    assert columns(names, vocabulary) == [1, 1, 0, 2, 3, -1, 4, -1]
+    assert columns(names[:4] + names[5:], vocabulary) == [1, 1, 0, 2, 3, 4, -1]
     # An exact name wins over what the table says the name means today.
     assert columns(["SEP15", "SELENOF"], ["SELENOF", "SEP15"]) == [1, 0]
 
@@ -432,3 +434,85 @@ def test_real_mouse_files_are_mapped_through_orthologues(published, file, least)
     names = list(anndata.read_h5ad(path, backed="r").var_names)
     found = map_genes(names, published)
     assert found.by_rule["orthologue"] == found.matched >= least
+
+
+def table_names(number=400):
+    """Return Ensembl ids with their current symbols and the symbols of their mouse orthologues."""
+    mouse = {
+        human: name for name, human in load_mouse_table().items() if not name.startswith("ENS")
+    }
+    table = load_human_table()
+    chosen = [
+        (gene, symbol, mouse[gene])
+        for gene, symbol in table.symbols.items()
+        if gene in mouse and table.genes[symbol] == ("current", (gene,)) and mouse[gene][1:2].islower()
+        and mouse[gene].upper() == symbol
+    ]  # fmt: skip
+    return [list(column) for column in zip(*sorted(chosen)[:number], strict=True)]
+
+
+def test_two_species_in_one_file_are_refused():
+    ids, human, mouse = table_names()
+    for names in (human + mouse, human[:100] + mouse, ids + mouse):
+        with pytest.raises(InputError, match=r"two species, [\d,]+ of human and [\d,]+ of mice"):
+            map_genes(names, ids)
+    # Own vocabularies of such files are read without a minimum.
+    assert map_genes(human + mouse, ids, minimum=0).genes_matched == len(ids)
+
+
+def test_a_mouse_gene_beside_its_human_namesake_is_not_added():
+    ids, human, mouse = table_names()
+    mapping = map_genes(human + mouse[:5], ids)
+    assert mapping.duplicated == 0
+    assert (mapping.column[-5:] == -1).all()
+    assert mapping.twins == 5
+    assert "5 too similar to another name" in mapping.summary()
+    assert map_genes(human[5:] + mouse[:5], ids).genes_matched == len(ids)
+
+
+@pytest.mark.parametrize("mark", ["-1", ".1"])
+def test_copies_of_names_are_not_other_genes(mark):
+    """CAT-1 is an alias of SLC7A1, and the second CAT of a file after make_unique."""
+    ids, _, _ = table_names()
+    wanted = symbols_of(ids)
+    extra = [gene for symbol in ("CAT", "SLC7A1") for gene in load_human_table().genes[symbol][1]]
+    vocabulary = list(dict.fromkeys([*ids, *extra]))
+    mapping = map_genes([*wanted, "CAT", f"CAT{mark}"], vocabulary)
+    assert mapping.column[-2] == vocabulary.index(extra[0])
+    assert mapping.column[-1] == -1
+    alone = map_genes([*wanted, f"CAT{mark}"], vocabulary)
+    assert alone.column[-1] == vocabulary.index(extra[1])
+
+
+def test_names_in_lower_case_are_the_current_symbols():
+    """elk1 in lower case is ELK1, although 'elk1' is also listed as an alias."""
+    table = load_human_table()
+    ids = sorted(table.symbols)
+    mapping = map_genes([table.symbols[gene].lower() for gene in ids], ids)
+    wrong = [
+        ids[row]
+        for row, column in enumerate(mapping.column)
+        if column >= 0 and table.symbols[ids[column]] != table.symbols[ids[row]]
+    ]
+    assert wrong == []
+    assert "in lower case" in mapping.summary()
+    assert not map_genes([table.symbols[gene] for gene in ids[:100]], ids).lower_case
+
+
+def test_prefixes_of_genomes_are_named():
+    ids, human, mouse = table_names()
+    for names in (
+        [f"GRCh38_{n}" for n in human],
+        [f"GRCh38_{n}" for n in human] + [f"mm10___{n}" for n in mouse],
+    ):
+        with pytest.raises(
+            InputError, match=r"name of a genome \('GRCh38_'.*removeprefix\('GRCh38_'\)"
+        ):
+            map_genes(names, ids)
+
+
+def test_fish_are_not_read_as_people():
+    ids, human, _ = table_names()
+    names = [name.lower() for name in human] + [f"si:dkey-{n}p7.{n}" for n in range(20)]
+    with pytest.raises(InputError, match="genes of zebrafish"):
+        map_genes(names, ids)

@@ -23,7 +23,7 @@ from tests.conftest import ROOT, make_adata, make_labelled
 pytest.importorskip("huggingface_hub", reason="needs the extra 'hub'")
 from tests.stand_ins.hub import TOKEN, Repository, environment, model_hub
 
-FILES = {"config.json", "genes.txt", "card.json", "model.safetensors", "README.md"}
+FILES = {"config.json", "genes.txt", "card.json", "manifest.json", "model.safetensors", "README.md"}
 
 
 @pytest.fixture
@@ -346,7 +346,7 @@ def test_licences(text, name):
 def test_names_without_a_card(hub, tiny_model, tmp_path):
     nameless = dataclasses.replace(tiny_model, card={})
     put(hub, "me/tiny", nameless, tmp_path / "tiny")
-    assert load("hf://me/tiny").id == f"tiny@{tiny_model.step}"
+    assert load("hf://me/tiny").id == tiny_model.id
     assert Path(tmp_path / "tiny").is_dir()
 
 

@@ -16,7 +16,7 @@ import pytest
 from cellplm_jax.errors import InputError
 from cellplm_jax.report import html as report
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "source"}
 
 
 class Page(HTMLParser):
@@ -277,3 +277,22 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
         write(tmp_path / "folder")
+
+
+def test_a_drawn_figure_has_a_dark_form():
+    plt = pytest.importorskip("matplotlib.pyplot", reason="needs the extra 'eval'")
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1])
+    page = Page(render(report.Figure(figure, alt="a line")))
+    ((source, _),) = page.all("source")
+    assert source["media"] == "screen and (prefers-color-scheme:dark)"
+    ((image, _),) = page.all("img")
+    light, dark = (
+        base64.b64decode(text.split(",")[1]) for text in (image["src"], source["srcset"])
+    )
+    assert light != dark
+    corners = [plt.imread(__import__("io").BytesIO(data))[0, 0, :3] for data in (light, dark)]
+    assert corners[0].mean() > 0.95
+    assert corners[1].mean() < 0.2
+    assert not Page(render(report.Figure(png(), alt="a file"))).all("source")
+    plt.close(figure)

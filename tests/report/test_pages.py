@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 
 from cellplm_jax.cli import main
 from cellplm_jax.errors import InputError
-from cellplm_jax.report import pages
+from cellplm_jax.report import blocks, effects, pages
 from cellplm_jax.report.html import Figure, Table, render_report
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 
@@ -146,9 +146,9 @@ def test_every_score_that_is_shown_says_what_it_means():
     )
     assert {"ilisi", "kbet_per_label", "ari", "clusters"} <= set(listed)
     shown = {**scores, **dict.fromkeys(listed, 0.5)}
-    known = pages._scores(shown, "").rows
+    known = blocks.scores_table(shown, "").rows
     assert all(meaning for *_, meaning in known)
-    assert len(known) == len(shown) - len(pages.SAME)
+    assert len(known) == len(shown) - len(blocks.SAME)
     # Those left out are others by another name.
     assert scores["micro_f1"] == pytest.approx(scores["accuracy"])
     assert scores["weighted_recall"] == pytest.approx(scores["accuracy"])
@@ -156,17 +156,79 @@ def test_every_score_that_is_shown_says_what_it_means():
 
 
 def test_integration_before_and_after(tmp_path):
-    cells = make_adata(30)
-    cells.obsm["X_cellplm_integrated"] = np.random.default_rng(0).random((30, 4))
+    cells = make_adata(40)
+    cells.obsm["X_cellplm_integrated"] = np.random.default_rng(0).random((40, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
-    page = pages.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {})
-    assert "for comparison: run" in rendered(page)
-    cells.obsm["X_pca"] = np.random.default_rng(1).random((30, 4))
+    page = effects.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"])
+    heading = "Batch mixing and preserved types"
+    assert headings(page) == ["Before", "Integrated", heading]
+    assert "principal components of the counts" in rendered(page)
+    cells.obsm["X_pca"] = np.random.default_rng(1).random((40, 4))
     cells.write_h5ad(tmp_path / "out.h5ad")
-    page = pages.integrated(
-        tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"], {"ilisi": 0.4}
-    )
-    assert headings(page) == ["Before", "Integrated", "Scores"]
+    page = effects.integrated(tmp_path / "out.h5ad", "X_cellplm_integrated", ["batch"])
+    columns = table(page, heading).columns
+    assert columns[:4] == ["score", "before: obsm['X_pca']", "integrated", "components"]
+    assert {"iLISI", "kBET"} <= {row[0] for row in table(page, heading).rows}
+    # Every score is of the same cells, and the baseline is there.
+    if importlib.util.find_spec("harmonypy") is not None:
+        assert columns[4] == "Harmony on components"
+        assert all(0 <= value <= 1 for value in table(page, heading).rows[0][1:5])
+
+
+def test_clusters_of_a_file_show_markers_tissue_and_one_colour(tmp_path):
+    cells = make_adata(60)
+    counts = np.asarray(cells.X.toarray())
+    groups = np.array([str(n % 11) for n in range(60)])
+    gene = cells.var_names[3]
+    counts[groups == "2", 3] += 60
+    cells.X = counts
+    cells.obs["group"] = pd.Categorical(groups)
+    cells.obs["kind"] = ["a" if n % 11 == 10 else "b" for n in range(60)]
+    cells.obsm["X_umap"] = np.random.default_rng(0).random((60, 2))
+    cells.obsm["spatial"] = np.random.default_rng(1).random((60, 2))
+    cells.uns["kind_colors"] = ["#112233", "#445566"]
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    drawn = []
+    original = blocks.Figure
+
+    def keep(*arguments):
+        drawn.append(getattr(arguments[0], "figure", arguments[0]))
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "Figure", keep)
+        page = pages.clusters(
+            tmp_path / "out.h5ad", cells, ["group", "kind"], "X_cellplm", {"ari": 0.5}
+        )
+    assert headings(page) == [
+        "Clusters",
+        "In the tissue",
+        "Composition of the clusters",
+        "Marker genes",
+        "Scores",
+    ]
+    best = {row[0]: row[1].split(", ")[0] for row in table(page, "Marker genes").rows}
+    assert best["2"] == blocks.named([gene])[0]
+
+    def legend(figure):
+        legend = figure.axes[0].get_legend()
+        names = [text.get_text() for text in legend.get_texts()]
+        return dict(zip(names, [h.get_color() for h in legend.legend_handles], strict=True))
+
+    umap_group, umap_kind, tissue_group, tissue_kind = map(legend, drawn[:4])
+    assert list(umap_group) == [str(n) for n in range(11)]
+    assert umap_group == tissue_group
+    assert umap_kind == tissue_kind == {"a": "#112233", "b": "#445566"}
+
+
+def test_a_predicted_type_has_one_colour_in_every_order():
+    """The order in which cells are sampled does not change a colour."""
+    import anndata
+
+    obs = pd.DataFrame({"kind": ["c", "a", "b", "a"]}, index=list("wxyz"))
+    one = blocks.palettes_of(anndata.AnnData(obs=obs), ["kind"])["kind"]
+    two = blocks.palettes_of(anndata.AnnData(obs=obs.iloc[::-1]), ["kind"])["kind"]
+    assert one == two
 
 
 @pytest.fixture
@@ -228,7 +290,7 @@ def test_imputation(imputer, tmp_path):
     panel.write_h5ad(tmp_path / "panel.h5ad")
     page = pages.imputed(tmp_path / "panel.h5ad", estimator, {})
     genes = [row[0] for row in table(page, "Imputed genes").rows]
-    assert genes == pages._named(estimator.imputed)
+    assert genes == blocks.named(estimator.imputed)
     assert "correlation here" not in table(page, "Imputed genes").columns
     assert "after all" not in rendered(page)
     page = pages.imputer(estimator)
@@ -237,7 +299,7 @@ def test_imputation(imputer, tmp_path):
 
 def test_a_table_in_obsm_opens_again_where_names_of_cells_are_nullable(tmp_path):
     from cellplm_jax.data.anndata_io import write_h5ad
-    from cellplm_jax.tasks.embed import write_copy
+    from cellplm_jax.tasks.files import write_copy
 
     cells = make_adata(5)
     cells.obs.index = pd.Index(pd.array(list(cells.obs_names), dtype="string"))
@@ -263,7 +325,7 @@ def test_denoised(tiny_run, tmp_path, capsys):
     gene = VOCABULARY[3]
     shown = pages.denoised(out, Denoiser(tiny_run), {}, [gene])
     assert sum(isinstance(section, Figure) for section in shown.sections) == 2
-    assert [row[0] for row in table(shown, "Genes").rows] == pages._named([gene])
+    assert [row[0] for row in table(shown, "Genes").rows] == blocks.named([gene])
     capsys.readouterr()
     assert main([*run[:-2], "--show", gene]) == 2
     assert "--show requires --report" in capsys.readouterr().err
@@ -274,7 +336,8 @@ def test_denoised(tiny_run, tmp_path, capsys):
 
 
 def test_before_and_after(tiny_run, tmp_path):
-    from cellplm_jax.tasks.denoise import Denoiser, before_and_after
+    from cellplm_jax.tasks.denoise import Denoiser
+    from cellplm_jax.tasks.denoise_view import before_and_after
 
     cells = make_adata(30)[:, VOCABULARY].copy()
     counts = cells.X.toarray()
@@ -305,7 +368,7 @@ def test_before_and_after(tiny_run, tmp_path):
 
 
 def test_the_second_gene_lies_elsewhere():
-    from cellplm_jax.tasks.denoise import _telling_genes
+    from cellplm_jax.tasks.denoise_view import _telling_genes
 
     base = np.linspace(0, 3, 20)
     values = np.stack([base, 0.9 * base, 0.8 * base[::-1], 0.01 * base], axis=1)
@@ -318,11 +381,11 @@ def test_losses_that_lie_apart_are_drawn_apart():
         for n in (1, 2, 3)
     ]  # fmt: skip
     apart = SimpleNamespace(history=rows, facts={"best_epoch": 3})
-    assert len(pages._curve(apart)) == 2
+    assert len(blocks.curve(apart)) == 2
     near = [{**row, "validation_loss": row["loss"] + 0.5, "validation_score": None} for row in rows]
-    assert len(pages._curve(SimpleNamespace(history=near, facts={"best_epoch": 3}))) == 1
+    assert len(blocks.curve(SimpleNamespace(history=near, facts={"best_epoch": 3}))) == 1
     scored = [{**row, "validation_score": 0.5} for row in near]
-    assert len(pages._curve(SimpleNamespace(history=scored, facts={"best_epoch": 3}))) == 2
+    assert len(blocks.curve(SimpleNamespace(history=scored, facts={"best_epoch": 3}))) == 2
 
 
 def test_a_map_is_coloured_by_what_tells_cells_apart():
@@ -330,7 +393,7 @@ def test_a_map_is_coloured_by_what_tells_cells_apart():
         {"one": ["a"] * 40, "name": [f"c{n}" for n in range(40)], "type": ["a", "b"] * 20, "n": range(40)}
     )  # fmt: skip
     obs["again"] = obs["type"].astype("category")
-    assert pages._telling(obs) == ["type"]
+    assert blocks.telling(obs) == ["type"]
 
 
 def test_perturbations():
@@ -338,11 +401,41 @@ def test_perturbations():
     found = SimpleNamespace(
         change=change, known=pd.Series(["seen", "unseen"], index=["A", "B"]), messages=("Careful.",)
     )
-    page = pages.perturbed(found)
-    rows = table(page, "Perturbations").rows
+    rows = table(effects.perturbed(found), "Perturbations").rows
     assert rows[0][:2] == ("A", "seen")
     assert rows[0][3].split(", ")[0].endswith("\N{MINUS SIGN}2.00")
+    page = effects.perturbed(found, SimpleNamespace(mean_change=np.array([0.0, 0.6])))
+    rows = table(page, "Perturbations").rows
+    # B is nothing but the mean change.
+    assert rows[1][3] == pytest.approx(1.0)
+    assert rows[0][3] == pytest.approx(-1.0)
     assert "Careful." in rendered(page)
+
+
+def test_left_out_perturbations_beside_baselines():
+    from cellplm_jax.tasks.perturbation_ridge import LeftOut
+    from cellplm_jax.tasks.perturbation_screen import Changes
+
+    random = np.random.default_rng(0)
+    names = np.array(["A", "B", "A+B", "C"], object)
+    values = random.normal(size=(4, 40))
+    changes = Changes(names, np.full(4, "all cells", object), values, np.ones(4), np.full(4, 9))
+    baselines = {"mean_change": values * 0.5, "additive": values * 0.8}
+    estimator = SimpleNamespace(
+        left_out=LeftOut.of(changes, values * 0.9, baselines), control="ctrl", messages=["Told."],
+        facts={"perturbations": 4}, perturbations=list(names), model=SimpleNamespace(genes=VOCABULARY),
+    )  # fmt: skip
+    page = effects.predictor(estimator)
+    assert headings(page)[:2] == ["Left-out perturbations", "Prediction and baselines"]
+    found = table(page, "Prediction and baselines")
+    assert found.columns[3:7] == ["RMSE", "additive", "mean of the others", "no change"]
+    assert [row[0] for row in found.rows] == ["mean", "A", "B", "A+B", "C"]
+    size = np.sqrt(np.square(values[0]).mean())
+    assert found.rows[1][3:7] == pytest.approx((0.1 * size, 0.2 * size, 0.5 * size, size))
+    assert page.summary == "4 perturbations, control 'ctrl'."
+    assert "Told." in rendered(page)
+    estimator.left_out = None
+    assert "Left-out perturbations" not in headings(effects.predictor(estimator))
 
 
 def test_samples(tmp_path):
@@ -350,21 +443,36 @@ def test_samples(tmp_path):
     cells.obs["cellplm_contribution"] = np.linspace(-1, 1, 30, dtype=np.float32)
     cells.write_h5ad(tmp_path / "out.h5ad")
     rows = pd.DataFrame(
-        {"label": ["no", "yes"], "confidence": [0.9, 0.8], "cells": [10, 20]}, index=["d1", "d2"]
+        {"label": ["no", "yes"], "confidence": [0.9, 0.8], "cells": [10, 20], "shift": [0.1, 0.3]},
+        index=["d1", "d2"],
     )
     cells.obs["donor"] = ["d1"] * 10 + ["d2"] * 20
     cells.obs["disease"] = ["no"] * 10 + ["yes"] * 20
     cells.obs["kind"] = ["up" if n % 2 else "down" for n in range(30)]
     cells.write_h5ad(tmp_path / "out.h5ad")
     facts = {"sample_key": "donor", "label_key": "disease"}
-    page = pages.samples(tmp_path / "out.h5ad", rows, SimpleNamespace(messages=[], facts=facts))
-    assert table(page, "Samples").rows[1] == ("d2", "yes", 0.8, 20)
+    estimator = SimpleNamespace(messages=[], facts=facts, shifts=pd.DataFrame([]))
+    page = effects.samples(tmp_path / "out.h5ad", rows, estimator)
+    assert table(page, "Samples").rows[1] == ("d2", "yes", 0.8, 20, 0.3)
     assert "2 samples: 1 no, 1 yes." in rendered(page)
     # Kinds of cells, and not what all cells of a sample share.
     found = [s for s in page.sections if isinstance(s, Table) and "mean contribution" in s.columns]
-    assert [s.columns[0] for s in found if s.columns[0] != "batch"] == ["kind"]
+    assert [s.columns[0] for s in found if s.columns[0] not in ("sample", "batch")] == ["kind"]
     means = {name: mean for name, _, mean in next(s for s in found if s.columns[0] == "kind").rows}
     assert means["up"] == pytest.approx(cells.obs["cellplm_contribution"][1::2].mean(), abs=1e-6)
+    # With types: boxes by type, and the table of their shifts.
+    cells.obs["cellplm_contribution_type"] = cells.obs["kind"].astype("category")
+    cells.obs["cellplm_sample_label"] = cells.obs["disease"].astype("category")
+    cells.write_h5ad(tmp_path / "out.h5ad")
+    estimator.shifts = pd.DataFrame(
+        [{"type": "up", "cells": 15, "samples": 4, "p": 0.3, "p_latent": 0.2, "p_pseudobulk": 0.1,
+          "genes": "CD3E"}, {"type": "down", "cells": 15, "samples": 1}]
+    )  # fmt: skip
+    page = effects.samples(tmp_path / "out.h5ad", rows, estimator)
+    shifts = table(page, "Shifts of cell types between labels").rows
+    assert shifts[0][0] == "up"
+    assert shifts[1][3:] == ("",) * 4
+    assert "log-odds by the shift of its own type" in rendered(page)
 
 
 def test_a_model_and_its_run(tiny_run, tmp_path, capsys):
@@ -379,7 +487,7 @@ def test_a_model_and_its_run(tiny_run, tmp_path, capsys):
 
 def test_many_groups_are_not_all_drawn():
     obs = pd.DataFrame({"donor": [f"d{n}" for n in range(50)], "depth": np.linspace(0, 1, 50)})
-    found = pages._columns(obs, ["donor", "depth", None, "donor"], np.arange(50))
+    found = blocks.columns_of(obs, ["donor", "depth", None, "donor"], np.arange(50))
     assert list(found) == ["donor", "depth"]
     assert len(found["donor"].categories) == 31
     assert (found["donor"] == "others").sum() == 20

@@ -110,7 +110,7 @@ def test_all_parts_and_a_baseline_are_shown(fitted):
     """The last line of a fit names the prediction that is used first, beside its parts and label transfer."""
     facts, scores = fitted.facts, fitted.validation_scores
     assert facts["pool"] in ("pooled", "network", "linear")
-    assert list(scores)[0] == facts["pool"]
+    assert next(iter(scores)) == facts["pool"]
     assert set(scores) == {facts["pool"], "network", "linear", "neighbors"}
     assert scores[facts["pool"]] == facts["validation_f1_pooled"]
     assert facts["seconds"] >= facts["network_seconds"] > 0

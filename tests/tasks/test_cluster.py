@@ -87,6 +87,6 @@ def test_refusals(tmp_path):
     with pytest.raises(InputError, match="NaN or infinity in 1 of 90"):
         cluster(adata)
     assert "cellplm_cluster" not in adata.obs
-    with pytest.raises(InputError, match=r"not an \.h5ad file"):
+    with pytest.raises(InputError, match=r"does not exist"):
         cluster_file(tmp_path / "absent.h5ad", tmp_path / "out.h5ad")
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,7 @@ def embedded(cells, model="small", **options):
 
 
 def test_the_latent_and_the_components_are_side_by_side(cells, monkeypatch):
-    monkeypatch.setattr(context_components, "_slopes", lambda *values: np.float32(0))
+    monkeypatch.setattr(context_components, "depth_slopes", lambda *values: np.float32(0))
     plain = embedded(cells).obsm["X_cellplm"]
     adata = embedded(cells, adapt="context")
     joined = adata.obsm["X_cellplm"]
@@ -49,9 +49,9 @@ def test_depth_is_removed_within_clusters_and_kept_between_them():
     clusters = np.repeat([0, 1], 100)
     depth = (5 + 2 * clusters + generator.standard_normal(200)).astype(np.float32)
     embedding = np.stack([0.8 * depth, generator.standard_normal(200), 3.0 * clusters], axis=1)
-    slopes = context_components._slopes(embedding.astype(np.float32), depth, clusters)
+    slopes = context_components.depth_slopes(embedding.astype(np.float32), depth, clusters)
     np.testing.assert_allclose(slopes, [0.8, 0, 0], atol=0.1)
-    none = context_components._slopes(embedding, np.ones(200, np.float32), clusters)
+    none = context_components.depth_slopes(embedding, np.ones(200, np.float32), clusters)
     np.testing.assert_array_equal(none, 0)
 
 

@@ -478,14 +478,6 @@ def test_input_is_output_is_refused(tiny_model, tmp_path):
     assert digest(path) == before
 
 
-def test_a_directory_as_input_is_one_message(tiny_model, tmp_path):
-    store = tmp_path / "in.zarr"
-    make_adata(8).write_zarr(store)
-    with pytest.raises(InputError, match="h5ad"):
-        embed_file(store, tiny_model, tmp_path / "out.h5ad", quiet=True)
-    assert not (tmp_path / "out.h5ad").exists()
-
-
 def test_a_file_of_newer_anndata(tiny_model, tmp_path):
     """Nullable strings, as anndata 0.13 writes them: streamed in, copied out, nothing converted."""
     path = SHARED / "wu2020_tcells_200.h5ad"

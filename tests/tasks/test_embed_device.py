@@ -111,7 +111,7 @@ def test_the_numbers_are_those_of_the_host(tiny_model, kind, options, monkeypatc
 
 
 def test_only_the_probe_goes_to_the_host(tiny_model, to_host, monkeypatch):
-    monkeypatch.setattr("cellplm_jax.data.anndata_io.PROBE_VALUES", 16)
+    monkeypatch.setattr("cellplm_jax.data.matrices.PROBE_VALUES", 16)
     cells = on_device(make_adata(600), "dense")
     cellplm.embed(cells, tiny_model)
     # Sixteen places of a row each.
@@ -163,7 +163,7 @@ def test_a_chunk_with_many_counts_is_cut_shorter(tiny_model, kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [-1.0, 0.5, np.nan, 2.0**25])
 def test_a_value_that_is_no_count_is_named(tiny_model, kind, bad, monkeypatch):
-    monkeypatch.setattr("cellplm_jax.data.anndata_io.PROBE_VALUES", 160)
+    monkeypatch.setattr("cellplm_jax.data.matrices.PROBE_VALUES", 160)
     adata = make_adata(300)
     column = int(np.flatnonzero(sparse.csr_matrix(adata.X)[7].toarray()[0])[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import scipy.sparse as sparse
 
 import cellplm_jax
-from cellplm_jax.config import ConfigError, HeadConfig
+from cellplm_jax.config import ConfigError, FinetuneConfig, HeadConfig
 from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
@@ -22,7 +23,7 @@ from cellplm_jax.tasks.contexts import (
     read_cells,
     variable_genes,
 )
-from cellplm_jax.tasks.estimator import Estimator, Reading, read_estimator, split_cells
+from cellplm_jax.tasks.estimator import Estimator, Reading, Recipe, read_estimator, split_cells
 from cellplm_jax.train.checkpoint import restore_item
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 
@@ -314,3 +315,54 @@ def test_gene_panels_that_do_not_overlap(tiny_model):
     fitted = Minimal(tiny_model, quiet=True).fit(make_adata(20))
     with pytest.raises(InputError, match="0 of the model's 40 genes"):
         fitted.predict(adata)
+
+
+ESTIMATORS = (
+    "BatchIntegrator",
+    "CellTypeAnnotator",
+    "Denoiser",
+    "GeneImputer",
+    "PerturbationPredictor",
+    "SampleClassifier",
+)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_recipe_is_named_in_the_signature(name):
+    """``help`` and notebooks show every argument with the default of the task, and no catch-all."""
+    kind = getattr(cellplm_jax, name)
+    parameters = inspect.signature(kind).parameters
+    assert next(iter(parameters)) == "model"
+    assert {p.kind for p in list(parameters.values())[1:]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {"genes", "quiet", "precision", "devices", "seed"} <= set(parameters)
+    assert parameters["quiet"].default is False
+    if name != "SampleClassifier":
+        assert {"epochs", "learning_rate", "freeze", "adapter_rank"} <= set(parameters)
+        assert parameters["epochs"].default == kind.recipe.epochs
+    else:
+        assert "epochs" not in parameters
+    assert kind(None, seed=3, precision="bfloat16").training.seed == 3
+
+
+def test_the_named_recipe_is_that_of_the_configuration():
+    fields = {field.name: field.type for field in dataclasses.fields(FinetuneConfig)}
+    named = {name: hint.__forward_arg__ for name, hint in Recipe.__annotations__.items()}
+    assert list(fields) == list(named)
+    assert {name: text for name, text in named.items() if name != "masking"} == {
+        name: text for name, text in fields.items() if name != "masking"
+    }
+
+
+def test_notebooks_complete_the_recipe():
+    completer = pytest.importorskip("IPython.core.completer")
+    complete = completer.IPCompleter(namespace={"A": cellplm_jax.CellTypeAnnotator})
+    complete.use_jedi = False
+    line = "A('small', ep"
+    assert "epochs=" in complete.complete(line_buffer=line, cursor_pos=len(line))[1]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_misspelt_argument_is_answered_with_the_right_one(name):
+    if name != "SampleClassifier":
+        with pytest.raises(ConfigError, match="Did you mean 'epochs'"):
+            getattr(cellplm_jax, name)(None, epoch=3)

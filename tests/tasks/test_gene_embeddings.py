@@ -24,5 +24,8 @@ def test_a_row_a_gene(tiny_run, tiny_model):
 def test_named_by_symbol():
     model = cellplm_jax.load("small")
     table = cellplm_jax.gene_embeddings(model, symbols=True)
-    assert {"CD3E", "MS4A1"} <= set(table.index)
+    assert table.index.names == ["gene", "id"]
+    assert {"CD3E", "MS4A1"} <= set(table.index.get_level_values("gene"))
+    assert list(table.index.get_level_values("id")) == model.genes
+    assert table.loc["CD3E"].shape == (1, table.shape[1])
     assert len(table) == len(model.genes)

@@ -17,7 +17,10 @@ from cellplm_jax.config import PositionsConfig
 from cellplm_jax.errors import InputError
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks import estimator as estimator_module
-from cellplm_jax.tasks.impute import GeneImputer, find_genes, panel_model, with_mean_row
+from cellplm_jax.tasks.impute import GeneImputer
+from cellplm_jax.tasks.impute_genes import find_genes
+from cellplm_jax.tasks.impute_network import panel_model, with_mean_row
+from cellplm_jax.tasks.impute_ridge import choose_pool, mean_pearson
 from tests.conftest import ROOT, VOCABULARY, make_adata
 
 FAST = {"epochs": 30, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
@@ -206,6 +209,114 @@ def test_places_help_where_the_signal_is_spatial(monkeypatch):
         pearson[kind] = found.score(truth)["pearson"]
     # Without places there may be nothing to go by: the same is then predicted for every cell, which has no correlation.
     assert pearson["sinusoidal"] > np.nan_to_num(pearson["none"]) + 0.2
+
+
+# What is chosen, and how certain it is
+
+
+@pytest.fixture(scope="session")
+def wide(tiny_model):
+    """An imputer with enough validation cells for intervals; names of genes as symbols, ids in a column of var."""
+    reference = make_adata(360, spatial=False)
+    reference.var["ensembl_id"] = list(reference.var_names)
+    reference.var_names = [f"own-{name[-4:]}" for name in reference.var_names]
+    target = panel_of(make_adata(240, seed=1))
+    return imputer(tiny_model, epochs=8, validation_fraction=0.25).fit(
+        target, reference=reference, reference_gene_key="ensembl_id"
+    )
+
+
+def test_tables_have_the_names_of_the_file(wide):
+    assert wide.imputed == [f"own-{name[-4:]}" for name in MISSING]
+    assert wide.gene_ids.tolist() == MISSING
+    frame = wide.predict(panel_of(make_adata(20, seed=3)), genes=[MISSING[3], "own-0021"])
+    assert list(frame.columns) == ["own-0023", "own-0021"]
+    truth = make_adata(20, seed=3)
+    assert wide.score_genes(truth)["gene_id"].tolist() == MISSING
+
+
+def test_intervals_hold_their_coverage(wide):
+    truth = make_adata(240, seed=1)
+    for cells in (truth, make_adata(240, seed=5)):
+        scores = wide.score(cells)
+        assert 0.87 <= scores["interval_coverage"] <= 0.93
+    total = truth[:, PANEL].X.sum(axis=1)
+    widths = []
+    # Narrow intervals of rare genes cover more: most of their counts are 0.
+    for level, tolerance in ((0.5, 0.12), (0.9, 0.04)):
+        low, high = wide.intervals(truth, coverage=level)
+        assert (low.to_numpy() >= 0).all()
+        counts = truth[:, MISSING].X.toarray()
+        inside = (counts >= low.to_numpy() - 1e-3) & (counts <= high.to_numpy() + 1e-3)
+        assert inside.mean() == pytest.approx(level, abs=tolerance)
+        widths.append((high - low).to_numpy().mean())
+    assert widths[0] < 0.7 * widths[1]
+    # On the other scale they are the same intervals.
+    logs = wide.intervals(truth, log_normalized=True)[1].to_numpy()
+    np.testing.assert_allclose(np.expm1(logs) * np.asarray(total) / 1e4, high, rtol=1e-3, atol=1e-3)
+    with pytest.raises(InputError, match=r"coverage = 0.99; expected one of 0.5, "):
+        wide.intervals(truth, coverage=0.99)
+
+
+def test_intervals_are_saved_and_written(wide, fitted, tmp_path):
+    wide.save(tmp_path / "saved")
+    again = GeneImputer.load(tmp_path / "saved", quiet=True)
+    cells = panel_of(make_adata(30, seed=6))
+    for one, other in zip(wide.intervals(cells), again.intervals(cells), strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    pd.testing.assert_series_equal(again.gene_ids, wide.gene_ids)
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    again.predict_file(tmp_path / "in.h5ad", tmp_path / "out.h5ad", coverage=0.8)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    low, high = wide.intervals(cells, coverage=0.8)
+    np.testing.assert_allclose(written.obsm["cellplm_imputed_low"], low, rtol=1e-5)
+    np.testing.assert_allclose(written.obsm["cellplm_imputed_high"], high, rtol=1e-5)
+    assert list(written.uns["cellplm_imputation"]["gene_ids"]) == MISSING
+    with pytest.raises(InputError, match="this imputer has no intervals"):
+        fitted.intervals(cells)
+
+
+def test_parts_are_scored_beside_their_average(wide):
+    scores = wide.score(make_adata(120, seed=4))
+    better = max(scores["pearson_network"], scores["pearson_ridge"])
+    assert scores["pearson"] > better - 0.002
+    assert scores["rmse"] < scores["rmse_gene_mean"]
+    table = wide.facts["validation"]
+    assert set(table) == {"pooled", "network", "ridge", "gene_mean"}
+    assert wide.facts["genes_with_confidence"] == wide.confidence.notna().sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("network", "linear"), [(0.4, 1.2), (1.2, 0.4), (0.7, 0.7), (0.5, 20.0)])
+def test_never_below_the_better_part(network, linear, seed):
+    """Parts are the truth with noise of these sizes, on cells for the choice and on others for the score."""
+    random = np.random.default_rng(seed)
+    truth = random.gamma(2.0, size=(400, 30))
+    parts = [truth + size * random.normal(size=truth.shape) for size in (network, linear)]
+    chosen, rest = slice(0, 60), slice(60, None)
+    pool, method = choose_pool(truth[chosen], *(part[chosen] for part in parts), seed=seed)
+    mixed = sum(weight * part for weight, part in zip(pool, parts, strict=True))
+    better = max(mean_pearson(truth[rest], part[rest]) for part in parts)
+    assert mean_pearson(truth[rest], mixed[rest]) > better - 0.002
+    if network == linear:
+        assert method == "pooled"
+        assert mean_pearson(truth[rest], mixed[rest]) > better + 0.05
+
+
+def test_a_useless_network_is_left_out():
+    """Noise that agrees with the truth in a few cells only does not survive cross-validation."""
+    random = np.random.default_rng(0)
+    truth = random.gamma(2.0, size=(40, 10))
+    linear = truth + 0.1 * random.normal(size=truth.shape)
+    dropped = 0
+    for seed in range(10):
+        pool, method = choose_pool(
+            truth, np.random.default_rng(seed).normal(size=truth.shape), linear, seed=seed
+        )
+        dropped += method == "ridge"
+        assert pool[0] < 0.02
+    assert dropped >= 5
+    assert choose_pool(truth, linear, np.zeros_like(truth))[1] == "network"
 
 
 # Saved, and opened elsewhere

@@ -8,7 +8,9 @@ import pytest
 
 from cellplm_jax.config import ModelConfig, from_dict
 from cellplm_jax.errors import CheckpointError
+from cellplm_jax.tasks.annotate import CellTypeAnnotator
 from cellplm_jax.tasks.info import describe, describe_text
+from tests.conftest import make_labelled
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,28 @@ def test_history_with_a_line_cut_off_and_scores_missing(run_copy):
 def test_not_a_model(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         describe(tmp_path)
+
+
+def test_an_annotator_lists_its_labels_and_scores(tiny_model, tmp_path, command):
+    adata = make_labelled(60)
+    annotator = CellTypeAnnotator(tiny_model, epochs=1, quiet=True, linear=False)
+    annotator.fit(adata, label_key="kind").save(tmp_path / "annotator")
+    facts = describe(tmp_path / "annotator")["estimator"]
+    assert facts["class"] == "CellTypeAnnotator"
+    assert facts["start_model"] == tiny_model.id
+    assert facts["labels"] == ["alpha", "beta", "gamma"]
+    assert facts["facts"]["validation_f1"] == annotator.facts["validation_f1"]
+    status, out, _ = command("info", tmp_path / "annotator")
+    assert status == 0
+    assert "labels             alpha, beta, gamma" in out
+    assert f"validation f1 {annotator.facts['validation_f1']:.4g}" in out
+    assert "label key kind" in out
+
+
+def test_the_training_data_are_a_table():
+    lines = describe_text(describe("small")).splitlines()
+    (start,) = [number for number, line in enumerate(lines) if line.startswith("training_data")]
+    assert lines[start + 1].split() == ["dataset", "samples", "cells"]
+    assert lines[start + 2].split()[1:] == ["5", "590"]
+    assert max(map(len, lines[: start + 30])) < 250
+    assert "{'dataset'" not in "\n".join(lines)

@@ -119,3 +119,69 @@ def test_refusals(tiny_model):
         integrator.fit(adata, batch_key="one")
     with pytest.raises(InputError, match="absent"):
         integrator.fit(adata, batch_key="absent")
+
+
+@pytest.fixture(scope="module")
+def aligned(tiny_model):
+    """An integrator without training; read only."""
+    pytest.importorskip("harmonypy", reason="needs the extra 'eval'")
+    return BatchIntegrator(tiny_model, quiet=True).fit(batched(), batch_key="batch")
+
+
+def test_alignment_mixes_batches_without_training(tiny_model, aligned):
+    adata = embed(batched(), tiny_model, spatial_key=None)
+    batches, kinds = adata.obs["batch"], adata.obs["kind"]
+    before = integration_scores(adata.obsm["X_cellplm"], batches, kinds)
+    after = aligned.score(batched(), label_key="kind")
+    assert (aligned.method, aligned.history) == ("align", [])
+    assert after["ilisi"] > before["ilisi"] + 0.1
+    assert after["kbet"] > before["kbet"] + 0.1
+    assert after["knn_accuracy"] > before["knn_accuracy"] - 0.05
+    none = BatchIntegrator(tiny_model, strength=0, quiet=True).fit(batched(), batch_key="batch")
+    assert none.score(batched())["ilisi"] < after["ilisi"]
+
+
+def test_a_new_batch_moves_to_the_clusters_of_the_fit(aligned):
+    """Cells of the second batch, all of them in a file of their own, lie next to the same kinds of the fit."""
+    known, new = batched(), batched(120, seed=5)
+    new = new[(new.obs["batch"] == "b1").to_numpy()].copy()
+    new.obs["batch"] = "never seen"
+    one = aligned.predict(known).obsm[KEY]
+    other = aligned.predict(new).obsm[KEY]
+    assert one.shape[1] == other.shape[1]
+    distance = np.square(other[:, None] - one[None]).sum(axis=2)
+    nearest = known.obs["kind"].to_numpy()[distance.argmin(axis=1)]
+    assert (nearest == new.obs["kind"].to_numpy()).mean() > 0.8
+    expected = aligned.predict(new.copy()).obsm[KEY]
+    del new.obs["batch"]
+    np.testing.assert_allclose(aligned.predict(new).obsm[KEY], expected, atol=1e-5)
+
+
+def test_a_saved_alignment_predicts_the_same(aligned, tmp_path):
+    aligned.save(tmp_path / "integrator")
+    found = BatchIntegrator.load(tmp_path / "integrator", quiet=True)
+    assert found.method == "align"
+    adata = batched(40, seed=3)
+    np.testing.assert_array_equal(
+        found.predict(adata.copy()).obsm[KEY], aligned.predict(adata.copy()).obsm[KEY]
+    )
+    facts = found.predict(adata).uns["cellplm_integration"]
+    assert facts["batches_fitted"] == ["b0", "b1"]
+    assert facts["method"] == "align"
+
+
+def test_which_method(tiny_model):
+    assert BatchIntegrator(tiny_model).method == "align"
+    assert BatchIntegrator(tiny_model, seed=3, strength=2).method == "align"
+    assert BatchIntegrator(tiny_model, epochs=2).method == "finetune"
+    assert BatchIntegrator(None).method == "finetune"
+    with pytest.raises(InputError, match="method='align' with training options"):
+        BatchIntegrator(tiny_model, method="align", epochs=2)
+    with pytest.raises(InputError, match="without a pretrained model"):
+        BatchIntegrator(None, method="align")
+    with pytest.raises(InputError, match="method='best'; expected 'default', 'align'"):
+        BatchIntegrator(tiny_model, method="best")
+    adata = batched(30)
+    adata.obs["one"] = "only"
+    with pytest.raises(InputError, match=r"names 1 batch with counts \('only'\)"):
+        BatchIntegrator(tiny_model, quiet=True).fit(adata, batch_key="one")

@@ -215,12 +215,93 @@ def test_a_new_process_predicts_the_same(fitted, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fitted.predict(names).change)
     again = PerturbationPredictor.load(tmp_path / "saved", quiet=True)
     assert (again.perturbations, again.strengths) == (fitted.perturbations, fitted.strengths)
+    assert again.left_out.as_dict() == fitted.left_out.as_dict()
 
 
 def test_the_same_seed_the_same_numbers(fitted, knowing):
     data = make_screen([*TRAINED, f"{TRAINED[3]}+{TRAINED[1]}"])
     again = PerturbationPredictor(knowing, quiet=True).fit(data, batch_key="batch", **KEYS)
     np.testing.assert_array_equal(again.predict(HELD).change, fitted.predict(HELD).change)
+
+
+# Spellings
+
+
+def test_every_spelling_gives_the_same_numbers(knowing):
+    targets = [*TRAINED[:7], f"{TRAINED[3]}+{TRAINED[1]}"]
+    plain = make_screen(targets, cells=8, controls=24)
+    other = plain.copy()
+    first, second = VOCABULARY[3], VOCABULARY[5]  # TSPAN6 and TNMD
+    names = other.obs["perturbation"].astype(object).to_numpy()
+    spelled = {
+        "control": ["ctrl"],
+        first: ["TSPAN6", "tspan6+ctrl", "ctrl+TSPAN6", f"{first}.7", "sgTSPAN6-2", "TSPAN6g1"],
+        second: ["TNMD_1", "ctrl+TNMD"],
+        TRAINED[0]: [f"{TRAINED[0]}+ctrl", f"ctrl;{TRAINED[0]}"],
+        targets[-1]: [f"{TRAINED[1]}_tspan6", f"{first}|{TRAINED[1]}"],
+    }
+    for name, forms in spelled.items():
+        rows = np.flatnonzero(names == name)
+        names[rows] = [forms[n % len(forms)] for n in range(len(rows))]
+    other.obs["perturbation"] = names
+    one = PerturbationPredictor(knowing, quiet=True).fit(plain, **KEYS)
+    two = PerturbationPredictor(knowing, quiet=True).fit(other, perturbation_key="perturbation")
+    assert (one.control, two.control) == ("control", "ctrl")
+    assert one.perturbations == two.perturbations
+    assert any(
+        "control: 'ctrl', a well-known name, " not in m and "well-known" in m for m in two.messages
+    )
+    asked = [first, second, TRAINED[0], targets[-1], HELD[0], f"{first}+{HELD[0]}"]
+    forms = ["Tspan6", "TNMDg2", f"ctrl+{TRAINED[0]}", f"{TRAINED[1]}+TSPAN6", f"{HELD[0]}+ctrl",
+             f"{HELD[0]};TSPAN6"]  # fmt: skip
+    expected = one.predict(asked)
+    for found in (one.predict(forms), two.predict(asked), two.predict(forms)):
+        np.testing.assert_array_equal(found.change.to_numpy(), expected.change.to_numpy())
+        assert found.known.tolist() == expected.known.tolist()
+    assert expected.known.tolist()[-3:] == ["seen", "unseen", "partly seen"]
+    scores = one.score(other, perturbations=["tspan6"])
+    assert scores == two.score(plain, perturbations=[first])
+    assert scores["perturbations"] == 1
+
+
+def test_a_number_column(tiny_model):
+    data = make_screen(["drug"], cells=20, controls=30)
+    data.obs["treated"] = (data.obs["perturbation"] == "drug").astype(float)
+    found = PerturbationPredictor(tiny_model, quiet=True)
+    found.fit(data, perturbation_key="treated", control=0)
+    assert (found.control, found.perturbations) == ("0", ["1"])
+    np.testing.assert_array_equal(found.predict(1).change, found.predict("1").change)
+    assert found.predict("1").known.tolist() == ["seen"]
+    assert found.left_out is None
+
+
+def test_baselines_of_left_out_perturbations(fitted):
+    table = fitted.left_out.table().set_index("perturbation")
+    assert len(table) == len(fitted.perturbations)
+    means = table.mean(numeric_only=True)
+    assert means["rmse"] < means["rmse_mean_change"] < means["rmse_no_change"]
+    assert fitted.facts["left_out_perturbations_rmse_of_no_change"] > 0
+    assert fitted.facts["left_out_rmse_additive"] == pytest.approx(means["rmse_additive"])
+    both = next(name for name in table.index if "+" in name)
+    # A combination is predicted from its measured targets, as in predict.
+    assert table.loc[both, "rmse_additive"] < table.loc[both, "rmse_mean_change"]
+    assert table.loc[both, "rmse"] < 1.1 * table.loc[both, "rmse_additive"]
+    single = table.drop(index=both)
+    np.testing.assert_array_equal(single["rmse_additive"], single["rmse_mean_change"])
+    scores = fitted.score(make_screen([f"{TRAINED[2]}+{TRAINED[6]}", HELD[0]], seed=3))
+    assert scores["additive_rmse"] < scores["mean_change_rmse"]
+    assert scores["rmse"] < scores["additive_rmse"]
+
+
+def test_a_predictor_saved_by_an_earlier_version():
+    """With the rules of names that it was fitted with: the numbers stay."""
+    folder = ROOT / "tests" / "fixtures"
+    found = PerturbationPredictor.load(folder / "predictor-0.1", quiet=True)
+    kept = np.load(folder / "predictor-0.1.npz")
+    again = found.predict(kept["names"].tolist())
+    np.testing.assert_allclose(again.change.to_numpy(), kept["change"], atol=1e-6)
+    assert again.known.tolist() == kept["known"].tolist()
+    assert found.left_out is None
 
 
 # What is refused

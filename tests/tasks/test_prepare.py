@@ -407,7 +407,7 @@ def test_bad_files_are_named_together_before_work_begins(files, tmp_path):
 
 def test_damage_deep_in_a_file_keeps_the_other_parts(files, tmp_path, monkeypatch):
     folder, *_ = files
-    monkeypatch.setattr("cellplm_jax.data.anndata_io.PROBE_VALUES", 320)
+    monkeypatch.setattr("cellplm_jax.data.matrices.PROBE_VALUES", 320)
     counts = make_counts(3000).astype(float)
     counts[2900, 0] = 1.5
     make_file(folder / "bad.h5ad", matrix=counts)

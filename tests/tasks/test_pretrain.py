@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from cellplm_jax.data.batches import MemoryStore
 from cellplm_jax.data.corpus import Corpus
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.tasks.prepare import prepare
 from cellplm_jax.tasks.pretrain import pretrain, read_samples
 from tests.conftest import VOCABULARY, make_adata, tiny_train_config
@@ -117,3 +118,9 @@ def test_a_corpus_of_another_vocabulary_in_the_same_work_directory(corpus, files
     with pytest.raises(CheckpointError, match=rf"{len(store.genes)} genes there, {len(genes)} now"):
         open_workdir(tmp_path / "run", config, other)
     assert np.array_equal(open_workdir(tmp_path / "run", config, store).genes, store.genes)
+
+
+def test_a_missing_extra_is_reported_before_the_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(MissingDependencyError, match=r"cellplm-jax\[train\]"):
+        pretrain(tmp_path / "absent.h5ad", tiny_train_config(), tmp_path / "run")

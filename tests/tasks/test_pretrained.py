@@ -35,7 +35,7 @@ def test_load_gives_everything(tiny_run, tiny_model):
     assert tiny_model.config.latent_size == 16
     assert tiny_model.card["name"] == "tiny"
     assert tiny_model.source == str(tiny_run)
-    assert tiny_model.id == f"tiny@{tiny_model.step}"
+    assert tiny_model.id == f"tiny@{tiny_model.step}+{tiny_model.digest[:8]}"
     found = leaves(tiny_model.params)
     assert all(type(leaf) is np.ndarray for leaf in found.values())
     assert all(leaf.dtype == np.float32 for leaf in found.values())
@@ -88,7 +88,7 @@ def test_a_saved_model_may_be_moved(tiny_model, tmp_path):
 def test_untrained_depends_on_the_seed(tiny_model):
     one = Pretrained.untrained(tiny_model.config, VOCABULARY)
     check_params(one.config, one.params, "untrained")
-    assert one.id == "untrained@0"
+    assert one.id == f"untrained@0+{one.digest[:8]}"
     table = one.params["embedder"]["gene_embedding"]
     assert np.abs(table - tiny_model.params["embedder"]["gene_embedding"]).max() > 0
     assert_same(one.params, Pretrained.untrained(tiny_model.config, VOCABULARY, seed=0).params)
@@ -125,6 +125,7 @@ def edit(run, change):
     content = json.loads((run / "config.json").read_text())
     change(content)
     (run / "config.json").write_text(json.dumps(content))
+    (run / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_the_bundled_model_opens_embeds_and_says_what_it_saw(tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     model = load("small")
-    assert model.id == f"cellplm-small@{model.step}"
+    assert model.id == f"cellplm-small@{model.step}+{model.digest[:8]}"
     leaves = jax.tree.leaves(model.params)
     assert all(leaf.dtype == np.float32 and np.isfinite(leaf).all() for leaf in leaves)
     size = sum(path.stat().st_size for path in bundled_path("small").rglob("*") if path.is_file())
@@ -250,3 +251,17 @@ def test_half_precision_is_half_the_size_and_close(tiny_model, tmp_path):
     ):
         assert two.dtype == np.float32
         np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-6)
+
+
+def test_a_misspelt_bundled_model_is_answered_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smal", "Small", "smlal"):
+        with pytest.raises(CheckpointError, match=r"bundled model: small.* Did you mean 'small'\?"):
+            load(name)
+    with pytest.raises(CheckpointError, match=r"there is no directory 'runs/none'.*Check the path"):
+        load("runs/none")
+
+
+def test_home_is_expanded(tiny_run, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_run.parent))
+    assert load(f"~/{tiny_run.name}").genes == load(tiny_run).genes

@@ -70,7 +70,92 @@ def test_cross_validation_is_honest(fitted):
         fitted.score(adata, folds=13)
 
 
-def test_which_cells_drive_it(fitted):
+def auroc(positive, values) -> float:
+    ranks = pd.Series(np.asarray(values)).rank().to_numpy()
+    number = positive.sum()
+    return (ranks[positive].sum() - number * (number + 1) / 2) / number / (~positive).sum()
+
+
+def make_shifted(
+    samples: int = 12, *, cells: int = 60, seed: int = 0, fold: float = 3.0
+) -> ad.AnnData:
+    """Samples with a random effect each, and the same kinds; in sick ones some genes of kind 1 change."""
+    random = np.random.default_rng(seed)
+    programmes = np.random.default_rng(1234).gamma(0.6, 2.0, (3, len(VOCABULARY))) + 0.3
+    sick = np.arange(samples) % 2 == 1
+    rates, kinds = [], []
+    for number in range(samples):
+        kind = random.permutation(np.arange(cells) % 3)
+        rate = programmes[kind] * np.exp(random.normal(0, 0.1, len(VOCABULARY)))
+        if sick[number]:
+            rate[np.ix_(kind == 1, np.arange(12, 28))] *= np.where(
+                np.arange(16) % 2, fold, 1 / fold
+            )
+        rates.append(rate)
+        kinds.append(kind)
+    obs = pd.DataFrame(
+        {
+            "sample": np.repeat([f"s{n:02d}" for n in range(samples)], cells),
+            "disease": np.repeat(np.where(sick, "sick", "healthy"), cells),
+            "kind": [f"kind {kind}" for kind in np.concatenate(kinds)],
+        },
+        index=[f"cell{n}" for n in range(samples * cells)],
+    )
+    counts = random.poisson(np.concatenate(rates)).astype(np.float32)
+    return ad.AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=VOCABULARY))
+
+
+@pytest.fixture(scope="session")
+def shifted(tiny_model):
+    """A classifier of samples in which one type shifts; read only."""
+    return SampleClassifier(tiny_model, quiet=True).fit(make_shifted(), type_key="kind", **KEYS)
+
+
+def test_a_planted_shift_of_a_type_is_found(shifted):
+    """In the samples of the fit, and in new ones, with and without their types."""
+    for adata, typed in (
+        (make_shifted(), True),
+        (make_shifted(seed=9), True),
+        (make_shifted(seed=9), False),
+    ):
+        kind = adata.obs["kind"].to_numpy(str)
+        if not typed:
+            del adata.obs["kind"]
+        table = shifted.predict(adata)
+        sick = (adata.obs["disease"] == "sick").to_numpy()
+        right = (adata.obs["cellplm_sample_label"] == adata.obs["disease"]).to_numpy()
+        assert right.mean() > 0.9
+        own = kind == "kind 1"
+        contribution = adata.obs["cellplm_contribution"].to_numpy()
+        assert auroc(own[sick & right], contribution[sick & right]) >= (0.9 if typed else 0.85)
+        means = adata.obs["cellplm_contribution"].groupby(adata.obs["sample"], observed=True).mean()
+        np.testing.assert_allclose(table["shift"], means[table.index], atol=1e-5)
+    shifts = shifted.shifts.set_index("type")
+    assert shifts.loc["kind 1", "p"] <= 0.01
+    assert (shifts.drop(index="kind 1")["p"] > 0.05).all()
+    assert shifted._shifts.shifted.tolist()[1]
+    assert shifts.loc["kind 1", "genes"]
+    assert shifted.facts["p_shift"] <= 0.01
+    assert shifted.facts["p_proportions"] > 0.05
+    assert any("kind 1" in message for message in shifted.messages)
+
+
+def test_other_proportions_are_no_shift(tiny_model, fitted):
+    """Two thirds of a sick sample's cells are of one kind: the label is clear, and no cell of a kind differs."""
+    typed = SampleClassifier(tiny_model, quiet=True).fit(make_cohort(), type_key="kind", **KEYS)
+    for classifier in (typed, fitted):
+        adata = make_cohort(8, seed=4)
+        classifier.predict(adata)
+        sick = (adata.obs["disease"] == "sick").to_numpy()
+        own = (adata.obs["kind"] == 2).to_numpy()
+        contribution = adata.obs["cellplm_contribution"].to_numpy()
+        assert 0.3 < auroc(own[sick], contribution[sick]) < 0.7
+        assert classifier.facts["p_proportions"] <= 0.01
+        assert classifier.facts["p_shift"] > 0.05
+    assert set(adata.obs["cellplm_contribution_type"]) <= set(fitted.shifts["type"])
+
+
+def test_what_predict_writes(fitted):
     adata = make_cohort(8, seed=4)
     table = fitted.predict(adata)
     assert table.index.tolist() == [f"s{n}" for n in range(8)]
@@ -81,17 +166,37 @@ def test_which_cells_drive_it(fitted):
     of_cell = table["label"].astype(object)[adata.obs["sample"]].tolist()
     assert adata.obs["cellplm_sample_label"].tolist() == of_cell
     assert adata.obs["cellplm_contribution"].dtype == np.float32
-    sick = adata.obs[adata.obs["cellplm_sample_label"] == "sick"]
-    by_kind = sick.groupby("kind")["cellplm_contribution"].mean()
-    assert by_kind.idxmax() == 2
     assert adata.uns["cellplm_samples"]["labels"] == ["healthy", "sick"]
-    # What the cells of a sample contribute is its logit against the average sample.
-    kernel, bias = fitted._head_params()
-    odds = np.log(probabilities[:, 1] / probabilities[:, 0])
-    usual = fitted._centre @ (kernel[:, 1] - kernel[:, 0]) + bias[1] - bias[0]
-    signed = adata.obs["cellplm_contribution"].groupby(adata.obs["sample"]).mean()[table.index]
-    signed = signed * np.where(table["label"] == "sick", 1.0, -1.0)
-    np.testing.assert_allclose(2 * signed + usual, odds, atol=1e-4)
+
+
+def test_few_samples_are_told(tiny_model):
+    found = SampleClassifier(tiny_model, quiet=True)
+    found.fit(make_cohort(4, cells=12), type_key="kind", **KEYS)
+    assert found.facts["smallest_p"] == pytest.approx(1 / 3)
+    assert any(
+        "4 samples allow no p-value below 0.33" in m and "4 samples per label" in m
+        for m in found.messages
+    )
+    assert found.facts["p_latent"] >= 0.33
+    many = SampleClassifier(tiny_model, quiet=True)
+    many.fit(make_cohort(8, cells=6), type_key="kind", **KEYS)
+    assert not any("Warning" in message for message in many.messages)
+    data = make_cohort(4, cells=4)
+    data.obs["none"] = np.nan
+    with pytest.raises(InputError, match=r"obs\['none'\] is missing for all cells"):
+        SampleClassifier(tiny_model, quiet=True).fit(data, type_key="none", **KEYS)
+
+
+def test_a_classifier_saved_by_an_earlier_version():
+    """Its contributions stay the terms of the logit."""
+    folder = ROOT / "tests" / "fixtures"
+    found = SampleClassifier.load(folder / "classifier-0.1", quiet=True)
+    kept, adata = np.load(folder / "classifier-0.1.npz"), make_cohort(4, seed=5)
+    table = found.predict(adata)
+    np.testing.assert_allclose(table["confidence"], kept["confidence"], atol=1e-5)
+    assert table["label"].astype(str).tolist() == kept["label"].tolist()
+    np.testing.assert_allclose(adata.obs["cellplm_contribution"], kept["contribution"], atol=1e-4)
+    assert found.shifts.empty
 
 
 def test_logistic_regression_against_scikit_learn():

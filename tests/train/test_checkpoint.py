@@ -73,6 +73,7 @@ def test_root_files_round_trip(tmp_path):
         "card.json",
         "config.json",
         "genes.txt",
+        "manifest.json",
     ]
 
 
@@ -322,7 +323,8 @@ def test_cloud_storage(tmp_path):
         storage.put("bucket", "runs/one/9/params/half", b"cut off")
         save_steps(address, {1: -3.0, 2: -1.0, 3: -2.0}, keep=1)
         found = {name.split("/")[2] for _, name in storage.objects}
-        assert found == {"2", "3", "config.json", "genes.txt", "card.json", "tensorboard"}
+        root = {"config.json", "genes.txt", "card.json", "manifest.json"}
+        assert found == {"2", "3", *root, "tensorboard"}
         assert restore_item(address)[1] == 2
         checkpoints = RunCheckpoints(address, keep=1)
         restored = checkpoints.restore(abstract(small_state(3), jax.device_count()), 3)

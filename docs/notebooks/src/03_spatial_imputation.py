@@ -11,7 +11,7 @@ import numpy as np
 import cellplm_jax as cellplm
 
 tissue = cellplm.datasets.simulate_tissue(
-    cells=600 if FAST else 2400, genes=120, batches=2, markers_per_type=8, seed=1
+    cells=2400, genes=120, batches=2, markers_per_type=8, seed=1
 )
 tissue.var_names = tissue.var["ensembl_id"]
 first = tissue.obs["batch"] == tissue.obs["batch"].cat.categories[0]
@@ -40,7 +40,7 @@ print(f"reference: {reference.n_obs} cells, {reference.n_vars} genes")
 # model.
 
 # %%
-imputer = cellplm.GeneImputer(None, epochs=3 if FAST else 40, quiet=True)
+imputer = cellplm.GeneImputer(None, epochs=40, quiet=True)
 imputer.fit(spatial, reference=reference)
 imputed = imputer.predict(spatial, log_normalized=True)
 imputed.iloc[:3, :5].round(2)

@@ -11,7 +11,7 @@ import cellplm_jax as cellplm
 
 model = cellplm.load("small")
 adata = cellplm.datasets.pbmc3k()
-adata = adata[adata.obs["cell_type"] != "unassigned"][: 200 if FAST else 600].copy()
+adata = adata[adata.obs["cell_type"] != "unassigned"][:600].copy()
 
 # %% [markdown]
 # ## Denoising
@@ -22,7 +22,7 @@ adata = adata[adata.obs["cell_type"] != "unassigned"][: 200 if FAST else 600].co
 
 # %%
 zero_shot = cellplm.Denoiser(model, quiet=True)
-fitted = cellplm.Denoiser(model, epochs=1 if FAST else 5, quiet=True).fit(adata)
+fitted = cellplm.Denoiser(model, epochs=5, quiet=True).fit(adata)
 scores = {
     "zero-shot": zero_shot.score(adata, seed=0),
     "fitted": fitted.score(adata, seed=0),

@@ -9,8 +9,6 @@ import cellplm_jax as cellplm
 
 adata = cellplm.datasets.pbmc3k()
 adata.obs["sample"] = [f"part {number % 6}" for number in range(adata.n_obs)]
-if FAST:
-    adata = adata[:600].copy()
 adata.write_h5ad("cells.h5ad")
 
 # %% [markdown]
@@ -36,9 +34,9 @@ import dataclasses
 config = cellplm.preset("debug")
 config = dataclasses.replace(
     config,
-    steps=30 if FAST else 240,
-    evaluate_every=10 if FAST else 40,
-    checkpoint_every=10 if FAST else 40,
+    steps=240,
+    evaluate_every=40,
+    checkpoint_every=40,
     log_every=5,
 )
 

@@ -53,7 +53,7 @@ print(*sorted(path.name for path in Path(".").glob("published.*")), sep="\n")
 # The remaining cells do not need PyTorch.
 
 # %%
-adata = cellplm.datasets.pbmc3k()[: 200 if FAST else 1000].copy()
+adata = cellplm.datasets.pbmc3k()[:1000].copy()
 model = cellplm.load("model")
 cellplm.embed(adata, model)
 print(f"{model.id}: {model.parameters:,} parameters; embedding {adata.obsm['X_cellplm'].shape}")

@@ -1,0 +1,229 @@
+"""Spatial graphs of cells, and quantities gathered over them: neighbourhoods, compositions, meetings of cell types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+from scipy.spatial import cKDTree
+
+from cellplm_jax.errors import InputError, require
+
+TIES = 8
+"""Neighbours as near as the last one that are kept in addition; on a square lattice the diagonals are."""
+
+LONGEST, REGULAR = 3.0, 1.05
+"""Longest edge of a graph and of a lattice, in medians of the distance to the last neighbour: no bridges over gaps."""
+
+
+def spatial_graph(
+    coordinates: np.ndarray, sample_of: np.ndarray, *, neighbors: int = 6
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Connect every cell with its nearest cells in the tissue, within its own sample.
+
+    The graph is symmetric. Neighbours with the same distance as the last one (within 1 %) are kept, so that an inner
+    spot of a square lattice has 8 neighbours and one of a hexagonal lattice 6. Edges longer than 3 times the median
+    distance to the last neighbour are removed, on a lattice all that are longer than this median.
+
+    Args:
+        coordinates: float [cells, 2], in any unit; cells with NaN have no neighbours.
+        sample_of: [cells], the tissue sample of each cell, of any type.
+        neighbors: Number of nearest cells.
+
+    Returns:
+        CSR [cells, cells] as squidpy stores them: float32 connectivities (1 per edge), and float64 distances.
+
+    Raises:
+        InputError: ``neighbors`` is below 1, or shapes differ.
+    """
+    points = np.asarray(coordinates, np.float64)
+    if neighbors < 1 or points.ndim != 2 or len(points) != len(sample_of):
+        raise InputError(
+            f"neighbors={neighbors}, coordinates of shape {points.shape} and {len(sample_of)} samples of cells",
+            "at least one neighbour, and coordinates and sample of every cell",
+            "Pass the coordinates [cells, 2] of the same cells",
+        )
+    rows, columns, lengths = [], [], []
+    for members in sample_members(sample_of):
+        members = members[np.isfinite(points[members]).all(axis=1)]
+        if len(members) < 2:
+            continue
+        last = min(neighbors, len(members) - 1)
+        found = min(last + 1 + TIES, len(members))
+        distance, index = cKDTree(points[members]).query(points[members], k=found)
+        limit = distance[:, last]
+        middle = np.median(limit)
+        regular = middle <= REGULAR * np.quantile(limit, 0.05)
+        near = (
+            distance
+            <= np.minimum(1.01 * limit, (REGULAR if regular else LONGEST) * middle)[:, None]
+        )
+        row, place = np.nonzero(near & (index != np.arange(len(members))[:, None]))
+        rows.append(members[row])
+        columns.append(members[index[row, place]])
+        lengths.append(distance[row, place])
+    shape = (len(points), len(points))
+    if not rows:
+        empty = sparse.csr_matrix(shape, dtype=np.float64)
+        return sparse.csr_matrix(empty.astype(np.float32)), empty
+    row, column, length = map(np.concatenate, (rows, columns, lengths))
+    # One entry per edge and direction; duplicates would be added up.
+    code = np.unique(np.concatenate([row * shape[0] + column, column * shape[0] + row]))
+    ends = code // shape[0], code % shape[0]
+    length = np.linalg.norm(points[ends[0]] - points[ends[1]], axis=1)
+    ones = np.ones(len(code), np.float32)
+    return tuple(sparse.csr_matrix((data, ends), shape=shape) for data in (ones, length))  # type: ignore[return-value]
+
+
+def sample_members(sample_of: np.ndarray) -> list[np.ndarray]:
+    """Return int [cells of the sample] of each sample, in the order of first appearance.
+
+    Args:
+        sample_of: [cells], the sample of each cell.
+    """
+    _, first, codes = np.unique(
+        np.asarray(sample_of, object).astype(str), return_index=True, return_inverse=True
+    )
+    return [np.flatnonzero(codes == code) for code in np.argsort(first)]
+
+
+def within_samples(connectivities: Any, sample_of: np.ndarray) -> tuple[sparse.csr_matrix, int]:
+    """Return a graph [cells, cells] without self-loops and edges between samples, and the number of the latter."""
+    codes = np.unique(np.asarray(sample_of, object).astype(str), return_inverse=True)[1]
+    graph = sparse.coo_matrix(connectivities)
+    stored = (graph.data != 0) & (graph.row != graph.col)
+    inside = codes[graph.row] == codes[graph.col]
+    kept = stored & inside
+    ends = graph.row[kept], graph.col[kept]
+    ones = np.ones(len(ends[0]), np.float32)
+    return sparse.csr_matrix((ones, ends), shape=graph.shape), int((stored & ~inside).sum())
+
+
+def shells(connectivities: sparse.csr_matrix, number: int) -> list[sparse.csr_matrix]:
+    """Return for each distance in the graph the cells at that distance: boolean CSR [cells, cells].
+
+    Args:
+        connectivities: CSR [cells, cells]; stored non-zero entries are edges.
+        number: Number of shells: 1: direct neighbours, 2: also their other neighbours, ...
+    """
+    edges = sparse.csr_matrix(connectivities != 0)
+    reached = sparse.csr_matrix(sparse.eye(edges.shape[0], dtype=bool, format="csr"))
+    last, found = reached, []
+    for _ in range(number):
+        further = sparse.csr_matrix(last @ edges)
+        # Booleans: "greater" is true for cells that are new.
+        last = sparse.csr_matrix(further > reached)
+        reached = sparse.csr_matrix(reached + last)
+        found.append(last)
+    return found
+
+
+def shell_mean(values: np.ndarray, shell: sparse.csr_matrix) -> np.ndarray:
+    """Return the mean over each cell's shell, float32 [cells, dimensions]; a cell without one keeps its own values."""
+    size = np.diff(shell.indptr)
+    total = shell.astype(np.float32) @ np.asarray(values, np.float32)
+    return np.where((size > 0)[:, None], total / np.maximum(size, 1)[:, None], values).astype(
+        np.float32
+    )
+
+
+def composition(groups: np.ndarray, types: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return the fraction of each type among the cells of each group, float64 [groups, types].
+
+    Args:
+        groups: int [cells].
+        types: int [cells]; negative: unknown, not counted.
+        shape: Number of groups and of types.
+    """
+    known = types >= 0
+    counts = np.bincount(groups[known] * shape[1] + types[known], minlength=shape[0] * shape[1])
+    counts = counts.reshape(shape).astype(np.float64)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def meetings(
+    connectivities: sparse.csr_matrix,
+    types: np.ndarray,
+    sample_of: np.ndarray,
+    *,
+    number: int,
+    permutations: int = 1000,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare how often cell types are neighbours with random labels, as ``squidpy.gr.nhood_enrichment`` does.
+
+    The labels are permuted within each sample.
+
+    Args:
+        connectivities: CSR [cells, cells].
+        types: int [cells], below ``number``; negative: unknown, not counted and not permuted.
+        sample_of: [cells], tissue sample.
+        number: Number of types.
+        permutations: Number of permutations, at least 2.
+        seed: Seed of the permutations.
+
+    Returns:
+        z-scores float64 [number, number] (0 if the count is the same in all permutations), and int64 counts of
+        stored edges from a cell of the row's type to one of the column's.
+
+    Raises:
+        InputError: There are fewer than 2 permutations.
+    """
+    if permutations < 2:
+        raise InputError(f"permutations = {permutations}", "at least 2", "1,000 is usual")
+    graph = sparse.coo_matrix(connectivities)
+    inside = (types[graph.row] >= 0) & (types[graph.col] >= 0)
+    row, column = graph.row[inside], graph.col[inside]
+    members = [own[types[own] >= 0] for own in sample_members(sample_of)]
+
+    def count(labels: np.ndarray) -> np.ndarray:
+        return np.bincount(labels[row] * number + labels[column], minlength=number * number)
+
+    labels = np.asarray(types, np.int64)
+    observed, generator = count(labels), np.random.default_rng(seed)
+    shuffled, total, squares = labels.copy(), np.zeros(number**2), np.zeros(number**2)
+    for _ in range(permutations):
+        for own in members:
+            shuffled[own] = generator.permutation(labels[own])
+        # Differences from the observed count: squares of raw counts would lose digits.
+        difference = (count(shuffled) - observed).astype(np.float64)
+        total += difference
+        squares += difference**2
+    mean = total / permutations
+    deviation = np.sqrt(np.maximum(squares / permutations - mean**2, 0))
+    score = np.divide(-mean, deviation, out=np.zeros(number**2), where=deviation > 0)
+    return score.reshape(number, number), observed.reshape(number, number)
+
+
+def mixture_clusters(embedding: np.ndarray, number: int, *, seed: int = 0) -> np.ndarray:
+    """Cluster cells into a fixed number of groups: a Gaussian mixture with one covariance for all groups.
+
+    Args:
+        embedding: float [cells, dimensions].
+        number: Number of groups, from 2 to below the number of cells.
+        seed: Seed of the start.
+
+    Returns:
+        int32 [cells], groups numbered from 0, largest first.
+
+    Raises:
+        InputError: The number of groups is out of range.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    if not 2 <= number < len(embedding):
+        raise InputError(
+            f"{number} groups of {len(embedding)} cells",
+            "at least 2 groups, and fewer groups than cells",
+            "Choose another number",
+        )
+    mixture = require("sklearn.mixture", "eval", "A fixed number of groups")
+    model = mixture.GaussianMixture(
+        number, covariance_type="tied", n_init=3, reg_covar=1e-4, random_state=seed
+    )
+    values = np.asarray(embedding, np.float64)
+    found = model.fit_predict(values / max(values.std(), 1e-12))
+    size = np.bincount(found, minlength=number)
+    rank = np.empty(number, np.int32)
+    rank[np.argsort(-size, kind="stable")] = np.arange(number)
+    return rank[found]

@@ -1,0 +1,325 @@
+"""Alignment of batches: the joined embedding of ``adapt="context"``, with a map for cells of other files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from cellplm_jax.data.anndata_io import CountSource
+from cellplm_jax.errors import require
+from cellplm_jax.evaluate.components import (
+    BLOCK,
+    OWN_CLIP,
+    Discriminants,
+    log_normalized,
+    principal_components,
+    unit_length,
+    variable_columns,
+)
+from cellplm_jax.evaluate.embedding import leiden_clusters
+from cellplm_jax.tasks.context_components import (
+    ALIGNED_COMPONENTS,
+    CLUSTERED_CELLS,
+    DEPTH_RESOLUTION,
+    DISCRIMINANTS,
+    LATENT,
+    PLAIN,
+    RESOLUTION,
+    SCALED,
+    SHRINKAGE,
+    depth_slopes,
+)
+
+COMPONENTS = 50
+"""Number of principal components of the genes, scaled and as they are."""
+
+CENTRED_CELLS = 20
+"""Batches with fewer cells are centred at the mean of the fit."""
+
+THETA = 2.0
+"""Diversity penalty of Harmony at strength 1."""
+
+SIGMA = 0.1
+"""Width of the soft clusters, as in Harmony."""
+
+RIDGE = 1.0
+"""Number of cells by which the offset of a batch in a cluster is shrunk."""
+
+NEIGHBORS = 15
+"""Fewest cells that are clustered."""
+
+ROUNDS = 10
+"""Rounds of assigning cells to clusters and moving them to the clusters of the fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Aligned embedding of several batches, and the map that moves other cells to it.
+
+    The latent and the principal components of the cells are joined as by ``embed(adapt="context")``, reduced, and
+    corrected by Harmony (Korsunsky et al. 2019). Its clusters are kept: cells are assigned to them softly, and each
+    batch is moved, cluster by cluster, to the corrected mean of the cluster (as in Symphony, Kang et al. 2021). What
+    the library size explains within clusters is subtracted, and discriminants of clusters are appended.
+
+    Attributes:
+        genes: int [chosen], columns of the vocabulary.
+        mean: float32 [chosen].
+        deviation: float32 [chosen].
+        scaled: float32 [chosen, components], loadings of the genes divided by their deviation.
+        plain: float32 [chosen, components], loadings of the genes as they are.
+        centres: float32 [latent + 2 x components], of the latent, and of both components.
+        plain_length: float32 [], root mean square length of the centred components of the genes as they are.
+        joined_centre: float32 [latent + 2 x components].
+        loadings: float32 [latent + 2 x components, aligned].
+        centroids: float32 [clusters, aligned], unit length.
+        references: float32 [clusters, aligned], corrected mean of each cluster.
+        corrected_centre: float32 [aligned].
+        depth: float32 [], mean log library size.
+        slopes: float32 [aligned], change by log library size within clusters.
+        directions: float32 [aligned, discriminants], with their scale.
+        separated_centre: float32 [discriminants].
+    """
+
+    genes: np.ndarray
+    mean: np.ndarray
+    deviation: np.ndarray
+    scaled: np.ndarray
+    plain: np.ndarray
+    centres: np.ndarray
+    plain_length: np.ndarray
+    joined_centre: np.ndarray
+    loadings: np.ndarray
+    centroids: np.ndarray
+    references: np.ndarray
+    corrected_centre: np.ndarray
+    depth: np.ndarray
+    slopes: np.ndarray
+    directions: np.ndarray
+    separated_centre: np.ndarray
+
+    def embed(self, latent: np.ndarray, source: CountSource, batch_of: np.ndarray) -> np.ndarray:
+        """Return the aligned embedding of cells, float32 [cells, dimensions].
+
+        Args:
+            latent: float [cells, latent], zero-shot.
+            source: Their counts, in the vocabulary of the model.
+            batch_of: int [cells], number of the batch; batches need not be those of the fit.
+        """
+        expression, depth = _read(source, self.genes)
+        blocks = _standardized(expression, batch_of, self.mean, self.deviation)
+        scaled = np.concatenate([block @ self.scaled for block in blocks()])
+        blocks = _standardized(expression, batch_of, self.mean, None)
+        plain = np.concatenate([block @ self.plain for block in blocks()])
+        joined = _joined(latent, scaled, plain, self.centres, float(self.plain_length))
+        aligned = self.aligned((joined - self.joined_centre) @ self.loadings, batch_of)
+        unit = unit_length(aligned - self.corrected_centre)
+        unit = (unit - np.outer(depth - float(self.depth), self.slopes)).astype(np.float32)
+        return np.hstack([unit, unit @ self.directions - self.separated_centre])
+
+    def aligned(self, components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
+        """Return components [cells, aligned] with each batch moved to the clusters of the fit.
+
+        Args:
+            components: float [cells, aligned], before the correction.
+            batch_of: int [cells].
+        """
+        components = np.asarray(components, np.float64)
+        if not len(self.centroids):
+            return components
+        corrected = components
+        references = self.references.astype(np.float64)
+        for _ in range(ROUNDS):
+            weight = self._soft(corrected)
+            moved = np.zeros_like(components)
+            for batch in np.unique(batch_of):
+                rows = batch_of == batch
+                own = weight[rows]
+                mass = own.sum(axis=0)[:, None]
+                offset = (own.T @ components[rows] - mass * references) / (mass + RIDGE)
+                moved[rows] = components[rows] - own @ offset
+            if np.abs(moved - corrected).max() < 1e-5:
+                break
+            corrected = moved
+        return corrected
+
+    def _soft(self, components: np.ndarray) -> np.ndarray:
+        """Return the soft assignment of cells to clusters, float64 [cells, clusters]."""
+        logits = 2.0 / SIGMA * (unit_length(components) @ self.centroids.T.astype(np.float64))
+        weight = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return weight / weight.sum(axis=1, keepdims=True)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the attributes; ``Alignment(**arrays)`` is the same alignment."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+def fit_alignment(
+    latent: np.ndarray,
+    source: CountSource,
+    batch_of: np.ndarray,
+    *,
+    strength: float = 1.0,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Alignment:
+    """Align the batches of a dataset.
+
+    Args:
+        latent: float [cells, latent], zero-shot.
+        source: The counts of the same cells, in the vocabulary of the model.
+        batch_of: int [cells], number of the batch.
+        strength: Diversity penalty relative to Harmony's default; 0: batches are not aligned.
+        on_progress: Called with each stage.
+
+    Returns:
+        The alignment.
+
+    Raises:
+        InputError: No gene varies, or there are fewer than 3 cells.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    require("harmonypy", "eval", "Alignment of batches")
+    on_progress("components of the cells")
+
+    def blocks() -> Any:
+        return map(log_normalized, source.blocks(BLOCK))
+
+    genes, deviation = variable_columns(blocks)
+    expression, depth = _read(source, genes)
+    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    number = min(COMPONENTS, expression.shape[0] - 1, len(genes) - 1)
+    bases, components = [], []
+    for scale in (deviation, None):
+        values = _standardized(expression, batch_of, mean, scale)
+        basis, _ = principal_components(values, len(genes), number, passes=6)
+        bases.append(basis)
+        components.append(np.concatenate([block @ basis for block in values()]))
+    centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
+    length = np.sqrt(np.square(components[1] - components[1].mean(axis=0)).sum(axis=1).mean())
+    joined = _joined(latent, *components, centres, float(length))
+    centre = joined.mean(axis=0)
+    number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
+    loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
+    reduced = ((joined - centre) @ loadings).astype(np.float64)
+    centroids = references = np.zeros((0, number))
+    if strength > 0:
+        on_progress("alignment of the batches")
+        corrected, weight = _harmony(reduced, batch_of, strength)
+        share = weight / np.maximum(weight.sum(axis=0), 1e-12)
+        references = share.T @ corrected
+        centroids = unit_length(weight.T @ unit_length(corrected))
+    none = np.zeros(0)
+    alignment = Alignment(
+        genes, mean, deviation, *bases, centres, np.array(length), centre, loadings, centroids,
+        references, none, np.array(depth.mean()), none, none, none,
+    )  # fmt: skip
+    aligned = alignment.aligned(reduced, batch_of)
+    middle = aligned.mean(axis=0)
+    unit = unit_length(aligned - middle).astype(np.float32)
+    slopes, directions = np.zeros(number), np.zeros((number, 0))
+    if len(unit) > NEIGHBORS:
+        on_progress("clusters of the cells")
+        every = -(-len(unit) // CLUSTERED_CELLS)
+        clusters = leiden_clusters(unit[::every], resolution=DEPTH_RESOLUTION)
+        slopes = depth_slopes(unit[::every], depth[::every], clusters)
+        unit = unit - np.outer(depth - depth.mean(), slopes).astype(np.float32)
+        clusters = leiden_clusters(unit[::every], resolution=RESOLUTION)
+        pooled = Discriminants(number, shrinkage=SHRINKAGE)
+        pooled.add(unit[::every] - unit[::every].mean(axis=0), clusters)
+        directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
+        separated = (unit - unit.mean(axis=0)) @ directions
+        lengths = [np.square(values).sum(axis=1).mean() for values in (unit, separated)]
+        directions = directions * np.sqrt(lengths[0] / max(lengths[1], 1e-12))
+    arrays = alignment.arrays() | {
+        "corrected_centre": middle,
+        "slopes": slopes,
+        "directions": directions,
+        "separated_centre": unit.mean(axis=0) @ directions,
+    }
+    kept = {n: v if n == "genes" else np.asarray(v, np.float32) for n, v in arrays.items()}
+    return Alignment(**kept)
+
+
+def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
+    """Return log-normalized expression of some genes, CSR [cells, genes], and the log library sizes [cells]."""
+    expression, depth = [], []
+    for block in source.blocks(BLOCK):
+        depth.append(np.log1p(np.asarray(block.sum(axis=1)).ravel()))
+        expression.append(log_normalized(block)[:, genes])
+    return sparse.vstack(expression).tocsr(), np.concatenate(depth).astype(np.float32)
+
+
+def _standardized(
+    expression: Any, batch_of: np.ndarray, mean: np.ndarray, deviation: np.ndarray | None
+) -> Callable[[], Iterable[np.ndarray]]:
+    """Return a function that returns expression, centred by batch and divided by the deviation, in blocks of cells."""
+    names, codes = np.unique(batch_of, return_inverse=True)
+    centre = np.tile(mean, (len(names), 1))
+    for code in range(len(names)):
+        members = np.flatnonzero(codes == code)
+        if len(members) >= CENTRED_CELLS:
+            centre[code] = np.asarray(expression[members].mean(axis=0)).ravel()
+
+    def blocks() -> Iterable[np.ndarray]:
+        for start in range(0, expression.shape[0], BLOCK):
+            rows = slice(start, start + BLOCK)
+            dense = expression[rows].toarray() - centre[codes[rows]]
+            if deviation is not None:
+                dense = np.clip(dense / deviation, -OWN_CLIP, OWN_CLIP)
+            yield dense
+
+    return blocks
+
+
+def _joined(
+    latent: np.ndarray, scaled: np.ndarray, plain: np.ndarray, centres: np.ndarray, length: float
+) -> np.ndarray:
+    """Return centred latent and components side by side, float32 [cells, latent + 2 x components]."""
+    widths = np.cumsum([latent.shape[1], scaled.shape[1]])
+    one, other, last = np.split(centres, widths)
+    joined = [LATENT * unit_length(latent - one), SCALED * unit_length(scaled - other)]
+    return np.hstack([*joined, PLAIN / max(length, 1e-9) * (plain - last)]).astype(np.float32)
+
+
+def harmony(components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
+    """Return principal components corrected by Harmony with its defaults, float64 [cells, components]: the baseline.
+
+    Args:
+        components: float [cells, components].
+        batch_of: int [cells].
+
+    Raises:
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    return _harmony(components, batch_of, 1.0)[0]
+
+
+def _harmony(
+    components: np.ndarray, batch_of: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return corrected components [cells, components] and the soft assignment [cells, clusters]."""
+    import pandas as pd
+
+    harmonypy = require("harmonypy", "eval", "Alignment of batches")
+    result = harmonypy.run_harmony(
+        np.asarray(components, np.float64), pd.DataFrame({"batch": batch_of.astype(str)}), "batch",
+        theta=THETA * strength, sigma=SIGMA, random_state=0, verbose=False,
+    )  # fmt: skip
+    # Releases differ in the orientation of the result.
+    values = (np.asarray(result.Z_corr, np.float64), np.asarray(result.R, np.float64))
+    one, other = (v if v.shape[0] == len(components) else v.T for v in values)
+    return one, other
+
+
+def numbers_of(batches: Iterable[str]) -> np.ndarray:
+    """Return the number of each cell's batch, in order of first appearance.
+
+    Args:
+        batches: [cells], names.
+    """
+    batches = list(batches)
+    place = {name: number for number, name in enumerate(dict.fromkeys(batches))}
+    return np.array([place[name] for name in batches], np.int64)

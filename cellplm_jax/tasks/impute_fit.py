@@ -1,0 +1,502 @@
+"""Fitting of the gene imputer: network, ridge regression, the choice between them, confidence and intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Unpack
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from cellplm_jax.config import FinetuneConfig, MaskingConfig
+from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.denoising import gene_means
+from cellplm_jax.evaluate.reconstruction import pearson_per_gene
+from cellplm_jax.tasks.contexts import CellTable, Layout, own_vocabulary, read_cells, variable_genes
+from cellplm_jax.tasks.denoise import (
+    require_counts_decoder,
+    require_training_cells,
+)
+from cellplm_jax.tasks.estimator import (
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    Training,
+    fitted_names,
+    split_cells,
+)
+from cellplm_jax.tasks.impute_genes import own_names, requested_genes, split_by_panel
+from cellplm_jax.tasks.impute_intervals import (
+    FEWEST,
+    LEVELS,
+    Intervals,
+    error_quantiles,
+    widening,
+)
+from cellplm_jax.tasks.impute_network import (
+    decoded_means,
+    imputation_loss,
+    paired,
+    seen_through,
+    validation_of,
+    with_mean_row,
+)
+from cellplm_jax.tasks.impute_ridge import (
+    LOG,
+    MEAN,
+    NETWORK,
+    POOLED,
+    RIDGE,
+    SCALES,
+    Ridge,
+    RidgeData,
+    choose_pool,
+    method_scores,
+    pooled,
+)
+from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.train.finetune import LOSS
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SHARED_GENES = 10
+"""Minimum number of genes shared by panel and reference."""
+
+GAIN = 0.002
+"""A smaller gain in the mean correlation, relative to ridge regression, is reported as none."""
+
+HIDDEN_GROUPS, HIDDEN_CELLS = 3, 1024
+"""Groups of panel genes that are hidden in turn for the intervals, and the maximum number of target cells."""
+
+_REFERENCE = "reference: "
+"""Prefix of the names of the reference's batches, to distinguish them from those of the target."""
+
+DECODED_AS = "mean of the reference"
+"""Name of the decoder row of missing genes."""
+
+
+class ImputerFit(Estimator):
+    """The fitting part of :class:`cellplm_jax.GeneImputer`."""
+
+    task: ClassVar[str] = "imputation"
+    recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
+        DECODER_RECIPE,
+        epochs=100,
+        patience=20,
+        learning_rate=5e-4,
+        warmup_epochs=5,
+        plateau_factor=0.9,
+        plateau_patience=5,
+        cells_per_step=512,
+        cells_per_context=512,
+        masking=MaskingConfig(cell_fraction=0.95, gene_fraction=0.25, drop_cells=0.0),
+    )
+
+    def __init__(
+        self,
+        model: Pretrained | str | os.PathLike | None = None,
+        *,
+        linear: bool = True,
+        genes: int | Literal["default"] | None = "default",
+        quiet: bool = False,
+        **training: Unpack[Training],
+    ):
+        super().__init__(model, genes=genes, quiet=quiet, **training)
+        self.linear = linear
+        self.pool: dict[str, list[float]] = {}
+        self._ridges: dict[str, Ridge] = {}
+        self._intervals: Intervals | None = None
+        self.panel: list[str] = []
+        self.imputed: list[str] = []
+        self.confidence = pd.Series(dtype=float)
+        self._columns = np.zeros(0, int)
+        self._seen: Pretrained | None = None
+
+    # -- fitting --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        adata: AnnData | str | os.PathLike,
+        *,
+        reference: AnnData | str | os.PathLike | None = None,
+        genes: Sequence[str] | None = None,
+        batch_key: str | None = None,
+        reference_batch_key: str | None = None,
+        spatial_key: str | None = "spatial",
+        layer: str | None = None,
+        gene_key: str | None = None,
+        feature_type: str | None = None,
+        reference_layer: str | None = None,
+        reference_gene_key: str | None = None,
+        cells_per_context: int | None = None,
+    ) -> Self:
+        """Fit to a panel and a reference.
+
+        Args:
+            adata: Raw counts of the target cells, usually spatial, over the genes of their panel.
+            reference: Raw counts of cells with more genes, dissociated or spatial. None: the batches of
+                ``adata`` (see ``batch_key``) with more genes are the reference; a gene without any count in a
+                batch is treated as unmeasured in it.
+            genes: Names of the genes to impute; None: all genes of the reference outside the panel.
+            batch_key: Column of ``obs`` with the batch (tissue section) of each cell; cells attend within it.
+            reference_batch_key: The same for the reference; None: one batch.
+            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
+            layer: Layer with the counts; None: search for them.
+            gene_key: Column of ``var`` with gene ids; None: the best match.
+            feature_type: Type of the features to read; None: genes; "all": every feature.
+            reference_layer: As ``layer``, for the reference.
+            reference_gene_key: As ``gene_key``, for the reference.
+            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            InputError: Keys, counts or genes cannot be used; panel and reference share too few genes; there is nothing
+                to impute; requested genes are unknown, missing from the reference, or already measured; or a batch has
+                no training cells.
+        """
+        if self.base is not None:
+            require_counts_decoder(self.base)
+        self.reading = Reading(
+            batch_key,
+            spatial_key,
+            layer,
+            gene_key,
+            "counts",
+            cells_per_context,
+            None,
+            feature_type,
+        )
+        self.model, self.history, self.facts, self._seen = None, [], {}, None
+        target, source, names = self._tables(
+            adata, reference, reference_batch_key, reference_layer, reference_gene_key
+        )
+        shared = target.measured & source.measured
+        if shared.sum() < SHARED_GENES:
+            raise InputError(
+                f"panel and reference share {int(shared.sum())} genes (the panel has "
+                f"{int(target.measured.sum())}, the reference {int(source.measured.sum())})",
+                f"at least {SHARED_GENES}",
+                "Check that both name genes of one species, or point gene_key and reference_gene_key at the ids",
+            )
+        seen = np.diff(source.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0
+        train, valid = split_cells(
+            source,
+            None,
+            usable=seen,
+            strata=source.batch,
+            fraction=self.training.validation_fraction,
+            seed=self.training.seed,
+        )
+        require_training_cells(source, train, among=np.arange(len(source)))
+        own = np.flatnonzero(np.diff(target.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0)
+        require_training_cells(target, own, among=np.arange(len(target)))
+        wanted = self._wanted(target, source, train, genes, names)
+
+        kept = np.union1d(np.flatnonzero(shared), wanted)
+        shown, asked = np.isin(kept, np.flatnonzero(shared)), np.isin(kept, wanted)
+        target = dataclasses.replace(target.restrict(kept), measured=shown)
+        source = dataclasses.replace(source.restrict(kept), measured=np.ones(len(kept), bool))
+        both = dataclasses.replace(source, batch=np.concatenate([source.batch, target.batch]))
+        start = self._begin(both, self._architecture(), gene_means=gene_means(source.counts[train]))
+        start = with_mean_row(start, [self.batch_rows[name] for name in set(source.batch)])
+        self.batch_rows[DECODED_AS] = start.config.decoder.batches - 1
+        self.panel = [gene for gene, there in zip(source.genes, shown, strict=True) if there]
+        self._columns = np.flatnonzero(asked)
+        self.facts = {
+            "cells": len(target),
+            "reference_cells": len(source),
+            "training_cells": len(train) + len(own),
+            "validation_cells": len(valid),
+            "shared_genes": len(self.panel),
+            "imputed_genes": len(self._columns),
+        }
+        through = seen_through(source, shown)
+        judged = self._examples_of(through, source, valid, start)
+        examples = self._examples_of(through, source, train, start)
+        examples += self._examples_of(seen_through(target, shown), None, own, start)
+        self._finetune(
+            start,
+            loss=imputation_loss(start.config, self.training.masking),
+            examples=examples,
+            validate=validation_of(start.config, judged) if len(valid) else None,
+        )
+        fitted = self._fitted()
+        self.model = with_mean_row(
+            fitted, [self.batch_rows[name] for name in set(source.batch)], replace=True
+        )
+        data = RidgeData(source, target, shown, train, own, self.training.seed)
+        network = self._network(source, judged, valid, shown, self._columns) if len(valid) else None
+        predicted = network
+        self.pool, self._ridges, self._intervals = {}, {}, None
+        if self.linear:
+            predicted = self._fit_ridge(data, train, valid, network)
+        self._judge(data, valid, predicted)
+        if predicted is not None and len(valid) >= FEWEST:
+            self._fit_intervals(data, train, valid, own, predicted)
+        if self.history and LOSS in self.history[0]:
+            self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
+        self._log_messages()
+        return self
+
+    def _tables(
+        self,
+        adata: Any,
+        reference: Any,
+        reference_batch_key: str | None,
+        reference_layer: str | None,
+        reference_gene_key: str | None,
+    ) -> tuple[CellTable, CellTable, list[str]]:
+        """Read the target cells and the reference, in the columns of one vocabulary, and its names in the reference."""
+        reading = self.reading
+        read: dict[str, Any] = {
+            "layer": reading.layer,
+            "gene_key": reading.gene_key,
+            "feature_type": reading.feature_type,
+        }
+        other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
+        if self.base is not None:
+            vocabulary = self.base.genes
+        else:
+            vocabulary = own_vocabulary(adata, reading.layer, reading.gene_key, "counts")
+            if reference is not None:
+                more = own_vocabulary(reference, reference_layer, reference_gene_key, "counts")
+                vocabulary = list(dict.fromkeys([*vocabulary, *more]))
+        target = read_cells(
+            adata,
+            vocabulary,
+            batch_key=reading.batch_key,
+            spatial_key=reading.spatial_key,
+            minimum_genes=1,
+            **read,
+        )
+        self.messages = target.report.messages()
+        self._names = fitted_names(target)
+        if reference is not None:
+            source = read_cells(
+                reference,
+                vocabulary,
+                batch_key=reference_batch_key,
+                spatial_key=None if reading.spatial_key is None else "spatial",
+                minimum_genes=1,
+                **other,
+            )
+            self.messages += [f"Reference: {line}" for line in source.report.messages()]
+            names = np.array([f"{_REFERENCE}{name}" for name in source.batch], object)
+            source = dataclasses.replace(source, batch=names)
+            return target, source, own_names(reference, vocabulary, other)
+        target, source, message = split_by_panel(target)
+        self.messages.append(message)
+        return target, source, own_names(adata, vocabulary, read)
+
+    def _wanted(
+        self,
+        target: CellTable,
+        source: CellTable,
+        train: np.ndarray,
+        genes: Sequence[str] | None,
+        names: list[str],
+    ) -> np.ndarray:
+        """Return int, increasing: the columns of the genes to impute; ``names`` are those of all genes."""
+        expressed = np.bincount(source.counts[train].indices, minlength=len(source.genes)) > 0
+        lacking = np.flatnonzero(source.measured & ~target.measured & expressed)
+        self.imputed = []
+        if genes is not None:
+            self.imputed, lacking = requested_genes(genes, target, source, lacking)
+        if not len(lacking):
+            raise InputError(
+                f"there is nothing to impute: the panel measures all {int(source.measured.sum())} genes of the "
+                "reference in the vocabulary that have counts",
+                "a reference with genes outside the panel",
+                "Pass another reference, or use Denoiser for measured genes",
+            )
+        if genes is None and self.genes is not None and len(lacking) > self.genes:
+            chosen = variable_genes(sparse.csr_matrix(source.counts[train][:, lacking]), self.genes)
+            self.messages.append(
+                f"Imputes the {len(chosen)} most variable genes of {len(lacking)} that are missing from the panel."
+            )
+            lacking = lacking[chosen]
+        if not self.imputed:
+            self.imputed = [names[i] for i in lacking]
+        return lacking
+
+    def _examples_of(
+        self, shown: CellTable, truth: CellTable | None, cells: np.ndarray, start: Pretrained
+    ) -> list[Layout]:
+        return paired(shown, truth, cells, start, self.training, self.batch_rows)
+
+    def _network(
+        self,
+        table: CellTable,
+        layouts: list[Layout],
+        cells: np.ndarray,
+        shown: np.ndarray,
+        columns: np.ndarray,
+    ) -> np.ndarray:
+        """Return the network's log-normalised predictions, scaled by the input genes, float [cells, columns]."""
+        row = self.batch_rows[DECODED_AS]
+        mean = decoded_means(self._fitted(), layouts, len(table), row)[cells].astype(np.float64)
+        total = mean[:, shown].sum(axis=1, keepdims=True)
+        return np.log1p(mean[:, columns] * (1e4 / np.maximum(total, 1e-12)))
+
+    def _fit_ridge(
+        self, data: RidgeData, train: np.ndarray, valid: np.ndarray, network: np.ndarray | None
+    ) -> np.ndarray | None:
+        """Fit the ridge regressions, choose their weights on validation cells, and refit them with those cells.
+
+        Args:
+            data: Reference and target.
+            train: Training cells of the reference.
+            valid: Validation cells of the reference.
+            network: Log-normalised predictions for them; None: there are no validation cells.
+
+        Returns:
+            The prediction for the validation cells: log-normalised, float [cells, imputed genes]; None without them.
+        """
+        everything = data.some(np.sort(np.concatenate([train, valid])))
+        truth = data.values(data.source, everything, self._columns)
+        fitted_on = np.isin(everything, train)
+        whole, validated = data.problem(everything), None
+        part = None if network is None else data.problem(everything[fitted_on])
+        for scale, forward in SCALES:
+            wanted = forward(truth)
+            final = whole.fit(wanted)
+            pool, network_mean = [0.5, 0.5], final.bias
+            if network is not None and part is not None:
+                own_values = forward(network)
+                first = part.fit(wanted[fitted_on])
+                linear = first.predict(data.values(data.source, valid, data.panel))
+                true = forward(data.values(data.source, valid, self._columns))
+                pool, chosen = choose_pool(true, own_values, linear, seed=self.training.seed)
+                network_mean = own_values.mean(axis=0)
+                both = pooled(own_values, linear, network_mean, first.bias, pool)
+                if scale == LOG:
+                    validated = both
+                    methods = {POOLED: both, NETWORK: own_values, RIDGE: linear, MEAN: first.bias}
+                    self._compare(method_scores(true, methods), chosen, pool, len(true))
+            self.pool[scale] = pool
+            self._ridges[scale] = Ridge(
+                genes=data.panel.astype(np.int32),
+                regression=dataclasses.replace(final, centre=data.centre),
+                network_mean=np.asarray(network_mean, np.float32),
+            )
+        return validated
+
+    def _compare(
+        self, scores: dict[str, dict], chosen: str, pool: Sequence[float], cells: int
+    ) -> None:
+        """Store and report the scores of all methods on the validation cells."""
+        self.facts["validation"] = scores
+        self.facts["method"] = chosen
+        pearson = {
+            name: scores[name].get("pearson", float("nan")) for name in (POOLED, NETWORK, RIDGE)
+        }
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in pearson.items())
+        self.messages.append(
+            f"Mean correlation per gene over {cells} validation cells: {listed} (weights of network and ridge "
+            f"regression {pool[0]:.2f} and {pool[1]:.2f}); RMSE {scores[POOLED]['rmse']:.3f}, of the gene mean "
+            f"{scores[MEAN]['rmse']:.3f}."
+        )
+        gain = pearson[POOLED] - pearson[RIDGE]
+        if chosen == RIDGE:
+            self.messages.append("The network adds nothing here: ridge regression is used alone.")
+        elif gain < GAIN:
+            self.messages.append(
+                f"The network adds nothing here: correlation {gain:+.3f} relative to ridge regression alone."
+            )
+
+    def _fit_intervals(
+        self,
+        data: RidgeData,
+        train: np.ndarray,
+        valid: np.ndarray,
+        own: np.ndarray,
+        predicted: np.ndarray,
+    ) -> None:
+        """Calibrate prediction intervals; see :mod:`cellplm_jax.tasks.impute_intervals`.
+
+        Args:
+            data: Reference and target.
+            train: Training cells of the reference.
+            valid: Validation cells of the reference.
+            own: Cells of the target with counts.
+            predicted: Log-normalised predictions for ``valid`` [cells, imputed genes].
+        """
+        lower, upper = error_quantiles(data.values(data.source, valid, self._columns), predicted)
+        cells = data.some(own, HIDDEN_CELLS)
+        counted = np.bincount(data.source.counts[train].indices, minlength=len(data.shown)) > 0
+        panel = np.random.default_rng(self.training.seed).permutation(
+            np.flatnonzero(data.shown & counted)
+        )
+        truth, guess, below, above = [], [], [], []
+        for number in range(HIDDEN_GROUPS):
+            hidden = panel[number::HIDDEN_GROUPS]
+            shown = data.shown.copy()
+            shown[hidden] = False
+            if not len(hidden) or not shown.any():
+                continue
+            reference, target = self._predict_hidden(data, shown, hidden, train, valid, cells)
+            low, high = error_quantiles(*reference)
+            truth.append(target[0])
+            guess.append(target[1])
+            below.append(low)
+            above.append(high)
+        factor = widening(np.hstack(truth), np.hstack(guess), (np.hstack(below), np.hstack(above)))
+        self._intervals = Intervals(lower, upper, factor)
+        self.facts["interval_factor"] = float(factor[LEVELS.index(0.9)])
+
+    def _predict_hidden(
+        self,
+        data: RidgeData,
+        shown: np.ndarray,
+        hidden: np.ndarray,
+        train: np.ndarray,
+        valid: np.ndarray,
+        cells: np.ndarray,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return truth and prediction of hidden panel genes [cells, hidden], for validation and for target cells."""
+        group = RidgeData(data.source, data.target, shown, train, cells, self.training.seed)
+        fitted_on = group.some(train)
+        pool = self.pool.get(LOG, [1.0, 0.0])
+        regression = None
+        if self.linear:
+            regression = group.problem(fitted_on).fit(group.values(data.source, fitted_on, hidden))
+        found, network_mean = [], None
+        for table, chosen in ((data.source, valid), (data.target, cells)):
+            predicted = np.zeros((len(chosen), len(hidden)))
+            if pool[0] > 0:
+                through = seen_through(table, shown)
+                layouts = self._examples_of(through, None, chosen, self._fitted())
+                predicted = self._network(table, layouts, chosen, shown, hidden)
+            if network_mean is None:
+                network_mean = predicted.mean(axis=0)
+            if regression is not None:
+                features = group.values(table, chosen, group.panel)
+                predicted = pooled(
+                    predicted, regression.predict(features), network_mean, regression.bias, pool
+                )
+                regression = dataclasses.replace(regression, centre=group.centre)
+            found.append((group.values(table, chosen, hidden), predicted))
+        return found
+
+    def _judge(self, data: RidgeData, valid: np.ndarray, predicted: np.ndarray | None) -> None:
+        """Compute the confidence of every imputed gene from the predictions for the validation cells."""
+        values = np.full(len(self.imputed), np.nan)
+        if predicted is not None:
+            values = pearson_per_gene(data.values(data.source, valid, self._columns), predicted)
+            defined = np.isfinite(values)
+            self.facts["mean_confidence"] = float(values[defined].mean()) if defined.any() else 0.0
+            self.facts["genes_with_confidence"] = int(defined.sum())
+            if not defined.all():
+                self.messages.append(
+                    f"{int((~defined).sum())} of {len(values)} imputed genes have no confidence: no validation cell "
+                    "has a count of them."
+                )
+        else:
+            self.messages.append("No validation cells: the genes have no confidence.")
+        self.confidence = pd.Series(values, index=pd.Index(self.imputed, dtype=object))

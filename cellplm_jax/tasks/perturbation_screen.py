@@ -1,0 +1,129 @@
+"""Measured changes of a screen of perturbed and control cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+TARGET_SUM = 1e4
+"""Counts per cell before the logarithm."""
+
+MINIMUM_CELLS = 5
+"""Minimum number of cells per perturbation and group; the mean of smaller ones is mostly noise."""
+
+MINIMUM_CONTROLS = 10
+"""Minimum number of control cells per batch (and group); otherwise the control cells of all batches are used."""
+
+EVERYTHING = "all cells"
+"""Group of all cells if no ``covariate_key`` is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """Measured changes, one row per perturbation and group.
+
+    Attributes:
+        names: str [rows], canonical names.
+        groups: str [rows].
+        values: float64 [rows, genes].
+        noise: float64 [rows], variance of the mean, averaged over genes.
+        cells: int [rows].
+    """
+
+    names: np.ndarray
+    groups: np.ndarray
+    values: np.ndarray
+    noise: np.ndarray
+    cells: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def at(self, rows: np.ndarray) -> Changes:
+        """Return a subset of the rows."""
+        return Changes(
+            self.names[rows], self.groups[rows], self.values[rows], self.noise[rows], self.cells[rows]
+        )  # fmt: skip
+
+
+def measure(
+    expression: sparse.csr_matrix,
+    batch: np.ndarray,
+    named: np.ndarray,
+    groups: np.ndarray,
+    usable: np.ndarray,
+    control: str,
+    order: Sequence[str],
+) -> Changes:
+    """Measure the mean change of every perturbation in every group against the control cells of the same batches.
+
+    Args:
+        expression: CSR [cells, genes], log-normalised.
+        batch: str [cells].
+        named: str [cells], canonical perturbation.
+        groups: str [cells].
+        usable: bool [cells].
+        control: Name of the control.
+        order: The perturbations to measure, in the order of the rows.
+    """
+    is_control = usable & (named == control)
+    rows: dict[str, list[Any]] = {"names": [], "groups": [], "values": [], "noise": [], "cells": []}
+    for group in dict.fromkeys(groups[usable]):
+        inside = usable & (groups == group)
+        own = expression[inside & is_control]
+        mean = np.asarray(own.mean(axis=0), np.float64).ravel()
+        square = np.asarray(own.multiply(own).mean(axis=0), np.float64).ravel()
+        variance = float((square - mean**2).mean()) * own.shape[0] / max(own.shape[0] - 1, 1)
+        controls: dict[str, tuple[np.ndarray, int]] = {}
+        for one in dict.fromkeys(batch[inside]):
+            cells = np.flatnonzero(inside & is_control & (batch == one))
+            enough = len(cells) >= MINIMUM_CONTROLS
+            controls[one] = (
+                (np.asarray(expression[cells].mean(axis=0), np.float64).ravel(), len(cells))
+                if enough
+                else (mean, own.shape[0])
+            )
+        for name in order:
+            cells = np.flatnonzero(inside & (named == name))
+            if len(cells) < MINIMUM_CELLS:
+                continue
+            change = np.asarray(expression[cells].mean(axis=0), np.float64).ravel()
+            noise = variance / len(cells)
+            batches, sizes = np.unique(batch[cells].astype(str), return_counts=True)
+            for one, size in zip(batches, sizes, strict=True):
+                share = size / len(cells)
+                change -= share * controls[one][0]
+                noise += share**2 * variance / controls[one][1]
+            for key, value in zip(rows, (name, group, change, noise, len(cells)), strict=True):
+                rows[key].append(value)
+    genes = expression.shape[1]
+    return Changes(
+        np.array(rows["names"], object),
+        np.array(rows["groups"], object),
+        np.stack(rows["values"]) if rows["values"] else np.zeros((0, genes)),
+        np.array(rows["noise"], float),
+        np.array(rows["cells"], int),
+    )
+
+
+def log_normalize(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Scale every cell to :data:`TARGET_SUM` counts over its genes, then log1p; float32 CSR [cells, genes]."""
+    counts = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    counts.data *= np.repeat(TARGET_SUM / np.maximum(total, 1.0), np.diff(counts.indptr))
+    np.log1p(counts.data, out=counts.data)
+    return counts
+
+
+def shrinkage(values: np.ndarray, noise: float) -> float:
+    """Return the shrinkage factor between 0 and 1 for noisy values (positive-part James-Stein).
+
+    Args:
+        values: float [genes].
+        noise: Variance of the noise per entry.
+    """
+    return max(0.0, 1.0 - noise / max(float(np.square(values).mean()), 1e-30))
