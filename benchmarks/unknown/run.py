@@ -185,7 +185,8 @@ def measure(path: Path, seed: int, methods: list[str], rivals: Path | None, rows
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the table of all types, and the means."""
-    methods = [name for name in METHODS if any(name in r["scores"] for r in rows)]
+    # Means compare methods over the same types.
+    methods = [name for name in METHODS if all(name in r["scores"] for r in rows)]
 
     def mean(chosen: list[dict[str, Any]], method: str, key: str) -> float:
         return float(np.mean([r["scores"][method][key] for r in chosen if method in r["scores"]]))
@@ -228,7 +229,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         known, new = (mean(chosen, "cellplm", k) for k in ("known_flagged", "unknown_flagged"))
         lines.append(
             f"| {key[0]} | {key[1]} | {chosen[0]['cells']} | {values} | {known:.3f} | {new:.2f} | "
-            f"{chosen[0]['reason']} |"
+            f"{chosen[0].get('reason', '')} |"
         )
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

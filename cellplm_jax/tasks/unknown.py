@@ -72,7 +72,7 @@ SHIFT, SHIFT_CELLS = 0.1, 10
 """Quantile of the share that is taken as a difference between files, if a type has that number of cells."""
 
 FAR, BETWEEN = "far from all labelled cells", "between {} and {}"
-APART = "separate from the labelled {} cells"
+APART = "separate from the labelled {}"
 """Reasons."""
 
 FAR_QUANTILE, BETWEEN_SECOND = 0.99, 0.2
