@@ -260,7 +260,7 @@ class Estimator(Displayed, abc.ABC):
         self.messages: list[str] = []
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
-        self._names: FittedGenes | None = None
+        self._fit_genes: FittedGenes | None = None
 
     def _display(self) -> dict[str, Any]:
         start = "from scratch" if self.base is None else self.base.id
@@ -317,7 +317,7 @@ class Estimator(Displayed, abc.ABC):
                 feature_type=reading.feature_type,
             )
         self.messages = table.report.messages()
-        self._names = fitted_names(table)
+        self._fit_genes = fitted_names(table)
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
@@ -361,9 +361,9 @@ class Estimator(Displayed, abc.ABC):
         start, fresh = start_model(
             self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
         )
-        if self._names is not None:
+        if self._fit_genes is not None:
             # Readers of the fitted model's genes resolve names as this fit does.
-            start.genes = self._names.subset(start.genes)
+            start.genes = self._fit_genes.subset(start.genes)
         self.messages.append(f"Initialised parameters: {', '.join(fresh) if fresh else 'none'}.")
         return start
 

@@ -276,7 +276,7 @@ class ImputerFit(Estimator):
             **read,
         )
         self.messages = target.report.messages()
-        self._names = fitted_names(target)
+        self._fit_genes = fitted_names(target)
         if reference is not None:
             source = read_cells(
                 reference,
