@@ -243,3 +243,30 @@ class ProgressReport:
         if self._out is not None:
             self._out.close(summary or self._line)
             self._out = None
+
+
+@contextlib.contextmanager
+def stage(title: str, *, quiet: bool = False, every: float = 10.0) -> Iterator[None]:
+    """Report a stage of unknown length: a line with the elapsed time every few seconds while it runs.
+
+    Args:
+        title: Title of the stage.
+        quiet: Disable all output.
+        every: Seconds between lines; a shorter stage writes nothing.
+    """
+    if quiet:
+        yield
+        return
+    start, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(every):
+            write_line(f"{title}: {time.monotonic() - start:.0f} s")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reporter.join()

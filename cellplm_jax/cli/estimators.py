@@ -47,10 +47,16 @@ def add_annotate(commands: Any) -> None:
         help="neighbors: labels of the nearest cells, without training (finetune)",
     )
     fit.add_argument(
+        "--unknown-rate",
+        type=float,
+        metavar="F",
+        help="share of known cells that may be labelled 'unknown'; 0: no detection (0.05)",
+    )
+    fit.add_argument(
         "--unknown-threshold",
         type=float,
         metavar="F",
-        help="cells with a lower confidence are labelled 'unknown' (every cell gets a label)",
+        help="cells with a lower confidence are also labelled 'unknown' (no such limit)",
     )
     fit.add_argument(
         "--balanced", action="store_true", help="give all labels the same total weight"
@@ -72,7 +78,7 @@ def _annotate_fit(arguments: argparse.Namespace) -> None:
         unknown_threshold=arguments.unknown_threshold,
         class_weights="balanced" if arguments.balanced else None,
         quiet=arguments.quiet,
-        **passed_options(arguments, RECIPE),
+        **passed_options(arguments, ("unknown_rate", *RECIPE)),
     )
     annotator.fit(
         arguments.input,
@@ -83,8 +89,9 @@ def _annotate_fit(arguments: argparse.Namespace) -> None:
     annotator.save(arguments.out)
     facts = annotator.facts
     what = f"{len(annotator.labels)} cell types"
-    if "validation_f1" in facts:
-        what += f", validation macro F1 {facts['validation_f1']:.3f}"
+    if scores := annotator.validation_scores:
+        first, *rest = (f"{name} {score:.3f}" for name, score in scores.items())
+        what += f", validation macro F1 {first}" + (f" ({', '.join(rest)})" if rest else "")
     write_page(arguments, "annotator", annotator)
     line = fitted_line(arguments, what, facts)
     print_result(arguments, [line], {"wrote": [arguments.out], "labels": annotator.labels, **facts})

@@ -31,7 +31,7 @@ from cellplm_jax.data.anndata_files import (
 )
 from cellplm_jax.data.device_arrays import DeviceRows, DeviceSparseRows
 from cellplm_jax.data.features import Features, choose_features, choose_genes, texts_of
-from cellplm_jax.data.genes import GeneMapping
+from cellplm_jax.data.genes import FittedGenes, GeneMapping
 from cellplm_jax.data.matrices import CompressedColumns, Entries, OnDevice, Rows, join
 from cellplm_jax.data.value_kinds import (
     DECLARE,
@@ -615,7 +615,8 @@ def _resolve(
             "at least one cell and one gene",
             "Check the filters that were applied to it",
         )
-    place, rows, probe, note = choose_place(opened, layer, values)
+    fitted = vocabulary.matrix if isinstance(vocabulary, FittedGenes) else ""
+    place, rows, probe, note = choose_place(opened, layer, values, fitted)
     if rows.shape[0] != cells:
         raise InputError(
             f"{place.name} of {opened.label} has {rows.shape[0]} rows for {cells} cells",
@@ -627,6 +628,8 @@ def _resolve(
         opened, place, rows.shape[1], vocabulary, gene_key, minimum_genes, features
     )
     notes = [note, *(features.notes if features is not None else ())]
+    if layer is None and fitted and place.name != fitted:
+        notes.append(f"The fit read {fitted}; this file has no such matrix with {values} values.")
     if isinstance(rows, CompressedColumns):
         notes.append(
             f"{place.name} is stored by columns (CSC), so it is loaded into memory completely."

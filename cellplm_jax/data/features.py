@@ -13,6 +13,7 @@ import numpy as np
 from cellplm_jax.data.anndata_files import Opened, Place, listing
 from cellplm_jax.data.genes import (
     ORTHOLOGUE,
+    FittedGenes,
     GeneMapping,
     map_genes,
     other_species,
@@ -265,12 +266,16 @@ def choose_genes(
                 if str(column).lower() == known and var.iloc[:, position].dtype.kind not in "biufc":
                     candidates[str(column)] = texts_of(var.iloc[:, position])
 
+    fitted = vocabulary.gene_key if isinstance(vocabulary, FittedGenes) else ""
     best: tuple[str, GeneMapping, list[str]] | None = None
+    most = -1.0
     for key, texts in candidates.items():
         filled = [text or name for text, name in zip(texts, names, strict=True)]
         mapping = map_genes(filled, vocabulary, minimum=0)
-        if best is None or mapping.genes_matched > best[1].genes_matched:
-            best = (key, mapping, filled)
+        # The column that a fit has read is used again, unless its names are of another kind in this file.
+        found = mapping.genes_matched * (2.0 if key == fitted else 1.0)
+        if found > most:
+            best, most = (key, mapping, filled), found
     if best is None:  # pragma: no cover - candidates are never empty
         raise InputError(explain("no gene names", "var_names", "Name the genes"))
     key, mapping, filled = best

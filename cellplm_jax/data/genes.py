@@ -302,6 +302,37 @@ class GeneMapping(Displayed):
         }
 
 
+class FittedGenes(list[str]):
+    """Genes of a fitted model, with the decisions about names that its fit made. Readers apply them again.
+
+    A model keeps only the genes that its fit measured. Among these alone, a name that was ambiguous in the fit can
+    have one meaning left, and the same file would give other counts.
+
+    Args:
+        genes: The vocabulary of the model.
+        among: The vocabulary of the fit: a name may refer to any of these genes.
+        matrix: Location of the counts in the file of the fit.
+        gene_key: Column of ``var`` with the gene names in that file, or "var_names".
+
+    Attributes:
+        others: Genes of ``among`` that the model does not have.
+        matrix: See the argument.
+        gene_key: See the argument.
+    """
+
+    def __init__(
+        self, genes: Iterable[str], among: Iterable[str], matrix: str = "", gene_key: str = ""
+    ):
+        super().__init__(genes)
+        own = set(self)
+        self.others = [gene for gene in among if gene not in own]
+        self.matrix, self.gene_key = matrix, gene_key
+
+    def subset(self, genes: Iterable[str]) -> FittedGenes:
+        """Return some of the genes, read in the same way."""
+        return FittedGenes(genes, [*self, *self.others], self.matrix, self.gene_key)
+
+
 class _Match(NamedTuple):
     """Result of one look-up: a column and the rule, or the candidate genes."""
 
@@ -380,6 +411,10 @@ class _Vocabulary:
             return _Match()
         kind, genes = found
         columns = {self.by_id[gene] for gene in genes if gene in self.by_id}
+        if kind == "current" and columns:
+            # Several ids carry some current symbols: the oldest is the one in use (SOD2, MATR3).
+            first = min(gene for gene in genes if gene in self.by_id)
+            return _Match(self.by_id[first], rule or kind)
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
             return _Match(columns.pop(), rule or kind, kind=kind)
         return _Match(candidates=genes if columns else ())
@@ -426,13 +461,15 @@ def map_genes(
 
     Names are tried in this order: as written; as an Ensembl id without its version; as a current, previous or alias
     symbol of the bundled table; in upper case; with R's dots replaced by dashes. A symbol of several genes refers to
-    the current one before the previous before the alias; if several remain, to the only one in the vocabulary;
-    otherwise it is reported as ambiguous. An alias of several genes is ambiguous even if one is in the vocabulary:
-    ``COX1`` in a file is the mitochondrial gene more often than PTGS1. If most names are mouse ids or capitalised like
-    mouse symbols, each is tried as written and then replaced by its human one-to-one orthologue; none is converted to
-    upper case, because orthologues do not always share a symbol. If several names map to one gene, their counts are
-    summed; but a name is omitted if another name of the file differs from it only in case (``Cd4`` beside ``CD4``), or
-    if it is an alias that a copy of another name got as a suffix (``CAT-1`` beside ``CAT``).
+    the current one before the previous before the alias. If several genes have it as their current symbol, it refers
+    to the lowest id in the vocabulary; otherwise to the only one in the vocabulary, and is ambiguous without one. An
+    alias of several genes is ambiguous even if one is in the vocabulary: ``COX1`` in a file is the mitochondrial gene
+    more often than PTGS1. If most names are mouse ids or capitalised like mouse symbols, each is tried as written and
+    then replaced by its human one-to-one orthologue; none is converted to upper case, because orthologues do not always
+    share a symbol. With :class:`FittedGenes` names are resolved among the genes of the fit. If several names map to one
+    gene, their counts are summed; but a name is omitted if another name of the file differs from it only in case
+    (``Cd4`` beside ``CD4``), or if it is an alias that a copy of another name got as a suffix (``CAT-1`` beside
+    ``CAT``).
 
     Args:
         names: Gene names [names]: Ensembl ids, symbols, or both; empty strings are allowed.
@@ -448,18 +485,25 @@ def map_genes(
             a gene is repeated in the vocabulary.
     """
     names = [str(name).strip() for name in names]
-    index = _indexed(tuple(vocabulary))
+    width = len(vocabulary)
+    among = vocabulary.others if isinstance(vocabulary, FittedGenes) else []
+    index = _indexed((*vocabulary, *among))
     exact = [index.exact.get(name, -1) for name in names]
     column = np.array(exact, dtype=np.int32)
-    others = np.flatnonzero(column < 0)
-    rules: Counter[str] = Counter(exact=len(names) - len(others))
+    unresolved = np.flatnonzero(column < 0)
+    # Names of genes that only the fit's vocabulary has are outside this one.
+    column[column >= width] = -1
+    rules: Counter[str] = Counter(exact=int((column >= 0).sum()))
     examples: dict[str, list[str]] = {category: [] for category in _CATEGORIES}
     matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
-    mouse = bool(len(others)) and _looks_like_mouse(names)
-    lower = bool(len(others)) and 2 * sum(map(str.islower, names)) > len(names)
+    mouse = bool(len(unresolved)) and _looks_like_mouse(names)
+    lower = bool(len(unresolved)) and 2 * sum(map(str.islower, names)) > len(names)
+    outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
+    for row in outside[:EXAMPLES]:
+        examples["unmatched"].append(names[row])
     present, twins, doubtful = set(names), 0, []
-    for row in others:
+    for row in unresolved:
         name = shown = names[row]
         match = index.resolve(name, mouse=mouse, lower=lower) if name else _Match()
         if match.column >= 0 and _is_copy(name, match.kind, present):
@@ -467,7 +511,7 @@ def map_genes(
             if len(examples["twins"]) < EXAMPLES:
                 examples["twins"].append(name)
             continue
-        if match.column >= 0:
+        if 0 <= match.column < width:
             column[row] = match.column
             if match.rule in ("case", ORTHOLOGUE):
                 doubtful.append((row, match.rule))
@@ -498,7 +542,7 @@ def map_genes(
                     examples["twins"].append(names[row])
         matched = [(row, shown) for row, shown in matched if column[row] >= 0]
     examples["matched"] = [shown for _, shown in sorted(matched)[:EXAMPLES]]
-    hits = np.bincount(column[column >= 0], minlength=len(index.names))
+    hits = np.bincount(column[column >= 0], minlength=width)
     repeated = np.flatnonzero(hits > 1)
     for position in repeated[:EXAMPLES]:
         sources = Counter(names[row] for row in np.flatnonzero(column == position))

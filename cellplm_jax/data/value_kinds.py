@@ -101,7 +101,7 @@ def probe_values(rows: Rows) -> Probe:
 
 
 def choose_place(
-    opened: Opened, layer: str | None, values: Values
+    opened: Opened, layer: str | None, values: Values, fitted: str = ""
 ) -> tuple[Place, Rows, Probe, str]:
     """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message.
 
@@ -109,6 +109,7 @@ def choose_place(
         opened: The AnnData.
         layer: The requested matrix; None: search for raw counts.
         values: Declared kind of its values.
+        fitted: The matrix that a fit has read; it is tried before the others.
 
     Raises:
         InputError: There is no such matrix, or none with such values.
@@ -130,10 +131,10 @@ def choose_place(
             )
         candidates = [place]
     elif values == "counts":
-        order = ["X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
-        candidates = [places[name] for name in order if name in places]
+        order = [fitted, "X", "raw.X", *(f"layers['{key}']" for key in COUNT_LAYERS)]
+        candidates = [places[name] for name in dict.fromkeys(order) if name in places]
     else:
-        candidates = [places[name] for name in ("X", "raw.X") if name in places][:1]
+        candidates = [places[name] for name in (fitted, "X", "raw.X") if name in places][:1]
     if not candidates:
         raise InputError(
             f"{opened.label} has no matrix X and no raw.X, and its layers are "

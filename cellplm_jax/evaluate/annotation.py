@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from cellplm_jax.errors import InputError, require
 
@@ -89,6 +90,24 @@ def macro_f1(confusion: np.ndarray) -> float:
     size = confusion.sum(axis=0) + confusion.sum(axis=1)
     there = size > 0
     return float(np.mean(2.0 * hits[there] / size[there])) if there.any() else float("nan")
+
+
+def auroc(positive: np.ndarray, score: np.ndarray) -> float:
+    """Return the area under the receiver operating characteristic: how well a score ranks positive cells first.
+
+    Args:
+        positive: bool [cells].
+        score: float [cells].
+
+    Returns:
+        Between 0 and 1, .5 by chance, ties count half; NaN without cells of both kinds.
+    """
+    positive = np.asarray(positive, bool)
+    number, rest = int(positive.sum()), int((~positive).sum())
+    if not number or not rest:
+        return float("nan")
+    rank = rankdata(score)
+    return float((rank[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
 
 def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:

@@ -123,12 +123,15 @@ def annotator(estimator: Any) -> Page:
             "temperature and the pooling weights were chosen on them, so new cells may have lower scores."
         )
         each = per_class_scores(truth, predicted)
-        parts = {
-            "the network alone": facts.get("validation_f1"),
-            "logistic regression alone (baseline)": facts.get("validation_f1_linear"),
-            "both, averaged": facts.get("validation_f1_pooled"),
+        titles = {
+            "network": "the network alone",
+            "linear": "logistic regression alone (baseline)",
+            "neighbors": "label transfer from the nearest cells (baseline)",
         }
-        known = [(name, float(value)) for name, value in parts.items() if value is not None]
+        known = [
+            (titles.get(name, name) if place else f"used: {name}", float(value))
+            for place, (name, value) in enumerate(estimator.validation_scores.items())
+        ]
         beside: list[Section] = []
         if len(known) > 1:
             beside = [
@@ -347,7 +350,7 @@ def _contents(obs: Any, cluster: str, known: Sequence[str]) -> Table:
 def annotated(path: str | os.PathLike, estimator: Any) -> Page:
     """Show predicted cell types: counts, confidences, a UMAP."""
     from cellplm_jax import plot
-    from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL
+    from cellplm_jax.tasks.annotate import CONFIDENCE, FACTS, LABEL, UNKNOWN_REASON
     from cellplm_jax.tasks.files import read_annotations
 
     cells = read_annotations(
@@ -379,6 +382,11 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
         sections += cell_map(umap, columns, caption, "Map", palettes=palettes)
     else:
         sections.append(no_map("Map"))
+    if UNKNOWN_REASON in cells.obs:
+        reasons = cells.obs[UNKNOWN_REASON].astype(str)
+        rows = [(name, int(n)) for name, n in reasons[reasons != ""].value_counts().items()]
+        note = "Cells that are unlike the labelled cells of the fit, by the most obvious reason."
+        sections.append(Table(["reason", "cells"], rows[:LISTED], note, "Unknown cells"))
     sample = (facts.get("context") or {}).get("batch_key") or None
     sections += tissue_maps(
         cells, {LABEL: columns[LABEL]}, drawn, sample_key=sample, palettes=palettes

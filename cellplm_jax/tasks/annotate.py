@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
@@ -21,6 +22,7 @@ from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.evaluate.annotation import (
     annotation_scores,
+    auroc,
     brier_score,
     confusion_counts,
     expected_calibration_error,
@@ -30,6 +32,17 @@ from cellplm_jax.evaluate.embedding import umap_coordinates
 from cellplm_jax.losses.objectives import average_over, classification_loss
 from cellplm_jax.model.cellplm import CellPLM
 from cellplm_jax.model.masking import follow_cells
+from cellplm_jax.progress import stage
+from cellplm_jax.tasks.annotation_pool import (
+    LINEAR_GENES,
+    LINEAR_PENALTY,
+    choose_pool,
+    cross_entropy,
+    fit_temperature,
+    log_counts,
+    log_probabilities_of,
+    neighbor_votes,
+)
 from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
 from cellplm_jax.tasks.estimator import (
     AS_FITTED,
@@ -41,18 +54,15 @@ from cellplm_jax.tasks.estimator import (
 )
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.unknown import Unknown, UnknownDetector, latent_map
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
-from cellplm_jax.train.linear import (
-    LinearClassifier,
-    fit_linear_classifier,
-    pool_log_probabilities,
-)
+from cellplm_jax.train.linear import LinearClassifier, fit_linear_classifier
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 UNKNOWN = "unknown"
-"""Label of cells with a confidence below the threshold."""
+"""Label of cells that are like no labelled cell, or have a confidence below the threshold."""
 
 LABEL, CONFIDENCE, PROBABILITIES = (
     "cellplm_cell_type",
@@ -61,6 +71,9 @@ LABEL, CONFIDENCE, PROBABILITIES = (
 )
 """Keys written by ``predict`` to ``obs``, ``obs`` and ``obsm``."""
 
+UNKNOWN_SCORE, UNKNOWN_REASON = "cellplm_unknown_score", "cellplm_unknown_reason"
+"""Keys written by ``predict`` to ``obs`` with detection of unknown types."""
+
 FACTS = "cellplm_annotation"
 """Key written to ``uns``."""
 
@@ -68,25 +81,26 @@ FACTS = "cellplm_annotation"
 UMAP_NEIGHBORS = 15
 """Number of neighbours of the graph for UMAP; with no more cells than that, UMAP is omitted."""
 
-LINEAR_GENES = 3000
-"""Maximum number of highly variable genes used by the logistic regression."""
-
 LINEAR_CELLS = 4096
 """Number of cells per application of the logistic regression."""
 
-POOL, POOL_CELLS = (0.25, 0.75), 200.0
-"""Prior weights of network and logistic regression, and the number of validation cells they are worth.
-
-Validation cells come from the batches of the training cells, in which the network is better than in new ones; and the
-logistic regression is refitted with the validation cells, the network is not.
-"""
-
-LINEAR_PENALTY = 3.0
-"""L2 penalty of the logistic regression (scikit-learn's 1 / C)."""
-
+_DETECTOR, _DETECTOR_GENES = "unknown_", "detected_genes"
+"""Prefix of the saved arrays of the detector, and the name of its genes."""
 
 HEAD_PENALTIES = (10.0, 1.0, 100.0)
 """L2 penalties that the head is solved with; the first one if there are no validation cells."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Predicted:
+    """Prediction for some cells: float32 [cells, labels] of the annotator and of each part, and more."""
+
+    probabilities: np.ndarray
+    parts: dict[str, np.ndarray]
+    unknown: Unknown | None
+    facts: dict[str, Any]
+    messages: list[str]
+    z: np.ndarray
 
 
 class CellTypeAnnotator(Estimator):
@@ -100,7 +114,11 @@ class CellTypeAnnotator(Estimator):
 
     On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted on
     log1p counts in addition to the network, and their log-probabilities are added with weights fitted to the
-    validation cells, which also calibrates them. ``linear=False`` uses the network only (published).
+    validation cells, which also calibrates them. If one part alone has a lower cross-validated cross-entropy on these
+    cells, it is used alone. ``linear=False`` uses the network only (published).
+
+    Cells that are like no labelled cell are labelled "unknown" (:mod:`cellplm_jax.tasks.unknown`). The other cells of
+    the same file influence this decision: a group of cells without labelled neighbours is found together.
 
     Inductive by default: cells to predict are in no training context, and they attend to each other
     only. If ``fit`` was called with a ``split_key``, ``predict`` also separates its values.
@@ -114,7 +132,9 @@ class CellTypeAnnotator(Estimator):
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`, such as ``"small"``; None:
             the ``:small`` architecture from scratch, over the genes of the data.
         method: ``"finetune"`` or ``"neighbors"``.
-        unknown_threshold: Cells with a lower confidence are labelled "unknown"; None: every cell gets a label.
+        unknown_rate: Share of cells of known type that may be labelled "unknown" because they are unlike the labelled
+            cells; None or 0: no detection.
+        unknown_threshold: Cells with a lower confidence are also labelled "unknown"; None: no such limit.
         class_weights: Weight of each cell in the loss by its label; ``"balanced"``: all labels have the same total
             weight; None: all cells have the same weight.
         neighbors: For ``"neighbors"``: number of voting labelled cells, weighted by inverse distance.
@@ -148,6 +168,7 @@ class CellTypeAnnotator(Estimator):
         model: Pretrained | str | os.PathLike | None = None,
         *,
         method: Literal["finetune", "neighbors"] = "finetune",
+        unknown_rate: float | None = 0.05,
         unknown_threshold: float | None = None,
         class_weights: Literal["balanced"] | Mapping[str, float] | None = None,
         neighbors: int = 15,
@@ -167,9 +188,14 @@ class CellTypeAnnotator(Estimator):
                 "a confidence between 0 and 1, or None",
                 "Choose a value in between",
             )
+        if unknown_rate is not None and not 0.0 <= unknown_rate < 1.0:
+            raise InputError(
+                f"unknown_rate={unknown_rate}", "a share from 0 to below 1, or None", "Use 0.05"
+            )
         if neighbors < 1:
             raise InputError(f"neighbors={neighbors}", "at least 1", "Raise it")
         self.method: str = method
+        self.unknown_rate = unknown_rate
         self.unknown_threshold = unknown_threshold
         self.class_weights = class_weights
         self.neighbors = neighbors
@@ -179,6 +205,8 @@ class CellTypeAnnotator(Estimator):
         self.pool: list[float] = []
         self._linear: LinearClassifier | None = None
         self._linear_genes = np.zeros(0, int)
+        self._detector: UnknownDetector | None = None
+        self._detector_genes = np.zeros(0, int)
         self._reference: tuple[np.ndarray, np.ndarray] | None = None
         self.validation: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -231,7 +259,9 @@ class CellTypeAnnotator(Estimator):
             batch_key, spatial_key, layer, gene_key, values, cells_per_context,
             None if transductive else split_key, feature_type,
         )  # fmt: skip
-        table = self._read(adata, reading)
+        start = time.monotonic()
+        with stage(f"{self.task}: reading", quiet=self.quiet):
+            table = self._read(adata, reading)
         named = labels_of(table.obs, label_key)
         usable = np.array([name is not None for name in named], bool)
         if not usable.any():
@@ -277,8 +307,44 @@ class CellTypeAnnotator(Estimator):
             self._fit_neighbors(adata, table, train, codes)
         else:
             self._fit_head(table, train, valid, codes, transductive)
+        self._fit_unknown(table, train, valid, codes)
+        if "seconds" in self.facts:
+            self.facts["network_seconds"] = self.facts["seconds"]
+        self.facts["seconds"] = round(time.monotonic() - start, 1)
         self._log_messages()
         return self
+
+    def _fit_unknown(
+        self, table: CellTable, train: np.ndarray, valid: np.ndarray, codes: np.ndarray
+    ) -> None:
+        """Fit the detector of unknown types, and the neighbours' label transfer that serves as a baseline."""
+        model = self._fitted()
+        place = {gene: column for column, gene in enumerate(model.genes)}
+        own = np.array([column for column, gene in enumerate(table.genes) if gene in place], int)
+        table = table.restrict(own)
+        self._detector_genes = np.array([place[gene] for gene in table.genes], int)
+        latent = None if self.base is None else latent_map(self.base.config, self.base.params)
+        if latent is not None and self.base is not None:
+            row = {gene: number for number, gene in enumerate(self.base.genes)}
+            latent = latent[[row[gene] for gene in table.genes]]
+        cells = np.sort(np.concatenate([train, valid]))
+        with stage(f"{self.task}: comparing labelled cells", quiet=self.quiet):
+            self._detector = UnknownDetector.fit(
+                table.counts[cells], codes[cells], len(self.labels), latent=latent,
+                seed=self.training.seed,
+            )  # fmt: skip
+            if self._detector is None:
+                self.messages.append("Too few labelled cells to detect unknown cell types.")
+            elif len(valid):
+                near = self._detector.project(table.counts[train])
+                votes = neighbor_votes(
+                    near,
+                    codes[train],
+                    self._detector.project(table.counts[valid]),
+                    len(self.labels),
+                )
+                confusion = confusion_counts(codes[valid], votes.argmax(axis=1), len(self.labels))
+                self.facts["validation_f1_neighbors"] = macro_f1(confusion)
 
     def _check_unseen(
         self, named: np.ndarray, usable: np.ndarray, label_key: str, unseen_labels: str
@@ -333,13 +399,16 @@ class CellTypeAnnotator(Estimator):
             confusion = confusion_counts(truth, logits.argmax(axis=1), len(self.labels))
             return {
                 SCORE: macro_f1(confusion),
-                LOSS: _cross_entropy(logits, truth, 1.0),
+                LOSS: cross_entropy(logits, truth, 1.0),
                 "validation_accuracy": float(np.diag(confusion).sum() / len(truth)),
             }
 
         pretrained = self.base is not None
         if pretrained:
-            self._solve_head(start, [*examples, *judged], table, train, codes, weights, validate)
+            with stage(f"{self.task}: solving the head", quiet=self.quiet):
+                self._solve_head(
+                    start, [*examples, *judged], table, train, codes, weights, validate
+                )
         result = self._finetune(
             start,
             loss=annotation_loss(start.config, self.training.masking, weights),
@@ -362,7 +431,8 @@ class CellTypeAnnotator(Estimator):
         else:
             self.messages.append("No validation cells: probabilities are not calibrated.")
         if self.linear:
-            self._fit_linear(table, train, valid, codes, weights, logits)
+            with stage(f"{self.task}: logistic regression", quiet=self.quiet):
+                self._fit_linear(table, train, valid, codes, weights, logits)
 
     def _solve_head(
         self,
@@ -426,26 +496,27 @@ class CellTypeAnnotator(Estimator):
         columns = variable_genes(table.counts[train], LINEAR_GENES)
         features = log_counts(table.counts, columns)
         options: dict[str, Any] = {"penalty": LINEAR_PENALTY, "weights": weights}
-        self._linear_genes, self.pool = columns, list(POOL)
+        self._linear_genes = columns
+        network = None
+        linear = None
         if logits is not None:
             first = fit_linear_classifier(
                 features[train], codes[train], len(self.labels), **options
             )
-            network = _log_probabilities(logits / self.temperature)
-            both = np.stack([network, first.log_probabilities(features[valid])])
-            self.pool = pool_log_probabilities(
-                both, codes[valid], prior=POOL, prior_cells=POOL_CELLS
-            ).tolist()
-            pooled = np.tensordot(self.pool, both, axes=1)
-            confusion = [
+            network = log_probabilities_of(logits / self.temperature)
+            linear = first.log_probabilities(features[valid])
+        self.pool, self.facts["pool"] = choose_pool(network, linear, codes[valid])
+        if network is not None and linear is not None:
+            pooled = self.pool[0] * network + self.pool[1] * linear
+            scores = [
                 macro_f1(confusion_counts(codes[valid], found.argmax(axis=1), len(self.labels)))
-                for found in (both[1], pooled)
+                for found in (linear, pooled)
             ]
             self.validation = (codes[valid], softmax(pooled, axis=1))
-            self.facts["validation_f1_linear"], self.facts["validation_f1_pooled"] = confusion
+            self.facts["validation_f1_linear"], self.facts["validation_f1_pooled"] = scores
             self.messages.append(
                 f"Macro F1 on {len(valid)} validation cells: network {self.facts['validation_f1']:.3f}, logistic "
-                f"regression {confusion[0]:.3f}, pooled {confusion[1]:.3f} (weights {self.pool[0]:.2f} and "
+                f"regression {scores[0]:.3f}, {self.facts['pool']} {scores[1]:.3f} (weights {self.pool[0]:.2f} and "
                 f"{self.pool[1]:.2f})."
             )
         cells = np.sort(np.concatenate([train, valid]))
@@ -461,6 +532,24 @@ class CellTypeAnnotator(Estimator):
         )
         head = HeadConfig(kind="annotation", outputs=len(self.labels))
         return dataclasses.replace(config, latent=latent, head=head, dropout=0.5)
+
+    @property
+    def validation_scores(self) -> dict[str, float]:
+        """Macro F1 on the validation cells: of the prediction, its parts, and neighbours' label transfer.
+
+        Empty without validation cells. The first entry is named by the choice of the pool: ``"pooled"``, ``"network"``
+        or ``"linear"``.
+        """
+        names = {"network": "", "linear": "_linear", "neighbors": "_neighbors"}
+        parts = {
+            name: self.facts[key]
+            for name, suffix in names.items()
+            if (key := f"validation_f1{suffix}") in self.facts
+        }
+        if "validation_f1_pooled" in self.facts:
+            chosen = self.facts.get("pool", "pooled")
+            parts = {chosen: self.facts["validation_f1_pooled"], **parts}
+        return parts
 
     def _weights(self, codes: np.ndarray) -> np.ndarray | None:
         """Return float32 [classes], the weight of each cell by its class."""
@@ -514,8 +603,10 @@ class CellTypeAnnotator(Estimator):
         """Predict the type of every cell, in place.
 
         Writes:
-            ``obs["cellplm_cell_type"]``: categorical; "unknown" if the confidence is below the threshold.
+            ``obs["cellplm_cell_type"]``: categorical; "unknown" for cells that are unlike the labelled ones.
             ``obs["cellplm_confidence"]``: float32, the probability of the most probable type.
+            ``obs["cellplm_unknown_score"]``: float32, how unlike the labelled cells; above 0: unknown.
+            ``obs["cellplm_unknown_reason"]``: categorical, such as "far from all labelled cells"; "" for known cells.
             ``obsm["cellplm_probabilities"]``: float32 [n_obs, labels]; columns as in ``labels`` of the next.
             ``uns["cellplm_annotation"]``: labels, model, method, temperature, threshold, contexts, genes matched.
 
@@ -536,7 +627,7 @@ class CellTypeAnnotator(Estimator):
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
         data = as_anndata(adata)
-        probabilities, facts, _, _ = self._probabilities(
+        found = self._predicted(
             data,
             self.reading.changed(
                 batch_key=batch_key,
@@ -548,11 +639,10 @@ class CellTypeAnnotator(Estimator):
                 cells_per_context=cells_per_context,
             ),
         )
-        names, confidence = self._decide(probabilities)
-        data.obs[LABEL] = names
-        data.obs[CONFIDENCE] = confidence
-        data.obsm[PROBABILITIES] = probabilities
-        data.uns[FACTS] = facts
+        for name, values_of_cells in self._columns_of(found).items():
+            data.obs[name] = values_of_cells
+        data.obsm[PROBABILITIES] = found.probabilities
+        data.uns[FACTS] = found.facts
         return data
 
     def predict_file(
@@ -576,19 +666,19 @@ class CellTypeAnnotator(Estimator):
         check_copy(path, out)
         if umap:
             require("scanpy", "eval", "UMAP")
-        probabilities, facts, messages, z = self._probabilities(path, self.reading.changed(**keys))
-        names, confidence = self._decide(probabilities)
+        found = self._predicted(path, self.reading.changed(**keys))
         laid_out = {}
-        if umap and len(z) > UMAP_NEIGHBORS:
-            laid_out["X_umap"] = umap_coordinates(z, neighbors=UMAP_NEIGHBORS)
+        if umap and len(found.z) > UMAP_NEIGHBORS:
+            with stage(f"{self.task}: UMAP", quiet=self.quiet):
+                laid_out["X_umap"] = umap_coordinates(found.z, neighbors=UMAP_NEIGHBORS)
         write_copy(
             path,
             out,
-            obs={LABEL: names, CONFIDENCE: confidence},
-            obsm={PROBABILITIES: probabilities, **laid_out},
-            uns={FACTS: facts},
+            obs=self._columns_of(found),
+            obsm={PROBABILITIES: found.probabilities, **laid_out},
+            uns={FACTS: found.facts},
         )
-        return messages
+        return found.messages
 
     def score(
         self,
@@ -601,17 +691,22 @@ class CellTypeAnnotator(Estimator):
     ) -> dict[str, float]:
         """Predict labelled cells and score the predictions; ``adata`` is not modified.
 
+        Cells of known type are scored by their most probable type; ``unknown_threshold`` applies, ``unknown_rate`` does
+        not, so that scores can be compared with methods that label every cell.
+
         Args:
             adata: The cells; those without a label are predicted but not scored.
             label_key: Column of ``obs`` with the true types; None: the one of ``fit``.
             split: Score only the cells with this value of the ``split_key`` of ``fit``, such as ``"test"``.
             unseen_labels: Treatment of labels outside the training cells: an error, omit the cells, or
-                count them as incorrect (correct if predicted "unknown").
+                count them as incorrect (correct if labelled "unknown"; then ``unknown_rate`` applies to all cells).
             **keys: As for :meth:`predict`.
 
         Returns:
             The scores of :func:`cellplm_jax.evaluate.annotation.annotation_scores`, ``calibration_error``, ``brier``,
-            ``unknown_fraction``, and ``cells``, the number of scored cells.
+            ``unknown_fraction``, the share of scored cells that ``predict`` labels "unknown", and ``cells``, the number
+            of scored cells. Also ``network_macro_f1``, ``linear_macro_f1`` and ``neighbors_macro_f1`` (label transfer)
+            of the parts and the baseline, if there are any. With cells of unseen types, ``unknown_auroc``.
 
         Raises:
             InputError: As in :meth:`predict`, or there is nothing to score.
@@ -649,34 +744,54 @@ class CellTypeAnnotator(Estimator):
                 f"cells with a training label in obs['{label_key}']",
                 "Check the label column and the split",
             )
-        probabilities, _, _, _ = self._probabilities(data, self.reading.changed(**keys))
-        names, _ = self._decide(probabilities)
-        truth, predicted = named[scored], np.asarray(names)[scored]
-        if self.unknown_threshold is not None:
-            truth = np.where(np.isin(truth, unseen), UNKNOWN, truth)
-        return {
-            **annotation_scores(truth, predicted),
+        found = self._predicted(data, self.reading.changed(**keys))
+        probabilities, truth = found.probabilities, named[scored]
+        written = np.asarray(self._decide(found)[0], object)[scored]
+        open_set = bool(unseen) and unseen_labels == "wrong"
+        predicted = written
+        if not open_set:
+            predicted = np.asarray(self._decide(found, detect=False)[0], object)[scored]
+        detects = found.unknown is not None or self.unknown_threshold is not None
+        new = np.isin(truth, unseen)
+        known = np.where(new, UNKNOWN, truth) if detects else truth
+        scores = {
+            **annotation_scores(known, predicted),
             "calibration_error": expected_calibration_error(
-                truth, probabilities[scored], self.labels
+                known, probabilities[scored], self.labels
             ),
-            "brier": brier_score(truth, probabilities[scored], self.labels),
-            "unknown_fraction": float(np.mean(predicted == UNKNOWN)),
+            "brier": brier_score(known, probabilities[scored], self.labels),
+            "unknown_fraction": float(np.mean(written == UNKNOWN)),
             "cells": int(scored.sum()),
         }
+        labels = np.array(self.labels, object)
+        for part, values in found.parts.items():
+            best = labels[values.argmax(axis=1)][scored]
+            scores[f"{part}_macro_f1"] = annotation_scores(truth, best)["macro_f1"]
+        if open_set and found.unknown is not None and not new.all():
+            scores["unknown_auroc"] = auroc(new, found.unknown.score[scored])
+        return scores
 
-    def _probabilities(
-        self, data: Any, reading: Reading
-    ) -> tuple[np.ndarray, dict[str, Any], list[str], np.ndarray]:
-        """Return float32 [cells, labels], facts for ``uns``, messages about the input, and float32 [cells, latent]."""
+    def _predicted(self, data: Any, reading: Reading) -> _Predicted:
+        """Return the probabilities, those of the parts, unknown cells, facts for ``uns``, messages and latents."""
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
+        parts: dict[str, np.ndarray] = {}
+        linear, cells = self._of_counts(data, reading)
         if self._reference is not None:
             probabilities = self._votes(z)
         else:
             logits = np.asarray(self._head(z) / self.temperature, np.float64)
-            if self._linear is not None:
-                logits = self._pooled(_log_probabilities(logits), data, reading)
+            parts["network"] = softmax(logits, axis=1)
+            if linear is not None:
+                parts["linear"] = softmax(linear, axis=1)
+                logits = self.pool[0] * log_probabilities_of(logits) + self.pool[1] * linear
             probabilities = softmax(logits, axis=1)
+        unknown = None
+        if self._detector is not None and cells is not None:
+            parts["neighbors"] = self._detector.votes(cells, len(self.labels))
+            if self.unknown_rate:
+                with stage(f"{self.task}: unknown types", quiet=self.quiet):
+                    unknown = self._detector.compare(cells, self.labels, rate=self.unknown_rate)
         facts = {
             "labels": list(self.labels),
             "model": model.id,
@@ -684,28 +799,46 @@ class CellTypeAnnotator(Estimator):
             "method": self.method,
             "temperature": float(self.temperature),
             "pool": list(self.pool),
+            "unknown_rate": float(self.unknown_rate or 0.0),
             "unknown_threshold": float(self.unknown_threshold or 0.0),
             **facts,
         }
-        return probabilities.astype(np.float32), facts, messages, z
+        if unknown is not None:
+            number = int(unknown.flagged.sum())
+            facts["unknown_cells"] = number
+            if number:
+                messages.append(
+                    f"{number:,} of {len(z):,} cells are labelled '{UNKNOWN}': they are unlike the labelled cells; see "
+                    f"obs['{UNKNOWN_REASON}']."
+                )
+        return _Predicted(probabilities.astype(np.float32), parts, unknown, facts, messages, z)
 
-    def _pooled(self, network: np.ndarray, data: Any, reading: Reading) -> np.ndarray:
-        """Return the weighted sum of both log-probabilities, float64 [cells, labels]."""
-        linear: LinearClassifier = self._linear  # type: ignore[assignment]
-        pooled = self.pool[0] * network
+    def _of_counts(
+        self, data: Any, reading: Reading
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return log-probabilities of the logistic regression and coordinates of the detector, read in blocks."""
+        if self._linear is None and self._detector is None:
+            return None, None
+        linear, cells = [], []
         read: dict[str, Any] = {
             "layer": reading.layer,
             "gene_key": reading.gene_key,
             "feature_type": reading.feature_type,
         }
-        start = 0
-        with open_counts(data, self._fitted().genes, values=reading.values, **read) as source:
+        with (
+            stage(f"{self.task}: genes", quiet=self.quiet),
+            open_counts(data, self._fitted().genes, values=reading.values, **read) as source,
+        ):
             for block in source.blocks(LINEAR_CELLS):
-                stop = start + block.shape[0]
-                features = log_counts(block, self._linear_genes)
-                pooled[start:stop] += self.pool[1] * linear.log_probabilities(features)
-                start = stop
-        return pooled
+                if self._linear is not None:
+                    features = log_counts(block, self._linear_genes)
+                    linear.append(self._linear.log_probabilities(features))
+                if self._detector is not None:
+                    cells.append(self._detector.project(block[:, self._detector_genes]))
+        return (
+            np.concatenate(linear) if linear else None,
+            np.concatenate(cells) if cells else None,
+        )
 
     def _votes(self, z: np.ndarray) -> np.ndarray:
         """Return the fraction of votes per label among the nearest labelled cells, float64 [cells, labels]."""
@@ -721,15 +854,31 @@ class CellTypeAnnotator(Estimator):
             votes[np.arange(len(z)), codes[index[:, place]]] += weight[:, place]
         return votes / votes.sum(axis=1, keepdims=True)
 
-    def _decide(self, probabilities: np.ndarray) -> tuple[pd.Categorical, np.ndarray]:
-        """Return the label of each cell and its confidence."""
-        confidence = probabilities.max(axis=1)
-        names = np.array(self.labels, object)[probabilities.argmax(axis=1)]
+    def _decide(
+        self, found: _Predicted, *, detect: bool = True
+    ) -> tuple[pd.Categorical, np.ndarray]:
+        """Return the label of each cell and its confidence; ``detect``: with detection of unknown types."""
+        confidence = found.probabilities.max(axis=1)
+        names = np.array(self.labels, object)[found.probabilities.argmax(axis=1)]
         known = list(self.labels)
+        unknown = np.zeros(len(names), bool)
         if self.unknown_threshold is not None:
-            names[confidence < self.unknown_threshold] = UNKNOWN
+            unknown |= confidence < self.unknown_threshold
+        if detect and found.unknown is not None:
+            unknown |= found.unknown.flagged
+        names[unknown] = UNKNOWN
+        if self.unknown_threshold is not None or unknown.any():
             known = list(dict.fromkeys([*known, UNKNOWN]))
         return pd.Categorical(names, categories=known), confidence
+
+    def _columns_of(self, found: _Predicted) -> dict[str, Any]:
+        """Return the columns of ``obs``."""
+        names, confidence = self._decide(found)
+        columns: dict[str, Any] = {LABEL: names, CONFIDENCE: confidence}
+        if found.unknown is not None:
+            columns[UNKNOWN_SCORE] = found.unknown.score
+            columns[UNKNOWN_REASON] = pd.Categorical(found.unknown.reason)
+        return columns
 
     # -- saving ---------------------------------------------------------------------------------
 
@@ -738,6 +887,7 @@ class CellTypeAnnotator(Estimator):
             "method": self.method,
             "labels": self.labels,
             "temperature": self.temperature,
+            "unknown_rate": self.unknown_rate,
             "unknown_threshold": self.unknown_threshold,
             "class_weights": self.class_weights
             if isinstance(self.class_weights, str | None)
@@ -746,16 +896,21 @@ class CellTypeAnnotator(Estimator):
             "linear": self.linear,
             "pool": self.pool,
         }
+        arrays: dict[str, np.ndarray] = {}
         if self._reference is not None:
-            return state, {"embedding": self._reference[0], "label": self._reference[1]}
+            arrays |= {"embedding": self._reference[0], "label": self._reference[1]}
         if self._linear is not None:
-            linear = {"kernel": self._linear.kernel, "bias": self._linear.bias}
-            return state, {**linear, "genes": self._linear_genes.astype(np.int32)}
-        return state, {}
+            arrays |= {"kernel": self._linear.kernel, "bias": self._linear.bias}
+            arrays["genes"] = self._linear_genes.astype(np.int32)
+        if self._detector is not None:
+            arrays |= {f"{_DETECTOR}{name}": a for name, a in self._detector.arrays.items()}
+            arrays[_DETECTOR_GENES] = self._detector_genes.astype(np.int32)
+        return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         self.method, self.labels = state["method"], list(state["labels"])
         self.temperature = state["temperature"]
+        self.unknown_rate = state.get("unknown_rate")
         self.unknown_threshold = state["unknown_threshold"]
         self.class_weights, self.neighbors = state["class_weights"], state["neighbors"]
         self.linear, self.pool = state["linear"], list(state["pool"])
@@ -764,6 +919,15 @@ class CellTypeAnnotator(Estimator):
         elif "kernel" in arrays:
             self._linear = LinearClassifier(arrays["kernel"], arrays["bias"])
             self._linear_genes = arrays["genes"]
+        if _DETECTOR_GENES in arrays:
+            self._detector_genes = arrays[_DETECTOR_GENES]
+            self._detector = UnknownDetector(
+                {
+                    name.removeprefix(_DETECTOR): values
+                    for name, values in arrays.items()
+                    if name.startswith(_DETECTOR)
+                }
+            )
 
 
 def annotation_loss(
@@ -789,50 +953,6 @@ def annotation_loss(
         return value, {"accuracy": average_over(right, kept.cell_mask & (labels >= 0))}
 
     return loss
-
-
-def log_counts(counts: sparse.csr_matrix, columns: np.ndarray) -> sparse.csr_matrix:
-    """Return log1p of the counts of selected genes: CSR float64 [cells, columns]."""
-    chosen = sparse.csr_matrix(counts[:, columns], dtype=np.float64)
-    chosen.data = np.log1p(chosen.data)
-    return chosen
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that calibrates the logits (Guo et al., ICML 2017).
-
-    The maximum a posteriori estimate with a standard normal prior on its logarithm: without the prior, a few validation
-    cells that are all correct would make every probability 1.
-
-    Args:
-        logits: float [cells, classes], of cells outside the training set.
-        labels: int [cells].
-
-    Returns:
-        Between .05 and 20; above 1 if the model is overconfident.
-    """
-    from scipy.optimize import minimize_scalar
-
-    def objective(log: float) -> float:
-        fit = _cross_entropy(logits, labels, float(np.exp(log)))
-        return fit + 0.5 * log**2 / len(labels)
-
-    bound = np.log(20.0)
-    optimum: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
-    return float(np.exp(optimum.x))
-
-
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
-    """Return the mean cross-entropy in nats of logits divided by a temperature."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    top = scaled.max(axis=1, keepdims=True)
-    total = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
-    return float(np.mean(total - scaled[np.arange(len(labels)), labels]))
-
-
-def _log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return float64 [cells, classes], with probabilities clipped at 1e-12."""
-    return np.maximum(log_softmax(np.asarray(logits, np.float64), axis=1), np.log(1e-12))
 
 
 def _require_training_cells(table: CellTable, train: np.ndarray) -> None:

@@ -112,6 +112,7 @@ def read_cells(
     gene_key: str | None = None,
     values: Values = "counts",
     minimum_genes: int | None = None,
+    one_batch: bool = False,
     feature_type: str | None = None,
 ) -> CellTable:
     """Read cells into memory.
@@ -126,6 +127,7 @@ def read_cells(
         gene_key: See :func:`cellplm_jax.embed`.
         values: See :func:`cellplm_jax.embed`.
         minimum_genes: See :func:`cellplm_jax.embed`.
+        one_batch: All cells are one batch if the column ``batch_key`` does not exist, with a note in the report.
         feature_type: See :func:`cellplm_jax.embed`.
 
     Returns:
@@ -147,7 +149,10 @@ def read_cells(
         feature_type=feature_type,
     ) as source:
         batch = np.full(source.cells, ONE_BATCH, object)
-        if batch_key is not None:
+        notes: tuple[str, ...] = ()
+        if batch_key is not None and one_batch and batch_key not in source.obs.columns:
+            notes = (missing_batch(batch_key),)
+        elif batch_key is not None:
             batch = source.column(batch_key)
         coordinates = None
         if spatial_key is not None:
@@ -160,8 +165,13 @@ def read_cells(
             batch=batch,
             coordinates=coordinates,
             obs=source.obs,
-            report=source.report,
+            report=replace(source.report, notes=(*source.report.notes, *notes)),
         )
+
+
+def missing_batch(key: str) -> str:
+    """Return the remark about a file without the batch column of the fit."""
+    return f"obs has no column '{key}', the batch_key of the fit: all cells are one batch."
 
 
 def own_vocabulary(

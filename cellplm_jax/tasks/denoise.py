@@ -407,6 +407,7 @@ class Denoiser(Estimator):
             layer=reading.layer,
             gene_key=reading.gene_key,
             feature_type=reading.feature_type,
+            one_batch=reading.batch_key == self.reading.batch_key,
         )
         return table.restrict(table.measured)
 

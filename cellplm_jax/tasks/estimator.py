@@ -20,7 +20,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -36,6 +36,7 @@ from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
 from cellplm_jax.data.anndata_io import Values, open_counts
 from cellplm_jax.data.batches import bucket
+from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
 from cellplm_jax.manifest import Manifest
@@ -49,6 +50,7 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     make_examples,
+    missing_batch,
     read_cells,
     source_groups,
     variable_genes,
@@ -258,6 +260,7 @@ class Estimator(Displayed, abc.ABC):
         self.messages: list[str] = []
         self.facts: dict[str, Any] = {}
         self.batch_rows: dict[str, int] = {}
+        self._fit_genes: FittedGenes | None = None
 
     def _display(self) -> dict[str, Any]:
         start = "from scratch" if self.base is None else self.base.id
@@ -314,6 +317,7 @@ class Estimator(Displayed, abc.ABC):
                 feature_type=reading.feature_type,
             )
         self.messages = table.report.messages()
+        self._fit_genes = fitted_names(table)
         return table.restrict(table.measured)
 
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
@@ -357,6 +361,9 @@ class Estimator(Displayed, abc.ABC):
         start, fresh = start_model(
             self.base, config, table.genes, seed=self.training.seed, gene_means=gene_means
         )
+        if self._fit_genes is not None:
+            # Readers of the fitted model's genes resolve names as this fit does.
+            start.genes = self._fit_genes.subset(start.genes)
         self.messages.append(f"Initialised parameters: {', '.join(fresh) if fresh else 'none'}.")
         return start
 
@@ -503,6 +510,7 @@ class Estimator(Displayed, abc.ABC):
             "feature_type": reading.feature_type,
         }
         with open_counts(data, model.genes, **read) as source:
+            reading, remarks = self.with_batches(reading, source.obs.columns)
             key = reading.split_key
             if part is None and key is not None and key in source.obs.columns:
                 part = parts_of(source.column(key, missing=""))
@@ -524,7 +532,19 @@ class Estimator(Displayed, abc.ABC):
                 "input": source.report.as_dict(),
                 "estimator": self.id,
             }
-            return z, facts, source.report.messages()
+            return z, facts, [*source.report.messages(), *remarks]
+
+    def with_batches(self, reading: Reading, columns: Collection[str]) -> tuple[Reading, list[str]]:
+        """Return the options for a file, and remarks: without the batch column of the fit, its cells are one batch.
+
+        Args:
+            reading: Options for reading.
+            columns: Columns of ``obs`` of the file.
+        """
+        key = reading.batch_key
+        if key is None or key in columns or key != self.reading.batch_key:
+            return reading, []
+        return dataclasses.replace(reading, batch_key=None), [missing_batch(key)]
 
     def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
         """Apply the task head to latents, each cell separately.
@@ -631,6 +651,7 @@ class Estimator(Displayed, abc.ABC):
             "genes": self.genes,
             "precision": self.precision,
             "reading": dataclasses.asdict(self.reading),
+            "names": _names_json(model.genes),
             "batch_rows": self.batch_rows,
             "facts": self.facts,
             "messages": self.messages,
@@ -735,6 +756,11 @@ class Estimator(Displayed, abc.ABC):
                 None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
                 **content["training"],
             )  # fmt: skip
+            if "names" in content:
+                named = content["names"]
+                model.genes = FittedGenes(
+                    model.genes, named["others"], named["matrix"], named["gene_key"]
+                )
             estimator.model = model
             estimator.reading = Reading(**content["reading"])
             estimator.batch_rows = dict(content["batch_rows"])
@@ -747,6 +773,22 @@ class Estimator(Displayed, abc.ABC):
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(_damaged(directory, error)) from error
         return estimator
+
+
+def fitted_names(table: CellTable) -> FittedGenes:
+    """Return the vocabulary of a fit with the decisions made about its file.
+
+    Args:
+        table: The cells of the fit, over its complete vocabulary.
+    """
+    return FittedGenes(table.genes, [], table.report.matrix, table.report.gene_key)
+
+
+def _names_json(genes: list[str]) -> dict[str, Any]:
+    """Return the decisions about gene names as plain values."""
+    if not isinstance(genes, FittedGenes):
+        return {"others": [], "matrix": "", "gene_key": ""}
+    return {"others": genes.others, "matrix": genes.matrix, "gene_key": genes.gene_key}
 
 
 def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:

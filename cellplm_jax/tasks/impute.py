@@ -468,7 +468,7 @@ class GeneImputer(ImputerFit):
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
         with open_counts(
             data,
-            self.panel,
+            self._seen.genes,
             layer=reading.layer,
             gene_key=reading.gene_key,
             feature_type=reading.feature_type,

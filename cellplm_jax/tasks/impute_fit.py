@@ -20,7 +20,14 @@ from cellplm_jax.tasks.denoise import (
     require_counts_decoder,
     require_training_cells,
 )
-from cellplm_jax.tasks.estimator import DECODER_RECIPE, Estimator, Reading, Training, split_cells
+from cellplm_jax.tasks.estimator import (
+    DECODER_RECIPE,
+    Estimator,
+    Reading,
+    Training,
+    fitted_names,
+    split_cells,
+)
 from cellplm_jax.tasks.impute_genes import own_names, requested_genes, split_by_panel
 from cellplm_jax.tasks.impute_intervals import (
     FEWEST,
@@ -271,6 +278,7 @@ class ImputerFit(Estimator):
             **read,
         )
         self.messages = target.report.messages()
+        self._fit_genes = fitted_names(target)
         if reference is not None:
             source = read_cells(
                 reference,

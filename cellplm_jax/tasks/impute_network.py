@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
+from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.losses.objectives import (
     average_over,
     count_nll,
@@ -120,8 +121,9 @@ def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
     flat[path] = flat[path][[rows[gene] for gene in panel]]
     config = dataclasses.replace(model.config, genes=len(panel))
     card, source = dict(model.card), model.source
+    genes = model.genes.subset(panel) if isinstance(model.genes, FittedGenes) else list(panel)
     return Pretrained(
-        config, unflatten_dict(flat), list(panel), card, source, model.step,
+        config, unflatten_dict(flat), genes, card, source, model.step,
         precision=model.precision, devices=model.devices,
     )  # fmt: skip
 

@@ -687,6 +687,7 @@ class PerturbationPredictor(Estimator):
             gene_key=reading.gene_key,
             feature_type=reading.feature_type,
             values=reading.values,
+            one_batch=reading.batch_key == self.reading.batch_key,
         )
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:

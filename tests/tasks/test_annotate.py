@@ -65,12 +65,17 @@ def test_writes_labels_confidence_and_probabilities(fitted):
     adata = make_labelled(50, seed=3)
     assert fitted.predict(adata) is adata
     names = adata.obs["cellplm_cell_type"]
-    assert list(names.cat.categories) == fitted.labels == LABELS
+    assert fitted.labels == LABELS
+    assert set(names.cat.categories) - {"unknown"} == set(LABELS)
     matrix = adata.obsm["cellplm_probabilities"]
     assert (matrix.shape, matrix.dtype) == ((50, 3), np.float32)
     np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-5)
     np.testing.assert_array_equal(adata.obs["cellplm_confidence"], matrix.max(axis=1))
-    assert names.tolist() == [LABELS[i] for i in matrix.argmax(axis=1)]
+    best = [LABELS[i] for i in matrix.argmax(axis=1)]
+    unknown = adata.obs["cellplm_unknown_score"] > 0
+    assert names.tolist() == ["unknown" if u else b for u, b in zip(unknown, best, strict=True)]
+    assert unknown.mean() <= 0.1
+    np.testing.assert_array_equal(adata.obs["cellplm_unknown_reason"] != "", unknown)
     facts = adata.uns["cellplm_annotation"]
     assert facts["labels"] == LABELS
     assert facts["input"]["genes"]["genes_matched"] == 40
@@ -99,6 +104,62 @@ def test_the_fit_is_told(fitted):
     assert len(fitted.history) == facts["epochs"]
     assert {"loss", "accuracy", "validation_score", "validation_loss"} <= set(fitted.history[0])
     assert facts["validation_f1"] == max(row["validation_score"] for row in fitted.history)
+
+
+def test_all_parts_and_a_baseline_are_shown(fitted):
+    """The last line of a fit names the prediction that is used first, beside its parts and label transfer."""
+    facts, scores = fitted.facts, fitted.validation_scores
+    assert facts["pool"] in ("pooled", "network", "linear")
+    assert next(iter(scores)) == facts["pool"]
+    assert set(scores) == {facts["pool"], "network", "linear", "neighbors"}
+    assert scores[facts["pool"]] == facts["validation_f1_pooled"]
+    assert facts["seconds"] >= facts["network_seconds"] > 0
+    found = fitted.score(make_labelled(60, seed=5))
+    assert {"macro_f1", "network_macro_f1", "linear_macro_f1", "neighbors_macro_f1"} <= set(found)
+
+
+def test_a_new_type_is_unknown(fitted):
+    """Cells of a type that was not fitted are found in a file with known ones; scores of known cells stay."""
+    known, new = make_labelled(60, seed=4), make_labelled(30, seed=5)
+    new.X = new.X[:, np.random.default_rng(0).permutation(new.n_vars)]
+    new.obs["kind"] = "delta"
+    both = ad.concat([known, new], index_unique="-")
+    assert fitted.unknown_rate == 0.05
+    predicted = fitted.predict(both.copy())
+    unknown = (predicted.obs["cellplm_cell_type"] == "unknown").to_numpy()
+    assert unknown[60:].mean() > 0.5
+    assert unknown[:60].mean() < 0.25  # forty genes, and a third of the file is unknown
+    scores = fitted.score(both, unseen_labels="wrong")
+    assert scores["unknown_auroc"] > 0.9
+    assert scores["unknown_fraction"] == pytest.approx(unknown.mean())
+    ignoring = fitted.score(both, unseen_labels="ignore")
+    assert ignoring["cells"] == 60
+    fitted.unknown_rate = None
+    try:
+        off = fitted.predict(both.copy())
+        assert "cellplm_unknown_score" not in off.obs
+        assert set(off.obs["cellplm_cell_type"]) <= set(LABELS)
+        np.testing.assert_array_equal(
+            off.obsm["cellplm_probabilities"], predicted.obsm["cellplm_probabilities"]
+        )
+    finally:
+        fitted.unknown_rate = 0.05
+
+
+def test_an_annotator_of_an_older_version_predicts_the_same(tmp_path):
+    """Saved before unknown types were detected: no detection, and the same probabilities."""
+    folder = ROOT / "tests" / "fixtures" / "annotator_0_1"
+    old = CellTypeAnnotator.load(folder, quiet=True)
+    assert (old.unknown_rate, old.unknown_threshold) == (None, 0.4)
+    adata = old.predict(make_labelled(10, seed=6))
+    wanted = np.load(folder.with_suffix(".npy"))
+    np.testing.assert_allclose(adata.obsm["cellplm_probabilities"], wanted, atol=1e-5)
+    assert "cellplm_unknown_score" not in adata.obs
+    old.save(tmp_path / "again")
+    again = CellTypeAnnotator.load(tmp_path / "again", quiet=True)
+    np.testing.assert_array_equal(
+        probabilities(again, make_labelled(10, seed=6)), adata.obsm["cellplm_probabilities"]
+    )
 
 
 def test_history_is_drawn(fitted):
@@ -156,14 +217,14 @@ def test_transductive_on_request(tiny_model):
 def test_unknown_below_the_threshold(fitted):
     adata = make_labelled(60, seed=4)
     confidence = fitted.predict(adata.copy()).obs["cellplm_confidence"]
-    fitted.unknown_threshold = float(np.median(confidence))
+    fitted.unknown_threshold, fitted.unknown_rate = float(np.median(confidence)), None
     try:
         names = fitted.predict(adata).obs["cellplm_cell_type"]
         np.testing.assert_array_equal(names == "unknown", confidence < np.median(confidence))
         assert list(names.cat.categories) == [*LABELS, "unknown"]
         assert fitted.score(adata)["unknown_fraction"] == pytest.approx(0.5, abs=0.05)
     finally:
-        fitted.unknown_threshold = None
+        fitted.unknown_threshold, fitted.unknown_rate = None, 0.05
 
 
 def test_adapters_leave_all_but_the_encoder_and_the_new_parts_alone(tiny_model):
@@ -256,7 +317,10 @@ def test_a_file_is_predicted_into_a_copy(fitted, tmp_path):
     )
     for column in ("cellplm_cell_type", "cellplm_confidence"):
         assert written.obs[column].tolist() == wanted.obs[column].tolist()
-    assert list(written.obs.columns) == ["batch", "kind", "cellplm_confidence", "cellplm_cell_type"]
+    assert list(written.obs.columns) == [
+        "batch", "kind", "cellplm_confidence", "cellplm_cell_type", "cellplm_unknown_score",
+        "cellplm_unknown_reason",
+    ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5ad", "out.h5ad"]
     with pytest.raises(InputError, match="input and output are both"):
         fitted.predict_file(tmp_path / "in.h5ad", tmp_path / "in.h5ad")
@@ -333,6 +397,7 @@ def test_options_that_are_refused(tiny_model):
     for options, message in (
         ({"method": "guess"}, "method='guess'"),
         ({"unknown_threshold": 1.5}, "unknown_threshold=1.5"),
+        ({"unknown_rate": 1.0}, "unknown_rate=1.0"),
         ({"neighbors": 0}, "neighbors=0"),
     ):
         with pytest.raises(InputError, match=message):
@@ -349,7 +414,7 @@ def test_options_that_are_refused(tiny_model):
 def test_network_and_logistic_regression_are_pooled(fitted):
     """Pooled by hand from the two: log-probabilities, added with the weights that were found, and normalised."""
     adata = make_labelled(30, seed=6)
-    assert fitted.pool == pytest.approx([0.5, 0.5], abs=0.5)
+    assert fitted.pool == pytest.approx([0.5, 0.5], abs=0.6)
     assert min(fitted.pool) >= 0
     assert any("logistic regression" in m for m in fitted.messages)
     z, _, _ = fitted._embed(adata, fitted.reading)
