@@ -1,4 +1,4 @@
-"""Part B: how many cells see one another at inference, with weights that stay as they are."""
+"""How many cells see one another at inference, with weights that stay as they are."""
 
 from __future__ import annotations
 
@@ -8,25 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 from anndata import AnnData, read_h5ad
-from pretraining import LABEL_KEY, NEIGHBORS, annotated_cells, fit_annotator, known_labels
+from pretraining import NEIGHBORS, known_labels
 from scipy import sparse
 
 import cellplm_jax
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import scale_coordinates
-from cellplm_jax.evaluate.annotation import annotation_scores
 from cellplm_jax.evaluate.embedding import knn_accuracy
 from cellplm_jax.evaluate.reconstruction import masked_correlation
-from cellplm_jax.tasks.annotate import CellTypeAnnotator
 from cellplm_jax.tasks.pretrained import Pretrained
 
 MODEL = "small"
 LABELLED = ("zheng_purified_pbmc", "pbmc3k")
-BUNDLED, ABLATED = "annotator-bundled", "annotator-small-0"
-FINE_TUNED = (ABLATED, BUNDLED)
-"""The full variant of the part on annotation, where it was run, and the bundled model fine-tuned in the same way."""
-
 SPATIAL, SECTION_KEY = "xenium_breast_jef2023_4fov", "batch"
 LARGEST = 32_768
 SCORED_CELLS, HIDDEN_GENES = 2048, 0.25
@@ -52,14 +46,6 @@ def neighbours(adata: AnnData, model: Pretrained, size: int) -> dict[str, Any]:
     embedding = np.asarray(adata.obsm["X_cellplm"])[known]
     score = knn_accuracy(embedding, labels[known], neighbors=NEIGHBORS)
     return {"scores": {"knn_accuracy": round(score, 5)}, "facts": {"cells": adata.n_obs}}
-
-
-def fine_tuned(annotator: CellTypeAnnotator, cells: AnnData, size: int) -> dict[str, Any]:
-    """Return the macro F1 of a fine-tuned network that sees ``size`` cells at a time."""
-    annotator.predict(cells, cells_per_context=size)
-    found = annotation_scores(cells.obs[LABEL_KEY].astype(str), cells.obs["cellplm_cell_type"])
-    scores = {name: round(float(found[name]), 5) for name in ("macro_f1", "accuracy")}
-    return {"scores": scores, "facts": {"cells": cells.n_obs}}
 
 
 class HiddenGenes:
@@ -137,7 +123,7 @@ class HiddenGenes:
         return np.concatenate(parts)
 
 
-def run_contexts(data: Path, runs: Path, epochs: int, results: Any) -> None:
+def run_contexts(data: Path, results: Any) -> None:
     """Run what is missing."""
     settings = {"model": MODEL, "scored_cells": SCORED_CELLS, "hidden_genes": HIDDEN_GENES}
     model = cellplm_jax.load(MODEL)
@@ -153,18 +139,4 @@ def run_contexts(data: Path, runs: Path, epochs: int, results: Any) -> None:
         adata = shuffled(read_h5ad(data / f"{name}.h5ad"))
         for size in sizes_up_to(adata.n_obs)[::-1]:
             add(name, size, lambda size=size, adata=adata: neighbours(adata, model, size))
-    adata, test = annotated_cells(data, 0)
-    cells = shuffled(adata[test])
-    for name in FINE_TUNED:
-        saved = runs / name
-        if not saved.is_dir() and name == BUNDLED:
-            fit_annotator(model, adata[~test].copy(), 0, epochs).save(saved)
-        if saved.is_dir():
-            annotator = CellTypeAnnotator.load(saved, quiet=True)
-            for size in sizes_up_to(cells.n_obs)[::-1]:
-
-                def make(size=size, annotator=annotator):
-                    return fine_tuned(annotator, cells, size)
-
-                add(name, size, make)
     jax.clear_caches()

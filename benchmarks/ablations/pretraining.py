@@ -1,10 +1,11 @@
-"""Part A: variants of ``:small``, each pretrained from scratch on the same corpus with the same steps and seeds."""
+"""Variants of ``:small``, pretrained on the same corpus with the same steps and seeds, and smaller projections."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from anndata import AnnData, read_h5ad
 
 import cellplm_jax
 from cellplm_jax.config import TrainConfig
+from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
-from cellplm_jax.data.pipeline import gene_means, split_heldout
-from cellplm_jax.evaluate.annotation import annotation_scores
+from cellplm_jax.data.pipeline import SampleRange, gene_means, split_heldout
 from cellplm_jax.evaluate.embedding import (
     clustering_scores,
     knn_accuracy,
@@ -25,43 +26,62 @@ from cellplm_jax.evaluate.embedding import (
     pca_baseline,
 )
 from cellplm_jax.presets import preset
-from cellplm_jax.tasks.annotate import CellTypeAnnotator
 from cellplm_jax.tasks.prepare import prepare
 from cellplm_jax.tasks.pretrain import pretrain
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.train.heldout import HeldoutEvaluation
+from cellplm_jax.train.projection import fit_projection
 from cellplm_jax.train.state import create_state
 from cellplm_jax.train.workdir import with_covariates
 
-VARIANTS = {
-    "small": "full: mixture, transformer, positions, masks",
-    "gaussian": "plain Gaussian latent",
-    "no_latent": "no latent distribution",
-    "mlp_encoder": "MLP for transformer",
-    "no_positions": "without positions",
-    "no_masks": "without masks",
-    "untrained": "full, not trained",
-}
-"""Presets and what is ablated; ``untrained`` is ``small`` after no step."""
+_spec = importlib.util.spec_from_file_location(
+    "zero_shot", Path(__file__).resolve().parents[1] / "zero_shot" / "run.py"
+)
+_study = importlib.util.module_from_spec(_spec)
+sys.modules["zero_shot"] = _study
+_spec.loader.exec_module(_study)
+STUDIES, carried_labels = _study.STUDIES, _study.carried_labels
 
-LABELLED = ("zheng_purified_pbmc", "kang_muscat_labelled", "pbmc3k")
+VARIANTS = {
+    "small": "full recipe",
+    "start": "full recipe, before training",
+    "no_projection": "random start",
+    "no_discriminants": "without discriminants",
+    "no_restoration": "without restoration",
+    "mlp_encoder": "MLP for transformer",
+    "no_masks": "without masks",
+}
+"""Presets and what is ablated; ``start`` is ``small`` after no step."""
+
+COMPONENTS = (25, 50, 100, 200)
+SHARES = (0.25, 0.5, 1.0)
+"""Sizes of the projection and shares of the datasets, for the table of scaling."""
+
+LABELLED = (
+    "zheng_purified_pbmc",
+    "kang_muscat_labelled",
+    "pbmc3k",
+    "hashtag_cell_lines_2000genes",
+    "pdac_st_card",
+    "starmap_mouse_v1_1020genes",
+)
 """Labelled files that no variant is trained on."""
 
 LEFT_OUT = (
     *LABELLED,
-    "hashtag_cell_lines_2000genes",
-    "starmap_mouse_v1_1020genes",
+    "wu2020_tcells_200",
     "osmfish_mouse_cortex",
     "dlpfc_visium_3sections",
+    "celllines_cimseq_1",
+    "celllines_cimseq_2",
+    "fetal_pancreas_cimseq",
 )
-"""Files of the data folder that do not go into the corpus: labelled ones, mice, and one of unsettled terms."""
+"""Files of the data folder that do not go into the corpus: labelled ones, read counts, and one of unsettled terms."""
 
 PREVALENCE = 0.1
-ANNOTATED, TRAINING_SHARE = "zheng_purified_pbmc", 0.7
-LABEL_KEY, BATCH_KEY, NO_LABEL = "cell_type", "batch", ("", "unassigned")
+LABEL_KEY, BATCH_KEY = "cell_type", "batch"
+NO_LABEL = ("", "?", "unassigned", "Doublet", "Negative")
 NEIGHBORS = 15
-STEP_CELLS = 192
-"""Cells of a step of fine-tuning: several steps an epoch, so that few epochs do."""
 
 
 def corpus_of(data: Path, corpus: Path) -> Path:
@@ -85,7 +105,7 @@ def corpus_of(data: Path, corpus: Path) -> Path:
 
 def configuration(variant: str, seed: int, steps: int, cells: int) -> TrainConfig:
     """Return the run of a variant: its preset with other steps, context, seed and a warm-up to match."""
-    config = preset("small" if variant == "untrained" else variant)
+    config = preset("small" if variant == "start" else variant)
     return dataclasses.replace(
         config,
         steps=steps,
@@ -126,11 +146,8 @@ def train_and_score(
     )
     train, heldout = split_heldout(store, config.data, seed)
     facts: dict[str, Any] = {}
-    if variant == "untrained":
-        begun = with_covariates(config, store, None)
-        state = create_state(begun, gene_means(store, train))
-        params = jax.tree.map(np.asarray, state.params)
-        model = Pretrained(begun.model, params, list(store.genes), {"name": variant})
+    if variant == "start":
+        model = starting_model(config, store, train)
     else:
         workdir = runs / f"{variant}-{seed}"
         result = pretrain(str(corpus), config, workdir, quiet=True)
@@ -145,11 +162,7 @@ def train_and_score(
     for name, ranges in (("", heldout), ("spatial_", spatial)):
         found = HeldoutEvaluation(config, store, ranges)(model.params)
         scores |= {f"{name}{score}": value for score, value in found.items()}
-    for name in LABELLED:
-        found = zero_shot(read_h5ad(data / f"{name}.h5ad"), model)
-        scores |= {f"{score}_{name}": value for score, value in found.items()}
-    for score in ("knn_accuracy", "ari"):
-        scores[score] = float(np.mean([scores[f"{score}_{name}"] for name in LABELLED]))
+    scores |= zero_shot(model, data)
     facts |= {
         "parameters": model.parameters,
         "training_cells": sum(part.cells for part in train),
@@ -168,89 +181,72 @@ def known_labels(adata: AnnData) -> np.ndarray:
     return np.asarray(pd.Categorical(named.where(~named.isin(NO_LABEL))).codes)
 
 
+def starting_model(config: TrainConfig, store: CellStore, train: list[SampleRange]) -> Pretrained:
+    """Return the model of a run before its first step."""
+    begun = with_covariates(config, store, None)
+    projection = fit_projection(store, train, begun)
+    params = create_state(begun, gene_means(store, train), projection).params
+    params = jax.tree.map(np.asarray, params)
+    return Pretrained(begun.model, params, list(store.genes), {"name": "start"})
+
+
+def scaled(components: int, share: float, seed: int, *, corpus: Path, data: Path) -> dict[str, Any]:
+    """Score the start with fewer components, or from fewer datasets.
+
+    Args:
+        components: Principal components of the corpus.
+        share: Share of the datasets; the seed decides which.
+        seed: Seed.
+        corpus: As for :func:`train_and_score`.
+        data: Folder with the labelled files.
+    """
+    store = open_corpus(corpus)
+    config = configuration("small", seed, 1, 512)
+    names = sorted({record.dataset_name for record in store.samples})
+    chosen = np.random.default_rng(seed).permutation(names)[: max(1, round(share * len(names)))]
+    train, _ = split_heldout(store, config.data, seed)
+    train = [part for part in train if store.samples[part.sample].dataset_name in chosen]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, genes=len(store.genes)),
+        projection=dataclasses.replace(config.projection, components=components),
+    )
+    scores = zero_shot(starting_model(config, store, train), data)
+    jax.clear_caches()
+    facts = {"datasets": len(chosen), "training_cells": sum(part.cells for part in train)}
+    return {"scores": {name: round(float(v), 5) for name, v in scores.items()}, "facts": facts}
+
+
 def embedding_scores(embedding: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Score an embedding by its neighbours and by Leiden clusters at resolution 1."""
     known = labels >= 0
-    clusters = leiden_clusters(embedding, neighbors=NEIGHBORS)
-    return {
-        "knn_accuracy": knn_accuracy(embedding[known], labels[known], neighbors=NEIGHBORS),
-        "ari": clustering_scores(labels[known], clusters[known])["ari"],
-    }
+    found = clustering_scores(labels[known], leiden_clusters(embedding[known], neighbors=NEIGHBORS))
+    accuracy = knn_accuracy(embedding[known], labels[known], neighbors=NEIGHBORS)
+    return {"ari": found["ari"], "nmi": found["nmi"], "knn_accuracy": accuracy}
 
 
-def zero_shot(adata: AnnData, model: Pretrained) -> dict[str, float]:
-    """Embed cells as they are, a tissue sample a context, and score the embedding."""
-    batch_key = BATCH_KEY if BATCH_KEY in adata.obs else None
-    cellplm_jax.embed(adata, model, batch_key=batch_key, minimum_genes=1)
-    return embedding_scores(np.asarray(adata.obsm["X_cellplm"]), known_labels(adata))
+def zero_shot(model: Pretrained, data: Path) -> dict[str, float]:
+    """Embed the labelled files, each as one context; return means over files and labels carried between studies."""
+    rows, studies = [], {}
+    for name in LABELLED:
+        adata = read_h5ad(data / f"{name}.h5ad")
+        cellplm_jax.embed(adata, model, minimum_genes=1, quiet=True)
+        embedding = np.asarray(adata.obsm["X_cellplm"])
+        rows.append(embedding_scores(embedding, known_labels(adata)))
+        if name in STUDIES:
+            labels = adata.obs[LABEL_KEY].astype(str).map(STUDIES[name])
+            common = labels.notna().to_numpy()
+            studies[name] = (embedding[common], labels[common].to_numpy())
+    scores = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return scores | {"carried_labels": carried_labels(studies)}
 
 
 def components(data: Path) -> dict[str, Any]:
     """Score 50 principal components of the same files."""
-    scores: dict[str, float] = {}
+    rows = []
     for name in LABELLED:
         adata = read_h5ad(data / f"{name}.h5ad")
-        found = embedding_scores(np.asarray(pca_baseline(adata.X)), known_labels(adata))
-        scores |= {f"{score}_{name}": value for score, value in found.items()}
-    for score in ("knn_accuracy", "ari"):
-        scores[score] = float(np.mean([scores[f"{score}_{name}"] for name in LABELLED]))
-    return {"scores": {name: round(float(v), 5) for name, v in scores.items()}, "facts": {}}
-
-
-def annotated_cells(data: Path, seed: int) -> tuple[AnnData, np.ndarray]:
-    """Return the labelled cells that fine-tuning is judged on, and bool [cells]: a share of every type to test on."""
-    adata = read_h5ad(data / f"{ANNOTATED}.h5ad")
-    adata = adata[known_labels(adata) >= 0].copy()
-    random = np.random.default_rng(seed)
-    codes = known_labels(adata)
-    test = np.zeros(adata.n_obs, bool)
-    for code in np.unique(codes):
-        members = random.permutation(np.flatnonzero(codes == code))
-        test[members[round(TRAINING_SHARE * len(members)) :]] = True
-    return adata, test
-
-
-def fit_annotator(model: Pretrained, cells: AnnData, seed: int, epochs: int) -> CellTypeAnnotator:
-    """Fine-tune a model, without the logistic regression that usually goes with it."""
-    annotator = CellTypeAnnotator(
-        model,
-        linear=False,
-        quiet=True,
-        epochs=epochs,
-        warmup_epochs=2,
-        cells_per_step=STEP_CELLS,
-        cells_per_context=STEP_CELLS,
-        seed=seed,
-    )
-    return annotator.fit(cells, label_key=LABEL_KEY)
-
-
-def fine_tune(variant: str, seed: int, *, data: Path, runs: Path, epochs: int) -> dict[str, Any]:
-    """Fine-tune a pretrained variant for annotation, the network alone, and score it on cells it has not seen.
-
-    Args:
-        variant: One of :data:`VARIANTS`.
-        seed: Seed of pretraining, of the split and of fine-tuning.
-        data: Folder with the labelled files.
-        runs: Where the pretrained variants are.
-        epochs: Passes over the training cells at most.
-    """
-    adata, test = annotated_cells(data, seed)
-    model = cellplm_jax.load(runs / f"{variant}-{seed}-model")
-    began = time.monotonic()
-    annotator = fit_annotator(model, adata[~test].copy(), seed, epochs)
-    keep = runs / f"annotator-{variant}-{seed}"
-    shutil.rmtree(keep, ignore_errors=True)
-    annotator.save(keep)
-    cells = adata[test].copy()
-    annotator.predict(cells)
-    found = annotation_scores(cells.obs[LABEL_KEY].astype(str), cells.obs["cellplm_cell_type"])
-    facts = {
-        "training_cells": int((~test).sum()),
-        "test_cells": int(test.sum()),
-        "best_epoch": annotator.facts.get("best_epoch"),
-        "fit_seconds": round(time.monotonic() - began, 1),
-    }
-    jax.clear_caches()
-    scores = {name: round(float(found[name]), 5) for name in ("macro_f1", "accuracy")}
-    return {"scores": scores, "facts": facts}
+        found = np.asarray(pca_baseline(adata.X))
+        rows.append(embedding_scores(found, known_labels(adata)))
+    scores = {key: round(float(np.mean([row[key] for row in rows])), 5) for key in rows[0]}
+    return {"scores": scores, "facts": {}}

@@ -1,22 +1,21 @@
-"""The ablations: the questions of the paper, asked from scratch at a size that two CPU cores can answer.
+"""The ablations: what each part of the recipe adds, asked at a size that two CPU cores can answer.
 
     python benchmarks/ablations/run.py --data DIR --corpus CORPUS --runs RUNS
 
 Four parts, any of which can be named alone with ``--parts``:
 
-- ``pretraining``: the variants of ``configs/pretrain.py`` (mixture, Gaussian, no latent distribution; transformer or
-  MLP; positions and masks on or off), each from scratch with the same steps, batches and seeds.
-- ``annotation``: every one of them fine-tuned, the network alone.
+- ``pretraining``: ``:small`` and presets that leave out one part, with the same steps, batches and seeds.
+- ``scaling``: the start of ``:small`` with fewer components and from fewer datasets.
 - ``contexts``: the bundled model with contexts of 1 to 32,768 cells at inference.
-- ``positions``: genes that follow a spatial gradient of simulated tissue, imputed with and without the cells' places.
+- ``positions``: genes that follow a spatial gradient of simulated tissue, imputed with and without positions.
 
-DIR holds ``.h5ad`` files of raw counts, those trained on also in DIR/corpus; ``pretraining.py`` names the labelled ones
-that stay out of the corpus. Where CORPUS is not a corpus yet it is prepared there first, as by::
+DIR holds ``.h5ad`` files of raw counts, those trained on also in DIR/corpus; ``pretraining.py`` names the files that
+stay out of the corpus. If CORPUS is not a corpus, it is prepared there first, as by::
 
     cellplm prepare FILES --out CORPUS --sample-key batch --minimum-prevalence 0.1
 
-What is done is kept in OUT.json, part by part and seed by seed, so a run that was stopped goes on; ``--again PART``
-repeats one. OUT.md and OUT.png are made from it at the end of every part, and by ``--parts`` without any.
+Results are kept in OUT.json, part by part and seed by seed, so a run that was stopped continues; ``--again PART``
+repeats one. OUT.md and OUT.png are written at the end of every part, and by ``--parts`` without any.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from machine import machine, versions_of
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("pretraining", "annotation", "contexts", "positions")
+PARTS = ("pretraining", "scaling", "contexts", "positions")
 PACKAGES = ("cellplm-jax", "jax", "flax", "optax", "anndata", "scanpy", "numpy")
 
 
@@ -108,9 +107,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", nargs="*", choices=PARTS, default=[], help="parts to repeat")
     parser.add_argument("--variants", nargs="*", help="some of the pretraining variants")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of pretraining")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of pretraining")
     parser.add_argument("--cells", type=int, default=512, help="cells of a pretraining batch")
-    parser.add_argument("--epochs", type=int, default=20, help="of fine-tuning, at most")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "ablations", help="path without suffix")
     args = parser.parse_args()
@@ -126,12 +124,12 @@ def main() -> None:
     for part in args.parts:
         if part == "pretraining":
             run_pretraining(args, results)
-        elif part == "annotation":
-            run_annotation(args, results)
+        elif part == "scaling":
+            run_scaling(args, results)
         elif part == "contexts":
             from contexts import run_contexts
 
-            run_contexts(args.data, args.runs, args.epochs, results)
+            run_contexts(args.data, results)
         else:
             from tissue import run_positions
 
@@ -158,19 +156,19 @@ def run_pretraining(args: argparse.Namespace, results: Results) -> None:
     results.add("pretraining", "components", 0, settings, lambda: components(args.data))
 
 
-def run_annotation(args: argparse.Namespace, results: Results) -> None:
-    """Fine-tune every variant, seed by seed."""
-    from pretraining import STEP_CELLS, VARIANTS, fine_tune
+def run_scaling(args: argparse.Namespace, results: Results) -> None:
+    """Score smaller projections, seed by seed."""
+    from pretraining import COMPONENTS, SHARES, corpus_of, scaled
 
-    settings = {"steps": args.steps, "cells": args.cells, "epochs": args.epochs}
-    settings |= {"step_cells": STEP_CELLS}
+    corpus = corpus_of(args.data, args.corpus or args.runs / "corpus")
     for seed in range(args.seeds):
-        for variant in args.variants or VARIANTS:
+        for share in SHARES:
+            for components in COMPONENTS:
 
-            def make(variant=variant, seed=seed):
-                return fine_tune(variant, seed, data=args.data, runs=args.runs, epochs=args.epochs)
+                def make(components=components, share=share, seed=seed):
+                    return scaled(components, share, seed, corpus=corpus, data=args.data)
 
-            results.add("annotation", variant, seed, settings, make)
+                results.add("scaling", f"{components} {share}", seed, {}, make)
 
 
 def write(results: Results, out: Path) -> None:

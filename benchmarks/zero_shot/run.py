@@ -398,6 +398,12 @@ def write(found: dict[str, Any], out: Path) -> None:
         "",
         *table_of(main, columns),
         "",
+        "## Differences from components",
+        "",
+        "Mean difference from `components` over the data sets, with a 95 % bootstrap interval over them.",
+        "",
+        *differences(found["sets"], main, columns),
+        "",
         "## Data set by data set",
         "",
         "ARI / NMI / neighbours' accuracy.",
@@ -429,7 +435,15 @@ def write(found: dict[str, Any], out: Path) -> None:
             "",
             f"## Batches: {name}",
             "",
-            *table_of(rows, {"ilisi": "iLISI", "kbet": "kBET", "knn_accuracy": "neighbours' acc."}),
+            *table_of(
+                rows,
+                {
+                    "ilisi": "iLISI",
+                    "kbet": "kBET",
+                    "bras": "BRAS",
+                    "knn_accuracy": "neighbours' acc.",
+                },
+            ),
         ]
     lines += [
         "",
@@ -464,6 +478,31 @@ def write(found: dict[str, Any], out: Path) -> None:
     out.with_suffix(".md").write_text("\n".join(lines))
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     draw(main, columns, out.with_suffix(".png"))
+
+
+def differences(
+    sets: dict[str, Any], main: dict[str, dict[str, float]], columns: dict[str, str]
+) -> list[str]:
+    """Return a Markdown table of paired differences from the components, data set by data set."""
+    generator = np.random.default_rng(0)
+    draws = generator.integers(0, len(sets), (10_000, len(sets)))
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in main:
+        if method == "components":
+            continue
+        texts = []
+        for key in columns:
+            gaps = np.array(
+                [
+                    mean([run[key] for run in rows[method]])
+                    - mean([run[key] for run in rows["components"]])
+                    for rows in sets.values()
+                ]
+            )
+            low, high = np.quantile(gaps[draws].mean(axis=1), [0.025, 0.975])
+            texts.append(f"{gaps.mean():+.3f} ({low:+.3f} to {high:+.3f})")
+        lines.append(f"| {method} | " + " | ".join(texts) + " |")
+    return lines
 
 
 def draw(main: dict[str, dict[str, float]], columns: dict[str, str], path: Path) -> None:
@@ -583,6 +622,7 @@ def main() -> None:
 
 def mixing(cells: Cells, model: Pretrained, methods: dict[str, Method]) -> dict[str, Any]:
     """Score the mixing of batches: every batch is a context of ours."""
+    import scib_metrics
 
     def batched(**options: Any) -> np.ndarray:
         adata = cells.adata.copy()
@@ -601,6 +641,7 @@ def mixing(cells: Cells, model: Pretrained, methods: dict[str, Method]) -> dict[
         name: {
             "ilisi": batch_mixing(value, cells.batches),
             "kbet": kbet(value, cells.batches),
+            "bras": float(scib_metrics.bras(value, cells.labels, cells.batches)),
             "knn_accuracy": knn_accuracy(value, cells.labels, neighbors=15),
         }
         for name, value in embeddings.items()
