@@ -45,7 +45,7 @@ def test_embed(command, place, tiny_run, tiny_model, tmp_path):
     status, printed, err = command("embed", path, "--model", tiny_run, "--out", out)
     assert status == 0
     assert printed == f"wrote {out}: obsm['X_cellplm'] by {tiny_model.id}\n"
-    assert "embedding: 8/8 cells" in err
+    assert "embedded 8 cells: 40 of 43 genes (93 %) matched" in err
     assert "Read raw counts from X" in err
     assert "Gene names from var_names" in err
     wanted = cellplm_jax.embed(make_adata(8), tiny_model).obsm["X_cellplm"]
@@ -137,7 +137,8 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
 
     class Recorder:
         labels, facts = ("a", "b"), {"training_cells": 3, "best_epoch": 2, "epochs": 4,
-                                     "seconds": 5.0, "validation_f1": 0.5}  # fmt: skip
+                                     "seconds": 5.0}  # fmt: skip
+        validation_scores = {"pooled": 0.5, "network": 0.25}  # noqa: RUF012
 
         def __init__(self, model, **options):
             made.append((model, options))
@@ -157,7 +158,10 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
         "annotate", "fit", "x", "--model", "none", "--out", out, *arguments
     )
     assert status == 0
-    wanted = f"wrote {out}: 2 cell types, validation macro F1 0.500, 3 training cells, epoch 2 of 4 kept, 5 s\n"
+    wanted = (
+        f"wrote {out}: 2 cell types, validation macro F1 pooled 0.500 (network 0.250), 3 training cells, "
+        "epoch 2 of 4 kept, 5 s\n"
+    )
     assert printed == wanted
     assert made[0] == (None, {
         "method": "finetune", "unknown_threshold": None, "class_weights": "balanced", "quiet": True,
@@ -407,7 +411,7 @@ def test_version_and_help(command):
     status, out, _ = command("--version")
     assert (status, out) == (0, f"cellplm-jax {cellplm_jax.__version__}\n")
     assert set(cli_commands()) == {
-        "demo", "plan", "prepare", "embed", "cluster", "integrate", "annotate", "impute",
+        "demo", "plan", "prepare", "embed", "cluster", "niches", "integrate", "annotate", "impute",
         "denoise", "perturb", "samples", "convert", "export", "info", "doctor", "completion", "bench",
     }  # fmt: skip
     for name in cli_commands():
@@ -599,7 +603,7 @@ def test_other_files(command, tiny_run, tmp_path, place):
     text.write_text("cells,genes\n")
     assert "text.h5ad" in refused(command, tmp_path, text, *common)
     assert "absent.h5ad" in refused(command, tmp_path, tmp_path / "absent.h5ad", *common)
-    assert "directory" in refused(command, tmp_path, tmp_path, *common)
+    assert "of another kind than the input" in refused(command, tmp_path, tmp_path, *common)
     import h5py
 
     with h5py.File(tmp_path / "other.h5ad", "w") as file:

@@ -113,14 +113,14 @@ def test_every_verb_has_json_and_quiet_and_an_example():
             yield parser
 
     verbs = list(leaves(build_parser()))
-    assert len(verbs) == 25
+    assert len(verbs) == 26
     for parser in verbs:
         assert "example:" in parser.format_help()
         if parser.prog == "cellplm completion":
             continue
         assert {"--json", "--quiet"} <= set(parser._option_string_actions), parser.prog
     with_report = {p.prog for p in verbs if "--report" in p._option_string_actions}
-    assert len(with_report) == 16
+    assert len(with_report) == 17
 
 
 def test_colour_is_for_terminals_alone(monkeypatch):

@@ -17,10 +17,10 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import MemoryStore, Sample
 from cellplm_jax.display import LONGEST, shown
 from cellplm_jax.interop.hub import HubCommit
-from cellplm_jax.tasks.denoise import BeforeAndAfter
+from cellplm_jax.tasks.denoise_view import BeforeAndAfter
 from cellplm_jax.tasks.embed_corpus import CorpusEmbedding
 from cellplm_jax.tasks.estimator import Estimator
-from cellplm_jax.tasks.impute import Beside, BesideMeasured
+from cellplm_jax.tasks.impute_measured import Beside, BesideMeasured
 from cellplm_jax.tasks.perturb import PerturbationPrediction
 from cellplm_jax.train.finetune import FinetuneResult
 from cellplm_jax.train.loop import RunResult

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from cellplm_jax import cli, doctor, platforms
+from cellplm_jax.cli import command
 from cellplm_jax.errors import InputError
 from tests.conftest import ROOT
 
@@ -20,6 +21,7 @@ VERBS = {
     "prepare": ["in.h5ad", "--out", "corpus"],
     "embed": ["in.h5ad", "--model", "small", "--out", "out.h5ad"],
     "cluster": ["in.h5ad", "--model", "small", "--out", "out.h5ad"],
+    "niches": ["in.h5ad", "--model", "small", "--out", "out.h5ad"],
     "integrate": ["fit", "in.h5ad", "--model", "small", "--out", "o", "--batch-key", "b"],
     "annotate": ["fit", "in.h5ad", "--model", "small", "--out", "o", "--label-key", "k"],
     "impute": ["fit", "in.h5ad", "--model", "small", "--out", "o"],
@@ -96,7 +98,7 @@ def test_every_verb_checks_before_it_works(verb, monkeypatch, capsys):
     monkeypatch.setattr(platforms, "check_platforms", refuse)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     words = [verb, *VERBS[verb]]
-    monkeypatch.setattr(cli.command, "build_parser", lambda: parsing(verb))
+    monkeypatch.setattr(command, "build_parser", lambda: parsing(verb))
     assert cli.main(words) == 2
     assert capsys.readouterr().err.strip() == f"cellplm {verb}: no such device"
 
@@ -114,7 +116,7 @@ def test_the_verbs_of_the_test_are_those_of_the_command():
     (verbs,) = (
         action.choices for action in cli.build_parser()._actions if action.choices is not None
     )
-    assert set(VERBS) | set(cli.command.WITHOUT_DEVICES) == set(verbs)
+    assert set(VERBS) | set(command.WITHOUT_DEVICES) == set(verbs)
 
 
 def test_the_reason_is_named(monkeypatch):

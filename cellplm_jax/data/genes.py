@@ -413,7 +413,11 @@ class _Vocabulary:
         columns = {self.by_id[gene] for gene in genes if gene in self.by_id}
         if kind == "current" and columns:
             # Several ids carry some current symbols: the oldest is the one in use (SOD2, MATR3).
-            first = min(gene for gene in genes if gene in self.by_id)
+            # A gene that has another symbol by now comes last (DGCR5).
+            first = min(
+                (gene for gene in genes if gene in self.by_id),
+                key=lambda gene: (table.symbols.get(gene, "").upper() != name.upper(), gene),
+            )
             return _Match(self.by_id[first], rule or kind)
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
             return _Match(columns.pop(), rule or kind, kind=kind)

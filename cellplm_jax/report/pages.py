@@ -60,7 +60,7 @@ def fit(estimator: Any) -> Page:
 
 def _pool(facts: Mapping[str, Any]) -> list[Section]:
     """Return the errors of a denoiser's pool and of its parts, if there is one."""
-    if "pool" not in facts:
+    if not isinstance(facts.get("pool"), Mapping):
         return []
     pool = facts["pool"]
     names = {

@@ -13,7 +13,8 @@ import pytest
 from cellplm_jax.data import anndata_files
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import CheckpointError, InputError
-from cellplm_jax.tasks.embed import check_copy, embed, read_annotations
+from cellplm_jax.tasks.embed import embed
+from cellplm_jax.tasks.files import check_copy, read_annotations
 from cellplm_jax.untrusted import require_regular
 from tests.conftest import VOCABULARY, make_adata
 from tests.faults import campaign_hostile

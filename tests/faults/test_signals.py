@@ -24,6 +24,11 @@ with end_on_signals("test"):
 """
 
 
+def accept_interrupts() -> None:
+    """Undo what a shell does to the jobs in its background, for a new process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def end(code: str, number: int, folder: Path, *, ready: str = "ready") -> tuple[int, str, float]:
     """Run Python code until it prints a word, send a signal, and return status, standard error and seconds."""
     process = subprocess.Popen(
@@ -33,6 +38,7 @@ def end(code: str, number: int, folder: Path, *, ready: str = "ready") -> tuple[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=accept_interrupts,
     )
     assert ready in process.stdout.readline()
     began = time.monotonic()
@@ -148,6 +154,7 @@ def test_a_real_command(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=accept_interrupts,
     )
     while not handles_signals(process.pid):
         time.sleep(0.01)

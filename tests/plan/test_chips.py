@@ -34,7 +34,7 @@ def test_the_rented_name_leads_back():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(InputError, match=r"topology 'v9z:4x4' is not known.*v5e:16x16"):
+    with pytest.raises(InputError, match=r"topology 'v9z:4x4' is not known.*v5e:1x1"):
         parse_topology("v9z:4x4")
     with pytest.raises(InputError, match=r"Did you mean 'v5e:16x16'\?$"):
         parse_topology("v5e:16x16x")

@@ -352,7 +352,7 @@ def test_what_cannot_be_predicted(tiny_model, fitted):
     with pytest.raises(InputError, match="this Denoiser has not been fitted"):
         denoiser(None).predict(make_adata(10))
     adata = make_adata(10)
-    with pytest.raises(InputError, match="key_added='a/b'; expected a name without"):
+    with pytest.raises(InputError, match="key_added = 'a/b'; expected a name without"):
         fitted.predict(adata, key_added="a/b")
     adata.raw = adata
     adata = adata[:, :20].copy()
