@@ -61,7 +61,7 @@ nitpick_ignore_regex = [
     (r"py:(class|obj|exc|data)", r"(?!cellplm_jax\b).*"),
     (r"py:.*", r"cellplm_jax\..*(\._\w+|Type)"),
     # Internal types in annotations.
-    (r"py:class", r"cellplm_jax\.(data\.device_arrays|storage)\..*"),
+    (r"py:class", r"cellplm_jax\.(data\.device_arrays|display|storage)\..*"),
 ]
 
 # -- Links ----------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def variable_expression(
         InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
     """
     chosen, deviation = variable_columns(blocks, genes=genes)
-    return sparse.vstack([block[:, chosen] for block in blocks()]).tocsr(), deviation
+    expression = sparse.vstack([block[:, chosen] for block in blocks()])
+    return sparse.csr_matrix(expression), deviation
 
 
 def own_components(
@@ -212,18 +213,18 @@ def own_components(
     Returns:
         float32 [cells, components].
     """
-    cells, genes = expression.shape
-    number, sample_of = np.unique(sample_of, return_inverse=True)
+    cells, genes = expression.shape[0], expression.shape[1]
+    codes = np.unique(sample_of, return_inverse=True)[1]
     mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
-    centre = np.tile(mean, (len(number), 1))
-    for sample in range(len(number)):
-        members = np.flatnonzero(sample_of == sample)
+    centre = np.tile(mean, (int(codes.max()) + 1, 1))
+    for sample in range(len(centre)):
+        members = np.flatnonzero(codes == sample)
         if len(members) >= minimum_cells:
             centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
 
     def standardized(start: int) -> np.ndarray:
         rows = slice(start, min(start + BLOCK, cells))
-        dense = expression[rows].toarray() - centre[sample_of[rows]]
+        dense = expression[rows].toarray() - centre[codes[rows]]
         if deviation is None:
             return dense
         dense /= deviation

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from cellplm_jax.errors import InputError, require
 
@@ -51,7 +51,8 @@ def spatial_graph(
             continue
         last = min(neighbors, len(members) - 1)
         found = min(last + 1 + TIES, len(members))
-        distance, index = cKDTree(points[members]).query(points[members], k=found)
+        distance, index = KDTree(points[members]).query(points[members], k=found)
+        distance, index = np.asarray(distance), np.asarray(index)
         limit = distance[:, last]
         middle = np.median(limit)
         regular = middle <= REGULAR * np.quantile(limit, 0.05)

@@ -199,7 +199,8 @@ def fit_alignment(
         components.append(np.concatenate([block @ basis for block in values()]))
     centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
     length = np.sqrt(np.square(components[1] - components[1].mean(axis=0)).sum(axis=1).mean())
-    joined = _joined(latent, *components, centres, float(length))
+    scaled, plain = components
+    joined = _joined(latent, scaled, plain, centres, float(length))
     centre = joined.mean(axis=0)
     number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
     loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
@@ -213,7 +214,7 @@ def fit_alignment(
         centroids = unit_length(weight.T @ unit_length(corrected))
     none = np.zeros(0)
     alignment = Alignment(
-        genes, mean, deviation, *bases, centres, np.array(length), centre, loadings, centroids,
+        genes, mean, deviation, bases[0], bases[1], centres, np.array(length), centre, loadings, centroids,
         references, none, np.array(depth.mean()), none, none, none,
     )  # fmt: skip
     aligned = alignment.aligned(reduced, batch_of)

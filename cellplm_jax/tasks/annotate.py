@@ -117,7 +117,7 @@ class CellTypeAnnotator(Estimator):
     validation cells, which also calibrates them. If one part alone has a lower cross-validated cross-entropy on these
     cells, it is used alone. ``linear=False`` uses the network only (published).
 
-    Cells that are like no labelled cell are labelled "unknown" (:mod:`cellplm_jax.tasks.unknown`). The other cells of
+    Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.
 
     Inductive by default: cells to predict are in no training context, and they attend to each other

@@ -167,7 +167,7 @@ def cluster_file(
         minimum_genes: See :func:`cluster`.
         cells_per_context: See :func:`cluster`.
         feature_type: See :func:`cluster`.
-        require_coordinates: See :func:`cellplm_jax.tasks.embed.embed_file`.
+        require_coordinates: See :func:`cellplm_jax.embed_file`.
         adapt: See :func:`cluster`.
         umap: Also compute a UMAP of the graph: ``obsm["X_umap"]``.
         quiet: See :func:`cluster`.

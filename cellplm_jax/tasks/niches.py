@@ -67,7 +67,7 @@ SIMILAR_NICHES, SIMILAR_CELLS = 30, 15
 
 
 class NicheOptions(TypedDict, total=False):
-    """Options of :func:`niches` and :func:`niches_file`.
+    """Options of :func:`cellplm_jax.niches` and :func:`cellplm_jax.niches_file`.
 
     Attributes:
         spatial_key: Key of ``obsm`` with 2-D coordinates in any unit. Not required if ``obsp`` has a graph.
@@ -167,15 +167,15 @@ def niches_file(
 
     Args:
         path: Input; never changed.
-        out: Output: the input plus the results of :func:`niches`, written atomically.
-        model: See :func:`niches`.
-        **options: See :func:`niches`.
+        out: Output: the input plus the results of :func:`cellplm_jax.niches`, written atomically.
+        model: See :func:`cellplm_jax.niches`.
+        **options: See :func:`cellplm_jax.niches`.
 
     Returns:
         ``uns["cellplm_niches"]`` of the output, and messages about the input.
 
     Raises:
-        InputError: As in :func:`niches`; also if ``out`` cannot be written.
+        InputError: As in :func:`cellplm_jax.niches`; also if ``out`` cannot be written.
     """
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)

@@ -130,7 +130,9 @@ class TypeShifts:
         cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], labels: Sequence[str]
     ) -> TypeShifts:
         """Return the object of :meth:`state`."""
-        kept = {n.removeprefix("shift_"): a for n, a in arrays.items() if n.startswith("shift_")}
+        kept: dict[str, Any] = {
+            n.removeprefix("shift_"): a for n, a in arrays.items() if n.startswith("shift_")
+        }
         return cls(**plain, **kept, labels=list(labels))
 
 
