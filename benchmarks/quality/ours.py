@@ -20,12 +20,14 @@ def _read(problem: Path, name: str = "cells") -> anndata.AnnData:
 
 
 def annotate(model: str | None, **options: Any) -> Method:
-    """Fine-tune on the training cells, and predict the others."""
+    """Fine-tune on the training cells, and predict the others, all of known types: none is left "unknown"."""
 
     def method(problem: Path, seed: int) -> dict[str, Any]:
         cells = _read(problem)
         cells.obs["label"] = cells.obs["label"].astype(object).replace("", np.nan)
-        found = cellplm.CellTypeAnnotator(model, seed=seed, quiet=True, **options)
+        found = cellplm.CellTypeAnnotator(
+            model, seed=seed, quiet=True, unknown_rate=None, **options
+        )
         found.fit(cells, label_key="label", split_key="split")
         test = cells[(cells.obs["split"] == "test").to_numpy()].copy()
         predicted = found.predict(test)

@@ -1,5 +1,7 @@
 """CellTypist's confidence for the problems of ``run.py --rivals DIR``; runs where celltypist is installed.
 
+celltypist 1.7.1 needs scikit-learn below 1.8, which removed an argument that it passes.
+
 python benchmarks/unknown/celltypist_scores.py DIR
 """
 

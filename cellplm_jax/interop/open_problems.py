@@ -57,7 +57,8 @@ def label_projection(par: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         InputError: The counts, genes or labels cannot be used.
     """
     recipe = {"epochs": par["epochs"]} if par.get("epochs") else {}
-    annotator = CellTypeAnnotator(par.get("model") or "small", **recipe)
+    # The task counts every label that is not the true one as wrong, "unknown" as well.
+    annotator = CellTypeAnnotator(par.get("model") or "small", unknown_rate=None, **recipe)
     annotator.fit(par["input_train"], label_key="label", batch_key="batch", layer="counts")
     test = annotator.predict(par["input_test"])
     labels = test.obs["cellplm_cell_type"].astype(str)

@@ -178,28 +178,30 @@ class UnknownDetector:
         """Return the label transfer from the nearest labelled cells, float64 [cells, classes]."""
         return neighbor_votes(self._reference, self._codes, cells, classes)
 
-    def _scores(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the scores [cells], distances [labelled cells and cells] and logits [cells, classes] of cells."""
+    def _scores(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return scores and their relative spreads, distances [labelled cells and cells], and logits of cells."""
         # The classifiers of the folds, whose energies of cells outside their folds are the standard.
         each = np.stack([_logits(found, cells) for found in self._classifiers])
         logits, known = each.mean(axis=0), len(self._codes)
-        total, distance, _ = _totals(
+        total, wider, distance, _ = _totals(
             np.concatenate([self._reference, np.asarray(cells, np.float32)]),
             known,
             np.concatenate([self._energy, -logsumexp(each, axis=2).mean(axis=0)]),
             np.concatenate([self._codes, logits.argmax(axis=1)]),
             self.arrays["share_spread"],
         )
-        return total[known:], distance, logits
+        return total, wider, distance, logits
 
     def _compare(
         self, cells: np.ndarray, labels: list[str], rate: float
     ) -> tuple[np.ndarray, np.ndarray]:
         codes, known = self._codes, len(self._codes)
-        total, distance, logits = self._scores(cells)
+        total, wider, distance, logits = self._scores(cells)
         middle, limit = np.quantile(self.arrays["null"], [0.5, 1.0 - rate])
         threshold = float(middle + RAISE * max(0.0, limit - middle))
-        score = (total - threshold).astype(np.float32)
+        # A cell with few neighbours in its file, as in a file of few cells, has a score of few averaged values, which
+        # varies more than those that the threshold comes from.
+        score = (middle + (total - middle) / wider - threshold).astype(np.float32)
         reason = np.full(len(cells), "", object)
         limit = np.array(
             [
@@ -363,7 +365,7 @@ def _share_spread(
     order = np.concatenate([np.flatnonzero(first), np.flatnonzero(~first)])
     known = int(first.sum())
     predicted = np.concatenate([codes[first], guess[~first]])
-    share = _totals(reference[order], known, energy[order], predicted, None)[2]
+    share = _totals(reference[order], known, energy[order], predicted, None)[3]
     overall = float(share.std()) + 1e-9
     spread = np.full(classes, overall)
     for code in range(classes):
@@ -380,8 +382,8 @@ def _totals(
     energy: np.ndarray,
     predicted: np.ndarray,
     share_spread: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the scores, the distances to labelled cells and the smoothed shares, each float [cells].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return scores and their relative spreads of the cells after the labelled ones; distances and shares of all.
 
     Args:
         every: float32 [cells, dimensions], the labelled cells first.
@@ -399,13 +401,19 @@ def _totals(
     def smooth(values: np.ndarray) -> np.ndarray:
         return (values[around] * same).sum(axis=1) / same.sum(axis=1)
 
+    total, wider = np.zeros(len(every) - known), np.zeros(len(every) - known)
+    for name, values in (("energy", energy), ("distance", distance)):
+        smoothed = smooth(values)
+        total += WEIGHTS[name] * _standardized(smoothed, predicted, known)
+        wider += WEIGHTS[name] * _wider(values, smoothed, same.sum(axis=1), predicted, known)
+    wider /= WEIGHTS["energy"] + WEIGHTS["distance"]
     share = smooth((~own)[nearest].mean(axis=1))
-    total = WEIGHTS["energy"] * _standardized(smooth(energy), predicted, known)
-    total += WEIGHTS["distance"] * _standardized(smooth(distance), predicted, known)
-    total += WEIGHTS["share"] * _standardized(
+    # A file with fewer cells than neighbours cannot fill a neighbourhood, and a single cell is no neighbour of itself.
+    evidence = min(1.0, max(0, len(total) - 1) / NEIGHBORS)
+    total += (evidence * WEIGHTS["share"]) * _standardized(
         share, predicted, known, shifted=True, spread_of=share_spread
     )
-    return total, distance, share
+    return total, wider, distance, share
 
 
 def _neighbors(every: np.ndarray, known: int) -> tuple[np.ndarray, np.ndarray]:
@@ -439,27 +447,71 @@ def _standardized(
 ) -> np.ndarray:
     """Centre and scale by the labelled cells of each predicted type; spreads are shrunken towards that of all types.
 
-    With ``shifted``, a type whose lowest values are higher in the file than among the labelled cells is centred at the
-    file's: all its cells differ, as between batches or compositions, and none differs from the rest. ``spread_of``:
-    spread per class of a share of one half, scaled here to the share at the centre.
+    Args:
+        values: float [cells], the labelled cells first.
+        predicted: int [cells], classes.
+        known: Number of labelled cells.
+        shifted: A type whose lowest values are higher in the file than among the labelled cells is centred at the
+            file's: all its cells differ, as between batches or compositions, and none differs from the rest.
+        spread_of: Spread per class of a share of one half, scaled here to the share at the centre.
+
+    Returns:
+        float [cells - known].
     """
     reference = values[:known]
-    middle, spread = float(np.median(reference)), float(reference.std()) + 1e-9
-    result = np.zeros(len(values))
-    for code in np.unique(predicted):
+    middle = float(np.median(reference))
+    result = np.zeros(len(values) - known)
+    for code in np.unique(predicted[known:]):
         members = predicted == code
-        own, rest = reference[members[:known]], values[known:][members[known:]]
-        weight = len(own) / (len(own) + SHRINK_CELLS)
+        labelled, others = members[:known], members[known:]
+        own, rest = reference[labelled], values[known:][others]
         centre = float(np.median(own)) if len(own) >= OWN_CENTRE_CELLS else middle
-        scale = weight * float(own.std()) + (1 - weight) * spread if len(own) else spread
-        scale = max(scale, SMALLEST_SPREAD * spread)
+        scale = _spread(reference, labelled)
         if spread_of is not None:
             scale = float(spread_of[code]) * 2 * np.sqrt(np.clip(centre * (1 - centre), 0.01, 0.25))
-        result[:known][members[:known]] = (own - centre) / scale
         if shifted and len(rest) >= SHIFT_CELLS and len(own):
             centre += max(0.0, float(np.quantile(rest, SHIFT)) - float(np.quantile(own, SHIFT)))
-        result[known:][members[known:]] = (rest - centre) / scale
+        result[others] = (rest - centre) / scale
     return result
+
+
+def _wider(
+    single: np.ndarray,
+    smoothed: np.ndarray,
+    averaged: np.ndarray,
+    predicted: np.ndarray,
+    known: int,
+) -> np.ndarray:
+    """Return the spread of averages of few values, relative to those of the labelled cells: float [cells - known].
+
+    Args:
+        single: float [cells], values before averaging, the labelled cells first.
+        smoothed: float [cells], their averages.
+        averaged: int [cells], number of values in each average.
+        predicted: int [cells], classes.
+        known: Number of labelled cells.
+
+    Returns:
+        From 1, for as many values as those of the labelled cells, to the ratio of both spreads, for one value.
+    """
+    part, result = 1.0 / averaged, np.ones(len(single) - known)
+    for code in np.unique(predicted[known:]):
+        labelled, others = predicted[:known] == code, predicted[known:] == code
+        typical = float(part[:known][labelled if labelled.any() else slice(None)].mean())
+        more = np.maximum(part[known:][others] - typical, 0.0) / max(1.0 - typical, 1e-9)
+        ratio = max(1.0, _spread(single[:known], labelled) / _spread(smoothed[:known], labelled))
+        result[others] = np.sqrt(1.0 + more * (ratio**2 - 1.0))
+    return result
+
+
+def _spread(reference: np.ndarray, own: np.ndarray) -> float:
+    """Return the standard deviation of selected labelled cells, shrunken towards that of all, and at least a part."""
+    overall = float(reference.std()) + 1e-9
+    if not own.any():
+        return overall
+    weight = own.sum() / (own.sum() + SHRINK_CELLS)
+    mixed = weight * float(reference[own].std()) + (1 - weight) * overall
+    return max(mixed, SMALLEST_SPREAD * overall)
 
 
 def latent_map(config: Any, params: dict[str, Any]) -> np.ndarray | None:

@@ -53,12 +53,13 @@ panels = cellplm.plot.umap(adata, color=["cell_type", "cellplm_cluster"])
 # ## Label transfer
 #
 # Half of the cells keep their labels, the other half get the labels of their nearest neighbours in the
-# embedding, without training. [The next notebook](02_annotate.ipynb) trains a classifier, which is more
+# embedding, without training. Both halves have the same types: detection of unknown types
+# is off. [The next notebook](02_annotate.ipynb) trains a classifier, which is more
 # accurate.
 
 # %%
 known, unknown = adata[::2].copy(), adata[1::2].copy()
-annotator = cellplm.CellTypeAnnotator(model, method="neighbors", quiet=True)
+annotator = cellplm.CellTypeAnnotator(model, method="neighbors", unknown_rate=None, quiet=True)
 annotator.fit(known, label_key="cell_type")
 annotator.predict(unknown)
 right = unknown.obs["cellplm_cell_type"] == unknown.obs["cell_type"].astype(str)

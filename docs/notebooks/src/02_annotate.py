@@ -32,7 +32,7 @@ labelled.obs["cell_type"].value_counts()
 # example.
 
 # %%
-annotator = cellplm.CellTypeAnnotator(model, epochs=15, quiet=True)
+annotator = cellplm.CellTypeAnnotator(model, unknown_rate=None, epochs=15, quiet=True)
 annotator.fit(labelled, label_key="cell_type")
 print(*annotator.messages, sep="\n")
 
@@ -95,7 +95,8 @@ cellplm.plot.calibration(predicted == true, cells.obs["cellplm_confidence"])
 plt.show()
 
 # %% [markdown]
-# A cell of a new type still gets one of the known labels. With `unknown_threshold`, cells with a low
+# Every type of these cells has labels, so `unknown_rate=None` leaves detection of unknown types off. With
+# `unknown_threshold`, cells with a low
 # confidence are labelled "unknown".
 
 # %%
