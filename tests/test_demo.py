@@ -60,8 +60,8 @@ def test_the_readme_shows_what_is_printed(demo):
     for method, values in scores.items():
         row = next(line for line in readme.splitlines() if line.startswith(f"| {method} |"))
         shown = [float(cell) for cell in row.strip("|").split("|")[1:]]
-        # The last digits of Leiden depend on the machine.
-        assert shown == pytest.approx([values[k] for k in ("ari", "nmi", "knn_accuracy")], abs=5e-3)
+        # Clusters move by a few cells with the rounding of other devices and threads.
+        assert shown == pytest.approx([values[k] for k in ("ari", "nmi", "knn_accuracy")], abs=1e-2)
 
 
 def test_steps_need_from_scratch(capsys, tmp_path):
