@@ -99,6 +99,8 @@ def handles_signals(process: int) -> bool:
 
 def main() -> None:
     """Serve requests until the input ends."""
+    # A shell lets the jobs in its background ignore Ctrl-C; commands of the campaigns do not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in sys.argv[1:]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
