@@ -15,6 +15,8 @@ TRAIN = ["grain>=0.2.15", "tensorboardX>=2.6", "dask>=2025.1", "distributed>=202
 EVAL = [
     "scanpy>=1.11",
     "leidenalg>=0.10",
+    # Of 0.7 scanpy 1.11 cannot read the graph, which it computes from 8,192 cells on.
+    "pynndescent<0.7",
     "igraph>=0.11",
     "matplotlib>=3.8",
     "scikit-learn>=1.5",

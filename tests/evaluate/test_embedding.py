@@ -360,3 +360,13 @@ def test_baseline_on_real_cells():
     assert embedding.knn_accuracy(found, labels) > 0.85
     scores = embedding.clustering_scores(labels, embedding.leiden_clusters(found))
     assert scores["nmi"] > 0.4
+
+
+def test_many_cells_are_clustered_with_an_approximate_search():
+    """From 8,192 cells on scanpy uses pynndescent, whose releases change what they return."""
+    pytest.importorskip("pynndescent")
+    generator = np.random.default_rng(0)
+    groups = np.arange(8200) % 4
+    cells = generator.standard_normal((8200, 4)) + 30 * np.eye(4)[groups]
+    clusters = embedding.leiden_clusters(cells, resolution=0.01)
+    assert embedding.clustering_scores(groups, clusters)["ari"] == pytest.approx(1)
