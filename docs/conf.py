@@ -61,8 +61,14 @@ nitpick_ignore_regex = [
     (r"py:(class|obj|exc|data)", r"(?!cellplm_jax\b).*"),
     (r"py:.*", r"cellplm_jax\..*(\._\w+|Type)"),
     # Internal types in annotations.
-    (r"py:class", r"cellplm_jax\.(data\.(anndata_files|device_arrays|features|matrices)|display|storage)\..*"),
-    (r"py:class", r"cellplm_jax\.tasks\.(denoise_pool|estimator|impute_fit)\.(Pool|Reading|Recipe|ImputerFit)"),
+    (
+        r"py:class",
+        r"cellplm_jax\.(data\.(anndata_files|device_arrays|features|matrices)|display|storage)\..*",
+    ),
+    (
+        r"py:class",
+        r"cellplm_jax\.tasks\.(denoise_pool|estimator|impute_fit)\.(Pool|Reading|Recipe|ImputerFit)",
+    ),
 ]
 
 # -- Links ----------------------------------------------------------------------------------------
