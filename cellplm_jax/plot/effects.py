@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.plot.style import MARKERS, PALETTE, STYLE, pyplot_module
+from cellplm_jax.plot.style import MARKERS, PALETTE, STYLE, gene_labels, pyplot_module
 
 COLUMNS = 3
 """Number of panels per row."""
@@ -26,6 +26,7 @@ def effect_panels(
 
     Args:
         panels: Title of each panel to float [genes, quantities], such as the columns ``measured`` and ``predicted``.
+            Ensembl ids are shown as symbols.
             All tables have the same columns; a line connects the first two.
         value_label: Label of the value axes.
         title: Title of the figure.
@@ -67,7 +68,7 @@ def effect_panels(
                     values[:, number], place, s=22, color=PALETTE[number], label=column,
                     marker=MARKERS[number], zorder=3 - 0.1 * number, linewidths=0,
                 )  # fmt: skip
-            axes.set_yticks(place, [str(gene) for gene in table.index], fontsize=7.5)
+            axes.set_yticks(place, gene_labels(table.index), fontsize=7.5)
             axes.set_title(name, loc="left", fontsize=9)
             axes.set_xlabel(value_label)
             axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
