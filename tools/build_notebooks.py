@@ -1,7 +1,8 @@
 """Make the notebooks of ``docs/notebooks`` from their sources, by running them.
 
 The sources are ``docs/notebooks/src/*.py`` in jupytext's percent format: what a notebook does, and nothing of how it is
-opened or installed. This program adds that, runs the notebook in an empty folder, and writes it with its outputs::
+opened or installed. This program adds that, runs the notebook in an empty folder, and writes it with its outputs.
+In full it needs the files of ``cellplm_jax.datasets.public``, in the folder of the variable ``CELLPLM_DATA``::
 
     python tools/build_notebooks.py                    # all of them, in full: what is committed
     python tools/build_notebooks.py --fast             # a reduced setting, nothing is written: what CI runs
@@ -27,20 +28,28 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 
 FAST = {
-    "01_quickstart": [('"unassigned"].copy()', '"unassigned"][:400].copy()')],
-    "02_annotate": [('"unassigned"].copy()', '"unassigned"][:500].copy()'), ("epochs=15", "epochs=2")],
-    "03_spatial_imputation": [("cells=2400", "cells=600"), ("epochs=40", "epochs=3")],
-    "04_denoise_and_perturb": [("[:600]", "[:200]"), ("epochs=5", "epochs=1")],
-    "05_pretrain": [
+    "01_quickstart": [('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("DRAWS = 10", "DRAWS = 2")],
+    "02_annotate": [('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("epochs=15", "epochs=2")],
+    "03_tissue": [
+        ('public("xenium_breast")', 'public("xenium_breast", stand_in=True)'),
+        ("CELLS = 1500", "CELLS = 150"), ("epochs=20", "epochs=2"),
+    ],
+    "04_integrate": [('public("kang")', 'public("kang", stand_in=True)[::4].copy()')],
+    "05_drug_response": [
+        ('public("kang")', 'public("kang", stand_in=True)[::2].copy()'),
+        ('sorted(adata.obs["cluster_id"].unique())', 'sorted(adata.obs["cluster_id"].unique())[:1]'),
+    ],
+    "06_denoise": [('"unassigned"].copy()', '"unassigned"][:400].copy()')],
+    "07_pretrain": [
         ('adata.write_h5ad("cells.h5ad")', 'adata[:600].copy().write_h5ad("cells.h5ad")'),
         ("steps=240", "steps=30"), ("evaluate_every=40", "evaluate_every=10"),
         ("checkpoint_every=40", "checkpoint_every=10"),
     ],
-    "06_convert_checkpoint": [("[:1000]", "[:200]")],
+    "08_convert_checkpoint": [("[:1000]", "[:200]")],
 }  # fmt: skip
-"""What ``--fast`` replaces in each source: fewer cells and epochs."""
+"""What ``--fast`` replaces in each source: fewer cells and epochs, and simulated cells for files of other people."""
 
-EXTRAS = {"05_pretrain": "eval,train,hub", "06_convert_checkpoint": "eval,torch"}
+EXTRAS = {"07_pretrain": "eval,train,hub", "08_convert_checkpoint": "eval,torch"}
 COLORS = 192  # of a picture: enough for a plot, a third of the bytes
 
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
