@@ -535,7 +535,7 @@ def test_annotation_is_scored_on_cells_that_were_held_out():
     (estimator, scored) = re.findall(r"(\w+)\.score\((\w+)", code)[0]
     (fitted,) = re.findall(rf"^{estimator} = .*\.fit\((\w+)", code, re.MULTILINE)
     (kept,) = re.findall(rf"^{scored} = .*== (\S+)\]", code, re.MULTILINE)
-    assert f"{fitted} = labelled[labelled.obs[\"batch\"] != {kept}]" in code
+    assert f'{fitted} = labelled[labelled.obs["batch"] != {kept}]' in code
 
 
 def test_every_message_has_a_row_with_its_remedy():

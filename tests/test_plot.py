@@ -336,6 +336,22 @@ def test_style_does_not_leak():
     assert dict(plt.rcParams) == before
 
 
+def test_a_backend_that_becomes_interactive_stays_so():
+    """The first figure of a notebook loads its backend and turns the interactive mode on; the next is shown too."""
+    from cellplm_jax.plot.style import styled
+
+    assert not plt.isinteractive()
+    try:
+        with styled():
+            plt.ion()
+        assert plt.isinteractive()
+        with styled():
+            pass
+        assert plt.isinteractive()
+    finally:
+        plt.ioff()
+
+
 @pytest.mark.parametrize("show", [False, True])
 def test_show_is_asked_for(monkeypatch, show):
     calls = []

@@ -32,14 +32,14 @@ FAST = {
     "02_annotate": [('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("epochs=15", "epochs=2")],
     "03_tissue": [
         ('public("xenium_breast")', 'public("xenium_breast", stand_in=True)'),
-        ("CELLS = 1500", "CELLS = 150"), ("epochs=20", "epochs=2"),
+        ("CELLS = 800", "CELLS = 150"), ("epochs=8", "epochs=2"),
     ],
     "04_integrate": [('public("kang")', 'public("kang", stand_in=True)[::4].copy()')],
     "05_drug_response": [
         ('public("kang")', 'public("kang", stand_in=True)[::2].copy()'),
         ('sorted(adata.obs["cluster_id"].unique())', 'sorted(adata.obs["cluster_id"].unique())[:1]'),
     ],
-    "06_denoise": [('"unassigned"].copy()', '"unassigned"][:400].copy()')],
+    "06_denoise": [('"unassigned"].copy()', '"unassigned"][:300].copy()'), ("> 0.05", "> 0.3")],
     "07_pretrain": [
         ('adata.write_h5ad("cells.h5ad")', 'adata[:600].copy().write_h5ad("cells.h5ad")'),
         ("steps=240", "steps=30"), ("evaluate_every=40", "evaluate_every=10"),

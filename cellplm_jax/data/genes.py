@@ -271,7 +271,7 @@ class GeneMapping(Displayed):
             parts.append(f"Left out: {'; '.join(details)}.")
         if self.duplicated:
             parts.append(
-                f"Given more than once, and summed: {self.duplicated} of the genes"
+                f"Counts of repeated genes were summed: {self.duplicated} of the genes"
                 f"{self._quote('duplicated')}."
             )
         return " ".join(parts)
@@ -551,7 +551,8 @@ def map_genes(
     for position in repeated[:EXAMPLES]:
         sources = Counter(names[row] for row in np.flatnonzero(column == position))
         shown = " + ".join(name if n == 1 else f"{name} ({n} times)" for name, n in sources.items())
-        examples["duplicated"].append(f"{shown} -> {index.names[position]}")
+        target = index.names[position]
+        examples["duplicated"].append(shown if set(sources) == {target} else f"{shown} -> {target}")
     absent = np.flatnonzero(hits == 0)
     examples["missing"] = [index.names[position] for position in absent[:EXAMPLES]]
     matched_names = int((column >= 0).sum())

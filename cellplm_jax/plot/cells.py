@@ -13,7 +13,7 @@ from scipy import sparse
 from cellplm_jax.data.features import own_symbols
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.plot.maps import embedding_map, tissue_map
-from cellplm_jax.plot.style import STYLE, pyplot_module, store_colors
+from cellplm_jax.plot.style import pyplot_module, store_colors, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,7 +305,7 @@ def _panels(
     pyplot = pyplot_module()
     columns = max(1, min(columns, len(names)))
     rows = math.ceil(len(names) / columns)
-    with pyplot.rc_context(STYLE):
+    with styled():
         # Room for a legend beside each panel.
         figure, grid = pyplot.subplots(
             rows, columns, figsize=((size[0] + 1.6) * columns, size[1] * rows),

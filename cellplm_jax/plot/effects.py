@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.plot.style import MARKERS, PALETTE, STYLE, gene_labels, pyplot_module
+from cellplm_jax.plot.style import MARKERS, PALETTE, gene_labels, pyplot_module, styled
 
 COLUMNS = 3
 """Number of panels per row."""
@@ -49,7 +49,7 @@ def effect_panels(
     pyplot = pyplot_module()
     genes = max(len(table) for table in panels.values())
     rows, wide = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             rows, wide, figsize=(3.1 * wide + 0.4, (0.19 * genes + 1.0) * rows + 0.5),
             layout="constrained", squeeze=False,
@@ -127,7 +127,7 @@ def values_by_group(
     order = table["value"].abs().groupby(table["group"]).mean().sort_values().index
     kinds = sorted(table["label"].unique())
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         height = 0.2 * len(order) * (len(kinds) + 0.6) + 1.1
         axes = pyplot.subplots(
             figsize=(5.4, float(np.clip(height, 2.0, 12.0))), layout="constrained"

@@ -16,13 +16,13 @@ from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.plot.style import (
     MARKERS,
     PALETTE,
-    STYLE,
     UNKNOWN_COLOR,
     UNKNOWN_LABELS,
     categories_of,
     gene_labels,
     picture,
     pyplot_module,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -605,7 +605,7 @@ def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     for points in tissues:
         extent = np.maximum(np.ptp(points, axis=0), 1e-9)
         widths.append(float(np.clip(3.4 * extent[0] / extent[1], 1.5, 7.0)))
-    with pyplot.rc_context(STYLE):
+    with styled():
         grid = pyplot.subplots(
             1, len(widths), figsize=(sum(widths) + 1.8, 3.8), layout="constrained", squeeze=False,
             width_ratios=widths,
@@ -623,7 +623,7 @@ def _side_by_side(
     if tissue is not None:
         extent = np.maximum(np.ptp(tissue, axis=0), 1e-9)
         height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             1, number, figsize=(4.2 * number, height + 0.6), layout="constrained", squeeze=False
         )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.plot.cells import spatial
-from cellplm_jax.plot.style import PALETTE, STYLE, gene_labels, picture, pyplot_module, widen
+from cellplm_jax.plot.style import PALETTE, gene_labels, picture, pyplot_module, styled, widen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def spatial_sections(
     columns = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             rows, columns, figsize=(3.0 * columns, 3.0 * rows), layout="constrained", squeeze=False
         )

@@ -250,6 +250,21 @@ def pyplot_module() -> Any:
 
 
 @contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Context manager for figures in the common style.
+
+    ``rc_context`` also restores whether matplotlib is interactive. The first figure of a notebook loads the backend,
+    which makes it interactive: without that, later figures are not shown.
+    """
+    pyplot = pyplot_module()
+    with pyplot.rc_context(STYLE):
+        yield
+        interactive = pyplot.isinteractive()
+    if interactive:
+        pyplot.ion()
+
+
+@contextlib.contextmanager
 def picture(
     ax: Axes | None,
     size: tuple[float, float],
@@ -268,7 +283,7 @@ def picture(
         beside: Whether to widen a new figure by its legend or colour bar.
     """
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         axes = pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
         yield axes
         if title:

@@ -37,7 +37,10 @@ annotator = cellplm.CellTypeAnnotator(model, epochs=15, quiet=True)
 annotator.fit(labelled, label_key="cell_type")
 annotator.predict(cells)
 cellplm.embed(cells, model, adapt="context", quiet=True)
-panels = cellplm.plot.umap(cells, color=["cell_type", "cellplm_cell_type", "cellplm_unknown_score"])
+colors = cellplm.plot.category_colors(cells.obs["cell_type"])  # the same in both panels
+panels = cellplm.plot.umap(
+    cells, color=["cell_type", "cellplm_cell_type", "cellplm_unknown_score"], palette=colors
+)
 
 # %% [markdown]
 # ## Is the new type found?
@@ -74,7 +77,7 @@ pd.DataFrame(
 # The reasons that the annotator gives:
 
 # %%
-cells.obs.loc[flagged, "cellplm_unknown_reason"].value_counts().head(3)
+cells.obs.loc[flagged, "cellplm_unknown_reason"].astype(str).value_counts().head(3)
 
 # %% [markdown]
 # ## The known types

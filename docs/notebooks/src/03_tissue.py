@@ -16,7 +16,7 @@ tissue.obs["batch"].value_counts()
 # A square of each tile is enough for this example:
 
 # %%
-CELLS = 1500
+CELLS = 800
 chosen = []
 for tile in tissue.obs["batch"].unique():
     own = np.flatnonzero(tissue.obs["batch"] == tile)
@@ -65,7 +65,7 @@ hidden = random.permutation(often)[: round(0.3 * len(often))]
 panel = truth[:, np.setdiff1d(np.arange(truth.n_vars), hidden)].copy()
 reference = tissue[~target].copy()
 del reference.obsm["spatial"]
-imputer = cellplm.GeneImputer(model, epochs=20, quiet=True).fit(panel, reference=reference)
+imputer = cellplm.GeneImputer(model, epochs=8, quiet=True).fit(panel, reference=reference)
 print(*imputer.messages, sep="\n")
 
 # %% [markdown]
