@@ -90,7 +90,8 @@ def write_inputs(inputs: Path, server: Server, verbs: Sequence[str]) -> None:
     make_labelled(200, spatial=True).write_h5ad(inputs / "cells.h5ad")
     (inputs / "genes.txt").write_text("\n".join(VOCABULARY))
     examples._checkpoint(inputs / "model")
-    examples._published(inputs / "published")
+    if {"convert", "convert back"} & set(verbs):
+        examples._published(inputs / "published")
     for user, verb, out in (
         ("annotate predict", "annotate fit", "annotator"),
         ("embed corpus", "prepare", "corpus"),
