@@ -169,7 +169,7 @@ def opens(path: Path) -> bool:
     from cellplm_jax.train.checkpoint import read_root
 
     if path.suffix == ".h5ad":
-        return "cellplm" in anndata.read_h5ad(path).uns
+        return any(key.startswith("cellplm") for key in anndata.read_h5ad(path).uns)
     if path.suffix in (".cellplm", ".ckpt"):
         return zipfile.ZipFile(path).testzip() is None
     if path.suffix == ".html":
