@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
@@ -43,7 +43,7 @@ from cellplm_jax.tasks.annotation_pool import (
     log_probabilities_of,
     neighbor_votes,
 )
-from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
+from cellplm_jax.tasks.contexts import CellTable, gather, labels_of, variable_genes
 from cellplm_jax.tasks.estimator import (
     AS_FITTED,
     Estimator,
@@ -108,14 +108,15 @@ class CellTypeAnnotator(Estimator):
 
     ``method="finetune"`` adds a linear head to a deterministic latent and fine-tunes the complete model on labelled
     cells with the published recipe. The head of a pretrained model is initialised with the exact logistic regression on
-    its latent, and the fine-tuned weights are kept only if they score better on validation cells.
+    its latent and on log1p counts of highly variable genes; the term of the genes stays as it is. The fine-tuned
+    weights are kept only if they score better on validation cells.
     ``method="neighbors"`` needs no training: cells get the label of their nearest labelled cells in the embedding of
     the pretrained model.
 
-    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted on
-    log1p counts in addition to the network, and their log-probabilities are added with weights fitted to the
+    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted
+    in addition to the network, and their log-probabilities are added with weights fitted to the
     validation cells, which also calibrates them. If one part alone has a lower cross-validated cross-entropy on these
-    cells, it is used alone. ``linear=False`` uses the network only (published).
+    cells, it is used alone. ``linear=False`` omits the genes from both: the published network.
 
     Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.
@@ -138,7 +139,7 @@ class CellTypeAnnotator(Estimator):
         class_weights: Weight of each cell in the loss by its label; ``"balanced"``: all labels have the same total
             weight; None: all cells have the same weight.
         neighbors: For ``"neighbors"``: number of voting labelled cells, weighted by inverse distance.
-        linear: For ``"finetune"``: average the network with a logistic regression.
+        linear: For ``"finetune"``: use a logistic regression on genes, in the head and in the average.
         genes: Number of highly variable genes to fit on; None: all; default: 3,000 from scratch, else all.
         quiet: Disable progress output.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``patience``, ``learning_rate``,
@@ -204,6 +205,7 @@ class CellTypeAnnotator(Estimator):
         self.temperature = 1.0
         self.pool: list[float] = []
         self._linear: LinearClassifier | None = None
+        self._gene_head: np.ndarray | None = None
         self._linear_genes = np.zeros(0, int)
         self._detector: UnknownDetector | None = None
         self._detector_genes = np.zeros(0, int)
@@ -384,7 +386,17 @@ class CellTypeAnnotator(Estimator):
         labels = np.full(len(table), -1, np.int32)
         labels[train] = codes[train]
         weights = self._weights(codes[train])
-        examples = self._examples(table, shown, start, targets={"label": labels})
+        self._gene_head = None
+        if self.linear:
+            self._linear_genes = variable_genes(table.counts[train], LINEAR_GENES)
+        pretrained = self.base is not None
+        if pretrained:
+            with stage(f"{self.task}: solving the head", quiet=self.quiet):
+                self._solve_head(start, table, shown, train, valid, codes, weights)
+        offset = self._gene_logits(table.counts)
+        examples = self._examples(
+            table, shown, start, targets={"label": labels, "gene_logits": offset}
+        )
         judged = self._examples(table, shown if transductive else valid, start)
         predict = jax.jit(
             lambda params, example: clean_forward(params, example.batch, start.config).prediction
@@ -392,7 +404,7 @@ class CellTypeAnnotator(Estimator):
 
         def logits_of(params: Any) -> np.ndarray:
             outputs = [predict(params, layout.example) for layout in judged]
-            return gather(judged, jax.device_get(outputs), len(table))[valid]
+            return (gather(judged, jax.device_get(outputs), len(table)) + offset)[valid]
 
         def validate(params: Any) -> dict[str, float]:
             logits, truth = logits_of(params), codes[valid]
@@ -403,12 +415,6 @@ class CellTypeAnnotator(Estimator):
                 "validation_accuracy": float(np.diag(confusion).sum() / len(truth)),
             }
 
-        pretrained = self.base is not None
-        if pretrained:
-            with stage(f"{self.task}: solving the head", quiet=self.quiet):
-                self._solve_head(
-                    start, [*examples, *judged], table, train, codes, weights, validate
-                )
         result = self._finetune(
             start,
             loss=annotation_loss(start.config, self.training.masking, weights),
@@ -437,17 +443,18 @@ class CellTypeAnnotator(Estimator):
     def _solve_head(
         self,
         start: Pretrained,
-        layouts: Sequence[Layout],
         table: CellTable,
+        shown: np.ndarray,
         train: np.ndarray,
+        valid: np.ndarray,
         codes: np.ndarray,
         weights: np.ndarray | None,
-        validate: Callable[[Any], dict[str, float]],
     ) -> None:
-        """Set the head of ``start`` to the logistic regression on the pretrained latent, solved exactly.
+        """Set the head of ``start`` to a logistic regression on the pretrained latent and the variable genes.
 
-        Fine-tuning starts from there and is kept only if validation cells say that it helps. The L2 penalty is chosen
-        on the same cells.
+        It is solved exactly. The part on the genes is a term of the network's logits that is not fine-tuned; it keeps
+        what the latent loses. Fine-tuning starts from there and is kept only if validation cells say that it helps. The
+        L2 penalty of the latent is chosen on the same cells.
         """
         model = CellPLM(start.config)
 
@@ -457,22 +464,40 @@ class CellTypeAnnotator(Estimator):
             return inferred.mean
 
         embed, params = jax.jit(latent), jax.device_put(start.params)
+        layouts = self._examples(table, shown, start)
+        if len(valid) and not np.isin(valid, shown).all():
+            layouts = [*layouts, *self._examples(table, valid, start)]
         outputs = [embed(params, layout.example.batch) for layout in layouts]
-        latents = gather(layouts, jax.device_get(outputs), len(table))
-        features = sparse.csr_matrix(latents[train])
-        best = (-np.inf, -np.inf)
-        for penalty in HEAD_PENALTIES:
-            found = fit_linear_classifier(
-                features, codes[train], len(self.labels), penalty=penalty, weights=weights
-            )
-            layer = {"kernel": found.kernel, "bias": found.bias}
-            candidate = {**start.params, "head": {"mlp": {"linear_0": layer}}}
-            if not self.facts["validation_cells"]:
-                start.params = candidate
-                return
-            scores = validate(candidate)
-            if (rank := (scores[SCORE], -scores[LOSS])) > best:
-                best, start.params = rank, candidate
+        latents = gather(layouts, jax.device_get(outputs), len(table)).astype(np.float64)
+        genes = None
+        if self.linear:
+            genes = log_counts(table.counts, self._linear_genes)
+        best = np.inf
+        for penalty in HEAD_PENALTIES if len(valid) else HEAD_PENALTIES[:1]:
+            # Both parts have their own penalty: the latent is scaled instead.
+            scale = np.sqrt(LINEAR_PENALTY / penalty)
+            features = sparse.csr_matrix(latents * scale)
+            if genes is not None:
+                features = sparse.csr_matrix(sparse.hstack([features, genes]))
+            solved = fit_linear_classifier(
+                features[train], codes[train], len(self.labels), penalty=LINEAR_PENALTY,
+                weights=weights,
+            )  # fmt: skip
+            error = 0.0
+            if len(valid):
+                found = solved.log_probabilities(features[valid])
+                error = cross_entropy(found, codes[valid], 1.0)
+            if error < best:
+                best, width = error, latents.shape[1]
+                layer = {"kernel": solved.kernel[:width] * np.float32(scale), "bias": solved.bias}
+                start.params = {**start.params, "head": {"mlp": {"linear_0": layer}}}
+                self._gene_head = None if genes is None else solved.kernel[width:]
+
+    def _gene_logits(self, counts: sparse.csr_matrix) -> np.ndarray:
+        """Return the term of the genes in the logits of the network, float32 [cells, classes]; 0 without it."""
+        if self._gene_head is None:
+            return np.zeros((counts.shape[0], len(self.labels)), np.float32)
+        return np.asarray(log_counts(counts, self._linear_genes) @ self._gene_head, np.float32)
 
     def _fit_linear(
         self,
@@ -493,10 +518,8 @@ class CellTypeAnnotator(Estimator):
             weights: float32 [classes], or None.
             logits: float32 [validation cells, classes] of the network; None without validation cells.
         """
-        columns = variable_genes(table.counts[train], LINEAR_GENES)
-        features = log_counts(table.counts, columns)
+        features = log_counts(table.counts, self._linear_genes)
         options: dict[str, Any] = {"penalty": LINEAR_PENALTY, "weights": weights}
-        self._linear_genes = columns
         network = None
         linear = None
         if logits is not None:
@@ -776,11 +799,14 @@ class CellTypeAnnotator(Estimator):
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         parts: dict[str, np.ndarray] = {}
-        linear, cells = self._of_counts(data, reading)
+        linear, gene_logits, cells = self._of_counts(data, reading)
         if self._reference is not None:
             probabilities = self._votes(z)
         else:
-            logits = np.asarray(self._head(z) / self.temperature, np.float64)
+            logits = self._head(z)
+            if gene_logits is not None:
+                logits = logits + gene_logits
+            logits = np.asarray(logits / self.temperature, np.float64)
             parts["network"] = softmax(logits, axis=1)
             if linear is not None:
                 parts["linear"] = softmax(linear, axis=1)
@@ -815,11 +841,14 @@ class CellTypeAnnotator(Estimator):
 
     def _of_counts(
         self, data: Any, reading: Reading
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return log-probabilities of the logistic regression and coordinates of the detector, read in blocks."""
+    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """Return log-probabilities of the logistic regression, the term of the genes and the detector's coordinates.
+
+        The counts are read in blocks.
+        """
         if self._linear is None and self._detector is None:
-            return None, None
-        linear, cells = [], []
+            return None, None, None
+        linear, gene_logits, cells = [], [], []
         read: dict[str, Any] = {
             "layer": reading.layer,
             "gene_key": reading.gene_key,
@@ -833,10 +862,13 @@ class CellTypeAnnotator(Estimator):
                 if self._linear is not None:
                     features = log_counts(block, self._linear_genes)
                     linear.append(self._linear.log_probabilities(features))
+                if self._gene_head is not None:
+                    gene_logits.append(self._gene_logits(block))
                 if self._detector is not None:
                     cells.append(self._detector.project(block[:, self._detector_genes]))
         return (
             np.concatenate(linear) if linear else None,
+            np.concatenate(gene_logits) if gene_logits else None,
             np.concatenate(cells) if cells else None,
         )
 
@@ -902,6 +934,8 @@ class CellTypeAnnotator(Estimator):
         if self._linear is not None:
             arrays |= {"kernel": self._linear.kernel, "bias": self._linear.bias}
             arrays["genes"] = self._linear_genes.astype(np.int32)
+        if self._gene_head is not None:
+            arrays["gene_head"] = self._gene_head
         if self._detector is not None:
             arrays |= {f"{_DETECTOR}{name}": a for name, a in self._detector.arrays.items()}
             arrays[_DETECTOR_GENES] = self._detector_genes.astype(np.int32)
@@ -919,6 +953,7 @@ class CellTypeAnnotator(Estimator):
         elif "kernel" in arrays:
             self._linear = LinearClassifier(arrays["kernel"], arrays["bias"])
             self._linear_genes = arrays["genes"]
+            self._gene_head = arrays.get("gene_head")
         if _DETECTOR_GENES in arrays:
             self._detector_genes = arrays[_DETECTOR_GENES]
             self._detector = UnknownDetector(
@@ -933,7 +968,10 @@ class CellTypeAnnotator(Estimator):
 def annotation_loss(
     config: ModelConfig, masking: MaskingConfig, weights: np.ndarray | None = None
 ) -> Loss:
-    """Return the loss of an example whose target ``"label"`` is int32 [samples, cells], -1 for missing labels.
+    """Return the loss of an example.
+
+    Its target ``"label"`` is int32 [samples, cells], -1 for missing labels; ``"gene_logits"``, float32 [samples, cells,
+    classes], is added to the logits of the head.
 
     Args:
         config: Architecture with an annotation head.
@@ -946,7 +984,8 @@ def annotation_loss(
 
     def loss(params, example, key):
         output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
-        logits: jax.Array = output.prediction  # type: ignore[assignment]
+        gene_logits = follow_cells(example.targets["gene_logits"], kept)
+        logits: jax.Array = output.prediction + gene_logits  # type: ignore[assignment]
         labels = follow_cells(example.targets["label"], kept, fill=-1)
         value = classification_loss(logits, labels, kept.cell_mask, weights=weights)
         right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)

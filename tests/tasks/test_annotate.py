@@ -418,9 +418,10 @@ def test_network_and_logistic_regression_are_pooled(fitted):
     assert min(fitted.pool) >= 0
     assert any("logistic regression" in m for m in fitted.messages)
     z, _, _ = fitted._embed(adata, fitted.reading)
-    network = jax.nn.log_softmax(fitted._head(z) / fitted.temperature, axis=1)
     with open_counts(adata, fitted.model.genes) as source:
         features = np.log1p(source.read(0, 30).toarray())[:, fitted._linear_genes]
+    logits = fitted._head(z) + features @ fitted._gene_head
+    network = jax.nn.log_softmax(logits / fitted.temperature, axis=1)
     linear = jax.nn.log_softmax(features @ fitted._linear.kernel + fitted._linear.bias, axis=1)
     mixed = fitted.pool[0] * np.asarray(network) + fitted.pool[1] * np.asarray(linear)
     np.testing.assert_allclose(
@@ -447,3 +448,19 @@ def test_the_head_starts_at_the_exact_regression_and_tuning_has_to_help(tiny_mod
     wild.fit(split_cells(), **KEYS)
     assert wild.facts["validation_f1"] >= wild.facts["validation_f1_start"]
     assert np.isfinite(probabilities(wild, split_cells())).all()
+
+
+def test_the_network_keeps_what_one_gene_decides(tiny_model):
+    """The term of the genes in the head: a latent of six dimensions does not contain each gene."""
+    adata = make_labelled(240, seed=3)
+    counts = adata.X.toarray()
+    column = int(np.argmin(np.abs(np.mean(counts > np.median(counts), axis=0) - 0.5)))
+    adata.obs["one gene"] = np.where(counts[:, column] > np.median(counts), "high", "low")
+    options = {"epochs": 1, "learning_rate": 1e-6, "unknown_rate": None}
+    scores = {}
+    for linear in (True, False):
+        found = annotator(tiny_model, linear=linear, **options)
+        found.fit(adata[:160].copy(), label_key="one gene")
+        scores[linear] = found.score(adata[160:].copy())
+    assert scores[True]["network_macro_f1"] > 0.95
+    assert scores[True]["network_macro_f1"] > scores[False]["macro_f1"] + 0.05
