@@ -37,6 +37,7 @@ from cellplm_jax.tasks.annotation_pool import (
     LINEAR_GENES,
     LINEAR_PENALTY,
     choose_pool,
+    clearly_better,
     cross_entropy,
     fit_temperature,
     log_counts,
@@ -87,8 +88,8 @@ LINEAR_CELLS = 4096
 _DETECTOR, _DETECTOR_GENES = "unknown_", "detected_genes"
 """Prefix of the saved arrays of the detector, and the name of its genes."""
 
-HEAD_PENALTIES = (10.0, 1.0, 100.0)
-"""L2 penalties that the head is solved with; the first one if there are no validation cells."""
+LATENT_LENGTH = 6.0
+"""Median length of the pretrained latents in the regression that solves the head; log1p counts are not scaled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,14 +110,15 @@ class CellTypeAnnotator(Estimator):
     ``method="finetune"`` adds a linear head to a deterministic latent and fine-tunes the complete model on labelled
     cells with the published recipe. The head of a pretrained model is initialised with the exact logistic regression on
     its latent and on log1p counts of highly variable genes; the term of the genes stays as it is. The fine-tuned
-    weights are kept only if they score better on validation cells.
+    weights are kept only if they are clearly better on validation cells; otherwise the head is solved once more with
+    these cells.
     ``method="neighbors"`` needs no training: cells get the label of their nearest labelled cells in the embedding of
     the pretrained model.
 
-    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted
-    in addition to the network, and their log-probabilities are added with weights fitted to the
-    validation cells, which also calibrates them. If one part alone has a lower cross-validated cross-entropy on these
-    cells, it is used alone. ``linear=False`` omits the genes from both: the published network.
+    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted as a
+    baseline, and predicts instead of the network if it is clearly better on validation cells. From scratch, the
+    log-probabilities of both are added with weights fitted to the validation cells. ``linear=False`` omits the genes
+    from head and prediction: the published network.
 
     Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.
@@ -390,9 +392,11 @@ class CellTypeAnnotator(Estimator):
         if self.linear:
             self._linear_genes = variable_genes(table.counts[train], LINEAR_GENES)
         pretrained = self.base is not None
+        features, scale = None, 1.0
         if pretrained:
             with stage(f"{self.task}: solving the head", quiet=self.quiet):
-                self._solve_head(start, table, shown, train, valid, codes, weights)
+                features, scale = self._head_features(start, table, shown, valid)
+                self._solve_head(start, features, scale, train, codes, weights)
         offset = self._gene_logits(table.counts)
         examples = self._examples(
             table, shown, start, targets={"label": labels, "gene_logits": offset}
@@ -427,35 +431,33 @@ class CellTypeAnnotator(Estimator):
         self.validation = None
         if len(valid):
             logits = logits_of(jax.device_put(self._fitted().params))
-            self.temperature = fit_temperature(logits, codes[valid])
             best = self.facts["best_epoch"]
-            scores = self.history[best - 1] if best else result.start_scores
-            self.facts["validation_f1"] = scores[SCORE]
             if pretrained:
                 self.facts["validation_f1_start"] = result.start_scores[SCORE]
+                first = logits_of(jax.device_put(start.params))
+                if best and not clearly_better(logits, first, codes[valid]):
+                    best, logits = 0, first
+                    self.facts["best_epoch"] = 0
+            self.facts["validation_f1"] = (self.history[best - 1] if best else result.start_scores)[
+                SCORE
+            ]
+            self.temperature = fit_temperature(logits, codes[valid])
             self.validation = (codes[valid], softmax(logits / self.temperature, axis=1))
         else:
             self.messages.append("No validation cells: probabilities are not calibrated.")
         if self.linear:
             with stage(f"{self.task}: logistic regression", quiet=self.quiet):
                 self._fit_linear(table, train, valid, codes, weights, logits)
+        if len(valid) and features is not None and not self.facts["best_epoch"]:
+            # The start is kept: its head can use the validation cells as well.
+            labelled = np.sort(np.concatenate([train, valid]))
+            self._solve_head(start, features, scale, labelled, codes, weights)
+            self._fitted().params = start.params
 
-    def _solve_head(
-        self,
-        start: Pretrained,
-        table: CellTable,
-        shown: np.ndarray,
-        train: np.ndarray,
-        valid: np.ndarray,
-        codes: np.ndarray,
-        weights: np.ndarray | None,
-    ) -> None:
-        """Set the head of ``start`` to a logistic regression on the pretrained latent and the variable genes.
-
-        It is solved exactly. The part on the genes is a term of the network's logits that is not fine-tuned; it keeps
-        what the latent loses. Fine-tuning starts from there and is kept only if validation cells say that it helps. The
-        L2 penalty of the latent is chosen on the same cells.
-        """
+    def _head_features(
+        self, start: Pretrained, table: CellTable, shown: np.ndarray, valid: np.ndarray
+    ) -> tuple[sparse.csr_matrix, float]:
+        """Return the scaled latent and log1p counts of the variable genes, CSR [cells, features]; and the scale."""
         model = CellPLM(start.config)
 
         def latent(params, batch):
@@ -469,29 +471,35 @@ class CellTypeAnnotator(Estimator):
             layouts = [*layouts, *self._examples(table, valid, start)]
         outputs = [embed(params, layout.example.batch) for layout in layouts]
         latents = gather(layouts, jax.device_get(outputs), len(table)).astype(np.float64)
-        genes = None
+        lengths = np.linalg.norm(latents[shown], axis=1)
+        scale = LATENT_LENGTH / max(float(np.median(lengths)), 1e-6)
+        features = sparse.csr_matrix(latents * scale)
         if self.linear:
             genes = log_counts(table.counts, self._linear_genes)
-        best = np.inf
-        for penalty in HEAD_PENALTIES if len(valid) else HEAD_PENALTIES[:1]:
-            # Both parts have their own penalty: the latent is scaled instead.
-            scale = np.sqrt(LINEAR_PENALTY / penalty)
-            features = sparse.csr_matrix(latents * scale)
-            if genes is not None:
-                features = sparse.csr_matrix(sparse.hstack([features, genes]))
-            solved = fit_linear_classifier(
-                features[train], codes[train], len(self.labels), penalty=LINEAR_PENALTY,
-                weights=weights,
-            )  # fmt: skip
-            error = 0.0
-            if len(valid):
-                found = solved.log_probabilities(features[valid])
-                error = cross_entropy(found, codes[valid], 1.0)
-            if error < best:
-                best, width = error, latents.shape[1]
-                layer = {"kernel": solved.kernel[:width] * np.float32(scale), "bias": solved.bias}
-                start.params = {**start.params, "head": {"mlp": {"linear_0": layer}}}
-                self._gene_head = None if genes is None else solved.kernel[width:]
+            features = sparse.csr_matrix(sparse.hstack([features, genes]))
+        return features, scale
+
+    def _solve_head(
+        self,
+        start: Pretrained,
+        features: sparse.csr_matrix,
+        scale: float,
+        cells: np.ndarray,
+        codes: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> None:
+        """Set the head of ``start`` to the exact logistic regression on ``features`` of the cells.
+
+        The part on the genes is a term of the network's logits that is not fine-tuned: it keeps what the latent loses.
+        """
+        solved = fit_linear_classifier(
+            features[cells], codes[cells], len(self.labels), penalty=LINEAR_PENALTY, weights=weights
+        )
+        width = start.config.latent_size
+        kernel = solved.kernel[:width] * np.float32(scale)
+        layer = {"kernel": kernel, "bias": solved.bias}
+        start.params = {**start.params, "head": {"mlp": {"linear_0": layer}}}
+        self._gene_head = solved.kernel[width:] if self.linear else None
 
     def _gene_logits(self, counts: sparse.csr_matrix) -> np.ndarray:
         """Return the term of the genes in the logits of the network, float32 [cells, classes]; 0 without it."""
@@ -528,7 +536,9 @@ class CellTypeAnnotator(Estimator):
             )
             network = log_probabilities_of(logits / self.temperature)
             linear = first.log_probabilities(features[valid])
-        self.pool, self.facts["pool"] = choose_pool(network, linear, codes[valid])
+        self.pool, self.facts["pool"] = choose_pool(
+            network, linear, codes[valid], average=self.base is None
+        )
         if network is not None and linear is not None:
             pooled = self.pool[0] * network + self.pool[1] * linear
             scores = [
