@@ -453,6 +453,10 @@ class CellTypeAnnotator(Estimator):
             labelled = np.sort(np.concatenate([train, valid]))
             self._solve_head(start, features, scale, labelled, codes, weights)
             self._fitted().params = start.params
+            if self.facts["epochs"]:
+                self.messages.append(
+                    "Fine-tuning was not clearly better on validation cells: the pretrained weights are kept."
+                )
 
     def _head_features(
         self, start: Pretrained, table: CellTable, shown: np.ndarray, valid: np.ndarray
@@ -547,11 +551,17 @@ class CellTypeAnnotator(Estimator):
             ]
             self.validation = (codes[valid], softmax(pooled, axis=1))
             self.facts["validation_f1_linear"], self.facts["validation_f1_pooled"] = scores
-            self.messages.append(
+            text = (
                 f"Macro F1 on {len(valid)} validation cells: network {self.facts['validation_f1']:.3f}, logistic "
-                f"regression {scores[0]:.3f}, {self.facts['pool']} {scores[1]:.3f} (weights {self.pool[0]:.2f} and "
-                f"{self.pool[1]:.2f})."
+                f"regression {scores[0]:.3f}"
             )
+            if self.facts["pool"] == "pooled":
+                text += (
+                    f", pooled {scores[1]:.3f} (weights {self.pool[0]:.2f} and {self.pool[1]:.2f})"
+                )
+            elif self.facts["pool"] == "linear":
+                text += ", which predicts: it is better than the network"
+            self.messages.append(f"{text}.")
         cells = np.sort(np.concatenate([train, valid]))
         self._linear = fit_linear_classifier(
             features[cells], codes[cells], len(self.labels), **options
