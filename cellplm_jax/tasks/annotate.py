@@ -6,7 +6,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
@@ -16,9 +15,8 @@ import pandas as pd
 from scipy import sparse
 from scipy.special import softmax
 
-from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
-from cellplm_jax.data.anndata_io import Values, open_counts
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.evaluate.annotation import (
     annotation_scores,
@@ -45,15 +43,15 @@ from cellplm_jax.tasks.annotation_pool import (
 )
 from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
 from cellplm_jax.tasks.estimator import (
-    AS_FITTED,
     Estimator,
-    Reading,
+    Prediction,
     Training,
     parts_of,
     split_cells,
 )
-from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
+from cellplm_jax.tasks.files import as_anndata
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import Reading, ReadingKeys
 from cellplm_jax.tasks.unknown import Unknown, UnknownDetector, latent_map
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearClassifier, fit_linear_classifier
@@ -159,6 +157,8 @@ class CellTypeAnnotator(Estimator):
     """
 
     task: ClassVar[str] = "annotation"
+    saved: ClassVar[Sequence[str]] = ("method", "labels", "temperature", "unknown_rate", "unknown_threshold",
+                                      "class_weights", "neighbors", "linear", "pool")  # fmt: skip
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.3)
     )
@@ -197,7 +197,8 @@ class CellTypeAnnotator(Estimator):
         self.method: str = method
         self.unknown_rate = unknown_rate
         self.unknown_threshold = unknown_threshold
-        self.class_weights = class_weights
+        given = class_weights
+        self.class_weights = given if given is None or isinstance(given, str) else dict(given)
         self.neighbors = neighbors
         self.linear = linear
         self.labels: list[str] = []
@@ -217,16 +218,10 @@ class CellTypeAnnotator(Estimator):
         adata: AnnData | str | os.PathLike,
         *,
         label_key: str,
-        batch_key: str | None = None,
         split_key: str | None = None,
-        spatial_key: str | None = "spatial",
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
-        values: Values = "counts",
-        cells_per_context: int | None = None,
         transductive: bool = False,
         unseen_labels: Literal["error", "ignore"] = "error",
+        **keys: Unpack[ReadingKeys],
     ) -> CellTypeAnnotator:
         """Fit to labelled cells.
 
@@ -235,19 +230,13 @@ class CellTypeAnnotator(Estimator):
         Args:
             adata: Raw counts and labels.
             label_key: Column of ``obs`` with the cell types.
-            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
             split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
                 tenth of the cells, stratified by label, is used for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
-            values: Kind of values; see :func:`cellplm_jax.embed`.
-            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
             transductive: Put all cells of ``adata`` into the training contexts, non-training cells without their
                 label, and predict with complete batches as contexts.
             unseen_labels: Treatment of labels among validation or other cells of ``split_key`` that do not occur
                 among the training cells: an error, or omit those cells.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`.
 
         Returns:
             The estimator itself.
@@ -255,10 +244,7 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: Keys, counts, genes or labels cannot be used; the message states the remedy.
         """
-        reading = Reading(
-            batch_key, spatial_key, layer, gene_key, values, cells_per_context,
-            None if transductive else split_key, feature_type,
-        )  # fmt: skip
+        reading = self._reading(keys, split_key=None if transductive else split_key)
         start = time.monotonic()
         with stage(f"{self.task}: reading", quiet=self.quiet):
             table = self._read(adata, reading)
@@ -591,14 +577,7 @@ class CellTypeAnnotator(Estimator):
     def predict(
         self,
         adata: AnnData | str | os.PathLike,
-        *,
-        batch_key: str | None = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        values: Values = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> AnnData:
         """Predict the type of every cell, in place.
 
@@ -612,13 +591,7 @@ class CellTypeAnnotator(Estimator):
 
         Args:
             adata: The cells. Keys default to those of ``fit``.
-            batch_key: See :meth:`fit`.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            values: See :meth:`fit`.
-            cells_per_context: See :meth:`fit`.
+            **keys: As in :meth:`fit`.
 
         Returns:
             ``adata`` itself.
@@ -626,27 +599,15 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        data = as_anndata(adata)
-        found = self._predicted(
-            data,
-            self.reading.changed(
-                batch_key=batch_key,
-                spatial_key=spatial_key,
-                layer=layer,
-                gene_key=gene_key,
-                feature_type=feature_type,
-                values=values,
-                cells_per_context=cells_per_context,
-            ),
-        )
-        for name, values_of_cells in self._columns_of(found).items():
-            data.obs[name] = values_of_cells
-        data.obsm[PROBABILITIES] = found.probabilities
-        data.uns[FACTS] = found.facts
-        return data
+        return super().predict(adata, **keys)
 
     def predict_file(
-        self, path: str | os.PathLike, out: str | os.PathLike, *, umap: bool = False, **keys: Any
+        self,
+        path: str | os.PathLike,
+        out: str | os.PathLike,
+        *,
+        umap: bool = False,
+        **keys: Unpack[ReadingKeys],
     ) -> list[str]:
         """Predict the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
 
@@ -662,23 +623,22 @@ class CellTypeAnnotator(Estimator):
         Raises:
             InputError: As in :meth:`predict`; also if ``out`` cannot be written.
         """
-        path, out = Path(path).expanduser(), Path(out).expanduser()
-        check_copy(path, out)
+        return super().predict_file(path, out, umap=umap, **keys)
+
+    def _predict(self, data: Any, reading: Reading, *, umap: bool = False) -> Prediction:
         if umap:
             require("scanpy", "eval", "UMAP")
-        found = self._predicted(path, self.reading.changed(**keys))
-        laid_out = {}
-        if umap and len(found.z) > UMAP_NEIGHBORS:
+        cells = self._classify(data, reading)
+        obsm = {PROBABILITIES: cells.probabilities}
+        if umap and len(cells.z) > UMAP_NEIGHBORS:
             with stage(f"{self.task}: UMAP", quiet=self.quiet):
-                laid_out["X_umap"] = umap_coordinates(found.z, neighbors=UMAP_NEIGHBORS)
-        write_copy(
-            path,
-            out,
-            obs=self._columns_of(found),
-            obsm={PROBABILITIES: found.probabilities, **laid_out},
-            uns={FACTS: found.facts},
+                obsm["X_umap"] = umap_coordinates(cells.z, neighbors=UMAP_NEIGHBORS)
+        return Prediction(
+            obs=self._columns_of(cells),
+            obsm=obsm,
+            uns={FACTS: cells.facts},
+            messages=cells.messages,
         )
-        return found.messages
 
     def score(
         self,
@@ -687,7 +647,7 @@ class CellTypeAnnotator(Estimator):
         label_key: str | None = None,
         split: str | None = None,
         unseen_labels: Literal["error", "ignore", "wrong"] = "error",
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Predict labelled cells and score the predictions; ``adata`` is not modified.
 
@@ -713,6 +673,7 @@ class CellTypeAnnotator(Estimator):
             MissingDependencyError: The extra ``eval`` is not installed.
         """
         self._fitted()
+        reading = self._as_fitted(keys)
         require("sklearn", "eval", "Scoring labels")
         data = as_anndata(adata)
         label_key = str(label_key or self.facts["label_key"])
@@ -744,7 +705,7 @@ class CellTypeAnnotator(Estimator):
                 f"cells with a training label in obs['{label_key}']",
                 "Check the label column and the split",
             )
-        found = self._predicted(data, self.reading.changed(**keys))
+        found = self._classify(data, reading)
         probabilities, truth = found.probabilities, named[scored]
         written = np.asarray(self._decide(found)[0], object)[scored]
         open_set = bool(unseen) and unseen_labels == "wrong"
@@ -771,9 +732,8 @@ class CellTypeAnnotator(Estimator):
             scores["unknown_auroc"] = auroc(new, found.unknown.score[scored])
         return scores
 
-    def _predicted(self, data: Any, reading: Reading) -> _Predicted:
+    def _classify(self, data: Any, reading: Reading) -> _Predicted:
         """Return the probabilities, those of the parts, unknown cells, facts for ``uns``, messages and latents."""
-        model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         parts: dict[str, np.ndarray] = {}
         linear, cells = self._of_counts(data, reading)
@@ -794,8 +754,6 @@ class CellTypeAnnotator(Estimator):
                     unknown = self._detector.compare(cells, self.labels, rate=self.unknown_rate)
         facts = {
             "labels": list(self.labels),
-            "model": model.id,
-            "version": __version__,
             "method": self.method,
             "temperature": float(self.temperature),
             "pool": list(self.pool),
@@ -820,14 +778,9 @@ class CellTypeAnnotator(Estimator):
         if self._linear is None and self._detector is None:
             return None, None
         linear, cells = [], []
-        read: dict[str, Any] = {
-            "layer": reading.layer,
-            "gene_key": reading.gene_key,
-            "feature_type": reading.feature_type,
-        }
         with (
             stage(f"{self.task}: genes", quiet=self.quiet),
-            open_counts(data, self._fitted().genes, values=reading.values, **read) as source,
+            open_counts(data, self._fitted().genes, **reading.counts) as source,
         ):
             for block in source.blocks(LINEAR_CELLS):
                 if self._linear is not None:
@@ -883,19 +836,7 @@ class CellTypeAnnotator(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state = {
-            "method": self.method,
-            "labels": self.labels,
-            "temperature": self.temperature,
-            "unknown_rate": self.unknown_rate,
-            "unknown_threshold": self.unknown_threshold,
-            "class_weights": self.class_weights
-            if isinstance(self.class_weights, str | None)
-            else dict(self.class_weights),
-            "neighbors": self.neighbors,
-            "linear": self.linear,
-            "pool": self.pool,
-        }
+        state, _ = super()._state()
         arrays: dict[str, np.ndarray] = {}
         if self._reference is not None:
             arrays |= {"embedding": self._reference[0], "label": self._reference[1]}
@@ -908,12 +849,8 @@ class CellTypeAnnotator(Estimator):
         return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.method, self.labels = state["method"], list(state["labels"])
-        self.temperature = state["temperature"]
-        self.unknown_rate = state.get("unknown_rate")
-        self.unknown_threshold = state["unknown_threshold"]
-        self.class_weights, self.neighbors = state["class_weights"], state["neighbors"]
-        self.linear, self.pool = state["linear"], list(state["pool"])
+        # Annotators of older versions detect no unknown types.
+        super()._restore({"unknown_rate": None, **state}, arrays)
         if self.method == "neighbors":
             self._reference = (arrays["embedding"], arrays["label"])
         elif "kernel" in arrays:

@@ -6,9 +6,11 @@ An estimator of a task is a subclass of :class:`Estimator` that
 2. in ``fit`` reads the cells (:meth:`Estimator._read`), selects training and validation cells (:func:`split_cells`),
    defines its architecture (:meth:`Estimator._begin`), creates examples (:meth:`Estimator._examples`) and passes a pure
    loss and a validation function to :meth:`Estimator._finetune`,
-3. in ``predict`` embeds (:meth:`Estimator._embed`) and applies the head or decoder (:meth:`Estimator._head`,
-   :meth:`Estimator._decode`),
-4. in ``_state`` and ``_restore`` saves its other state as JSON and arrays.
+3. in ``_predict`` embeds (:meth:`Estimator._embed`), applies the head or decoder (:meth:`Estimator._head`,
+   :meth:`Estimator._decode`) and returns a :class:`Prediction`, which ``predict`` and ``predict_file`` write,
+4. lists in ``saved`` the attributes to save as JSON; ``_state`` and ``_restore`` are extended for arrays.
+
+``keys`` names the reading keys that it supports; its methods accept them as ``**keys`` (see ``tasks/reading.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
 
@@ -34,7 +36,7 @@ from cellplm_jax._version import __version__
 from cellplm_jax.batch import CellBatch, Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
-from cellplm_jax.data.anndata_io import Values, open_counts
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.display import Displayed
@@ -56,6 +58,7 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
+from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.pretrained import (
     Pretrained,
     as_pretrained,
@@ -64,6 +67,7 @@ from cellplm_jax.tasks.pretrained import (
     resolve_source,
     working_devices,
 )
+from cellplm_jax.tasks.reading import KEYS, Reading, name_keys
 from cellplm_jax.train.checkpoint import (
     ESTIMATOR_FILE,
     TENSOR_FILES,
@@ -74,7 +78,7 @@ from cellplm_jax.train.checkpoint import (
     save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.untrusted import parse_json, require_options, require_regular
+from cellplm_jax.untrusted import parse_json, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -137,47 +141,32 @@ class Training(Recipe, total=False):
     devices: Sequence[jax.Device] | None
 
 
-class _AsFitted(Enum):
-    AS_FITTED = "as in fit"
-
-
-AS_FITTED: Any = _AsFitted.AS_FITTED
-"""Default of the arguments of ``predict``: the value from ``fit``."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Options for reading an AnnData, stored by ``fit`` for ``predict``.
+@dataclass
+class Prediction:
+    """Prediction of a task for the cells of an AnnData or of a file: what is added to it, by name, and more.
 
     Attributes:
-        batch_key: Column of ``obs`` with the batch (tissue sample) of each cell: one context each; None: one batch.
-        spatial_key: Key of ``obsm`` with coordinates; the default one is used if present; None: none.
-        layer: Layer with the counts; None: search for them.
-        gene_key: Column of ``var`` with gene ids; None: the best match.
-        values: Kind of values in the matrix.
-        cells_per_context: Maximum number of cells per context at prediction time; None: no limit.
-        split_key: Column of ``obs`` with the values of a split, which do not share contexts; None: none.
-        feature_type: Type of the features to read; None: genes; "all": every feature.
+        obs: Columns of cells.
+        var: Columns of genes.
+        obsm: Arrays with one row per cell.
+        layers: Arrays [n_obs, n_vars].
+        uns: Provenance.
+        messages: Messages about the input.
+        result: Return value of ``predict``; None: the AnnData itself.
     """
 
-    batch_key: str | None = None
-    spatial_key: str | None = "spatial"
-    layer: str | None = None
-    gene_key: str | None = None
-    values: Values = "counts"
-    cells_per_context: int | None = None
-    split_key: str | None = None
-    feature_type: str | None = None
+    obs: Mapping[str, Any] = field(default_factory=dict)
+    var: Mapping[str, Any] = field(default_factory=dict)
+    obsm: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    uns: Mapping[str, Any] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    result: Any = None
 
-    def __post_init__(self):
-        """Check the types of the options."""
-        require_options(dataclasses.asdict(self))
-
-    def changed(self, **changes: Any) -> Reading:
-        """Return a copy with the changes that are not :data:`AS_FITTED`."""
-        return dataclasses.replace(
-            self, **{name: value for name, value in changes.items() if value is not AS_FITTED}
-        )
+    @property
+    def entries(self) -> dict[str, Mapping[str, Any]]:
+        """What is added, by part of the AnnData."""
+        return {name: getattr(self, name) for name in ("obs", "var", "obsm", "layers", "uns")}
 
 
 class Estimator(Displayed, abc.ABC):
@@ -209,6 +198,8 @@ class Estimator(Displayed, abc.ABC):
     """
 
     task: ClassVar[str]
+    keys: ClassVar[Sequence[str]] = KEYS
+    saved: ClassVar[Sequence[str]] = ()
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
     recipe_fields: ClassVar[Sequence[str]] = tuple(Recipe.__annotations__)
     __signature__: ClassVar[inspect.Signature]
@@ -229,6 +220,20 @@ class Estimator(Displayed, abc.ABC):
                 annotation=FinetuneConfig.__annotations__[name],
             )
         cls.__signature__ = inspect.Signature(list(named.values()))
+        # Those that are not defined by the task get its options and keys in their signatures.
+        written = set(vars(cls))
+        predict = cls.predict if "predict" in written else cls._predict
+        options = {
+            name: argument
+            for name, argument in inspect.signature(predict).parameters.items()
+            if argument.kind is keyword
+        }
+        for name in ("predict", "predict_file") if "_predict" in written else ():
+            if name not in written:
+                setattr(cls, name, _copy(getattr(cls, name)))
+        for name, function in vars(cls).items():
+            if inspect.isfunction(function) and not name.startswith("_"):
+                name_keys(function, cls.keys, {} if name in written else options)
 
     def __init__(
         self,
@@ -285,20 +290,44 @@ class Estimator(Displayed, abc.ABC):
         """Fit to the cells of an AnnData, and return the estimator itself."""
 
     @abc.abstractmethod
-    def predict(self, adata: Any, **keys: Any) -> Any:
-        """Predict for the cells of an AnnData."""
-
-    @abc.abstractmethod
     def score(self, adata: Any, **keys: Any) -> dict[str, float]:
         """Predict and compare with the ground truth."""
 
-    @abc.abstractmethod
+    def _predict(self, data: Any, reading: Reading) -> Prediction:
+        """Predict for the cells of an AnnData or a file; keyword arguments are options of ``predict``."""
+        raise InputError(f"{type(self).__name__} does not predict for cells", "a task that does")
+
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the state of the task other than the model: plain values for JSON, and arrays."""
+        return {name.lstrip("_"): getattr(self, name) for name in self.saved}, {}
 
-    @abc.abstractmethod
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Restore the state returned by :meth:`_state`."""
+        for name in self.saved:
+            value, initial = state[name.lstrip("_")], getattr(self, name)
+            if isinstance(initial, list | dict) and not isinstance(value, type(initial)):
+                msg = f"'{name}' is a {type(value).__name__}"
+                raise TypeError(msg)
+            setattr(self, name, value)
+
+    # -- reading keys ---------------------------------------------------------------------------
+
+    def _reading(self, keys: Mapping[str, Any], **fixed: Any) -> Reading:
+        """Return the options of ``fit``: its reading keys, and those that the task sets."""
+        self._check_keys(keys)
+        return Reading(**{**keys, **fixed})
+
+    def _as_fitted(self, keys: Mapping[str, Any]) -> Reading:
+        """Return the options of a method other than ``fit``."""
+        self._check_keys(keys)
+        return self.reading.changed(**keys)
+
+    def _check_keys(self, keys: Collection[str]) -> None:
+        for name in keys:
+            if name not in self.keys:
+                kind = type(self).__name__
+                msg = f"a method of {kind} got an unexpected keyword argument {name!r}"
+                raise TypeError(msg)
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -307,14 +336,7 @@ class Estimator(Displayed, abc.ABC):
         self.reading, self.model, self.history, self.facts = reading, None, [], {}
         with named_stage(f"{self.task}: reading cells", quiet=self.quiet):
             table = read_cells(
-                data,
-                None if self.base is None else self.base.genes,
-                batch_key=reading.batch_key,
-                spatial_key=reading.spatial_key,
-                layer=reading.layer,
-                gene_key=reading.gene_key,
-                values=reading.values,
-                feature_type=reading.feature_type,
+                data, None if self.base is None else self.base.genes, **reading.cells
             )
         self.messages = table.report.messages()
         self._fit_genes = fitted_names(table)
@@ -462,6 +484,53 @@ class Estimator(Displayed, abc.ABC):
 
     # -- predicting -----------------------------------------------------------------------------
 
+    def predict(self, adata: AnnData | str | os.PathLike, **keys: Any) -> Any:
+        """Predict for cells, in place.
+
+        Args:
+            adata: The cells. Keys default to those of ``fit``.
+            **keys: Options of the task and for reading.
+
+        Returns:
+            ``adata`` itself; if it is a path, what was read from it.
+
+        Raises:
+            InputError: The estimator is not fitted, or the counts, genes, keys or options cannot be used.
+        """
+        data = as_anndata(adata)
+        prediction = self._predicted(data, keys)
+        for part, entries in prediction.entries.items():
+            for name, values in entries.items():
+                getattr(data, part)[name] = values
+        return data if prediction.result is None else prediction.result
+
+    def predict_file(self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any) -> Any:
+        """Predict the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
+
+        Args:
+            path: Input; never changed.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            Messages about the input, one per line; for a task whose ``predict`` returns a table, the table and these.
+
+        Raises:
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        prediction = self._predicted(path, keys)
+        write_copy(path, out, **prediction.entries)
+        messages = prediction.messages
+        return messages if prediction.result is None else (prediction.result, messages)
+
+    def _predicted(self, data: Any, keys: Mapping[str, Any]) -> Prediction:
+        """Predict with reading keys and options of the task."""
+        read = {name: value for name, value in keys.items() if name in self.keys}
+        options = {name: value for name, value in keys.items() if name not in self.keys}
+        return self._predict(data, self._as_fitted(read), **options)
+
     @property
     def id(self) -> str:
         """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
@@ -503,13 +572,7 @@ class Estimator(Displayed, abc.ABC):
             z float32 [cells, latent]; facts about the input and its contexts; messages about the input.
         """
         model = self._fitted() if model is None else model
-        read: dict[str, Any] = {
-            "layer": reading.layer,
-            "gene_key": reading.gene_key,
-            "values": reading.values,
-            "feature_type": reading.feature_type,
-        }
-        with open_counts(data, model.genes, **read) as source:
+        with open_counts(data, model.genes, **reading.counts) as source:
             reading, remarks = self.with_batches(reading, source.obs.columns)
             key = reading.split_key
             if part is None and key is not None and key in source.obs.columns:
@@ -523,7 +586,7 @@ class Estimator(Displayed, abc.ABC):
                 title=f"{self.task}: predicting",
                 quiet=self.quiet,
             )
-            facts = {
+            facts: dict[str, Any] = {
                 "context": {
                     "batch_key": reading.batch_key or "",
                     "cells_per_context": reading.cells_per_context or 0,
@@ -532,6 +595,8 @@ class Estimator(Displayed, abc.ABC):
                 "input": source.report.as_dict(),
                 "estimator": self.id,
             }
+            if self.model is not None:
+                facts |= {"model": self.model.id, "version": __version__}
             return z, facts, [*source.report.messages(), *remarks]
 
     def with_batches(self, reading: Reading, columns: Collection[str]) -> tuple[Reading, list[str]]:
@@ -937,6 +1002,16 @@ def _where(
     # Checked as a model checks them.
     checked = Pretrained(ModelConfig(genes=1), {}, [], precision=precision, devices=devices)
     return checked.precision, checked.devices
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the same behaviour, with its own signature and docstring."""
+
+    @functools.wraps(function)
+    def copy(*args: Any, **named: Any) -> Any:
+        return function(*args, **named)
+
+    return copy
 
 
 def _fields(config: Any) -> dict[str, Any]:

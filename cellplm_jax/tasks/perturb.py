@@ -15,7 +15,6 @@ import pandas as pd
 from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
-from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.data.genes import find_gene, symbols_of
 from cellplm_jax.errors import InputError, explain, nearest
 from cellplm_jax.evaluate.perturbation import (
@@ -35,7 +34,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
+from cellplm_jax.tasks.estimator import Estimator, Training
 from cellplm_jax.tasks.perturbation_head import (
     PerturbationPrediction,
     perturbation_loss,
@@ -58,6 +57,7 @@ from cellplm_jax.tasks.perturbation_screen import (
     shrinkage,
 )
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import AS_FITTED, KEYS, Reading, ReadingKeys
 from cellplm_jax.train.finetune import LOSS, SCORE, clean_forward
 
 if TYPE_CHECKING:
@@ -113,6 +113,11 @@ class PerturbationPredictor(Estimator):
     """
 
     task: ClassVar[str] = "perturbation"
+    keys: ClassVar[Sequence[str]] = tuple(key for key in KEYS if key != "cells_per_context")
+    saved: ClassVar[Sequence[str]] = (
+        "method", "gene_features", "perturbations", "conditions", "control", "strengths", "_groups",
+        "_residual_names", "_pair_names", "_vocabulary",
+    )  # fmt: skip
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         epochs=60,
         patience=15,
@@ -178,12 +183,7 @@ class PerturbationPredictor(Estimator):
         control: str | float | None = None,
         targets: Literal["auto", "genes", "conditions"] = "auto",
         covariate_key: str | None = None,
-        batch_key: str | None = None,
-        spatial_key: str | None = "spatial",
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
-        values: Values = "counts",
+        **keys: Unpack[ReadingKeys],
     ) -> PerturbationPredictor:
         """Fit to perturbed and control cells.
 
@@ -201,12 +201,7 @@ class PerturbationPredictor(Estimator):
             covariate_key: Column of ``obs`` with groups of cells, such as cell types, with different responses; the
                 latent of a group's control cells represents it, and :meth:`predict` accepts control cells of new
                 groups. None: one group.
-            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
-            values: Kind of values; see :func:`cellplm_jax.embed`.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`.
 
         Returns:
             The estimator itself.
@@ -218,10 +213,7 @@ class PerturbationPredictor(Estimator):
             raise InputError(
                 f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Use one of them"
             )
-        reading = Reading(
-            batch_key, spatial_key, layer, gene_key, values, feature_type=feature_type
-        )
-        table = self._read(adata, reading)
+        table = self._read(adata, self._reading(keys))
         raw = _values(table, perturbation_key)
         genes = table.genes if self.base is None else self.base.genes
         names = read_names(raw, control, tuple(genes), key=perturbation_key, targets=targets)
@@ -587,12 +579,7 @@ class PerturbationPredictor(Estimator):
         *,
         group: str | None = None,
         controls: AnnData | str | os.PathLike | None = None,
-        batch_key: str | None = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        values: Values = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> PerturbationPrediction:
         """Predict the mean effect of perturbations on control cells.
 
@@ -602,12 +589,7 @@ class PerturbationPredictor(Estimator):
             group: A seen group of control cells (value of the ``covariate_key``); None: all control cells.
             controls: Other control cells, such as those of a new cell type. If their ``obs`` has the
                 ``perturbation_key``, only its control cells are used.
-            batch_key: For ``controls``; defaults to the value of ``fit``.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            values: See :meth:`fit`.
+            **keys: For ``controls``.
 
         Returns:
             Change and expression, [perturbations, genes] each; genes are named as in the model.
@@ -624,11 +606,7 @@ class PerturbationPredictor(Estimator):
         if controls is not None:
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
-            reading = self.reading.changed(
-                batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
-                values=values,
-            )  # fmt: skip
-            z, control = self._of_controls(controls, reading)
+            z, control = self._of_controls(controls, self._as_fitted(keys))
         else:
             z, control = self._of_group(group)
         canonical = [self._names.canonical(name) for name in names]
@@ -681,12 +659,7 @@ class PerturbationPredictor(Estimator):
         return read_cells(
             data,
             self._fitted().genes,
-            batch_key=reading.batch_key,
-            spatial_key=reading.spatial_key,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
-            values=reading.values,
+            **reading.cells,
             one_batch=reading.batch_key == self.reading.batch_key,
         )
 
@@ -741,12 +714,7 @@ class PerturbationPredictor(Estimator):
         perturbations: Sequence[str] | None = None,
         perturbation_key: str | None = None,
         covariate_key: str | None = AS_FITTED,
-        batch_key: str | None = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        values: Values = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Predict the perturbations of other cells from their control cells, and score the predictions.
 
@@ -755,12 +723,7 @@ class PerturbationPredictor(Estimator):
             perturbations: Score only these; None: all in ``adata``.
             perturbation_key: Column of ``obs``; None: the one of ``fit``.
             covariate_key: See :meth:`fit`.
-            batch_key: See :meth:`fit`.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            values: See :meth:`fit`.
+            **keys: As in :meth:`fit`.
 
         Returns:
             Means over perturbations (and groups) of the scores of
@@ -773,10 +736,7 @@ class PerturbationPredictor(Estimator):
             InputError: As in :meth:`fit`, or there is nothing to score.
         """
         model = self._fitted()
-        reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
-            values=values,
-        )  # fmt: skip
+        reading = self._as_fitted(keys)
         key = perturbation_key or self.facts["perturbation_key"]
         covariate = self.facts["covariate_key"] or None
         if covariate_key is not AS_FITTED:
@@ -820,19 +780,8 @@ class PerturbationPredictor(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state = {
-            "method": self.method,
-            "gene_features": self.gene_features,
-            "perturbations": self.perturbations,
-            "conditions": self.conditions,
-            "control": self.control,
-            "strengths": self.strengths,
-            "groups": self._groups,
-            "residual_names": self._residual_names,
-            "pair_names": self._pair_names,
-            "vocabulary": self._vocabulary,
-            "names": {**self._names.as_dict(), "vocabulary": None},
-        }
+        state, _ = super()._state()
+        state["names"] = {**self._names.as_dict(), "vocabulary": None}
         if list(self._names.vocabulary) != self._vocabulary:
             state["names"]["vocabulary"] = list(self._names.vocabulary)
         if self.left_out is not None:
@@ -840,16 +789,7 @@ class PerturbationPredictor(Estimator):
         return state, {name: array for name, array in self._arrays.items() if array.size}
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.method, self.gene_features = state["method"], state["gene_features"]
-        self.perturbations, self.conditions = (
-            list(state["perturbations"]),
-            list(state["conditions"]),
-        )
-        self.control, self.strengths = state["control"], dict(state["strengths"])
-        self._groups = list(state["groups"])
-        self._residual_names = list(state["residual_names"])
-        self._pair_names = [list(pair) for pair in state["pair_names"]]
-        self._vocabulary = list(state["vocabulary"])
+        super()._restore(state, arrays)
         # Predictors saved without rules of names keep the simple ones.
         rules = state.get("names", {"control": self.control, "plain": True})
         rules["vocabulary"] = tuple(rules.get("vocabulary") or self._vocabulary)
