@@ -17,7 +17,7 @@ from scipy.special import softmax
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import InputError, require
+from cellplm_jax.errors import InputError, require, require_choice
 from cellplm_jax.evaluate.annotation import (
     annotation_scores,
     auroc,
@@ -178,8 +178,7 @@ class CellTypeAnnotator(Estimator):
         **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
-        if method not in ("finetune", "neighbors"):
-            raise InputError(f"method={method!r}", "'finetune' or 'neighbors'", "Use one of them")
+        require_choice("method", method, ("finetune", "neighbors"))
         if method == "neighbors":
             require("sklearn", "eval", "method='neighbors'")
         if unknown_threshold is not None and not 0.0 <= unknown_threshold <= 1.0:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cellplm_jax.data.anndata_files import check_tree, unreadable
 from cellplm_jax.data.anndata_io import Values
-from cellplm_jax.errors import InputError, nearest, require
+from cellplm_jax.errors import InputError, nearest, require, require_column
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.plot.style import category_colors
 from cellplm_jax.progress import ProgressReport
@@ -236,12 +236,7 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
     with open_store(path) as file:
         names = list(map(str, file["obs"].attrs.get("column-order", [])))
     for column in columns:
-        if column not in names:
-            raise InputError(
-                f"obs has no column '{column}'",
-                f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
-                nearest(column, names, "Check the name"),
-            )
+        require_column(names, column, "Check the name")
 
 
 def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:

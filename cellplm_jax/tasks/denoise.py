@@ -23,7 +23,7 @@ from cellplm_jax.evaluate.denoising import (
     marker_scores,
 )
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells
+from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells, require_same_cells
 from cellplm_jax.tasks.denoise_counts import (
     LAYER,
     LayerWriter,
@@ -279,12 +279,7 @@ class Denoiser(Estimator):
             true = seen.counts
         else:
             known = self._table(truth, reading)
-            if len(known) != len(seen) or list(known.obs.index) != list(seen.obs.index):
-                raise InputError(
-                    f"truth has {len(known)} cells and adata {len(seen)}, or other names",
-                    "the same cells in the same order",
-                    "Select them the same way first",
-                )
+            require_same_cells(known, list(seen.obs.index.astype(str)))
             visible, true = seen.counts, known.counts
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:

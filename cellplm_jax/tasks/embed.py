@@ -24,7 +24,7 @@ from cellplm_jax.data.batches import (
     pad_batch,
     scale_coordinates,
 )
-from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.errors import InputError, require, require_choice
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
@@ -209,12 +209,7 @@ def check_adapt(adapt: str) -> None:
         InputError: It is neither ``"none"`` nor ``"context"``.
         MissingDependencyError: It is ``"context"`` without the extra ``eval``.
     """
-    if adapt not in get_args(Adapt):
-        raise InputError(
-            f"adapt = {adapt!r}",
-            "'none' or 'context'",
-            nearest(adapt, get_args(Adapt), "Pass one of them"),
-        )
+    require_choice("adapt", adapt, get_args(Adapt))
     if adapt == "context":
         require("scanpy", "eval", "adapt='context'")
         require("igraph", "eval", "adapt='context'")
@@ -338,12 +333,11 @@ def embed_source(
         InputError: ``cells_per_context`` is below 1, or counts or keys cannot be used.
     """
     if cells_per_context is not None and cells_per_context < 1:
-        msg = explain(
+        raise InputError(
             f"cells_per_context = {cells_per_context}",
             "at least 1, or None for whole samples",
             "Raise it",
         )
-        raise InputError(msg)
     tissue_samples = _tissue_samples(source, batch_key) if groups is None else groups
     coordinates = _coordinates(source, spatial_key)
     embedding = np.full((source.cells, model.config.latent_size), np.nan, np.float32)

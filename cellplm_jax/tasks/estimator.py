@@ -40,7 +40,13 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.batches import bucket
 from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
+from cellplm_jax.errors import (
+    CheckpointError,
+    InputError,
+    explain,
+    require_column,
+    shorten,
+)
 from cellplm_jax.manifest import Manifest
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
@@ -939,16 +945,8 @@ def split_cells(
         train = np.flatnonzero(usable)
         valid = np.zeros(0, int)
     else:
-        if split_key not in table.obs.columns:
-            raise InputError(
-                f"obs has no column '{split_key}'",
-                f"one of its columns: {', '.join(map(repr, table.obs.columns))}",
-                nearest(
-                    split_key,
-                    table.obs.columns,
-                    "Use the column with 'train' and 'valid', or omit split_key",
-                ),
-            )
+        remedy = "Use the column with 'train' and 'valid', or omit split_key"
+        require_column(table.obs.columns, split_key, remedy)
         parts = parts_of(np.asarray(table.obs[split_key].astype(object)))
         train = np.flatnonzero(usable & (parts == "train"))
         valid = np.flatnonzero(usable & (parts == "valid"))

@@ -15,7 +15,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
-from cellplm_jax.tasks.contexts import read_cells
+from cellplm_jax.tasks.contexts import read_cells, require_same_cells
 from cellplm_jax.tasks.denoise import (
     expected_counts,
 )
@@ -398,12 +398,7 @@ class GeneImputer(ImputerFit):
             )
         parts: dict[str, np.ndarray] = {}
         frame, total, _, _ = self._imputed(adata, reading, places, True, parts)
-        if list(known.obs.index.astype(str)) != list(frame.index):
-            raise InputError(
-                f"truth has {len(known)} cells and adata {len(frame)}, or other names",
-                "the same cells in the same order",
-                "Select them the same way first",
-            )
+        require_same_cells(known, list(frame.index))
         counts = known.counts[:, self._columns[places]]
         return log_normalize(sparse.csr_matrix(counts), total=total).toarray(), frame, parts
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError, require
+from cellplm_jax.errors import ConfigError, InputError, require, require_choice
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
@@ -123,10 +123,7 @@ class BatchIntegrator(Estimator):
                 "0, because all cells of a context are compared",
                 "Lower it",
             )
-        if method not in ("default", "align", "finetune"):
-            raise InputError(
-                f"method={method!r}", "'default', 'align' or 'finetune'", "Use one of them"
-            )
+        require_choice("method", method, ("default", "align", "finetune"))
         seeded = dataclasses.replace(self.recipe, seed=self.training.seed)
         plain = self.base is not None and self.training == seeded and self.genes is None
         if method == "align" and not plain:

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.genes import find_gene, symbols_of
-from cellplm_jax.errors import InputError, explain, nearest
+from cellplm_jax.errors import InputError, explain, nearest, require_choice
 from cellplm_jax.evaluate.perturbation import (
     additive_change,
     change_scores,
@@ -139,14 +139,8 @@ class PerturbationPredictor(Estimator):
         **training: Unpack[Training],
     ):
         super().__init__(model, genes=genes, quiet=quiet, **training)
-        for name, value, known in (
-            ("method", method, ("ridge", "finetune")),
-            ("gene_features", gene_features, ("default", "model", "data", "both")),
-        ):
-            if value not in known:
-                raise InputError(
-                    f"{name}={value!r}", f"one of {', '.join(map(repr, known))}", "Use one of them"
-                )
+        require_choice("method", method, ("ridge", "finetune"))
+        require_choice("gene_features", gene_features, ("default", "model", "data", "both"))
         if self.training.masking.drop_cells:
             raise InputError(
                 f"masking.drop_cells = {self.training.masking.drop_cells}",
@@ -209,10 +203,7 @@ class PerturbationPredictor(Estimator):
         Raises:
             InputError: Keys, counts, genes or perturbations cannot be used; the message states the remedy.
         """
-        if targets not in ("auto", "genes", "conditions"):
-            raise InputError(
-                f"targets={targets!r}", "'auto', 'genes' or 'conditions'", "Use one of them"
-            )
+        require_choice("targets", targets, ("auto", "genes", "conditions"))
         table = self._read(adata, self._reading(keys))
         raw = _values(table, perturbation_key)
         genes = table.genes if self.base is None else self.base.genes

@@ -43,7 +43,7 @@ from cellplm_jax.data.corpus import (
 )
 from cellplm_jax.data.corpus_records import FORMAT, check_index
 from cellplm_jax.data.genes import load_human_table
-from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
+from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require, require_choice
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote
 from cellplm_jax.untrusted import TEXT_BYTES, parse_json, read_text, require_options
@@ -312,10 +312,8 @@ def _wanted_vocabulary(
         if not listed:
             raise InputError("the vocabulary is empty", "at least one gene", "Pass its genes")
         return {"mode": "given", "genes": listed}
-    if vocabulary not in (None, "union", "intersection"):
-        raise InputError(
-            f"vocabulary = {vocabulary!r}", "'union' or 'intersection'", "Use one of them"
-        )
+    if vocabulary is not None:
+        require_choice("vocabulary", vocabulary, ("union", "intersection"))
     if minimum_cells is not None and minimum_cells < 1:
         raise InputError(f"minimum_cells = {minimum_cells}", "at least 1", "Raise it")
     if minimum_prevalence is not None and not 0 <= minimum_prevalence <= 1:
