@@ -42,16 +42,12 @@ from cellplm_jax.tasks.annotation_pool import (
     neighbor_votes,
 )
 from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
-from cellplm_jax.tasks.estimator import (
-    Estimator,
-    Prediction,
-    Training,
-    parts_of,
-    split_cells,
-)
+from cellplm_jax.tasks.estimator import Estimator, Prediction
 from cellplm_jax.tasks.files import as_anndata
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import Training
+from cellplm_jax.tasks.splits import parts_of, split_cells
 from cellplm_jax.tasks.unknown import Unknown, UnknownDetector, latent_map
 from cellplm_jax.train.finetune import LOSS, SCORE, Loss, clean_forward, corrupted_forward
 from cellplm_jax.train.linear import LinearClassifier, fit_linear_classifier

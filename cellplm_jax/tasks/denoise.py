@@ -44,10 +44,12 @@ from cellplm_jax.tasks.denoise_pool import (
     make_parts,
     thin,
 )
-from cellplm_jax.tasks.estimator import DECODER_RECIPE, Estimator, Prediction, split_cells
+from cellplm_jax.tasks.estimator import Estimator, Prediction
 from cellplm_jax.tasks.files import check_key
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import COUNT_KEYS, Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import DECODER_RECIPE
+from cellplm_jax.tasks.splits import split_cells
 from cellplm_jax.train.finetune import LOSS
 
 if TYPE_CHECKING:

@@ -26,32 +26,22 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Unpack
 
 import jax
 import numpy as np
-from etils import epath
 
 from cellplm_jax._version import __version__
-from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.batch import Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
-from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
+from cellplm_jax.config import FinetuneConfig, ModelConfig, from_dict
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.batches import bucket
 from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import (
-    CheckpointError,
-    InputError,
-    explain,
-    require_column,
-    shorten,
-)
-from cellplm_jax.manifest import Manifest
+from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import named_stage, write_line
-from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -64,27 +54,28 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
+from cellplm_jax.tasks.estimator_files import (
+    damaged,
+    fitted_names,
+    open_files,
+    restore,
+    write_estimator,
+)
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
+from cellplm_jax.tasks.heads import apply_head, decoded
 from cellplm_jax.tasks.pretrained import (
     Pretrained,
     as_pretrained,
-    load_located,
     publish,
-    resolve_source,
     working_devices,
 )
 from cellplm_jax.tasks.reading import KEYS, Reading, name_keys
+from cellplm_jax.tasks.recipe import Recipe
+from cellplm_jax.tasks.splits import parts_of
 from cellplm_jax.train.checkpoint import (
-    ESTIMATOR_FILE,
-    TENSOR_FILES,
-    ModelFiles,
     WeightFormat,
-    has_item,
-    restore_item,
-    save_model,
 )
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.untrusted import parse_json, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -93,58 +84,6 @@ if TYPE_CHECKING:
     from cellplm_jax.interop.hub import HubCommit
 
 EstimatorType = TypeVar("EstimatorType", bound="Estimator")
-
-HEAD_CELLS = 4096
-"""Cells per application of a head; decoders, which return one number per gene, use an eighth of that."""
-
-DECODER_RECIPE = FinetuneConfig(
-    embedder_rate=1.0,
-    dispersion_rate=30.0,
-    weight_decay=1e-6,
-    embedder_weight_decay=1e-6,
-    masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
-)
-"""Common settings of tasks with a count decoder: as published for imputation, except for the dispersions."""
-
-PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
-"""Known values of a split column; cells with other values are not used."""
-
-
-class Recipe(TypedDict, total=False):
-    """Named arguments of every estimator: the fields of :class:`cellplm_jax.config.FinetuneConfig`.
-
-    Editors complete from this class; ``help`` and notebooks from :attr:`Estimator.__signature__`, with the defaults of
-    the task.
-    """
-
-    epochs: int
-    patience: int
-    learning_rate: float
-    embedder_rate: float
-    dispersion_rate: float
-    layer_decay: float
-    weight_decay: float
-    embedder_weight_decay: float
-    warmup_epochs: int
-    plateau_factor: float
-    plateau_patience: int
-    clip_norm: float
-    average: float
-    freeze: Literal["none", "embedder", "encoder"]
-    adapter_rank: int
-    adapter_scale: float
-    validation_fraction: float
-    cells_per_step: int
-    cells_per_context: int
-    masking: MaskingConfig | dict[str, Any]
-    seed: int
-
-
-class Training(Recipe, total=False):
-    """The same, with the precision and the devices of a fit."""
-
-    precision: str | None
-    devices: Sequence[jax.Device] | None
 
 
 @dataclass
@@ -627,15 +566,7 @@ class Estimator(Displayed, abc.ABC):
         Returns:
             float32 [cells, outputs].
         """
-        model = self._fitted()
-        parts = []
-        for piece in _pieces(len(z), HEAD_CELLS):
-            rows = bucket(piece.stop - piece.start)
-            mask = np.arange(rows)[None] < piece.stop - piece.start
-            given = None if condition is None else _padded(condition[piece], rows)
-            out = model.predict(model.output_params, _padded(z[piece], rows), mask, given)
-            parts.append(np.asarray(out)[0, : piece.stop - piece.start])
-        return np.concatenate(parts) if parts else np.zeros((0, model.config.head.outputs))
+        return apply_head(self._fitted(), z, condition)
 
     def _decode(
         self, z: np.ndarray, *, batch: np.ndarray | None = None
@@ -646,34 +577,13 @@ class Estimator(Displayed, abc.ABC):
             z: float32 [cells, latent].
             batch: str [cells], names of batches; new ones and None use the mean of all rows.
 
-        Yields:
-            The cells, and their reconstruction: unscaled means [cells, genes].
+        Returns:
+            An iterator over the cells, and their reconstruction: unscaled means [cells, genes].
         """
-        model = self._fitted()
         rows_of = np.full(len(z), -1, np.int32)
         if batch is not None:
             rows_of = np.array([self.batch_rows.get(name, -1) for name in batch], np.int32)
-        for piece in _pieces(len(z), HEAD_CELLS // 8):
-            count = piece.stop - piece.start
-            rows = bucket(count)
-            index = np.full((1, rows), -1, np.int32)
-            index[0, :count] = rows_of[piece]
-            given = CellBatch(
-                indptr=np.zeros((1, rows + 1), np.int32),  # type: ignore[arg-type]
-                gene=np.zeros((1, 1), np.int32),  # type: ignore[arg-type]
-                count=np.zeros((1, 1), np.float32),  # type: ignore[arg-type]
-                cell_mask=np.arange(rows)[None] < count,  # type: ignore[arg-type]
-                batch=index,  # type: ignore[arg-type]
-            )
-            out = model.decode(model.output_params, _padded(z[piece], rows), given)
-            yield (
-                piece,
-                Reconstruction(
-                    mean=np.asarray(out.mean)[0, :count],  # type: ignore[arg-type]
-                    dispersion=out.dispersion,
-                    zero_logits=None if out.zero_logits is None else out.zero_logits[0, :count],
-                ),
-            )
+        return decoded(self._fitted(), z, rows_of)
 
     # -- history, saving, loading ---------------------------------------------------------------
 
@@ -712,33 +622,7 @@ class Estimator(Displayed, abc.ABC):
             InputError: The estimator is not fitted.
             CheckpointError: The directory is not empty, or the format is unknown.
         """
-        model = self._fitted()
-        state, arrays = self._state()
-        content = {
-            "format": 1,
-            "class": type(self).__name__,
-            "version": __version__,
-            "training": to_dict(self.training),
-            "genes": self.genes,
-            "precision": self.precision,
-            "reading": dataclasses.asdict(self.reading),
-            "names": _names_json(model.genes),
-            "batch_rows": self.batch_rows,
-            "facts": self.facts,
-            "messages": self.messages,
-            "state": state,
-            "history": self.history,
-        }
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        save_model(
-            directory,
-            ModelFiles(model.config, model.genes, model.card),
-            model.params,
-            estimator=arrays,
-            texts={ESTIMATOR_FILE: text},
-            step=model.step,
-            format=format,
-        )
+        write_estimator(self, self._fitted(), directory, format)
 
     def push_to_hub(
         self,
@@ -807,186 +691,18 @@ class Estimator(Displayed, abc.ABC):
         Raises:
             CheckpointError: The directory does not contain a fitted estimator, is damaged, or belongs to another class.
         """
-        where, name = resolve_source(
-            directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"])
-        )
-        content = read_estimator(where, name)
-        if content["class"] != cls.__name__:
-            raise CheckpointError(
-                f"'{directory}' contains a fitted {content['class']}",
-                f"a {cls.__name__}",
-                f"Open it with cellplm_jax.{content['class']}.load",
-            )
-        fitted: str = precision or content.get("precision", "float32")
-        model = load_located(where, name, precision=fitted, devices=devices)
-        arrays = {}
-        if has_item(where, "estimator"):
-            arrays = restore_item(where, item="estimator", step=model.step)[0]
+        content, model, arrays = open_files(cls, directory, precision=precision, devices=devices)
         try:
             estimator = cls(
-                None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
+                None, genes=content["genes"], quiet=quiet, precision=model.precision, devices=devices,
                 **content["training"],
             )  # fmt: skip
-            if "names" in content:
-                named = content["names"]
-                model.genes = FittedGenes(
-                    model.genes, named["others"], named["matrix"], named["gene_key"]
-                )
-            estimator.model = model
-            estimator.reading = Reading(**content["reading"])
-            estimator.batch_rows = dict(content["batch_rows"])
-            estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
-            estimator.messages = list(content["messages"])
-            estimator._restore(content["state"], arrays)
-            _check_labels(getattr(estimator, "labels", None), model.config, arrays)
+            restore(estimator, content, model, arrays)
         except CheckpointError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            raise CheckpointError(damaged(directory, error)) from error
         return estimator
-
-
-def fitted_names(table: CellTable) -> FittedGenes:
-    """Return the vocabulary of a fit with the decisions made about its file.
-
-    Args:
-        table: The cells of the fit, over its complete vocabulary.
-    """
-    return FittedGenes(table.genes, [], table.report.matrix, table.report.gene_key)
-
-
-def _names_json(genes: list[str]) -> dict[str, Any]:
-    """Return the decisions about gene names as plain values."""
-    if not isinstance(genes, FittedGenes):
-        return {"others": [], "matrix": "", "gene_key": ""}
-    return {"others": genes.others, "matrix": genes.matrix, "gene_key": genes.gene_key}
-
-
-def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:
-    """Return the contents of ``estimator.json`` in a directory.
-
-    Args:
-        directory: Directory of a saved estimator.
-        name: Name for messages; None: the directory.
-
-    Raises:
-        CheckpointError: The file does not exist or cannot be read.
-    """
-    path = epath.Path(directory) / ESTIMATOR_FILE
-    name = name or os.fspath(directory)
-    if not path.is_file():
-        what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
-        raise CheckpointError(
-            f"'{name}' {what}",
-            "the directory of a fitted estimator",
-            "Fit one and save it first; a plain model is opened with cellplm_jax.load",
-        )
-    try:
-        if not is_remote(path):
-            require_regular(path.parent, raises=CheckpointError)
-        content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
-        content["class"].strip()
-        if content["format"] != 1:
-            msg = f"format {shorten(str(content['format']))}, this version reads format 1"
-            raise ValueError(msg)
-        for field in ("training", "reading", "batch_rows", "facts", "state"):
-            if not isinstance(content[field], dict):
-                msg = f"'{field}' is a {type(content[field]).__name__}"
-                raise TypeError(msg)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(_damaged(name, error)) from error
-    return content
-
-
-def _damaged(directory: str | os.PathLike, error: Exception) -> str:
-    return explain(
-        f"{ESTIMATOR_FILE} of '{directory}' cannot be read ({type(error).__name__}: {error})",
-        "the file as this package wrote it",
-        "Copy the directory again, or use the version of cellplm-jax that wrote it",
-    )
-
-
-def parts_of(values: np.ndarray) -> np.ndarray:
-    """Return the values of a split column: ``"train"``, ``"valid"``, or the value itself, in lower case."""
-    lower = [str(value).strip().lower() for value in values]
-    return np.array([PARTS.get(value, value) for value in lower], object)
-
-
-def split_cells(
-    table: CellTable,
-    split_key: str | None,
-    *,
-    usable: np.ndarray,
-    strata: np.ndarray,
-    fraction: float,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Select the training and the validation cells.
-
-    Args:
-        table: The cells.
-        split_key: Column of ``obs`` with ``"train"`` and ``"valid"`` (other values: unused cells); None: a random
-            fraction of the usable cells is used for validation. If the column has no validation cells, a
-            fraction of its training cells is used.
-        usable: bool [cells], cells for training or validation (those with a label).
-        strata: [cells], strata of the random fraction; strata with fewer than four cells are not sampled.
-        fraction: Fraction of each stratum.
-        seed: Seed of the random fraction.
-
-    Returns:
-        int arrays: training cells, validation cells.
-
-    Raises:
-        InputError: The column does not exist, or has no usable training cell.
-    """
-    if split_key is None:
-        train = np.flatnonzero(usable)
-        valid = np.zeros(0, int)
-    else:
-        remedy = "Use the column with 'train' and 'valid', or omit split_key"
-        require_column(table.obs.columns, split_key, remedy)
-        parts = parts_of(np.asarray(table.obs[split_key].astype(object)))
-        train = np.flatnonzero(usable & (parts == "train"))
-        valid = np.flatnonzero(usable & (parts == "valid"))
-        if not len(train):
-            values = ", ".join(map(repr, list(dict.fromkeys(parts))[:6]))
-            raise InputError(
-                f"obs['{split_key}'] marks no usable training cell (its values: {values})",
-                "'train' for the cells to fit on, 'valid' for those to validate with",
-                "Correct the column, or omit split_key",
-            )
-    if len(valid) or fraction == 0:
-        return train, valid
-    generator = np.random.default_rng(seed)
-    held = []
-    for stratum in dict.fromkeys(strata[train]):
-        cells = train[strata[train] == stratum]
-        number = max(1, round(fraction * len(cells))) if len(cells) >= 4 else 0
-        held.append(generator.permutation(cells)[:number])
-    valid = np.sort(np.concatenate(held)) if held else valid
-    return np.setdiff1d(train, valid), valid
-
-
-def _check_labels(labels: Any, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise a ValueError if restored labels are not one per output."""
-    if labels is None or not len(labels):
-        return
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-        msg = "its labels are not different texts"
-        raise ValueError(msg)
-    wanted = (
-        config.head.outputs if config.head.kind in ("annotation", "sample_classification") else None
-    )
-    if "bias" in arrays and "kernel" in arrays:
-        wanted = int(arrays["bias"].shape[-1])
-    codes = arrays.get("label")
-    if wanted not in (None, len(labels)) or (
-        codes is not None and codes.size and codes.max() >= len(labels)
-    ):
-        msg = f"it has {len(labels)} labels, and its weights have others"
-        raise ValueError(msg)
 
 
 def _where(
@@ -1014,15 +730,3 @@ def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fields(config: Any) -> dict[str, Any]:
     return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
-
-
-def _pieces(cells: int, size: int) -> Iterator[slice]:
-    for start in range(0, cells, size):
-        yield slice(start, min(start + size, cells))
-
-
-def _padded(values: np.ndarray, rows: int) -> np.ndarray:
-    """Return [1, rows, ...], padded with zeros."""
-    padded = np.zeros((1, rows, *values.shape[1:]), np.float32)
-    padded[0, : len(values)] = values
-    return padded

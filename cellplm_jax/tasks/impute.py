@@ -16,21 +16,13 @@ from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
 from cellplm_jax.tasks.contexts import read_cells, require_same_cells
-from cellplm_jax.tasks.denoise import (
-    expected_counts,
-)
+from cellplm_jax.tasks.denoise import expected_counts
 from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.impute_fit import DECODED_AS, ImputerFit
 from cellplm_jax.tasks.impute_genes import find_genes
-from cellplm_jax.tasks.impute_intervals import (
-    FEWEST,
-    LEVELS,
-    Intervals,
-)
+from cellplm_jax.tasks.impute_intervals import FEWEST, LEVELS, Intervals
 from cellplm_jax.tasks.impute_measured import BesideMeasured, beside_measured
-from cellplm_jax.tasks.impute_network import (
-    panel_model,
-)
+from cellplm_jax.tasks.impute_network import panel_model
 from cellplm_jax.tasks.impute_ridge import (
     COUNTS,
     LOG,

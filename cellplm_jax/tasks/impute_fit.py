@@ -16,25 +16,11 @@ from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.tasks.contexts import CellTable, Layout, own_vocabulary, read_cells, variable_genes
-from cellplm_jax.tasks.denoise import (
-    require_counts_decoder,
-    require_training_cells,
-)
-from cellplm_jax.tasks.estimator import (
-    DECODER_RECIPE,
-    Estimator,
-    Training,
-    fitted_names,
-    split_cells,
-)
+from cellplm_jax.tasks.denoise import require_counts_decoder, require_training_cells
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.estimator_files import fitted_names
 from cellplm_jax.tasks.impute_genes import own_names, requested_genes, split_by_panel
-from cellplm_jax.tasks.impute_intervals import (
-    FEWEST,
-    LEVELS,
-    Intervals,
-    error_quantiles,
-    widening,
-)
+from cellplm_jax.tasks.impute_intervals import FEWEST, LEVELS, Intervals, error_quantiles, widening
 from cellplm_jax.tasks.impute_network import (
     decoded_means,
     imputation_loss,
@@ -58,6 +44,8 @@ from cellplm_jax.tasks.impute_ridge import (
 )
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import COUNT_KEYS, ReadingKeys
+from cellplm_jax.tasks.recipe import DECODER_RECIPE, Training
+from cellplm_jax.tasks.splits import split_cells
 from cellplm_jax.train.finetune import LOSS
 
 if TYPE_CHECKING:

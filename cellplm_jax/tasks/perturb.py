@@ -34,7 +34,7 @@ from cellplm_jax.tasks.contexts import (
     make_examples,
     read_cells,
 )
-from cellplm_jax.tasks.estimator import Estimator, Training
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.perturbation_head import (
     PerturbationPrediction,
     perturbation_loss,
@@ -58,6 +58,7 @@ from cellplm_jax.tasks.perturbation_screen import (
 )
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import AS_FITTED, KEYS, Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import Training
 from cellplm_jax.train.finetune import LOSS, SCORE, clean_forward
 
 if TYPE_CHECKING:
