@@ -63,18 +63,11 @@ from cellplm_jax.tasks.estimator_files import (
 )
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.heads import apply_head, decoded
-from cellplm_jax.tasks.pretrained import (
-    Pretrained,
-    as_pretrained,
-    publish,
-    working_devices,
-)
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, publish, working_devices
 from cellplm_jax.tasks.reading import KEYS, Reading, name_keys
 from cellplm_jax.tasks.recipe import Recipe
 from cellplm_jax.tasks.splits import parts_of
-from cellplm_jax.train.checkpoint import (
-    WeightFormat,
-)
+from cellplm_jax.train.checkpoint import WeightFormat
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
 
 if TYPE_CHECKING:
