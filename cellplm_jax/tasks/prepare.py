@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.corpus import explain_corpus_errors, write_index
 from cellplm_jax.data.corpus_records import FORMAT, check_index
+from cellplm_jax.data.corpus_writer import explain_corpus_errors, write_index
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.storage import atomic_write_text, is_remote
 from cellplm_jax.tasks.prepare_parts import NONZEROS_IN_MEMORY, Facts, Keys, write_parts

@@ -17,14 +17,9 @@ import scipy.sparse as sparse
 
 from cellplm_jax.data.anndata_io import CountSource, open_counts
 from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, storage_order
-from cellplm_jax.data.corpus import (
-    PartSample,
-    PartWriter,
-    explain_corpus_errors,
-    index_type,
-    vocabulary_hash,
-)
+from cellplm_jax.data.corpus import index_type, vocabulary_hash
 from cellplm_jax.data.corpus_records import FORMAT
+from cellplm_jax.data.corpus_writer import PartSample, PartWriter, explain_corpus_errors
 from cellplm_jax.errors import InputError
 from cellplm_jax.tasks.prepare_run import Advance, Runner, run_stage
 from cellplm_jax.untrusted import parse_json, read_text

@@ -13,7 +13,8 @@ import numpy as np
 
 from cellplm_jax.data.anndata_files import LONGEST_TEXT
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.corpus import explain_corpus_errors, vocabulary_hash, write_genes
+from cellplm_jax.data.corpus import vocabulary_hash
+from cellplm_jax.data.corpus_writer import explain_corpus_errors, write_genes
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.errors import InputError, require_choice
 from cellplm_jax.storage import atomic_write

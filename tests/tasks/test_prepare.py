@@ -321,7 +321,7 @@ def test_kill_and_continue(files, tmp_path):
     out = tmp_path / "corpus"
     script = (
         "import os, signal, sys\n"
-        "from cellplm_jax.data import corpus\n"
+        "from cellplm_jax.data import corpus_writer as corpus\n"
         "from cellplm_jax.tasks.prepare import prepare\n"
         "real = corpus.PartWriter.append\n"
         "def append(self, *arguments):\n"
