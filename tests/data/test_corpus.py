@@ -342,7 +342,7 @@ def test_a_file_that_may_not_grow(tmp_path):
     script.write_text(
         "import resource, sys\n"
         "import numpy as np\n"
-        "from cellplm_jax.data.corpus import PartSample, PartWriter, write_genes\n"
+        "from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes\n"
         "from cellplm_jax.errors import InputError\n"
         "genes = [f'gene {i}' for i in range(60000)]\n"
         "write_genes(sys.argv[1], genes)\n"
