@@ -167,7 +167,7 @@ def require_choice(name: str, value: object, known: Sequence[str]) -> None:
         InputError: The value is none of them.
     """
     if value not in known:
-        expected = " or ".join(map(repr, known))
+        expected = f"one of {', '.join(map(repr, known))}"
         raise InputError(f"{name}={value!r}", expected, nearest(value, known, "Use one of them"))
 
 

@@ -63,7 +63,9 @@ def test_an_unknown_column_is_answered_with_the_columns():
 
 def test_an_unknown_choice_is_answered_with_the_choices():
     require_choice("method", "ridge", ("ridge", "finetune"))
-    with pytest.raises(InputError, match=r"^method='rigde'; expected 'ridge' or 'finetune'. Did"):
+    with pytest.raises(
+        InputError, match=r"^method='rigde'; expected one of 'ridge', 'finetune'. Did"
+    ):
         require_choice("method", "rigde", ("ridge", "finetune"))
     with pytest.raises(InputError, match=r"^method=3; .* Use one of them\.$"):
         require_choice("method", 3, ("ridge", "finetune"))
