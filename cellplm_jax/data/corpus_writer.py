@@ -31,7 +31,7 @@ from cellplm_jax.data.corpus import (
 )
 from cellplm_jax.data.corpus_records import FORMAT, check_record
 from cellplm_jax.errors import InputError
-from cellplm_jax.storage import atomic_write_text, explain_write_errors
+from cellplm_jax.storage import atomic_write_text, explain_write_errors, removed_when_stopped
 
 CHUNK_VALUES = 2**17
 """Values per compressed chunk, the minimum that a read decodes: about 90 cells of 1,500 stored counts."""
@@ -110,6 +110,8 @@ class PartWriter:
         self._partial = self.folder / "parts" / f".{name}.partial"
         self._checksums: dict[str, list[int]] = {}
         self._streams: tuple[_Stream, ...] = ()
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(removed_when_stopped(self._partial))
         with self._explained():
             shutil.rmtree(self._partial, ignore_errors=True)
             self._start()
@@ -206,6 +208,7 @@ class PartWriter:
         for stream in self._streams:
             stream.settle()
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._open.close()
 
     # -- parts of the above ----------------------------------------------------------------------
 
