@@ -64,7 +64,7 @@ from cellplm_jax.tasks.estimator_files import (
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.heads import apply_head, decoded
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, publish, working_devices
-from cellplm_jax.tasks.reading import KEYS, Reading, name_keys
+from cellplm_jax.tasks.reading import KEYS, Reading, keyword_options, name_keys
 from cellplm_jax.tasks.recipe import Recipe
 from cellplm_jax.tasks.splits import parts_of
 from cellplm_jax.train.checkpoint import WeightFormat
@@ -161,11 +161,7 @@ class Estimator(Displayed, abc.ABC):
         # Those that are not defined by the task get its options and keys in their signatures.
         written = set(vars(cls))
         predict = cls.predict if "predict" in written else cls._predict
-        options = {
-            name: argument
-            for name, argument in inspect.signature(predict).parameters.items()
-            if argument.kind is keyword
-        }
+        options = keyword_options(predict)
         for name in ("predict", "predict_file") if "_predict" in written else ():
             if name not in written:
                 setattr(cls, name, _copy(getattr(cls, name)))

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from cellplm_jax.data.anndata_io import Values
 from cellplm_jax.untrusted import require_options
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _AsFitted(Enum):
@@ -115,23 +117,27 @@ def name_keys(
     function: Callable[..., Any],
     keys: Sequence[str],
     options: Mapping[str, inspect.Parameter] | None = None,
+    *,
+    source: str = ":meth:`predict`",
 ) -> None:
-    """Name the arguments that ``**keys`` stands for in the signature and the docstring of a method.
+    """Name the arguments that ``**keys`` stands for in the signature and the docstring of a function.
 
     Args:
-        function: The method; one without ``**keys`` is left as it is.
+        function: The function; one without ``**keys`` is left as it is.
         keys: Names of the reading keys of its task.
-        options: Other arguments that ``**keys`` stands for, documented by ``predict``.
+        options: Other arguments that ``**keys`` stands for.
+        source: Where these are documented.
     """
     signature = inspect.signature(function)
     named = dict(signature.parameters)
     if named.pop("keys", None) is None:
         return
     fits, text = function.__name__ == "fit", ""
+    described = inspect.cleandoc(function.__doc__ or "")
     for name, parameter in (options or {}).items():
-        if name not in named:
-            named[name] = parameter
-            text += f"    {name}: See :meth:`predict`.\n"
+        named.setdefault(name, parameter)
+        if not re.search(_ENTRY.format(name), described, re.M):
+            text += f"    {name}: See {source}.\n"
     for name in keys:
         if name not in named:
             default = _FIELDS[name].default if fits else AS_FITTED
@@ -140,5 +146,29 @@ def name_keys(
             )
             text += _TEXTS[name].rstrip() + "\n" if fits else f"    {name}: As in :meth:`fit`.\n"
     function.__signature__ = signature.replace(parameters=list(named.values()))  # type: ignore[attr-defined]
-    described = inspect.cleandoc(function.__doc__ or "")
     function.__doc__ = re.sub(_ENTRY.format(r"\*\*keys"), lambda _: text, described, flags=re.M)
+
+
+def keyword_options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the keyword-only arguments of a function."""
+    parameters = inspect.signature(function).parameters
+    return {n: p for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def keys_of(
+    other: Callable[..., Any], address: str, omitted: Sequence[str] = ()
+) -> Callable[[Function], Function]:
+    """Return a decorator that names the options of another function, which ``**keys`` stands for.
+
+    Args:
+        other: The function that documents the options.
+        address: Its name in references, such as ``"cellplm_jax.embed"``.
+        omitted: Options that the decorated function lacks.
+    """
+    options = {n: p for n, p in keyword_options(other).items() if n not in omitted}
+
+    def decorate(function: Function) -> Function:
+        name_keys(function, (), options, source=f":func:`{address}`")
+        return function
+
+    return decorate
