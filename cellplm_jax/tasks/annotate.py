@@ -43,8 +43,9 @@ from cellplm_jax.tasks.annotation_pool import (
     neighbor_votes,
 )
 from cellplm_jax.tasks.contexts import CellTable, gather, labels_of, variable_genes
-from cellplm_jax.tasks.estimator import Estimator, Prediction
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.files import as_anndata
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import Reading, ReadingKeys
 from cellplm_jax.tasks.recipe import Training

@@ -44,8 +44,9 @@ from cellplm_jax.tasks.denoise_pool import (
     make_parts,
     thin,
 )
-from cellplm_jax.tasks.estimator import Estimator, Prediction
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.files import check_key
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import COUNT_KEYS, Reading, ReadingKeys
 from cellplm_jax.tasks.recipe import DECODER_RECIPE

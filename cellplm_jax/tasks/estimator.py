@@ -24,7 +24,6 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Unpack
 
@@ -63,6 +62,7 @@ from cellplm_jax.tasks.estimator_files import (
 )
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.heads import apply_head, decoded
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, publish, working_devices
 from cellplm_jax.tasks.reading import KEYS, Reading, keyword_options, name_keys
 from cellplm_jax.tasks.recipe import Recipe
@@ -77,34 +77,6 @@ if TYPE_CHECKING:
     from cellplm_jax.interop.hub import HubCommit
 
 EstimatorType = TypeVar("EstimatorType", bound="Estimator")
-
-
-@dataclass
-class Prediction:
-    """Prediction of a task for the cells of an AnnData or of a file: what is added to it, by name, and more.
-
-    Attributes:
-        obs: Columns of cells.
-        var: Columns of genes.
-        obsm: Arrays with one row per cell.
-        layers: Arrays [n_obs, n_vars].
-        uns: Provenance.
-        messages: Messages about the input.
-        result: Return value of ``predict``; None: the AnnData itself.
-    """
-
-    obs: Mapping[str, Any] = field(default_factory=dict)
-    var: Mapping[str, Any] = field(default_factory=dict)
-    obsm: Mapping[str, Any] = field(default_factory=dict)
-    layers: Mapping[str, Any] = field(default_factory=dict)
-    uns: Mapping[str, Any] = field(default_factory=dict)
-    messages: list[str] = field(default_factory=list)
-    result: Any = None
-
-    @property
-    def entries(self) -> dict[str, Mapping[str, Any]]:
-        """What is added, by part of the AnnData."""
-        return {name: getattr(self, name) for name in ("obs", "var", "obsm", "layers", "uns")}
 
 
 class Estimator(Displayed, abc.ABC):

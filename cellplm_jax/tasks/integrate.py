@@ -21,8 +21,9 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.alignment import Alignment, fit_alignment, numbers_of
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.estimator import Estimator, Prediction
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.files import check_key
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import CountKeys, Reading, ReadingKeys
 from cellplm_jax.tasks.recipe import DECODER_RECIPE, Training

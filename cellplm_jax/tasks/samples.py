@@ -20,8 +20,9 @@ from cellplm_jax.evaluate.cohorts import SIGNIFICANT, samples_needed, smallest_p
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.contexts import CellTable, labels_of, source_groups
-from cellplm_jax.tasks.estimator import Estimator, Prediction
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.files import read_obs
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import AS_FITTED, KEYS, Reading, ReadingKeys
 from cellplm_jax.tasks.recipe import Training

@@ -13,8 +13,9 @@ from cellplm_jax.cli.options import add_options
 from cellplm_jax.cli.tasks import Task, passed_to
 from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.tasks.contexts import read_cells
-from cellplm_jax.tasks.estimator import Estimator, Prediction
+from cellplm_jax.tasks.estimator import Estimator
 from cellplm_jax.tasks.files import read_obs
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.reading import AS_FITTED
 from cellplm_jax.train.checkpoint import ESTIMATOR_FILE
 from tests.conftest import make_adata
