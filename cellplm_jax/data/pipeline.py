@@ -10,9 +10,9 @@ once, before the first step; the cells of a window change with every epoch:
   is a spatial neighbourhood.
 
 A window therefore has the same number of cells in every epoch, an upper bound on its stored counts
-(``data/packing.py``), and requires a few contiguous reads. Shapes are constant during a run, and every training cell appears exactly once per
-epoch. All random choices are functions of (seed, step): a run resumes at any step, on any number of processes, and each
-process reads its own rows only.
+(``data/packing.py``), and requires a few contiguous reads. Shapes are constant during a run, and every training cell
+appears exactly once per epoch. All random choices are functions of (seed, step): a run resumes at any step, on any
+number of processes, and each process reads its own rows only.
 """
 
 from __future__ import annotations
