@@ -45,7 +45,13 @@ from cellplm_jax.data.corpus_records import (
 )
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, shorten
-from cellplm_jax.storage import Folder, atomic_write_text, explain_write_errors, is_remote
+from cellplm_jax.storage import (
+    Folder,
+    atomic_write_text,
+    explain_write_errors,
+    is_remote,
+    removed_when_stopped,
+)
 from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
 
 if TYPE_CHECKING:
@@ -158,6 +164,8 @@ class PartWriter:
         self._partial = self.folder / "parts" / f".{name}.partial"
         self._checksums: dict[str, list[int]] = {}
         self._streams: tuple[_Stream, ...] = ()
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(removed_when_stopped(self._partial))
         with self._explained():
             shutil.rmtree(self._partial, ignore_errors=True)
             self._start()
@@ -254,6 +262,7 @@ class PartWriter:
         for stream in self._streams:
             stream.settle()
         shutil.rmtree(self._partial, ignore_errors=True)
+        self._open.close()
 
     # -- parts of the above ----------------------------------------------------------------------
 

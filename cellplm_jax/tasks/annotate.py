@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
@@ -37,13 +37,14 @@ from cellplm_jax.tasks.annotation_pool import (
     LINEAR_GENES,
     LINEAR_PENALTY,
     choose_pool,
+    clearly_better,
     cross_entropy,
     fit_temperature,
     log_counts,
     log_probabilities_of,
     neighbor_votes,
 )
-from cellplm_jax.tasks.contexts import CellTable, Layout, gather, labels_of, variable_genes
+from cellplm_jax.tasks.contexts import CellTable, gather, labels_of, variable_genes
 from cellplm_jax.tasks.estimator import (
     AS_FITTED,
     Estimator,
@@ -87,8 +88,8 @@ LINEAR_CELLS = 4096
 _DETECTOR, _DETECTOR_GENES = "unknown_", "detected_genes"
 """Prefix of the saved arrays of the detector, and the name of its genes."""
 
-HEAD_PENALTIES = (10.0, 1.0, 100.0)
-"""L2 penalties that the head is solved with; the first one if there are no validation cells."""
+LATENT_LENGTH = 6.0
+"""Median length of the pretrained latents in the regression that solves the head; log1p counts are not scaled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,14 +109,16 @@ class CellTypeAnnotator(Estimator):
 
     ``method="finetune"`` adds a linear head to a deterministic latent and fine-tunes the complete model on labelled
     cells with the published recipe. The head of a pretrained model is initialised with the exact logistic regression on
-    its latent, and the fine-tuned weights are kept only if they score better on validation cells.
+    its latent and on log1p counts of highly variable genes; the term of the genes stays as it is. The fine-tuned
+    weights are kept only if they are clearly better on validation cells; otherwise the head is solved once more with
+    these cells.
     ``method="neighbors"`` needs no training: cells get the label of their nearest labelled cells in the embedding of
     the pretrained model.
 
-    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted on
-    log1p counts in addition to the network, and their log-probabilities are added with weights fitted to the
-    validation cells, which also calibrates them. If one part alone has a lower cross-validated cross-entropy on these
-    cells, it is used alone. ``linear=False`` uses the network only (published).
+    On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted as a
+    baseline, and predicts instead of the network if it is clearly better on validation cells. From scratch, the
+    log-probabilities of both are added with weights fitted to the validation cells. ``linear=False`` omits the genes
+    from head and prediction: the published network.
 
     Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.
@@ -138,7 +141,7 @@ class CellTypeAnnotator(Estimator):
         class_weights: Weight of each cell in the loss by its label; ``"balanced"``: all labels have the same total
             weight; None: all cells have the same weight.
         neighbors: For ``"neighbors"``: number of voting labelled cells, weighted by inverse distance.
-        linear: For ``"finetune"``: average the network with a logistic regression.
+        linear: For ``"finetune"``: use a logistic regression on genes, in the head and in the average.
         genes: Number of highly variable genes to fit on; None: all; default: 3,000 from scratch, else all.
         quiet: Disable progress output.
         **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`: ``epochs``, ``patience``, ``learning_rate``,
@@ -204,6 +207,7 @@ class CellTypeAnnotator(Estimator):
         self.temperature = 1.0
         self.pool: list[float] = []
         self._linear: LinearClassifier | None = None
+        self._gene_head: np.ndarray | None = None
         self._linear_genes = np.zeros(0, int)
         self._detector: UnknownDetector | None = None
         self._detector_genes = np.zeros(0, int)
@@ -384,7 +388,19 @@ class CellTypeAnnotator(Estimator):
         labels = np.full(len(table), -1, np.int32)
         labels[train] = codes[train]
         weights = self._weights(codes[train])
-        examples = self._examples(table, shown, start, targets={"label": labels})
+        self._gene_head = None
+        if self.linear:
+            self._linear_genes = variable_genes(table.counts[train], LINEAR_GENES)
+        pretrained = self.base is not None
+        features, scale = None, 1.0
+        if pretrained:
+            with stage(f"{self.task}: solving the head", quiet=self.quiet):
+                features, scale = self._head_features(start, table, shown, valid)
+                self._solve_head(start, features, scale, train, codes, weights)
+        offset = self._gene_logits(table.counts)
+        examples = self._examples(
+            table, shown, start, targets={"label": labels, "gene_logits": offset}
+        )
         judged = self._examples(table, shown if transductive else valid, start)
         predict = jax.jit(
             lambda params, example: clean_forward(params, example.batch, start.config).prediction
@@ -392,7 +408,7 @@ class CellTypeAnnotator(Estimator):
 
         def logits_of(params: Any) -> np.ndarray:
             outputs = [predict(params, layout.example) for layout in judged]
-            return gather(judged, jax.device_get(outputs), len(table))[valid]
+            return (gather(judged, jax.device_get(outputs), len(table)) + offset)[valid]
 
         def validate(params: Any) -> dict[str, float]:
             logits, truth = logits_of(params), codes[valid]
@@ -403,12 +419,6 @@ class CellTypeAnnotator(Estimator):
                 "validation_accuracy": float(np.diag(confusion).sum() / len(truth)),
             }
 
-        pretrained = self.base is not None
-        if pretrained:
-            with stage(f"{self.task}: solving the head", quiet=self.quiet):
-                self._solve_head(
-                    start, [*examples, *judged], table, train, codes, weights, validate
-                )
         result = self._finetune(
             start,
             loss=annotation_loss(start.config, self.training.masking, weights),
@@ -421,34 +431,37 @@ class CellTypeAnnotator(Estimator):
         self.validation = None
         if len(valid):
             logits = logits_of(jax.device_put(self._fitted().params))
-            self.temperature = fit_temperature(logits, codes[valid])
             best = self.facts["best_epoch"]
-            scores = self.history[best - 1] if best else result.start_scores
-            self.facts["validation_f1"] = scores[SCORE]
             if pretrained:
                 self.facts["validation_f1_start"] = result.start_scores[SCORE]
+                first = logits_of(jax.device_put(start.params))
+                if best and not clearly_better(logits, first, codes[valid]):
+                    best, logits = 0, first
+                    self.facts["best_epoch"] = 0
+            self.facts["validation_f1"] = (self.history[best - 1] if best else result.start_scores)[
+                SCORE
+            ]
+            self.temperature = fit_temperature(logits, codes[valid])
             self.validation = (codes[valid], softmax(logits / self.temperature, axis=1))
         else:
             self.messages.append("No validation cells: probabilities are not calibrated.")
         if self.linear:
             with stage(f"{self.task}: logistic regression", quiet=self.quiet):
                 self._fit_linear(table, train, valid, codes, weights, logits)
+        if len(valid) and features is not None and not self.facts["best_epoch"]:
+            # The start is kept: its head can use the validation cells as well.
+            labelled = np.sort(np.concatenate([train, valid]))
+            self._solve_head(start, features, scale, labelled, codes, weights)
+            self._fitted().params = start.params
+            if self.facts["epochs"]:
+                self.messages.append(
+                    "Fine-tuning was not clearly better on validation cells: the pretrained weights are kept."
+                )
 
-    def _solve_head(
-        self,
-        start: Pretrained,
-        layouts: Sequence[Layout],
-        table: CellTable,
-        train: np.ndarray,
-        codes: np.ndarray,
-        weights: np.ndarray | None,
-        validate: Callable[[Any], dict[str, float]],
-    ) -> None:
-        """Set the head of ``start`` to the logistic regression on the pretrained latent, solved exactly.
-
-        Fine-tuning starts from there and is kept only if validation cells say that it helps. The L2 penalty is chosen
-        on the same cells.
-        """
+    def _head_features(
+        self, start: Pretrained, table: CellTable, shown: np.ndarray, valid: np.ndarray
+    ) -> tuple[sparse.csr_matrix, float]:
+        """Return the scaled latent and log1p counts of the variable genes, CSR [cells, features]; and the scale."""
         model = CellPLM(start.config)
 
         def latent(params, batch):
@@ -457,22 +470,46 @@ class CellTypeAnnotator(Estimator):
             return inferred.mean
 
         embed, params = jax.jit(latent), jax.device_put(start.params)
+        layouts = self._examples(table, shown, start)
+        if len(valid) and not np.isin(valid, shown).all():
+            layouts = [*layouts, *self._examples(table, valid, start)]
         outputs = [embed(params, layout.example.batch) for layout in layouts]
-        latents = gather(layouts, jax.device_get(outputs), len(table))
-        features = sparse.csr_matrix(latents[train])
-        best = (-np.inf, -np.inf)
-        for penalty in HEAD_PENALTIES:
-            found = fit_linear_classifier(
-                features, codes[train], len(self.labels), penalty=penalty, weights=weights
-            )
-            layer = {"kernel": found.kernel, "bias": found.bias}
-            candidate = {**start.params, "head": {"mlp": {"linear_0": layer}}}
-            if not self.facts["validation_cells"]:
-                start.params = candidate
-                return
-            scores = validate(candidate)
-            if (rank := (scores[SCORE], -scores[LOSS])) > best:
-                best, start.params = rank, candidate
+        latents = gather(layouts, jax.device_get(outputs), len(table)).astype(np.float64)
+        lengths = np.linalg.norm(latents[shown], axis=1)
+        scale = LATENT_LENGTH / max(float(np.median(lengths)), 1e-6)
+        features = sparse.csr_matrix(latents * scale)
+        if self.linear:
+            genes = log_counts(table.counts, self._linear_genes)
+            features = sparse.csr_matrix(sparse.hstack([features, genes]))
+        return features, scale
+
+    def _solve_head(
+        self,
+        start: Pretrained,
+        features: sparse.csr_matrix,
+        scale: float,
+        cells: np.ndarray,
+        codes: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> None:
+        """Set the head of ``start`` to the exact logistic regression on ``features`` of the cells.
+
+        The part on the genes is a term of the network's logits that is not fine-tuned: it keeps what the latent loses.
+        """
+        solved = fit_linear_classifier(
+            features[cells], codes[cells], len(self.labels), penalty=LINEAR_PENALTY, weights=weights
+        )
+        width = start.config.latent_size
+        kernel = solved.kernel[:width] * np.float32(scale)
+        layer = {"kernel": kernel, "bias": solved.bias}
+        start.params = {**start.params, "head": {"mlp": {"linear_0": layer}}}
+        self._gene_head = solved.kernel[width:] if self.linear else None
+
+    def _gene_logits(self, counts: sparse.csr_matrix) -> np.ndarray:
+        """Return the term of the genes in the logits of the network, float32 [cells, classes]; 0 without it."""
+        if self._gene_head is None:
+            return np.zeros((counts.shape[0], len(self.labels)), np.float32)
+        return np.asarray(log_counts(counts, self._linear_genes) @ self._gene_head, np.float32)
 
     def _fit_linear(
         self,
@@ -493,10 +530,8 @@ class CellTypeAnnotator(Estimator):
             weights: float32 [classes], or None.
             logits: float32 [validation cells, classes] of the network; None without validation cells.
         """
-        columns = variable_genes(table.counts[train], LINEAR_GENES)
-        features = log_counts(table.counts, columns)
+        features = log_counts(table.counts, self._linear_genes)
         options: dict[str, Any] = {"penalty": LINEAR_PENALTY, "weights": weights}
-        self._linear_genes = columns
         network = None
         linear = None
         if logits is not None:
@@ -505,7 +540,9 @@ class CellTypeAnnotator(Estimator):
             )
             network = log_probabilities_of(logits / self.temperature)
             linear = first.log_probabilities(features[valid])
-        self.pool, self.facts["pool"] = choose_pool(network, linear, codes[valid])
+        self.pool, self.facts["pool"] = choose_pool(
+            network, linear, codes[valid], average=self.base is None
+        )
         if network is not None and linear is not None:
             pooled = self.pool[0] * network + self.pool[1] * linear
             scores = [
@@ -514,11 +551,17 @@ class CellTypeAnnotator(Estimator):
             ]
             self.validation = (codes[valid], softmax(pooled, axis=1))
             self.facts["validation_f1_linear"], self.facts["validation_f1_pooled"] = scores
-            self.messages.append(
+            text = (
                 f"Macro F1 on {len(valid)} validation cells: network {self.facts['validation_f1']:.3f}, logistic "
-                f"regression {scores[0]:.3f}, {self.facts['pool']} {scores[1]:.3f} (weights {self.pool[0]:.2f} and "
-                f"{self.pool[1]:.2f})."
+                f"regression {scores[0]:.3f}"
             )
+            if self.facts["pool"] == "pooled":
+                text += (
+                    f", pooled {scores[1]:.3f} (weights {self.pool[0]:.2f} and {self.pool[1]:.2f})"
+                )
+            elif self.facts["pool"] == "linear":
+                text += ", which predicts: it is better than the network"
+            self.messages.append(f"{text}.")
         cells = np.sort(np.concatenate([train, valid]))
         self._linear = fit_linear_classifier(
             features[cells], codes[cells], len(self.labels), **options
@@ -776,11 +819,14 @@ class CellTypeAnnotator(Estimator):
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         parts: dict[str, np.ndarray] = {}
-        linear, cells = self._of_counts(data, reading)
+        linear, gene_logits, cells = self._of_counts(data, reading)
         if self._reference is not None:
             probabilities = self._votes(z)
         else:
-            logits = np.asarray(self._head(z) / self.temperature, np.float64)
+            logits = self._head(z)
+            if gene_logits is not None:
+                logits = logits + gene_logits
+            logits = np.asarray(logits / self.temperature, np.float64)
             parts["network"] = softmax(logits, axis=1)
             if linear is not None:
                 parts["linear"] = softmax(linear, axis=1)
@@ -815,11 +861,14 @@ class CellTypeAnnotator(Estimator):
 
     def _of_counts(
         self, data: Any, reading: Reading
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return log-probabilities of the logistic regression and coordinates of the detector, read in blocks."""
+    ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """Return log-probabilities of the logistic regression, the term of the genes and the detector's coordinates.
+
+        The counts are read in blocks.
+        """
         if self._linear is None and self._detector is None:
-            return None, None
-        linear, cells = [], []
+            return None, None, None
+        linear, gene_logits, cells = [], [], []
         read: dict[str, Any] = {
             "layer": reading.layer,
             "gene_key": reading.gene_key,
@@ -833,10 +882,13 @@ class CellTypeAnnotator(Estimator):
                 if self._linear is not None:
                     features = log_counts(block, self._linear_genes)
                     linear.append(self._linear.log_probabilities(features))
+                if self._gene_head is not None:
+                    gene_logits.append(self._gene_logits(block))
                 if self._detector is not None:
                     cells.append(self._detector.project(block[:, self._detector_genes]))
         return (
             np.concatenate(linear) if linear else None,
+            np.concatenate(gene_logits) if gene_logits else None,
             np.concatenate(cells) if cells else None,
         )
 
@@ -902,6 +954,8 @@ class CellTypeAnnotator(Estimator):
         if self._linear is not None:
             arrays |= {"kernel": self._linear.kernel, "bias": self._linear.bias}
             arrays["genes"] = self._linear_genes.astype(np.int32)
+        if self._gene_head is not None:
+            arrays["gene_head"] = self._gene_head
         if self._detector is not None:
             arrays |= {f"{_DETECTOR}{name}": a for name, a in self._detector.arrays.items()}
             arrays[_DETECTOR_GENES] = self._detector_genes.astype(np.int32)
@@ -919,6 +973,7 @@ class CellTypeAnnotator(Estimator):
         elif "kernel" in arrays:
             self._linear = LinearClassifier(arrays["kernel"], arrays["bias"])
             self._linear_genes = arrays["genes"]
+            self._gene_head = arrays.get("gene_head")
         if _DETECTOR_GENES in arrays:
             self._detector_genes = arrays[_DETECTOR_GENES]
             self._detector = UnknownDetector(
@@ -933,7 +988,10 @@ class CellTypeAnnotator(Estimator):
 def annotation_loss(
     config: ModelConfig, masking: MaskingConfig, weights: np.ndarray | None = None
 ) -> Loss:
-    """Return the loss of an example whose target ``"label"`` is int32 [samples, cells], -1 for missing labels.
+    """Return the loss of an example.
+
+    Its target ``"label"`` is int32 [samples, cells], -1 for missing labels; ``"gene_logits"``, float32 [samples, cells,
+    classes], is added to the logits of the head.
 
     Args:
         config: Architecture with an annotation head.
@@ -946,7 +1004,8 @@ def annotation_loss(
 
     def loss(params, example, key):
         output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
-        logits: jax.Array = output.prediction  # type: ignore[assignment]
+        gene_logits = follow_cells(example.targets["gene_logits"], kept)
+        logits: jax.Array = output.prediction + gene_logits  # type: ignore[assignment]
         labels = follow_cells(example.targets["label"], kept, fill=-1)
         value = classification_loss(logits, labels, kept.cell_mask, weights=weights)
         right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)

@@ -183,7 +183,7 @@ def test_random_moments(tmp_path, monkeypatch):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PLATFORMS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     monkeypatch.setattr(campaign, "SECONDS", 10.0)
-    inputs = campaign.prepare(tmp_path, ["embed", "convert back"], modules=campaign.FEW)
+    inputs = campaign.prepare(tmp_path, ["embed", "export"], modules=campaign.FEW)
     try:
         outcomes = [campaign.try_case(inputs, seed) for seed in range(8)]
     finally:
