@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.abc
 import importlib.util
 import itertools
@@ -181,8 +182,9 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 class Order:
     """A pytest plugin: runs tests in the order of their durations, and writes down durations and failures."""
 
-    def __init__(self, durations: dict[str, float]):
-        self.durations, self.seen, self.failed = durations, dict[str, float](), list[str]()
+    def __init__(self, durations: dict[str, float], answer: str):
+        self.durations, self.answer = durations, Path(answer)
+        self.seen, self.failed = dict[str, float](), list[str]()
 
     def pytest_collection_modifyitems(self, items):
         """Sort the tests."""
@@ -193,6 +195,14 @@ class Order:
         self.seen[report.nodeid] = self.seen.get(report.nodeid, 0.0) + report.duration
         if report.failed:
             self.failed.append(report.nodeid)
+
+    def pytest_sessionfinish(self, exitstatus):
+        """Report, and end the process without cleaning up, which takes longer than a short test."""
+        status = int(exitstatus)
+        self.answer.write_text(
+            json.dumps({"status": status, "failed": self.failed, "seen": self.seen})
+        )
+        os._exit(status)
 
 
 def run(mutant: Mutant, tests: list[str], durations: dict[str, float], seconds: int) -> dict:
@@ -217,8 +227,7 @@ def run(mutant: Mutant, tests: list[str], durations: dict[str, float], seconds: 
 def _child(
     mutant: Mutant, tests: list[str], durations: dict[str, float], seconds: int, answer: str
 ) -> None:
-    """Run the tests and end the process."""
-    status = 3
+    """Run the tests; :class:`Order` ends the process."""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         signal.alarm(20 * seconds)
@@ -230,14 +239,11 @@ def _child(
         sys.meta_path.insert(
             0, Loader(mutant.path[:-3].replace("/", "."), mutant.path, mutant.code)
         )
-        order = Order(durations)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
-        status = int(pytest.main([*options, *tests], plugins=[order]))
-        Path(answer).write_text(
-            json.dumps({"status": status, "failed": order.failed, "seen": order.seen})
-        )
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--tb=no"]
+        pytest.main([*options, *tests], plugins=[Order(durations, answer)])
     finally:
-        os._exit(status)
+        os._exit(3)
 
 
 def main() -> int:
@@ -254,7 +260,7 @@ def main() -> int:
     parser.add_argument("--record", type=Path, help="write every outcome to this JSON file as well")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument(
-        "--factor", type=int, default=10, help="processor time, in those of the intact code"
+        "--factor", type=int, default=3, help="processor time, in those of the intact code"
     )
     arguments = parser.parse_args()
     everything = [mutant for path in TARGETS for mutant in mutants(path)]
@@ -294,6 +300,7 @@ def try_all(chosen: list[Mutant], factor: int) -> Iterator[dict]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
+        gc.freeze()  # so that the forks share the memory of what is imported
         for path, names in TARGETS.items():
             own = [mutant for mutant in chosen if mutant.path == path]
             if not own:
