@@ -34,6 +34,8 @@ HUB = ["huggingface_hub>=0.34", "safetensors>=0.5"]
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pillow>=10"]
 # The site: `make docs`.
 DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2025.7", "sphinx-copybutton>=0.5"]
+# Changes the code to test the tests: `make mutation`. The version is exact: its operators are no public interface.
+MUTATION = ["mutmut==3.8.1"]
 DEV = [
     "hypothesis>=6.100",
     "pytest>=8",
@@ -98,6 +100,7 @@ setup(
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
         "docs": [*DOCS, *EVAL],
+        "mutation": MUTATION,
         "dev": [*DEV, *TRAIN, *EVAL, *CPU, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},

@@ -1,13 +1,14 @@
 """Mutation testing: change the code of the losses, attention, masking and latent a little; the tests must notice.
 
-    python tools/mutation.py --sample 600 --out benchmarks/faults/mutation.md
+    python tools/mutation.py --sample 120 --out benchmarks/faults/mutation.md
     python tools/mutation.py --only masking --all
     python tools/mutation.py --show masking:17
 
 The mutants are those of mutmut (extra ``mutation``). mutmut's own runner adds a trampoline to every function and forks
 after a first run of the tests, which neither decorated functions (``nn.compact``, ``custom_vjp``) nor JAX's threads
 survive. Here a process imports the libraries, and each mutant gets a fork of it, which starts JAX and runs the tests of
-that module, fastest first, until one fails. Programs that a mutant does not change come from a compilation cache.
+that module that call the changed function, fastest first, until one fails. Programs that a mutant does not change
+come from a compilation cache. An interrupted run continues where ``--record`` ends.
 
 Not mutated: type annotations, docstrings, the text of errors, and decorators.
 """
@@ -15,6 +16,7 @@ Not mutated: type annotations, docstrings, the text of errors, and decorators.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import gc
 import importlib.abc
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,7 @@ class Mutant:
         path: The file, relative to the repository.
         number: Its position among the mutants of the file.
         line: Number of the first changed line.
+        function: Name of the function or method that contains it; "" if none does.
         before: The changed lines, without indentation.
         after: What stands there instead.
         code: The whole file with the change.
@@ -86,6 +89,7 @@ class Mutant:
     path: str
     number: int
     line: int
+    function: str
     before: str
     after: str
     code: str
@@ -127,7 +131,7 @@ def mutants(path: str) -> list[Mutant]:
     wrapper = MetadataWrapper(libcst.parse_module(source))
     visitor = Visitor(mutation_operators, IgnoredCode(set(), set(), set()))
     wrapper.visit(visitor)
-    found, seen = [], {source}
+    found, seen, bodies = [], {source}, functions(source)
     for mutation, place in zip(visitor.mutations, places, strict=True):
         begin, end = (starts[at.line - 1] + at.column for at in (place.start, place.end))
         old, new = map(
@@ -145,7 +149,20 @@ def mutants(path: str) -> list[Mutant]:
         except SyntaxError:
             continue
         line, before, after = _change(source.splitlines(), code.splitlines())
-        found.append(Mutant(path, len(found), line, before, after, code))
+        function = next((name for name, lines in bodies.items() if line in lines), "")
+        found.append(Mutant(path, len(found), line, function, before, after, code))
+    return found
+
+
+def functions(source: str) -> dict[str, range]:
+    """Return the lines of every function and method that is not inside another function."""
+    found = {}
+    for node in ast.parse(source).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        for item in inside:
+            if isinstance(item, ast.FunctionDef):
+                prefix = "" if item is node else f"{node.name}."
+                found[prefix + item.name] = range(item.lineno, item.end_lineno + 1)
     return found
 
 
@@ -180,15 +197,38 @@ class Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class Order:
-    """A pytest plugin: runs tests in the order of their durations, and writes down durations and failures."""
+    """A pytest plugin: runs tests in the order of their durations, and reports durations, calls and failures.
 
-    def __init__(self, durations: dict[str, float], answer: str):
-        self.durations, self.answer = durations, Path(answer)
+    Args:
+        durations: Seconds by test; empty: trace which functions of ``path`` each test calls.
+        path: The file that is mutated.
+        answer: The file of the report.
+    """
+
+    def __init__(self, durations: dict[str, float], path: str, answer: str):
+        self.durations, self.path, self.answer = durations, str(ROOT / path), Path(answer)
         self.seen, self.failed = dict[str, float](), list[str]()
+        self.calls: dict[str, set[str]] = defaultdict(set)
+        self.test = ""  # none yet: imports
+        if not durations:
+            sys.settrace(self._trace)
+
+    def _trace(self, frame, event, argument):
+        if frame.f_code.co_filename == self.path:
+            self.calls[self.test].add(frame.f_code.co_qualname)
 
     def pytest_collection_modifyitems(self, items):
         """Sort the tests."""
         items.sort(key=lambda item: self.durations.get(item.nodeid, 0.0))
+
+    def pytest_runtest_setup(self, item):
+        """Let a compiled function call its Python function once in every test."""
+        self.test = item.nodeid
+        if not self.durations:
+            import jax
+
+            jax.clear_caches()
+            sys.settrace(self._trace)
 
     def pytest_runtest_logreport(self, report):
         """Add up the phases of a test."""
@@ -198,19 +238,37 @@ class Order:
 
     def pytest_sessionfinish(self, exitstatus):
         """Report, and end the process without cleaning up, which takes longer than a short test."""
-        status = int(exitstatus)
-        self.answer.write_text(
-            json.dumps({"status": status, "failed": self.failed, "seen": self.seen})
+        calls = {test: sorted(names) for test, names in self.calls.items()}
+        report = {
+            "status": int(exitstatus),
+            "failed": self.failed,
+            "seen": self.seen,
+            "calls": calls,
+        }
+        self.answer.write_text(json.dumps(report))
+        os._exit(int(exitstatus))
+
+
+def callers(function: str, whole: dict) -> list[str]:
+    """Return the tests that call a function; all if it is called by an import, or is none."""
+    prefix = f"{function}."
+
+    def calls(test: str) -> bool:
+        return any(
+            name == function or name.startswith(prefix) for name in whole["calls"].get(test, [])
         )
-        os._exit(status)
+
+    if not function or calls(""):
+        return list(whole["seen"])
+    return [test for test in whole["seen"] if calls(test)]
 
 
 def run(mutant: Mutant, tests: list[str], durations: dict[str, float], seconds: int) -> dict:
     """Run the tests of a mutant in a fork of this process.
 
     Returns:
-        ``status`` (of pytest; -1: stopped after ``seconds`` of processor time), ``failed`` (name of a test), ``seen``
-        (seconds by test) and ``seconds`` (of the processor).
+        ``status`` (of pytest; -1: stopped after ``seconds`` of processor time), ``failed`` (names of tests), ``seen``
+        (seconds by test), ``calls`` (functions by test, without ``durations``) and ``seconds`` (of the processor).
     """
     with tempfile.NamedTemporaryFile() as answer:
         process = os.fork()
@@ -220,8 +278,9 @@ def run(mutant: Mutant, tests: list[str], durations: dict[str, float], seconds: 
         text = Path(answer.name).read_text()
     used = usage.ru_utime + usage.ru_stime
     # A child that crashes or is stopped writes nothing.
-    result = json.loads(text) if text else {"status": -1, "failed": ["none: no end"], "seen": {}}
-    return result | {"seconds": used, "signal": os.waitstatus_to_exitcode(status)}
+    end = f"no end: {os.waitstatus_to_exitcode(status)}"
+    result = json.loads(text) if text else {"status": -1, "failed": [end], "seen": {}, "calls": {}}
+    return result | {"seconds": used}
 
 
 def _child(
@@ -230,18 +289,19 @@ def _child(
     """Run the tests; :class:`Order` ends the process."""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-        signal.alarm(20 * seconds)
+        signal.alarm(
+            200 * seconds
+        )  # a deadlock uses no processor; a busy machine gives little of it
         sink = os.open(os.devnull, os.O_RDWR)
         for number in range(3):
             os.dup2(sink, number)
         import pytest
 
-        sys.meta_path.insert(
-            0, Loader(mutant.path[:-3].replace("/", "."), mutant.path, mutant.code)
-        )
+        name = mutant.path[:-3].replace("/", ".")
+        sys.meta_path.insert(0, Loader(name, mutant.path, mutant.code))
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         options = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--tb=no"]
-        pytest.main([*options, *tests], plugins=[Order(durations, answer)])
+        pytest.main([*options, *tests], plugins=[Order(durations, mutant.path, answer)])
     finally:
         os._exit(3)
 
@@ -249,15 +309,19 @@ def _child(
 def main() -> int:
     """Run the tests on a sample of the mutants, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", type=int, default=600, help="number of mutants of all files")
+    parser.add_argument("--sample", type=int, default=120, help="mutants per file")
     parser.add_argument("--all", action="store_true", help="no sample")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODULE", help="such as masking")
     parser.add_argument(
         "--show", nargs="*", default=[], metavar="MODULE:NUMBER", help="print, do not run"
     )
-    parser.add_argument("--repeat", type=Path, help="only the mutants that survived in this record")
-    parser.add_argument("--record", type=Path, help="write every outcome to this JSON file as well")
+    parser.add_argument(
+        "--record", type=Path, help="JSON file of the outcomes; those in it are not tried again"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="but try the survivors in the record again"
+    )
     parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument(
         "--factor", type=int, default=3, help="processor time, in those of the intact code"
@@ -271,15 +335,22 @@ def main() -> int:
             if mutant.name in arguments.show:
                 print(f"{mutant.name} line {mutant.line}\n- {mutant.before}\n+ {mutant.after}")
         return 0
-    chosen = [m for m in everything if not arguments.only or Path(m.path).stem in arguments.only]
-    if arguments.repeat:
-        names = {o["name"] for o in json.loads(arguments.repeat.read_text()) if not o["killed"]}
-        chosen = [mutant for mutant in chosen if mutant.name in names]
-    elif not arguments.all and len(chosen) > arguments.sample:
-        chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
-    outcomes = list(try_all(chosen, arguments.factor))
-    if arguments.record:
-        arguments.record.write_text(json.dumps(outcomes, indent=1))
+    chosen = []
+    for path in TARGETS:
+        own = [mutant for mutant in everything if mutant.path == path]
+        random.Random(arguments.seed).shuffle(own)  # a longer sample begins with a shorter one
+        if not arguments.only or Path(path).stem in arguments.only:
+            chosen += own if arguments.all else own[: arguments.sample]
+    record = arguments.record or Path(os.devnull)
+    known = json.loads(record.read_text()) if record.is_file() else []
+    if arguments.again:
+        known = [outcome for outcome in known if outcome["killed"]]
+    done = {(o["path"], o["before"], o["after"], o["name"]) for o in known}
+    wanted = [m for m in chosen if (m.path, m.before, m.after, m.name) not in done]
+    outcomes = known
+    for outcome in try_all(wanted, arguments.factor):
+        outcomes.append(outcome)
+        record.write_text(json.dumps(outcomes, indent=1))
     text = report(outcomes, counts, arguments.seed)
     print(text)
     if arguments.out:
@@ -306,22 +377,24 @@ def try_all(chosen: list[Mutant], factor: int) -> Iterator[dict]:
             if not own:
                 continue
             tests = [name for name in names if (ROOT / name).exists()]
-            intact = Mutant(path, -1, 0, "", "", (ROOT / path).read_text())
-            run(intact, tests, {}, 3600)  # fills the compilation cache
+            intact = Mutant(path, -1, 0, "", "", "", (ROOT / path).read_text())
             whole = run(intact, tests, {}, 3600)
             if whole["status"] != 0:
                 raise SystemExit(f"the tests of {path} fail without a change: {whole['failed']}")
-            limit = max(20, int(factor * whole["seconds"]))
+            limit = max(30, int(factor * whole["seconds"]))
             print(f"{path}: {len(own)} mutants, {whole['seconds']:.0f} s", file=sys.stderr)
-            for count, mutant in enumerate(sorted(own, key=lambda m: m.number)):
+            for count, mutant in enumerate(own):
                 began = time.monotonic()
-                result = run(mutant, tests, whole["seen"], limit)
+                chosen_tests = callers(mutant.function, whole)
+                result = {"status": 0, "seconds": 0.0}
+                if chosen_tests:
+                    result = run(mutant, chosen_tests, whole["seen"], limit)
                 killed = result["status"] != 0
                 reason = reasons.get((path, mutant.before, mutant.after), "")
                 yield {
                     "name": mutant.name, "path": path, "line": mutant.line, "before": mutant.before,
                     "after": mutant.after, "killed": killed, "equivalent": "" if killed else reason,
-                    "by": (result["failed"] or ["collection"])[0], "seconds": result["seconds"],
+                    "by": (result.get("failed") or ["collection"])[0] if killed else "", "seconds": result["seconds"],
                 }  # fmt: skip
                 word = "killed" if killed else "equivalent" if reason else "SURVIVED"
                 print(

@@ -28,7 +28,9 @@ def floors() -> list[str]:
     wrong = []
     for text in requires("cellplm-jax") or []:
         requirement = Requirement(text)
-        if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in EXTRAS):
+        if requirement.marker and not any(
+            requirement.marker.evaluate({"extra": e}) for e in EXTRAS
+        ):
             continue
         lowest = [s.version for s in requirement.specifier if s.operator == ">="]
         found = version(requirement.name)

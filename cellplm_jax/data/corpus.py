@@ -52,7 +52,7 @@ from cellplm_jax.storage import (
     is_remote,
     removed_when_stopped,
 )
-from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
+from cellplm_jax.untrusted import JSON_BYTES, name_lines, parse_json, require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -556,6 +556,17 @@ def write_index(
     with explain_corpus_errors(f"the index of the corpus '{folder}'"):
         atomic_write_text(folder / _INDEX, json.dumps(index, indent=1) + "\n")
     return index
+
+
+def _read_genes(folder: Folder, number: int) -> list[str]:
+    """Return the vocabulary of a corpus, or no genes if its file is no list of that many names."""
+    path = folder.local and folder.local / _GENES
+    # Not read at all where the names would have hundreds of letters.
+    if path and path.is_file() and path.stat().st_size > 200 * (number + 100):
+        return []
+    with contextlib.suppress(ValueError):
+        return name_lines(folder.read(_GENES) or b"")
+    return []
 
 
 def _index_digest(index: Mapping[str, Any]) -> str:
@@ -1072,7 +1083,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "Copy the corpus again, or run the same cellplm prepare command again",
         )
     check_index(index, folder.path)
-    genes = (folder.read(_GENES) or b"").decode(errors="replace").splitlines()
+    genes = _read_genes(folder, index["vocabulary"]["genes"])
     if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
         raise InputError(
             f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "

@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sparse
 
-from cellplm_jax.data.anndata_files import LONGEST_TEXT
 from cellplm_jax.data.anndata_io import CountSource, open_counts
 from cellplm_jax.data.cell_store import LARGEST_STORED_COUNT, storage_order
 from cellplm_jax.data.corpus import (
@@ -46,7 +45,13 @@ from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.errors import CellPLMError, InputError, explain, nearest, require
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write, atomic_write_text, is_remote
-from cellplm_jax.untrusted import TEXT_BYTES, parse_json, read_text, require_options
+from cellplm_jax.untrusted import (
+    LONGEST_TEXT,
+    TEXT_BYTES,
+    parse_json,
+    read_text,
+    require_options,
+)
 
 Vocabulary = Literal["union", "intersection"]
 Advance = Callable[[int], None]
