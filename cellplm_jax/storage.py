@@ -93,16 +93,22 @@ def atomic_write(path: str | os.PathLike, *, room: int = 0) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def removed_when_stopped(path: Path) -> Iterator[Path]:
+    """Let :func:`stop_writing` remove a path while the context is open."""
+    with _lock:
+        _partials.add(path)
+    try:
+        yield path
+    finally:
+        with _lock:
+            _partials.discard(path)
+
+
+@contextlib.contextmanager
 def scratch_folder(prefix: str = "cellplm-") -> Iterator[Path]:
     """Yield a temporary folder that is removed afterwards, also by :func:`stop_writing`."""
-    with tempfile.TemporaryDirectory(prefix=prefix) as name:
-        with _lock:
-            _partials.add(Path(name))
-        try:
-            yield Path(name)
-        finally:
-            with _lock:
-                _partials.discard(Path(name))
+    with tempfile.TemporaryDirectory(prefix=prefix) as name, removed_when_stopped(Path(name)):
+        yield Path(name)
 
 
 def stop_writing(seconds: float = 1.0) -> None:

@@ -27,8 +27,28 @@ POOL_FOLDS, NEIGHBORS = 5, 15
 """Folds of the choice of the pool; voting cells of the label transfer."""
 
 
+def clearly_better(logits: np.ndarray, other: np.ndarray, labels: np.ndarray) -> bool:
+    """Return whether the cross-entropy is lower by more than two standard errors of the difference per cell.
+
+    Args:
+        logits: float [cells, classes].
+        other: The same, of what is kept otherwise.
+        labels: int [cells].
+    """
+    cells = np.arange(len(labels))
+    loss, kept = (
+        -log_softmax(x / fit_temperature(x, labels), axis=1)[cells, labels] for x in (logits, other)
+    )
+    gain = kept - loss
+    return bool(gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain)))
+
+
 def choose_pool(
-    network: np.ndarray | None, linear: np.ndarray | None, labels: np.ndarray
+    network: np.ndarray | None,
+    linear: np.ndarray | None,
+    labels: np.ndarray,
+    *,
+    average: bool = True,
 ) -> tuple[list[float], str]:
     """Choose the weights of network and logistic regression by cross-validation.
 
@@ -40,12 +60,15 @@ def choose_pool(
         network: float [validation cells, classes], log-probabilities; None: no validation cells.
         linear: The same, of the logistic regression.
         labels: int [validation cells].
+        average: False: the network alone, or the logistic regression alone if it is clearly better.
 
     Returns:
         Both weights, and ``"pooled"``, ``"network"`` or ``"linear"``.
     """
     if network is None or linear is None:
-        return list(POOL), "pooled"
+        return (list(POOL), "pooled") if average else ([1.0, 0.0], "network")
+    if not average and not clearly_better(linear, network, labels):
+        return [1.0, 0.0], "network"
     both = np.stack([network, linear])
     parts = {"pooled": [0, 1], "network": [0], "linear": [1]}
 
@@ -58,6 +81,8 @@ def choose_pool(
         )
         return weights
 
+    if not average:
+        return fit("linear", np.arange(len(labels))).tolist(), "linear"
     every = np.arange(len(labels))
     errors = dict.fromkeys(parts, 0.0)
     for number in range(POOL_FOLDS):

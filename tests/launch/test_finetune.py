@@ -48,7 +48,7 @@ def test_a_fit_is_written_whole_and_not_made_again(tiny_run, tmp_path):
     ]  # fmt: skip
     result = launch(*command)
     assert result.returncode == 0, result.stderr
-    assert re.match(r"annotate: fitted in \d+ s, epoch [12] of 2 kept\n", result.stdout)
+    assert re.match(r"annotate: fitted in \d+ s, epoch [012] of 2 kept\n", result.stdout)
     assert "test accuracy: " in result.stdout
     assert f"open: cellplm_jax.CellTypeAnnotator.load('{workdir / 'estimator'}')" in result.stdout
     assert [path.name for path in workdir.parent.iterdir()] == ["annotate"]

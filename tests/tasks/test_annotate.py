@@ -12,13 +12,15 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from scipy.special import log_softmax
 
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks import estimator as estimator_module
-from cellplm_jax.tasks.annotate import CellTypeAnnotator, fit_temperature
+from cellplm_jax.tasks.annotate import CellTypeAnnotator
+from cellplm_jax.tasks.annotation_pool import choose_pool, clearly_better, fit_temperature
 from tests.conftest import ROOT, make_adata, make_labelled
 
 FAST = {"epochs": 12, "warmup_epochs": 2, "learning_rate": 1e-2, "quiet": True}
@@ -227,7 +229,8 @@ def test_unknown_below_the_threshold(fitted):
         fitted.unknown_threshold, fitted.unknown_rate = None, 0.05
 
 
-def test_adapters_leave_all_but_the_encoder_and_the_new_parts_alone(tiny_model):
+def test_adapters_leave_all_but_the_encoder_and_the_new_parts_alone(tiny_model, monkeypatch):
+    monkeypatch.setattr("cellplm_jax.tasks.annotate_fit.clearly_better", lambda *_: True)
     old = flatten_dict(tiny_model.params)
     before = jax.tree.map(np.copy, tiny_model.params)
     found = annotator(tiny_model, epochs=1, adapter_rank=2).fit(split_cells(), **KEYS)
@@ -418,9 +421,10 @@ def test_network_and_logistic_regression_are_pooled(fitted):
     assert min(fitted.pool) >= 0
     assert any("logistic regression" in m for m in fitted.messages)
     z, _, _ = fitted._embed(adata, fitted.reading)
-    network = jax.nn.log_softmax(fitted._head(z) / fitted.temperature, axis=1)
     with open_counts(adata, fitted.model.genes) as source:
         features = np.log1p(source.read(0, 30).toarray())[:, fitted._linear_genes]
+    logits = fitted._head(z) + features @ fitted._gene_head
+    network = jax.nn.log_softmax(logits / fitted.temperature, axis=1)
     linear = jax.nn.log_softmax(features @ fitted._linear.kernel + fitted._linear.bias, axis=1)
     mixed = fitted.pool[0] * np.asarray(network) + fitted.pool[1] * np.asarray(linear)
     np.testing.assert_allclose(
@@ -447,3 +451,36 @@ def test_the_head_starts_at_the_exact_regression_and_tuning_has_to_help(tiny_mod
     wild.fit(split_cells(), **KEYS)
     assert wild.facts["validation_f1"] >= wild.facts["validation_f1_start"]
     assert np.isfinite(probabilities(wild, split_cells())).all()
+
+
+def test_the_network_keeps_what_one_gene_decides(tiny_model):
+    """The term of the genes in the head: a latent of six dimensions does not contain each gene."""
+    adata = make_labelled(240, seed=3)
+    counts = adata.X.toarray()
+    column = int(np.argmin(np.abs(np.mean(counts > np.median(counts), axis=0) - 0.5)))
+    adata.obs["one gene"] = np.where(counts[:, column] > np.median(counts), "high", "low")
+    options = {"epochs": 1, "learning_rate": 1e-6, "unknown_rate": None}
+    scores = {}
+    for linear in (True, False):
+        found = annotator(tiny_model, linear=linear, **options)
+        found.fit(adata[:160].copy(), label_key="one gene")
+        scores[linear] = found.score(adata[160:].copy())
+    assert scores[True]["network_macro_f1"] > 0.95
+    assert scores[True]["network_macro_f1"] > scores[False]["macro_f1"] + 0.05
+
+
+def test_what_is_kept_on_validation_cells():
+    labels = np.arange(200) % 2
+    sharp = np.where(np.eye(2)[labels] > 0, 3.0, 0.0)
+    noise = np.random.default_rng(0).normal(0, 2, (200, 2))
+    assert clearly_better(sharp, sharp + noise, labels)
+    assert not clearly_better(sharp + noise, sharp, labels)
+    assert not clearly_better(sharp, sharp, labels)
+    # A scale alone is no difference: both are calibrated.
+    assert not clearly_better(sharp + noise, 5.0 * (sharp + noise), labels)
+    network, linear = (log_softmax(x, axis=1) for x in (sharp + noise, sharp))
+    assert choose_pool(linear, network, labels, average=False) == ([1.0, 0.0], "network")
+    weights, name = choose_pool(network, linear, labels, average=False)
+    assert name == "linear"
+    assert weights[0] == 0.0 < weights[1]
+    assert choose_pool(None, None, labels, average=False) == ([1.0, 0.0], "network")
