@@ -139,6 +139,8 @@ def run(notebook, *, fast: bool, timeout: int) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "NO_COLOR": "1",
+        # XLA reports slow compilation on a busy machine as an error.
+        "TF_CPP_MIN_LOG_LEVEL": "3",
         # tqdm asks for widgets, which a notebook that nobody looks at while it runs does not need.
         "PYTHONWARNINGS": "ignore:IProgress not found",
     }
