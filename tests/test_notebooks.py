@@ -168,7 +168,7 @@ def rows_of(notebook, name):
 
 
 BETTER = {
-    # Notebook: number of the table, this package, a baseline, columns in which higher is better, and those in which lower is.
+    # Notebook: number of the table, this package, a baseline, columns where higher is better, and where lower is.
     "01_quickstart": [
         (0, "cellplm", "components", (0, 1, 2), ()),
         (1, "cellplm", "components", (0, 1), ()),
