@@ -83,9 +83,10 @@ class CellTypeAnnotator(AnnotatorFit):
     the pretrained model.
 
     On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted as a
-    baseline, and predicts instead of the network if it is clearly better on validation cells. From scratch, the
-    log-probabilities of both are added with weights fitted to the validation cells. ``linear=False`` omits the genes
-    from head and prediction: the published network.
+    baseline, and predicts instead of the exact head if it is clearly better on validation cells. A network with
+    fine-tuned weights is better in the batches of the training cells than in others: the log-probabilities of both
+    are added with weights fitted to the validation cells. ``linear=False`` omits the genes from head and prediction
+    (the published network).
 
     Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.

@@ -422,8 +422,9 @@ class AnnotatorFit(Estimator):
             )
             network = log_probabilities_of(logits / self.temperature)
             linear = first.log_probabilities(features[valid])
+        # Fine-tuned weights know the batches of the training cells; in new ones the regression is needed.
         self.pool, self.facts["pool"] = choose_pool(
-            network, linear, codes[valid], average=self.base is None
+            network, linear, codes[valid], average=bool(self.facts["best_epoch"])
         )
         if network is not None and linear is not None:
             pooled = self.pool[0] * network + self.pool[1] * linear
