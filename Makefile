@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
+MUTATION_FLAGS ?=
 # What `make smoke` installs: the checkout, or a wheel that `make dist` built.
 WHEEL ?= .
 # Processes the test suite is spread over; 0: one, in order.
@@ -12,7 +13,7 @@ WORKERS ?= 2
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
 .PHONY: demo test lint types docs docs-links pages parity multiprocess notebooks notebooks-full dist smoke extras \
-	debug-pretrain gpu-rehearsal gpu-bundle clean
+	debug-pretrain gpu-rehearsal gpu-bundle mutation coverage lowest audit licences clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -97,5 +98,30 @@ extras: smoke  ## every extra resolves there; nothing more is installed
 		$(BIN)/python -m pip install --quiet --dry-run "$(WHEEL)[$$extra]" && echo "extra $$extra resolves" || exit 1; \
 	done
 
+mutation: $(VENV)/.installed  ## change the code of losses, attention, masking and latent: do the tests notice? An hour
+	$(BIN)/python -m pip install --quiet --editable '.[mutation]'
+	$(BIN)/python tools/mutation.py $(MUTATION_FLAGS) --out benchmarks/faults/mutation.md
+
+coverage: $(VENV)/.installed  ## which lines `make test` runs, also in the processes that it starts
+	$(BIN)/python -m pip install --quiet 'coverage>=7.10' 'pytest-cov>=7'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not parity and not multiprocess' \
+		--cov=cellplm_jax --cov-report=term:skip-covered
+
+lowest:  ## install the lowest versions that setup.py allows, and use them
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet 'uv>=0.9'
+	$(VENV)-lowest/bin/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python --upgrade \
+		--resolution lowest-direct --editable '.[train,eval,cpu]'
+	JAX_PLATFORMS=cpu $(VENV)-lowest/bin/python -W ignore tools/smoke_lowest.py
+
+audit: $(VENV)/.installed  ## known weaknesses of everything that is installed; needs the internet
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet 'pip-audit>=2.10'
+	$(BIN)/python tools/licences.py --list > $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)-audit/installed.txt
+
+licences: $(VENV)/.parity  ## docs/licences.md, from what is installed
+	$(BIN)/python tools/licences.py
+
 clean:
-	rm -rf $(VENV) demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-audit demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ import numpy as np
 
 from cellplm_jax.data.matrices import Rows, as_rows, stored_rows
 from cellplm_jax.errors import InputError, explain, listing, quote, shorten
-from cellplm_jax.untrusted import READ_ERRORS, require_regular
+from cellplm_jax.untrusted import LONGEST_TEXT, READ_ERRORS, require_regular
 
 if TYPE_CHECKING:
     import anndata
@@ -41,9 +41,6 @@ LARGEST_RATIO = 1100
 
 TEXT_RATIO = 200
 """The same for strings, which take more memory than their references in the file."""
-
-LONGEST_TEXT = 10_000
-"""Maximum length of the name of a cell or gene in characters."""
 
 _GROUPS = ("obs", "var", "obsm", "obsp", "varm", "varp", "layers", "uns")
 

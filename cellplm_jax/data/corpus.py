@@ -18,6 +18,7 @@ TensorStore reads, from any number of threads.
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -44,7 +45,7 @@ from cellplm_jax.data.corpus_records import (
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, shorten
 from cellplm_jax.storage import Folder, is_remote
-from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
+from cellplm_jax.untrusted import JSON_BYTES, name_lines, parse_json, require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,6 +91,17 @@ def crc32(values: np.ndarray) -> int:
 def gene_text(genes: Sequence[str]) -> str:
     """Return the contents of ``genes.txt``."""
     return "".join(f"{gene}\n" for gene in genes)
+
+
+def _read_genes(folder: Folder, number: int) -> list[str]:
+    """Return the vocabulary of a corpus, or no genes if its file is no list of that many names."""
+    path = folder.local and folder.local / GENES
+    # Not read at all where the names would have hundreds of letters.
+    if path and path.is_file() and path.stat().st_size > 200 * (number + 100):
+        return []
+    with contextlib.suppress(ValueError):
+        return name_lines(folder.read(GENES) or b"")
+    return []
 
 
 def index_digest(index: Mapping[str, Any]) -> str:
@@ -531,7 +543,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "Copy the corpus again, or run the same cellplm prepare command again",
         )
     check_index(index, folder.path)
-    genes = (folder.read(GENES) or b"").decode(errors="replace").splitlines()
+    genes = _read_genes(folder, index["vocabulary"]["genes"])
     if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
         raise InputError(
             f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "

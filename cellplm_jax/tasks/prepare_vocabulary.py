@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cellplm_jax.data.anndata_files import LONGEST_TEXT
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.corpus import vocabulary_hash
 from cellplm_jax.data.corpus_writer import explain_corpus_errors, write_genes
@@ -20,7 +19,7 @@ from cellplm_jax.errors import InputError, require_choice
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.tasks.prepare_parts import Facts, Keys, count_blocks
 from cellplm_jax.tasks.prepare_run import Advance, Runner, run_stage
-from cellplm_jax.untrusted import TEXT_BYTES, read_text
+from cellplm_jax.untrusted import LONGEST_TEXT, TEXT_BYTES, read_text
 
 Vocabulary = Literal["union", "intersection"]
 

@@ -39,7 +39,7 @@ from cellplm_jax.storage import (
 )
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
-from cellplm_jax.untrusted import parse_json, require_regular
+from cellplm_jax.untrusted import name_lines, parse_json, require_regular
 
 WeightFormat = Literal["orbax", "safetensors"]
 """Storage formats of the arrays: step directories, or one file per item."""
@@ -160,7 +160,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = manifest.read(GENES_FILE).decode().splitlines()
+        genes = name_lines(manifest.read(GENES_FILE))
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
