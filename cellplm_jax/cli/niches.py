@@ -40,7 +40,7 @@ def add_niches(commands: Any) -> None:
         "--resolution",
         type=float,
         metavar="F",
-        help="Leiden resolution; higher values give more niches (1)",
+        help="Leiden resolution of the number of niches; higher values give more niches (0.3)",
     )
     parser.add_argument(
         "--label-key",

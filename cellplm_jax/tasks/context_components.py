@@ -91,7 +91,7 @@ def join_context(
         return joined
     if len(samples) > 1:
         on_progress("alignment of the samples")
-        joined = _centred_unit(_aligned(joined, sample_of))
+        joined = _centred_unit(aligned_components(joined, sample_of))
     on_progress("clusters of the context")
     every = -(-len(joined) // CLUSTERED_CELLS)
     depth = np.log1p(np.concatenate(libraries)).astype(np.float32)
@@ -129,7 +129,7 @@ def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray)
     return (inside @ embedding / max(float(inside @ inside), 1e-9)).astype(np.float32)
 
 
-def _aligned(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
+def aligned_components(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
     """Return components of an embedding [cells, dimensions], corrected by sample."""
     import pandas as pd
 
