@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cellplm_jax.data.anndata_files import Opened, Place, listing
+from cellplm_jax.data.anndata_files import Opened, Place
 from cellplm_jax.data.genes import (
     ORTHOLOGUE,
     FittedGenes,
@@ -19,7 +19,7 @@ from cellplm_jax.data.genes import (
     other_species,
     require_matches,
 )
-from cellplm_jax.errors import InputError, explain, nearest, quote
+from cellplm_jax.errors import InputError, listing, nearest, quote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,7 +277,7 @@ def choose_genes(
         if found > most:
             best, most = (key, mapping, filled), found
     if best is None:  # pragma: no cover - candidates are never empty
-        raise InputError(explain("no gene names", "var_names", "Name the genes"))
+        raise InputError("no gene names", "var_names", "Name the genes")
     key, mapping, filled = best
     if mapping.by_rule.get(ORTHOLOGUE):
         # Symbols of rats and mice are written alike; Ensembl ids of the same file distinguish them.

@@ -11,16 +11,16 @@ import pytest
 from cellplm_jax.config import DataConfig, MeshConfig, ModelConfig, PositionsConfig, TrainConfig
 from cellplm_jax.data.batches import MemoryStore, laplacian_eigenvectors
 from cellplm_jax.data.cell_store import CellRun, SampleRecord, moore_curve
-from cellplm_jax.data.corpus import PartSample, PartWriter, open_corpus, write_genes, write_index
+from cellplm_jax.data.corpus import open_corpus
+from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes, write_index
+from cellplm_jax.data.packing import SampleRange, window_sizes
 from cellplm_jax.data.pipeline import (
-    SampleRange,
     TrainingBatches,
     _deal,
     _Source,
     gene_means,
     heldout_batches,
     split_heldout,
-    window_sizes,
 )
 from cellplm_jax.errors import ConfigError, InputError
 from tests.conftest import VOCABULARY, make_samples, make_store

@@ -339,7 +339,7 @@ def read_published(path: Path) -> list[str]:
 def read_gene_list(path: Path) -> list[str]:
     """Read a vocabulary, and map names to it."""
     from cellplm_jax.data.genes import map_genes
-    from cellplm_jax.tasks.prepare import read_genes
+    from cellplm_jax.tasks.prepare_vocabulary import read_genes
 
     genes = read_genes(path)
     return _printed([map_genes(VOCABULARY, genes, minimum=0).summary()])
