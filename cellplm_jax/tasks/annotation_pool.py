@@ -58,8 +58,9 @@ def choose_pool(
     """Choose the weights of network and logistic regression by cross-validation.
 
     The validation cells are assigned to five folds. The weights are fitted to four, and the cross-entropy is computed
-    on the fifth: of the pool, and of each part alone (with its own weight, which calibrates it). One part is used alone
-    if it is better by more than two standard errors: validation cells do not show what it loses in other batches.
+    on the fifth: of the pool, and of the logistic regression alone. This is used alone if it is better by more than two
+    standard errors. The network is never used alone next to it: validation cells come from the batches of the training
+    cells, and do not show what it loses in others.
 
     Args:
         network: float [validation cells, classes], log-probabilities; None: no validation cells.
@@ -75,7 +76,7 @@ def choose_pool(
     if not average and not clearly_better(linear, network, labels):
         return [1.0, 0.0], "network"
     both = np.stack([network, linear])
-    parts = {"pooled": [0, 1], "network": [0], "linear": [1]}
+    parts = {"pooled": [0, 1], "linear": [1]}
 
     def fit(name: str, cells: np.ndarray) -> np.ndarray:
         rows = parts[name]
@@ -97,9 +98,7 @@ def choose_pool(
         for name in parts:
             mixed = np.tensordot(fit(name, np.delete(every, out)), both[:, out], axes=1)
             losses[name][out] = -log_softmax(mixed, axis=1)[np.arange(len(out)), labels[out]]
-    chosen = min(("network", "linear"), key=lambda name: losses[name].sum())
-    if not _lower(losses[chosen], losses["pooled"]):
-        chosen = "pooled"
+    chosen = "linear" if _lower(losses["linear"], losses["pooled"]) else "pooled"
     return fit(chosen, every).tolist(), chosen
 
 
