@@ -28,11 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 
 FAST = {
-    "01_quickstart": [('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("DRAWS = 10", "DRAWS = 2")],
-    "02_annotate": [('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("epochs=15", "epochs=2")],
+    "01_quickstart": [
+        ('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("DRAWS = 10", "DRAWS = 2"),
+        ("choice(cells, 5,", "choice(cells, 1,"),
+    ],
+    "02_annotate": [
+        ('"unassigned"].copy()', '"unassigned"][:600].copy()'), ("epochs=15", "epochs=2"),
+        ('score(known, label_key="cell_type")', 'score(known, label_key="cell_type", unseen_labels="ignore")'),
+    ],
     "03_tissue": [
         ('public("xenium_breast")', 'public("xenium_breast", stand_in=True)'),
-        ("CELLS = 800", "CELLS = 150"), ("epochs=8", "epochs=2"),
+        ("CELLS = 800", "CELLS = 100"), ("epochs=8", "epochs=1"),
     ],
     "04_integrate": [('public("kang")', 'public("kang", stand_in=True)[::4].copy()')],
     "05_drug_response": [
