@@ -65,7 +65,7 @@ def run() -> None:
         arguments += ["--adapt", "context", "--batch-key", "half", "--quiet"]
         check(main(list(map(str, arguments))) == 0, "cellplm embed failed")
         train, test = adata[:300].copy(), adata[300:].copy()
-        annotator = CellTypeAnnotator(small, epochs=2, quiet=True)
+        annotator = CellTypeAnnotator(small, method="neighbors", quiet=True)
         annotator.fit(train, label_key=label)
         annotator.save(path / "annotator")
         annotated = CellTypeAnnotator.load(path / "annotator", quiet=True).predict(test)
