@@ -12,6 +12,9 @@ WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
+# Flags for runs that are mostly compiling, which need not be done well (as in tests/conftest.py).
+QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+
 .PHONY: demo test lint types docs docs-links pages parity multiprocess notebooks notebooks-full dist smoke extras \
 	debug-pretrain gpu-rehearsal gpu-bundle mutation coverage lowest audit licences clean
 
@@ -51,8 +54,8 @@ types: $(VENV)/.installed
 docs: $(VENV)/.docs  ## the site in docs/_build/html; every warning is an error, links within the site are checked
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-pages: $(VENV)/.installed  ## open the built site, and reports, in Chromium: width, contrast, both themes; skipped without it
-	$(BIN)/python tools/check_pages.py $(wildcard docs/_build/html demo/report.html)
+pages: $(VENV)/.installed  ## open the built site, and a report of every command, in Chromium: width, contrast, both themes; skipped without it
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(QUICK)" $(BIN)/python tools/check_pages.py --reports $(wildcard docs/_build/html demo/report.html)
 
 docs-links: $(VENV)/.docs  ## follow the links to other sites; needs the internet
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/links

@@ -40,7 +40,7 @@ def add_niches(commands: Any) -> None:
         parser,
         """
         --n-niches N: number of niches (by Leiden clustering)
-        --resolution F: Leiden resolution; higher values give more niches (1)
+        --resolution F: Leiden resolution of the number of niches; higher values give more niches (0.3)
         --label-key K: column of obs with cell types for the composition (the cells' own clusters)
         --shells N: radius of a neighbourhood in steps of the spatial graph (3; small sections 2)
         --neighbors N: nearest cells in a new spatial graph (6); an existing one in obsp is used

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import KDTree
 
 from cellplm_jax.errors import InputError, require
@@ -15,6 +17,9 @@ TIES = 8
 
 LONGEST, REGULAR = 3.0, 1.05
 """Longest edge of a graph and of a lattice, in medians of the distance to the last neighbour: no bridges over gaps."""
+
+MATCHINGS = 3
+"""Rounds of matching the groups of mixtures with their mean."""
 
 
 def spatial_graph(
@@ -212,6 +217,51 @@ def mixture_clusters(embedding: np.ndarray, number: int, *, seed: int = 0) -> np
         InputError: The number of groups is out of range.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
+    return _largest_first(_memberships(embedding, number, seed, len(embedding)))
+
+
+def consensus_clusters(
+    embeddings: Sequence[np.ndarray],
+    number: int,
+    *,
+    graph: sparse.csr_matrix | None = None,
+    seed: int = 0,
+    cells: int = 10_000,
+) -> np.ndarray:
+    """Cluster cells into a fixed number of groups by several embeddings, which vote.
+
+    A Gaussian mixture is fitted to each embedding. Its groups are matched with those of the mean of the mixtures, and
+    the memberships are averaged, because a single mixture may end in a poor local optimum.
+
+    Args:
+        embeddings: float [cells, dimensions], of the same cells.
+        number: Number of groups, from 2 to below the number of cells.
+        graph: CSR [cells, cells]; memberships are averaged over each cell and its neighbours. None: they are not.
+        seed: Seed of the starts.
+        cells: Maximum number of cells that a mixture is fitted to.
+
+    Returns:
+        int32 [cells], groups numbered from 0, largest first; fewer if no cell prefers a group.
+
+    Raises:
+        InputError: The number of groups is out of range.
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
+    each = [
+        _memberships(values, number, seed + place, cells) for place, values in enumerate(embeddings)
+    ]
+    mean = each[0]
+    for _ in range(MATCHINGS):
+        orders = [linear_sum_assignment(mean.T @ one, maximize=True)[1] for one in each]
+        mean = np.mean([one[:, order] for one, order in zip(each, orders, strict=True)], axis=0)
+    if graph is not None:
+        identity = sparse.eye(len(mean), dtype=bool, format="csr")
+        mean = shell_mean(mean, sparse.csr_matrix(shells(graph, 1)[0] + identity))
+    return _largest_first(mean)
+
+
+def _memberships(embedding: np.ndarray, number: int, seed: int, cells: int) -> np.ndarray:
+    """Return float64 [cells, groups], the probabilities of a Gaussian mixture."""
     if not 2 <= number < len(embedding):
         raise InputError(
             f"{number} groups of {len(embedding)} cells",
@@ -222,9 +272,15 @@ def mixture_clusters(embedding: np.ndarray, number: int, *, seed: int = 0) -> np
     model = mixture.GaussianMixture(
         number, covariance_type="tied", n_init=3, reg_covar=1e-4, random_state=seed
     )
-    values = np.asarray(embedding, np.float64)
-    found = model.fit_predict(values / max(values.std(), 1e-12))
-    size = np.bincount(found, minlength=number)
-    rank = np.empty(number, np.int32)
-    rank[np.argsort(-size, kind="stable")] = np.arange(number)
+    values = np.asarray(embedding, np.float64) / max(float(np.std(embedding)), 1e-12)
+    model.fit(values[:: -(-len(values) // max(cells, number + 1))])
+    return model.predict_proba(values)
+
+
+def _largest_first(memberships: np.ndarray) -> np.ndarray:
+    """Return int32 [cells], the most probable groups, numbered from 0 by size."""
+    found = memberships.argmax(axis=1)
+    present, size = np.unique(found, return_counts=True)
+    rank = np.empty(memberships.shape[1], np.int32)
+    rank[present[np.argsort(-size, kind="stable")]] = np.arange(len(present))
     return rank[found]

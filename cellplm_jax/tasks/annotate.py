@@ -75,17 +75,17 @@ class CellTypeAnnotator(AnnotatorFit):
     """Predicts the cell type of every cell.
 
     ``method="finetune"`` adds a linear head to a deterministic latent and fine-tunes the complete model on labelled
-    cells with the published recipe. The head of a pretrained model is initialised with the exact logistic regression on
-    its latent and on log1p counts of highly variable genes; the term of the genes stays as it is. The fine-tuned
-    weights are kept only if they are clearly better on validation cells; otherwise the head is solved once more with
-    these cells.
+    cells with the published recipe. With a pretrained model this is compared with an exact head on the frozen model:
+    the logistic regression on its latent and on log1p counts of highly variable genes. The exact head is kept, and
+    solved once more with the validation cells, unless the fine-tuned model is clearly better on these.
     ``method="neighbors"`` needs no training: cells get the label of their nearest labelled cells in the embedding of
     the pretrained model.
 
     On a few thousand cells a logistic regression on highly variable genes is hard to beat. One is therefore fitted as a
-    baseline, and predicts instead of the network if it is clearly better on validation cells. From scratch, the
-    log-probabilities of both are added with weights fitted to the validation cells. ``linear=False`` omits the genes
-    from head and prediction: the published network.
+    baseline, and predicts instead of the exact head if it is clearly better on validation cells. A network with
+    fine-tuned weights is better in the batches of the training cells than in others: the log-probabilities of both
+    are added with weights fitted to the validation cells. ``linear=False`` omits the genes from head and prediction
+    (the published network).
 
     Cells that are like no labelled cell are labelled "unknown" (see ``tasks/unknown.py``). The other cells of
     the same file influence this decision: a group of cells without labelled neighbours is found together.
@@ -366,8 +366,8 @@ class CellTypeAnnotator(AnnotatorFit):
                 if self._linear is not None:
                     features = log_counts(block, self._linear_genes)
                     linear.append(self._linear.log_probabilities(features))
-                if self._gene_head is not None:
-                    gene_logits.append(self._gene_logits(block))
+                    if self._gene_head is not None:
+                        gene_logits.append(features @ self._gene_head)
                 if self._detector is not None:
                     cells.append(self._detector.project(block[:, self._detector_genes]))
         return (

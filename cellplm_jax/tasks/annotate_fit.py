@@ -274,15 +274,15 @@ class AnnotatorFit(Estimator):
         if self.linear:
             self._linear_genes = variable_genes(table.counts[train], LINEAR_GENES)
         pretrained = self.base is not None
-        features, scale = None, 1.0
+        features, scale, exact = None, 1.0, None
         if pretrained:
             with stage(f"{self.task}: solving the head", quiet=self.quiet):
                 features, scale = self._head_features(start, table, shown, valid)
-                self._solve_head(start, features, scale, train, codes, weights)
-        offset = self._gene_logits(table.counts)
-        examples = self._examples(
-            table, shown, start, targets={"label": labels, "gene_logits": offset}
-        )
+                width = start.config.latent_size
+                tuned = self._solve(features[:, :width], train, codes, weights)
+                exact = self._solve(features, train, codes, weights) if self.linear else tuned
+                start.params = _with_head(start, tuned, scale)
+        examples = self._examples(table, shown, start, targets={"label": labels})
         judged = self._examples(table, shown if transductive else valid, start)
         predict = jax.jit(
             lambda params, example: clean_forward(params, example.batch, start.config).prediction
@@ -290,10 +290,10 @@ class AnnotatorFit(Estimator):
 
         def logits_of(params: Any) -> np.ndarray:
             outputs = [predict(params, layout.example) for layout in judged]
-            return (gather(judged, jax.device_get(outputs), len(table)) + offset)[valid]
+            return gather(judged, jax.device_get(outputs), len(table))[valid]
 
-        def validate(params: Any) -> dict[str, float]:
-            logits, truth = logits_of(params), codes[valid]
+        def scores_of(logits: np.ndarray) -> dict[str, float]:
+            truth = codes[valid]
             confusion = confusion_counts(truth, logits.argmax(axis=1), len(self.labels))
             return {
                 SCORE: macro_f1(confusion),
@@ -301,11 +301,11 @@ class AnnotatorFit(Estimator):
                 "validation_accuracy": float(np.diag(confusion).sum() / len(truth)),
             }
 
-        result = self._finetune(
+        self._finetune(
             start,
             loss=annotation_loss(start.config, self.training.masking, weights),
             examples=examples,
-            validate=validate if len(valid) else None,
+            validate=(lambda params: scores_of(logits_of(params))) if len(valid) else None,
             start_counts=pretrained,
         )
         self.temperature, self.pool, self._linear = 1.0, [], None
@@ -313,16 +313,12 @@ class AnnotatorFit(Estimator):
         self.validation = None
         if len(valid):
             logits = logits_of(jax.device_put(self._fitted().params))
-            best = self.facts["best_epoch"]
-            if pretrained:
-                self.facts["validation_f1_start"] = result.start_scores[SCORE]
-                first = logits_of(jax.device_put(start.params))
-                if best and not clearly_better(logits, first, codes[valid]):
-                    best, logits = 0, first
-                    self.facts["best_epoch"] = 0
-            self.facts["validation_f1"] = (self.history[best - 1] if best else result.start_scores)[
-                SCORE
-            ]
+            if exact is not None and features is not None:
+                first = exact.log_probabilities(features[valid])
+                self.facts["validation_f1_start"] = scores_of(first)[SCORE]
+                if not (self.facts["best_epoch"] and clearly_better(logits, first, codes[valid])):
+                    self.facts["best_epoch"], logits = 0, first
+            self.facts["validation_f1"] = scores_of(logits)[SCORE]
             self.temperature = fit_temperature(logits, codes[valid])
             self.validation = (codes[valid], softmax(logits / self.temperature, axis=1))
         else:
@@ -331,10 +327,12 @@ class AnnotatorFit(Estimator):
             with stage(f"{self.task}: logistic regression", quiet=self.quiet):
                 self._fit_linear(table, train, valid, codes, weights, logits)
         if len(valid) and features is not None and not self.facts["best_epoch"]:
-            # The start is kept: its head can use the validation cells as well.
+            # The exact head is kept, and can use the validation cells as well.
             labelled = np.sort(np.concatenate([train, valid]))
-            self._solve_head(start, features, scale, labelled, codes, weights)
-            self._fitted().params = start.params
+            exact = self._solve(features, labelled, codes, weights)
+            self._fitted().params = _with_head(start, exact, scale)
+            if self.linear:
+                self._gene_head = exact.kernel[start.config.latent_size :]
             if self.facts["epochs"]:
                 self.messages.append(
                     "Fine-tuning was not clearly better on validation cells: the pretrained weights are kept."
@@ -365,33 +363,17 @@ class AnnotatorFit(Estimator):
             features = sparse.csr_matrix(sparse.hstack([features, genes]))
         return features, scale
 
-    def _solve_head(
+    def _solve(
         self,
-        start: Pretrained,
         features: sparse.csr_matrix,
-        scale: float,
         cells: np.ndarray,
         codes: np.ndarray,
         weights: np.ndarray | None,
-    ) -> None:
-        """Set the head of ``start`` to the exact logistic regression on ``features`` of the cells.
-
-        The part on the genes is a term of the network's logits that is not fine-tuned: it keeps what the latent loses.
-        """
-        solved = fit_linear_classifier(
+    ) -> LinearClassifier:
+        """Return the logistic regression on the features of some cells."""
+        return fit_linear_classifier(
             features[cells], codes[cells], len(self.labels), penalty=LINEAR_PENALTY, weights=weights
         )
-        width = start.config.latent_size
-        kernel = solved.kernel[:width] * np.float32(scale)
-        layer = {"kernel": kernel, "bias": solved.bias}
-        start.params = {**start.params, "head": {"mlp": {"linear_0": layer}}}
-        self._gene_head = solved.kernel[width:] if self.linear else None
-
-    def _gene_logits(self, counts: sparse.csr_matrix) -> np.ndarray:
-        """Return the term of the genes in the logits of the network, float32 [cells, classes]; 0 without it."""
-        if self._gene_head is None:
-            return np.zeros((counts.shape[0], len(self.labels)), np.float32)
-        return np.asarray(log_counts(counts, self._linear_genes) @ self._gene_head, np.float32)
 
     def _fit_linear(
         self,
@@ -422,8 +404,9 @@ class AnnotatorFit(Estimator):
             )
             network = log_probabilities_of(logits / self.temperature)
             linear = first.log_probabilities(features[valid])
+        # Fine-tuned weights know the batches of the training cells; in new ones the regression is needed.
         self.pool, self.facts["pool"] = choose_pool(
-            network, linear, codes[valid], average=self.base is None
+            network, linear, codes[valid], average=bool(self.facts["best_epoch"])
         )
         if network is not None and linear is not None:
             pooled = self.pool[0] * network + self.pool[1] * linear
@@ -497,10 +480,7 @@ class AnnotatorFit(Estimator):
 def annotation_loss(
     config: ModelConfig, masking: MaskingConfig, weights: np.ndarray | None = None
 ) -> Loss:
-    """Return the loss of an example.
-
-    Its target ``"label"`` is int32 [samples, cells], -1 for missing labels; ``"gene_logits"``, float32 [samples, cells,
-    classes], is added to the logits of the head.
+    """Return the loss of an example whose target ``"label"`` is int32 [samples, cells], -1 for missing labels.
 
     Args:
         config: Architecture with an annotation head.
@@ -513,14 +493,20 @@ def annotation_loss(
 
     def loss(params, example, key):
         output, kept, _ = corrupted_forward(params, example.batch, key, config, masking)
-        gene_logits = follow_cells(example.targets["gene_logits"], kept)
-        logits: jax.Array = output.prediction + gene_logits  # type: ignore[assignment]
+        logits: jax.Array = output.prediction  # type: ignore[assignment]
         labels = follow_cells(example.targets["label"], kept, fill=-1)
         value = classification_loss(logits, labels, kept.cell_mask, weights=weights)
         right = (logits.argmax(axis=-1) == labels).astype(jnp.float32)
         return value, {"accuracy": average_over(right, kept.cell_mask & (labels >= 0))}
 
     return loss
+
+
+def _with_head(start: Pretrained, solved: LinearClassifier, scale: float) -> dict[str, Any]:
+    """Return the parameters with the part of a regression that is on the latent, which had been scaled, as the head."""
+    kernel = solved.kernel[: start.config.latent_size] * np.float32(scale)
+    layer = {"kernel": kernel, "bias": solved.bias}
+    return {**start.params, "head": {"mlp": {"linear_0": layer}}}
 
 
 def _require_training_cells(table: CellTable, train: np.ndarray) -> None:

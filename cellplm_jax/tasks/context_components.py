@@ -92,7 +92,7 @@ def join_context(
         return joined
     if len(samples) > 1:
         on_progress("alignment of the samples")
-        joined = _centred_unit(run_harmony(reduced(joined)[0], sample_of)[0])
+        joined = _centred_unit(aligned_components(joined, sample_of))
     on_progress("clusters of the context")
     depth = np.log1p(np.concatenate(libraries)).astype(np.float32)
     joined, _, directions = separate(joined, depth)
@@ -138,6 +138,11 @@ def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray)
     _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     inside = depth - (np.bincount(codes, depth) / sizes)[codes]
     return (inside @ embedding / max(float(inside @ inside), 1e-9)).astype(np.float32)
+
+
+def aligned_components(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
+    """Return components of an embedding [cells, dimensions], corrected by sample."""
+    return run_harmony(reduced(joined)[0], sample_of)[0]
 
 
 def reduced(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -206,13 +206,14 @@ def check_adapt(adapt: str) -> None:
 
 
 class Context(NamedTuple):
-    """Which cells attend to one another, and their coordinates."""
+    """Which cells attend to one another, their coordinates, and the function that joins components of the context."""
 
     batch_key: str | None
     spatial_key: str | None
     cells_per_context: int | None
     require_coordinates: bool = False
     adapt: Adapt = "none"
+    join: Callable[..., np.ndarray] = join_context
 
 
 _READ = {"layer": None, "gene_key": None, "values": "counts", "minimum_genes": None, "feature_type": None}  # fmt: skip
@@ -284,7 +285,7 @@ def read_and_embed(
         )
         if context.adapt == "context":
             progress.stage("joining components and clusters")
-            embedding = join_context(
+            embedding = context.join(
                 embedding,
                 source,
                 _tissue_samples(source, context.batch_key),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -14,18 +14,26 @@ from scipy import sparse
 
 from cellplm_jax._version import __version__
 from cellplm_jax.errors import InputError, nearest, require
-from cellplm_jax.evaluate.components import principal_components, unit_length
+from cellplm_jax.evaluate.components import (
+    BLOCK,
+    log_normalized,
+    own_components,
+    principal_components,
+    unit_length,
+    variable_expression,
+)
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.evaluate.niches import (
     composition,
+    consensus_clusters,
     meetings,
-    mixture_clusters,
     shell_mean,
     shells,
     spatial_graph,
     within_samples,
 )
 from cellplm_jax.progress import ProgressReport
+from cellplm_jax.tasks.context_components import MINIMUM_CELLS, aligned_components
 from cellplm_jax.tasks.contexts import labels_of
 from cellplm_jax.tasks.embed import Adapt, Context, read_and_embed
 from cellplm_jax.tasks.files import check_copy, check_key, open_store, write_copy
@@ -33,6 +41,8 @@ from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from cellplm_jax.data.anndata_io import CountSource
 
 KEY = "cellplm_niche"
 """Default column of ``obs`` with the niches; the embedding is ``obsm["X_" + key]``."""
@@ -50,17 +60,18 @@ CONNECTIVITIES, DISTANCES, GRAPH = (
 )
 """Keys of a spatial graph in ``obsp`` and ``uns``, as squidpy writes them."""
 
-PRINCIPAL, COMPONENTS, MIXED = 50, 30, 20
-"""Principal components of the cells' embedding and of the niches' embedding, and how many a mixture is fitted to."""
+PRINCIPAL, COMPONENTS = 50, 30
+"""Principal components of the cells' embedding and of the niches' embedding."""
 
 OWN, DECAY = 0.2, 0.7
 """Weight of the cell itself next to the mean over it and its neighbours, and of a shell relative to the one before."""
 
-SHELLS, LARGEST = 3, 0.05
-"""Default number of shells; one less if their cells are a larger fraction of a typical section."""
+MIXED_WEIGHTS, MIXED_COMPONENTS = (0.1, 0.2, 0.35), (12, 16, 20, 24)
+"""Weights of the cell itself, and numbers of components, of the mixtures that vote for the niches."""
 
 CLUSTERED_CELLS, VOTES = 10_000, 15
-"""Maximum number of cells in Leiden's graph; other cells take the majority of their nearest ones in it."""
+"""Maximum number of cells in Leiden's graph and in the fit of a mixture; other cells take the majority of their
+nearest ones in the graph."""
 
 SIMILAR_NICHES, SIMILAR_CELLS = 30, 15
 """Neighbours in Leiden's graphs. Neighbourhoods overlap, so niches need more of them than cells."""
@@ -72,13 +83,12 @@ class NicheOptions(TypedDict, total=False):
     Attributes:
         spatial_key: Key of ``obsm`` with 2-D coordinates in any unit. Not required if ``obsp`` has a graph.
         batch_key: Column of ``obs`` with the tissue section of each cell; sections share no edges. None: one.
-        n_niches: Number of niches, by a Gaussian mixture. None: Leiden clusters.
+        n_niches: Number of niches. None: the number of Leiden clusters.
         label_key: Column of ``obs`` with cell types, for composition and meetings; missing values are not counted.
             None: the cells' own clusters, ``obs["cellplm_cluster"]``, computed if missing.
-        shells: Number of shells: 1: direct neighbours, 2: also their neighbours, ... None: 3, or 2 if the section of
-            half of the cells has fewer than 20 times as many cells as three shells.
+        shells: Number of shells: 1: direct neighbours, 2: also their neighbours, ...
         neighbors: Nearest cells per cell in a new graph.
-        resolution: Leiden resolution; higher values give more niches.
+        resolution: Leiden resolution of the number of niches; higher values give more niches.
         use_rep: Key of ``obsm`` with an embedding of the cells, which replaces the model's. None: embed.
         adapt: See :func:`cellplm_jax.embed`.
         layer: Layer with the counts; None: search for them.
@@ -94,7 +104,7 @@ class NicheOptions(TypedDict, total=False):
     batch_key: str | None
     n_niches: int | None
     label_key: str | None
-    shells: int | None
+    shells: int
     neighbors: int
     resolution: float
     use_rep: str | None
@@ -133,7 +143,7 @@ def niches(
         adata: Raw counts with coordinates; a path is read into memory.
         model: A :class:`cellplm_jax.Pretrained`, or a source for :func:`cellplm_jax.load`; None with ``use_rep``.
         **options: See :class:`NicheOptions`: ``spatial_key="spatial"``, ``batch_key=None``, ``n_niches=None``,
-            ``label_key=None``, ``shells=None``, ``neighbors=6``, ``resolution=1.0``, ``adapt="context"``,
+            ``label_key=None``, ``shells=3``, ``neighbors=6``, ``resolution=0.3``, ``adapt="context"``,
             ``permutations=1000``, ``seed=0``...
 
     Returns:
@@ -192,9 +202,9 @@ class _Options:
     batch_key: str | None = None
     n_niches: int | None = None
     label_key: str | None = None
-    shells: int | None = None
+    shells: int = 3
     neighbors: int = 6
-    resolution: float = 1.0
+    resolution: float = 0.3
     use_rep: str | None = None
     adapt: Adapt = "context"
     layer: str | None = None
@@ -211,12 +221,12 @@ class _Options:
         lowest = {"shells": 1, "neighbors": 1, "permutations": 2, "n_niches": 2}
         for name, least in lowest.items():
             value = getattr(self, name)
-            if value is None and name in ("shells", "n_niches"):
+            if value is None and name == "n_niches":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise InputError(f"{name} = {value!r}", f"an integer, at least {least}")
         if not self.resolution > 0:
-            raise InputError(f"resolution = {self.resolution}", "a number above 0", "1.0 is usual")
+            raise InputError(f"resolution = {self.resolution}", "a number above 0", "0.3 is usual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,16 +301,15 @@ def _find(
         progress.update(1, "embedding the cells")
         latent, provenance, read = _latent(data, parts, model, options)
         progress.update(2, "clustering the niches")
-        number = options.shells or _default_shells(graph, samples)
-        embedding = niche_embedding(latent, graph, number)
-        found = _clusters(embedding, options)
+        embedding = niche_embedding(latent, graph, options.shells)
+        found = _clusters(embedding, latent, graph, options)
         names = [str(number) for number in range(int(found.max()) + 1)]
         obs = {options.key_added: pd.Categorical.from_codes(found, names)}  # type: ignore[arg-type]
         if types is None and CLUSTERS in parts.obs:
             types = _types(parts.obs, CLUSTERS)
         elif types is None:
             progress.update(3, "clustering the cells")
-            own = _leiden(latent, SIMILAR_CELLS, 1.0, options.seed)
+            own = _leiden(unit_length(latent), SIMILAR_CELLS, 1.0, options.seed)
             types = pd.Categorical.from_codes(own, [str(n) for n in range(int(own.max()) + 1)])  # type: ignore[arg-type]
             obs[CLUSTERS] = types
         progress.update(3, "meetings of the cell types")
@@ -331,7 +340,7 @@ def _find(
             "adapt": options.adapt if options.use_rep is None else "",
             "n_niches": options.n_niches or 0,
             "resolution": options.resolution,
-            "shells": number,
+            "shells": options.shells,
             "permutations": options.permutations,
             "seed": options.seed,
         },
@@ -430,24 +439,67 @@ def _latent(
     read = {
         "layer": options.layer, "gene_key": options.gene_key, "feature_type": options.feature_type,
     }  # fmt: skip
-    context = Context(options.batch_key, key, None, adapt=options.adapt)
+    context = Context(options.batch_key, key, None, adapt=options.adapt, join=join_sections)
     return read_and_embed(data, as_pretrained(model), read, context, "", options.quiet)
 
 
-def _default_shells(graph: sparse.csr_matrix, samples: np.ndarray) -> int:
-    around = shells(graph, SHELLS)
-    cells = 1 + np.median(np.sum([np.diff(shell.indptr) for shell in around], axis=0))
-    _, codes, sizes = np.unique(samples.astype(str), return_inverse=True, return_counts=True)
-    return SHELLS if cells <= LARGEST * np.median(sizes[codes]) else SHELLS - 1
+def join_sections(
+    latent: np.ndarray,
+    source: CountSource,
+    samples: Sequence[np.ndarray],
+    *,
+    target_sum: float = 1e4,
+) -> np.ndarray:
+    """Join a zero-shot latent with the principal components of the same cells, and align the sections.
+
+    As :func:`cellplm_jax.tasks.context_components.join_context`, without scaling each cell to one length: a spot is a
+    mixture of cells, and its length tells a pure region from the border of two.
+
+    Args:
+        latent: float [cells, latent], zero-shot.
+        source: The counts of the same cells, in the vocabulary of the model.
+        samples: int arrays, the cells of each section.
+        target_sum: Library size before the logarithm.
+
+    Returns:
+        float32 [cells, up to 50].
+
+    Raises:
+        InputError: There are fewer than 3 cells, or no gene varies.
+        MissingDependencyError: The extra ``eval``, which aligns sections, is not installed.
+    """
+    section = np.zeros(len(latent), np.int64)
+    for number, members in enumerate(samples):
+        section[members] = number
+    expression, deviation = variable_expression(
+        lambda: (log_normalized(block, target_sum) for block in source.blocks(BLOCK))
+    )
+    latent = np.array(latent, np.float32)
+    for members in samples:
+        latent[members] -= latent[members].mean(axis=0)
+    parts = [
+        latent,
+        own_components(expression, section, deviation),
+        own_components(expression, section),
+    ]
+    joined = np.hstack(
+        [part / max(np.sqrt(np.mean(np.sum(part**2, axis=1))), 1e-9) for part in parts]
+    )
+    if len(samples) > 1 and len(joined) >= MINIMUM_CELLS:
+        return aligned_components(joined, section).astype(np.float32)
+    return _reduced(joined, PRINCIPAL)
 
 
-def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 3) -> np.ndarray:
+def niche_embedding(
+    latent: np.ndarray, graph: sparse.csr_matrix, number: int = 3, *, own_weight: float = OWN
+) -> np.ndarray:
     """Embed every cell with its neighbourhood.
 
     Args:
         latent: float [cells, dimensions], embedding of the cells.
         graph: CSR [cells, cells], the spatial graph.
         number: Number of shells.
+        own_weight: Weight of the cell's own embedding.
 
     Returns:
         float32 [cells, up to 30]: principal components of the cell's own embedding, the mean over it and its
@@ -455,11 +507,11 @@ def niche_embedding(latent: np.ndarray, graph: sparse.csr_matrix, number: int = 
     """
     around = shells(graph, number)
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
-    values = _reduced(unit_length(latent - np.mean(latent, axis=0)), PRINCIPAL)
+    values = _reduced(latent, PRINCIPAL)
     means = [
         DECAY**place * shell_mean(values, shell) for place, shell in enumerate((own, *around[1:]))
     ]
-    return _reduced(np.hstack([OWN * values, *means]), COMPONENTS)
+    return _reduced(np.hstack([own_weight * values, *means]), COMPONENTS)
 
 
 def _reduced(values: np.ndarray, number: int) -> np.ndarray:
@@ -470,10 +522,22 @@ def _reduced(values: np.ndarray, number: int) -> np.ndarray:
     return values @ principal_components(lambda: [values], values.shape[1], number)[0]
 
 
-def _clusters(embedding: np.ndarray, options: _Options) -> np.ndarray:
-    if options.n_niches is not None:
-        return mixture_clusters(embedding[:, :MIXED], options.n_niches, seed=options.seed)
-    return _leiden(embedding, SIMILAR_NICHES, options.resolution, options.seed)
+def _clusters(
+    embedding: np.ndarray, latent: np.ndarray, graph: sparse.csr_matrix, options: _Options
+) -> np.ndarray:
+    """Return the niches, int32 [cells]: a vote of Gaussian mixtures; without ``n_niches`` Leiden counts them."""
+    niches = options.n_niches
+    if niches is None:
+        niches = int(_leiden(embedding, SIMILAR_NICHES, options.resolution, options.seed).max()) + 1
+        if niches == 1:
+            return np.zeros(len(embedding), np.int32)
+    values = [
+        weighted[:, :components]
+        for weight in MIXED_WEIGHTS
+        for weighted in [niche_embedding(latent, graph, options.shells, own_weight=weight)]
+        for components in MIXED_COMPONENTS
+    ]
+    return consensus_clusters(values, niches, graph=graph, seed=options.seed, cells=CLUSTERED_CELLS)
 
 
 def _leiden(embedding: np.ndarray, similar: int, resolution: float, seed: int) -> np.ndarray:

@@ -423,7 +423,9 @@ def test_network_and_logistic_regression_are_pooled(fitted):
     z, _, _ = fitted._embed(adata, fitted.reading)
     with open_counts(adata, fitted.model.genes) as source:
         features = np.log1p(source.read(0, 30).toarray())[:, fitted._linear_genes]
-    logits = fitted._head(z) + features @ fitted._gene_head
+    logits = fitted._head(z)
+    if fitted._gene_head is not None:
+        logits = logits + features @ fitted._gene_head
     network = jax.nn.log_softmax(logits / fitted.temperature, axis=1)
     linear = jax.nn.log_softmax(features @ fitted._linear.kernel + fitted._linear.bias, axis=1)
     mixed = fitted.pool[0] * np.asarray(network) + fitted.pool[1] * np.asarray(linear)

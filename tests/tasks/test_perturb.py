@@ -325,7 +325,7 @@ def change_obs(**columns):
         ({"perturbation_key": "nothing"}, "no cell has the control .* all are missing"),
         ({"perturbation_key": "same"}, "are control cells; expected perturbed cells too"),
         ({"targets": "genes", "perturbation_key": "drugs"}, "'drugX' is neither a gene"),
-        ({"targets": "things"}, "targets='things'; expected 'auto'"),
+        ({"targets": "things"}, "targets='things'; expected one of 'auto'"),
         ({"perturbation_key": "rare"}, "no perturbation has 5 cells"),
     ],
 )
