@@ -34,7 +34,7 @@ def add_niches(commands: Any) -> None:
     )
     add_counts(parser)
     parser.add_argument(
-        "--n-niches", type=positive, metavar="N", help="number of niches (by Leiden clustering)"
+        "--n-niches", type=positive, metavar="N", help="number of niches (that of Leiden clusters)"
     )
     parser.add_argument(
         "--resolution",
@@ -51,7 +51,7 @@ def add_niches(commands: Any) -> None:
         "--shells",
         type=positive,
         metavar="N",
-        help="radius of a neighbourhood in steps of the spatial graph (3; small sections 2)",
+        help="radius of a neighbourhood in steps of the spatial graph (3)",
     )
     parser.add_argument(
         "--neighbors",
