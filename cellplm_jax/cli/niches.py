@@ -39,10 +39,10 @@ def add_niches(commands: Any) -> None:
     add_options(
         parser,
         """
-        --n-niches N: number of niches (by Leiden clustering)
+        --n-niches N: number of niches (that of Leiden clusters)
         --resolution F: Leiden resolution of the number of niches; higher values give more niches (0.3)
         --label-key K: column of obs with cell types for the composition (the cells' own clusters)
-        --shells N: radius of a neighbourhood in steps of the spatial graph (3; small sections 2)
+        --shells N: radius of a neighbourhood in steps of the spatial graph (3)
         --neighbors N: nearest cells in a new spatial graph (6); an existing one in obsp is used
         --use-rep K: embedding in obsm to use instead of the model's
         """,

@@ -8,6 +8,7 @@ from scipy import sparse
 
 from cellplm_jax.evaluate.niches import (
     composition,
+    consensus_clusters,
     meetings,
     mixture_clusters,
     shell_mean,
@@ -116,3 +117,22 @@ def test_mixtures_have_the_requested_number():
     assert (np.bincount(found, minlength=3) == np.sort(np.bincount(kind))[::-1]).all()
     with pytest.raises(Exception, match="at least 2 groups"):
         mixture_clusters(np.zeros((3, 2)), 3)
+
+
+def test_mixtures_vote_and_neighbours_are_heard():
+    pytest.importorskip("sklearn")
+    random = np.random.default_rng(0)
+    group = np.repeat([0, 1, 2], [90, 60, 50])
+    places = np.eye(3)[group] * 6
+    good = [places + random.normal(size=(200, 3)) for _ in range(4)]
+    noise = random.normal(size=(200, 3))
+    found = consensus_clusters([*good, noise], 3)
+    # One embedding of five that shows nothing does not change the groups, which are numbered by size.
+    assert (found == group).mean() > 0.97
+    order = np.argsort(group, kind="stable")
+    good[0][order[40]] = good[1][order[40]] = good[2][order[40]] = good[3][order[40]] = places[-1]
+    chain = line(200)
+    assert consensus_clusters(good, 3)[40] == 2
+    assert consensus_clusters(good, 3, graph=chain)[40] == 0
+    # A mixture that is fitted to a part of the cells assigns all of them.
+    assert (consensus_clusters(good, 3, cells=60) == group).mean() > 0.95

@@ -9,9 +9,10 @@ import pytest
 from scipy import sparse
 
 from cellplm_jax.cli import main
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.embedding import clustering_scores
-from cellplm_jax.tasks.niches import niches, niches_file
+from cellplm_jax.tasks.niches import join_sections, niches, niches_file
 from tests.conftest import make_adata
 
 pytest.importorskip("scanpy", reason="needs the extra 'eval'")
@@ -84,6 +85,42 @@ def test_an_existing_graph_is_used_without_edges_between_sections():
     assert "spatial_neighbors" not in adata.uns
     assert abs(adata.obsp["spatial_connectivities"] - before).nnz == 0
     assert adata.uns["cellplm_niches"]["meeting_count"].sum() == 2 * cells - 4
+
+
+def test_the_joined_space_keeps_lengths_and_aligns_sections():
+    random = np.random.default_rng(0)
+    share = np.repeat([0.0, 0.5, 1.0], 60)  # of the second of two types in a spot
+    depth = np.tile([1.0, 2.0], 90)  # of two sections
+    profile = random.gamma(1.0, size=(2, 80))
+    mean = np.outer(1 - share, profile[0]) + np.outer(share, profile[1])
+    effect = np.where(np.arange(80) % 4 == 0, 3.0, 1.0)
+    section = np.tile([0, 1], 90)
+    counts = random.poisson(5 * depth[:, None] * mean * effect ** section[:, None])
+    source = open_counts(
+        ad.AnnData(
+            sparse.csr_matrix(counts.astype(np.float32)),
+            var=pd.DataFrame(index=[f"ENSG{n:011d}" for n in range(80)]),
+        ),
+        [f"ENSG{n:011d}" for n in range(80)],
+    )
+    latent = np.log1p(counts)[:, :30].astype(np.float32)
+    with source as opened:
+        found = join_sections(latent, opened, [np.flatnonzero(section == n) for n in (0, 1)])
+    length = np.linalg.norm(found - found.mean(axis=0), axis=1)
+    # Spots of both types are nearer to the mean than spots of one.
+    middle = share == 0.5
+    assert length[middle].mean() < 0.8 * length[~middle].mean()
+    gap = found[section == 0].mean(axis=0) - found[section == 1].mean(axis=0)
+    between = found[share == 0].mean(axis=0) - found[share == 1].mean(axis=0)
+    assert np.linalg.norm(gap) < 0.1 * np.linalg.norm(between)
+
+
+def test_without_a_number_leiden_counts_the_niches():
+    few, many = (
+        niches(tissue(side=8), None, resolution=resolution, **OWN).obs["cellplm_niche"].nunique()
+        for resolution in (0.05, 2.0)
+    )
+    assert few == 1 < many
 
 
 def test_own_clusters_replace_types(tiny_model):
