@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
+MUTATION_FLAGS ?=
 # What `make smoke` installs: the checkout, or a wheel that `make dist` built.
 WHEEL ?= .
 # Processes the test suite is spread over; 0: one, in order.
@@ -11,8 +12,11 @@ WORKERS ?= 2
 # Tests see eight CPU devices, so that sharding is exercised on any machine.
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8
 
+# Flags for runs that are mostly compiling, which need not be done well (as in tests/conftest.py).
+QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+
 .PHONY: demo test lint types docs docs-links pages parity multiprocess notebooks notebooks-full dist smoke extras \
-	debug-pretrain gpu-rehearsal gpu-bundle clean
+	debug-pretrain gpu-rehearsal gpu-bundle mutation coverage lowest audit licences clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -50,8 +54,8 @@ types: $(VENV)/.installed
 docs: $(VENV)/.docs  ## the site in docs/_build/html; every warning is an error, links within the site are checked
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-pages: $(VENV)/.installed  ## open the built site, and reports, in Chromium: width, contrast, both themes; skipped without it
-	$(BIN)/python tools/check_pages.py $(wildcard docs/_build/html demo/report.html)
+pages: $(VENV)/.installed  ## open the built site, and a report of every command, in Chromium: width, contrast, both themes; skipped without it
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(QUICK)" $(BIN)/python tools/check_pages.py --reports $(wildcard docs/_build/html demo/report.html)
 
 docs-links: $(VENV)/.docs  ## follow the links to other sites; needs the internet
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -W --keep-going -q -b linkcheck docs docs/_build/links
@@ -97,5 +101,30 @@ extras: smoke  ## every extra resolves there; nothing more is installed
 		$(BIN)/python -m pip install --quiet --dry-run "$(WHEEL)[$$extra]" && echo "extra $$extra resolves" || exit 1; \
 	done
 
+mutation: $(VENV)/.installed  ## change the code of losses, attention, masking and latent: do the tests notice? An hour
+	$(BIN)/python -m pip install --quiet --editable '.[mutation]'
+	$(BIN)/python tools/mutation.py $(MUTATION_FLAGS) --out benchmarks/faults/mutation.md
+
+coverage: $(VENV)/.installed  ## which lines `make test` runs, also in the processes that it starts
+	$(BIN)/python -m pip install --quiet 'coverage>=7.10' 'pytest-cov>=7'
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not parity and not multiprocess' \
+		--cov=cellplm_jax --cov-report=term:skip-covered
+
+lowest:  ## install the lowest versions that setup.py allows, and use them
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet 'uv>=0.9'
+	$(VENV)-lowest/bin/python -m uv pip install --quiet --python $(VENV)-lowest/bin/python --upgrade \
+		--resolution lowest-direct --editable '.[train,eval,cpu]'
+	JAX_PLATFORMS=cpu $(VENV)-lowest/bin/python -W ignore tools/smoke_lowest.py
+
+audit: $(VENV)/.installed  ## known weaknesses of everything that is installed; needs the internet
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet 'pip-audit>=2.10'
+	$(BIN)/python tools/licences.py --list > $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement $(VENV)-audit/installed.txt
+
+licences: $(VENV)/.parity  ## docs/licences.md, from what is installed
+	$(BIN)/python tools/licences.py
+
 clean:
-	rm -rf $(VENV) demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-audit demo runs build dist docs/_build *.egg-info .pytest_cache .ruff_cache

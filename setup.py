@@ -16,12 +16,12 @@ EVAL = [
     "scanpy>=1.11",
     "leidenalg>=0.10",
     # Of 0.7 scanpy 1.11 cannot read the graph, which it computes from 8,192 cells on.
-    "pynndescent<0.7",
+    "pynndescent>=0.5.13,<0.7",
     "igraph>=0.11",
     "matplotlib>=3.8",
     "scikit-learn>=1.5",
     # Aligns the batches of a file, for adapt="context".
-    "harmonypy>=0.2",
+    "harmonypy>=2",
 ]
 # Multiplies counts as they are stored where a CPU embeds; scanpy, of EVAL, brings it as well.
 CPU = ["numba>=0.61"]
@@ -34,6 +34,8 @@ HUB = ["huggingface_hub>=0.34", "safetensors>=0.5"]
 NOTEBOOKS = ["jupytext>=1.16", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "pillow>=10"]
 # The site: `make docs`.
 DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2025.7", "sphinx-copybutton>=0.5"]
+# Changes the code to test the tests: `make mutation`. The version is exact: its operators are no public interface.
+MUTATION = ["mutmut==3.8.1"]
 DEV = [
     "hypothesis>=6.100",
     "pytest>=8",
@@ -68,18 +70,18 @@ setup(
         "ml-collections>=1.1",
         # What those bring and this package imports by name.
         "absl-py>=2.0",
-        "etils[epath]>=1.12",
+        "etils[epath]>=1.13",
         # Lets several processes share, and JAX bound, the cache of compiled programs.
         "filelock>=3.12",
-        "h5py>=3.10",
-        "packaging>=23",
-        "pandas>=2.2",
+        "h5py>=3.11",
+        "packaging>=24.2",
+        "pandas>=2.2.2",
         "rich>=13",
-        "scipy>=1.13",
+        "scipy>=1.14",
         # Scripts for the completion of shells.
         "shtab>=1.7",
-        "tensorstore>=0.1.70",
-        "zarr>=3",
+        "tensorstore>=0.1.84",
+        "zarr>=3.1",
     ],
     extras_require={
         "train": TRAIN,
@@ -98,6 +100,7 @@ setup(
         "torch": ["torch>=2.4"],
         "parity": ["torch>=2.4", "cellplm==0.1.0.post2"],
         "docs": [*DOCS, *EVAL],
+        "mutation": MUTATION,
         "dev": [*DEV, *TRAIN, *EVAL, *CPU, *GCP, *EXPORT, *HUB, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["cellplm=cellplm_jax.cli:main"]},

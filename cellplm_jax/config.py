@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from cellplm_jax.display import DisplayedConfig
-from cellplm_jax.errors import ConfigError, explain, nearest, quote, shorten
+from cellplm_jax.errors import ConfigError, nearest, quote, shorten
 
 ConfigType = TypeVar("ConfigType")
 
@@ -28,7 +28,7 @@ PRECISIONS: tuple[str, ...] = typing.get_args(Precision)
 
 def _require(condition: bool, found: str, expected: str, remedy: str) -> None:
     if not condition:
-        raise ConfigError(explain(found, expected, remedy))
+        raise ConfigError(found, expected, remedy)
 
 
 def _at_least(config: Any, part: str, minimum: int, *names: str) -> None:
@@ -749,33 +749,30 @@ def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = 
     """
     where = path or kind.__name__
     if not isinstance(values, Mapping):
-        msg = explain(
+        raise ConfigError(
             f"{where} is {type(values).__name__} {shorten(repr(values))}",
             "a mapping of its fields",
             f"Give a dictionary for {where}",
         )
-        raise ConfigError(msg)
     fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in fields:
             remedy = nearest(key, fields, "Remove it")
-            msg = explain(
+            raise ConfigError(
                 f"unknown key {quote(key)} in {where}",
                 f"one of {', '.join(sorted(fields))}",
                 remedy,
             )
-            raise ConfigError(msg)
     prepared = {}
     for name, entry in fields.items():
         if name in values:
             dotted = f"{path}.{name}" if path else name
             prepared[name] = _convert(hints[name], values[name], dotted)
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            msg = explain(
+            raise ConfigError(
                 f"{where} has no '{name}'", "a value for every required field", f"Set {name}"
             )
-            raise ConfigError(msg)
     return kind(**prepared)
 
 
@@ -803,10 +800,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if value in choices:
             return value
         remedy = nearest(value, choices, "Choose one of them")
-        msg = explain(
+        raise ConfigError(
             f"{path} = {shorten(repr(value))}", "one of " + ", ".join(map(repr, choices)), remedy
         )
-        raise ConfigError(msg)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
         if value is None and type(None) in options:
@@ -821,10 +817,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if hint in (bool, int, float, str):
         if type(value) is hint:
             return value
-        msg = explain(
+        raise ConfigError(
             f"{path} = {shorten(repr(value))} ({type(value).__name__})",
             hint.__name__,
             "Correct its type",
         )
-        raise ConfigError(msg)
     return value

@@ -22,7 +22,8 @@ from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.batches import MemoryStore
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.datasets import UNASSIGNED, pbmc3k
-from cellplm_jax.data.pipeline import SampleRange, split_heldout
+from cellplm_jax.data.packing import SampleRange
+from cellplm_jax.data.pipeline import split_heldout
 from cellplm_jax.errors import require
 from cellplm_jax.presets import preset
 from cellplm_jax.storage import atomic_write, atomic_write_text

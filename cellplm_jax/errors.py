@@ -8,7 +8,7 @@ escaped. The command line converts a :class:`CellPLMError` to exit status 2 and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 1000
 """Maximum length of a message in characters."""
@@ -124,6 +124,51 @@ def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
     by_lower = {text.lower(): text for text in texts if len(text) <= LONGEST_NAME}
     near = difflib.get_close_matches(shorten(str(name)).lower(), by_lower, n=1)
     return f"Did you mean {quote(by_lower[near[0]])}?" if near else otherwise
+
+
+def listing(names: Sequence[object], limit: int = 12) -> str:
+    """Quote names for a message; long lists are shortened.
+
+    Args:
+        names: The names.
+        limit: Maximum number of names.
+    """
+    shown = ", ".join(quote(name) for name in names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (shown + more) if names else "none"
+
+
+def require_column(columns: Sequence[object], key: object, remedy: str, *, of: str = "obs") -> None:
+    """Raise an error for a name that is no column of a table.
+
+    Args:
+        columns: Names of the columns.
+        key: The name.
+        remedy: Remedy if no column has a similar name.
+        of: The table.
+
+    Raises:
+        InputError: The column does not exist.
+    """
+    if key not in columns:
+        expected = f"one of its columns: {listing(list(columns))}"
+        raise InputError(f"{of} has no column '{key}'", expected, nearest(key, columns, remedy))
+
+
+def require_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Raise an error for an option that is none of the known values.
+
+    Args:
+        name: Name of the option.
+        value: Its value.
+        known: The valid values.
+
+    Raises:
+        InputError: The value is none of them.
+    """
+    if value not in known:
+        expected = f"one of {', '.join(map(repr, known))}"
+        raise InputError(f"{name}={value!r}", expected, nearest(value, known, "Use one of them"))
 
 
 def require(module: str, extra: str, purpose: str):

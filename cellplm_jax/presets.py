@@ -19,7 +19,7 @@ from cellplm_jax.config import (
     PositionsConfig,
     TrainConfig,
 )
-from cellplm_jax.errors import ConfigError, explain, nearest
+from cellplm_jax.errors import ConfigError, nearest
 
 
 def published_85m(genes: int = 1) -> TrainConfig:
@@ -251,6 +251,7 @@ def preset(name: str, genes: int = 1) -> TrainConfig:
     """
     if name not in PRESETS:
         remedy = nearest(name, PRESETS, "Choose one of them")
-        msg = explain(f"there is no configuration '{name}'", f"one of {', '.join(PRESETS)}", remedy)
-        raise ConfigError(msg)
+        raise ConfigError(
+            f"there is no configuration '{name}'", f"one of {', '.join(PRESETS)}", remedy
+        )
     return PRESETS[name](genes)

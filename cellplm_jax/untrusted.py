@@ -23,6 +23,9 @@ JSON_DIGITS = 20
 TEXT_BYTES = 2**26
 """Maximum size of a text file with one name per line: 64 MiB."""
 
+LONGEST_TEXT = 10_000
+"""Maximum number of characters of a name."""
+
 FOLDER_ENTRIES = 1_000_000
 """Maximum number of files in a folder that is a model or a store."""
 
@@ -100,6 +103,26 @@ def read_text(path: Any, limit: int = JSON_BYTES) -> str:
         msg = f"'{path}' has more than {limit:,} bytes"
         raise ValueError(msg)
     return text.decode("utf-8")
+
+
+def name_lines(text: bytes) -> list[str]:
+    """Return the lines of a text with one name per line.
+
+    Args:
+        text: The text; nothing is copied if it is refused.
+
+    Raises:
+        ValueError: A line is longer than :data:`LONGEST_TEXT`, or the text is not UTF-8.
+    """
+    begin = 0
+    while begin < len(text):
+        end = text.find(b"\n", begin)
+        end = len(text) if end < 0 else end
+        if end - begin > LONGEST_TEXT:
+            msg = f"a line has {end - begin:,} characters, the limit is {LONGEST_TEXT:,}"
+            raise ValueError(msg)
+        begin = end + 1
+    return text.decode("utf-8").splitlines()
 
 
 def irregular(path: str | os.PathLike) -> str:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 import cellplm_jax
+from cellplm_jax.cli.tasks import RENAMED
 from cellplm_jax.config import FinetuneConfig, from_dict, to_dict
 from cellplm_jax.errors import ConfigError
 from cellplm_jax.tasks.estimator import Estimator
@@ -22,9 +23,6 @@ TASKS = {
     "samples": "SampleClassifier",
 }
 """The class of every task."""
-
-RENAMED = {"genes": "impute"}
-"""Keys of arguments of ``fit`` whose name an argument of the constructor has too."""
 
 
 def class_of(task: str) -> type[Estimator]:

@@ -8,13 +8,18 @@ import pytest
 
 from tests.conftest import ROOT
 
-specification = importlib.util.spec_from_file_location(
-    "check_pages", ROOT / "tools" / "check_pages.py"
-)
-assert specification is not None
-assert specification.loader is not None
-check = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(check)
+
+def tool(name):
+    where = ROOT / "tools" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, where)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+check, samples = tool("check_pages"), tool("sample_reports")
 BAD = """<!doctype html><meta charset="utf-8"><body style="background:#fff;color:#222">
 <div style="width:800px">wide</div><p style="color:#aaa">pale words</p>
 <div style="overflow-x:auto"><div style="width:2000px">scrolls on its own</div></div></body>"""
@@ -54,3 +59,25 @@ def test_what_is_too_wide_or_too_pale_is_found(tmp_path):
         wide, _ = found["bad.html", 390]
         assert wide.startswith("wider than the window: 8")
         assert "(div)" in wide
+
+
+def test_every_command_with_a_report_is_among_the_samples():
+    """Their lines parse, and every command that has ``--report`` is there."""
+    import argparse
+    import shlex
+
+    from cellplm_jax.cli import build_parser
+
+    def reporting(parser, name=()):
+        if any("--report" in action.option_strings for action in parser._actions):
+            yield name
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for verb, below in action.choices.items():
+                    yield from reporting(below, (*name, verb))
+
+    lines = [shlex.split(line) for line in samples.COMMANDS.values()]
+    for line in lines:
+        build_parser().parse_args([*line, "--report", "page.html", "--quiet"])
+    for words in reporting(build_parser()):
+        assert any(tuple(line[: len(words)]) == words for line in lines), words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -134,17 +135,21 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
     from cellplm_jax.tasks import annotate
 
     made = []
+    kind = annotate.CellTypeAnnotator
 
     class Recorder:
         labels, facts = ("a", "b"), {"training_cells": 3, "best_epoch": 2, "epochs": 4,
                                      "seconds": 5.0}  # fmt: skip
         validation_scores = {"pooled": 0.5, "network": 0.25}  # noqa: RUF012
+        __signature__ = inspect.signature(kind)
 
         def __init__(self, model, **options):
             made.append((model, options))
 
         def fit(self, path, **keys):
             made.append((path, keys))
+
+        fit.__signature__ = inspect.signature(kind.fit)  # type: ignore[attr-defined]
 
         def save(self, out):
             made.append(out)
@@ -164,7 +169,7 @@ def test_the_recipe_is_passed_on(command, monkeypatch, tmp_path):
     )
     assert printed == wanted
     assert made[0] == (None, {
-        "method": "finetune", "unknown_threshold": None, "class_weights": "balanced", "quiet": True,
+        "method": "finetune", "class_weights": "balanced", "quiet": True,
         "genes": 50, "epochs": 9, "learning_rate": 0.1, "freeze": "encoder", "adapter_rank": 2, "seed": 3,
         "precision": "bfloat16",
     })  # fmt: skip

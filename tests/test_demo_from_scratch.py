@@ -10,7 +10,7 @@ from scipy import sparse, stats
 
 from cellplm_jax import demo_from_scratch as demo
 from cellplm_jax.data.batches import MemoryStore, Sample
-from cellplm_jax.data.pipeline import SampleRange
+from cellplm_jax.data.packing import SampleRange
 from cellplm_jax.demo_from_scratch import COMPONENTS, TRAINED, UNTRAINED, verdict
 from tests.conftest import make_counts, make_samples, make_store, tiny_train_config
 

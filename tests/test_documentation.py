@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import cellplm_jax
-from cellplm_jax.tasks.estimator import Training
+from cellplm_jax.tasks.recipe import Training
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "cellplm_jax"

@@ -222,7 +222,7 @@ def test_no_module_knows_of_other_processes():
     """Who the other processes are is settled in launch/; dask's workers prepare corpora and never train."""
     for module, path in MODULES.items():
         assert not uses(path, "jax.distributed"), module
-        if module != "tasks.prepare":
+        if module != "tasks.prepare_run":
             assert "distributed" not in names_used(path), module
 
 

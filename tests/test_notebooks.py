@@ -48,7 +48,7 @@ each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 
 def test_every_notebook_has_a_source():
     assert [path.stem for path in SOURCES] == [path.stem for path in sorted(FOLDER.glob("*.ipynb"))]
-    assert len(SOURCES) == 6
+    assert len(SOURCES) == 8
 
 
 @each
@@ -143,10 +143,64 @@ def test_its_outputs_are_those_of_a_clean_run(source):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code[1:]) >= len(code[1:]) / 2
     assert (FOLDER / f"{source.stem}.ipynb").stat().st_size < LARGEST
+    for cell in code:
+        drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        assert drawn or not re.search(r"cellplm\.plot\.", cell.source), cell.source
     text = json.dumps(notebook)
     assert ROOT.as_posix() not in text
-    if source.stem != "06_convert_checkpoint":
+    assert "is simulated" not in text  # of the real data
+    if source.stem != "08_convert_checkpoint":
         assert "image/png" in text
+        assert notebook.metadata.cellplm.processor_seconds > 0
+
+
+def rows_of(notebook, name):
+    """Numbers of a row of every table that a notebook prints; a wide table is printed in several parts."""
+    found = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            text = output.get("data", {}).get("text/plain", "")
+            row = rf"^{re.escape(name)}((?: +-?[\d.]+)+) *$"
+            numbers = re.findall(row, text, re.MULTILINE)
+            if numbers:
+                found.append([float(number) for part in numbers for number in part.split()])
+    return found
+
+
+BETTER = {
+    # Notebook: number of the table, this package, a baseline, columns where higher is better, and where lower is.
+    "01_quickstart": [
+        (0, "cellplm", "components", (0, 1, 2), ()),
+        (1, "cellplm", "components", (0, 1), ()),
+        (-1, "cellplm", "genes", (0, 1), ()),
+    ],
+    "02_annotate": [
+        (0, "CellTypeAnnotator", "logistic regression, same number flagged", (0, 1), (2,))
+    ],
+    "03_tissue": [(0, "GeneImputer", "ridge regression", (0,), (1,))],
+    "04_integrate": [(0, "BatchIntegrator", "Harmony on components", (0, 1, 2, 6), ())],
+    "06_denoise": [(0, "denoiser", name, (2,), (0, 1)) for name in ("nearest cells", "gene mean")],
+}
+
+
+@pytest.mark.parametrize("name", BETTER)
+def test_it_shows_a_case_in_which_this_package_is_better_than_the_baseline_beside_it(name):
+    (source,) = [path for path in SOURCES if path.stem == name]
+    notebook = read(source)
+    for table, ours, other, higher, lower in BETTER[name]:
+        one, two = rows_of(notebook, ours)[table], rows_of(notebook, other)[table]
+        assert len(one) == len(two) > max((*higher, *lower))
+        assert all(one[column] > two[column] for column in higher), (one, two)
+        assert all(one[column] < two[column] for column in lower), (one, two)
+
+
+def test_the_drug_response_is_predicted_better_than_by_the_mean_in_every_type():
+    (source,) = [path for path in SOURCES if path.stem == "05_drug_response"]
+    types = ("B cells", "CD14+ Monocytes", "CD4 T cells", "CD8 T cells", "FCGR3A+ Monocytes")
+    for name in (*types, "mean"):
+        other_error, error, other_correlation, correlation = rows_of(read(source), name)[-1]
+        assert error < other_error
+        assert correlation > other_correlation
 
 
 def test_what_must_not_be_in_outputs_is_found():

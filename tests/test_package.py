@@ -7,10 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import cellplm_jax
 
@@ -102,3 +103,21 @@ def test_resources_are_shipped():
         assert f"{data.split('.')[0]}.LICENSE.md" in names
     assert "resources/*" in (ROOT / "setup.py").read_text()
     assert (ROOT / "cellplm_jax" / "py.typed").exists()
+
+
+def test_the_page_of_licences_names_all_data_and_every_requirement():
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    resources = ROOT / "cellplm_jax" / "resources"
+    for path in resources.iterdir():
+        if path.suffix in (".h5ad", ".gz"):
+            assert f"| `{path.name}` |" in page
+    for folder in (resources / "models").iterdir():
+        assert f"| `models/{folder.name}` |" in page
+    names = set(re.findall(r"[a-z0-9][a-z0-9-]+", page.split("## Packages")[1]))
+    for text in metadata.requires("cellplm-jax"):
+        requirement = Requirement(text)
+        extra = "".join(re.findall(r'extra == "([a-z0-9]+)"', str(requirement.marker)))
+        if extra in ("", "train", "eval", "cpu", "gcp", "export", "hub", "torch"):
+            assert re.sub(r"[-_.]+", "-", requirement.name).lower() in names, requirement.name
+    always = page.split("### Always installed")[1].split("###")[0]
+    assert "GPL" not in always

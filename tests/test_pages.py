@@ -530,6 +530,14 @@ def test_badges_are_those_of_the_metadata():
         assert f"badges/{name}.svg" in PAGES["README.md"]
 
 
+def test_annotation_is_scored_on_cells_that_were_held_out():
+    code = "\n".join(b.text for b in blocks("docs/howto/annotate.md") if b.language == "python")
+    (estimator, scored) = re.findall(r"(\w+)\.score\((\w+)", code)[0]
+    (fitted,) = re.findall(rf"^{estimator} = .*\.fit\((\w+)", code, re.MULTILINE)
+    (kept,) = re.findall(rf"^{scored} = .*== (\S+)\]", code, re.MULTILINE)
+    assert f'{fitted} = labelled[labelled.obs["batch"] != {kept}]' in code
+
+
 def test_every_message_has_a_row_with_its_remedy():
     path = DOCS / "extensions" / "message_list.py"
     spec = importlib.util.spec_from_file_location("message_list", path)

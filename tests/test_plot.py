@@ -336,6 +336,22 @@ def test_style_does_not_leak():
     assert dict(plt.rcParams) == before
 
 
+def test_a_backend_that_becomes_interactive_stays_so():
+    """The first figure of a notebook loads its backend and turns the interactive mode on; the next is shown too."""
+    from cellplm_jax.plot.style import styled
+
+    assert not plt.isinteractive()
+    try:
+        with styled():
+            plt.ion()
+        assert plt.isinteractive()
+        with styled():
+            pass
+        assert plt.isinteractive()
+    finally:
+        plt.ioff()
+
+
 @pytest.mark.parametrize("show", [False, True])
 def test_show_is_asked_for(monkeypatch, show):
     calls = []
@@ -523,6 +539,22 @@ def test_umap_of_cells_draws_columns_and_genes():
     del adata.obsm["X_umap"]
     with pytest.raises(InputError, match="Embed the cells first"):
         plot.umap(adata, color="LYZ")
+
+
+def test_a_gene_is_found_by_its_symbol_in_files_with_ensembl_ids():
+    adata = blood()
+    by_symbol = np.asarray(plot.umap(adata, color="LYZ").collections[-1].get_array())
+    place = list(adata.var_names).index("LYZ")
+    names = [f"ENSG9900000000{number}" for number in range(adata.n_vars)]
+    names[place] = "ENSG00000090382"
+    adata.var_names = names
+    for spelling, column in (("LYZ", None), ("LZM", "feature_name")):
+        if column:
+            adata.var[column] = [spelling if n == names[place] else "" for n in names]
+        for color in (spelling, names[place]):
+            axes = plot.umap(adata, color=color)
+            assert axes.get_title(loc="left") == spelling
+            np.testing.assert_array_equal(np.asarray(axes.collections[-1].get_array()), by_symbol)
 
 
 def test_a_missing_layout_is_computed_from_the_embedding(monkeypatch):

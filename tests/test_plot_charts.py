@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from cellplm_jax import plot  # noqa: E402
 from cellplm_jax.errors import InputError  # noqa: E402
+from cellplm_jax.plot.style import gene_labels  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -144,3 +145,27 @@ def test_gene_map_names_the_genes_that_are_asked_for():
     assert plot.gene_map(points, genes, highlight=["LYZ"]).get_legend() is None
     with pytest.raises(InputError, match="Did you mean 'CD3D'"):
         plot.gene_map(points, genes, highlight=["CD3d"])
+
+
+IDS, SYMBOLS = ["ENSG00000115415", "ENSG00000125347.14", "ENSG00000999999"], ["STAT1", "IRF1"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        lambda t: plot.change_map(t).get_xticklabels(),
+        lambda t: plot.change_map(t.T).get_yticklabels(),
+        lambda t: plot.dot_plot(t, t).get_xticklabels(),
+        lambda t: plot.heat_map(t).get_xticklabels(),
+        lambda t: plot.effect_panels({"A": t.T})[0].get_yticklabels(),
+        lambda t: plot.gene_map(np.eye(3)[:, :2], IDS, highlight=["STAT1", IDS[1], IDS[2]]).texts,
+        lambda t: plot.table_bars(t.iloc[0].to_dict(), value_label="x").get_yticklabels(),
+    ],
+)
+def test_pictures_show_symbols_for_ensembl_ids(labels):
+    table = pd.DataFrame([[1.0, 0.5, 0.2], [0.3, 0.1, 0.9]], ["one", "two"], IDS)
+    assert [text.get_text() for text in labels(table)] == [*SYMBOLS, IDS[2]]
+
+
+def test_ids_that_share_a_symbol_keep_their_ids():
+    assert gene_labels([IDS[0], f"{IDS[0]}.2", "LYZ"]) == [IDS[0], f"{IDS[0]}.2", "LYZ"]

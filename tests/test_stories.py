@@ -41,6 +41,7 @@ def test_there_are_eight_of_at_most_six_lines(stories):
 def test_it_runs_and_draws(name, stories, page_folder, monkeypatch):  # noqa: F811
     import anndata
     import matplotlib.pyplot as plt
+    from matplotlib.text import Text
 
     import cellplm_jax as cellplm
     from cellplm_jax.evaluate import embedding
@@ -51,4 +52,7 @@ def test_it_runs_and_draws(name, stories, page_folder, monkeypatch):  # noqa: F8
     exec(compile(stories[name], f"docs/stories.md: {name}", "exec"), names)
     drawn = [axes for axes in plt.gcf().axes if axes.collections or axes.lines or axes.images]
     assert drawn
+    assert not [
+        text for text in plt.gcf().findobj(Text) if "ENSG0" in text.get_text()
+    ]  # symbols, not ids
     plt.close("all")

@@ -4,6 +4,7 @@ Every page has to fit its window, and its text needs a contrast of 4.5 to its gr
 
     python tools/check_pages.py docs/_build/html report.html     # folders and files
     python tools/check_pages.py docs/_build/html --pictures OUT  # also writes pictures of the pages
+    python tools/check_pages.py docs/_build/html --reports       # also a report of every command, written for this
 
 Needs Chromium (Debian: ``apt-get install chromium``). Exits with 0 and the reason if there is none.
 """
@@ -251,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="*", type=Path, help="folders of pages, and pages")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of all pages")
+    parser.add_argument("--reports", action="store_true", help="also a report of every command")
     parser.add_argument("--height", type=int, default=1600, help="height of the pictures")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per theme")
     given = parser.parse_args(arguments)
@@ -258,12 +260,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if program is None:
         print("not checked: Chromium is not installed (Debian: apt-get install chromium)")
         return 0
-    if not given.paths:
-        print("not checked: no page is there; build the site first (make docs)")
-        return 0
     missing = [path for path in given.paths if not path.exists()]
     if missing:
         parser.error(f"no such page: {', '.join(map(str, missing))}")
+    with tempfile.TemporaryDirectory(prefix="check-pages-") as folder:
+        if given.reports:
+            from sample_reports import write_reports
+
+            write_reports(Path(folder))
+            given.paths.append(Path(folder))
+        if not given.paths:
+            print("not checked: no page is there; build the site first (make docs)")
+            return 0
+        return check(given, program)
+
+
+def check(given: argparse.Namespace, program: str) -> int:
+    """Open all pages, and return 1 if one has a problem."""
     failed, opened = 0, 0
     for theme in THEMES:
         for result in measure(given.paths, theme, program, given.timeout):

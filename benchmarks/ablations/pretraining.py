@@ -18,7 +18,8 @@ import cellplm_jax
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.corpus import is_corpus, open_corpus
-from cellplm_jax.data.pipeline import SampleRange, gene_means, split_heldout
+from cellplm_jax.data.packing import SampleRange
+from cellplm_jax.data.pipeline import gene_means, split_heldout
 from cellplm_jax.evaluate.embedding import (
     clustering_scores,
     knn_accuracy,

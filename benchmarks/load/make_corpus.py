@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellplm_jax.data.corpus import PartSample, PartWriter, write_genes, write_index
+from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes, write_index
 
 GENES = 19_374
 CELLS_PER_PART = 100_000

@@ -30,7 +30,7 @@ from benchmarks.machine import machine
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.evaluate.components import log_normalized
 from cellplm_jax.tasks import unknown
-from cellplm_jax.tasks.annotate import LINEAR_GENES, LINEAR_PENALTY, log_counts
+from cellplm_jax.tasks.annotation_pool import LINEAR_GENES, LINEAR_PENALTY, log_counts
 from cellplm_jax.tasks.contexts import variable_genes
 from cellplm_jax.tasks.pretrained import load
 from cellplm_jax.tasks.unknown import UnknownDetector, latent_map

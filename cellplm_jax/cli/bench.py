@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from cellplm_jax.cli.options import add_output, add_precision, command, positive
+from cellplm_jax.cli.options import add_options, add_output, add_precision, command
 from cellplm_jax.cli.output import print_result, say
 
 
@@ -29,51 +29,48 @@ def add_bench(commands: Any) -> None:
     embed = command(
         verbs, "embed", _embed, "benchmark embedding with one context", examples["embed"]
     )
-    embed.add_argument("input", nargs="?", metavar="IN.h5ad", help="cells to embed (random counts)")
-    embed.add_argument("--model", default="small", metavar="MODEL", help="model (small)")
+    add_options(
+        embed,
+        "input IN.h5ad: cells to embed (random counts)\n--model MODEL: model (small)",
+        input={"nargs": "?"},
+        model={"default": "small"},
+    )
 
     train = command(
         verbs, "train", _train, "benchmark the training step on random counts", examples["train"]
     )
-    train.add_argument(
-        "--config", default="small", metavar="NAME", help="a named configuration (small)"
-    )
-    train.add_argument("--rows", type=positive, metavar="N", help="rows per batch (of the config)")
-    train.add_argument(
-        "--genes", type=positive, default=19_374, metavar="N", help="size of the vocabulary (19374)"
-    )
-    train.add_argument(
-        "--chunk-cells", type=int, metavar="N", help="cells with dense counts at a time; 0: all"
+    add_options(
+        train,
+        """
+        --config NAME: a named configuration (small)
+        --rows N: rows per batch (of the config)
+        --genes N: size of the vocabulary (19374)
+        --chunk-cells N: cells with dense counts at a time; 0: all
+        """,
+        config={"default": "small"},
+        genes={"default": 19_374},
+        chunk_cells={"type": int},
     )
 
     load = command(
         verbs, "load", _load, "benchmark reading a corpus or an AnnData file", examples["load"]
     )
-    load.add_argument("input", metavar="CORPUS|IN.h5ad", help="corpus or file to read")
+    add_options(load, "input CORPUS|IN.h5ad: corpus or file to read")
 
     for verb, cells in ((embed, 2000), (train, None), (load, 100_000)):
-        verb.add_argument(
-            "--cells",
-            type=positive,
-            default=cells,
-            metavar="N",
-            help=f"number of cells ({cells or 'of the config'})",
-        )
-        verb.add_argument(
-            "--repeats", type=positive, default=5, metavar="N", help="runs after the first (5)"
+        add_options(
+            verb,
+            f"--cells N: number of cells ({cells or 'of the config'})\n--repeats N: runs after the first (5)",
+            cells={"default": cells},
+            repeats={"default": 5},
         )
         add_output(verb)
         # The output is JSON with and without --json.
         verb.set_defaults(json=True)
     for verb in (embed, train):
         add_precision(verb, "float32" if verb is embed else None)
-        verb.add_argument(
-            "--nonzeros",
-            type=positive,
-            default=1500,
-            metavar="N",
-            help="stored counts per random cell (1500)",
-        )
+        text = "--nonzeros N: stored counts per random cell (1500)"
+        add_options(verb, text, nonzeros={"default": 1500})
 
 
 def _conclude(arguments: argparse.Namespace, facts: dict[str, Any]) -> None:

@@ -34,12 +34,15 @@ def build_parser() -> argparse.ArgumentParser:
     embedding.add_embed(commands)
     embedding.add_cluster(commands)
     niches.add_niches(commands)
-    embedding.add_integrate(commands)
-    estimators.add_annotate(commands)
-    estimators.add_impute(commands)
-    estimators.add_denoise(commands)
-    estimators.add_perturb(commands)
-    estimators.add_samples(commands)
+    for task in (
+        estimators.Integrate,
+        estimators.Annotate,
+        estimators.Impute,
+        estimators.Denoise,
+        estimators.Perturb,
+        estimators.Samples,
+    ):
+        task().add(commands)
     models.add_convert(commands)
     models.add_export(commands)
     models.add_info(commands)

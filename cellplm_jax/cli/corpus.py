@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli.options import add_counts, add_output, command, positive, reject_options
+from cellplm_jax.cli.options import add_counts, add_options, add_output, command, reject_options
 from cellplm_jax.cli.output import check_report, fail, print_result, say, table_lines, write_page
+
+PREPARE = ("sample_key", "dataset_key", "platform_key", "spatial_key", "label_key", "layer", "gene_key", "feature_type",
+           "genes", "vocabulary", "minimum_cells", "minimum_prevalence", "scheduler", "workers")  # fmt: skip
+"""Options of ``prepare`` that are options of the function."""
 
 
 def add_demo(commands: Any) -> None:
@@ -20,17 +24,18 @@ def add_demo(commands: Any) -> None:
         "embed bundled cells with the bundled model, compare with principal components, and plot",
         "cellplm demo --out demo\n  cellplm demo --from-scratch --out demo",
     )
-    parser.add_argument("--out", default="demo", metavar="DIR", help="output directory (demo)")
-    parser.add_argument(
-        "--from-scratch", action="store_true", help="pretrain a model on the cells first"
+    add_options(
+        parser,
+        """
+        --out DIR: output directory (demo)
+        --from-scratch: pretrain a model on the cells first
+        --steps N: training steps, with --from-scratch
+        --max-cells N: use only N of the 2,700 cells
+        --seed N: random seed (0)
+        """,
+        out={"default": "demo"},
+        seed={"type": int, "default": 0},
     )
-    parser.add_argument(
-        "--steps", type=positive, metavar="N", help="training steps, with --from-scratch"
-    )
-    parser.add_argument(
-        "--max-cells", type=positive, metavar="N", help="use only N of the 2,700 cells"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add_output(parser)
 
 
@@ -67,60 +72,30 @@ def add_prepare(commands: Any) -> None:
         "convert AnnData files to a corpus for pretraining, or add files to one",
         "cellplm prepare data/*.h5ad --out corpus --sample-key batch --label-key cell_type",
     )
-    parser.add_argument(
-        "inputs", nargs="+", metavar="IN.h5ad", help=".h5ad files, .zarr stores, or folders of them"
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="CORPUS",
-        help="folder of the corpus; an existing corpus is resumed",
-    )
-    parser.add_argument(
-        "--sample-key",
-        metavar="K",
-        help="column of obs with the tissue sample; a file without it is one sample",
-    )
-    parser.add_argument(
-        "--dataset-key", metavar="K", help="column of obs with the data set (the file's name)"
-    )
-    parser.add_argument(
-        "--platform-key", metavar="K", help="column of obs with the platform of each sample"
+    add_options(
+        parser,
+        """
+        inputs IN.h5ad: .h5ad files, .zarr stores, or folders of them
+        --out! CORPUS: folder of the corpus; an existing corpus is resumed
+        --sample-key K: column of obs with the tissue sample; a file without it is one sample
+        --dataset-key K: column of obs with the data set (the file's name)
+        --platform-key K: column of obs with the platform of each sample
+        """,
+        inputs={"nargs": "+"},
     )
     add_counts(parser)
-    parser.add_argument(
-        "--label-key", metavar="K", help="column of obs with labels of cells, for the probe"
-    )
-    parser.add_argument(
-        "--genes", metavar="FILE", help="vocabulary, one gene per line (chosen from the files)"
-    )
-    parser.add_argument(
-        "--vocabulary",
-        choices=("union", "intersection"),
-        help="genes to choose: measured in any file or in all files (union)",
-    )
-    parser.add_argument(
-        "--minimum-cells",
-        type=positive,
-        metavar="N",
-        help="minimum number of cells that express a chosen gene (10)",
-    )
-    parser.add_argument(
-        "--minimum-prevalence",
-        type=float,
-        metavar="F",
-        help="minimum fraction of the cells measuring a chosen gene that express it (0)",
-    )
-    parser.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="running dask scheduler; its workers must have access to the same paths",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="local worker processes; 0: this process only (one per core, limited by the files)",
+    add_options(
+        parser,
+        """
+        --label-key K: column of obs with labels of cells, for the probe
+        --genes FILE: vocabulary, one gene per line (chosen from the files)
+        --vocabulary union|intersection: genes to choose: measured in any file or in all files (union)
+        --minimum-cells N: minimum number of cells that express a chosen gene (10)
+        --minimum-prevalence F: minimum fraction of the cells measuring a chosen gene that express it (0)
+        --scheduler ADDRESS: running dask scheduler; its workers must have access to the same paths
+        --workers N: local worker processes; 0: this process only (one per core, limited by the files)
+        """,
+        workers={"type": int},
     )
     add_output(parser, report="the parts, samples and genes of the corpus")
 
@@ -132,20 +107,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     summary = prepare(
         arguments.inputs,
         arguments.out,
-        sample_key=arguments.sample_key,
-        dataset_key=arguments.dataset_key,
-        platform_key=arguments.platform_key,
-        spatial_key=arguments.spatial_key,
-        label_key=arguments.label_key,
-        layer=arguments.layer,
-        gene_key=arguments.gene_key,
-        feature_type=arguments.feature_type,
-        genes=arguments.genes,
-        vocabulary=arguments.vocabulary,
-        minimum_cells=arguments.minimum_cells,
-        minimum_prevalence=arguments.minimum_prevalence,
-        scheduler=arguments.scheduler,
-        workers=arguments.workers,
+        **{name: getattr(arguments, name) for name in PREPARE},
         quiet=arguments.quiet,
     )
     if arguments.report is not None:
@@ -173,55 +135,24 @@ def add_plan(commands: Any) -> None:
         "  cellplm plan --config 85m --topology v5p-256 --mesh data=128 --set precision=bfloat16 --json\n"
         "\nexit status: 0 it fits; 3 no mesh fits",
     )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE[:VARIANT]",
-        help="configuration, Python or JSON, or the name of a preset",
-    )
-    parser.add_argument(
-        "--topology", required=True, metavar="T", help="slice, such as v5e:16x16 or v5p-256"
-    )
-    parser.add_argument(
-        "--mesh", metavar="M", help="mesh, such as data=64,cells=4 (the best of several)"
-    )
-    parser.add_argument(
-        "--rows",
-        type=positive,
-        metavar="N",
-        help="rows per batch (of the configuration, raised to a multiple of data)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a value of the configuration, such as rematerialize=true; repeatable",
-    )
-    parser.add_argument(
-        "--genes", type=positive, metavar="N", help="size of the vocabulary (19374)"
-    )
-    parser.add_argument(
-        "--nonzeros-per-cell", type=positive, metavar="N", help="stored counts per cell (1500)"
-    )
-    parser.add_argument(
-        "--batches",
-        type=positive,
-        metavar="N",
-        help="number of tissue samples in the corpus (12596)",
-    )
-    parser.add_argument(
-        "--datasets", type=positive, metavar="N", help="number of datasets in the corpus (484)"
-    )
-    parser.add_argument(
-        "--tries",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="maximum number of meshes to compile (3)",
-    )
-    parser.add_argument(
-        "--timeout", type=positive, metavar="S", help="timeout of each compilation in seconds"
+    add_options(
+        parser,
+        """
+        --config! FILE[:VARIANT]: configuration, Python or JSON, or the name of a preset
+        --topology! T: slice, such as v5e:16x16 or v5p-256
+        --mesh M: mesh, such as data=64,cells=4 (the best of several)
+        --rows N: rows per batch (of the configuration, raised to a multiple of data)
+        --set NAME=VALUE: override a value of the configuration, such as rematerialize=true; repeatable
+        --genes N: size of the vocabulary (19374)
+        --nonzeros-per-cell N: stored counts per cell (1500)
+        --batches N: number of tissue samples in the corpus (12596)
+        --datasets N: number of datasets in the corpus (484)
+        --tries N: maximum number of meshes to compile (3)
+        --timeout N: timeout of each compilation in seconds
+        """,
+        set={"action": "append", "default": []},
+        tries={"default": 3},
+        timeout={"metavar": "S"},
     )
     add_output(parser)
 

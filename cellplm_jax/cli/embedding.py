@@ -1,4 +1,4 @@
-"""Commands that compute and use embeddings: ``embed``, ``cluster`` and ``integrate``."""
+"""Commands that compute and use embeddings: ``embed`` and ``cluster``."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ from typing import Any
 
 from cellplm_jax.cli.options import (
     DEFAULTS,
-    READING,
-    RECIPE,
     add_counts,
+    add_options,
     add_output,
     add_precision,
-    add_task,
     command,
-    counts_only,
-    passed_options,
-    positive,
     reject_options,
-    source,
 )
 from cellplm_jax.cli.output import (
     check_new_file,
-    check_new_folder,
-    fitted_line,
     print_result,
     scores_line,
     write_page,
 )
-from cellplm_jax.errors import InputError
 
 
 def add_embed(commands: Any) -> None:
@@ -42,58 +33,41 @@ def add_embed(commands: Any) -> None:
         "cellplm embed cells.h5ad --model small --out embedded.h5ad --batch-key sample --report embedded.html\n"
         "  cellplm embed corpus --model small --out embedded.zarr",
     )
-    parser.add_argument(
-        "input",
-        metavar="IN.h5ad",
-        help="raw counts: in X, raw.X or a common layer; or a corpus of cellplm prepare, a folder or gs:// address",
-    )
-    parser.add_argument(
-        "--model", required=True, help="checkpoint directory or pretraining work directory"
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="OUT.h5ad",
-        help="the input plus the embedding; for a corpus: a zarr store, which the same command resumes",
-    )
-    parser.add_argument(
-        "--batch-key", metavar="K", help="column of obs with the tissue sample: one context each"
+    add_options(
+        parser,
+        """
+        input IN.h5ad: raw counts: in X, raw.X or a common layer; or a corpus of cellplm prepare, a folder or gs://
+            address
+        --model!: checkpoint directory or pretraining work directory
+        --out! OUT.h5ad: the input plus the embedding; for a corpus: a zarr store, which the same command resumes
+        --batch-key K: column of obs with the tissue sample: one context each
+        """,
+        model={"action": "store"},
     )
     add_counts(parser)
-    parser.add_argument(
-        "--key-added",
-        default=DEFAULTS["key_added"],
-        metavar="K",
-        help="key of obsm to write (X_cellplm)",
-    )
+    key = DEFAULTS["key_added"]
+    add_options(parser, f"--key-added K: key of obsm to write ({key})", key_added={"default": key})
     _add_values(parser)
     add_adapt(parser, "none")
     add_precision(parser)
-    parser.add_argument(
-        "--color",
-        action="append",
-        metavar="K",
-        help="column of obs that colours the UMAP of the report; repeatable (--batch-key)",
+    add_options(
+        parser,
+        "--color K: column of obs that colours the UMAP of the report; repeatable (--batch-key)",
+        color={"action": "append"},
     )
     add_output(parser, report="a summary of the input and a UMAP")
 
 
 def _add_values(parser: argparse.ArgumentParser) -> None:
     """Add the options of an embedding for its contexts and the values of its cells."""
-    parser.add_argument(
-        "--cells-per-context",
-        type=positive,
-        metavar="N",
-        help="maximum number of cells per context (all)",
-    )
-    parser.add_argument(
-        "--values",
-        choices=("counts", "normalized", "log1p"),
-        default=DEFAULTS["values"],
-        help="kind of values, if they are not raw counts (counts)",
-    )
-    parser.add_argument(
-        "--minimum-genes", type=positive, metavar="N", help="minimum number of known genes"
+    add_options(
+        parser,
+        """
+        --cells-per-context N: maximum number of cells per context (all)
+        --values counts|normalized|log1p: kind of values, if they are not raw counts (counts)
+        --minimum-genes N: minimum number of known genes
+        """,
+        values={"default": DEFAULTS["values"]},
     )
 
 
@@ -116,12 +90,13 @@ def _embedding_keys(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_adapt(parser: argparse.ArgumentParser, default: str) -> None:
     """Add ``--adapt``."""
-    parser.add_argument(
-        "--adapt",
-        choices=("none", "context"),
-        default=default,
-        help="context: join the embedding with components and clusters of these cells; better for one file, "
-        f"and not comparable between files ({default})",
+    add_options(
+        parser,
+        f"""
+        --adapt none|context: context: join the embedding with components and clusters of these cells; better for one
+            file, and not comparable between files ({default})
+        """,
+        adapt={"default": default},
     )
 
 
@@ -207,42 +182,35 @@ def add_cluster(commands: Any) -> None:
         "cluster the cells of an .h5ad file or a .zarr store: neighbours and Leiden on an embedding, scores, a figure",
         "cellplm cluster cells.h5ad --model small --out clustered.h5ad --label-key cell_type --picture umap.png",
     )
-    parser.add_argument("input", metavar="IN.h5ad", help="cells, embedded or with raw counts")
-    parser.add_argument(
-        "--model", metavar="M", help="model for embedding, if the embedding is missing"
-    )
-    parser.add_argument("--out", required=True, metavar="OUT.h5ad", help="the input plus clusters")
-    parser.add_argument(
-        "--use-rep", default="X_cellplm", metavar="K", help="embedding in obsm (X_cellplm)"
-    )
-    parser.add_argument(
-        "--resolution",
-        type=float,
-        default=1.0,
-        metavar="F",
-        help="higher values give more clusters (1)",
-    )
-    parser.add_argument(
-        "--neighbors", type=positive, default=15, metavar="N", help="neighbours in the graph (15)"
-    )
-    parser.add_argument(
-        "--key-added", default="cellplm_cluster", metavar="K", help="column of obs to write"
-    )
-    parser.add_argument(
-        "--batch-key",
-        metavar="K",
-        help="column of obs: contexts of the embedding, and mixing scores",
+    add_options(
+        parser,
+        """
+        input IN.h5ad: cells, embedded or with raw counts
+        --model M: model for embedding, if the embedding is missing
+        --out! OUT.h5ad: the input plus clusters
+        --use-rep K: embedding in obsm (X_cellplm)
+        --resolution F: higher values give more clusters (1)
+        --neighbors N: neighbours in the graph (15)
+        --key-added K: column of obs to write
+        --batch-key K: column of obs: contexts of the embedding, and mixing scores
+        """,
+        use_rep={"default": "X_cellplm"},
+        resolution={"default": 1.0},
+        neighbors={"default": 15},
+        key_added={"default": "cellplm_cluster"},
     )
     add_counts(parser)
     _add_values(parser)
-    parser.add_argument(
-        "--label-key", metavar="K", help="column of obs with known types, to print scores"
-    )
+    add_options(parser, "--label-key K: column of obs with known types, to print scores")
     add_adapt(parser, "context")
-    parser.add_argument(
-        "--picture", metavar="PNG", help="plot a UMAP, and also write obsm['X_umap']"
+    add_options(
+        parser,
+        """
+        --picture PNG: plot a UMAP, and also write obsm['X_umap']
+        --seed N: random seed (0)
+        """,
+        seed={"type": int, "default": 0},
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     add_output(parser, report="the clusters, their UMAP and scores")
 
 
@@ -300,86 +268,4 @@ def _cluster(arguments: argparse.Namespace) -> None:
     write_page(
         arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
     )
-    print_result(arguments, lines, facts, messages=messages)
-
-
-def add_integrate(commands: Any) -> None:
-    """Add ``integrate``."""
-    fit, predict = add_task(
-        commands,
-        "integrate",
-        "an embedding without batch effects: align several batches, or embed cells with the fitted alignment",
-        fit=_integrate_fit,
-        predict=_integrate_predict,
-        fit_example="cellplm integrate fit cells.h5ad --batch-key batch --model small --out integrator",
-        predict_example="cellplm integrate predict cells.h5ad --model integrator --out integrated.h5ad",
-        fit_report="the facts and, for finetune, the loss curve of the fit",
-        predict_report="a UMAP by batch, also of X_cellplm or X_pca if the file has them, and their scores, beside "
-        "those of Harmony on principal components",
-    )
-    fit.add_argument(
-        "--strength", type=float, default=1.0, metavar="F", help="mixing relative to structure (1)"
-    )
-    fit.add_argument(
-        "--method",
-        choices=("align", "finetune"),
-        help="align: latent and components, aligned by Harmony; finetune: train the model (align; with training "
-        "options: finetune)",
-    )
-    predict.add_argument(
-        "--label-key", metavar="K", help="column of obs with known types, to print scores"
-    )
-
-
-def _integrate_only(arguments: argparse.Namespace, *others: str) -> None:
-    """Raise an error for common options that integration does not support."""
-    expected = "its own options: all cells are fitted, for all epochs, without coordinates"
-    task = f"integrate {arguments.verb}"
-    counts_only(arguments, *others, task=task, expected=expected, instead="")
-
-
-def _integrate_fit(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.integrate import BatchIntegrator
-
-    check_new_folder(arguments)
-    unused = ("spatial_key", "split_key", "patience", "validation_fraction")
-    _integrate_only(arguments, *unused)
-    if arguments.batch_key is None:
-        raise InputError(
-            "integrate fit requires --batch-key",
-            "the column of obs with the batches",
-            "Add --batch-key",
-        )
-    integrator = BatchIntegrator(
-        source(arguments),
-        strength=arguments.strength,
-        quiet=arguments.quiet,
-        **passed_options(arguments, ("method", *RECIPE)),
-    )
-    integrator.fit(arguments.input, **passed_options(arguments, READING))
-    integrator.save(arguments.out)
-    write_page(arguments, "fit", integrator)
-    line = fitted_line(arguments, f"{integrator.facts['batches']} batches", integrator.facts)
-    print_result(arguments, [line], {"wrote": [arguments.out], **integrator.facts})
-
-
-def _integrate_predict(arguments: argparse.Namespace) -> None:
-    from cellplm_jax.tasks.integrate import KEY, BatchIntegrator
-
-    check_new_file(arguments)
-    _integrate_only(arguments, "spatial_key")
-    integrator = BatchIntegrator.load(arguments.model, quiet=arguments.quiet)
-    reading = passed_options(arguments, ("layer", "gene_key", "feature_type", "cells_per_context"))
-    if integrator.method == "align":
-        reading |= passed_options(arguments, ("batch_key",))
-    messages = integrator.predict_file(arguments.input, arguments.out, **reading)
-    lines = [f"wrote {arguments.out}: obsm['{KEY}']"]
-    scores: dict[str, float] = {}
-    if arguments.label_key:
-        keys = {**reading, **passed_options(arguments, ("batch_key", "label_key"))}
-        scores = integrator.score(arguments.input, **keys)
-        lines.append(scores_line(scores))
-    columns = [arguments.batch_key or integrator.reading.batch_key, arguments.label_key]
-    write_page(arguments, "effects.integrated", arguments.out, KEY, [key for key in columns if key])
-    facts = {"wrote": [arguments.out], "key_added": KEY, "scores": scores}
     print_result(arguments, lines, facts, messages=messages)

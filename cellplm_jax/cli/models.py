@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cellplm_jax.cli.options import add_output, command
+from cellplm_jax.cli.options import add_options, add_output, command
 from cellplm_jax.cli.output import check_report, print_result, write_page
 from cellplm_jax.errors import InputError
 
@@ -21,15 +21,14 @@ def add_convert(commands: Any) -> None:
         "cellplm convert 20230926_85M.best.ckpt --config 20230926_85M.config.json --out model\n"
         "  cellplm convert model --to-torch back/20230926_85M",
     )
-    parser.add_argument(
-        "input", metavar="CKPT|DIR", help="PREFIX.best.ckpt, or a checkpoint directory"
-    )
-    parser.add_argument(
-        "--config", metavar="JSON", help="PREFIX.config.json published with the weights"
-    )
-    parser.add_argument("--out", metavar="DIR", help="new checkpoint directory")
-    parser.add_argument(
-        "--to-torch", metavar="PREFIX", help="write PREFIX.best.ckpt and PREFIX.config.json"
+    add_options(
+        parser,
+        """
+        input CKPT|DIR: PREFIX.best.ckpt, or a checkpoint directory
+        --config JSON: PREFIX.config.json published with the weights
+        --out DIR: new checkpoint directory
+        --to-torch PREFIX: write PREFIX.best.ckpt and PREFIX.config.json
+        """,
     )
     add_output(parser)
 
@@ -68,8 +67,10 @@ def add_export(commands: Any) -> None:
         "write a model to one file that embeds cells with JAX only, on cpu, cuda and tpu",
         "cellplm export small --out small.cellplm",
     )
-    parser.add_argument("model", metavar="MODEL", help="checkpoint directory, or a bundled model")
-    parser.add_argument("--out", required=True, metavar="FILE", help="output file")
+    add_options(
+        parser,
+        "model MODEL: checkpoint directory, or a bundled model\n--out! FILE: output file",
+    )
     add_output(parser)
 
 
@@ -95,13 +96,12 @@ def add_info(commands: Any) -> None:
         "(labels, scores) or a corpus",
         "cellplm info demo/model\n  cellplm info corpus --verify\n  cellplm info runs/small --report run.html",
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL|CORPUS",
-        help="bundled model, checkpoint directory, fitted estimator, pretraining work directory, or corpus",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read the complete corpus and compare its checksums"
+    add_options(
+        parser,
+        """
+        model MODEL|CORPUS: bundled model, checkpoint directory, fitted estimator, pretraining work directory, or corpus
+        --verify: read the complete corpus and compare its checksums
+        """,
     )
     add_output(parser, report="parameters, training curves, or the parts of a corpus")
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from cellplm_jax.cli.embedding import add_adapt
-from cellplm_jax.cli.options import add_counts, add_output, command, passed_options, positive
+from cellplm_jax.cli.options import add_counts, add_options, add_output, command, passed_options
 from cellplm_jax.cli.output import check_new_file, number_of, print_result, write_page
 
 OPTIONS = ("spatial_key", "batch_key", "n_niches", "label_key", "shells", "neighbors", "resolution",
@@ -26,51 +26,37 @@ def add_niches(commands: Any) -> None:
         "find spatial domains: embed every cell with its neighbours in the tissue, and cluster",
         "cellplm niches tissue.h5ad --model small --out niches.h5ad --batch-key section --report niches.html",
     )
-    parser.add_argument("input", metavar="IN.h5ad", help="raw counts with coordinates")
-    parser.add_argument("--model", metavar="M", help="model for embedding, unless --use-rep is set")
-    parser.add_argument("--out", required=True, metavar="OUT.h5ad", help="the input plus niches")
-    parser.add_argument(
-        "--batch-key", metavar="K", help="column of obs with the tissue section; never connected"
+    add_options(
+        parser,
+        """
+        input IN.h5ad: raw counts with coordinates
+        --model M: model for embedding, unless --use-rep is set
+        --out! OUT.h5ad: the input plus niches
+        --batch-key K: column of obs with the tissue section; never connected
+        """,
     )
     add_counts(parser)
-    parser.add_argument(
-        "--n-niches", type=positive, metavar="N", help="number of niches (that of Leiden clusters)"
-    )
-    parser.add_argument(
-        "--resolution",
-        type=float,
-        metavar="F",
-        help="Leiden resolution of the number of niches; higher values give more niches (0.3)",
-    )
-    parser.add_argument(
-        "--label-key",
-        metavar="K",
-        help="column of obs with cell types for the composition (the cells' own clusters)",
-    )
-    parser.add_argument(
-        "--shells",
-        type=positive,
-        metavar="N",
-        help="radius of a neighbourhood in steps of the spatial graph (3)",
-    )
-    parser.add_argument(
-        "--neighbors",
-        type=positive,
-        metavar="N",
-        help="nearest cells in a new spatial graph (6); an existing one in obsp is used",
-    )
-    parser.add_argument(
-        "--use-rep", metavar="K", help="embedding in obsm to use instead of the model's"
+    add_options(
+        parser,
+        """
+        --n-niches N: number of niches (that of Leiden clusters)
+        --resolution F: Leiden resolution of the number of niches; higher values give more niches (0.3)
+        --label-key K: column of obs with cell types for the composition (the cells' own clusters)
+        --shells N: radius of a neighbourhood in steps of the spatial graph (3)
+        --neighbors N: nearest cells in a new spatial graph (6); an existing one in obsp is used
+        --use-rep K: embedding in obsm to use instead of the model's
+        """,
     )
     add_adapt(parser, "context")
-    parser.add_argument(
-        "--permutations",
-        type=positive,
-        metavar="N",
-        help="permutations for the meetings of cell types (1000)",
+    add_options(
+        parser,
+        """
+        --permutations N: permutations for the meetings of cell types (1000)
+        --key-added K: column of obs to write (cellplm_niche)
+        --seed N: random seed (0)
+        """,
+        seed={"type": int},
     )
-    parser.add_argument("--key-added", metavar="K", help="column of obs to write (cellplm_niche)")
-    parser.add_argument("--seed", type=int, metavar="N", help="random seed (0)")
     add_output(parser, report="maps of the niches, their composition, and meetings of cell types")
 
 

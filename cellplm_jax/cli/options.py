@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellplm_jax.errors import InputError
-
-RECIPE = ("genes", "epochs", "patience", "learning_rate", "freeze", "adapter_rank",
-          "validation_fraction", "seed", "precision")  # fmt: skip
-"""Options of the recipe of a fit."""
 
 READING = ("batch_key", "spatial_key", "layer", "gene_key", "feature_type", "values", "cells_per_context",
             "split_key")  # fmt: skip
@@ -44,6 +42,42 @@ def command(
     return parser
 
 
+def add_options(
+    parser: Any, text: str, *, without: Sequence[str] = (), **settings: dict[str, Any]
+) -> None:
+    """Add arguments from lines such as ``--label-key! K: column of obs with the types``, as users see them.
+
+    The metavar implies the type: ``N`` is a positive integer, ``F`` a number, ``a|b`` a choice, any other is text, and
+    an option without one is a flag. ``!`` marks required options, and names without dashes are positional. An indented
+    line continues the one before.
+
+    Args:
+        parser: Parser of the command, or a group of it.
+        text: The lines.
+        without: Options to leave out.
+        **settings: Other settings of ``add_argument``, by name of the argument.
+    """
+    for line in re.sub(r"\n +", " ", inspect.cleandoc(text)).splitlines():
+        name, _, help = line.partition(": ")
+        option, _, value = name.partition(" ")
+        option, required = option.rstrip("!"), option.endswith("!")
+        if option in without:
+            continue
+        entry: dict[str, Any] = {"help": help, **({"required": True} if required else {})}
+        if "|" in value and value.islower():
+            entry["choices"] = tuple(value.split("|"))
+        elif value:
+            entry |= {"metavar": value, **TYPES.get(value, {})}
+        elif option.startswith("-"):
+            entry["action"] = "store_true"
+        parser.add_argument(option, **{**entry, **settings.get(_dest(option), {})})
+
+
+def _dest(option: str) -> str:
+    """Return the attribute of an option in the parsed arguments."""
+    return option.lstrip("-").replace("-", "_")
+
+
 def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) -> None:
     """Add the output options: ``--json``, ``--quiet`` and, if there is a report, ``--report``.
 
@@ -54,21 +88,20 @@ def add_output(parser: argparse.ArgumentParser, *, report: str | None = None) ->
     if report is None:
         parser.set_defaults(report=None)
     else:
-        parser.add_argument(
-            "--report", metavar="FILE.html", help=f"also write an HTML report with {report}"
-        )
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON document to standard output instead of text",
+        add_options(parser, f"--report FILE.html: also write an HTML report with {report}")
+    add_options(
+        parser,
+        """
+        --json: print one JSON document to standard output instead of text
+        --quiet: no progress and no messages
+        """,
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress and no messages")
 
 
 DEFAULTS = {"key_added": "X_cellplm", "values": "counts", "adapt": "none"}
 """Options with a default other than None."""
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = "float32|bfloat16"
 """Values of ``cellplm_jax.config``, which is not imported for the help."""
 
 
@@ -81,30 +114,27 @@ def add_counts(parser: argparse.ArgumentParser, default: str = "") -> None:
         parser: Parser of the command.
         default: Text appended to their defaults.
     """
-    parser.add_argument(
-        "--spatial-key",
-        metavar="K",
-        help=f"key of obsm with coordinates ('spatial' if present{default})",
-    )
-    parser.add_argument("--layer", metavar="L", help=f"layer with the counts (detected{default})")
-    parser.add_argument(
-        "--gene-key", metavar="K", help=f"column of var with gene ids (detected{default})"
-    )
-    parser.add_argument(
-        "--feature-type",
-        metavar="T",
-        help=f"type of the features to read, such as 'Gene Expression'; 'all' reads every feature (genes{default})",
+    add_options(
+        parser,
+        f"""
+        --spatial-key K: key of obsm with coordinates ('spatial' if present{default})
+        --layer L: layer with the counts (detected{default})
+        --gene-key K: column of var with gene ids (detected{default})
+        --feature-type T: type of the features to read, such as 'Gene Expression'; 'all' reads every feature
+            (genes{default})
+        """,
     )
 
 
 def add_precision(parser: argparse.ArgumentParser, default: str | None = "float32") -> None:
     """Add ``--precision``; ``default`` None: the precision of the configuration."""
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=default,
-        help="precision of the matrix products; bfloat16 is faster on hardware that supports it "
-        f"({default or 'of the config'})",
+    add_options(
+        parser,
+        f"""
+        --precision {PRECISIONS}: precision of the matrix products; bfloat16 is faster on hardware that supports it
+            ({default or "of the config"})
+        """,
+        precision={"default": default},
     )
 
 
@@ -120,134 +150,8 @@ def positive(text: str) -> int:
     return value
 
 
-def add_task(
-    commands: Any,
-    name: str,
-    help: str,
-    *,
-    fit: Callable[[argparse.Namespace], None],
-    predict: Callable[[argparse.Namespace], None],
-    fit_example: str,
-    predict_example: str,
-    fit_report: str,
-    predict_report: str,
-    without: Sequence[str] = (),
-    predicts: str = "cells",
-) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """Add a task with the commands ``fit`` and ``predict``, and the options of all tasks.
-
-    Args:
-        commands: The subparsers.
-        name: Name of the task.
-        help: Summary: a noun, and the two actions.
-        fit: Runs the first command.
-        predict: Runs the second one.
-        fit_example: A command line.
-        predict_example: A command line.
-        fit_report: Contents of the report of the first command.
-        predict_report: Contents of the report of the second command.
-        without: Options that this task does not support.
-        predicts: ``"cells"``: ``predict`` reads a file and writes a copy of it with the results; ``"table"``: it reads
-            no file, and writes a table.
-    """
-    parser = command(commands, name, fit, help, f"{fit_example}\n  {predict_example}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
-    first = command(verbs, "fit", fit, f"{help}: fit", fit_example)
-    second = command(verbs, "predict", predict, f"{help}: predict", predict_example)
-
-    def add(group: Any, option: str, **settings: Any) -> None:
-        if option not in without:
-            group.add_argument(option, **settings)
-
-    for verb in (first, second) if predicts == "cells" else (first,):
-        verb.add_argument(
-            "input", metavar="IN.h5ad", help="raw counts: in X, raw.X or a common layer"
-        )
-    first.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="start model: 'small', a checkpoint directory, or 'none' for training from scratch",
-    )
-    first.add_argument(
-        "--out", required=True, metavar="DIR", help="new directory of the fitted estimator"
-    )
-    second.add_argument(
-        "--model", required=True, metavar="DIR", help="directory of a fitted estimator"
-    )
-    if predicts == "cells":
-        second.add_argument(
-            "--out", required=True, metavar="OUT.h5ad", help="the input plus the predictions"
-        )
-    else:
-        second.add_argument(
-            "--out", required=True, metavar="OUT.csv", help="table of the predictions; .csv or .tsv"
-        )
-    for verb, default, shown in (
-        (first, "", fit_report),
-        (second, "; as in fit", predict_report),
-    ):
-        add(
-            verb,
-            "--batch-key",
-            metavar="K",
-            help=f"column of obs with the tissue sample: one context each{default}",
-        )
-        add_counts(verb, default)
-        add(
-            verb,
-            "--values",
-            choices=("counts", "normalized", "log1p"),
-            help=f"kind of values (counts{default})",
-        )
-        add(
-            verb,
-            "--cells-per-context",
-            type=positive,
-            metavar="N",
-            help=f"maximum number of cells per context at prediction time (all{default})",
-        )
-        add_output(verb, report=shown)
-    add(first, "--split-key", metavar="K", help="column of obs with 'train' and 'valid'")
-    recipe = first.add_argument_group("recipe")
-    add(recipe, "--genes", type=positive, metavar="N", help="number of highly variable genes")
-    add(recipe, "--epochs", type=positive, metavar="N", help="maximum number of epochs")
-    add(
-        recipe,
-        "--patience",
-        type=int,
-        metavar="N",
-        help="epochs without improvement before stopping",
-    )
-    add(recipe, "--learning-rate", type=float, metavar="F", help="peak learning rate")
-    add(
-        recipe,
-        "--freeze",
-        choices=("none", "embedder", "encoder"),
-        help="frozen modules",
-    )
-    add(
-        recipe,
-        "--adapter-rank",
-        type=int,
-        metavar="N",
-        help="low-rank adapters on the encoder (none)",
-    )
-    add(
-        recipe,
-        "--validation-fraction",
-        type=float,
-        metavar="F",
-        help="held-out fraction" + ("" if "--split-key" in without else ", without --split-key"),
-    )
-    add(recipe, "--seed", type=int, metavar="N", help="random seed (0)")
-    add(
-        recipe,
-        "--precision",
-        choices=PRECISIONS,
-        help="precision of the matrix products of fit and prediction (float32)",
-    )
-    return first, second
+TYPES: dict[str, dict[str, Any]] = {"N": {"type": positive}, "F": {"type": float}}
+"""Settings of the arguments of a metavar."""
 
 
 def passed_options(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

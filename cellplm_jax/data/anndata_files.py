@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellplm_jax.data.matrices import Rows, as_rows, stored_rows
-from cellplm_jax.errors import InputError, explain, quote, shorten
-from cellplm_jax.untrusted import READ_ERRORS, require_regular
+from cellplm_jax.errors import InputError, explain, listing, quote, shorten
+from cellplm_jax.untrusted import LONGEST_TEXT, READ_ERRORS, require_regular
 
 if TYPE_CHECKING:
     import anndata
@@ -41,9 +41,6 @@ LARGEST_RATIO = 1100
 
 TEXT_RATIO = 200
 """The same for strings, which take more memory than their references in the file."""
-
-LONGEST_TEXT = 10_000
-"""Maximum length of the name of a cell or gene in characters."""
 
 _GROUPS = ("obs", "var", "obsm", "obsp", "varm", "varp", "layers", "uns")
 
@@ -529,15 +526,3 @@ def check_copy_source(path: Path) -> None:
         raise InputError(unreadable(path, error)) from error
     finally:
         close()
-
-
-def listing(names: Sequence[object], limit: int = 12) -> str:
-    """Quote names for a message; long lists are shortened.
-
-    Args:
-        names: The names.
-        limit: Maximum number of names.
-    """
-    shown = ", ".join(quote(name) for name in names[:limit])
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (shown + more) if names else "none"

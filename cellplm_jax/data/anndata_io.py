@@ -24,7 +24,6 @@ from scipy import sparse
 from cellplm_jax.data.anndata_files import (
     Opened,
     Place,
-    listing,
     open_object,
     open_path,
     unreadable,
@@ -44,7 +43,7 @@ from cellplm_jax.data.value_kinds import (
     choose_place,
 )
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import InputError, explain, nearest, shorten
+from cellplm_jax.errors import InputError, explain, listing, nearest, require_column, shorten
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.untrusted import READ_ERRORS, require_options
 
@@ -325,12 +324,9 @@ class CountSource(Displayed):
             InputError: The column does not exist, or it has gaps and ``missing`` is None.
         """
         require_options({"batch_key": key})
-        if key not in self.obs.columns:
-            raise InputError(
-                f"obs of {self._opened.label} has no column '{key}'",
-                f"one of its columns: {listing(list(self.obs.columns))}",
-                nearest(key, self.obs.columns, "Use one of these columns, or omit the key"),
-            )
+        table = f"obs of {self._opened.label}"
+        remedy = "Use one of these columns, or omit the key"
+        require_column(self.obs.columns, key, remedy, of=table)
         values = self.obs[key]
         if values.ndim != 1:
             raise InputError(

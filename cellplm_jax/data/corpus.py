@@ -12,7 +12,7 @@ with its CRC-32C. The cells of a sample are contiguous, in the order of
 :func:`cellplm_jax.data.cell_store.storage_order`, so that the cells of a training window are one contiguous read.
 TensorStore reads, from any number of threads.
 
-:class:`PartWriter` and :func:`write_index` write a corpus, :func:`open_corpus` reads one.
+:func:`open_corpus` reads a corpus; ``data/corpus_writer.py`` writes one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import threading
 import zlib
@@ -45,20 +44,11 @@ from cellplm_jax.data.corpus_records import (
 )
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, explain, shorten
-from cellplm_jax.storage import (
-    Folder,
-    atomic_write_text,
-    explain_write_errors,
-    is_remote,
-    removed_when_stopped,
-)
-from cellplm_jax.untrusted import JSON_BYTES, parse_json, require_regular
+from cellplm_jax.storage import Folder, is_remote
+from cellplm_jax.untrusted import JSON_BYTES, name_lines, parse_json, require_regular
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CHUNK_VALUES = 2**17
-"""Values per compressed chunk, the minimum that a read decodes: about 90 cells of 1,500 stored counts."""
 
 SHARD_VALUES = 2**23
 """Values per shard (one file): 16 MB of counts before compression."""
@@ -72,65 +62,13 @@ OFFSET_BYTES = 256 * 2**20
 LABEL_COLUMN = "label"
 """Column of ``obs`` in a part with the labels."""
 
-_INDEX = "corpus.json"
-_GENES = "genes.txt"
-
-
-# ---------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PartSample:
-    """One sample of a part that is being written.
-
-    Attributes:
-        name: Unique within the data set.
-        cells: Number of cells, consecutive in the part.
-        platform_name: Name of the platform; "" if unknown.
-        spatial: Whether any of its cells has coordinates.
-    """
-
-    name: str
-    cells: int
-    platform_name: str = ""
-    spatial: bool = False
+INDEX = "corpus.json"
+GENES = "genes.txt"
 
 
 def vocabulary_hash(genes: Sequence[str]) -> str:
     """Return the SHA-256 of a vocabulary, the same as that of its ``genes.txt``."""
-    return hashlib.sha256(_gene_text(genes).encode()).hexdigest()
-
-
-def write_genes(folder: str | os.PathLike, genes: Sequence[str]) -> None:
-    """Write the vocabulary of a new corpus and create its folders.
-
-    Args:
-        folder: The corpus.
-        genes: Ensembl ids, in column order.
-
-    Raises:
-        InputError: The disk is full or the folder is not writable.
-    """
-    folder = Path(folder)
-    with explain_corpus_errors(f"the corpus '{folder}'"):
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / _GENES, _gene_text(genes))
-
-
-def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
-    """Convert errors of a full disk or an unwritable folder to one clear message.
-
-    Args:
-        what: Description of the output for the message.
-
-    Raises:
-        InputError: Instead of the error of the operating system or of TensorStore.
-    """
-    return explain_write_errors(
-        what, room="room for about 3 bytes a stored count", again="finished parts are kept"
-    )
+    return hashlib.sha256(gene_text(genes).encode()).hexdigest()
 
 
 def index_type(genes: int) -> np.dtype:
@@ -138,505 +76,38 @@ def index_type(genes: int) -> np.dtype:
     return np.dtype(np.uint16 if genes <= 65_536 else np.uint32)
 
 
-class PartWriter:
-    """Writes one part of a corpus: first the counts, sequentially and in bounded memory, then all other data.
-
-    The part is invisible before :meth:`finish`; leaving the context manager early removes the written data.
-
-    Args:
-        folder: The corpus; ``genes.txt`` and ``parts/`` exist already (:func:`write_genes`).
-        name: Name of the part, normally the stem of its file. An existing part with that name is replaced at the end.
-        genes: The vocabulary of the corpus.
-        cell_nonzeros: int [cells]. Stored counts of each cell, in the order of the part.
-    """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        name: str,
-        genes: Sequence[str],
-        cell_nonzeros: np.ndarray,
-    ):
-        self.folder, self.name, self.genes = Path(folder), name, genes
-        self.cells = len(cell_nonzeros)
-        self._indptr = np.zeros(self.cells + 1, np.int64)
-        np.cumsum(cell_nonzeros, out=self._indptr[1:])
-        self._partial = self.folder / "parts" / f".{name}.partial"
-        self._checksums: dict[str, list[int]] = {}
-        self._streams: tuple[_Stream, ...] = ()
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(removed_when_stopped(self._partial))
-        with self._explained():
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._start()
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.abort()
-
-    @property
-    def nonzeros(self) -> int:
-        """Number of stored counts of the part."""
-        return int(self._indptr[-1])
-
-    def append(self, gene: np.ndarray, count: np.ndarray) -> None:
-        """Append the stored counts of the next cells.
-
-        Args:
-            gene: Index into the vocabulary [nonzeros], increasing within each cell.
-            count: Count [nonzeros], 1 to 65,535.
-
-        Raises:
-            InputError: The disk is full.
-        """
-        with self._explained():
-            indices, data = self._streams
-            indices.append(gene)
-            data.append(count)
-
-    def finish(
-        self,
-        samples: Sequence[PartSample],
-        *,
-        dataset_name: str,
-        cell_names: Sequence[str],
-        source_rows: np.ndarray | None = None,
-        coordinates: np.ndarray | None = None,
-        labels: Sequence[str | None] | None = None,
-        measured: np.ndarray | None = None,
-        source: Mapping[str, Any] | None = None,
-        settings: Mapping[str, Any] | None = None,
-        counters: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Write all remaining data and publish the part.
-
-        Args:
-            samples: The samples in order; their cells add up to those of the part.
-            dataset_name: The data set of the samples.
-            cell_names: Original names [cells].
-            source_rows: int [cells]. Row of each cell in its source; None: the order of the part.
-            coordinates: float32 [cells, 2] scaled to [0, 1] by sample, NaN for cells without coordinates; None: no cell
-                has any.
-            labels: One label per cell, None for cells without a label; None: no labels.
-            measured: bool [genes]; None: all.
-            source: Source of the part (``name``, ``size``, ``signature``).
-            settings: Settings of the preparation; a part with other settings is prepared again.
-            counters: Numbers of clipped, omitted and unknown values.
-
-        Returns:
-            The record written as ``parts/NAME.json``.
-
-        Raises:
-            InputError: The disk is full.
-            ValueError: The number of appended counts differs from the announced number, or the arguments are
-                inconsistent.
-        """
-        lengths = {"samples": sum(s.cells for s in samples), "cell_names": len(cell_names)}
-        for name, values in (
-            ("source_rows", source_rows),
-            ("coordinates", coordinates),
-            ("labels", labels),
-        ):
-            if values is not None:
-                lengths[name] = len(values)
-        if set(lengths.values()) != {self.cells}:
-            msg = f"a part of {self.cells} cells was given {lengths}"
-            raise ValueError(msg)
-        with self._explained():
-            for stream in self._streams:
-                stream.close()
-            categories = self._write_cells(
-                samples, cell_names, source_rows, coordinates, labels, measured
-            )
-            record = self._record(samples, dataset_name, categories, measured)
-            record["source"] = dict(source or {})
-            record["settings"] = dict(settings or {})
-            record["counters"] = dict(counters or {})
-            self._publish(record)
-        return record
-
-    def abort(self) -> None:
-        """Remove the written data, unless the part is finished."""
-        for stream in self._streams:
-            stream.settle()
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._open.close()
-
-    # -- parts of the above ----------------------------------------------------------------------
-
-    def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explain_corpus_errors(f"part '{self.name}' of the corpus '{self.folder}'")
-
-    def _start(self) -> None:
-        """Create the store and the arrays of the counts."""
-        import anndata
-        import zarr
-
-        root = zarr.open_group(str(self._partial), mode="w", zarr_format=3)
-        root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        group = root.create_group("X")
-        group.attrs.update(
-            {
-                "encoding-type": "csr_matrix",
-                "encoding-version": "0.1.0",
-                "shape": [self.cells, len(self.genes)],
-            }
-        )
-        with anndata_settings():
-            for name in ("layers", "obsp", "varm", "varp", "uns"):
-                anndata.io.write_elem(root, name, {})
-        types = (index_type(len(self.genes)), np.dtype(np.uint16))
-        self._streams = tuple(
-            self._stream(f"X/{name}", dtype, self.nonzeros)
-            for name, dtype in zip(("indices", "data"), types, strict=True)
-        )
-        offsets = self._stream("X/indptr", np.dtype(np.int64), self.cells + 1)
-        offsets.append(self._indptr)
-        offsets.close()
-
-    def _stream(self, array: str, dtype: np.dtype, length: int) -> _Stream:
-        checksums = self._checksums[array] = []
-        return _Stream(self._partial / array, dtype, length, checksums)
-
-    def _write_cells(
-        self,
-        samples: Sequence[PartSample],
-        cell_names: Sequence[str],
-        source_rows: np.ndarray | None,
-        coordinates: np.ndarray | None,
-        labels: Sequence[str | None] | None,
-        measured: np.ndarray | None,
-    ) -> list[str]:
-        """Write obs, var and obsm; return the categories of the labels."""
-        import anndata
-        import pandas as pd
-        import zarr
-
-        root = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
-        names = list(dict.fromkeys(sample.name for sample in samples))
-        codes = np.repeat(
-            [names.index(sample.name) for sample in samples], [sample.cells for sample in samples]
-        )
-        rows = np.arange(self.cells) if source_rows is None else source_rows
-        obs = pd.DataFrame(
-            {
-                "sample": pd.Categorical.from_codes(codes.astype(np.int64), categories=names),
-                "source_row": np.asarray(rows, np.int64),
-            },
-            index=pd.Index(np.asarray(cell_names, dtype=object)),
-        )
-        categories: list[str] = []
-        if labels is not None:
-            categories = sorted({label for label in labels if label is not None})
-            obs[LABEL_COLUMN] = pd.Categorical(list(labels), categories=categories)
-        known = np.ones(len(self.genes), bool) if measured is None else np.asarray(measured, bool)
-        var = pd.DataFrame(
-            {"measured": known}, index=pd.Index(np.asarray(self.genes, dtype=object))
-        )
-        with anndata_settings():
-            anndata.io.write_elem(root, "obs", obs)
-            anndata.io.write_elem(root, "var", var)
-            anndata.io.write_elem(root, "obsm", {})
-        if coordinates is not None:
-            stream = self._stream("obsm/spatial", np.dtype(np.float32), 2 * self.cells)
-            stream.close_pairs(np.asarray(coordinates, np.float32))
-        if labels is not None:
-            stored = np.asarray(obs[LABEL_COLUMN].cat.codes)
-            self._checksums[f"obs/{LABEL_COLUMN}/codes"] = [_crc(stored)]
-        return categories
-
-    def _record(
-        self,
-        samples: Sequence[PartSample],
-        dataset_name: str,
-        categories: list[str],
-        measured: np.ndarray | None,
-    ) -> dict[str, Any]:
-        table, first = [], 0
-        for sample in samples:
-            low, high = self._indptr[first], self._indptr[first + sample.cells]
-            table.append(
-                {
-                    "name": sample.name,
-                    "platform": sample.platform_name,
-                    "cells": sample.cells,
-                    "nonzeros": int(high - low),
-                    "first_cell": first,
-                    "first_nonzero": int(low),
-                    "spatial": sample.spatial,
-                }
-            )
-            first += sample.cells
-        known = np.ones(len(self.genes), bool) if measured is None else np.asarray(measured, bool)
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "dataset": dataset_name,
-            "vocabulary": vocabulary_hash(self.genes),
-            "cells": self.cells,
-            "nonzeros": self.nonzeros,
-            "genes_measured": int(known.sum()),
-            "measured": np.packbits(known).tobytes().hex(),
-            "labels": categories,
-            "samples": table,
-            "checksums": self._checksums,
-        }
-
-    def _publish(self, record: dict[str, Any]) -> None:
-        """Replace an older part with the same name; the record is written last."""
-        parts = self.folder / "parts"
-        marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
-        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-        marker.unlink(missing_ok=True)
-        shutil.rmtree(store, ignore_errors=True)
-        self._partial.replace(store)
-        atomic_write_text(marker, text)
-
-
-class _Stream:
-    """One array written sequentially, in complete shards."""
-
-    def __init__(self, path: Path, dtype: np.dtype, length: int, checksums: list[int]):
-        self.dtype, self.length, self.checksums = dtype, length, checksums
-        self._path = path
-        self._held: list[np.ndarray] = []
-        self._waiting = self._written = 0
-        self._pending: collections.deque[Any] = collections.deque()
-        self._array: Any = None
-
-    def append(self, values: np.ndarray) -> None:
-        """Buffer values; complete shards are written asynchronously, two at a time."""
-        self._held.append(np.asarray(values).astype(self.dtype, copy=False).reshape(-1))
-        self._waiting += len(self._held[-1])
-        if self._waiting >= SHARD_VALUES:
-            joined = np.concatenate(self._held)
-            whole = len(joined) // SHARD_VALUES * SHARD_VALUES
-            for start in range(0, whole, SHARD_VALUES):
-                self._write(joined[start : start + SHARD_VALUES])
-            self._held = [joined[whole:].copy()]
-            self._waiting = len(self._held[0])
-
-    def close(self) -> None:
-        """Write the remaining values and wait for all writes."""
-        if self._array is None:
-            self._array = _create(self._path, self.dtype, (self.length,))
-        if self._waiting:
-            self._write(np.concatenate(self._held))
-            self._held, self._waiting = [], 0
-        while self._pending:
-            self._pending.popleft().result()
-        if self._written != self.length:
-            msg = f"{self._path.name}: {self._written} values were written, {self.length} announced"
-            raise ValueError(msg)
-
-    def settle(self) -> None:
-        """Wait for pending writes and ignore their errors."""
-        while self._pending:
-            with contextlib.suppress(ValueError, RuntimeError, OSError):
-                self._pending.popleft().result()
-
-    def close_pairs(self, values: np.ndarray) -> None:
-        """Write an array [length / 2, 2] in one step; small compared with the counts."""
-        array = _create(self._path, self.dtype, values.shape)
-        step = SHARD_VALUES // 2
-        for start in range(0, len(values), step):
-            block = np.ascontiguousarray(values[start : start + step])
-            self.checksums.append(_crc(block))
-            array[start : start + len(block)].write(block).result()
-
-    def _write(self, values: np.ndarray) -> None:
-        if self._array is None:
-            self._array = _create(self._path, self.dtype, (self.length,))
-        stop = self._written + len(values)
-        if stop > self.length:
-            msg = f"{self._path.name}: more than the {self.length} values announced"
-            raise ValueError(msg)
-        self.checksums.append(_crc(values))
-        self._pending.append(self._array[self._written : stop].write(values))
-        self._written = stop
-        while len(self._pending) > 1:
-            self._pending.popleft().result()
-
-
-def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
-    """Create a sharded, checksummed zarr v3 array; its fill value marks missing shards and cannot be a valid value."""
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {
-        "cname": "lz4",
-        "clevel": 5,
-        "shuffle": "shuffle",
-        "typesize": dtype.itemsize,
-        "blocksize": 0,
-    }
-    wide = list(shape[1:])
-    per_row = int(np.prod(wide, dtype=np.int64))
-    sharding = {
-        "chunk_shape": [CHUNK_VALUES // per_row, *wide],
-        "codecs": [little, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
-        "index_codecs": [little, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    attributes: dict[str, Any] = {}
-    if wide:
-        attributes = {"encoding-type": "array", "encoding-version": "0.2.0"}
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {
-            "shape": list(shape),
-            "data_type": dtype.name,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [SHARD_VALUES // per_row, *wide]},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "fill_value": _impossible_value(path.name, dtype),
-            "attributes": attributes,
-        },
-    }
-    return tensorstore.open(spec, create=True, delete_existing=True).result()
-
-
-def _impossible_value(array: str, dtype: np.dtype) -> int | str:
+def impossible_value(array: str, dtype: np.dtype) -> int | str:
     """Return the fill value of missing shards: no count is 0, no gene has the last index, no offset is negative."""
     if array == "indices":
         return int(np.iinfo(dtype).max)
     return {"i": -1, "u": 0, "f": "NaN"}[dtype.kind]
 
 
-def _crc(values: np.ndarray) -> int:
+def crc32(values: np.ndarray) -> int:
+    """Return the checksum of an array, as stored in the record of its part."""
     return zlib.crc32(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
 
 
-@contextlib.contextmanager
-def anndata_settings() -> Iterator[None]:
-    """Write zarr v3, and nullable strings if anndata has a setting for them."""
-    import anndata
-
-    wanted: dict[str, Any] = {"zarr_write_format": 3}
-    for name, value in (("allow_write_nullable_strings", True), ("auto_shard_zarr_v3", False)):
-        if hasattr(anndata.settings, name):
-            wanted[name] = value
-    with anndata.settings.override(**wanted):
-        yield
-
-
-def _gene_text(genes: Sequence[str]) -> str:
+def gene_text(genes: Sequence[str]) -> str:
+    """Return the contents of ``genes.txt``."""
     return "".join(f"{gene}\n" for gene in genes)
 
 
-def write_index(
-    folder: str | os.PathLike,
-    parts: Sequence[str],
-    *,
-    vocabulary: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write ``corpus.json`` from finished parts, which completes a corpus.
-
-    Args:
-        folder: The corpus.
-        parts: Names of the parts, in the order of their sample numbers.
-        vocabulary: Record of the choice of the vocabulary, stored without change.
-
-    Returns:
-        The index.
-
-    Raises:
-        InputError: A part has another vocabulary, two samples of a data set share a name, or the disk is full.
-    """
-    folder = Path(folder)
-    genes = (folder / _GENES).read_text(encoding="utf-8").splitlines()
-    index = build_index(
-        genes, {name: (folder / "parts" / f"{name}.json").read_bytes() for name in parts}
-    )
-    index["vocabulary"]["chosen"] = dict(vocabulary or {})
-    index["sha256"] = _index_digest(index)
-    with explain_corpus_errors(f"the index of the corpus '{folder}'"):
-        atomic_write_text(folder / _INDEX, json.dumps(index, indent=1) + "\n")
-    return index
+def _read_genes(folder: Folder, number: int) -> list[str]:
+    """Return the vocabulary of a corpus, or no genes if its file is no list of that many names."""
+    path = folder.local and folder.local / GENES
+    # Not read at all where the names would have hundreds of letters.
+    if path and path.is_file() and path.stat().st_size > 200 * (number + 100):
+        return []
+    with contextlib.suppress(ValueError):
+        return name_lines(folder.read(GENES) or b"")
+    return []
 
 
-def _index_digest(index: Mapping[str, Any]) -> str:
+def index_digest(index: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the contents of ``corpus.json`` except itself."""
     rest = {name: value for name, value in index.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str, Any]:
-    """Combine the records of parts.
-
-    Args:
-        genes: The vocabulary.
-        records: The bytes of each ``parts/NAME.json``, in order.
-
-    Returns:
-        The contents of ``corpus.json``.
-
-    Raises:
-        InputError: A part has another vocabulary, or two samples of a data set share a name.
-    """
-    entries, labels, datasets, platforms = [], [], [], []
-    totals = collections.Counter(samples=0, cells=0, nonzeros=0, spatial_samples=0)
-    counters: collections.Counter[str] = collections.Counter()
-    seen: dict[tuple[str, str], str] = {}
-    digest = vocabulary_hash(genes)
-    for name, text in records.items():
-        record = check_record(_parse(f"parts/{name}.json", text), name, len(genes))
-        if record["vocabulary"] != digest:
-            raise InputError(
-                f"part '{name}' was made with another vocabulary",
-                f"the {len(genes)} genes of genes.txt",
-                f"Delete parts/{name}.json and run cellplm prepare again with its file",
-            )
-        for sample in record["samples"]:
-            key = (record["dataset"], sample["name"])
-            if key in seen:
-                raise InputError(
-                    f"sample '{key[1]}' of data set '{key[0]}' is both in part '{seen[key]}' and in "
-                    f"part '{name}'",
-                    "sample names that are unique within a data set",
-                    "Rename it in one of the files, or prepare without --dataset-key",
-                )
-            seen[key] = name
-            totals["spatial_samples"] += sample["spatial"]
-            if sample["platform"]:
-                platforms.append(sample["platform"])
-        datasets.append(record["dataset"])
-        labels += record["labels"]
-        totals.update(
-            samples=len(record["samples"]), cells=record["cells"], nonzeros=record["nonzeros"]
-        )
-        counters.update({k: v for k, v in record["counters"].items() if isinstance(v, int)})
-        entries.append(
-            {
-                "name": name,
-                "dataset": record["dataset"],
-                "source": record["source"],
-                "samples": len(record["samples"]),
-                "cells": record["cells"],
-                "nonzeros": record["nonzeros"],
-                "genes_measured": record["genes_measured"],
-                "sha256": hashlib.sha256(text).hexdigest(),
-            }
-        )
-    return {
-        "format": FORMAT,
-        "complete": True,
-        "vocabulary": {"genes": len(genes), "sha256": digest},
-        "totals": dict(totals),
-        "counters": dict(counters),
-        "datasets": list(dict.fromkeys(datasets)),
-        "platforms": list(dict.fromkeys(platforms)),
-        "label_names": list(dict.fromkeys(labels)),
-        "parts": entries,
-    }
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -907,7 +378,7 @@ class Corpus(Displayed):
             for start in range(0, length, step):
                 stop = min(start + step, length)
                 (values,) = self._read(number, {array: (start, stop)})
-                checksums.append(_crc(values))
+                checksums.append(crc32(values))
                 if array.startswith("X/") and array != "X/indptr":
                     checked += (stop - start) // 2
                     yield checked
@@ -958,7 +429,7 @@ class Corpus(Displayed):
             dtype = types.get(array, np.dtype(np.int64))
             length = record["nonzeros"] if array in types else record["cells"] + 1
             expected = {"data_type": dtype.name, "shape": [length]}
-            expected["fill_value"] = _impossible_value(array.split("/")[1], dtype)
+            expected["fill_value"] = impossible_value(array.split("/")[1], dtype)
         elif wide:
             expected = {"data_type": "float32", "shape": [record["cells"], 2], "fill_value": "NaN"}
         else:
@@ -983,7 +454,7 @@ class Corpus(Displayed):
         expected = part.record["checksums"].get(array)
         if array == f"obs/{LABEL_COLUMN}/codes" and expected:
             # Written without checksums of chunks, and small.
-            if [_crc(handle.read().result())] != expected:
+            if [crc32(handle.read().result())] != expected:
                 raise InputError(self._damaged(number, f"{array} is not what was written"))
         elif array == "obsm/spatial" and expected and self._folder.local is not None:
             shards = self._folder.local / "parts" / f"{part.name}.zarr" / array / "c"
@@ -1022,8 +493,8 @@ class Corpus(Displayed):
 def is_corpus(path: str | os.PathLike) -> bool:
     """Return whether a folder or gs:// prefix is a corpus."""
     if not is_remote(path):
-        return (Path(path).expanduser() / _INDEX).is_file()
-    return Folder(path, tensorstore.Context()).read(_INDEX) is not None
+        return (Path(path).expanduser() / INDEX).is_file()
+    return Folder(path, tensorstore.Context()).read(INDEX) is not None
 
 
 def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> Corpus:
@@ -1044,14 +515,14 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
     folder = Folder(path, context)
     if folder.local is not None:
         _check_files(folder)
-    text = folder.read(_INDEX)
+    text = folder.read(INDEX)
     if text is None:
         raise InputError(
             f"'{folder.path}' contains no corpus.json",
             "a corpus made by cellplm prepare",
             "Check the path, or run: cellplm prepare FILE.h5ad ... --out CORPUS",
         )
-    index = _parse(f"{folder.path}/{_INDEX}", text)
+    index = parse_document(f"{folder.path}/{INDEX}", text)
     written = index.get("format") if isinstance(index, dict) else None
     if not isinstance(index, dict) or written != FORMAT:
         raise InputError(
@@ -1065,14 +536,14 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
-    if index.get("sha256", _index_digest(index)) != _index_digest(index):
+    if index.get("sha256", index_digest(index)) != index_digest(index):
         raise InputError(
-            f"'{folder.path}/{_INDEX}' is damaged: its checksum differs",
+            f"'{folder.path}/{INDEX}' is damaged: its checksum differs",
             "the file that cellplm prepare wrote",
             "Copy the corpus again, or run the same cellplm prepare command again",
         )
     check_index(index, folder.path)
-    genes = (folder.read(_GENES) or b"").decode(errors="replace").splitlines()
+    genes = _read_genes(folder, index["vocabulary"]["genes"])
     if vocabulary_hash(genes) != index["vocabulary"]["sha256"]:
         raise InputError(
             f"genes.txt of the corpus '{folder.path}' has {len(genes)} genes that are not its "
@@ -1096,7 +567,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
                 f"{entry['source'].get('name', 'its file')}",
             )
         records[name] = check_record(
-            _parse(f"{folder.path}/parts/{name}.json", text), name, len(genes)
+            parse_document(f"{folder.path}/parts/{name}.json", text), name, len(genes)
         )
         check_entry(entry, records[name], folder.path)
     check_names(index, records, folder.path)
@@ -1109,7 +580,7 @@ def _check_files(folder: Folder) -> None:
     if local is None or not local.is_dir():
         return
     require_regular(local, inside=True)
-    for path in (local / _INDEX, local / _GENES, *(local / "parts").glob("*.json")):
+    for path in (local / INDEX, local / GENES, *(local / "parts").glob("*.json")):
         size = path.stat().st_size if path.is_file() else 0
         if size > JSON_BYTES:
             raise InputError(
@@ -1119,7 +590,16 @@ def _check_files(folder: Folder) -> None:
             )
 
 
-def _parse(path: str, text: bytes) -> Any:
+def parse_document(path: str, text: bytes) -> Any:
+    """Return the contents of a JSON document of a corpus.
+
+    Args:
+        path: Its path, for messages.
+        text: Its text.
+
+    Raises:
+        InputError: It is not JSON.
+    """
     try:
         return parse_json(text)
     except ValueError as error:

@@ -1,6 +1,7 @@
-"""Bundled data: real counts of blood cells, and a tissue simulator.
+"""Bundled data: real counts of blood cells, and a tissue simulator; and public files on this machine.
 
-Examples, tests and the demo use them without network access. :func:`pbmc3k` loads a small experiment;
+Examples, tests and the demo use them without network access. :func:`pbmc3k` loads a small experiment; :func:`public`
+opens the data of the notebooks;
 :func:`simulate_tissue` generates sections of any size with known cell types, domains, batch effects and signalling
 between neighbours. :func:`annotate_by_markers` computes the labels of the real cells.
 """
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellplm_jax.data.bundled import pbmc3k
+from cellplm_jax.data.public import public
 from cellplm_jax.data.simulate import simulate_tissue
 from cellplm_jax.display import html_table, one_line
 from cellplm_jax.errors import InputError
@@ -23,6 +25,7 @@ __all__ = [
     "MarkerAnnotation",
     "annotate_by_markers",
     "pbmc3k",
+    "public",
     "simulate_tissue",
 ]
 

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cellplm_jax.data.anndata_files import Opened, Place, listing
+from cellplm_jax.data.anndata_files import Opened, Place
 from cellplm_jax.data.genes import (
     ORTHOLOGUE,
     FittedGenes,
     GeneMapping,
+    is_ensembl,
     map_genes,
     other_species,
     require_matches,
+    symbols_of,
 )
-from cellplm_jax.errors import InputError, explain, nearest, quote
+from cellplm_jax.errors import InputError, listing, nearest, quote
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +47,9 @@ GENE_COLUMNS = (
     "hgnc_symbol",
 )
 """Columns of ``var`` that may contain gene names (compared in lower case), in addition to ``var_names``."""
+
+SYMBOL_COLUMNS = GENE_COLUMNS[GENE_COLUMNS.index("feature_name") :]
+"""Those of them that may contain symbols."""
 
 TYPE_COLUMNS = (
     "feature_types",
@@ -277,7 +282,7 @@ def choose_genes(
         if found > most:
             best, most = (key, mapping, filled), found
     if best is None:  # pragma: no cover - candidates are never empty
-        raise InputError(explain("no gene names", "var_names", "Name the genes"))
+        raise InputError("no gene names", "var_names", "Name the genes")
     key, mapping, filled = best
     if mapping.by_rule.get(ORTHOLOGUE):
         # Symbols of rats and mice are written alike; Ensembl ids of the same file distinguish them.
@@ -304,3 +309,27 @@ def _single(table: pd.DataFrame, key: str, opened: Opened) -> pd.Series:
             "Rename one of them",
         )
     return values
+
+
+def own_symbols(var: pd.DataFrame) -> list[str]:
+    """Return the name of each gene for display: its symbol as the file spells it.
+
+    Args:
+        var: Table of the genes. If its index has Ensembl ids, symbols are read from the first column of
+            :data:`SYMBOL_COLUMNS`, and from the bundled table for genes without an entry.
+
+    Returns:
+        One name per gene.
+    """
+    names = list(map(str, var.index))
+    ids = [is_ensembl(name) for name in names]
+    if not any(ids):
+        return names
+    lower = {str(name).lower(): name for name in reversed(var.columns)}
+    column = next((lower[name] for name in SYMBOL_COLUMNS if name in lower), None)
+    own = [""] * len(names) if column is None else list(var[column].astype(object))
+    found = [
+        str(symbol) if given and isinstance(symbol, str) and symbol.strip() else name
+        for name, symbol, given in zip(names, own, ids, strict=True)
+    ]
+    return symbols_of(found)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import InputError, explain, quote
+from cellplm_jax.errors import InputError, quote
 
 MINIMUM_GENES = 10
 """Default minimum number of vocabulary genes that a file must match.
@@ -271,7 +271,7 @@ class GeneMapping(Displayed):
             parts.append(f"Left out: {'; '.join(details)}.")
         if self.duplicated:
             parts.append(
-                f"Given more than once, and summed: {self.duplicated} of the genes"
+                f"Counts of repeated genes were summed: {self.duplicated} of the genes"
                 f"{self._quote('duplicated')}."
             )
         return " ".join(parts)
@@ -551,7 +551,8 @@ def map_genes(
     for position in repeated[:EXAMPLES]:
         sources = Counter(names[row] for row in np.flatnonzero(column == position))
         shown = " + ".join(name if n == 1 else f"{name} ({n} times)" for name, n in sources.items())
-        examples["duplicated"].append(f"{shown} -> {index.names[position]}")
+        target = index.names[position]
+        examples["duplicated"].append(shown if set(sources) == {target} else f"{shown} -> {target}")
     absent = np.flatnonzero(hits == 0)
     examples["missing"] = [index.names[position] for position in absent[:EXAMPLES]]
     matched_names = int((column >= 0).sum())
@@ -619,34 +620,32 @@ def require_matches(
     prefixes = Counter(match[1] for name in names if (match := _GENOME.fullmatch(str(name))))
     if 2 * sum(prefixes.values()) > len(names):
         prefix = next((p for p in prefixes if re.match("GRCh|hg|human", p)), next(iter(prefixes)))
-        msg = explain(
+        raise InputError(
             f"{found}, which begin with the name of a genome ({', '.join(map(quote, list(prefixes)[:4]))})",
             "human Ensembl ids or gene symbols without a prefix",
             f"Keep the genes of one genome, adata[:, adata.var_names.str.startswith('{prefix}')].copy(), and "
             f"remove the prefix: adata.var_names = adata.var_names.str.removeprefix('{prefix}')",
         )
-    elif species:
-        msg = explain(
+    if species:
+        raise InputError(
             f"{found}, which are genes of {species}",
             "human genes, or mouse genes, which are mapped to their human orthologues",
             "Map the genes to their human one-to-one orthologues first (Ensembl BioMart has them for every "
             "species), and name them by human Ensembl id",
         )
-    elif _looks_like_mouse(names):
-        msg = explain(
+    if _looks_like_mouse(names):
+        raise InputError(
             f"{found}, which look like mouse genes, after mapping them to human one-to-one orthologues",
             f"at least {minimum} genes with an orthologue in the model",
             "Point gene_key (--gene-key) at mouse symbols or Ensembl ids if these are neither, or lower "
             "minimum_genes if the panel is that small",
         )
-    else:
-        msg = explain(
-            found,
-            f"at least {minimum} of them, as human Ensembl ids or gene symbols",
-            "Point gene_key (--gene-key) at the var column that holds the gene ids, or lower "
-            "minimum_genes if the panel is that small",
-        )
-    raise InputError(msg)
+    raise InputError(
+        found,
+        f"at least {minimum} of them, as human Ensembl ids or gene symbols",
+        "Point gene_key (--gene-key) at the var column that holds the gene ids, or lower "
+        "minimum_genes if the panel is that small",
+    )
 
 
 def other_species(names: Sequence[str]) -> str:

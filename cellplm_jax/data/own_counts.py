@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.data.genes import symbols_of
+from cellplm_jax.data.features import own_symbols
 from cellplm_jax.errors import InputError
 
 
@@ -25,7 +25,8 @@ def read_counts(
         facts: Facts of ``uns`` with the entry ``"input"``; without it the counts are searched.
 
     Returns:
-        float32 CSR [n, genes] and the symbols of the genes; None: the file has no counts that can be read.
+        float32 CSR [n, genes] and the symbols of the genes as the file spells them; None: the file has no counts that
+        can be read.
     """
     import h5py
     from anndata.io import read_elem
@@ -36,11 +37,12 @@ def read_counts(
     try:
         with h5py.File(path) as file:
             table: Any = read_elem(file["raw/var" if matrix == "raw.X" else "var"])
-        genes = list(dict.fromkeys(map(str, table.index)))
+        table = table[~table.index.duplicated()]
+        genes = list(map(str, table.index))
         with open_counts(
             path, genes, layer=layer, gene_key="var_names", minimum_genes=0,
             values=read.get("values", "counts"),
         ) as source:  # fmt: skip
-            return source.read_rows(rows), symbols_of(genes)
+            return source.read_rows(rows), own_symbols(table)
     except (InputError, OSError, KeyError):
         return None

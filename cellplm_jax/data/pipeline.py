@@ -9,17 +9,16 @@ once, before the first step; the cells of a window change with every epoch:
 - those of a large spatial sample are stored along a closed curve; an epoch rotates it and splits it, so that a window
   is a spatial neighbourhood.
 
-A window therefore has the same number of cells in every epoch, an upper bound on its stored counts (:class:`_Source`),
-and requires a few contiguous reads. Shapes are constant during a run, and every training cell appears exactly once per
-epoch. All random choices are functions of (seed, step): a run resumes at any step, on any number of processes, and each
-process reads its own rows only.
+A window therefore has the same number of cells in every epoch, an upper bound on its stored counts
+(``data/packing.py``), and requires a few contiguous reads. Shapes are constant during a run, and every training cell
+appears exactly once per epoch. All random choices are functions of (seed, step): a run resumes at any step, on any
+number of processes, and each process reads its own rows only.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,41 +30,22 @@ from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import DataConfig, TrainConfig
 from cellplm_jax.data.batches import laplacian_eigenvectors
 from cellplm_jax.data.cell_store import CellStore
+from cellplm_jax.data.packing import (
+    BLOCK_CELLS,
+    NONZEROS_MULTIPLE,
+    Run,
+    SampleRange,
+    Source,
+    Window,
+    deal_runs,
+    pack_windows,
+    plan_packing,
+    window_sizes,
+)
 from cellplm_jax.errors import InputError, require
-
-BLOCK_CELLS = 256
-"""Maximum number of cells per block: the unit of reading and of the permutation of an epoch."""
-
-NONZEROS_MULTIPLE = 128
-"""The length of the nonzero axis is a multiple of this."""
 
 HELDOUT_WINDOWS = 32
 """Maximum number of held-out windows."""
-
-_TRIED_ROWS = 256
-"""Approximate number of open rows with enough cells left that packing examines per window."""
-
-_Run = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class SampleRange:
-    """Consecutive stored cells of a sample with one role in a run.
-
-    Attributes:
-        sample: Number of the sample in the store.
-        start: First cell.
-        stop: One past the last cell.
-    """
-
-    sample: int
-    start: int
-    stop: int
-
-    @property
-    def cells(self) -> int:
-        """Number of cells."""
-        return self.stop - self.start
 
 
 def split_heldout(
@@ -174,374 +154,6 @@ def gene_means(
     return (sums / np.maximum(cells, 1)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------
-# Windows: their cells, and upper bounds of their numbers of cells and stored counts
-# ---------------------------------------------------------------------------------------------
-
-
-class _Source:
-    """A range of cells to split into windows.
-
-    Positions refer to the sequence of an epoch: permuted blocks, or the rotated curve. If only part of a spatial sample
-    is used for training, its curve is open; a window across its ends then has two segments.
-
-    Args:
-        store: The data.
-        part: The range.
-        capacity: Cells per row.
-        pieces: Pieces per row.
-        segments: Maximum number of samples per row.
-    """
-
-    def __init__(
-        self, store: CellStore, part: SampleRange, capacity: int, pieces: int, segments: int
-    ):
-        record = store.samples[part.sample]
-        self.part, self.cells, self._store = part, part.cells, store
-        self.density = record.nonzeros / record.cells
-        self._pieces, self._piece_cells = pieces, capacity // pieces
-        self.spatial = record.spatial
-        self.closed = part.cells == record.cells
-        self.turns = self.spatial and (self.closed or (pieces == 1 and segments > 1))
-        self.window_segments = 2 if self.turns and not self.closed else 1
-        target = max(1, min(BLOCK_CELLS, capacity // 4))
-        blocks = max(1, -(-self.cells // target))
-        self.edges = np.arange(blocks + 1, dtype=np.int64) * self.cells // blocks
-
-    @functools.cached_property
-    def sizes(self) -> np.ndarray:
-        """Numbers of cells of a piece with known :attr:`bounds`, int64 [sizes], increasing."""
-        steps = min(32, self._piece_cells)
-        return -(-np.arange(1, steps + 1) * self._piece_cells // steps)
-
-    @functools.cached_property
-    def bounds(self) -> np.ndarray:
-        """Upper bounds of the stored counts of that many consecutive cells in any epoch, int64 [sizes]."""
-        offsets = self._offsets()
-        if self.spatial:
-            return np.array([self._longest_run(offsets, int(size)) for size in self.sizes])
-        return self._permuted_bounds(offsets)
-
-    def bound(self, cells: int) -> int:
-        """Return an upper bound of the stored counts of ``cells`` consecutive cells of a sequence in one piece."""
-        return int(self.bounds[np.searchsorted(self.sizes, cells)])
-
-    @functools.cached_property
-    def whole(self) -> int:
-        """Maximum number of stored counts per piece if all cells are distributed in stored order."""
-        if self._pieces == 1 and self.closed:
-            return self._store.samples[self.part.sample].nonzeros
-        offsets, share = self._offsets(), -(-self.cells // self._pieces)
-        cuts = np.minimum(np.arange(self._pieces + 1) * share, self.cells)
-        return int(np.diff(offsets[cuts]).max())
-
-    def largest(self, nonzeros: int, spare: float = 0.0) -> int:
-        """Return the maximum number of cells of this range per piece; 0 if even a few cells do not fit.
-
-        Args:
-            nonzeros: Stored counts of a piece.
-            spare: Stored counts per cell to leave for other cells of the piece, if possible.
-        """
-        rest = (self._piece_cells - self.sizes) * spare
-        for room in (nonzeros - rest, np.full(len(rest), nonzeros)):
-            fitting = np.flatnonzero(self.bounds <= room)
-            if fitting.size:
-                return int(self.sizes[fitting[-1]])
-        return 0
-
-    def runs(self, begin: int, cells: int, seed: int, epoch: int) -> list[list[_Run]]:
-        """Return the cells at positions ``begin`` to ``begin + cells`` of an epoch's sequence.
-
-        Returns:
-            For each segment the ranges of stored cells, in sequence order.
-        """
-        start, stop = self.part.start, self.part.stop
-        if begin == 0 and cells == self.cells:
-            return [[(start, stop)]]
-        generator = np.random.default_rng([seed, 4, epoch, self.part.sample])
-        if self.spatial:
-            turn = int(generator.integers(self.cells)) if self.turns else 0
-            first = start + (begin + turn) % self.cells
-            if first + cells <= stop:
-                return [[(first, first + cells)]]
-            head, tail = (first, stop), (start, start + first + cells - stop)
-            return [[head, tail]] if self.closed else [[head], [tail]]
-        order = generator.permutation(len(self.edges) - 1)
-        lengths = np.diff(self.edges)[order]
-        ends = np.cumsum(lengths)
-        ranges, position = [], begin
-        while position < begin + cells:
-            index = int(np.searchsorted(ends, position, side="right"))
-            inside = position - int(ends[index] - lengths[index])
-            take = min(int(lengths[index]) - inside, begin + cells - position)
-            first = start + int(self.edges[order[index]]) + inside
-            ranges.append((first, first + take))
-            position += take
-        return [ranges]
-
-    def _offsets(self) -> np.ndarray:
-        stored = self._store.indptr(self.part.sample)[self.part.start : self.part.stop + 1]
-        return stored - stored[0]
-
-    def _longest_run(self, offsets: np.ndarray, size: int) -> int:
-        """Return the maximum number of stored counts of ``size`` consecutive cells; a closed curve wraps around."""
-        if size >= self.cells:
-            return int(offsets[-1])
-        most = int((offsets[size:] - offsets[:-size]).max())
-        if self.turns:
-            around = offsets[1:size] + (offsets[-1] - offsets[-size:-1])
-            most = max(most, int(around.max(initial=0)))
-        return most
-
-    def _permuted_bounds(self, offsets: np.ndarray) -> np.ndarray:
-        """Bound the stored counts of consecutive cells of permuted blocks.
-
-        They are the end of one block, complete blocks, and the beginning of another, or a range inside one block. Each
-        part is bounded by the maximum over all blocks.
-        """
-        edges = self.edges
-        lengths = np.diff(edges)
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        fullest = np.concatenate([[0], np.cumsum(np.sort(np.diff(offsets[edges]))[::-1])])
-        reach = np.arange(longest + 1)
-        from_start = offsets[np.minimum(edges[:-1, None] + reach, edges[1:, None])]
-        from_start = (from_start - offsets[edges[:-1], None]).max(axis=0)
-        to_end = offsets[np.maximum(edges[1:, None] - reach, edges[:-1, None])]
-        to_end = (offsets[edges[1:], None] - to_end).max(axis=0)
-        # Both ends combined, by number of cells: to_end[i] + from_start[j] for i + j cells.
-        ends = np.zeros(2 * longest + 1, np.int64)
-        for i in reach:
-            np.maximum(
-                ends[i : i + longest + 1],
-                to_end[i] + from_start,
-                out=ends[i : i + longest + 1],
-            )
-        bounds = []
-        for size in map(int, self.sizes):
-            if size >= self.cells:
-                bounds.append(int(offsets[-1]))
-                continue
-            number = np.arange(
-                max(0, -(-size // longest) - 2), min(size // shortest, len(edges) - 1) + 1
-            )
-            rest = np.minimum(size - number * shortest, 2 * longest)
-            most = int((fullest[number] + ends[rest]).max())
-            if size <= longest:
-                most = max(most, self._longest_run(offsets, size))
-            bounds.append(min(most, int(offsets[-1])))
-        return np.maximum.accumulate(bounds)
-
-
-def window_sizes(cells: int, largest: int) -> list[int]:
-    """Return the sizes of the windows of a sample with ``cells`` cells and windows of up to ``largest`` cells.
-
-    All windows except the last are full. If the last has less than a quarter of a window, the one before gives some of
-    its cells. Full windows waste no space, and the remainder is small enough to share one row.
-    """
-    if cells <= largest:
-        return [cells]
-    full, rest = divmod(cells, largest)
-    sizes = [largest] * full
-    if rest:
-        least = min(-(-largest // 4), (rest + largest) // 2)
-        given = max(0, least - rest)
-        sizes[-1] -= given
-        sizes.append(rest + given)
-    return sizes
-
-
-def _deal(runs: Sequence[_Run], pieces: int) -> list[list[_Run]]:
-    """Distribute the cells of a segment evenly over pieces, consecutively; adjacent ranges are joined."""
-    share = -(-sum(stop - start for start, stop in runs) // pieces)
-    dealt: list[list[_Run]] = [[] for _ in range(pieces)]
-    piece = filled = 0
-    for start, stop in runs:
-        while start < stop:
-            if filled == share:
-                piece, filled = piece + 1, 0
-            take = min(stop - start, share - filled)
-            dealt[piece].append((start, start + take))
-            start, filled = start + take, filled + take
-    for part in dealt:
-        part.sort()
-        joined: list[_Run] = []
-        for start, stop in part:
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        part[:] = joined
-    return dealt
-
-
-# ---------------------------------------------------------------------------------------------
-# Packing: assignment of windows to rows
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A window with a fixed position in every epoch.
-
-    Attributes:
-        source: Number of its source.
-        begin: First position in the sequence of its source.
-        cells: Number of cells.
-        share: Maximum number of cells per piece.
-        nonzeros: Maximum number of stored counts per piece.
-        segments: Maximum number of segments.
-    """
-
-    source: int
-    begin: int
-    cells: int
-    share: int
-    nonzeros: int
-    segments: int
-
-
-def _precompute(sources: Sequence[_Source], name: str, threads: int) -> None:
-    """Compute a cached property of all sources; the required cell offsets are read by several threads."""
-    unknown = [source for source in sources if name not in vars(source)]
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(operator.attrgetter(name), unknown):
-            pass
-
-
-def _windows(
-    sources: Sequence[_Source], config: TrainConfig, nonzeros: int, spare: float
-) -> list[_Window] | None:
-    """Split all sources into windows.
-
-    Returns None if a few cells alone have more than ``nonzeros`` stored counts, the limit per piece; ``spare`` as in
-    :meth:`_Source.largest`.
-    """
-    cells, pieces = config.data.cells, config.mesh.cells
-    small = [source for source in sources if source.cells <= cells]
-    _precompute(small, "whole", config.data.threads)
-    whole = {id(source) for source in small if source.whole <= nonzeros}
-    _precompute(
-        [source for source in sources if id(source) not in whole], "bounds", config.data.threads
-    )
-    windows = []
-    for number, source in enumerate(sources):
-        if id(source) in whole:
-            share = -(-source.cells // pieces)
-            windows.append(_Window(number, 0, source.cells, share, source.whole, 1))
-            continue
-        largest = source.largest(nonzeros, spare) * pieces
-        if not largest:
-            return None
-        begin = 0
-        for size in window_sizes(source.cells, largest):
-            share = -(-size // pieces)
-            most, segments = source.bound(share), source.window_segments
-            windows.append(_Window(number, begin, size, share, most, segments))
-            begin += size
-    return windows
-
-
-def _pack(windows: Sequence[_Window], cells: int, nonzeros: int, segments: int) -> list[list[int]]:
-    """Pack windows into rows, largest first, each into the row that it fills best.
-
-    Returns the window numbers of each row. ``cells`` and ``nonzeros`` are limits per piece, ``segments`` per row.
-    """
-    size = [max(w.share / cells, w.nonzeros / max(nonzeros, 1)) for w in windows]
-    order = sorted(range(len(windows)), key=lambda i: (-size[i], i))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # nonzeros and segments left in each row
-    by_cells: list[list[int]] = [[] for _ in range(cells + 1)]  # open rows by cells left
-    occupied = 0  # bit c: by_cells[c] is not empty
-    for index in order:
-        window = windows[index]
-        chosen, left, tried = -1, cells, 0
-        candidates = occupied >> window.share << window.share
-        while candidates and chosen < 0 and tried < _TRIED_ROWS:
-            lowest = candidates & -candidates
-            at = lowest.bit_length() - 1
-            for row in by_cells[at][-_TRIED_ROWS:]:
-                tried += 1
-                if room[row][0] >= window.nonzeros and room[row][1] >= window.segments:
-                    chosen, left = row, at
-                    by_cells[at].remove(row)
-                    if not by_cells[at]:
-                        occupied ^= lowest
-                    break
-            candidates ^= lowest
-        if chosen < 0:
-            chosen = len(rows)
-            rows.append([])
-            room.append((nonzeros, segments))
-        rows[chosen].append(index)
-        room[chosen] = (room[chosen][0] - window.nonzeros, room[chosen][1] - window.segments)
-        left -= window.share
-        if left and room[chosen][1]:
-            by_cells[left].append(chosen)
-            occupied |= 1 << left
-    return rows
-
-
-@dataclass(frozen=True)
-class _Packing:
-    """Windows in rows, with a nonzero axis that is long enough in every epoch."""
-
-    windows: list[_Window]
-    rows: list[list[int]]
-    nonzeros: int
-
-
-def _sparse_density(sources: Sequence[_Source]) -> float:
-    """Return the number of stored counts per cell at the lower quartile over samples, weighted by cells."""
-    density = np.array([source.density for source in sources])
-    order = np.argsort(density)
-    share = np.cumsum([sources[i].cells for i in order])
-    return float(density[order[np.searchsorted(share, share[-1] / 4)]])
-
-
-def _plan(sources: Sequence[_Source], config: TrainConfig) -> _Packing:
-    """Choose the length of the nonzero axis, then split and pack.
-
-    All rows have the same length. It is the shortest with which an epoch has a maximum of 2 % more rows than without a
-    limit: dense samples get smaller windows and share rows with sparse ones, so that other rows need less padding.
-    """
-    cells, segments = config.data.cells // config.mesh.cells, config.data.segments
-    sparse = _sparse_density(sources)
-
-    def attempt(nonzeros: int) -> _Packing | None:
-        windows = _windows(sources, config, nonzeros, sparse)
-        if windows is None:
-            return None
-        rows = _pack(windows, cells, nonzeros, segments)
-        return _Packing(windows, rows, nonzeros)
-
-    free = attempt(np.iinfo(np.int64).max)
-    if free is None:  # everything fits without a limit
-        msg = "an unlimited row did not hold a window"
-        raise RuntimeError(msg)
-
-    def rounded(nonzeros: int) -> int:
-        return max(1, -(-nonzeros // NONZEROS_MULTIPLE)) * NONZEROS_MULTIPLE
-
-    number = len(free.rows)
-    allowed = -(-number * 51 // 50) if number >= 10 else number
-    highest = rounded(max(sum(free.windows[i].nonzeros for i in row) for row in free.rows))
-    lowest = rounded(sum(window.nonzeros for window in free.windows) // number)
-    best = _Packing(free.windows, free.rows, highest)
-    while highest - lowest > max(NONZEROS_MULTIPLE, highest // 100):
-        middle = rounded((lowest + highest) // 2)
-        packing = attempt(middle)
-        if packing is not None and len(packing.rows) <= allowed:
-            best, highest = packing, middle
-        else:
-            lowest = middle
-    return best
-
-
-# ---------------------------------------------------------------------------------------------
-# Rows: reading and padding
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Segment:
     """Cells of one sample in a packed row, which attend to each other.
@@ -554,7 +166,7 @@ class Segment:
 
     sample: int
     name: str
-    pieces: tuple[tuple[_Run, ...], ...]
+    pieces: tuple[tuple[Run, ...], ...]
 
     @property
     def cells(self) -> int:
@@ -590,10 +202,10 @@ class RowContents:
         return "[" + "; ".join(map(str, self.segments)) + "]"
 
 
-def _segment(store: CellStore, sample: int, runs: Sequence[_Run], pieces: int) -> Segment:
+def _segment(store: CellStore, sample: int, runs: Sequence[Run], pieces: int) -> Segment:
     record = store.samples[sample]
     name = "/".join(part for part in (record.dataset_name, record.name) if part)
-    return Segment(sample, name, tuple(tuple(part) for part in _deal(runs, pieces)))
+    return Segment(sample, name, tuple(tuple(part) for part in deal_runs(runs, pieces)))
 
 
 @dataclass
@@ -780,8 +392,8 @@ class TrainingBatches:
             )
         self.store, self.config = store, config
         data, pieces = config.data, config.mesh.cells
-        self._sources = [_Source(store, part, data.cells, pieces, data.segments) for part in ranges]
-        self._packing = _plan(self._sources, config)
+        self._sources = [Source(store, part, data.cells, pieces, data.segments) for part in ranges]
+        self._packing = plan_packing(self._sources, config)
         self.rows_per_epoch = len(self._packing.rows)
         self.nonzeros = self._packing.nonzeros
         self.padding = 1.0 - sum(part.cells for part in ranges) / (self.rows_per_epoch * data.cells)
@@ -894,11 +506,11 @@ def heldout_batches(
         share = -(-cells // pieces)
         cuts = np.minimum(np.arange(pieces + 1) * share, cells) + part.start + begin
         most = int(np.diff(store.indptr(part.sample)[cuts]).max())
-        windows.append(_Window(number, begin, cells, share, most, 1))
+        windows.append(Window(number, begin, cells, share, most, 1))
         run = (part.start + begin, part.start + begin + cells)
         chosen.append(_segment(store, part.sample, [run], pieces))
     unlimited = np.iinfo(np.int64).max
-    packed = _pack(windows, data.cells // pieces, unlimited, data.segments)
+    packed = pack_windows(windows, data.cells // pieces, unlimited, data.segments)
     most = max((sum(windows[i].nonzeros for i in row) for row in packed), default=1)
     nonzeros = max(1, -(-most // NONZEROS_MULTIPLE)) * NONZEROS_MULTIPLE
     layout = _Rows(store, config, nonzeros)

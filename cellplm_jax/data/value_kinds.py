@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cellplm_jax.data.anndata_files import Opened, Place, listing
+from cellplm_jax.data.anndata_files import Opened, Place
 from cellplm_jax.data.matrices import Rows
-from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.errors import InputError, listing, nearest
 
 Values = Literal["counts", "normalized", "log1p"]
 

@@ -16,6 +16,9 @@ OVERSAMPLING = 20
 CLIP, OWN_CLIP = 8.0, 10.0
 """Largest standardized expression of a corpus and of a single dataset, in standard deviations."""
 
+CENTRED_CELLS = 20
+"""Tissue samples with fewer cells are centred at the mean of all cells."""
+
 BLOCK = 2048
 """Cells of a block that is dense at once."""
 
@@ -193,47 +196,64 @@ def variable_expression(
     return sparse.csr_matrix(expression), deviation
 
 
+def standardized(
+    expression: sparse.csr_matrix,
+    sample_of: np.ndarray,
+    deviation: np.ndarray | None = None,
+    *,
+    mean: np.ndarray | None = None,
+) -> Callable[[], Iterable[np.ndarray]]:
+    """Return a function that returns expression in dense blocks of cells, centred by tissue sample.
+
+    Args:
+        expression: CSR float32 [cells, genes], log-normalized, from :func:`variable_expression`.
+        sample_of: int [cells], number of each cell's tissue sample.
+        deviation: float32 [genes]; genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
+        mean: float32 [genes], centre of samples with fewer than 20 cells; None: the mean of all cells.
+    """
+    if mean is None:
+        mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    names, codes = np.unique(sample_of, return_inverse=True)
+    centre = np.tile(mean, (len(names), 1))
+    for sample in range(len(names)):
+        members = np.flatnonzero(codes == sample)
+        if len(members) >= CENTRED_CELLS:
+            centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
+
+    def blocks() -> Iterable[np.ndarray]:
+        for start in range(0, expression.shape[0], BLOCK):
+            rows = slice(start, start + BLOCK)
+            dense = expression[rows].toarray() - centre[codes[rows]]
+            if deviation is not None:
+                dense = np.clip(dense / deviation, -OWN_CLIP, OWN_CLIP)
+            yield dense
+
+    return blocks
+
+
 def own_components(
     expression: sparse.csr_matrix,
     sample_of: np.ndarray,
     deviation: np.ndarray | None = None,
     *,
     components: int = 50,
-    minimum_cells: int = 20,
 ) -> np.ndarray:
     """Return the principal components of a dataset, centred by tissue sample.
 
     Args:
-        expression: CSR float32 [cells, genes], log-normalized, from :func:`variable_expression`.
-        sample_of: int [cells], number of each cell's tissue sample.
-        deviation: float32 [genes]; genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
+        expression: See :func:`standardized`.
+        sample_of: See :func:`standardized`.
+        deviation: See :func:`standardized`.
         components: Number of components; fewer are returned if there are few cells or genes.
-        minimum_cells: Samples with fewer cells are centred at the mean of all.
 
     Returns:
         float32 [cells, components].
     """
     cells, genes = expression.shape[0], expression.shape[1]
-    codes = np.unique(sample_of, return_inverse=True)[1]
-    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
-    centre = np.tile(mean, (int(codes.max()) + 1, 1))
-    for sample in range(len(centre)):
-        members = np.flatnonzero(codes == sample)
-        if len(members) >= minimum_cells:
-            centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
-
-    def standardized(start: int) -> np.ndarray:
-        rows = slice(start, min(start + BLOCK, cells))
-        dense = expression[rows].toarray() - centre[codes[rows]]
-        if deviation is None:
-            return dense
-        dense /= deviation
-        return np.clip(dense, -OWN_CLIP, OWN_CLIP, out=dense)
-
-    starts = range(0, cells, BLOCK)
+    blocks = standardized(expression, sample_of, deviation)
     number = min(components, cells - 1, genes - 1)
-    loadings, _ = principal_components(lambda: map(standardized, starts), genes, number, passes=6)
-    return np.concatenate([standardized(start) @ loadings for start in starts])
+    loadings, _ = principal_components(blocks, genes, number, passes=6)
+    return np.concatenate([block @ loadings for block in blocks()])
 
 
 class Discriminants:

@@ -337,7 +337,8 @@ class CellAttention(nn.Module):
         elif encoder.kind == "softmax":
             mixed = softmax_attention(query, key, value, groups)
         else:
-            features = encoder.random_features or int(heads[-1] * math.log(max(heads[-1], 2)))
+            default = max(1, int(heads[-1] * math.log(max(heads[-1], 2))))
+            features = encoder.random_features or default
             projection = orthogonal_features(features, heads[-1], seed=self.layer)
             mixed = performer_attention(query, key, value, groups, projection)
         mixed = dense(width, "out")(mixed.reshape(hidden.shape).astype(hidden.dtype))

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from cellplm_jax.data.features import own_symbols
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.plot.maps import embedding_map, tissue_map
-from cellplm_jax.plot.style import STYLE, pyplot_module, store_colors
+from cellplm_jax.plot.style import pyplot_module, store_colors, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,8 @@ def umap(
         coordinates: An AnnData, or float [cells, 2].
         labels: [cells], for arrays. Labels are sorted naturally (0, 1, 2, 10); categories with an order of their own
             keep it.
-        color: For an AnnData: columns of ``obs`` or genes. A str: one plot. A list: a panel for each.
+        color: For an AnnData: columns of ``obs``, or genes by their name in ``var_names`` or their symbol. A str: one
+            plot. A list: a panel for each.
         basis: For an AnnData: key of ``obsm`` with the coordinates. A missing "X_umap" is computed from ``use_rep`` and
             stored.
         use_rep: Key of ``obsm`` with the embedding that a missing layout is computed from.
@@ -256,21 +258,24 @@ def _values(
             return column, None, name
         colors = palette or store_colors(adata, name)
         return adata.obs[name], colors, name
-    if name not in adata.var_names:
-        known = [*map(str, adata.obs), *map(str, adata.var_names)]
+    symbols = own_symbols(adata.var)
+    places = [*np.flatnonzero(adata.var_names == name)]
+    places += [place for place, symbol in enumerate(symbols) if symbol == name]
+    if not places:
+        known = [*map(str, adata.obs), *map(str, adata.var_names), *symbols]
         raise InputError(
-            f"'{name}' is neither a column of obs nor a gene of var_names",
+            f"'{name}' is neither a column of obs nor a gene",
             f"one of {', '.join(map(repr, list(adata.obs)[:8])) or 'the genes'}, or a gene",
             nearest(name, known, "Check the name"),
         )
-    place = int(np.flatnonzero(adata.var_names == name)[0])
+    place = int(places[0])
     matrix: Any = adata.X if layer is None else adata.layers[layer]
     one = matrix[:, [place]]
     values = np.asarray(one.toarray() if sparse.issparse(one) else one, np.float64).ravel()
     if np.array_equal(values, np.rint(values)):  # counts: normalise, as scanpy's recipes do
         total = np.maximum(np.asarray(matrix.sum(axis=1), np.float64).ravel(), 1.0)
         values = np.log1p(1e4 * values / total)
-    return values, None, name
+    return values, None, symbols[place]
 
 
 def _panels(
@@ -300,7 +305,7 @@ def _panels(
     pyplot = pyplot_module()
     columns = max(1, min(columns, len(names)))
     rows = math.ceil(len(names) / columns)
-    with pyplot.rc_context(STYLE):
+    with styled():
         # Room for a legend beside each panel.
         figure, grid = pyplot.subplots(
             rows, columns, figsize=((size[0] + 1.6) * columns, size[1] * rows),

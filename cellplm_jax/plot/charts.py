@@ -15,6 +15,7 @@ from cellplm_jax.plot.style import (
     HATCHES,
     MARKERS,
     PALETTE,
+    gene_labels,
     picture,
 )
 
@@ -163,7 +164,7 @@ def table_bars(
     """
     if not values:
         raise InputError(explain("no rows to draw", "at least one name and number", "Give some"))
-    names, heights = [str(name) for name in values], np.array([*values.values()], np.float64)
+    names, heights = gene_labels(values), np.array([*values.values()], np.float64)
     whole = bool(np.all(heights == np.round(heights)))
     with picture(ax, (5.6, 0.26 * len(names) + 0.8), title=title, show=show) as axes:
         places = np.arange(len(names))
@@ -200,7 +201,7 @@ def dot_plot(
 
     Args:
         means: float [groups, genes], for example from :func:`cellplm_jax.evaluate.markers.group_means`. Colours are
-            scaled from the smallest to the largest mean of each gene.
+            scaled from the smallest to the largest mean of each gene. Ensembl ids are shown as symbols.
         shares: float [groups, genes], 0 to 1, with the same rows and columns.
         title: Title of the plot.
         value_label: Label of the colour bar.
@@ -229,7 +230,7 @@ def dot_plot(
             columns, rows, s=2 + 95 * share.to_numpy().ravel(), c=scaled.to_numpy().ravel(),
             cmap="viridis", vmin=0, vmax=1, linewidths=0,
         )  # fmt: skip
-        axes.set_xticks(range(genes), [str(name) for name in mean.columns], rotation=90)
+        axes.set_xticks(range(genes), gene_labels(mean.columns), rotation=90)
         axes.set_yticks(range(groups), [str(name) for name in mean.index])
         axes.set_xlim(-0.7, genes - 0.3)
         axes.set_ylim(groups - 0.3, -0.7)
@@ -481,7 +482,7 @@ def change_map(
     """Draw a heat map of expression changes under perturbations: red is up, blue is down, white is unchanged.
 
     Args:
-        change: float [perturbations, genes]; select the genes to draw.
+        change: float [perturbations, genes]; select the genes to draw. Ensembl ids are shown as symbols.
         title: Title of the plot.
         value_label: Label of the colour bar.
         ax: Axes to draw on. None: a new figure, large enough for the names.
@@ -504,10 +505,10 @@ def change_map(
     ) as axes:
         drawn = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
         axes.set_xticks(
-            np.arange(columns), [str(name) for name in frame.columns], rotation=60, ha="right",
+            np.arange(columns), gene_labels(frame.columns), rotation=60, ha="right",
             rotation_mode="anchor", fontsize=7.5,
         )  # fmt: skip
-        axes.set_yticks(np.arange(rows), [str(name) for name in frame.index])
+        axes.set_yticks(np.arange(rows), gene_labels(frame.index))
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=0.8)

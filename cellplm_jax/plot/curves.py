@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cellplm_jax.errors import InputError, require
-from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, picture, pyplot_module
+from cellplm_jax.plot.style import DASHES, PALETTE, STYLE, picture, pyplot_module, styled
 from cellplm_jax.untrusted import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def training_curves(
     every_step = np.concatenate([steps for *_, curves in drawn for steps, _ in curves.values()])
     first, last = float(every_step.min()), float(every_step.max())
     margin = 0.03 * (last - first) or 0.5
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             *shape,
             figsize=(3.6 * shape[1], 2.2 * shape[0] + 0.35),

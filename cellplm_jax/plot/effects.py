@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.plot.style import MARKERS, PALETTE, STYLE, pyplot_module
+from cellplm_jax.plot.style import MARKERS, PALETTE, gene_labels, pyplot_module, styled
 
 COLUMNS = 3
 """Number of panels per row."""
@@ -26,6 +26,7 @@ def effect_panels(
 
     Args:
         panels: Title of each panel to float [genes, quantities], such as the columns ``measured`` and ``predicted``.
+            Ensembl ids are shown as symbols.
             All tables have the same columns; a line connects the first two.
         value_label: Label of the value axes.
         title: Title of the figure.
@@ -48,7 +49,7 @@ def effect_panels(
     pyplot = pyplot_module()
     genes = max(len(table) for table in panels.values())
     rows, wide = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             rows, wide, figsize=(3.1 * wide + 0.4, (0.19 * genes + 1.0) * rows + 0.5),
             layout="constrained", squeeze=False,
@@ -67,7 +68,7 @@ def effect_panels(
                     values[:, number], place, s=22, color=PALETTE[number], label=column,
                     marker=MARKERS[number], zorder=3 - 0.1 * number, linewidths=0,
                 )  # fmt: skip
-            axes.set_yticks(place, [str(gene) for gene in table.index], fontsize=7.5)
+            axes.set_yticks(place, gene_labels(table.index), fontsize=7.5)
             axes.set_title(name, loc="left", fontsize=9)
             axes.set_xlabel(value_label)
             axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
@@ -126,7 +127,7 @@ def values_by_group(
     order = table["value"].abs().groupby(table["group"]).mean().sort_values().index
     kinds = sorted(table["label"].unique())
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         height = 0.2 * len(order) * (len(kinds) + 0.6) + 1.1
         axes = pyplot.subplots(
             figsize=(5.4, float(np.clip(height, 2.0, 12.0))), layout="constrained"

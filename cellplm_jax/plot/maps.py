@@ -16,12 +16,13 @@ from cellplm_jax.errors import InputError, explain, nearest, require
 from cellplm_jax.plot.style import (
     MARKERS,
     PALETTE,
-    STYLE,
     UNKNOWN_COLOR,
     UNKNOWN_LABELS,
     categories_of,
+    gene_labels,
     picture,
     pyplot_module,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -604,7 +605,7 @@ def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     for points in tissues:
         extent = np.maximum(np.ptp(points, axis=0), 1e-9)
         widths.append(float(np.clip(3.4 * extent[0] / extent[1], 1.5, 7.0)))
-    with pyplot.rc_context(STYLE):
+    with styled():
         grid = pyplot.subplots(
             1, len(widths), figsize=(sum(widths) + 1.8, 3.8), layout="constrained", squeeze=False,
             width_ratios=widths,
@@ -622,7 +623,7 @@ def _side_by_side(
     if tissue is not None:
         extent = np.maximum(np.ptp(tissue, axis=0), 1e-9)
         height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             1, number, figsize=(4.2 * number, height + 0.6), layout="constrained", squeeze=False
         )
@@ -648,8 +649,9 @@ def gene_map(
 
     Args:
         coordinates: float [genes, 2], such as ``umap_coordinates(cellplm_jax.gene_embeddings(model))``.
-        genes: Their names.
-        highlight: Names to show, or ``{"T cells": ["CD3D", "CD3E"], ...}``: one colour per group, with a legend.
+        genes: Their names; Ensembl ids are shown as symbols.
+        highlight: Names or symbols to show, or ``{"T cells": ["CD3D", "CD3E"], ...}``: one colour per group, with a
+            legend.
         title: Title of the plot.
         axis_name: Name of the two axes.
         point_size: Area of a grey point in square points; None: chosen by the number of genes.
@@ -665,16 +667,18 @@ def gene_map(
     """
     effects = require("matplotlib.patheffects", "eval", "Plotting")
     points = _points(coordinates)
-    names = [str(gene) for gene in genes]
+    names, labels = [str(gene) for gene in genes], gene_labels(genes)
     _values_of(np.array(names, object), len(points))
-    place = {name: row for row, name in enumerate(names)}
+    # By name or by symbol, in whatever form the genes are given.
+    place = {name: row for row, name in enumerate(labels)}
+    place |= {name: row for row, name in enumerate(names)}
     groups = highlight if isinstance(highlight, Mapping) else {"": list(highlight)}
     for name in (name for group in groups.values() for name in group):
         if name not in place:
             raise InputError(
                 f"there is no gene '{name}'",
                 f"one of the {len(names)} genes given",
-                nearest(name, names, "Check the name"),
+                nearest(name, list(place), "Check the name"),
             )
     with picture(ax, (5.2, 4.6), title=title, show=show, beside=True) as axes:
         size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
@@ -687,9 +691,9 @@ def gene_map(
                 *points[rows].T, s=26, c=color, marker=marker, edgecolors="white", linewidths=0.5,
                 label=group, zorder=2,
             )  # fmt: skip
-            for name, row in zip(members, rows, strict=True):
+            for row in rows:
                 axes.annotate(
-                    name, tuple(points[row]), xytext=(4, 3), textcoords="offset points",
+                    labels[row], tuple(points[row]), xytext=(4, 3), textcoords="offset points",
                     fontsize=7.5, color="#1A1A1A", zorder=3,
                     path_effects=[effects.withStroke(linewidth=2.0, foreground="white")],
                 )  # fmt: skip

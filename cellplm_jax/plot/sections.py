@@ -10,7 +10,7 @@ import pandas as pd
 
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.plot.cells import spatial
-from cellplm_jax.plot.style import PALETTE, STYLE, picture, pyplot_module, widen
+from cellplm_jax.plot.style import PALETTE, gene_labels, picture, pyplot_module, styled, widen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def spatial_sections(
     columns = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         figure, grid = pyplot.subplots(
             rows, columns, figsize=(3.0 * columns, 3.0 * rows), layout="constrained", squeeze=False
         )
@@ -148,10 +148,10 @@ def heat_map(
         top = float(np.nanmax(values)) or 1.0
         drawn = axes.imshow(values, cmap=color_map, vmin=0, vmax=top, aspect="auto")
         axes.set_xticks(
-            np.arange(columns), list(map(str, table.columns)), rotation=60, ha="right",
+            np.arange(columns), gene_labels(table.columns), rotation=60, ha="right",
             rotation_mode="anchor", fontsize=7.5,
         )  # fmt: skip
-        axes.set_yticks(np.arange(rows), list(map(str, table.index)))
+        axes.set_yticks(np.arange(rows), gene_labels(table.index))
         axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
         if values.size <= WRITTEN:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from cellplm_jax.data.genes import is_ensembl, symbols_of
 from cellplm_jax.errors import require
 
 if TYPE_CHECKING:
@@ -113,6 +115,25 @@ def categories_of(values: Any) -> pd.Categorical:
     else:
         found = pd.Categorical(values)
     return found.reorder_categories(sorted(found.categories, key=natural_key))
+
+
+def gene_labels(names: Iterable[Any]) -> list[str]:
+    """Return the names of genes for pictures: symbols instead of Ensembl ids.
+
+    An id is kept if it has no symbol, or if another of these names is the same symbol. Other names are unchanged.
+
+    Args:
+        names: Ensembl ids or any other names.
+    """
+    given = [str(name) for name in names]
+    if not any(map(is_ensembl, given)):
+        return given
+    labels = [
+        symbol if is_ensembl(name) else name
+        for name, symbol in zip(given, symbols_of(given), strict=True)
+    ]
+    times = Counter(labels)
+    return [label if times[label] == 1 else name for name, label in zip(given, labels, strict=True)]
 
 
 def category_colors(values: Any, stored: Sequence[str] | None = None) -> dict[str, str]:
@@ -229,6 +250,21 @@ def pyplot_module() -> Any:
 
 
 @contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Context manager for figures in the common style.
+
+    ``rc_context`` also restores whether matplotlib is interactive. The first figure of a notebook loads the backend,
+    which makes it interactive: without that, later figures are not shown.
+    """
+    pyplot = pyplot_module()
+    with pyplot.rc_context(STYLE):
+        yield
+        interactive = pyplot.isinteractive()
+    if interactive:
+        pyplot.ion()
+
+
+@contextlib.contextmanager
 def picture(
     ax: Axes | None,
     size: tuple[float, float],
@@ -247,7 +283,7 @@ def picture(
         beside: Whether to widen a new figure by its legend or colour bar.
     """
     pyplot = pyplot_module()
-    with pyplot.rc_context(STYLE):
+    with styled():
         axes = pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
         yield axes
         if title:

@@ -26,7 +26,7 @@ from cellplm_jax.plot.style import DARK_PAGE, dark_theme
 from cellplm_jax.storage import atomic_write_text, explain_write_errors
 
 _FIGURE_DPI = 192  # two image pixels per page pixel: sharp on dense screens
-_WIDE = 480  # page pixels, the 30rem of the style below
+_WIDE = 560  # page pixels; narrower images shrink to the screen
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -124,7 +124,8 @@ linear-gradient(270deg,var(--shade),transparent) right/.8rem 100% no-repeat scro
 table{border-collapse:collapse;width:100%;font-size:.93rem}
 th,td{padding:.42rem .9rem;text-align:left;vertical-align:top;overflow-wrap:normal}
 td{max-width:26rem;border-top:1px solid var(--line)}
-thead th{background:var(--head);font-weight:600;white-space:nowrap}
+thead th{background:var(--head);font-weight:600;vertical-align:bottom}
+thead th.number{white-space:normal}
 tbody th{font-weight:500;border-top:1px solid var(--line)}
 .long{min-width:14rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}

@@ -386,7 +386,10 @@ def annotated(path: str | os.PathLike, estimator: Any) -> Page:
         reasons = cells.obs[UNKNOWN_REASON].astype(str)
         rows = [(name, int(n)) for name, n in reasons[reasons != ""].value_counts().items()]
         note = "Cells that are unlike the labelled cells of the fit, by the most obvious reason."
-        sections.append(Table(["reason", "cells"], rows[:LISTED], note, "Unknown cells"))
+        if rows:
+            sections.append(Table(["reason", "cells"], rows[:LISTED], note, "Unknown cells"))
+        else:
+            sections.append(Text("All cells resemble labelled cells of the fit.", "Unknown cells"))
     sample = (facts.get("context") or {}).get("batch_key") or None
     sections += tissue_maps(
         cells, {LABEL: columns[LABEL]}, drawn, sample_key=sample, palettes=palettes

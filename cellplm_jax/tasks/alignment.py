@@ -13,25 +13,19 @@ from cellplm_jax.data.anndata_io import CountSource
 from cellplm_jax.errors import require
 from cellplm_jax.evaluate.components import (
     BLOCK,
-    OWN_CLIP,
-    Discriminants,
     log_normalized,
     principal_components,
+    standardized,
     unit_length,
     variable_columns,
 )
-from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.tasks.context_components import (
-    ALIGNED_COMPONENTS,
-    CLUSTERED_CELLS,
-    DEPTH_RESOLUTION,
-    DISCRIMINANTS,
     LATENT,
     PLAIN,
-    RESOLUTION,
     SCALED,
-    SHRINKAGE,
-    depth_slopes,
+    reduced,
+    run_harmony,
+    separate,
 )
 
 COMPONENTS = 50
@@ -110,10 +104,13 @@ class Alignment:
             batch_of: int [cells], number of the batch; batches need not be those of the fit.
         """
         expression, depth = _read(source, self.genes)
-        blocks = _standardized(expression, batch_of, self.mean, self.deviation)
-        scaled = np.concatenate([block @ self.scaled for block in blocks()])
-        blocks = _standardized(expression, batch_of, self.mean, None)
-        plain = np.concatenate([block @ self.plain for block in blocks()])
+        scaled, plain = (
+            np.concatenate([block @ basis for block in blocks()])
+            for basis, blocks in (
+                (self.scaled, standardized(expression, batch_of, self.deviation, mean=self.mean)),
+                (self.plain, standardized(expression, batch_of, mean=self.mean)),
+            )
+        )
         joined = _joined(latent, scaled, plain, self.centres, float(self.plain_length))
         aligned = self.aligned((joined - self.joined_centre) @ self.loadings, batch_of)
         unit = unit_length(aligned - self.corrected_centre)
@@ -193,22 +190,19 @@ def fit_alignment(
     number = min(COMPONENTS, expression.shape[0] - 1, len(genes) - 1)
     bases, components = [], []
     for scale in (deviation, None):
-        values = _standardized(expression, batch_of, mean, scale)
-        basis, _ = principal_components(values, len(genes), number, passes=6)
-        bases.append(basis)
-        components.append(np.concatenate([block @ basis for block in values()]))
+        values = standardized(expression, batch_of, scale, mean=mean)
+        bases.append(principal_components(values, len(genes), number, passes=6)[0])
+        components.append(np.concatenate([block @ bases[-1] for block in values()]))
     centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
     length = np.sqrt(np.square(components[1] - components[1].mean(axis=0)).sum(axis=1).mean())
     scaled, plain = components
     joined = _joined(latent, scaled, plain, centres, float(length))
-    centre = joined.mean(axis=0)
-    number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
-    loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
-    reduced = ((joined - centre) @ loadings).astype(np.float64)
+    components, centre, loadings = reduced(joined)
+    number = components.shape[1]
     centroids = references = np.zeros((0, number))
     if strength > 0:
         on_progress("alignment of the batches")
-        corrected, weight = _harmony(reduced, batch_of, strength)
+        corrected, weight = _harmony(components, batch_of, strength)
         share = weight / np.maximum(weight.sum(axis=0), 1e-12)
         references = share.T @ corrected
         centroids = unit_length(weight.T @ unit_length(corrected))
@@ -217,20 +211,13 @@ def fit_alignment(
         genes, mean, deviation, bases[0], bases[1], centres, np.array(length), centre, loadings, centroids,
         references, none, np.array(depth.mean()), none, none, none,
     )  # fmt: skip
-    aligned = alignment.aligned(reduced, batch_of)
+    aligned = alignment.aligned(components, batch_of)
     middle = aligned.mean(axis=0)
     unit = unit_length(aligned - middle).astype(np.float32)
     slopes, directions = np.zeros(number), np.zeros((number, 0))
     if len(unit) > NEIGHBORS:
         on_progress("clusters of the cells")
-        every = -(-len(unit) // CLUSTERED_CELLS)
-        clusters = leiden_clusters(unit[::every], resolution=DEPTH_RESOLUTION)
-        slopes = depth_slopes(unit[::every], depth[::every], clusters)
-        unit = unit - np.outer(depth - depth.mean(), slopes).astype(np.float32)
-        clusters = leiden_clusters(unit[::every], resolution=RESOLUTION)
-        pooled = Discriminants(number, shrinkage=SHRINKAGE)
-        pooled.add(unit[::every] - unit[::every].mean(axis=0), clusters)
-        directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
+        unit, slopes, directions = separate(unit, depth)
         separated = (unit - unit.mean(axis=0)) @ directions
         lengths = [np.square(values).sum(axis=1).mean() for values in (unit, separated)]
         directions = directions * np.sqrt(lengths[0] / max(lengths[1], 1e-12))
@@ -253,28 +240,6 @@ def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
     return sparse.vstack(expression).tocsr(), np.concatenate(depth).astype(np.float32)
 
 
-def _standardized(
-    expression: Any, batch_of: np.ndarray, mean: np.ndarray, deviation: np.ndarray | None
-) -> Callable[[], Iterable[np.ndarray]]:
-    """Return a function that returns expression, centred by batch and divided by the deviation, in blocks of cells."""
-    names, codes = np.unique(batch_of, return_inverse=True)
-    centre = np.tile(mean, (len(names), 1))
-    for code in range(len(names)):
-        members = np.flatnonzero(codes == code)
-        if len(members) >= CENTRED_CELLS:
-            centre[code] = np.asarray(expression[members].mean(axis=0)).ravel()
-
-    def blocks() -> Iterable[np.ndarray]:
-        for start in range(0, expression.shape[0], BLOCK):
-            rows = slice(start, start + BLOCK)
-            dense = expression[rows].toarray() - centre[codes[rows]]
-            if deviation is not None:
-                dense = np.clip(dense / deviation, -OWN_CLIP, OWN_CLIP)
-            yield dense
-
-    return blocks
-
-
 def _joined(
     latent: np.ndarray, scaled: np.ndarray, plain: np.ndarray, centres: np.ndarray, length: float
 ) -> np.ndarray:
@@ -295,24 +260,15 @@ def harmony(components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
     Raises:
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    return _harmony(components, batch_of, 1.0)[0]
+    return _harmony(np.asarray(components, np.float64), batch_of, 1.0)[0]
 
 
 def _harmony(
     components: np.ndarray, batch_of: np.ndarray, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return corrected components [cells, components] and the soft assignment [cells, clusters]."""
-    import pandas as pd
-
-    harmonypy = require("harmonypy", "eval", "Alignment of batches")
-    result = harmonypy.run_harmony(
-        np.asarray(components, np.float64), pd.DataFrame({"batch": batch_of.astype(str)}), "batch",
-        theta=THETA * strength, sigma=SIGMA, random_state=0, verbose=False,
-    )  # fmt: skip
-    # Releases differ in the orientation of the result.
-    values = (np.asarray(result.Z_corr, np.float64), np.asarray(result.R, np.float64))
-    one, other = (v if v.shape[0] == len(components) else v.T for v in values)
-    return one, other
+    """Return corrected components and the soft assignment, float64; see :func:`run_harmony`."""
+    corrected, weight = run_harmony(components, batch_of, theta=THETA * strength, sigma=SIGMA)
+    return corrected.astype(np.float64), weight.astype(np.float64)
 
 
 def numbers_of(batches: Iterable[str]) -> np.ndarray:

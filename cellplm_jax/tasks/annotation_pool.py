@@ -39,6 +39,11 @@ def clearly_better(logits: np.ndarray, other: np.ndarray, labels: np.ndarray) ->
     loss, kept = (
         -log_softmax(x / fit_temperature(x, labels), axis=1)[cells, labels] for x in (logits, other)
     )
+    return _lower(loss, kept)
+
+
+def _lower(loss: np.ndarray, kept: np.ndarray) -> bool:
+    """Return whether losses per cell are lower by more than two standard errors of the difference."""
     gain = kept - loss
     return bool(gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain)))
 
@@ -53,8 +58,9 @@ def choose_pool(
     """Choose the weights of network and logistic regression by cross-validation.
 
     The validation cells are assigned to five folds. The weights are fitted to four, and the cross-entropy is computed
-    on the fifth: of the pool, and of each part alone (with its own weight, which calibrates it). The best one is
-    fitted to all validation cells.
+    on the fifth: of the pool, and of the logistic regression alone. This is used alone if it is better by more than two
+    standard errors. The network is never used alone next to it: validation cells come from the batches of the training
+    cells, and do not show what it loses in others.
 
     Args:
         network: float [validation cells, classes], log-probabilities; None: no validation cells.
@@ -70,7 +76,7 @@ def choose_pool(
     if not average and not clearly_better(linear, network, labels):
         return [1.0, 0.0], "network"
     both = np.stack([network, linear])
-    parts = {"pooled": [0, 1], "network": [0], "linear": [1]}
+    parts = {"pooled": [0, 1], "linear": [1]}
 
     def fit(name: str, cells: np.ndarray) -> np.ndarray:
         rows = parts[name]
@@ -84,16 +90,15 @@ def choose_pool(
     if not average:
         return fit("linear", np.arange(len(labels))).tolist(), "linear"
     every = np.arange(len(labels))
-    errors = dict.fromkeys(parts, 0.0)
+    losses = {name: np.zeros(len(labels)) for name in parts}
     for number in range(POOL_FOLDS):
-        out = every % POOL_FOLDS == number
-        if not out.any() or out.all():
+        out = np.flatnonzero(every % POOL_FOLDS == number)
+        if not len(out) or len(out) == len(labels):
             continue
         for name in parts:
-            mixed = np.tensordot(fit(name, every[~out]), both[:, out], axes=1)
-            errors[name] += cross_entropy(mixed, labels[out], 1.0) * out.sum()
-    # A tie, as with few cells, goes to the pool.
-    chosen = min(parts, key=lambda name: errors[name])
+            mixed = np.tensordot(fit(name, np.delete(every, out)), both[:, out], axes=1)
+            losses[name][out] = -log_softmax(mixed, axis=1)[np.arange(len(out)), labels[out]]
+    chosen = "linear" if _lower(losses["linear"], losses["pooled"]) else "pooled"
     return fit(chosen, every).tolist(), chosen
 
 

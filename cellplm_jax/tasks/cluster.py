@@ -5,21 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from cellplm_jax.data.anndata_files import check_tree, unreadable
-from cellplm_jax.data.anndata_io import Values
-from cellplm_jax.errors import InputError, nearest, require
+from cellplm_jax.errors import InputError, nearest, require, require_column
 from cellplm_jax.evaluate.embedding import Metric, leiden_of_graph, neighbor_graph
 from cellplm_jax.plot.style import category_colors
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import atomic_write
-from cellplm_jax.tasks.embed import Adapt, Context, embed, read_and_embed
+from cellplm_jax.tasks.embed import Adapt, EmbeddingKeys, embed, options_of, read_and_embed
 from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, open_store, write_copy
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.tasks.reading import keys_of
 from cellplm_jax.untrusted import READ_ERRORS
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ REPRESENTATION = "X_cellplm"
 """Default embedding."""
 
 
+@keys_of(embed, "cellplm_jax.embed", omitted=("key_added",))
 def cluster(
     adata: AnnData | str | os.PathLike,
     model: Pretrained | str | os.PathLike | None = None,
@@ -42,16 +43,9 @@ def cluster(
     key_added: str = KEY,
     seed: int = 0,
     metric: Metric = "euclidean",
-    batch_key: str | None = None,
-    spatial_key: str | None = "spatial",
-    layer: str | None = None,
-    gene_key: str | None = None,
-    values: Values = "counts",
-    minimum_genes: int | None = None,
-    cells_per_context: int | None = None,
-    feature_type: str | None = None,
     adapt: Adapt = "context",
     quiet: bool = False,
+    **keys: Unpack[EmbeddingKeys],
 ) -> AnnData:
     """Cluster cells with Leiden on the neighbour graph of an embedding, in place.
 
@@ -76,17 +70,10 @@ def cluster(
         key_added: Column of ``obs`` to write.
         seed: Seed of the neighbour search and of Leiden; clusters are reproducible.
         metric: Distance between cells.
-        batch_key: If cells are embedded: column of ``obs`` with the tissue sample, one context each.
-        spatial_key: If cells are embedded: see :func:`cellplm_jax.embed`, and so are the next ones.
-        layer: See :func:`cellplm_jax.embed`.
-        gene_key: See :func:`cellplm_jax.embed`.
-        values: See :func:`cellplm_jax.embed`.
-        minimum_genes: See :func:`cellplm_jax.embed`.
-        cells_per_context: See :func:`cellplm_jax.embed`.
-        feature_type: See :func:`cellplm_jax.embed`.
         adapt: If cells are embedded: ``"context"``, best for the clusters of one file, or ``"none"``; see
             :func:`cellplm_jax.embed`.
         quiet: Disable progress output.
+        **keys: If cells are embedded.
 
     Returns:
         ``adata`` itself; for a path the AnnData that was read, with the results.
@@ -96,22 +83,16 @@ def cluster(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     _check(key_added, use_rep, resolution)
+    options_of(keys)
     data = as_anndata(adata)
     if use_rep not in data.obsm:
         embed(
             data,
             _model(model, use_rep, list(data.obsm)),
-            batch_key=batch_key,
-            spatial_key=spatial_key,
-            layer=layer,
-            gene_key=gene_key,
-            values=values,
-            minimum_genes=minimum_genes,
-            cells_per_context=cells_per_context,
-            feature_type=feature_type,
             key_added=use_rep,
             adapt=adapt,
             quiet=quiet,
+            **keys,
         )
     results = _clustered(
         np.asarray(data.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric,
@@ -123,6 +104,7 @@ def cluster(
     return data
 
 
+@keys_of(cluster, "cluster")
 def cluster_file(
     path: str | os.PathLike,
     out: str | os.PathLike,
@@ -134,18 +116,11 @@ def cluster_file(
     key_added: str = KEY,
     seed: int = 0,
     metric: Metric = "euclidean",
-    batch_key: str | None = None,
-    spatial_key: str | None = "spatial",
-    layer: str | None = None,
-    gene_key: str | None = None,
-    values: Values = "counts",
-    minimum_genes: int | None = None,
-    cells_per_context: int | None = None,
-    feature_type: str | None = None,
     require_coordinates: bool = False,
     adapt: Adapt = "context",
     umap: bool = False,
     quiet: bool = False,
+    **keys: Unpack[EmbeddingKeys],
 ) -> tuple[AnnData, list[str]]:
     """Cluster an ``.h5ad`` file or a ``.zarr`` store and write a copy with the results; counts are streamed.
 
@@ -153,24 +128,9 @@ def cluster_file(
         path: Input; never changed.
         out: Output: the input plus the results of :func:`cluster`, written atomically.
         model: See :func:`cluster`.
-        use_rep: See :func:`cluster`.
-        resolution: See :func:`cluster`.
-        neighbors: See :func:`cluster`.
-        key_added: See :func:`cluster`.
-        seed: See :func:`cluster`.
-        metric: See :func:`cluster`.
-        batch_key: See :func:`cluster`.
-        spatial_key: See :func:`cluster`.
-        layer: See :func:`cluster`.
-        gene_key: See :func:`cluster`.
-        values: See :func:`cluster`.
-        minimum_genes: See :func:`cluster`.
-        cells_per_context: See :func:`cluster`.
-        feature_type: See :func:`cluster`.
         require_coordinates: See :func:`cellplm_jax.embed_file`.
-        adapt: See :func:`cluster`.
         umap: Also compute a UMAP of the graph: ``obsm["X_umap"]``.
-        quiet: See :func:`cluster`.
+        **keys: As for :func:`cluster`.
 
     Returns:
         AnnData without counts: ``obs`` of the file with the clusters, and ``obsm`` with the embedding (and the UMAP);
@@ -185,23 +145,19 @@ def cluster_file(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
+    read, context = options_of(keys, adapt=adapt, require_coordinates=require_coordinates)
     with open_store(path) as file:
-        keys = list(file.get("obsm", {}))
-        for name in ("obs", *([f"obsm/{use_rep}"] if use_rep in keys else [])):
+        embeddings = list(file.get("obsm", {}))
+        for name in ("obs", *([f"obsm/{use_rep}"] if use_rep in embeddings else [])):
             check_tree(file[name], path)
         try:
             obs: Any = read_elem(file["obs"])
-            there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in keys else None
+            there: Any = read_elem(file[f"obsm/{use_rep}"]) if use_rep in embeddings else None
         except READ_ERRORS as error:
             raise InputError(unreadable(path, error)) from error
     obsm, uns, messages = {}, {}, []
     if there is None:
-        context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
-        read = {
-            "layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
-            "feature_type": feature_type,
-        }  # fmt: skip
-        embedder = _model(model, use_rep, keys)
+        embedder = _model(model, use_rep, embeddings)
         there, facts, messages = read_and_embed(path, embedder, read, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
     results = _clustered(
@@ -236,12 +192,7 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
     with open_store(path) as file:
         names = list(map(str, file["obs"].attrs.get("column-order", [])))
     for column in columns:
-        if column not in names:
-            raise InputError(
-                f"obs has no column '{column}'",
-                f"one of its columns: {', '.join(map(repr, names[:12])) or 'none'}",
-                nearest(column, names, "Check the name"),
-            )
+        require_column(names, column, "Check the name")
 
 
 def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,16 +94,8 @@ def join_context(
         on_progress("alignment of the samples")
         joined = _centred_unit(aligned_components(joined, sample_of))
     on_progress("clusters of the context")
-    every = -(-len(joined) // CLUSTERED_CELLS)
     depth = np.log1p(np.concatenate(libraries)).astype(np.float32)
-    clusters = leiden_clusters(joined[::every], resolution=DEPTH_RESOLUTION)
-    joined = joined - np.outer(
-        depth - depth.mean(), depth_slopes(joined[::every], depth[::every], clusters)
-    )
-    clusters = leiden_clusters(joined[::every], resolution=RESOLUTION)
-    pooled = Discriminants(joined.shape[1], shrinkage=SHRINKAGE)
-    pooled.add(joined[::every], clusters)
-    directions = pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
+    joined, _, directions = separate(joined, depth)
     if not directions.shape[1]:
         return joined
     separated = joined @ directions.astype(np.float32)
@@ -111,18 +104,36 @@ def join_context(
     return np.hstack([joined, separated * np.float32(length)])
 
 
-def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """Return the slope of each dimension on the log library size within clusters.
+def separate(embedding: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Subtract what the library size explains within clusters, and find directions that separate clusters.
 
     Slopes between clusters stay: types differ in the size of their libraries.
+
+    Args:
+        embedding: float32 [cells, dimensions].
+        depth: float32 [cells], log library size.
+
+    Returns:
+        The embedding without depth, float32 [cells, dimensions]; its slopes on depth, float32 [dimensions]; and linear
+        discriminants, float64 [dimensions, discriminants], maybe none.
+    """
+    every = -(-len(embedding) // CLUSTERED_CELLS)
+    clusters = leiden_clusters(embedding[::every], resolution=DEPTH_RESOLUTION)
+    slopes = depth_slopes(embedding[::every], depth[::every], clusters)
+    embedding = embedding - np.outer(depth - depth.mean(), slopes)
+    clusters = leiden_clusters(embedding[::every], resolution=RESOLUTION)
+    pooled = Discriminants(embedding.shape[1], shrinkage=SHRINKAGE)
+    pooled.add(embedding[::every], clusters)
+    return embedding, slopes, pooled.directions(min(DISCRIMINANTS, int(clusters.max())))
+
+
+def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return the slope of each dimension on the log library size within clusters, float32 [dimensions].
 
     Args:
         embedding: float [cells, dimensions].
         depth: float [cells], log library size.
         clusters: [cells].
-
-    Returns:
-        float32 [dimensions].
     """
     _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
     inside = depth - (np.bincount(codes, depth) / sizes)[codes]
@@ -131,20 +142,48 @@ def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray)
 
 def aligned_components(joined: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
     """Return components of an embedding [cells, dimensions], corrected by sample."""
+    return run_harmony(reduced(joined)[0], sample_of)[0]
+
+
+def reduced(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return components of an embedding, float64 [cells, components], its mean, and the loadings.
+
+    Args:
+        joined: float32 [cells, dimensions].
+    """
+    centre = joined.mean(axis=0)
+    number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
+    loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
+    return ((joined - centre) @ loadings).astype(np.float64), centre, loadings
+
+
+def run_harmony(
+    components: np.ndarray, sample_of: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correct components by Harmony (Korsunsky et al. 2019).
+
+    Args:
+        components: float64 [cells, components].
+        sample_of: int [cells].
+        **options: Of ``harmonypy.run_harmony``.
+
+    Returns:
+        Corrected components, [cells, components], and the soft assignment, [cells, clusters].
+
+    Raises:
+        MissingDependencyError: The extra ``eval`` is not installed.
+    """
     import pandas as pd
 
-    harmonypy = require("harmonypy", "eval", "adapt='context' with several samples")
-    centred = joined - joined.mean(axis=0)
-    number = min(ALIGNED_COMPONENTS, min(centred.shape) - 1)
-    loadings, _ = principal_components(lambda: [centred], centred.shape[1], number, passes=6)
+    harmonypy = require("harmonypy", "eval", "Alignment of samples")
     table = pd.DataFrame({"sample": sample_of.astype(str)})
-    corrected = np.asarray(
-        harmonypy.run_harmony(
-            (centred @ loadings).astype(np.float64), table, "sample", random_state=0, verbose=False
-        ).Z_corr
+    result = harmonypy.run_harmony(
+        components, table, "sample", random_state=0, verbose=False, **options
     )
     # Releases differ in the orientation of the result.
-    return corrected if corrected.shape[0] == len(joined) else corrected.T
+    values = (np.asarray(result.Z_corr), np.asarray(result.R))
+    corrected, weight = (v if v.shape[0] == len(components) else v.T for v in values)
+    return corrected, weight
 
 
 def _centred_unit(values: np.ndarray) -> np.ndarray:

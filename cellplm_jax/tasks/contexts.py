@@ -24,7 +24,7 @@ from cellplm_jax.data.batches import (
     scale_coordinates,
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
-from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.errors import InputError, require_column
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -419,6 +419,24 @@ def source_groups(
     return contexts_of(batch, np.arange(source.cells), part=part)
 
 
+def require_same_cells(truth: CellTable, names: Sequence[str]) -> None:
+    """Raise an error for a truth of other cells.
+
+    Args:
+        truth: Cells with the true values.
+        names: Names of the predicted cells.
+
+    Raises:
+        InputError: The cells, or their order, differ.
+    """
+    if list(truth.obs.index.astype(str)) != list(names):
+        raise InputError(
+            f"truth has {len(truth)} cells and adata {len(names)}, or other names",
+            "the same cells in the same order",
+            "Select them the same way first",
+        )
+
+
 def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
     """Return a column of labels as strings, None for missing ones.
 
@@ -432,14 +450,7 @@ def labels_of(obs: pd.DataFrame, key: str) -> np.ndarray:
     Raises:
         InputError: The column does not exist.
     """
-    if key not in obs.columns:
-        names = list(map(str, obs.columns))
-        shown = ", ".join(map(repr, names[:12])) + (" and more" if len(names) > 12 else "")
-        raise InputError(
-            f"obs has no column '{key}'",
-            f"one of its columns: {shown or 'none'}",
-            nearest(key, names, "Use the column with the labels"),
-        )
+    require_column(list(map(str, obs.columns)), key, "Use the column with the labels")
     values = obs[key].astype(object)
     missing = np.asarray(values.isna())
     texts = zip(values, missing, strict=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cellplm_jax._version import __version__
 from cellplm_jax.batch import Reconstruction
 from cellplm_jax.config import FinetuneConfig
 from cellplm_jax.errors import InputError
@@ -25,7 +23,7 @@ from cellplm_jax.evaluate.denoising import (
     marker_scores,
 )
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells
+from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells, require_same_cells
 from cellplm_jax.tasks.denoise_counts import (
     LAYER,
     LayerWriter,
@@ -46,9 +44,13 @@ from cellplm_jax.tasks.denoise_pool import (
     make_parts,
     thin,
 )
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, split_cells
-from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.files import check_key
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import COUNT_KEYS, Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import DECODER_RECIPE
+from cellplm_jax.tasks.splits import split_cells
 from cellplm_jax.train.finetune import LOSS
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class Denoiser(Estimator):
     """
 
     task: ClassVar[str] = "denoising"
+    keys: ClassVar[Sequence[str]] = COUNT_KEYS
     recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
         DECODER_RECIPE,
         epochs=60,
@@ -114,26 +117,16 @@ class Denoiser(Estimator):
         self,
         adata: AnnData | str | os.PathLike,
         *,
-        batch_key: str | None = None,
         split_key: str | None = None,
-        spatial_key: str | None = "spatial",
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
-        cells_per_context: int | None = None,
+        **keys: Unpack[ReadingKeys],
     ) -> Denoiser:
         """Fit to cells.
 
         Args:
             adata: Raw counts.
-            batch_key: Column of ``obs`` with the batch (tissue sample) of each cell; cells attend within it.
             split_key: Column of ``obs`` with ``"train"``, ``"valid"`` and any other value for unused cells; None: a
                 tenth of the cells, stratified by batch, is used for validation.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
-            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`.
 
         Returns:
             The estimator itself.
@@ -143,16 +136,7 @@ class Denoiser(Estimator):
         """
         if self.base is not None:
             require_counts_decoder(self.base)
-        reading = Reading(
-            batch_key,
-            spatial_key,
-            layer,
-            gene_key,
-            "counts",
-            cells_per_context,
-            split_key,
-            feature_type,
-        )
+        reading = self._reading(keys, split_key=split_key)
         table = self._read(adata, reading)
         usable = np.diff(table.counts.indptr) > 0
         train, valid = split_cells(
@@ -218,12 +202,7 @@ class Denoiser(Estimator):
         own_counts: bool = False,
         storage: Storage = "float32",
         key_added: str = LAYER,
-        batch_key: str | None = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> AnnData:
         """Predict the expected counts of every cell, in place.
 
@@ -250,12 +229,7 @@ class Denoiser(Estimator):
             storage: ``"float32"``; ``"float16"``: a dense matrix of half the size; ``"sparse"``: only the largest
                 values, 1.25 per non-zero count, rounded to three digits, the others are 0.
             key_added: Name of the layer.
-            batch_key: See :meth:`fit`.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            cells_per_context: See :meth:`fit`.
+            **keys: As in :meth:`fit`.
 
         Returns:
             ``adata`` itself; if it is a path, what was read from it.
@@ -264,59 +238,10 @@ class Denoiser(Estimator):
             InputError: There is neither a fit nor a pretrained model, or the counts, genes, keys or options cannot be
                 used.
         """
-        keys = {
-            "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer,
-            "gene_key": gene_key, "feature_type": feature_type, "cells_per_context": cells_per_context,
-        }  # fmt: skip
-        cells = as_anndata(adata)
-        options = Options(log_normalized, detected, own_counts, storage, key_added)
-        layers, denoised, facts, _ = self._layers(
-            cells, self.reading.changed(**keys), options, cells.n_vars
-        )
-        for name, values in layers.items():
-            cells.layers[name] = values
-        cells.var[key_added] = denoised
-        cells.uns[FACTS] = facts
-        return cells
-
-    def predict_file(
-        self,
-        path: str | os.PathLike,
-        out: str | os.PathLike,
-        *,
-        log_normalized: bool = False,
-        detected: bool = False,
-        own_counts: bool = False,
-        storage: Storage = "float32",
-        key_added: str = LAYER,
-        **keys: Any,
-    ) -> list[str]:
-        """Predict the cells of an ``.h5ad`` file and write a copy with the results; denoised layers are held in memory.
-
-        Args:
-            path: Input; never changed.
-            out: Output: the input plus the results of :meth:`predict`, written atomically.
-            log_normalized: See :meth:`predict`.
-            detected: See :meth:`predict`.
-            own_counts: See :meth:`predict`.
-            storage: See :meth:`predict`.
-            key_added: See :meth:`predict`.
-            **keys: As for :meth:`predict`.
-
-        Returns:
-            Messages about the input and the pool, one per line.
-
-        Raises:
-            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
-        """
-        path, out = Path(path).expanduser(), Path(out).expanduser()
-        check_copy(path, out)
-        options = Options(log_normalized, detected, own_counts, storage, key_added)
-        layers, denoised, facts, messages = self._layers(
-            path, self.reading.changed(**keys), options, None
-        )
-        write_copy(path, out, var={key_added: denoised}, layers=layers, uns={FACTS: facts})
-        return messages
+        return super().predict(
+            adata, log_normalized=log_normalized, detected=detected, own_counts=own_counts, storage=storage,
+            key_added=key_added, **keys,
+        )  # fmt: skip
 
     def score(
         self,
@@ -326,7 +251,7 @@ class Denoiser(Estimator):
         label_key: str | None = None,
         fraction: float = 0.1,
         seed: int = 0,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Predict hidden counts and compare log-normalised values; ``adata`` is not modified.
 
@@ -350,19 +275,14 @@ class Denoiser(Estimator):
         Raises:
             InputError: As in :meth:`predict`, the cells differ, or nothing was hidden.
         """
-        reading = self.reading.changed(**keys)
+        reading = self._as_fitted(keys)
         seen = self._table(adata, reading)
         if truth is None:
             visible, hidden = hide_nonzeros(seen.counts, fraction, seed=seed)
             true = seen.counts
         else:
             known = self._table(truth, reading)
-            if len(known) != len(seen) or list(known.obs.index) != list(seen.obs.index):
-                raise InputError(
-                    f"truth has {len(known)} cells and adata {len(seen)}, or other names",
-                    "the same cells in the same order",
-                    "Select them the same way first",
-                )
+            require_same_cells(known, list(seen.obs.index.astype(str)))
             visible, true = seen.counts, known.counts
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:
@@ -402,11 +322,7 @@ class Denoiser(Estimator):
         table = read_cells(
             data,
             self._fitted().genes,
-            batch_key=reading.batch_key,
-            spatial_key=reading.spatial_key,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
+            **reading.cells,
             one_batch=reading.batch_key == self.reading.batch_key,
         )
         return table.restrict(table.measured)
@@ -511,17 +427,15 @@ class Denoiser(Estimator):
         facts["pool"] = pool.scores
         return blocks(), table, facts, [*messages, pool.message()]
 
-    def _layers(
-        self, data: Any, reading: Reading, options: Options, width: int | None
-    ) -> tuple[dict[str, Any], np.ndarray, dict[str, Any], list[str]]:
-        """Return the layers, bool [names of the data] (denoised), facts for ``uns``, and messages about the input."""
+    def _predict(self, data: Any, reading: Reading, **given: Any) -> Prediction:
+        options = Options(**given)
         options.check()
         check_key(options.key_added)
         model = self._fitted()
         blocks, table, facts, messages = self._expected(data, reading, options)
         column = np.asarray(table.report.genes.column, int)
         matrix = facts["input"]["matrix"]
-        if matrix == "raw.X" or (width is not None and width != len(column)):
+        if matrix == "raw.X" or getattr(data, "n_vars", len(column)) != len(column):
             raise InputError(
                 f"the counts are in {matrix}, whose genes differ from those of the layers",
                 "counts in X or a layer",
@@ -546,22 +460,19 @@ class Denoiser(Estimator):
                 writer.add(piece, block)
         denoised = np.zeros(len(column), bool)
         denoised[known] = True
-        return (
-            {name: writer.result() for name, writer in zip(names, writers, strict=True)},
-            denoised,
-            {
-                "model": model.id,
-                "version": __version__,
-                "zero_shot": bool(self.facts.get("zero_shot", False)),
-                "detected": options.detected,
-                "own_counts": options.own_counts,
-                "storage": options.storage,
-                "layers": names,
-                "genes_denoised": len(known),
-                "genes_unknown": len(column) - len(known),
-                **facts,
-            },
-            messages,
+        facts = {
+            "zero_shot": bool(self.facts.get("zero_shot", False)),
+            "detected": options.detected,
+            "own_counts": options.own_counts,
+            "storage": options.storage,
+            "layers": names,
+            "genes_denoised": len(known),
+            "genes_unknown": len(column) - len(known),
+            **facts,
+        }
+        layers = {name: writer.result() for name, writer in zip(names, writers, strict=True)}
+        return Prediction(
+            var={options.key_added: denoised}, layers=layers, uns={FACTS: facts}, messages=messages
         )
 
     # -- saving ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Unpack, get_args
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from cellplm_jax.data.batches import (
     pad_batch,
     scale_coordinates,
 )
-from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.errors import InputError, require, require_choice
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks import long_context
 from cellplm_jax.tasks.context_components import join_context
@@ -32,6 +32,7 @@ from cellplm_jax.tasks.embed_device import device_rows, embed_on_device, fits_at
 from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
 from cellplm_jax.tasks.long_context import IOWait, Prefetcher, StreamedEncoder, host_array, overlap
 from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
+from cellplm_jax.tasks.reading import ReadingKeys, keys_of
 from cellplm_jax.untrusted import require_options
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ CHUNK_NONZEROS = 2048
 
 FEW_MATCHED = 0.3
 """Fraction of the gene names of a file below which an embedding warns."""
+
+
+Adapt = Literal["none", "context"]
+"""Adaptation of an embedding to the cells it is computed for."""
+
+
+class EmbeddingKeys(ReadingKeys, total=False):
+    """Named arguments of an embedding, documented by :func:`embed`."""
+
+    minimum_genes: int | None
 
 
 def embed(
@@ -106,10 +117,11 @@ def embed(
         InputError: The counts, genes or keys cannot be used; the message explains what to do.
     """
     check_key(key_added)
-    check_context(batch_key, spatial_key, cells_per_context)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
-            "feature_type": feature_type}  # fmt: skip
-    context = Context(batch_key, spatial_key, cells_per_context, adapt=adapt)
+    keys: EmbeddingKeys = {
+        "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer, "gene_key": gene_key, "values": values,
+        "cells_per_context": cells_per_context, "minimum_genes": minimum_genes, "feature_type": feature_type,
+    }  # fmt: skip
+    read, context = options_of(keys, adapt=adapt)
     check_adapt(adapt)
     data = as_anndata(adata)
     embedding, provenance, _ = read_and_embed(
@@ -122,23 +134,17 @@ def embed(
     return data
 
 
+@keys_of(embed, "cellplm_jax.embed")
 def embed_file(
     path: str | os.PathLike,
     model: Pretrained | str | os.PathLike,
     out: str | os.PathLike,
     *,
-    batch_key: str | None = None,
-    spatial_key: str | None = "spatial",
-    layer: str | None = None,
-    gene_key: str | None = None,
-    cells_per_context: int | None = None,
     key_added: str = "X_cellplm",
-    values: Values = "counts",
-    minimum_genes: int | None = None,
     adapt: Adapt = "none",
-    feature_type: str | None = None,
     require_coordinates: bool = False,
     quiet: bool = False,
+    **keys: Unpack[EmbeddingKeys],
 ) -> list[str]:
     """Embed an ``.h5ad`` file or a ``.zarr`` store into a copy of it, without loading it into memory.
 
@@ -146,18 +152,8 @@ def embed_file(
         path: Input; never changed.
         model: From :func:`cellplm_jax.load`, or what it opens, such as ``"small"``.
         out: Output of the same kind: the input plus what :func:`embed` writes; an atomic write.
-        batch_key: As in :func:`embed`, and so are the rest.
-        spatial_key: See :func:`embed`.
-        layer: See :func:`embed`.
-        gene_key: See :func:`embed`.
-        cells_per_context: See :func:`embed`.
-        key_added: See :func:`embed`.
-        values: See :func:`embed`.
-        minimum_genes: See :func:`embed`.
-        adapt: See :func:`embed`.
-        feature_type: See :func:`embed`.
         require_coordinates: ``spatial_key`` must be present, even if it is the default one.
-        quiet: See :func:`embed`.
+        **keys: As for :func:`embed`.
 
     Returns:
         Messages about the input: where the counts were found, which genes matched.
@@ -168,10 +164,7 @@ def embed_file(
     path, out = Path(path).expanduser(), Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
-    check_context(batch_key, spatial_key, cells_per_context)
-    read = {"layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
-            "feature_type": feature_type}  # fmt: skip
-    context = Context(batch_key, spatial_key, cells_per_context, require_coordinates, adapt)
+    read, context = options_of(keys, adapt=adapt, require_coordinates=require_coordinates)
     model = as_pretrained(model)
     embedding, provenance, messages = read_and_embed(path, model, read, context, key_added, quiet)
     write_copy(path, out, obsm={key_added: embedding}, uns={"cellplm": provenance})
@@ -198,10 +191,6 @@ def _matched(genes: Mapping[str, Any]) -> str:
     return f"{genes['matched']:,} of {genes['names']:,} genes ({share:.0f} %)"
 
 
-Adapt = Literal["none", "context"]
-"""Adaptation of an embedding to the cells it is computed for."""
-
-
 def check_adapt(adapt: str) -> None:
     """Reject an unknown ``adapt`` and a missing extra, before any work is done.
 
@@ -209,12 +198,7 @@ def check_adapt(adapt: str) -> None:
         InputError: It is neither ``"none"`` nor ``"context"``.
         MissingDependencyError: It is ``"context"`` without the extra ``eval``.
     """
-    if adapt not in get_args(Adapt):
-        raise InputError(
-            f"adapt = {adapt!r}",
-            "'none' or 'context'",
-            nearest(adapt, get_args(Adapt), "Pass one of them"),
-        )
+    require_choice("adapt", adapt, get_args(Adapt))
     if adapt == "context":
         require("scanpy", "eval", "adapt='context'")
         require("igraph", "eval", "adapt='context'")
@@ -230,6 +214,36 @@ class Context(NamedTuple):
     require_coordinates: bool = False
     adapt: Adapt = "none"
     join: Callable[..., np.ndarray] = join_context
+
+
+_READ = {"layer": None, "gene_key": None, "values": "counts", "minimum_genes": None, "feature_type": None}  # fmt: skip
+_CONTEXT = {"batch_key": None, "spatial_key": "spatial", "cells_per_context": None}
+
+
+def options_of(
+    keys: Mapping[str, Any], *, adapt: Adapt = "none", require_coordinates: bool = False
+) -> tuple[dict[str, Any], Context]:
+    """Return the options for reading and for contexts, checked before any work is done.
+
+    Args:
+        keys: See :class:`EmbeddingKeys`.
+        adapt: See :func:`embed`.
+        require_coordinates: The coordinates must be present, even with the default key.
+
+    Returns:
+        Keyword arguments of :func:`cellplm_jax.data.anndata_io.open_counts`, and the context.
+
+    Raises:
+        InputError: A value has another type.
+        TypeError: A key is unknown.
+    """
+    read, own = ({**d, **{n: keys[n] for n in d if n in keys}} for d in (_READ, _CONTEXT))
+    for name in keys:
+        if name not in read and name not in own:
+            msg = f"an embedding has no keyword argument {name!r}"
+            raise TypeError(msg)
+    require_options(own)
+    return read, Context(**own, require_coordinates=require_coordinates, adapt=adapt)
 
 
 def read_and_embed(
@@ -339,12 +353,11 @@ def embed_source(
         InputError: ``cells_per_context`` is below 1, or counts or keys cannot be used.
     """
     if cells_per_context is not None and cells_per_context < 1:
-        msg = explain(
+        raise InputError(
             f"cells_per_context = {cells_per_context}",
             "at least 1, or None for whole samples",
             "Raise it",
         )
-        raise InputError(msg)
     tissue_samples = _tissue_samples(source, batch_key) if groups is None else groups
     coordinates = _coordinates(source, spatial_key)
     embedding = np.full((source.cells, model.config.latent_size), np.nan, np.float32)
@@ -541,21 +554,3 @@ def _chunks_of_context(
             turn = next(turns)
             yield part, turn, jax.device_put(batch, model.embeds_on[turn])
             begin = end
-
-
-def check_context(
-    batch_key: str | None, spatial_key: str | None, cells_per_context: int | None
-) -> None:
-    """Reject keys that are no names and a number of cells that is not whole, before any work is done.
-
-    Args:
-        batch_key: See :func:`embed`.
-        spatial_key: See :func:`embed`.
-        cells_per_context: See :func:`embed`.
-
-    Raises:
-        InputError: A value has another type.
-    """
-    require_options(
-        {"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": cells_per_context}
-    )

@@ -32,12 +32,8 @@ from scipy import sparse
 
 from cellplm_jax._version import __version__
 from cellplm_jax.data.anndata_io import in_vocabulary
-from cellplm_jax.data.corpus import (
-    LABEL_COLUMN,
-    Corpus,
-    anndata_settings,
-    open_corpus,
-)
+from cellplm_jax.data.corpus import LABEL_COLUMN, Corpus, open_corpus
+from cellplm_jax.data.corpus_writer import anndata_settings
 from cellplm_jax.data.genes import GeneMapping, map_genes
 from cellplm_jax.display import html_table, one_line
 from cellplm_jax.errors import InputError, explain

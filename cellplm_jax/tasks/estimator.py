@@ -6,9 +6,11 @@ An estimator of a task is a subclass of :class:`Estimator` that
 2. in ``fit`` reads the cells (:meth:`Estimator._read`), selects training and validation cells (:func:`split_cells`),
    defines its architecture (:meth:`Estimator._begin`), creates examples (:meth:`Estimator._examples`) and passes a pure
    loss and a validation function to :meth:`Estimator._finetune`,
-3. in ``predict`` embeds (:meth:`Estimator._embed`) and applies the head or decoder (:meth:`Estimator._head`,
-   :meth:`Estimator._decode`),
-4. in ``_state`` and ``_restore`` saves its other state as JSON and arrays.
+3. in ``_predict`` embeds (:meth:`Estimator._embed`), applies the head or decoder (:meth:`Estimator._head`,
+   :meth:`Estimator._decode`) and returns a :class:`Prediction`, which ``predict`` and ``predict_file`` write,
+4. lists in ``saved`` the attributes to save as JSON; ``_state`` and ``_restore`` are extended for arrays.
+
+``keys`` names the reading keys that it supports; its methods accept them as ``**keys`` (see ``tasks/reading.py``).
 """
 
 from __future__ import annotations
@@ -16,34 +18,29 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Unpack
 
 import jax
 import numpy as np
-from etils import epath
 
 from cellplm_jax._version import __version__
-from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.batch import Reconstruction
 from cellplm_jax.compilation_cache import keep_compiled
-from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, from_dict, to_dict
-from cellplm_jax.data.anndata_io import Values, open_counts
-from cellplm_jax.data.batches import bucket
+from cellplm_jax.config import FinetuneConfig, ModelConfig, from_dict
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import FittedGenes
 from cellplm_jax.display import Displayed
-from cellplm_jax.errors import CheckpointError, InputError, explain, nearest, shorten
-from cellplm_jax.manifest import Manifest
+from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import named_stage, write_line
-from cellplm_jax.storage import is_remote
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -56,25 +53,22 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.pretrained import (
-    Pretrained,
-    as_pretrained,
-    load_located,
-    publish,
-    resolve_source,
-    working_devices,
+from cellplm_jax.tasks.estimator_files import (
+    damaged,
+    fitted_names,
+    open_files,
+    restore,
+    write_estimator,
 )
-from cellplm_jax.train.checkpoint import (
-    ESTIMATOR_FILE,
-    TENSOR_FILES,
-    ModelFiles,
-    WeightFormat,
-    has_item,
-    restore_item,
-    save_model,
-)
+from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
+from cellplm_jax.tasks.heads import apply_head, decoded
+from cellplm_jax.tasks.prediction import Prediction
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, publish, working_devices
+from cellplm_jax.tasks.reading import KEYS, Reading, keyword_options, name_keys
+from cellplm_jax.tasks.recipe import Recipe
+from cellplm_jax.tasks.splits import parts_of
+from cellplm_jax.train.checkpoint import WeightFormat
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
-from cellplm_jax.untrusted import parse_json, require_options, require_regular
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -83,101 +77,6 @@ if TYPE_CHECKING:
     from cellplm_jax.interop.hub import HubCommit
 
 EstimatorType = TypeVar("EstimatorType", bound="Estimator")
-
-HEAD_CELLS = 4096
-"""Cells per application of a head; decoders, which return one number per gene, use an eighth of that."""
-
-DECODER_RECIPE = FinetuneConfig(
-    embedder_rate=1.0,
-    dispersion_rate=30.0,
-    weight_decay=1e-6,
-    embedder_weight_decay=1e-6,
-    masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.0),
-)
-"""Common settings of tasks with a count decoder: as published for imputation, except for the dispersions."""
-
-PARTS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid"}
-"""Known values of a split column; cells with other values are not used."""
-
-
-class Recipe(TypedDict, total=False):
-    """Named arguments of every estimator: the fields of :class:`cellplm_jax.config.FinetuneConfig`.
-
-    Editors complete from this class; ``help`` and notebooks from :attr:`Estimator.__signature__`, with the defaults of
-    the task.
-    """
-
-    epochs: int
-    patience: int
-    learning_rate: float
-    embedder_rate: float
-    dispersion_rate: float
-    layer_decay: float
-    weight_decay: float
-    embedder_weight_decay: float
-    warmup_epochs: int
-    plateau_factor: float
-    plateau_patience: int
-    clip_norm: float
-    average: float
-    freeze: Literal["none", "embedder", "encoder"]
-    adapter_rank: int
-    adapter_scale: float
-    validation_fraction: float
-    cells_per_step: int
-    cells_per_context: int
-    masking: MaskingConfig | dict[str, Any]
-    seed: int
-
-
-class Training(Recipe, total=False):
-    """The same, with the precision and the devices of a fit."""
-
-    precision: str | None
-    devices: Sequence[jax.Device] | None
-
-
-class _AsFitted(Enum):
-    AS_FITTED = "as in fit"
-
-
-AS_FITTED: Any = _AsFitted.AS_FITTED
-"""Default of the arguments of ``predict``: the value from ``fit``."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Options for reading an AnnData, stored by ``fit`` for ``predict``.
-
-    Attributes:
-        batch_key: Column of ``obs`` with the batch (tissue sample) of each cell: one context each; None: one batch.
-        spatial_key: Key of ``obsm`` with coordinates; the default one is used if present; None: none.
-        layer: Layer with the counts; None: search for them.
-        gene_key: Column of ``var`` with gene ids; None: the best match.
-        values: Kind of values in the matrix.
-        cells_per_context: Maximum number of cells per context at prediction time; None: no limit.
-        split_key: Column of ``obs`` with the values of a split, which do not share contexts; None: none.
-        feature_type: Type of the features to read; None: genes; "all": every feature.
-    """
-
-    batch_key: str | None = None
-    spatial_key: str | None = "spatial"
-    layer: str | None = None
-    gene_key: str | None = None
-    values: Values = "counts"
-    cells_per_context: int | None = None
-    split_key: str | None = None
-    feature_type: str | None = None
-
-    def __post_init__(self):
-        """Check the types of the options."""
-        require_options(dataclasses.asdict(self))
-
-    def changed(self, **changes: Any) -> Reading:
-        """Return a copy with the changes that are not :data:`AS_FITTED`."""
-        return dataclasses.replace(
-            self, **{name: value for name, value in changes.items() if value is not AS_FITTED}
-        )
 
 
 class Estimator(Displayed, abc.ABC):
@@ -209,6 +108,8 @@ class Estimator(Displayed, abc.ABC):
     """
 
     task: ClassVar[str]
+    keys: ClassVar[Sequence[str]] = KEYS
+    saved: ClassVar[Sequence[str]] = ()
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
     recipe_fields: ClassVar[Sequence[str]] = tuple(Recipe.__annotations__)
     __signature__: ClassVar[inspect.Signature]
@@ -229,6 +130,16 @@ class Estimator(Displayed, abc.ABC):
                 annotation=FinetuneConfig.__annotations__[name],
             )
         cls.__signature__ = inspect.Signature(list(named.values()))
+        # Those that are not defined by the task get its options and keys in their signatures.
+        written = set(vars(cls))
+        predict = cls.predict if "predict" in written else cls._predict
+        options = keyword_options(predict)
+        for name in ("predict", "predict_file") if "_predict" in written else ():
+            if name not in written:
+                setattr(cls, name, _copy(getattr(cls, name)))
+        for name, function in vars(cls).items():
+            if inspect.isfunction(function) and not name.startswith("_"):
+                name_keys(function, cls.keys, {} if name in written else options)
 
     def __init__(
         self,
@@ -285,20 +196,44 @@ class Estimator(Displayed, abc.ABC):
         """Fit to the cells of an AnnData, and return the estimator itself."""
 
     @abc.abstractmethod
-    def predict(self, adata: Any, **keys: Any) -> Any:
-        """Predict for the cells of an AnnData."""
-
-    @abc.abstractmethod
     def score(self, adata: Any, **keys: Any) -> dict[str, float]:
         """Predict and compare with the ground truth."""
 
-    @abc.abstractmethod
+    def _predict(self, data: Any, reading: Reading) -> Prediction:
+        """Predict for the cells of an AnnData or a file; keyword arguments are options of ``predict``."""
+        raise InputError(f"{type(self).__name__} does not predict for cells", "a task that does")
+
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the state of the task other than the model: plain values for JSON, and arrays."""
+        return {name.lstrip("_"): getattr(self, name) for name in self.saved}, {}
 
-    @abc.abstractmethod
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Restore the state returned by :meth:`_state`."""
+        for name in self.saved:
+            value, initial = state[name.lstrip("_")], getattr(self, name)
+            if isinstance(initial, list | dict) and not isinstance(value, type(initial)):
+                msg = f"'{name}' is a {type(value).__name__}"
+                raise TypeError(msg)
+            setattr(self, name, value)
+
+    # -- reading keys ---------------------------------------------------------------------------
+
+    def _reading(self, keys: Mapping[str, Any], **fixed: Any) -> Reading:
+        """Return the options of ``fit``: its reading keys, and those that the task sets."""
+        self._check_keys(keys)
+        return Reading(**{**keys, **fixed})
+
+    def _as_fitted(self, keys: Mapping[str, Any]) -> Reading:
+        """Return the options of a method other than ``fit``."""
+        self._check_keys(keys)
+        return self.reading.changed(**keys)
+
+    def _check_keys(self, keys: Collection[str]) -> None:
+        for name in keys:
+            if name not in self.keys:
+                kind = type(self).__name__
+                msg = f"a method of {kind} got an unexpected keyword argument {name!r}"
+                raise TypeError(msg)
 
     # -- fitting --------------------------------------------------------------------------------
 
@@ -307,14 +242,7 @@ class Estimator(Displayed, abc.ABC):
         self.reading, self.model, self.history, self.facts = reading, None, [], {}
         with named_stage(f"{self.task}: reading cells", quiet=self.quiet):
             table = read_cells(
-                data,
-                None if self.base is None else self.base.genes,
-                batch_key=reading.batch_key,
-                spatial_key=reading.spatial_key,
-                layer=reading.layer,
-                gene_key=reading.gene_key,
-                values=reading.values,
-                feature_type=reading.feature_type,
+                data, None if self.base is None else self.base.genes, **reading.cells
             )
         self.messages = table.report.messages()
         self._fit_genes = fitted_names(table)
@@ -462,6 +390,53 @@ class Estimator(Displayed, abc.ABC):
 
     # -- predicting -----------------------------------------------------------------------------
 
+    def predict(self, adata: AnnData | str | os.PathLike, **keys: Any) -> Any:
+        """Predict for cells, in place.
+
+        Args:
+            adata: The cells. Keys default to those of ``fit``.
+            **keys: Options of the task and for reading.
+
+        Returns:
+            ``adata`` itself; if it is a path, what was read from it.
+
+        Raises:
+            InputError: The estimator is not fitted, or the counts, genes, keys or options cannot be used.
+        """
+        data = as_anndata(adata)
+        prediction = self._predicted(data, keys)
+        for part, entries in prediction.entries.items():
+            for name, values in entries.items():
+                getattr(data, part)[name] = values
+        return data if prediction.result is None else prediction.result
+
+    def predict_file(self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any) -> Any:
+        """Predict the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
+
+        Args:
+            path: Input; never changed.
+            out: Output: the input plus the results of :meth:`predict`, written atomically.
+            **keys: As for :meth:`predict`.
+
+        Returns:
+            Messages about the input, one per line; for a task whose ``predict`` returns a table, the table and these.
+
+        Raises:
+            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
+        """
+        path, out = Path(path).expanduser(), Path(out).expanduser()
+        check_copy(path, out)
+        prediction = self._predicted(path, keys)
+        write_copy(path, out, **prediction.entries)
+        messages = prediction.messages
+        return messages if prediction.result is None else (prediction.result, messages)
+
+    def _predicted(self, data: Any, keys: Mapping[str, Any]) -> Prediction:
+        """Predict with reading keys and options of the task."""
+        read = {name: value for name, value in keys.items() if name in self.keys}
+        options = {name: value for name, value in keys.items() if name not in self.keys}
+        return self._predict(data, self._as_fitted(read), **options)
+
     @property
     def id(self) -> str:
         """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
@@ -503,13 +478,7 @@ class Estimator(Displayed, abc.ABC):
             z float32 [cells, latent]; facts about the input and its contexts; messages about the input.
         """
         model = self._fitted() if model is None else model
-        read: dict[str, Any] = {
-            "layer": reading.layer,
-            "gene_key": reading.gene_key,
-            "values": reading.values,
-            "feature_type": reading.feature_type,
-        }
-        with open_counts(data, model.genes, **read) as source:
+        with open_counts(data, model.genes, **reading.counts) as source:
             reading, remarks = self.with_batches(reading, source.obs.columns)
             key = reading.split_key
             if part is None and key is not None and key in source.obs.columns:
@@ -523,7 +492,7 @@ class Estimator(Displayed, abc.ABC):
                 title=f"{self.task}: predicting",
                 quiet=self.quiet,
             )
-            facts = {
+            facts: dict[str, Any] = {
                 "context": {
                     "batch_key": reading.batch_key or "",
                     "cells_per_context": reading.cells_per_context or 0,
@@ -532,6 +501,8 @@ class Estimator(Displayed, abc.ABC):
                 "input": source.report.as_dict(),
                 "estimator": self.id,
             }
+            if self.model is not None:
+                facts |= {"model": self.model.id, "version": __version__}
             return z, facts, [*source.report.messages(), *remarks]
 
     def with_batches(self, reading: Reading, columns: Collection[str]) -> tuple[Reading, list[str]]:
@@ -556,15 +527,7 @@ class Estimator(Displayed, abc.ABC):
         Returns:
             float32 [cells, outputs].
         """
-        model = self._fitted()
-        parts = []
-        for piece in _pieces(len(z), HEAD_CELLS):
-            rows = bucket(piece.stop - piece.start)
-            mask = np.arange(rows)[None] < piece.stop - piece.start
-            given = None if condition is None else _padded(condition[piece], rows)
-            out = model.predict(model.output_params, _padded(z[piece], rows), mask, given)
-            parts.append(np.asarray(out)[0, : piece.stop - piece.start])
-        return np.concatenate(parts) if parts else np.zeros((0, model.config.head.outputs))
+        return apply_head(self._fitted(), z, condition)
 
     def _decode(
         self, z: np.ndarray, *, batch: np.ndarray | None = None
@@ -575,34 +538,13 @@ class Estimator(Displayed, abc.ABC):
             z: float32 [cells, latent].
             batch: str [cells], names of batches; new ones and None use the mean of all rows.
 
-        Yields:
-            The cells, and their reconstruction: unscaled means [cells, genes].
+        Returns:
+            An iterator over the cells, and their reconstruction: unscaled means [cells, genes].
         """
-        model = self._fitted()
         rows_of = np.full(len(z), -1, np.int32)
         if batch is not None:
             rows_of = np.array([self.batch_rows.get(name, -1) for name in batch], np.int32)
-        for piece in _pieces(len(z), HEAD_CELLS // 8):
-            count = piece.stop - piece.start
-            rows = bucket(count)
-            index = np.full((1, rows), -1, np.int32)
-            index[0, :count] = rows_of[piece]
-            given = CellBatch(
-                indptr=np.zeros((1, rows + 1), np.int32),  # type: ignore[arg-type]
-                gene=np.zeros((1, 1), np.int32),  # type: ignore[arg-type]
-                count=np.zeros((1, 1), np.float32),  # type: ignore[arg-type]
-                cell_mask=np.arange(rows)[None] < count,  # type: ignore[arg-type]
-                batch=index,  # type: ignore[arg-type]
-            )
-            out = model.decode(model.output_params, _padded(z[piece], rows), given)
-            yield (
-                piece,
-                Reconstruction(
-                    mean=np.asarray(out.mean)[0, :count],  # type: ignore[arg-type]
-                    dispersion=out.dispersion,
-                    zero_logits=None if out.zero_logits is None else out.zero_logits[0, :count],
-                ),
-            )
+        return decoded(self._fitted(), z, rows_of)
 
     # -- history, saving, loading ---------------------------------------------------------------
 
@@ -641,33 +583,7 @@ class Estimator(Displayed, abc.ABC):
             InputError: The estimator is not fitted.
             CheckpointError: The directory is not empty, or the format is unknown.
         """
-        model = self._fitted()
-        state, arrays = self._state()
-        content = {
-            "format": 1,
-            "class": type(self).__name__,
-            "version": __version__,
-            "training": to_dict(self.training),
-            "genes": self.genes,
-            "precision": self.precision,
-            "reading": dataclasses.asdict(self.reading),
-            "names": _names_json(model.genes),
-            "batch_rows": self.batch_rows,
-            "facts": self.facts,
-            "messages": self.messages,
-            "state": state,
-            "history": self.history,
-        }
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        save_model(
-            directory,
-            ModelFiles(model.config, model.genes, model.card),
-            model.params,
-            estimator=arrays,
-            texts={ESTIMATOR_FILE: text},
-            step=model.step,
-            format=format,
-        )
+        write_estimator(self, self._fitted(), directory, format)
 
     def push_to_hub(
         self,
@@ -736,194 +652,18 @@ class Estimator(Displayed, abc.ABC):
         Raises:
             CheckpointError: The directory does not contain a fitted estimator, is damaged, or belongs to another class.
         """
-        where, name = resolve_source(
-            directory, extra_files=(ESTIMATOR_FILE, TENSOR_FILES["estimator"])
-        )
-        content = read_estimator(where, name)
-        if content["class"] != cls.__name__:
-            raise CheckpointError(
-                f"'{directory}' contains a fitted {content['class']}",
-                f"a {cls.__name__}",
-                f"Open it with cellplm_jax.{content['class']}.load",
-            )
-        fitted: str = precision or content.get("precision", "float32")
-        model = load_located(where, name, precision=fitted, devices=devices)
-        arrays = {}
-        if has_item(where, "estimator"):
-            arrays = restore_item(where, item="estimator", step=model.step)[0]
+        content, model, arrays = open_files(cls, directory, precision=precision, devices=devices)
         try:
             estimator = cls(
-                None, genes=content["genes"], quiet=quiet, precision=fitted, devices=devices,
+                None, genes=content["genes"], quiet=quiet, precision=model.precision, devices=devices,
                 **content["training"],
             )  # fmt: skip
-            if "names" in content:
-                named = content["names"]
-                model.genes = FittedGenes(
-                    model.genes, named["others"], named["matrix"], named["gene_key"]
-                )
-            estimator.model = model
-            estimator.reading = Reading(**content["reading"])
-            estimator.batch_rows = dict(content["batch_rows"])
-            estimator.history, estimator.facts = list(content["history"]), dict(content["facts"])
-            estimator.messages = list(content["messages"])
-            estimator._restore(content["state"], arrays)
-            _check_labels(getattr(estimator, "labels", None), model.config, arrays)
+            restore(estimator, content, model, arrays)
         except CheckpointError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            raise CheckpointError(damaged(directory, error)) from error
         return estimator
-
-
-def fitted_names(table: CellTable) -> FittedGenes:
-    """Return the vocabulary of a fit with the decisions made about its file.
-
-    Args:
-        table: The cells of the fit, over its complete vocabulary.
-    """
-    return FittedGenes(table.genes, [], table.report.matrix, table.report.gene_key)
-
-
-def _names_json(genes: list[str]) -> dict[str, Any]:
-    """Return the decisions about gene names as plain values."""
-    if not isinstance(genes, FittedGenes):
-        return {"others": [], "matrix": "", "gene_key": ""}
-    return {"others": genes.others, "matrix": genes.matrix, "gene_key": genes.gene_key}
-
-
-def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dict[str, Any]:
-    """Return the contents of ``estimator.json`` in a directory.
-
-    Args:
-        directory: Directory of a saved estimator.
-        name: Name for messages; None: the directory.
-
-    Raises:
-        CheckpointError: The file does not exist or cannot be read.
-    """
-    path = epath.Path(directory) / ESTIMATOR_FILE
-    name = name or os.fspath(directory)
-    if not path.is_file():
-        what = "does not exist" if not path.parent.is_dir() else f"has no {ESTIMATOR_FILE}"
-        raise CheckpointError(
-            f"'{name}' {what}",
-            "the directory of a fitted estimator",
-            "Fit one and save it first; a plain model is opened with cellplm_jax.load",
-        )
-    try:
-        if not is_remote(path):
-            require_regular(path.parent, raises=CheckpointError)
-        content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
-        content["class"].strip()
-        if content["format"] != 1:
-            msg = f"format {shorten(str(content['format']))}, this version reads format 1"
-            raise ValueError(msg)
-        for field in ("training", "reading", "batch_rows", "facts", "state"):
-            if not isinstance(content[field], dict):
-                msg = f"'{field}' is a {type(content[field]).__name__}"
-                raise TypeError(msg)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(_damaged(name, error)) from error
-    return content
-
-
-def _damaged(directory: str | os.PathLike, error: Exception) -> str:
-    return explain(
-        f"{ESTIMATOR_FILE} of '{directory}' cannot be read ({type(error).__name__}: {error})",
-        "the file as this package wrote it",
-        "Copy the directory again, or use the version of cellplm-jax that wrote it",
-    )
-
-
-def parts_of(values: np.ndarray) -> np.ndarray:
-    """Return the values of a split column: ``"train"``, ``"valid"``, or the value itself, in lower case."""
-    lower = [str(value).strip().lower() for value in values]
-    return np.array([PARTS.get(value, value) for value in lower], object)
-
-
-def split_cells(
-    table: CellTable,
-    split_key: str | None,
-    *,
-    usable: np.ndarray,
-    strata: np.ndarray,
-    fraction: float,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Select the training and the validation cells.
-
-    Args:
-        table: The cells.
-        split_key: Column of ``obs`` with ``"train"`` and ``"valid"`` (other values: unused cells); None: a random
-            fraction of the usable cells is used for validation. If the column has no validation cells, a
-            fraction of its training cells is used.
-        usable: bool [cells], cells for training or validation (those with a label).
-        strata: [cells], strata of the random fraction; strata with fewer than four cells are not sampled.
-        fraction: Fraction of each stratum.
-        seed: Seed of the random fraction.
-
-    Returns:
-        int arrays: training cells, validation cells.
-
-    Raises:
-        InputError: The column does not exist, or has no usable training cell.
-    """
-    if split_key is None:
-        train = np.flatnonzero(usable)
-        valid = np.zeros(0, int)
-    else:
-        if split_key not in table.obs.columns:
-            raise InputError(
-                f"obs has no column '{split_key}'",
-                f"one of its columns: {', '.join(map(repr, table.obs.columns))}",
-                nearest(
-                    split_key,
-                    table.obs.columns,
-                    "Use the column with 'train' and 'valid', or omit split_key",
-                ),
-            )
-        parts = parts_of(np.asarray(table.obs[split_key].astype(object)))
-        train = np.flatnonzero(usable & (parts == "train"))
-        valid = np.flatnonzero(usable & (parts == "valid"))
-        if not len(train):
-            values = ", ".join(map(repr, list(dict.fromkeys(parts))[:6]))
-            raise InputError(
-                f"obs['{split_key}'] marks no usable training cell (its values: {values})",
-                "'train' for the cells to fit on, 'valid' for those to validate with",
-                "Correct the column, or omit split_key",
-            )
-    if len(valid) or fraction == 0:
-        return train, valid
-    generator = np.random.default_rng(seed)
-    held = []
-    for stratum in dict.fromkeys(strata[train]):
-        cells = train[strata[train] == stratum]
-        number = max(1, round(fraction * len(cells))) if len(cells) >= 4 else 0
-        held.append(generator.permutation(cells)[:number])
-    valid = np.sort(np.concatenate(held)) if held else valid
-    return np.setdiff1d(train, valid), valid
-
-
-def _check_labels(labels: Any, config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raise a ValueError if restored labels are not one per output."""
-    if labels is None or not len(labels):
-        return
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
-        msg = "its labels are not different texts"
-        raise ValueError(msg)
-    wanted = (
-        config.head.outputs if config.head.kind in ("annotation", "sample_classification") else None
-    )
-    if "bias" in arrays and "kernel" in arrays:
-        wanted = int(arrays["bias"].shape[-1])
-    codes = arrays.get("label")
-    if wanted not in (None, len(labels)) or (
-        codes is not None and codes.size and codes.max() >= len(labels)
-    ):
-        msg = f"it has {len(labels)} labels, and its weights have others"
-        raise ValueError(msg)
 
 
 def _where(
@@ -939,17 +679,15 @@ def _where(
     return checked.precision, checked.devices
 
 
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of the same behaviour, with its own signature and docstring."""
+
+    @functools.wraps(function)
+    def copy(*args: Any, **named: Any) -> Any:
+        return function(*args, **named)
+
+    return copy
+
+
 def _fields(config: Any) -> dict[str, Any]:
     return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
-
-
-def _pieces(cells: int, size: int) -> Iterator[slice]:
-    for start in range(0, cells, size):
-        yield slice(start, min(start + size, cells))
-
-
-def _padded(values: np.ndarray, rows: int) -> np.ndarray:
-    """Return [1, rows, ...], padded with zeros."""
-    padded = np.zeros((1, rows, *values.shape[1:]), np.float32)
-    padded[0, : len(values)] = values
-    return padded

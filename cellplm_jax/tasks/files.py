@@ -20,7 +20,7 @@ from cellplm_jax.data.anndata_files import (
     unreadable,
 )
 from cellplm_jax.data.anndata_io import nullable_strings
-from cellplm_jax.errors import InputError, explain
+from cellplm_jax.errors import InputError
 from cellplm_jax.storage import atomic_write, check_replaceable, reserve
 from cellplm_jax.untrusted import READ_ERRORS, require_options
 
@@ -132,12 +132,11 @@ def check_key(key_added: str) -> None:
     """
     require_options({"key_added": key_added})
     if not key_added or "/" in key_added or "\0" in key_added:
-        msg = explain(
+        raise InputError(
             f"key_added = {key_added!r}",
             "a name without '/', which files would take for a folder",
             "Pass another key_added (--key-added)",
         )
-        raise InputError(msg)
 
 
 def check_output(out: Path) -> None:
@@ -157,20 +156,18 @@ def check_output(out: Path) -> None:
         )
     parent = out.parent
     if not parent.is_dir():
-        msg = explain(
+        raise InputError(
             f"the directory '{parent}' of the output does not exist",
             "an existing directory",
             f"Create it: mkdir -p {parent}",
         )
-        raise InputError(msg)
     check_replaceable(out)
     if out.is_dir() or not os.access(parent, os.W_OK):
-        msg = explain(
+        raise InputError(
             f"'{out}' cannot be written",
             "a file name in a writable directory",
             "Name another output",
         )
-        raise InputError(msg)
 
 
 def check_copy(path: Path, out: Path) -> None:
@@ -197,12 +194,11 @@ def check_copy(path: Path, out: Path) -> None:
     elif path.exists():
         check_copy_source(path)
     if out.exists() and path.exists() and out.samefile(path):
-        msg = explain(
+        raise InputError(
             f"input and output are both '{path}'",
             "two different files",
             "Name another output",
         )
-        raise InputError(msg)
 
 
 def write_copy(

@@ -5,34 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from cellplm_jax._version import __version__
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
-from cellplm_jax.tasks.contexts import read_cells
-from cellplm_jax.tasks.denoise import (
-    expected_counts,
-)
-from cellplm_jax.tasks.estimator import AS_FITTED, Reading
+from cellplm_jax.tasks.contexts import read_cells, require_same_cells
+from cellplm_jax.tasks.denoise import expected_counts
 from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.impute_fit import DECODED_AS, ImputerFit
 from cellplm_jax.tasks.impute_genes import find_genes
-from cellplm_jax.tasks.impute_intervals import (
-    FEWEST,
-    LEVELS,
-    Intervals,
-)
+from cellplm_jax.tasks.impute_intervals import FEWEST, LEVELS, Intervals
 from cellplm_jax.tasks.impute_measured import BesideMeasured, beside_measured
-from cellplm_jax.tasks.impute_network import (
-    panel_model,
-)
+from cellplm_jax.tasks.impute_network import panel_model
 from cellplm_jax.tasks.impute_ridge import (
     COUNTS,
     LOG,
@@ -43,6 +33,7 @@ from cellplm_jax.tasks.impute_ridge import (
     method_scores,
     pooled,
 )
+from cellplm_jax.tasks.reading import Reading, ReadingKeys
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -113,12 +104,7 @@ class GeneImputer(ImputerFit):
         genes: Sequence[str] | None = None,
         log_normalized: bool = False,
         layer_added: str | None = None,
-        batch_key: str | None = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> pd.DataFrame:
         """Predict the genes missing from the panel.
 
@@ -133,12 +119,7 @@ class GeneImputer(ImputerFit):
             log_normalized: Return values on the scale of log1p of the counts, scaled so that the panel genes of each
                 cell sum to 10,000, instead of counts.
             layer_added: Name of an additional layer to write.
-            batch_key: See :meth:`fit`.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            cells_per_context: See :meth:`fit`.
+            **keys: As in :meth:`fit`.
 
         Returns:
             float32 [cells, genes], rows named as the cells: expected counts, on the scale of the cell's own counts.
@@ -147,10 +128,7 @@ class GeneImputer(ImputerFit):
             InputError: The estimator is not fitted, requested genes are not imputed, or the counts, genes
                 or keys cannot be used.
         """
-        reading = self.reading.changed(
-            batch_key=batch_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
-            cells_per_context=cells_per_context,
-        )  # fmt: skip
+        reading = self._as_fitted(keys)
         places = self._places(genes)
         column = None
         if layer_added is not None:
@@ -171,7 +149,7 @@ class GeneImputer(ImputerFit):
         coverage: float = 0.9,
         genes: Sequence[str] | None = None,
         log_normalized: bool = False,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Predict intervals that contain the measured value of a gene in a cell with a given probability.
 
@@ -195,7 +173,7 @@ class GeneImputer(ImputerFit):
         """
         places = self._places(genes)
         self._require_intervals(coverage)
-        frame, total, _, _ = self._imputed(adata, self.reading.changed(**keys), places, True)
+        frame, total, _, _ = self._imputed(adata, self._as_fitted(keys), places, True)
         return self._ends(frame, total, coverage, places, log_normalized)
 
     def _require_intervals(self, coverage: float) -> Intervals:
@@ -237,7 +215,7 @@ class GeneImputer(ImputerFit):
         log_normalized: bool = False,
         key_added: str = IMPUTED,
         coverage: float | None = None,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> list[str]:
         """Predict the cells of an ``.h5ad`` file and write a copy with the results.
 
@@ -262,7 +240,7 @@ class GeneImputer(ImputerFit):
         """
         path, out = Path(path).expanduser(), Path(out).expanduser()
         check_copy(path, out)
-        reading, places = self.reading.changed(**keys), self._places(genes)
+        reading, places = self._as_fitted(keys), self._places(genes)
         if coverage is not None:
             self._require_intervals(coverage)
         frame, total, facts, messages = self._imputed(path, reading, places, log_normalized)
@@ -282,7 +260,7 @@ class GeneImputer(ImputerFit):
         adata: AnnData | str | os.PathLike,
         *,
         truth: AnnData | str | os.PathLike | None = None,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Predict, and compare with measured values of imputed genes; ``adata`` is not modified.
 
@@ -319,7 +297,7 @@ class GeneImputer(ImputerFit):
         adata: AnnData | str | os.PathLike,
         *,
         truth: AnnData | str | os.PathLike | None = None,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> pd.DataFrame:
         """Score each gene separately; see :meth:`score`.
 
@@ -349,7 +327,7 @@ class GeneImputer(ImputerFit):
         *,
         log_normalized: bool = False,
         pairs: int = 3,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> BesideMeasured:
         """Compare a prediction with measured genes of the same cells, for visualisation; runs no new prediction.
 
@@ -372,13 +350,11 @@ class GeneImputer(ImputerFit):
             InputError: The cells cannot be read, or do not match the prediction.
         """
         model = self._fitted()
-        reading = self.reading.changed(**keys)
+        reading = self._as_fitted(keys)
         table = read_cells(
             adata,
             model.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
+            **reading.counts,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -393,17 +369,15 @@ class GeneImputer(ImputerFit):
         )
 
     def _compared(
-        self, adata: Any, truth: Any, keys: dict[str, Any]
+        self, adata: Any, truth: Any, keys: ReadingKeys
     ) -> tuple[np.ndarray, pd.DataFrame, dict[str, np.ndarray]]:
         """Return log-normalised truth [cells, genes], prediction and its parts, over the measured genes of truth."""
         model = self._fitted()
-        reading = self.reading.changed(**keys)
+        reading = self._as_fitted(keys)
         known = read_cells(
             adata if truth is None else truth,
             model.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
+            **reading.counts,
             spatial_key=None,
             minimum_genes=0,
         )
@@ -416,12 +390,7 @@ class GeneImputer(ImputerFit):
             )
         parts: dict[str, np.ndarray] = {}
         frame, total, _, _ = self._imputed(adata, reading, places, True, parts)
-        if list(known.obs.index.astype(str)) != list(frame.index):
-            raise InputError(
-                f"truth has {len(known)} cells and adata {len(frame)}, or other names",
-                "the same cells in the same order",
-                "Select them the same way first",
-            )
+        require_same_cells(known, list(frame.index))
         counts = known.counts[:, self._columns[places]]
         return log_normalize(sparse.csr_matrix(counts), total=total).toarray(), frame, parts
 
@@ -466,13 +435,7 @@ class GeneImputer(ImputerFit):
         scale = LOG if log_normalized else COUNTS
         ridge = self._ridges.get(scale)
         values, total = np.zeros((len(z), len(places)), np.float32), np.zeros(len(z))
-        with open_counts(
-            data,
-            self._seen.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
-        ) as source:
+        with open_counts(data, self._seen.genes, **reading.counts) as source:
             measured = np.asarray(source.measured)
             names = list(source.obs_names)
             start = 0
@@ -509,8 +472,6 @@ class GeneImputer(ImputerFit):
             values, index=pd.Index(names, dtype=object), columns=pd.Index(columns, dtype=object)
         )
         facts = {
-            "model": model.id,
-            "version": __version__,
             "log_normalized": log_normalized,
             "genes": columns,
             "gene_ids": [model.genes[self._columns[place]] for place in places],
@@ -539,8 +500,7 @@ class GeneImputer(ImputerFit):
         if not layer_added or "/" in layer_added:
             raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
         key = reading.gene_key or "var_names"
-        with open_counts(adata, self._fitted().genes, layer=reading.layer, minimum_genes=0,
-                         gene_key=reading.gene_key, feature_type=reading.feature_type) as source:  # fmt: skip
+        with open_counts(adata, self._fitted().genes, minimum_genes=0, **reading.counts) as source:
             column = source.report.genes.column
             key = source.report.gene_key
         where = {int(self._columns[place]): number for number, place in enumerate(places)}
@@ -556,12 +516,7 @@ class GeneImputer(ImputerFit):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state = {
-            "panel": self.panel,
-            "imputed": self.imputed,
-            "linear": self.linear,
-            "pool": self.pool,
-        }
+        state, _ = super()._state()
         arrays = {
             "columns": self._columns,
             "confidence": self.confidence.to_numpy(np.float64),
@@ -573,11 +528,10 @@ class GeneImputer(ImputerFit):
         return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.panel, self.imputed = list(state["panel"]), list(state["imputed"])
+        super()._restore(state, arrays)
         self._columns = np.asarray(arrays["columns"], int)
         index = pd.Index(self.imputed, dtype=object)
         self.confidence = pd.Series(np.asarray(arrays["confidence"], float), index=index)
-        self.linear, self.pool = state["linear"], dict(state["pool"])
         self._ridges = {
             scale: Ridge.of(
                 {k.split("/")[1]: v for k, v in arrays.items() if k.startswith(f"{scale}/")}

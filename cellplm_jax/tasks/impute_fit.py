@@ -16,26 +16,11 @@ from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.tasks.contexts import CellTable, Layout, own_vocabulary, read_cells, variable_genes
-from cellplm_jax.tasks.denoise import (
-    require_counts_decoder,
-    require_training_cells,
-)
-from cellplm_jax.tasks.estimator import (
-    DECODER_RECIPE,
-    Estimator,
-    Reading,
-    Training,
-    fitted_names,
-    split_cells,
-)
+from cellplm_jax.tasks.denoise import require_counts_decoder, require_training_cells
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.estimator_files import fitted_names
 from cellplm_jax.tasks.impute_genes import own_names, requested_genes, split_by_panel
-from cellplm_jax.tasks.impute_intervals import (
-    FEWEST,
-    LEVELS,
-    Intervals,
-    error_quantiles,
-    widening,
-)
+from cellplm_jax.tasks.impute_intervals import FEWEST, LEVELS, Intervals, error_quantiles, widening
 from cellplm_jax.tasks.impute_network import (
     decoded_means,
     imputation_loss,
@@ -58,6 +43,9 @@ from cellplm_jax.tasks.impute_ridge import (
     pooled,
 )
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import COUNT_KEYS, ReadingKeys
+from cellplm_jax.tasks.recipe import DECODER_RECIPE, Training
+from cellplm_jax.tasks.splits import split_cells
 from cellplm_jax.train.finetune import LOSS
 
 if TYPE_CHECKING:
@@ -83,6 +71,8 @@ class ImputerFit(Estimator):
     """The fitting part of :class:`cellplm_jax.GeneImputer`."""
 
     task: ClassVar[str] = "imputation"
+    keys: ClassVar[Sequence[str]] = COUNT_KEYS
+    saved: ClassVar[Sequence[str]] = ("panel", "imputed", "linear", "pool")
     recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
         DECODER_RECIPE,
         epochs=100,
@@ -124,15 +114,10 @@ class ImputerFit(Estimator):
         *,
         reference: AnnData | str | os.PathLike | None = None,
         genes: Sequence[str] | None = None,
-        batch_key: str | None = None,
         reference_batch_key: str | None = None,
-        spatial_key: str | None = "spatial",
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
         reference_layer: str | None = None,
         reference_gene_key: str | None = None,
-        cells_per_context: int | None = None,
+        **keys: Unpack[ReadingKeys],
     ) -> Self:
         """Fit to a panel and a reference.
 
@@ -142,15 +127,10 @@ class ImputerFit(Estimator):
                 ``adata`` (see ``batch_key``) with more genes are the reference; a gene without any count in a
                 batch is treated as unmeasured in it.
             genes: Names of the genes to impute; None: all genes of the reference outside the panel.
-            batch_key: Column of ``obs`` with the batch (tissue section) of each cell; cells attend within it.
-            reference_batch_key: The same for the reference; None: one batch.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present, also in the reference.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
+            reference_batch_key: As ``batch_key``, for the reference; None: one batch.
             reference_layer: As ``layer``, for the reference.
             reference_gene_key: As ``gene_key``, for the reference.
-            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`; ``spatial_key`` is used for the reference too.
 
         Returns:
             The estimator itself.
@@ -162,16 +142,7 @@ class ImputerFit(Estimator):
         """
         if self.base is not None:
             require_counts_decoder(self.base)
-        self.reading = Reading(
-            batch_key,
-            spatial_key,
-            layer,
-            gene_key,
-            "counts",
-            cells_per_context,
-            None,
-            feature_type,
-        )
+        self.reading = self._reading(keys)
         self.model, self.history, self.facts, self._seen = None, [], {}, None
         target, source, names = self._tables(
             adata, reference, reference_batch_key, reference_layer, reference_gene_key
@@ -254,11 +225,6 @@ class ImputerFit(Estimator):
     ) -> tuple[CellTable, CellTable, list[str]]:
         """Read the target cells and the reference, in the columns of one vocabulary, and its names in the reference."""
         reading = self.reading
-        read: dict[str, Any] = {
-            "layer": reading.layer,
-            "gene_key": reading.gene_key,
-            "feature_type": reading.feature_type,
-        }
         other: dict[str, Any] = {"layer": reference_layer, "gene_key": reference_gene_key}
         if self.base is not None:
             vocabulary = self.base.genes
@@ -269,14 +235,7 @@ class ImputerFit(Estimator):
             if reference is not None:
                 more = own_vocabulary(reference, reference_layer, reference_gene_key, "counts")
                 vocabulary = list(dict.fromkeys([*vocabulary, *more]))
-        target = read_cells(
-            adata,
-            vocabulary,
-            batch_key=reading.batch_key,
-            spatial_key=reading.spatial_key,
-            minimum_genes=1,
-            **read,
-        )
+        target = read_cells(adata, vocabulary, minimum_genes=1, **reading.cells)
         self.messages = target.report.messages()
         self._fit_genes = fitted_names(target)
         if reference is not None:
@@ -294,7 +253,7 @@ class ImputerFit(Estimator):
             return target, source, own_names(reference, vocabulary, other)
         target, source, message = split_by_panel(target)
         self.messages.append(message)
-        return target, source, own_names(adata, vocabulary, read)
+        return target, source, own_names(adata, vocabulary, reading.counts)
 
     def _wanted(
         self,

@@ -16,7 +16,7 @@ from cellplm_jax.display import shown
 from cellplm_jax.errors import InputError
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.storage import is_remote
-from cellplm_jax.tasks.estimator import read_estimator
+from cellplm_jax.tasks.estimator_files import read_estimator
 from cellplm_jax.tasks.pretrained import load_located, resolve_source
 from cellplm_jax.train.checkpoint import ESTIMATOR_FILE
 from cellplm_jax.train.metrics import read_metrics

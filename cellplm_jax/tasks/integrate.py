@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 
-from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, ModelConfig, ObjectiveConfig
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import ConfigError, InputError, require
+from cellplm_jax.errors import ConfigError, InputError, require, require_choice
 from cellplm_jax.evaluate.denoising import gene_means
 from cellplm_jax.evaluate.embedding import integration_scores
 from cellplm_jax.losses.objectives import batch_mixing_loss, latent_loss, reconstruction_loss
@@ -22,9 +21,12 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.alignment import Alignment, fit_alignment, numbers_of
 from cellplm_jax.tasks.contexts import ONE_BATCH, CellTable, Layout, labels_of, make_examples
 from cellplm_jax.tasks.denoise import require_counts_decoder
-from cellplm_jax.tasks.estimator import AS_FITTED, DECODER_RECIPE, Estimator, Reading, Training
-from cellplm_jax.tasks.files import as_anndata, check_copy, check_key, write_copy
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.files import check_key
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import CountKeys, Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import DECODER_RECIPE, Training
 from cellplm_jax.train.finetune import Loss, corrupted_forward
 
 if TYPE_CHECKING:
@@ -81,6 +83,14 @@ class BatchIntegrator(Estimator):
     """
 
     task: ClassVar[str] = "integration"
+    keys: ClassVar[Sequence[str]] = (
+        "batch_key",
+        "layer",
+        "gene_key",
+        "feature_type",
+        "cells_per_context",
+    )
+    saved: ClassVar[Sequence[str]] = ("strength", "method")
     recipe: ClassVar[FinetuneConfig] = dataclasses.replace(
         DECODER_RECIPE,
         epochs=40,
@@ -115,10 +125,7 @@ class BatchIntegrator(Estimator):
                 "0, because all cells of a context are compared",
                 "Lower it",
             )
-        if method not in ("default", "align", "finetune"):
-            raise InputError(
-                f"method={method!r}", "'default', 'align' or 'finetune'", "Use one of them"
-            )
+        require_choice("method", method, ("default", "align", "finetune"))
         seeded = dataclasses.replace(self.recipe, seed=self.training.seed)
         plain = self.base is not None and self.training == seeded and self.genes is None
         if method == "align" and not plain:
@@ -139,20 +146,14 @@ class BatchIntegrator(Estimator):
         adata: AnnData | str | os.PathLike,
         *,
         batch_key: str,
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
-        cells_per_context: int | None = None,
+        **keys: Unpack[CountKeys],
     ) -> BatchIntegrator:
         """Fit to the cells of several batches.
 
         Args:
             adata: Raw counts. Coordinates are not used, because those of different samples are not comparable.
             batch_key: Column of ``obs`` with the batch of each cell; at least two.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
-            cells_per_context: Maximum number of cells per context at prediction time; training uses the recipe's limit.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`.
 
         Returns:
             The estimator itself.
@@ -160,9 +161,7 @@ class BatchIntegrator(Estimator):
         Raises:
             InputError: There is only one batch, or keys, counts or genes cannot be used.
         """
-        reading = Reading(
-            batch_key, None, layer, gene_key, "counts", cells_per_context, None, feature_type
-        )
+        reading = self._reading(keys, batch_key=batch_key, spatial_key=None)
         if self.method == "align" and self.base is not None:
             return self._align(adata, reading, self.base)
         if self.base is not None:
@@ -206,14 +205,14 @@ class BatchIntegrator(Estimator):
     def _align(self, data: Any, reading: Reading, base: Pretrained) -> BatchIntegrator:
         """Fit without training: keep the clusters of the aligned batches."""
         self.reading, self.history, self.facts, self.batch_rows = reading, [], {}, {}
-        with self._opened(data, base, reading) as source:
+        with open_counts(data, base.genes, **reading.counts) as source:
             batches = source.column(str(reading.batch_key))
             counted = source.cells
         _check_batches(list(dict.fromkeys(batches)), str(reading.batch_key))
         z, _, self.messages = self._embed(data, reading, model=base)
         report = ProgressReport(self.task, 1, quiet=self.quiet)
         start = time.monotonic()
-        with self._opened(data, base, reading) as source:
+        with open_counts(data, base.genes, **reading.counts) as source:
             self._alignment = fit_alignment(
                 z, source, numbers_of(batches), strength=self.strength, on_progress=report.say
             )
@@ -232,15 +231,6 @@ class BatchIntegrator(Estimator):
         }
         self._log_messages()
         return self
-
-    def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
-        return open_counts(
-            data,
-            model.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
-        )
 
     def _deal(
         self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
@@ -266,11 +256,7 @@ class BatchIntegrator(Estimator):
         adata: AnnData | str | os.PathLike,
         *,
         key_added: str = KEY,
-        batch_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> AnnData:
         """Embed cells, in place; cells of new batches can be embedded.
 
@@ -284,11 +270,7 @@ class BatchIntegrator(Estimator):
         Args:
             adata: The cells; their contexts contain all of them.
             key_added: Key of ``obsm``.
-            batch_key: Column of ``obs`` with the batch, for ``"align"``; the same as in ``fit`` by default.
-            layer: See :meth:`fit`; the same by default.
-            gene_key: See :meth:`fit`; the same by default.
-            feature_type: See :meth:`fit`; the same by default.
-            cells_per_context: See :meth:`fit`; the same by default.
+            **keys: As in :meth:`fit`.
 
         Returns:
             ``adata`` itself.
@@ -296,52 +278,15 @@ class BatchIntegrator(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        check_key(key_added)
-        data = as_anndata(adata)
-        keys = {
-            "batch_key": batch_key,
-            "layer": layer,
-            "gene_key": gene_key,
-            "feature_type": feature_type,
-            "cells_per_context": cells_per_context,
-        }
-        z, facts, _ = self._integrate(data, self.reading.changed(**keys), key_added)
-        data.obsm[key_added] = z
-        data.uns[FACTS] = facts
-        return data
-
-    def predict_file(
-        self, path: str | os.PathLike, out: str | os.PathLike, *, key_added: str = KEY, **keys: Any
-    ) -> list[str]:
-        """Embed the cells of an ``.h5ad`` file and write a copy with the results; counts are streamed.
-
-        Args:
-            path: Input; never changed.
-            out: Output: the input plus the results of :meth:`predict`, written atomically.
-            key_added: See :meth:`predict`.
-            **keys: As for :meth:`predict`.
-
-        Returns:
-            Messages about the input, one per line.
-
-        Raises:
-            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
-        """
-        path, out = Path(path).expanduser(), Path(out).expanduser()
-        check_copy(path, out)
-        check_key(key_added)
-        z, facts, messages = self._integrate(path, self.reading.changed(**keys), key_added)
-        write_copy(path, out, obsm={key_added: z}, uns={FACTS: facts})
-        return messages
+        return super().predict(adata, key_added=key_added, **keys)
 
     def score(
         self,
         adata: AnnData | str | os.PathLike,
         *,
         label_key: str | None = None,
-        batch_key: str | None = AS_FITTED,
         resolution: float = 1.0,
-        **keys: Any,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Embed cells and score batch mixing and, with labels, preserved biology.
 
@@ -349,7 +294,6 @@ class BatchIntegrator(Estimator):
             adata: The cells; not modified.
             label_key: Column of ``obs`` with cell types, which the fit never uses; cells without one only count for
                 mixing. None: no labels.
-            batch_key: Column of ``obs`` with the batch; as in :meth:`fit` by default.
             resolution: Resolution of Leiden.
             **keys: As for :meth:`predict`.
 
@@ -360,66 +304,53 @@ class BatchIntegrator(Estimator):
             InputError: As in :meth:`predict`, or there is only one batch.
             MissingDependencyError: The extra ``eval`` is not installed.
         """
-        reading = self.reading.changed(batch_key=batch_key, **keys)
+        reading = self._as_fitted(keys)
         model = self._fitted()
         require("scanpy", "eval", "Scoring an integration")
-        with open_counts(
-            adata,
-            model.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            feature_type=reading.feature_type,
-        ) as source:
+        with open_counts(adata, model.genes, **reading.counts) as source:
             batches = source.column(str(reading.batch_key))
             labels = None if label_key is None else labels_of(source.obs, label_key)
-        z, _, _ = self._integrate(adata, reading, KEY)
-        return integration_scores(z, batches, labels, resolution=resolution)
+        prediction = self._predict(adata, reading)
+        return integration_scores(prediction.obsm[KEY], batches, labels, resolution=resolution)
 
-    def _integrate(
-        self, data: Any, reading: Reading, key_added: str
-    ) -> tuple[np.ndarray, dict[str, Any], list[str]]:
-        """Embed in contexts of all batches; return z, facts for ``uns``, and messages about the input."""
+    def _predict(self, data: Any, reading: Reading, *, key_added: str = KEY) -> Prediction:
+        """Embed in contexts of all batches."""
+        check_key(key_added)
         model = self._fitted()
         if self._alignment is None:
             z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         else:
-            with self._opened(data, model, reading) as source:
+            with open_counts(data, model.genes, **reading.counts) as source:
                 key = reading.batch_key
                 batches = np.full(source.cells, ONE_BATCH, object)
                 known = key is not None and key in source.obs.columns
                 if known:
-                    batches = source.column(key)
+                    batches = source.column(str(key))
             z, facts, messages = self._embed(
                 data, reading if known else reading.changed(batch_key=None)
             )
             if not known:
                 messages = [*messages, f"obs has no column '{key}': the cells are one batch."]
-            with self._opened(data, model, reading) as source:
+            with open_counts(data, model.genes, **reading.counts) as source:
                 z = self._alignment.embed(z, source, numbers_of(batches))
-        return (
-            z,
-            {
-                "model": model.id,
-                "version": __version__,
-                "key_added": key_added,
-                "strength": self.strength,
-                "method": self.method,
-                "batches_fitted": self.facts.get("batch_names", list(self.batch_rows)),
-                **facts,
-            },
-            messages,
-        )
+        facts = {
+            "key_added": key_added,
+            "strength": self.strength,
+            "method": self.method,
+            "batches_fitted": self.facts.get("batch_names", list(self.batch_rows)),
+            **facts,
+        }
+        return Prediction(obsm={key_added: z}, uns={FACTS: facts}, messages=messages)
 
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state = {"strength": self.strength, "method": self.method}
+        state, _ = super()._state()
         return state, {} if self._alignment is None else self._alignment.arrays()
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.strength = float(state["strength"])
         # Integrators saved without a method were fine-tuned.
-        self.method = state.get("method", "finetune")
+        super()._restore({"method": "finetune", **state}, arrays)
         self._alignment = Alignment(**arrays) if self.method == "align" else None
 
 

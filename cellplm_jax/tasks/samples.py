@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import numpy as np
@@ -12,18 +12,20 @@ import pandas as pd
 from flax.traverse_util import flatten_dict, unflatten_dict
 from scipy.special import softmax
 
-from cellplm_jax._version import __version__
 from cellplm_jax.config import FinetuneConfig, HeadConfig
-from cellplm_jax.data.anndata_io import Values, open_counts
+from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.evaluate.annotation import confusion_counts, macro_f1
 from cellplm_jax.evaluate.cohorts import SIGNIFICANT, samples_needed, smallest_p
 from cellplm_jax.evaluate.embedding import leiden_clusters
 from cellplm_jax.tasks.context_components import join_context
 from cellplm_jax.tasks.contexts import CellTable, labels_of, source_groups
-from cellplm_jax.tasks.estimator import AS_FITTED, Estimator, Reading, Training
-from cellplm_jax.tasks.files import as_anndata, check_copy, read_obs, write_copy
+from cellplm_jax.tasks.estimator import Estimator
+from cellplm_jax.tasks.files import read_obs
+from cellplm_jax.tasks.prediction import Prediction
 from cellplm_jax.tasks.pretrained import Pretrained
+from cellplm_jax.tasks.reading import AS_FITTED, KEYS, Reading, ReadingKeys
+from cellplm_jax.tasks.recipe import Training
 from cellplm_jax.tasks.sample_shifts import CHUNK, TypeShifts, expression_of, fit_shifts
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class SampleClassifier(Estimator):
 
     recipe_fields = ("seed",)
     task: ClassVar[str] = "samples"
+    keys: ClassVar[Sequence[str]] = tuple(key for key in KEYS if key != "batch_key")
+    saved: ClassVar[Sequence[str]] = ("labels", "penalty")
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(freeze="encoder")
 
     def __init__(
@@ -119,12 +123,7 @@ class SampleClassifier(Estimator):
         sample_key: str,
         label_key: str,
         type_key: str | None = None,
-        spatial_key: str | None = "spatial",
-        layer: str | None = None,
-        gene_key: str | None = None,
-        feature_type: str | None = None,
-        values: Values = "counts",
-        cells_per_context: int | None = None,
+        **keys: Unpack[ReadingKeys],
     ) -> SampleClassifier:
         """Fit to labelled samples.
 
@@ -136,12 +135,7 @@ class SampleClassifier(Estimator):
             label_key: Column of ``obs`` with the labels.
             type_key: Column of ``obs`` with cell types, for the contributions; None: clusters of the cells, in an
                 embedding that is aligned between samples (extra ``eval``). Use types that are finer than lineages.
-            spatial_key: Key of ``obsm`` with coordinates; the default one is used if present.
-            layer: Layer with the counts; None: search for them.
-            gene_key: Column of ``var`` with gene ids; None: the best match.
-            feature_type: Type of the features to read; None: genes; "all": every feature.
-            values: Kind of values; see :func:`cellplm_jax.embed`.
-            cells_per_context: Maximum number of cells per context; None: one context per sample.
+            **keys: See :class:`cellplm_jax.tasks.reading.Reading`.
 
         Returns:
             The estimator itself.
@@ -150,15 +144,7 @@ class SampleClassifier(Estimator):
             InputError: Keys, counts, genes or labels cannot be used: a sample has two labels, there is only one label,
                 or a label has fewer than two samples; the message states the remedy.
         """
-        reading = Reading(
-            sample_key,
-            spatial_key,
-            layer,
-            gene_key,
-            values,
-            cells_per_context,
-            feature_type=feature_type,
-        )
+        reading = self._reading(keys, batch_key=sample_key)
         table = self._read(adata, reading)
         names, truth = _labels_of_samples(table.batch, labels_of(table.obs, label_key), label_key)
         there = np.array([label is not None for label in truth], bool)
@@ -227,7 +213,7 @@ class SampleClassifier(Estimator):
             usable = np.arange(len(z)) % every == 0
             try:
                 reading = self.reading
-                with self._opened(data, model, reading) as source:
+                with open_counts(data, model.genes, **reading.counts) as source:
                     groups = source_groups(source, reading.batch_key)
                     joined = join_context(z, source, groups)
                 clusters = leiden_clusters(joined[usable])
@@ -248,16 +234,6 @@ class SampleClassifier(Estimator):
             seed=self.training.seed,
         )  # fmt: skip
         return facts
-
-    def _opened(self, data: Any, model: Pretrained, reading: Reading) -> Any:
-        return open_counts(
-            data,
-            model.genes,
-            layer=reading.layer,
-            gene_key=reading.gene_key,
-            values=reading.values,
-            feature_type=reading.feature_type,
-        )
 
     def _log_tests(self) -> None:
         """Append the p-values, and what the number of samples allows."""
@@ -286,12 +262,7 @@ class SampleClassifier(Estimator):
         adata: AnnData | str | os.PathLike,
         *,
         sample_key: str = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        values: Values = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> pd.DataFrame:
         """Predict the label of every sample.
 
@@ -306,12 +277,7 @@ class SampleClassifier(Estimator):
         Args:
             adata: The cells. Keys default to those of ``fit``.
             sample_key: See :meth:`fit`.
-            spatial_key: See :meth:`fit`.
-            layer: See :meth:`fit`.
-            gene_key: See :meth:`fit`.
-            feature_type: See :meth:`fit`.
-            values: See :meth:`fit`.
-            cells_per_context: See :meth:`fit`.
+            **keys: As in :meth:`fit`.
 
         Returns:
             One row per sample: ``label``, ``confidence`` (the label's probability), ``cells``, ``shift`` (the mean
@@ -320,45 +286,10 @@ class SampleClassifier(Estimator):
         Raises:
             InputError: The estimator is not fitted, or the counts, genes or keys cannot be used.
         """
-        reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
-            values=values, cells_per_context=cells_per_context,
-        )  # fmt: skip
-        data = as_anndata(adata)
-        table, columns, facts, _ = self._predict(data, reading)
-        for name, values_of_cells in columns.items():
-            data.obs[name] = values_of_cells
-        data.uns[FACTS] = facts
-        return table
+        return super().predict(adata, sample_key=sample_key, **keys)
 
-    def predict_file(
-        self, path: str | os.PathLike, out: str | os.PathLike, **keys: Any
-    ) -> tuple[pd.DataFrame, list[str]]:
-        """Predict the samples of an ``.h5ad`` file and write a copy with the results; counts are streamed.
-
-        Args:
-            path: Input; never changed.
-            out: Output: the input plus the results of :meth:`predict`, written atomically.
-            **keys: As for :meth:`predict`.
-
-        Returns:
-            The table of :meth:`predict`, and messages about the input, one per line.
-
-        Raises:
-            InputError: As in :meth:`predict`; also if ``out`` cannot be written.
-        """
-        path, out = Path(path).expanduser(), Path(out).expanduser()
-        check_copy(path, out)
-        if "sample_key" in keys:
-            keys["batch_key"] = keys.pop("sample_key")
-        table, columns, facts, messages = self._predict(path, self.reading.changed(**keys))
-        write_copy(path, out, obs=columns, uns={FACTS: facts})
-        return table, messages
-
-    def _predict(
-        self, data: AnnData | Path, reading: Reading
-    ) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any], list[str]]:
-        """Return the table of samples, columns of ``obs``, facts for ``uns``, and messages about the input."""
+    def _predict(self, data: Any, reading: Reading, *, sample_key: str = AS_FITTED) -> Prediction:
+        reading = reading.changed(batch_key=sample_key)
         model = self._fitted()
         z, facts, messages = self._embed(data, reading)
         obs = read_obs(data)
@@ -379,7 +310,7 @@ class SampleClassifier(Estimator):
             types = self._types_of(z, obs, self._shifts)
             place = {gene: column for column, gene in enumerate(model.genes)}
             wanted = [place[gene] for gene in self._shifts.genes]
-            with self._opened(data, model, reading) as source:
+            with open_counts(data, model.genes, **reading.counts) as source:
                 columns[CONTRIBUTION] = self._shifts.contributions(
                     lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
                 )
@@ -397,12 +328,10 @@ class SampleClassifier(Estimator):
             table[f"probability_{label}"] = probabilities[:, column]
         facts = {
             "labels": list(self.labels),
-            "model": model.id,
-            "version": __version__,
             "penalty": float(self.penalty),
             **facts,
         }
-        return table, columns, facts, messages
+        return Prediction(obs=columns, uns={FACTS: facts}, messages=messages, result=table)
 
     def _types_of(self, z: np.ndarray, obs: pd.DataFrame, shifts: TypeShifts) -> np.ndarray:
         """Return the type of each cell: that of its column, else the nearest."""
@@ -420,12 +349,7 @@ class SampleClassifier(Estimator):
         label_key: str | None = None,
         folds: int | None = None,
         sample_key: str = AS_FITTED,
-        spatial_key: str | None = AS_FITTED,
-        layer: str | None = AS_FITTED,
-        gene_key: str | None = AS_FITTED,
-        feature_type: str | None = AS_FITTED,
-        values: Values = AS_FITTED,
-        cells_per_context: int | None = AS_FITTED,
+        **keys: Unpack[ReadingKeys],
     ) -> dict[str, float]:
         """Predict labelled samples and score the predictions, or cross-validate; ``adata`` is not modified.
 
@@ -437,12 +361,7 @@ class SampleClassifier(Estimator):
                 latents (which do not depend on labels). For files with all available samples; with as many folds as
                 samples it is leave-one-out.
             sample_key: See :meth:`predict`.
-            spatial_key: See :meth:`predict`.
-            layer: See :meth:`predict`.
-            gene_key: See :meth:`predict`.
-            feature_type: See :meth:`predict`.
-            values: See :meth:`predict`.
-            cells_per_context: See :meth:`predict`.
+            **keys: See :meth:`predict`.
 
         Returns:
             ``accuracy``, ``macro_f1``, ``cross_entropy`` in nats, ``most_frequent_accuracy`` (of always predicting the
@@ -453,10 +372,7 @@ class SampleClassifier(Estimator):
                 for the folds.
         """
         self._fitted()
-        reading = self.reading.changed(
-            batch_key=sample_key, spatial_key=spatial_key, layer=layer, gene_key=gene_key, feature_type=feature_type,
-            values=values, cells_per_context=cells_per_context,
-        )  # fmt: skip
+        reading = self._as_fitted(keys).changed(batch_key=sample_key)
         key = str(label_key or self.facts["label_key"])
         obs = read_obs(adata)
         samples = _column(obs, reading)
@@ -515,7 +431,7 @@ class SampleClassifier(Estimator):
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        state: dict[str, Any] = {"labels": self.labels, "penalty": self.penalty}
+        state, _ = super()._state()
         arrays = {"centre": self._centre}
         if self._shifts is not None:
             state["shifts"], own = self._shifts.state()
@@ -523,7 +439,7 @@ class SampleClassifier(Estimator):
         return state, arrays
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        self.labels, self.penalty = list(state["labels"]), state["penalty"]
+        super()._restore(state, arrays)
         self._centre = arrays["centre"]
         self._shifts = None
         if "shifts" in state:

@@ -28,7 +28,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
-from cellplm_jax.errors import CheckpointError, explain, shorten
+from cellplm_jax.errors import CheckpointError, shorten
 from cellplm_jax.manifest import Manifest, add_to_manifest, replace_files, write_manifest
 from cellplm_jax.storage import (
     atomic_write,
@@ -39,7 +39,7 @@ from cellplm_jax.storage import (
 )
 from cellplm_jax.train.state import TrainState
 from cellplm_jax.train.tensors import read_tensors, write_tensors
-from cellplm_jax.untrusted import parse_json, require_regular
+from cellplm_jax.untrusted import name_lines, parse_json, require_regular
 
 WeightFormat = Literal["orbax", "safetensors"]
 """Storage formats of the arrays: step directories, or one file per item."""
@@ -160,7 +160,7 @@ def read_root(directory: str | os.PathLike) -> ModelFiles:
         train = content.get("train")
         if train is not None:
             train = from_dict(TrainConfig, {**train, "model": content["model"]})
-        genes = manifest.read(GENES_FILE).decode().splitlines()
+        genes = name_lines(manifest.read(GENES_FILE))
         if not isinstance(card, dict):
             msg = f"{CARD_FILE} contains a {type(card).__name__}"
             raise TypeError(msg)
@@ -480,12 +480,11 @@ def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
 def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
-    msg = explain(
+    return CheckpointError(
         f"step {step} of '{directory}' cannot be read ({_first_line(error)})",
         "a complete checkpoint that matches its config",
         "Copy it again, or delete the damaged step directory to use an earlier one",
     )
-    return CheckpointError(msg)
 
 
 def check_new_directory(directory: str | os.PathLike) -> Path:
@@ -685,12 +684,11 @@ def _as_tree(arrays: Mapping[str, Any], directory: object) -> dict[str, Any]:
 
 
 def _no_step(directory: object, step: int | None, steps: list[int]) -> CheckpointError:
-    msg = explain(
+    return CheckpointError(
         f"'{directory}' has no step {step}",
         f"one of {', '.join(map(str, sorted(steps)))}",
         "Use one of them",
     )
-    return CheckpointError(msg)
 
 
 def _restore_step_item(

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.cell_store import CellStore
-from cellplm_jax.data.pipeline import SampleRange, heldout_batches
+from cellplm_jax.data.packing import SampleRange
+from cellplm_jax.data.pipeline import heldout_batches
 from cellplm_jax.errors import InputError, MissingDependencyError
 from cellplm_jax.evaluate.embedding import (
     batch_mixing,

@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict
 from cellplm_jax.batch import CellBatch
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.cell_store import CellStore
-from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, gene_means, split_heldout
+from cellplm_jax.data.packing import SampleRange
+from cellplm_jax.data.pipeline import TrainingBatches, gene_means, split_heldout
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CellPLMError, MissingDependencyError, explain, require
 from cellplm_jax.progress import ProgressReport

@@ -18,7 +18,7 @@ from scipy import sparse
 
 from cellplm_jax.config import ModelConfig, TrainConfig
 from cellplm_jax.data.cell_store import CellStore
-from cellplm_jax.data.pipeline import SampleRange
+from cellplm_jax.data.packing import SampleRange
 from cellplm_jax.errors import InputError, require
 from cellplm_jax.evaluate.components import (
     BLOCK,

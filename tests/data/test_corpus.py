@@ -16,14 +16,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from cellplm_jax.data.corpus import (
-    PartSample,
-    PartWriter,
-    is_corpus,
-    open_corpus,
-    write_genes,
-    write_index,
-)
+from cellplm_jax.data.corpus import is_corpus, open_corpus
+from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes, write_index
 from cellplm_jax.errors import InputError
 from tests.conftest import VOCABULARY, make_counts
 from tests.stand_ins.gcs import cloud_storage
@@ -155,7 +149,8 @@ def test_cells_outside_a_sample(made):
 def test_many_shards(tmp_path, monkeypatch):
     """Arrays of several shards and chunks, appended in pieces that fit neither."""
     monkeypatch.setattr("cellplm_jax.data.corpus.SHARD_VALUES", 256)
-    monkeypatch.setattr("cellplm_jax.data.corpus.CHUNK_VALUES", 32)
+    monkeypatch.setattr("cellplm_jax.data.corpus_writer.SHARD_VALUES", 256)
+    monkeypatch.setattr("cellplm_jax.data.corpus_writer.CHUNK_VALUES", 32)
     matrices = make_corpus(tmp_path / "corpus", cells=(100, 300))
     corpus = open_corpus(tmp_path / "corpus")
     shards = tmp_path / "corpus/parts/part0.zarr/X/data/c"
@@ -347,7 +342,7 @@ def test_a_file_that_may_not_grow(tmp_path):
     script.write_text(
         "import resource, sys\n"
         "import numpy as np\n"
-        "from cellplm_jax.data.corpus import PartSample, PartWriter, write_genes\n"
+        "from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes\n"
         "from cellplm_jax.errors import InputError\n"
         "genes = [f'gene {i}' for i in range(60000)]\n"
         "write_genes(sys.argv[1], genes)\n"

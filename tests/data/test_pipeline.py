@@ -11,16 +11,14 @@ import pytest
 from cellplm_jax.config import DataConfig, MeshConfig, ModelConfig, PositionsConfig, TrainConfig
 from cellplm_jax.data.batches import MemoryStore, laplacian_eigenvectors
 from cellplm_jax.data.cell_store import CellRun, SampleRecord, moore_curve
-from cellplm_jax.data.corpus import PartSample, PartWriter, open_corpus, write_genes, write_index
+from cellplm_jax.data.corpus import open_corpus
+from cellplm_jax.data.corpus_writer import PartSample, PartWriter, write_genes, write_index
+from cellplm_jax.data.packing import SampleRange, Source, deal_runs, window_sizes
 from cellplm_jax.data.pipeline import (
-    SampleRange,
     TrainingBatches,
-    _deal,
-    _Source,
     gene_means,
     heldout_batches,
     split_heldout,
-    window_sizes,
 )
 from cellplm_jax.errors import ConfigError, InputError
 from tests.conftest import VOCABULARY, make_samples, make_store
@@ -358,10 +356,10 @@ def test_more_than_65536_genes():
 
 
 def test_cells_are_dealt_evenly_and_runs_joined():
-    assert _deal([(0, 10)], 1) == [[(0, 10)]]
-    assert _deal([(8, 12), (4, 8), (20, 22)], 1) == [[(4, 12), (20, 22)]]
-    assert _deal([(8, 12), (4, 8), (20, 22)], 3) == [[(8, 12)], [(4, 8)], [(20, 22)]]
-    assert _deal([(0, 5)], 4) == [[(0, 2)], [(2, 4)], [(4, 5)], []]
+    assert deal_runs([(0, 10)], 1) == [[(0, 10)]]
+    assert deal_runs([(8, 12), (4, 8), (20, 22)], 1) == [[(4, 12), (20, 22)]]
+    assert deal_runs([(8, 12), (4, 8), (20, 22)], 3) == [[(8, 12)], [(4, 8)], [(20, 22)]]
+    assert deal_runs([(0, 5)], 4) == [[(0, 2)], [(2, 4)], [(4, 5)], []]
 
 
 @pytest.mark.parametrize("cells", [1, 15, 16, 17, 20, 31, 32, 33, 100])
@@ -474,7 +472,7 @@ def test_bounds_hold_in_every_epoch_and_are_close(kind, spatial, stop, pieces):
     place = random.random((1000, 2)).astype(np.float32) if spatial else None
     nonzeros = nasty_densities(kind, 1000, random)
     store = NumberedStore([nonzeros], [place])
-    source = _Source(store, SampleRange(0, 0, stop), 128, pieces, 4)
+    source = Source(store, SampleRange(0, 0, stop), 128, pieces, 4)
     assert list(source.sizes) == list(range(4, 129, 4)) if pieces == 1 else source.sizes[-1] == 32
     most = np.zeros(len(source.sizes), int)
     for epoch in range(60):

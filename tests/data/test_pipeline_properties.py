@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from cellplm_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
-from cellplm_jax.data import pipeline
+from cellplm_jax.data import packing, pipeline
 from cellplm_jax.data.cell_store import CellRun, SampleRecord
-from cellplm_jax.data.pipeline import SampleRange, TrainingBatches, heldout_batches
+from cellplm_jax.data.packing import SampleRange
+from cellplm_jax.data.pipeline import TrainingBatches, heldout_batches
 
 
 class MarkedStore:
@@ -219,8 +220,9 @@ def test_every_cell_of_any_run_arrives_once_an_epoch_as_it_is_stored(seed):
 
 @pytest.mark.parametrize("seed", range(200, 230))
 def test_windows_stay_within_what_they_were_packed_as_in_every_epoch(seed, monkeypatch):
-    monkeypatch.setattr(pipeline, "BLOCK_CELLS", 16)
-    monkeypatch.setattr(pipeline, "NONZEROS_MULTIPLE", 1)
+    for module in (packing, pipeline):
+        monkeypatch.setattr(module, "BLOCK_CELLS", 16)
+        monkeypatch.setattr(module, "NONZEROS_MULTIPLE", 1)
     store, ranges, config = random_run(seed)
     batches = TrainingBatches(store, ranges, config)
     pieces = config.mesh.cells
@@ -239,7 +241,7 @@ def test_windows_stay_within_what_they_were_packed_as_in_every_epoch(seed, monke
             assert len(segments) <= window.segments
             cells, counts = np.zeros(pieces, int), np.zeros(pieces, int)
             for runs in segments:
-                for piece, dealt in enumerate(pipeline._deal(runs, pieces)):
+                for piece, dealt in enumerate(packing.deal_runs(runs, pieces)):
                     cells[piece] += sum(stop - start for start, stop in dealt)
                     counts[piece] += sum(int(stored[start:stop].sum()) for start, stop in dealt)
             assert cells.sum() == window.cells

@@ -563,13 +563,14 @@ def _placed(adata: anndata.AnnData, path: Path, place: str) -> Any:
 def _compare(data: Data, source: Any) -> tuple[str, bool, str]:
     """Read the data as the verbs do, and compare counts and coordinates."""
     from cellplm_jax.data.anndata_io import open_counts
-    from cellplm_jax.tasks.embed import check_context, check_key
+    from cellplm_jax.tasks.embed import check_key, options_of
 
     keys = dict(data.keys)
     batch_key, spatial_key = keys.pop("batch_key", None), keys.pop("spatial_key", "spatial")
     if "key_added" in keys:
         check_key(keys.pop("key_added"))
-    check_context(batch_key, spatial_key, keys.pop("cells_per_context", None))
+    limit = keys.pop("cells_per_context", None)
+    options_of({"batch_key": batch_key, "spatial_key": spatial_key, "cells_per_context": limit})
     ids, _ = vocabulary()
     with open_counts(source, ids, **keys) as counts:
         if batch_key is not None:

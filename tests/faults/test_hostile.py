@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -178,4 +179,64 @@ def test_a_corpus_whose_fill_value_hides_a_missing_shard(inputs, tmp_path):
     (array / "zarr.json").write_text(json.dumps(metadata))
     shutil.rmtree(array / "c")
     with pytest.raises(InputError, match="fill_value of X/data is not what was written"):
+        campaign_hostile.read_corpus(path)
+
+
+def test_what_a_file_declares(inputs, tmp_path):
+    """Reading may take twice the arrays that a file declares, a refusal twice the size of the file."""
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("group/unwritten", (10**6,), "f8", chunks=(1000,))
+    assert campaign_hostile.declared(path) == 8_000_000
+    folder = inputs.folder / "whole-corpus"
+    arrays = [json.loads(p.read_text()) for p in folder.rglob("zarr.json")]
+    shapes = [a["shape"] for a in arrays if "shape" in a]
+    assert campaign_hostile.declared(folder) > 4 * sum(int(np.prod(shape)) for shape in shapes)
+    case = next(c for c in inputs.cases if (c.kind, c.name) == ("checkpoint", "long gene"))
+    hostile = case.make(tmp_path, np.random.default_rng(0))
+    result, *_, extra = campaign_hostile._run(case, hostile)
+    assert result == "refused"
+    assert 40_000_000 < extra < 2 * 50_000_000 + campaign_hostile.SLACK
+
+
+def test_the_campaign_sees_memory_that_a_file_does_not_need(inputs, monkeypatch):
+    def greedy(text):
+        np.ones(2**24).sum()
+        raise CheckpointError("a", "b", "c")
+
+    monkeypatch.setattr("cellplm_jax.train.checkpoint.name_lines", greedy)
+    names = [(case.kind, case.name) for case in inputs.cases]
+    outcome = campaign_hostile.try_case(inputs, names.index(("checkpoint", "empty gene")))
+    assert (outcome.result, outcome.ok) == ("too much memory", False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(measured=r["measured"][:-2]), "one bit for each of 40 genes"),
+        (lambda r: r.update(genes_measured=r["genes_measured"] - 1), "does not mark 39 genes"),
+        (lambda r: r["samples"][0].update(cells=-1), "'cells' of a sample"),
+        (lambda r: r["samples"][1].update(first_cell=0), "does not follow the one before"),
+        (lambda r: r["samples"][0].update(nonzeros=10**9), "more counts than genes"),
+        (lambda r: r.update(format=99), "has format '99'"),
+    ],
+)
+def test_impossible_records_are_refused_although_their_checksums_agree(
+    inputs, tmp_path, change, message
+):
+    """Whoever changes a record can correct the checksums, but not make the corpus verify."""
+    path = tmp_path / "corpus"
+    shutil.copytree(inputs.folder / "whole-corpus", path)
+    part = next(iter(sorted((path / "parts").glob("*.json"))))
+    record = json.loads(part.read_text())
+    change(record)
+    part.write_text(json.dumps(record))
+    index = json.loads((path / "corpus.json").read_text())
+    for entry in index["parts"]:
+        if entry["name"] == part.stem:
+            entry["sha256"] = hashlib.sha256(part.read_bytes()).hexdigest()
+    rest = {name: value for name, value in index.items() if name != "sha256"}
+    index["sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (path / "corpus.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=message):
         campaign_hostile.read_corpus(path)

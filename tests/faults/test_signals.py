@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, make_adata
+from tests.faults import campaign_compile as compile_campaign
 from tests.faults import campaign_kills as campaign
 from tests.faults import campaign_writers as writers
 from tests.faults.server import handles_signals
@@ -190,3 +191,19 @@ def test_random_moments(tmp_path, monkeypatch):
         inputs.server.close()
     assert [f"{o.result}: {o.detail}" for o in outcomes if not o.ok] == []
     assert {o.result for o in outcomes} & {"obeyed", "resumed"}
+
+
+@pytest.mark.multiprocess
+def test_while_xla_compiles(tmp_path):
+    """A few cases of the campaign; `tools/faults.py --campaign compile` runs more."""
+    verbs = ["impute fit", "integrate fit"]
+    tasks = [f"cellplm_jax.tasks.{name}" for name in ("impute", "integrate")]
+    modules = ("cellplm_jax.cli.command", "orbax.checkpoint", *tasks)
+    inputs = compile_campaign.prepare(tmp_path, verbs, modules=modules)
+    try:
+        outcomes = [compile_campaign.try_case(inputs, seed) for seed in range(4)]
+    finally:
+        inputs.server.close()
+    allowed = {"obeyed", "finished before", "late"}  # late: the machine of the tests may be busy
+    assert [f"{o.result}: {o.detail}" for o in outcomes if o.result not in allowed] == []
+    assert any(o.kind.endswith("compiling") and o.result == "obeyed" for o in outcomes)

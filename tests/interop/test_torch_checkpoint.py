@@ -259,6 +259,9 @@ def test_config_that_lacks_a_key(key):
         ({"enc_layers": None}, "is invalid"),
         ({"gene_list": None, "out_dim": 0}, "is invalid"),
         ({"gene_list": "ABCDEFGHIJKL"}, "gene_list"),
+        ({"gene_list": ["ABC", *"DEFGHIJKL", "ABC"]}, "'ABC' more than once"),
+        ({"gene_list": list(range(12))}, "contains 0, which is not the name of a gene"),
+        ({"gene_list": ["A", None]}, "contains None"),
         ({"head_type": []}, "not a head"),
     ],
 )

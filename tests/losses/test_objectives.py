@@ -18,6 +18,7 @@ from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError
 from cellplm_jax.losses.objectives import (
     average_over,
+    batch_mixing_loss,
     classification_loss,
     count_nll,
     count_nll_reference,
@@ -25,6 +26,7 @@ from cellplm_jax.losses.objectives import (
     latent_loss,
     reconstruction_loss,
     regression_loss,
+    restoration_loss,
     scale_to_total,
     warmup_factor,
 )
@@ -489,3 +491,114 @@ def test_regression_loss_is_the_mean_over_entries():
     got = regression_loss(prediction, target, jnp.asarray(CELL_MASK)[..., None])
     assert float(got) == pytest.approx(expected, rel=1e-5)
     assert float(regression_loss(prediction, target, jnp.zeros((2, 5, 1), bool))) == 0
+
+
+def mixing(z, batch, mask, batches, neighbors=15):
+    """The loss of batch mixing by loops over cells in float64."""
+    z, batch, mask = z.reshape(-1, z.shape[-1]).astype(float), batch.ravel(), mask.ravel()
+    overall = np.bincount(batch[mask], minlength=batches) / mask.sum()
+    terms = []
+    for cell in np.flatnonzero(mask):
+        others = np.flatnonzero(mask & (np.arange(len(z)) != cell))
+        square = ((z[others] - z[cell]) ** 2).sum(-1)
+        weight = np.exp(-2 * square / np.sort(square)[:neighbors].mean())
+        around = np.bincount(batch[others], weight / weight.sum(), minlength=batches)
+        around = np.maximum(around, 1e-9)
+        terms.append((around * np.log(around / np.maximum(overall, 1e-9))).sum())
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize("neighbors", [2, 4, 15])
+def test_batch_mixing_equals_loops_in_numpy(neighbors):
+    random = np.random.default_rng(0)
+    z = random.standard_normal((2, 5, 4)).astype(np.float32)
+    batch = np.array([[0, 1, 2, 1, 0], [1, 1, 2, 0, 2]])
+    mask = CELL_MASK
+    expected = mixing(z, batch, mask, 4, neighbors)
+    nonsense = np.where(mask[..., None], z, 1e3)
+    for cells in (z, nonsense):
+        got = batch_mixing_loss(
+            jnp.asarray(cells), jnp.asarray(batch), jnp.asarray(mask), batches=4, neighbors=neighbors
+        )  # fmt: skip
+        assert float(got) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.05
+
+
+def test_batch_mixing_of_mixed_and_of_separate_batches():
+    random = np.random.default_rng(0)
+    z = random.standard_normal((1, 300, 2)).astype(np.float32)
+    batch = np.arange(300)[None] % 2
+    mask = np.ones((1, 300), bool)
+    mixed = float(batch_mixing_loss(z, batch, mask, batches=2))
+    apart = z + 1e3 * batch[..., None].astype(np.float32)
+    separate = float(batch_mixing_loss(apart, batch, mask, batches=2))
+    assert mixed < 0.08
+    assert separate == pytest.approx(np.log(2), rel=1e-3)
+
+
+def test_batch_mixing_has_finite_gradients_for_equal_cells_and_a_cell_alone():
+    for mask in (CELL_MASK, np.arange(10).reshape(2, 5) == 3):
+        slope = jax.grad(
+            lambda z, mask=mask: batch_mixing_loss(
+                z, jnp.zeros((2, 5), int), jnp.asarray(mask), batches=2
+            )
+        )(jnp.ones((2, 5, 4)))
+        assert np.isfinite(np.asarray(slope)).all()
+
+
+def test_the_width_of_the_kernel_is_constant_for_the_gradient():
+    """Scaling all cells changes nothing, but with a constant width it does: the gradient along z is not zero."""
+    random = np.random.default_rng(1)
+    z = jnp.asarray(random.standard_normal((1, 12, 3)), jnp.float32)
+    batch = jnp.asarray(np.arange(12)[None] % 2)
+    loss = partial(batch_mixing_loss, batch=batch, cell_mask=jnp.ones((1, 12), bool), batches=2)
+    assert float(loss(z)) == pytest.approx(float(loss(3 * z)), rel=1e-4)
+    along = float(jnp.sum(jax.grad(loss)(z) * z))
+    assert abs(along) > 1e-3
+
+
+def test_weights_of_classes_weigh_their_cells():
+    logits = np.random.default_rng(0).standard_normal((2, 5, 3))
+    labels = np.array([[0, 2, -1, 1, 1], [2, 0, 1, 2, 2]])
+    weights = np.array([1.0, 0.0, 5.0])
+    known = CELL_MASK & (labels >= 0)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = log_loss(
+        labels[known], p[known], labels=[0, 1, 2], sample_weight=weights[labels[known]]
+    )
+    arguments = (jnp.asarray(x) for x in (logits, labels, CELL_MASK))
+    got = classification_loss(*arguments, weights=jnp.asarray(weights))
+    assert float(got) == pytest.approx(expected, rel=1e-5)
+    nobody = jnp.zeros((2, 5), bool)
+    arguments = (jnp.asarray(x) for x in (logits, labels))
+    assert float(classification_loss(*arguments, nobody, weights=jnp.asarray(weights))) == 0
+
+
+def test_restoration_is_one_minus_the_cosine_of_the_cells():
+    random = np.random.default_rng(0)
+    latent, target = random.standard_normal((2, 2, 5, 4)).astype(np.float32)
+    expected = [
+        1 - cosine_similarity(latent[s, c][None], target[s, c][None])[0, 0]
+        for s, c in np.argwhere(CELL_MASK)
+    ]
+    mask = jnp.asarray(CELL_MASK)
+    got = float(restoration_loss(jnp.asarray(latent), jnp.asarray(target), mask))
+    assert got == pytest.approx(np.mean(expected), rel=1e-5)
+    scaled = restoration_loss(jnp.asarray(7 * latent), jnp.asarray(target / 3), mask)
+    assert float(scaled) == pytest.approx(got, rel=1e-5)
+    assert float(restoration_loss(latent, latent, mask)) == pytest.approx(0, abs=1e-6)
+    assert float(restoration_loss(latent, -latent, mask)) == pytest.approx(2, rel=1e-6)
+    zero = jax.grad(lambda z: restoration_loss(z, target, mask))(jnp.zeros((2, 5, 4)))
+    assert np.isfinite(np.asarray(zero)).all()
+
+
+def test_the_squared_error_of_a_cell_without_counts_or_with_one():
+    """The library of a cell with no counts is 1, so that its target is 0."""
+    counts = [np.zeros((1, 4), int), np.array([[0, 1, 0, 0]])]
+    batch = make_batch(counts, extra_nonzeros=3)
+    mean = jnp.zeros((2, 1, 4))
+    got = reconstruction_loss(
+        Reconstruction(mean), batch, ObjectiveConfig(kind="mean_squared_error")
+    )
+    assert float(got["reconstruction"]) == pytest.approx(np.log1p(1e4) ** 2 / 8, rel=1e-5)
+    assert float(got["reconstruction_masked"]) == 0

@@ -19,8 +19,8 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks import estimator as estimator_module
-from cellplm_jax.tasks.annotate import CellTypeAnnotator, fit_temperature
-from cellplm_jax.tasks.annotation_pool import choose_pool, clearly_better
+from cellplm_jax.tasks.annotate import CellTypeAnnotator
+from cellplm_jax.tasks.annotation_pool import choose_pool, clearly_better, fit_temperature
 from tests.conftest import ROOT, make_adata, make_labelled
 
 FAST = {"epochs": 12, "warmup_epochs": 2, "learning_rate": 1e-2, "quiet": True}
@@ -230,7 +230,7 @@ def test_unknown_below_the_threshold(fitted):
 
 
 def test_adapters_leave_all_but_the_encoder_and_the_new_parts_alone(tiny_model, monkeypatch):
-    monkeypatch.setattr("cellplm_jax.tasks.annotate.clearly_better", lambda *_: True)
+    monkeypatch.setattr("cellplm_jax.tasks.annotate_fit.clearly_better", lambda *_: True)
     old = flatten_dict(tiny_model.params)
     before = jax.tree.map(np.copy, tiny_model.params)
     found = annotator(tiny_model, epochs=1, adapter_rank=2).fit(split_cells(), **KEYS)
@@ -423,7 +423,9 @@ def test_network_and_logistic_regression_are_pooled(fitted):
     z, _, _ = fitted._embed(adata, fitted.reading)
     with open_counts(adata, fitted.model.genes) as source:
         features = np.log1p(source.read(0, 30).toarray())[:, fitted._linear_genes]
-    logits = fitted._head(z) + features @ fitted._gene_head
+    logits = fitted._head(z)
+    if fitted._gene_head is not None:
+        logits = logits + features @ fitted._gene_head
     network = jax.nn.log_softmax(logits / fitted.temperature, axis=1)
     linear = jax.nn.log_softmax(features @ fitted._linear.kernel + fitted._linear.bias, axis=1)
     mixed = fitted.pool[0] * np.asarray(network) + fitted.pool[1] * np.asarray(linear)

@@ -23,7 +23,10 @@ from cellplm_jax.tasks.contexts import (
     read_cells,
     variable_genes,
 )
-from cellplm_jax.tasks.estimator import Estimator, Reading, Recipe, read_estimator, split_cells
+from cellplm_jax.tasks.estimator import Estimator, Reading
+from cellplm_jax.tasks.estimator_files import read_estimator
+from cellplm_jax.tasks.recipe import Recipe
+from cellplm_jax.tasks.splits import split_cells
 from cellplm_jax.train.checkpoint import restore_item
 from tests.conftest import VOCABULARY, make_adata, make_labelled
 

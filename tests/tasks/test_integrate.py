@@ -181,7 +181,7 @@ def test_which_method(tiny_model):
         BatchIntegrator(tiny_model, method="align", epochs=2)
     with pytest.raises(InputError, match="without a pretrained model"):
         BatchIntegrator(None, method="align")
-    with pytest.raises(InputError, match="method='best'; expected 'default', 'align'"):
+    with pytest.raises(InputError, match="method='best'; expected one of 'default', 'align'"):
         BatchIntegrator(tiny_model, method="best")
     adata = batched(30)
     adata.obs["one"] = "only"

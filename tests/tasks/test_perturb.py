@@ -16,7 +16,8 @@ import cellplm_jax
 from cellplm_jax.config import ConfigError
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
-from cellplm_jax.tasks.perturb import PerturbationPredictor, log_normalize, shrinkage
+from cellplm_jax.tasks.perturb import PerturbationPredictor
+from cellplm_jax.tasks.perturbation_screen import log_normalize, shrinkage
 from cellplm_jax.tasks.pretrained import Pretrained
 from tests.conftest import ROOT, VOCABULARY
 
@@ -324,7 +325,7 @@ def change_obs(**columns):
         ({"perturbation_key": "nothing"}, "no cell has the control .* all are missing"),
         ({"perturbation_key": "same"}, "are control cells; expected perturbed cells too"),
         ({"targets": "genes", "perturbation_key": "drugs"}, "'drugX' is neither a gene"),
-        ({"targets": "things"}, "targets='things'; expected 'auto'"),
+        ({"targets": "things"}, "targets='things'; expected one of 'auto'"),
         ({"perturbation_key": "rare"}, "no perturbation has 5 cells"),
     ],
 )

@@ -18,7 +18,10 @@ from cellplm_jax.data.corpus import open_corpus
 from cellplm_jax.data.genes import load_human_table
 from cellplm_jax.errors import InputError
 from cellplm_jax.tasks import prepare as module
-from cellplm_jax.tasks.prepare import Spool, choose_genes, find_inputs, prepare, summary_text
+from cellplm_jax.tasks import prepare_parts, prepare_run, prepare_vocabulary
+from cellplm_jax.tasks.prepare import find_inputs, prepare, summary_text
+from cellplm_jax.tasks.prepare_parts import Spool
+from cellplm_jax.tasks.prepare_vocabulary import choose_genes
 from tests.conftest import make_counts
 
 GENES = sorted(load_human_table().symbols)[:40]
@@ -188,7 +191,7 @@ def test_a_file_without_counts_is_an_empty_part(tmp_path):
 def test_a_file_larger_than_memory_gives_the_same_part(files, tmp_path, monkeypatch):
     folder, *_ = files
     make(folder, tmp_path / "a", sample_key="donor")
-    monkeypatch.setattr(module, "BLOCK_NONZEROS", 100)
+    monkeypatch.setattr(prepare_parts, "BLOCK_NONZEROS", 100)
     spooled = []
     monkeypatch.setattr(
         Spool, "_store", lambda self, b, f=Spool._store: (spooled.append(1), f(self, b))
@@ -280,7 +283,7 @@ def test_an_interrupted_run_continues(files, tmp_path, monkeypatch):
     make(folder, tmp_path / "whole", sample_key="donor")
     out = tmp_path / "corpus"
 
-    def interrupt(stage, file):
+    def interrupt(module, stage, file):
         real = getattr(module, stage)
 
         def stop(path, *arguments):
@@ -295,13 +298,17 @@ def test_an_interrupted_run_continues(files, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="unfinished"):
             open_corpus(out)
 
-    interrupt("_count_file", "blood")
-    interrupt("_write_file", "blood")
+    interrupt(prepare_vocabulary, "_count_file", "blood")
+    interrupt(prepare_parts, "_write_file", "blood")
     opened = []
     real = module.open_counts
-    monkeypatch.setattr(
-        module, "open_counts", lambda p, *a, **k: (opened.append(p.stem), real(p, *a, **k))[1]
-    )
+
+    def open_counts(path, *arguments, **options):
+        opened.append(path.stem)
+        return real(path, *arguments, **options)
+
+    for part in (module, prepare_vocabulary, prepare_parts):
+        monkeypatch.setattr(part, "open_counts", open_counts)
     summary = make(folder, out, sample_key="donor")
     assert sorted(opened) == ["blood", "blood", "tissue"]  # checked both, wrote one
     assert [part["made_now"] for part in summary["parts"]] == [False, True]
@@ -314,7 +321,7 @@ def test_kill_and_continue(files, tmp_path):
     out = tmp_path / "corpus"
     script = (
         "import os, signal, sys\n"
-        "from cellplm_jax.data import corpus\n"
+        "from cellplm_jax.data import corpus_writer as corpus\n"
         "from cellplm_jax.tasks.prepare import prepare\n"
         "real = corpus.PartWriter.append\n"
         "def append(self, *arguments):\n"
@@ -543,7 +550,7 @@ def test_on_dask(files, tmp_path, capsys, monkeypatch):
             prepare(folder, tmp_path / "there", scheduler=cluster.scheduler_address, quiet=True)
         make(folder, tmp_path / "there", sample_key="donor", scheduler=cluster.scheduler_address)
     assert open_corpus(tmp_path / "there").index == open_corpus(tmp_path / "here").index
-    monkeypatch.setattr(module, "SCHEDULER_SECONDS", 1)
+    monkeypatch.setattr(prepare_run, "SCHEDULER_SECONDS", 1)
     with pytest.raises(InputError, match=r"no dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         make(folder, tmp_path / "nobody", scheduler="tcp://127.0.0.1:9")
 
