@@ -367,3 +367,18 @@ def test_the_discriminator_learns_while_the_latent_unlearns():
         finite_difference = (numpy_loss(moved) - numpy_loss(p)) / step
         assert abs(finite_difference) > 1e-4
         assert float(slope["bias"][1]) == pytest.approx(sign * finite_difference, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "gaussian"])
+def test_beside_a_trunk_the_latent_of_every_cell_has_unit_size(kind):
+    embedder = {"input_transform": "library_log1p"}
+    module = Latent(tiny(latent={"kind": kind}, trunk="projection", embedder=embedder))
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), STATES, train=False))["params"]
+    params = random_params(shapes)
+    got = np.asarray(apply(module, params, STATES, train=False).mean)
+    np.testing.assert_allclose((got**2).mean(-1), 1.0, rtol=1e-5)
+    plain = linear(STATES, float64(params)["linear" if kind == "deterministic" else "mean"])
+    expected = plain / np.sqrt((plain**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    nothing = apply(module, jax.tree.map(jnp.zeros_like, params), STATES, train=False).mean
+    np.testing.assert_array_equal(nothing, 0)

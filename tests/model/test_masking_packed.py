@@ -153,6 +153,18 @@ def test_the_fraction_of_dropped_cells_holds_in_every_sample_and_piece(pieces, m
             )
 
 
+def test_dropping_twice_in_pieces_keeps_counts_with_their_cells():
+    number = jnp.asarray(np.tile(np.arange(10) + 1, (2, 1)), jnp.int32)
+    batch = batch_of(np.zeros((2, 10), np.int32), pieces=2, batch=number)
+    # Every cell has one count; it is 1 to 5 in the first piece, and 6 to 10 in the second.
+    config = MaskingConfig(drop_cells=0.3)
+    got = drop_cells(jax.random.key(1), drop_cells(jax.random.key(0), batch, config), config)
+    mask = np.asarray(got.cell_mask)
+    assert mask.sum() == 2 * 2 * 2  # of 5 cells of a piece 3 and then 2 are kept
+    counts = np.asarray(got.dense_counts(GENES)).sum(-1)
+    np.testing.assert_array_equal(counts[mask], np.asarray(got.batch)[mask])
+
+
 def test_a_limit_alone_shortens_the_row():
     batch = batch_of()
     got = drop_cells(jax.random.key(0), batch, MaskingConfig(drop_cells=0.0, maximum_cells=4))
@@ -180,15 +192,17 @@ def test_keep_cells_moves_arrays_of_the_caller_in_the_same_way():
 
 def test_values_follow_their_cells_and_padding_is_filled():
     batch = batch_of().replace(segment=None, measured=None)
-    values = jnp.arange(20.0).reshape(2, 10)
+    values = jnp.arange(20.0).reshape(2, 10) + 0.5
     assert follow_cells(values, batch) is values
     keep = np.zeros((2, 10), bool)
     keep[0, [2, 5]] = keep[1, 7] = True
     kept, _ = keep_cells(batch, jnp.asarray(keep), 3)
-    np.testing.assert_array_equal(follow_cells(values, kept, fill=-1), [[2, 5, -1], [17, -1, -1]])
-    np.testing.assert_array_equal(follow_cells(values, kept), [[2, 5, 0], [17, 0, 0]])
+    np.testing.assert_array_equal(
+        follow_cells(values, kept, fill=-1), [[2.5, 5.5, -1], [17.5, -1, -1]]
+    )
+    np.testing.assert_array_equal(follow_cells(values, kept), [[2.5, 5.5, 0], [17.5, 0, 0]])
     vectors = follow_cells(values[..., None] * jnp.asarray([1.0, -1.0]), kept, fill=7)
-    np.testing.assert_array_equal(vectors[1], [[17, -17], [7, 7], [7, 7]])
+    np.testing.assert_array_equal(vectors[1], [[17.5, -17.5], [7, 7], [7, 7]])
 
 
 def test_hidden_entries_are_not_visible():
