@@ -67,7 +67,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:class",
-        r"cellplm_jax\.tasks\.(denoise_pool|estimator|impute_fit)\.(Pool|Reading|Recipe|ImputerFit)",
+        r"cellplm_jax\.tasks\.(denoise_pool|estimator|reading|recipe|\w+_fit)\.(Pool|Reading|Recipe|\w+Fit)",
     ),
 ]
 
