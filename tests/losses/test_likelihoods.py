@@ -209,3 +209,10 @@ def test_a_dispersion_per_gene_broadcasts_and_integers_are_welcome():
     got = nb(counts.astype(np.uint16), mean, dispersion)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, scipy_nll(counts, mean, dispersion), rtol=1e-4, atol=1e-5)
+
+
+def test_the_result_is_float32_whatever_comes_in():
+    narrow = [jnp.asarray([1.0, 2.0], jnp.bfloat16)] * 3
+    got = negative_binomial_nll(*narrow)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, scipy_nll(*(np.array([1.0, 2.0]),) * 3), rtol=1e-5)
