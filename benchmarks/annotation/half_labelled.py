@@ -67,7 +67,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "# Half of the cells labelled",
         "",
         "Macro F1 on the other half, mean ± standard deviation over seeds (split, start of training); `small`, which",
-        "did not see these cells. The head of the network uses the pretrained latent and the same 3,000 genes. Made by `benchmarks/annotation/half_labelled.py`.",
+        "did not see these cells. The head of the network uses the pretrained latent and the same 3,000 genes. Made by "
+        "`benchmarks/annotation/half_labelled.py`.",
         "",
         "| | " + " | ".join(METHODS.values()) + " | seeds | processor s |",
         "|---|" + "---|" * (len(METHODS) + 2),
