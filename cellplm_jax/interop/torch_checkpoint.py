@@ -191,9 +191,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
     if not isinstance(genes, list):
         msg = f"gene_list is a {type(genes).__name__}"
         raise TypeError(msg)
-    wrong = next((g for g in genes if not isinstance(g, str) or not 0 < len(g) <= 1000), None)
-    if wrong is not None:
-        msg = f"gene_list contains {shorten(repr(wrong))}, which is not the name of a gene"
+    wrong = [g for g in genes if not isinstance(g, str) or not 0 < len(g) <= 1000]
+    if wrong:
+        msg = f"gene_list contains {shorten(repr(wrong[0]))}, which is not the name of a gene"
         raise TypeError(msg)
     if len(set(genes)) < len(genes):
         repeated = Counter(genes).most_common(1)[0][0]

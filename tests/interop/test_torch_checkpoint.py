@@ -261,7 +261,7 @@ def test_config_that_lacks_a_key(key):
         ({"gene_list": "ABCDEFGHIJKL"}, "gene_list"),
         ({"gene_list": ["ABC", *"DEFGHIJKL", "ABC"]}, "'ABC' more than once"),
         ({"gene_list": list(range(12))}, "contains 0, which is not the name of a gene"),
-        ({"gene_list": ["A", None]}, "contains None"),
+        ({"gene_list": [None, *"ABCDEFGHIJK"]}, "contains None"),
         ({"head_type": []}, "not a head"),
     ],
 )
