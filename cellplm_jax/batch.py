@@ -1,8 +1,9 @@
 """Batches of cells and model outputs.
 
-Axis words, used in every docstring of the package: ``samples`` (rows of a batch: one context each, normally one tissue
-sample), ``cells`` (tokens per row, padded), ``genes`` (the model's vocabulary), ``nonzeros`` (stored counts, padded),
-``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture components), ``heads``.
+Axis words, used in every signature and docstring of the package: ``samples`` (rows of a batch: one context each,
+normally one tissue sample), ``cells`` (tokens per row, padded), ``genes`` (the model's vocabulary), ``nonzeros``
+(stored counts, padded), ``segments`` (samples packed into one row), ``hidden``, ``latent``, ``clusters`` (mixture
+components), ``heads``.
 
 A row is stored in ``pieces``, one unless rows are sharded: piece ``p`` of a row contains the cells
 ``[p * cells / pieces, (p + 1) * cells / pieces)`` and has its own CSR arrays. Folded arrays have a separate axis of
@@ -16,7 +17,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+Array = jax.Array | np.ndarray
+"""What functions of arrays take. Signatures add the type and the axes, ``Float[Array, "samples cells latent"]``; the
+tests compare them with the arrays of every call (jaxtyping and beartype)."""
 
 
 class CellBatch(struct.PyTreeNode):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import importlib
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from scipy import sparse
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -39,6 +41,21 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     if _QUICK[0].split("=")[0] not in _flags:
         _flags = " ".join([_flags, *_QUICK])
     os.environ["XLA_FLAGS"] = _flags.strip()
+
+# beartype compares the arrays of every call in these folders with the signature: dtype, rank, and equal sizes of axes
+# of the same name. An int is a float to it, as it is to pyright.
+CHECKED_FOLDERS = ("model", "losses", "train", "kernels", "evaluate")
+install_import_hook(
+    [f"cellplm_jax.{folder}" for folder in CHECKED_FOLDERS],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+# Fields of trees are not compared: they also hold shapes, shardings and gradients that are None. JAX reads the
+# environment when it is imported, so this import waits for the lines above.
+for _tree in (
+    importlib.import_module("flax.struct").PyTreeNode,
+    importlib.import_module("flax.linen").Module,
+):
+    _tree.__no_type_check__ = True
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("CELLPLM_SHARED_DATA", ROOT.parent / "shared" / "data"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class CellRun:
         return len(self.indptr) - 1
 
 
+@runtime_checkable
 class CellStore(Protocol):
     """Tissue samples for training; reads are thread-safe.
 

@@ -11,20 +11,21 @@ not need it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Int64, Integer, Real
 from scipy.stats import rankdata
 
 from cellplm_jax.errors import InputError, require
+from cellplm_jax.evaluate.inputs import Labels, Matrix, one_axis
 
 _EXTRA = "eval"
 
 
-def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
+def _labels(values: Labels, name: str, cells: int | None = None) -> np.ndarray:
     """Return labels as an object array of strings; missing labels or a wrong number raise an error."""
-    column = pd.Series(values if isinstance(values, pd.Categorical) else np.asarray(values))
+    column = pd.Series(one_axis(values, name))
     if cells is not None and len(column) != cells:
         raise InputError(
             f"{name} has {len(column)} entries for {cells} cells",
@@ -43,7 +44,7 @@ def _labels(values: Any, name: str, cells: int | None = None) -> np.ndarray:
     return np.array([str(value) for value in column], object)
 
 
-def _probabilities(values: Any, truth: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def _probabilities(values: Matrix, truth: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """Return probabilities as float64 [cells, classes]; a wrong shape, range or sum raises an error."""
     array = np.asarray(values, np.float64)
     if array.shape != (len(truth), len(classes)):
@@ -62,26 +63,19 @@ def _probabilities(values: Any, truth: np.ndarray, classes: Sequence[str]) -> np
     return array
 
 
-def confusion_counts(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Count pairs of true and predicted class.
-
-    Args:
-        truth: int [cells], 0 to ``classes - 1``.
-        predicted: int [cells], 0 to ``classes - 1``.
-        classes: Number of classes.
-
-    Returns:
-        int64 [classes, classes]; rows are true classes.
-    """
+def confusion_counts(
+    truth: Integer[np.ndarray, " cells"], predicted: Integer[np.ndarray, " cells"], classes: int
+) -> Int64[np.ndarray, "{classes} {classes}"]:
+    """Count pairs of true and predicted class, both from 0 to ``classes - 1``; rows are true classes."""
     pairs = np.asarray(truth) * classes + np.asarray(predicted)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def macro_f1(confusion: np.ndarray) -> float:
+def macro_f1(confusion: Integer[np.ndarray, "classes classes"]) -> float:
     """Return the mean F1 over the classes that occur among true or predicted labels.
 
     Args:
-        confusion: int [classes, classes] from :func:`confusion_counts`.
+        confusion: From :func:`confusion_counts`.
 
     Returns:
         F1 between 0 and 1, as scikit-learn's with ``average="macro"``; NaN without cells.
@@ -92,12 +86,8 @@ def macro_f1(confusion: np.ndarray) -> float:
     return float(np.mean(2.0 * hits[there] / size[there])) if there.any() else float("nan")
 
 
-def auroc(positive: np.ndarray, score: np.ndarray) -> float:
+def auroc(positive: Bool[np.ndarray, " cells"], score: Real[np.ndarray, " cells"]) -> float:
     """Return the area under the receiver operating characteristic: how well a score ranks positive cells first.
-
-    Args:
-        positive: bool [cells].
-        score: float [cells].
 
     Returns:
         Between 0 and 1, .5 by chance, ties count half; NaN without cells of both kinds.
@@ -110,7 +100,7 @@ def auroc(positive: np.ndarray, score: np.ndarray) -> float:
     return float((rank[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
 
-def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
+def annotation_scores(truth: Labels, predicted: Labels) -> dict[str, float]:
     """Compare predicted with true labels.
 
     Averages are over the classes of the true labels: a class that is only predicted (such as "unknown") lowers the
@@ -152,7 +142,7 @@ def annotation_scores(truth: Any, predicted: Any) -> dict[str, float]:
     return scores
 
 
-def per_class_scores(truth: Any, predicted: Any) -> pd.DataFrame:
+def per_class_scores(truth: Labels, predicted: Labels) -> pd.DataFrame:
     """Return precision, recall and F1 per class.
 
     Args:
@@ -187,7 +177,7 @@ def per_class_scores(truth: Any, predicted: Any) -> pd.DataFrame:
     )
 
 
-def confusion_table(truth: Any, predicted: Any) -> pd.DataFrame:
+def confusion_table(truth: Labels, predicted: Labels) -> pd.DataFrame:
     """Count the cells per pair of true and predicted label.
 
     Args:
@@ -212,7 +202,7 @@ def confusion_table(truth: Any, predicted: Any) -> pd.DataFrame:
 
 
 def expected_calibration_error(
-    truth: Any, probabilities: Any, classes: Sequence[str], *, bins: int = 15
+    truth: Labels, probabilities: Matrix, classes: Sequence[str], *, bins: int = 15
 ) -> float:
     """Return the mean difference between confidence and accuracy over bins of equal width, weighted by cells.
 
@@ -241,7 +231,7 @@ def expected_calibration_error(
     return float(np.abs(gap[size > 0]).sum() / len(known))
 
 
-def brier_score(truth: Any, probabilities: Any, classes: Sequence[str]) -> float:
+def brier_score(truth: Labels, probabilities: Matrix, classes: Sequence[str]) -> float:
     """Return the multi-class Brier score: the squared distance between probabilities and truth.
 
     Args:

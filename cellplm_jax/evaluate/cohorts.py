@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int, Integer, Real
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
@@ -21,13 +23,10 @@ SIGNIFICANT = 0.05
 """p-value that a cohort should be large enough for."""
 
 
-def smallest_p(codes: Any) -> float:
+def smallest_p(codes: Integer[np.ndarray, " samples"] | Sequence[int]) -> float:
     """Return the smallest p-value that permuting the labels of these samples can give.
 
     An arrangement and the one with exchanged labels of the same number of samples count as one result.
-
-    Args:
-        codes: int [samples], labels.
     """
     sizes = list(Counter(np.asarray(codes).tolist()).values())
     arrangements = math.factorial(sum(sizes)) // math.prod(map(math.factorial, sizes))
@@ -48,11 +47,16 @@ def samples_needed(labels: int, p: float = SIGNIFICANT) -> int:
     return number
 
 
-def arrangements(codes: Any, number: int = PERMUTATIONS, *, seed: int = 0) -> np.ndarray:
-    """Return arrangements of labels over samples, int [arrangements, samples]; the first is the given one.
+def arrangements(
+    codes: Integer[np.ndarray, " samples"] | Sequence[int],
+    number: int = PERMUTATIONS,
+    *,
+    seed: int = 0,
+) -> Int[np.ndarray, "arrangements samples"]:
+    """Return arrangements of labels over samples; the first is the given one.
 
     Args:
-        codes: int [samples].
+        codes: Label of each sample.
         number: Maximum number of other arrangements. All distinct ones are returned if there are fewer.
         seed: Seed of the random arrangements.
     """
@@ -71,26 +75,26 @@ def arrangements(codes: Any, number: int = PERMUTATIONS, *, seed: int = 0) -> np
     return np.stack([codes, *(random.permutation(codes) for _ in range(number))])
 
 
-def permutation_p(statistics: Any) -> float:
-    """Return the share of arrangements whose statistic is at least that of the first.
-
-    Args:
-        statistics: float [arrangements]; the first belongs to the given labels, higher is more different.
-    """
+def permutation_p(statistics: Real[np.ndarray, " arrangements"] | Sequence[float]) -> float:
+    """Return the share of arrangements whose statistic is at least that of the first, the given labels."""
     values = np.asarray(statistics, np.float64)
     return float(np.mean(values >= values[0] - 1e-9 * max(abs(values[0]), 1e-300)))
 
 
-def separation(means: Any, codes: np.ndarray, weight: Any = None) -> np.ndarray:
+def separation(
+    means: Real[np.ndarray, "samples features"],
+    codes: Integer[np.ndarray, "arrangements samples"],
+    weight: Real[np.ndarray, " samples"] | None = None,
+) -> Float64[np.ndarray, " arrangements"]:
     """Return the squared distance between the means of the labels, summed over features.
 
     Args:
-        means: float [samples, features].
-        codes: int [arrangements, samples].
-        weight: float [samples], weight of each sample; None: equal.
+        means: Mean features of each sample.
+        codes: From :func:`arrangements`.
+        weight: Weight of each sample; None: equal.
 
     Returns:
-        float64 [arrangements]: the sum over labels of the share of their samples times the squared distance of their
+        The sum over labels of the share of their samples times the squared distance of their
         mean from that of all; a label without samples does not count.
     """
     means = np.asarray(means, np.float64)
@@ -106,16 +110,21 @@ def separation(means: Any, codes: np.ndarray, weight: Any = None) -> np.ndarray:
     return total
 
 
-def left_out_error(features: Any, codes: np.ndarray, *, penalty: float = 1.0) -> np.ndarray:
+def left_out_error(
+    features: Real[np.ndarray, "samples features"],
+    codes: Integer[np.ndarray, "arrangements samples"],
+    *,
+    penalty: float = 1.0,
+) -> Float64[np.ndarray, " arrangements"]:
     """Return the error of ridge regression on left-out samples, for many arrangements of the labels at once.
 
     Args:
-        features: float [samples, features].
-        codes: int [arrangements, samples].
+        features: Features of each sample.
+        codes: From :func:`arrangements`.
         penalty: Ridge penalty, relative to the mean squared length of the centred features.
 
     Returns:
-        float64 [arrangements], mean squared error of the indicators of the labels, each sample predicted without it,
+        Mean squared error of the indicators of the labels, each sample predicted without it,
         relative to that of predicting their frequencies in the other samples.
     """
     features = np.asarray(features, np.float64)
@@ -136,18 +145,21 @@ def left_out_error(features: Any, codes: np.ndarray, *, penalty: float = 1.0) ->
 
 
 def pseudobulk(
-    counts: sparse.csr_matrix, samples: np.ndarray, types: np.ndarray, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+    counts: Real[sparse.csr_matrix, "cells genes"],
+    samples: Integer[np.ndarray, " _"],
+    types: Integer[np.ndarray, " _"],
+    shape: tuple[int, int],
+) -> tuple[Float64[np.ndarray, "types samples genes"], Int[np.ndarray, "types samples"]]:
     """Sum the counts of the cells of each sample and type.
 
     Args:
-        counts: CSR [cells, genes].
-        samples: int [cells], sample of each cell; negative: not used.
-        types: int [cells]; negative: not used.
+        counts: Counts of each cell.
+        samples: Sample of each cell; negative: not used.
+        types: Type of each cell; negative: not used.
         shape: Number of samples and of types.
 
     Returns:
-        log1p of the summed counts per 10,000, float64 [types, samples, genes], and the cells, int [types, samples].
+        log1p of the summed counts per 10,000, and the numbers of cells.
 
     Raises:
         InputError: Lengths differ.
@@ -171,14 +183,12 @@ def pseudobulk(
     )
 
 
-def adjusted_p(statistics: Any) -> np.ndarray:
+def adjusted_p(
+    statistics: Real[np.ndarray, "tests arrangements"],
+) -> Float64[np.ndarray, " tests"]:
     """Return p-values corrected for the number of tests (maximum statistic, Westfall and Young 1993).
 
-    Args:
-        statistics: float [tests, arrangements], each relative to its mean over arrangements.
-
-    Returns:
-        float64 [tests].
+    ``statistics`` are relative to their mean over arrangements; the first arrangement is the given one.
     """
     values = np.asarray(statistics, np.float64)
     if not len(values):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int, Integer, Real, Shaped
 from scipy import linalg, sparse
 
 from cellplm_jax.errors import InputError
@@ -24,21 +24,24 @@ BLOCK = 2048
 
 
 def variable_genes(
-    mean: np.ndarray, variance: np.ndarray, number: int, usable: np.ndarray | None = None
-) -> np.ndarray:
+    mean: Float[np.ndarray, " genes"],
+    variance: Float[np.ndarray, " genes"],
+    number: int,
+    usable: Bool[np.ndarray, " genes"] | None = None,
+) -> Int[np.ndarray, " chosen"]:
     """Choose highly variable genes by dispersion, compared with genes of similar mean.
 
     Genes are binned by log mean into 20 quantiles; the dispersion (variance / mean) is standardized within each bin
     (Satija et al. 2015, as in ``scanpy.pp.highly_variable_genes``).
 
     Args:
-        mean: float [genes], mean log expression.
-        variance: float [genes].
+        mean: Mean log expression.
+        variance: Of the same.
         number: Maximum number of genes.
-        usable: bool [genes], genes that may be chosen; None: those with a positive mean.
+        usable: Genes that may be chosen; None: those with a positive mean.
 
     Returns:
-        int [chosen], most variable first.
+        Indices of genes, most variable first.
     """
     usable = mean > 0 if usable is None else usable & (mean > 0)
     dispersion = variance / np.maximum(mean, 1e-6)
@@ -55,19 +58,21 @@ def variable_genes(
     return order[: min(number, int(usable.sum()))]
 
 
-def dispersed_genes(mean: np.ndarray, variance: np.ndarray, number: int) -> np.ndarray:
+def dispersed_genes(
+    mean: Float[np.ndarray, " genes"], variance: Float[np.ndarray, " genes"], number: int
+) -> Int[np.ndarray, " chosen"]:
     """Choose highly variable genes of one dataset, as ``scanpy.pp.highly_variable_genes`` does by default.
 
     The log dispersion of normalized counts is standardized within 20 bins of equal width of the log mean (flavor
     "seurat", Satija et al. 2015).
 
     Args:
-        mean: float [genes], mean normalized count, not logarithmic.
-        variance: float [genes], of the same, with Bessel's correction.
+        mean: Mean normalized count, not logarithmic.
+        variance: Of the same, with Bessel's correction.
         number: Maximum number of genes.
 
     Returns:
-        int [chosen], most variable first.
+        Indices of genes, most variable first.
     """
     expressed = np.flatnonzero((mean > 0) & (variance > 0))
     if not len(expressed):
@@ -95,7 +100,7 @@ def principal_components(
     passes: int = 4,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float32[np.ndarray, "genes components"], Float64[np.ndarray, " components"]]:
     """Decompose a matrix of cells by genes that is only seen in blocks of rows (Halko et al. 2011).
 
     Args:
@@ -107,7 +112,7 @@ def principal_components(
         advance: Called after each block.
 
     Returns:
-        Loadings float32 [genes, components] and singular values float64 [components], largest first. The sign of a
+        Loadings and singular values, largest first. The sign of a
         component is such that its loadings have a positive sum of cubes.
     """
     width = min(components + OVERSAMPLING, genes)
@@ -132,8 +137,10 @@ def principal_components(
     return (loadings * sign).astype(np.float32), strength
 
 
-def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse.csr_matrix:
-    """Return log1p of counts [cells, genes] scaled to ``target_sum`` per cell."""
+def log_normalized(
+    counts: Real[sparse.csr_matrix, "cells genes"], target_sum: float = 1e4
+) -> Float32[sparse.csr_matrix, "cells genes"]:
+    """Return log1p of counts scaled to ``target_sum`` per cell."""
     total = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
     data = np.log1p(counts.data * np.repeat(target_sum / total, np.diff(counts.indptr)))
     return sparse.csr_matrix(
@@ -143,7 +150,7 @@ def log_normalized(counts: sparse.csr_matrix, target_sum: float = 1e4) -> sparse
 
 def variable_columns(
     blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, " chosen"], Float32[np.ndarray, " chosen"]]:
     """Choose the highly variable genes of a dataset.
 
     Args:
@@ -151,7 +158,7 @@ def variable_columns(
         genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
 
     Returns:
-        int [chosen], their columns, and the standard deviation of each, float32 [chosen].
+        Their columns, and the standard deviation of each.
 
     Raises:
         InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
@@ -178,7 +185,7 @@ def variable_columns(
 
 def variable_expression(
     blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
-) -> tuple[sparse.csr_matrix, np.ndarray]:
+) -> tuple[Float32[sparse.csr_matrix, "cells chosen"], Float32[np.ndarray, " chosen"]]:
     """Return the expression of the highly variable genes of a dataset.
 
     Args:
@@ -186,7 +193,7 @@ def variable_expression(
         genes: Maximum number of highly variable genes, chosen by :func:`dispersed_genes`.
 
     Returns:
-        CSR float32 [cells, chosen] and the standard deviation of each gene, float32 [chosen].
+        The expression, and the standard deviation of each gene.
 
     Raises:
         InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
@@ -197,19 +204,19 @@ def variable_expression(
 
 
 def standardized(
-    expression: sparse.csr_matrix,
-    sample_of: np.ndarray,
-    deviation: np.ndarray | None = None,
+    expression: Float32[sparse.csr_matrix, "cells genes"],
+    sample_of: Integer[np.ndarray, " cells"],
+    deviation: Float32[np.ndarray, " genes"] | None = None,
     *,
-    mean: np.ndarray | None = None,
+    mean: Float32[np.ndarray, " genes"] | None = None,
 ) -> Callable[[], Iterable[np.ndarray]]:
     """Return a function that returns expression in dense blocks of cells, centred by tissue sample.
 
     Args:
-        expression: CSR float32 [cells, genes], log-normalized, from :func:`variable_expression`.
-        sample_of: int [cells], number of each cell's tissue sample.
-        deviation: float32 [genes]; genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
-        mean: float32 [genes], centre of samples with fewer than 20 cells; None: the mean of all cells.
+        expression: Log-normalized, from :func:`variable_expression`.
+        sample_of: Number of each cell's tissue sample.
+        deviation: Genes are divided by it and clipped at 10 deviations. None: genes are not scaled.
+        mean: Centre of samples with fewer than 20 cells; None: the mean of all cells.
     """
     if mean is None:
         mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
@@ -232,12 +239,12 @@ def standardized(
 
 
 def own_components(
-    expression: sparse.csr_matrix,
-    sample_of: np.ndarray,
-    deviation: np.ndarray | None = None,
+    expression: Float32[sparse.csr_matrix, "cells genes"],
+    sample_of: Integer[np.ndarray, " cells"],
+    deviation: Float32[np.ndarray, " genes"] | None = None,
     *,
     components: int = 50,
-) -> np.ndarray:
+) -> Float[np.ndarray, "cells components"]:
     """Return the principal components of a dataset, centred by tissue sample.
 
     Args:
@@ -245,9 +252,6 @@ def own_components(
         sample_of: See :func:`standardized`.
         deviation: See :func:`standardized`.
         components: Number of components; fewer are returned if there are few cells or genes.
-
-    Returns:
-        float32 [cells, components].
     """
     cells, genes = expression.shape[0], expression.shape[1]
     blocks = standardized(expression, sample_of, deviation)
@@ -274,8 +278,12 @@ class Discriminants:
         self._between = np.zeros((dimensions, dimensions))
         self._shrinkage, self._minimum = shrinkage, minimum_cells
 
-    def add(self, embedding: np.ndarray, clusters: Any) -> None:
-        """Add a dataset: float [cells, dimensions], centred, and the cluster of each cell."""
+    def add(
+        self,
+        embedding: Float[np.ndarray, "cells dimensions"],
+        clusters: Shaped[np.ndarray, " cells"],
+    ) -> None:
+        """Add a dataset: its centred embedding, and the cluster of each cell."""
         _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
         large = sizes >= self._minimum
         if large.sum() < 2:
@@ -291,8 +299,8 @@ class Discriminants:
         outside = means - embedding.mean(axis=0)
         self._between += weight * (outside * (share / share.sum())[:, None]).T @ outside
 
-    def directions(self, number: int) -> np.ndarray:
-        """Return float64 [dimensions, number], the most discriminating direction first; no columns without data."""
+    def directions(self, number: int) -> Float64[np.ndarray, "dimensions found"]:
+        """Return up to ``number`` directions, the most discriminating one first; none without data."""
         size = len(self._within)
         if not np.trace(self._within) > 0 or not np.trace(self._between) > 0:
             return np.zeros((size, 0))
@@ -303,7 +311,9 @@ class Discriminants:
         return vectors[:, np.argsort(-values)[:number]]
 
 
-def unit_length(embedding: np.ndarray) -> np.ndarray:
-    """Scale each row of [cells, dimensions] to length 1; a row of zeros stays as it is."""
+def unit_length(
+    embedding: Float[np.ndarray, "cells dimensions"],
+) -> Float[np.ndarray, "cells dimensions"]:
+    """Scale each row to length 1; a row of zeros stays as it is."""
     length = np.linalg.norm(embedding, axis=1, keepdims=True)
     return embedding / np.maximum(length, 1e-9)

@@ -9,12 +9,15 @@ of the same kind, with the gene mean of that kind as baseline (:func:`gene_means
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float64, Int, Real, Shaped
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.inputs import Labels, Matrix, one_axis
 from cellplm_jax.evaluate.reconstruction import (
     mean_absolute_error,
     pearson_per_gene,
@@ -23,17 +26,17 @@ from cellplm_jax.evaluate.reconstruction import (
 
 
 def hide_nonzeros(
-    counts: sparse.csr_matrix, fraction: float = 0.1, *, seed: int = 0
-) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    counts: Real[sparse.csr_matrix, "cells genes"], fraction: float = 0.1, *, seed: int = 0
+) -> tuple[Real[sparse.csr_matrix, "cells genes"], Bool[sparse.csr_matrix, "cells genes"]]:
     """Set a random fraction of the non-zero counts to 0.
 
     Args:
-        counts: CSR [cells, genes].
+        counts: Raw counts; not changed.
         fraction: Fraction of all non-zeros; at least one is hidden and one remains.
         seed: Seed of the choice.
 
     Returns:
-        The remaining counts, and the mask of hidden entries: CSR bool [cells, genes].
+        The remaining counts, and the mask of hidden entries.
 
     Raises:
         InputError: The fraction is not between 0 and 1, or there are fewer than two non-zeros.
@@ -61,12 +64,17 @@ def hide_nonzeros(
     return counts, hidden
 
 
-def log_normalize(counts: Any, *, total: Any | None = None, target_sum: float = 1e4) -> Any:
+def log_normalize(
+    counts: Real[Any, "cells genes"],
+    *,
+    total: Real[np.ndarray, " cells"] | None = None,
+    target_sum: float = 1e4,
+) -> Any:
     """Scale every cell to a library size and apply log1p.
 
     Args:
-        counts: [cells, genes], dense or sparse.
-        total: float [cells], library sizes; None: the sums of the rows. A cell with a total of 0 stays 0.
+        counts: Dense or sparse.
+        total: Library sizes; None: the sums of the rows. A cell with a total of 0 stays 0.
         target_sum: Library size after scaling, in counts.
 
     Returns:
@@ -83,15 +91,16 @@ def log_normalize(counts: Any, *, total: Any | None = None, target_sum: float = 
     return np.log1p(np.asarray(counts) * factor[:, None])
 
 
-def gene_means(values: Any, *, detected: bool = False) -> np.ndarray:
+def gene_means(
+    values: Real[Any, "cells genes"],
+    *,
+    detected: bool = False,
+) -> Float64[np.ndarray, " genes"]:
     """Return the mean of each gene over cells, the simplest baseline.
 
     Args:
-        values: [cells, genes], dense or sparse.
+        values: Dense or sparse.
         detected: Average over the cells in which the gene is not zero; 0 for a gene that is zero everywhere.
-
-    Returns:
-        float64 [genes].
     """
     total = np.asarray(values.sum(axis=0), np.float64).ravel()
     if not detected:
@@ -100,7 +109,7 @@ def gene_means(values: Any, *, detected: bool = False) -> np.ndarray:
     return total / np.maximum(present, 1)
 
 
-def denoising_scores(truth: Any, prediction: Any, hidden: Any) -> dict[str, float]:
+def denoising_scores(truth: Matrix, prediction: Matrix, hidden: Matrix) -> dict[str, float]:
     """Compare predicted with true values at the hidden entries.
 
     Values are not transformed: pass both log-normalised for the published scores.
@@ -147,18 +156,18 @@ UNLABELLED = ("", "nan", "none", "unassigned", "unknown")
 """Labels in lower case that are no cell type."""
 
 
-def type_profiles(values: Any, labels: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
+def type_profiles(
+    values: Real[Any, "cells genes"],
+    labels: Shaped[np.ndarray, " cells"],
+    types: Sequence[str],
+) -> tuple[Float64[np.ndarray, "types genes"], Float64[np.ndarray, "types genes"]]:
     """Return the mean and the squared standard error of each gene in each type, per 10,000 counts.
 
     Args:
-        values: [cells, genes], counts or shares, dense or sparse; cells are scaled to 10,000.
-        labels: [cells].
+        values: Counts or shares, dense or sparse; cells are scaled to 10,000.
+        labels: Label of each cell.
         types: Labels to average.
-
-    Returns:
-        Two float64 [types, genes].
     """
-    labels = np.asarray(labels, object)
     means, errors = [], []
     for name in types:
         rows = np.flatnonzero(labels == name)
@@ -173,25 +182,29 @@ def type_profiles(values: Any, labels: Any, types: Any) -> tuple[np.ndarray, np.
 
 
 def clear_markers(
-    counts: sparse.csr_matrix, labels: Any
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    counts: Real[sparse.csr_matrix, "cells genes"], labels: Labels
+) -> tuple[
+    list[str],
+    Int[np.ndarray, " markers"],
+    Int[np.ndarray, " markers"],
+    Float64[np.ndarray, "types genes"],
+]:
     """Choose the clearest markers of cell types: genes that one type expresses more than every other type.
 
     The mean is :data:`MARKER_ERRORS` standard errors above that of every other type. Of these genes, each type keeps
     the :data:`MARKERS` with the largest difference of log1p means to the second type.
 
     Args:
-        counts: CSR [cells, genes].
+        counts: Raw counts.
         labels: [cells]; None and "unassigned" are no types, nor are labels of fewer than :data:`MARKER_CELLS` cells.
 
     Returns:
-        The types; int [markers], genes; int [markers], the type of each; float [types, genes], log1p of the mean counts
-        per 10,000.
+        The types; the genes; the type of each; and log1p of the mean counts per 10,000.
 
     Raises:
         InputError: There are fewer than two cell types.
     """
-    labels = np.asarray(labels, object)
+    labels = np.asarray(one_axis(labels, "labels"), object)
     names, sizes = np.unique(labels.astype(str), return_counts=True)
     types = [
         str(name)
@@ -223,12 +236,16 @@ def clear_markers(
     return types, genes, highest[genes], logs
 
 
-def marker_scores(counts: sparse.csr_matrix, prediction: Any, labels: Any) -> dict[str, float]:
+def marker_scores(
+    counts: Real[sparse.csr_matrix, "cells genes"],
+    prediction: Real[Any, "cells genes"],
+    labels: Labels,
+) -> dict[str, float]:
     """Compare the contrast of marker genes between cell types in the prediction with that in the counts.
 
     Args:
-        counts: CSR [cells, genes].
-        prediction: [cells, genes], expected counts or shares, dense or sparse.
+        counts: Raw counts.
+        prediction: Expected counts or shares, dense or sparse.
         labels: [cells], cell types.
 
     Returns:
@@ -240,6 +257,7 @@ def marker_scores(counts: sparse.csr_matrix, prediction: Any, labels: Any) -> di
     Raises:
         InputError: There are fewer than two cell types.
     """
+    labels = np.asarray(one_axis(labels, "labels"), object)
     types, genes, highest, logs = clear_markers(counts, labels)
     predicted = np.log1p(type_profiles(prediction, labels, types)[0])
     place = np.arange(len(genes))

@@ -17,16 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float32, Int32
 from scipy import sparse, special
 
 from cellplm_jax.errors import InputError, explain, require
+from cellplm_jax.evaluate.inputs import Labels, Matrix, one_axis
 
 Metric = Literal["euclidean", "cosine"]
 
 _EXTRA = "eval"
 
 
-def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.ndarray:
+def _checked_embedding(embedding: Matrix, *, neighbors: int | None = None) -> np.ndarray:
     """Return the embedding as a finite float array [cells, dimensions] with more cells than ``neighbors``."""
     array = np.asarray(embedding)
     if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:
@@ -59,15 +61,9 @@ def _checked_embedding(embedding: Any, *, neighbors: int | None = None) -> np.nd
     return array
 
 
-def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
+def _codes(labels: Labels, name: str, cells: int | None = None) -> np.ndarray:
     """Return labels of any type as integers 0..k-1; missing labels or a wrong number raise an error."""
-    values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
-    if np.ndim(values) != 1:
-        raise InputError(
-            f"{name} has {np.ndim(values)} axes",
-            "one label per cell",
-            "Pass one column, for example adata.obs['cell_type']",
-        )
+    values = one_axis(labels, name)
     if cells is not None and len(values) != cells:
         raise InputError(
             f"{name} has {len(values)} entries for {cells} cells",
@@ -85,7 +81,7 @@ def _codes(labels: Any, name: str, cells: int | None = None) -> np.ndarray:
 
 
 def neighbor_graph(
-    embedding: Any,
+    embedding: Matrix,
     *,
     neighbors: int = 15,
     seed: int = 0,
@@ -116,13 +112,13 @@ def neighbor_graph(
 
 
 def leiden_clusters(
-    embedding: Any,
+    embedding: Matrix,
     *,
     neighbors: int = 15,
     resolution: float = 1.0,
     seed: int = 0,
     metric: Metric = "euclidean",
-) -> np.ndarray:
+) -> Int32[np.ndarray, " cells"]:
     """Cluster cells with Leiden on scanpy's neighbour graph, without labels.
 
     Use it with :func:`clustering_scores`. The resolution is fixed in advance, so that the score measures the
@@ -136,7 +132,7 @@ def leiden_clusters(
         metric: Distance between cells.
 
     Returns:
-        int32 [cells]. Clusters numbered from 0, largest first.
+        Clusters numbered from 0, largest first.
 
     Raises:
         InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.
@@ -146,7 +142,9 @@ def leiden_clusters(
     return leiden_of_graph(cells, resolution=resolution, seed=seed)
 
 
-def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np.ndarray:
+def leiden_of_graph(
+    cells: Any, *, resolution: float = 1.0, seed: int = 0
+) -> Int32[np.ndarray, " cells"]:
     """Cluster the neighbour graph of an AnnData with Leiden, as in :func:`leiden_clusters`.
 
     Args:
@@ -155,7 +153,7 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
         seed: Seed of Leiden.
 
     Returns:
-        int32 [cells]. Clusters numbered from 0, largest first.
+        Clusters numbered from 0, largest first.
 
     Raises:
         MissingDependencyError: The extra ``eval`` is not installed.
@@ -179,7 +177,7 @@ def leiden_of_graph(cells: Any, *, resolution: float = 1.0, seed: int = 0) -> np
     return rank[clusters]
 
 
-def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
+def clustering_scores(labels: Labels, clusters: Labels) -> dict[str, float]:
     """Compare clusters with known labels.
 
     Both scores are symmetric and independent of the names of the groups. The adjusted Rand index is 0 for chance
@@ -211,8 +209,8 @@ def clustering_scores(labels: Any, clusters: Any) -> dict[str, float]:
 
 
 def knn_accuracy(
-    embedding: Any,
-    labels: Any,
+    embedding: Matrix,
+    labels: Labels,
     *,
     neighbors: int = 15,
     metric: Metric = "euclidean",
@@ -250,7 +248,7 @@ def knn_accuracy(
 
 
 def batch_mixing(
-    embedding: Any, batches: Any, *, perplexity: float = 30.0, metric: Metric = "euclidean"
+    embedding: Matrix, batches: Labels, *, perplexity: float = 30.0, metric: Metric = "euclidean"
 ) -> float:
     """Return the batch mixing of an embedding: 0 separated, 1 evenly mixed around every cell.
 
@@ -305,8 +303,8 @@ def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
 
 
 def silhouette(
-    embedding: Any,
-    labels: Any,
+    embedding: Matrix,
+    labels: Labels,
     *,
     metric: Metric = "euclidean",
     sample_cells: int | None = None,
@@ -345,10 +343,10 @@ def silhouette(
 
 
 def kbet(
-    embedding: Any,
-    batches: Any,
+    embedding: Matrix,
+    batches: Labels,
     *,
-    labels: Any = None,
+    labels: Labels = None,
     neighbors: int | None = None,
     alpha: float = 0.05,
     metric: Metric = "euclidean",
@@ -410,7 +408,7 @@ def _acceptance(
     return float(np.mean(special.chdtrc(len(size) - 1, statistic) >= alpha))
 
 
-def _batch_codes(batches: Any, cells: int) -> np.ndarray:
+def _batch_codes(batches: Labels, cells: int) -> np.ndarray:
     """Return batches as integers 0..k-1; a single batch raises an error."""
     codes = _codes(batches, "batches", cells=cells)
     number = int(codes.max()) + 1
@@ -432,7 +430,7 @@ def _nothing_mixed() -> str:
 
 
 def batch_silhouette(
-    embedding: Any, batches: Any, labels: Any, *, metric: Metric = "euclidean"
+    embedding: Matrix, batches: Labels, labels: Labels, *, metric: Metric = "euclidean"
 ) -> float:
     """Return the overlap of the batches within each label: 1 complete, 0 none ("batch ASW").
 
@@ -469,9 +467,9 @@ def batch_silhouette(
 
 
 def integration_scores(
-    embedding: Any,
-    batches: Any,
-    labels: Any = None,
+    embedding: Matrix,
+    batches: Labels,
+    labels: Labels = None,
     *,
     neighbors: int = 15,
     resolution: float = 1.0,
@@ -514,7 +512,7 @@ def integration_scores(
     scores["clusters"] = float(clusters.max() + 1)
     if labels is None:
         return scores
-    values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
+    values = one_axis(labels, "labels")
     known = ~np.asarray(pd.isna(values))  # type: ignore[arg-type]
     if len(known) != len(array):
         _codes(values, "labels", cells=len(array))
@@ -536,8 +534,8 @@ def integration_scores(
 
 
 def pca_baseline(
-    counts: Any, *, genes: int = 2000, components: int = 50, seed: int = 0
-) -> np.ndarray:
+    counts: Matrix, *, genes: int = 2000, components: int = 50, seed: int = 0
+) -> Float32[np.ndarray, "cells components"]:
     """Embed cells with scanpy's standard PCA recipe, as a baseline for learned embeddings.
 
     Genes that no cell expresses are removed; every cell is scaled to 10,000 counts; log1p; highly variable genes by
@@ -551,7 +549,7 @@ def pca_baseline(
         seed: Seed of the start vector of the solver.
 
     Returns:
-        float32 [cells, min(components, cells - 1, kept genes - 1)].
+        Up to min(components, cells - 1, kept genes - 1) components.
 
     Raises:
         InputError: The matrix does not contain raw counts, or is too small.
@@ -593,13 +591,13 @@ def pca_baseline(
 
 
 def umap_coordinates(
-    embedding: Any,
+    embedding: Matrix,
     *,
     seed: int = 0,
     neighbors: int = 15,
     minimum_distance: float = 0.5,
     metric: Metric = "euclidean",
-) -> np.ndarray:
+) -> Float32[np.ndarray, "cells 2"]:
     """Compute UMAP coordinates for visualisation; do not compute scores on them.
 
     Args:
@@ -608,9 +606,6 @@ def umap_coordinates(
         neighbors: As in :func:`leiden_clusters`; the same graph is used.
         minimum_distance: Minimum distance between points.
         metric: Distance between cells.
-
-    Returns:
-        float32 [cells, 2].
 
     Raises:
         InputError: The embedding is not a finite matrix, or has too few cells for ``neighbors``.

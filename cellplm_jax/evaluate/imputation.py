@@ -7,13 +7,14 @@ all entries. Values are not transformed: apply the same normalisation to both in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64, Real
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.inputs import Matrix
 from cellplm_jax.evaluate.reconstruction import (
     mean_absolute_error,
     pearson_per_gene,
@@ -21,15 +22,13 @@ from cellplm_jax.evaluate.reconstruction import (
 )
 
 
-def cosine_per_gene(truth: Any, prediction: Any) -> np.ndarray:
+def cosine_per_gene(
+    truth: Real[np.ndarray, "cells genes"], prediction: Real[np.ndarray, "cells genes"]
+) -> Float64[np.ndarray, " genes"]:
     """Return the cosine similarity between true and predicted values of each gene over cells.
 
-    Args:
-        truth: float [cells, genes], dense.
-        prediction: The same shape.
-
     Returns:
-        float64 [genes]; NaN if either is zero in all cells.
+        NaN if either is zero in all cells.
     """
     truth, prediction = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
     lengths = np.linalg.norm(truth, axis=0), np.linalg.norm(prediction, axis=0)
@@ -38,7 +37,7 @@ def cosine_per_gene(truth: Any, prediction: Any) -> np.ndarray:
     return np.where((lengths[0] > 0) & (lengths[1] > 0), cosine, np.nan)
 
 
-def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.DataFrame:
+def imputation_table(truth: Matrix, prediction: Matrix, genes: Sequence[str]) -> pd.DataFrame:
     """Score each gene.
 
     Args:
@@ -75,7 +74,7 @@ def imputation_table(truth: Any, prediction: Any, genes: Sequence[str]) -> pd.Da
     )
 
 
-def imputation_scores(truth: Any, prediction: Any, genes: Sequence[str]) -> dict[str, float]:
+def imputation_scores(truth: Matrix, prediction: Matrix, genes: Sequence[str]) -> dict[str, float]:
     """Score all imputed genes together.
 
     Args:

@@ -12,6 +12,7 @@ from scipy import sparse
 
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.components import log_normalized
+from cellplm_jax.evaluate.inputs import Labels, Matrix, one_axis
 
 HOUSEKEEPING = re.compile(r"(RP[LS]\d|RPLP\d|RPSA$|MT-)", re.IGNORECASE)
 """Symbols of ribosomal and mitochondrial genes, which differ between groups without naming them."""
@@ -27,7 +28,7 @@ MINIMUM_SHARE = 0.25
 
 
 def group_means(
-    counts: Any, groups: Any, genes: Sequence[str] | None = None
+    counts: Matrix, groups: Labels, genes: Sequence[str] | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return mean expression and share of cells with a count, per group.
 
@@ -56,8 +57,8 @@ def group_means(
 
 
 def marker_genes(
-    counts: Any,
-    groups: Any,
+    counts: Matrix,
+    groups: Labels,
     genes: Sequence[str],
     *,
     number: int = 5,
@@ -125,9 +126,9 @@ def marker_genes(
     return pd.DataFrame(rows, columns=columns)
 
 
-def _groups(groups: Any, cells: int) -> tuple[np.ndarray, list[str]]:
+def _groups(groups: Labels, cells: int) -> tuple[np.ndarray, list[str]]:
     """Return the group of each cell, int [cells] or -1, and the names of the groups in their order."""
-    column = groups if isinstance(groups, pd.Categorical) else pd.Categorical(groups)
+    column = pd.Categorical(one_axis(groups, "groups"))
     if len(column) != cells:
         raise InputError(
             f"{len(column)} labels for {cells} cells", "one per cell", "Use the same selection"

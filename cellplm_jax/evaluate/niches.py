@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Integer, Num, Shaped
 from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import KDTree
 
 from cellplm_jax.errors import InputError, require
+from cellplm_jax.evaluate.inputs import Matrix
 
 TIES = 8
 """Neighbours as near as the last one that are kept in addition; on a square lattice the diagonals are."""
@@ -23,8 +24,8 @@ MATCHINGS = 3
 
 
 def spatial_graph(
-    coordinates: np.ndarray, sample_of: np.ndarray, *, neighbors: int = 6
-) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    coordinates: Matrix, sample_of: Shaped[np.ndarray, " cells"], *, neighbors: int = 6
+) -> tuple[Float32[sparse.csr_matrix, "cells cells"], Float64[sparse.csr_matrix, "cells cells"]]:
     """Connect every cell with its nearest cells in the tissue, within its own sample.
 
     The graph is symmetric. Neighbours with the same distance as the last one (within 1 %) are kept, so that an inner
@@ -33,11 +34,11 @@ def spatial_graph(
 
     Args:
         coordinates: float [cells, 2], in any unit; cells with NaN have no neighbours.
-        sample_of: [cells], the tissue sample of each cell, of any type.
+        sample_of: The tissue sample of each cell, of any type.
         neighbors: Number of nearest cells.
 
     Returns:
-        CSR [cells, cells] as squidpy stores them: float32 connectivities (1 per edge), and float64 distances.
+        As squidpy stores them: connectivities (1 per edge), and distances.
 
     Raises:
         InputError: ``neighbors`` is below 1, or shapes differ.
@@ -82,20 +83,21 @@ def spatial_graph(
     return tuple(sparse.csr_matrix((data, ends), shape=shape) for data in (ones, length))  # type: ignore[return-value]
 
 
-def sample_members(sample_of: np.ndarray) -> list[np.ndarray]:
-    """Return int [cells of the sample] of each sample, in the order of first appearance.
-
-    Args:
-        sample_of: [cells], the sample of each cell.
-    """
+def sample_members(
+    sample_of: Shaped[np.ndarray, " cells"],
+) -> list[Int[np.ndarray, " members"]]:
+    """Return the cells of each sample, in the order of first appearance."""
     _, first, codes = np.unique(
         np.asarray(sample_of, object).astype(str), return_index=True, return_inverse=True
     )
     return [np.flatnonzero(codes == code) for code in np.argsort(first)]
 
 
-def within_samples(connectivities: Any, sample_of: np.ndarray) -> tuple[sparse.csr_matrix, int]:
-    """Return a graph [cells, cells] without self-loops and edges between samples, and the number of the latter."""
+def within_samples(
+    connectivities: Num[sparse.spmatrix | sparse.sparray, "cells cells"],
+    sample_of: Shaped[np.ndarray, " cells"],
+) -> tuple[Float32[sparse.csr_matrix, "cells cells"], int]:
+    """Return a graph without self-loops and edges between samples, and the number of the latter."""
     codes = np.unique(np.asarray(sample_of, object).astype(str), return_inverse=True)[1]
     graph = sparse.coo_matrix(connectivities)
     stored = (graph.data != 0) & (graph.row != graph.col)
@@ -106,11 +108,13 @@ def within_samples(connectivities: Any, sample_of: np.ndarray) -> tuple[sparse.c
     return sparse.csr_matrix((ones, ends), shape=graph.shape), int((stored & ~inside).sum())
 
 
-def shells(connectivities: sparse.csr_matrix, number: int) -> list[sparse.csr_matrix]:
-    """Return for each distance in the graph the cells at that distance: boolean CSR [cells, cells].
+def shells(
+    connectivities: Shaped[sparse.csr_matrix, "cells cells"], number: int
+) -> list[Bool[sparse.csr_matrix, "cells cells"]]:
+    """Return for each distance in the graph the cells at that distance.
 
     Args:
-        connectivities: CSR [cells, cells]; stored non-zero entries are edges.
+        connectivities: Stored non-zero entries are edges.
         number: Number of shells: 1: direct neighbours, 2: also their other neighbours, ...
     """
     edges = sparse.csr_matrix(connectivities != 0)
@@ -125,8 +129,10 @@ def shells(connectivities: sparse.csr_matrix, number: int) -> list[sparse.csr_ma
     return found
 
 
-def shell_mean(values: np.ndarray, shell: sparse.csr_matrix) -> np.ndarray:
-    """Return the mean over each cell's shell, float32 [cells, dimensions]; a cell without one keeps its own values."""
+def shell_mean(
+    values: Float[np.ndarray, "cells dimensions"], shell: Bool[sparse.csr_matrix, "cells cells"]
+) -> Float32[np.ndarray, "cells dimensions"]:
+    """Return the mean over each cell's shell; a cell without one keeps its own values."""
     size = np.diff(shell.indptr)
     total = shell.astype(np.float32) @ np.asarray(values, np.float32)
     return np.where((size > 0)[:, None], total / np.maximum(size, 1)[:, None], values).astype(
@@ -134,12 +140,16 @@ def shell_mean(values: np.ndarray, shell: sparse.csr_matrix) -> np.ndarray:
     )
 
 
-def composition(groups: np.ndarray, types: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the fraction of each type among the cells of each group, float64 [groups, types].
+def composition(
+    groups: Integer[np.ndarray, " cells"],
+    types: Integer[np.ndarray, " cells"],
+    shape: tuple[int, int],
+) -> Float64[np.ndarray, "groups types"]:
+    """Return the fraction of each type among the cells of each group.
 
     Args:
-        groups: int [cells].
-        types: int [cells]; negative: unknown, not counted.
+        groups: Group of each cell.
+        types: Type of each cell; negative: unknown, not counted.
         shape: Number of groups and of types.
     """
     known = types >= 0
@@ -149,28 +159,28 @@ def composition(groups: np.ndarray, types: np.ndarray, shape: tuple[int, int]) -
 
 
 def meetings(
-    connectivities: sparse.csr_matrix,
-    types: np.ndarray,
-    sample_of: np.ndarray,
+    connectivities: Shaped[sparse.csr_matrix, "cells cells"],
+    types: Integer[np.ndarray, " cells"],
+    sample_of: Shaped[np.ndarray, " cells"],
     *,
     number: int,
     permutations: int = 1000,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float64[np.ndarray, "{number} {number}"], Int64[np.ndarray, "{number} {number}"]]:
     """Compare how often cell types are neighbours with random labels, as ``squidpy.gr.nhood_enrichment`` does.
 
     The labels are permuted within each sample.
 
     Args:
-        connectivities: CSR [cells, cells].
-        types: int [cells], below ``number``; negative: unknown, not counted and not permuted.
-        sample_of: [cells], tissue sample.
+        connectivities: Neighbours of each cell.
+        types: Below ``number``; negative: unknown, not counted and not permuted.
+        sample_of: Tissue sample of each cell.
         number: Number of types.
         permutations: Number of permutations, at least 2.
         seed: Seed of the permutations.
 
     Returns:
-        z-scores float64 [number, number] (0 if the count is the same in all permutations), and int64 counts of
+        z-scores (0 if the count is the same in all permutations), and counts of
         stored edges from a cell of the row's type to one of the column's.
 
     Raises:
@@ -202,16 +212,18 @@ def meetings(
     return score.reshape(number, number), observed.reshape(number, number)
 
 
-def mixture_clusters(embedding: np.ndarray, number: int, *, seed: int = 0) -> np.ndarray:
+def mixture_clusters(
+    embedding: Float[np.ndarray, "cells dimensions"], number: int, *, seed: int = 0
+) -> Int32[np.ndarray, " cells"]:
     """Cluster cells into a fixed number of groups: a Gaussian mixture with one covariance for all groups.
 
     Args:
-        embedding: float [cells, dimensions].
+        embedding: One row per cell.
         number: Number of groups, from 2 to below the number of cells.
         seed: Seed of the start.
 
     Returns:
-        int32 [cells], groups numbered from 0, largest first.
+        Groups numbered from 0, largest first.
 
     Raises:
         InputError: The number of groups is out of range.
@@ -221,27 +233,27 @@ def mixture_clusters(embedding: np.ndarray, number: int, *, seed: int = 0) -> np
 
 
 def consensus_clusters(
-    embeddings: Sequence[np.ndarray],
+    embeddings: Sequence[Float[np.ndarray, "cells _"]],
     number: int,
     *,
-    graph: sparse.csr_matrix | None = None,
+    graph: Shaped[sparse.csr_matrix, "cells cells"] | None = None,
     seed: int = 0,
     cells: int = 10_000,
-) -> np.ndarray:
+) -> Int32[np.ndarray, " cells"]:
     """Cluster cells into a fixed number of groups by several embeddings, which vote.
 
     A Gaussian mixture is fitted to each embedding. Its groups are matched with those of the mean of the mixtures, and
     the memberships are averaged, because a single mixture may end in a poor local optimum.
 
     Args:
-        embeddings: float [cells, dimensions], of the same cells.
+        embeddings: Of the same cells.
         number: Number of groups, from 2 to below the number of cells.
-        graph: CSR [cells, cells]; memberships are averaged over each cell and its neighbours. None: they are not.
+        graph: Memberships are averaged over each cell and its neighbours. None: they are not.
         seed: Seed of the starts.
         cells: Maximum number of cells that a mixture is fitted to.
 
     Returns:
-        int32 [cells], groups numbered from 0, largest first; fewer if no cell prefers a group.
+        Groups numbered from 0, largest first; fewer if no cell prefers a group.
 
     Raises:
         InputError: The number of groups is out of range.

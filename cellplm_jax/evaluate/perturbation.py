@@ -7,17 +7,19 @@ correlation is only meaningful compared with that of :func:`mean_change`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float64, Real
 
 from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.inputs import Matrix
 
 TOP_GENES = 20
 """Number of genes with the largest true change used in the ``_top`` scores."""
 
 
-def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+def _pair(truth: Matrix, prediction: Matrix) -> tuple[np.ndarray, np.ndarray]:
     """Return both as float64 [perturbations, genes]; invalid shapes or values raise an error."""
     true, predicted = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
     if true.ndim != 2 or true.shape != predicted.shape or not true.size:
@@ -36,7 +38,7 @@ def _pair(truth: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
     return true, predicted
 
 
-def pearson_of_change(truth: Any, prediction: Any) -> np.ndarray:
+def pearson_of_change(truth: Matrix, prediction: Matrix) -> Float64[np.ndarray, " perturbations"]:
     """Return Pearson's correlation over genes for each perturbation.
 
     Args:
@@ -44,7 +46,7 @@ def pearson_of_change(truth: Any, prediction: Any) -> np.ndarray:
         prediction: float [perturbations, genes].
 
     Returns:
-        float64 [perturbations]; NaN if truth or prediction is constant.
+        NaN if truth or prediction is constant.
 
     Raises:
         InputError: Shapes differ, or a value is not finite.
@@ -62,7 +64,9 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.where(constant, np.nan, np.clip(correlation, -1.0, 1.0))
 
 
-def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[str, np.ndarray]:
+def change_scores(
+    truth: Matrix, prediction: Matrix, *, top: int = TOP_GENES
+) -> dict[str, Float64[np.ndarray, " perturbations"]]:
     """Score every perturbation.
 
     Args:
@@ -71,7 +75,7 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
         top: Number of genes with the largest absolute true change in the ``_top`` scores.
 
     Returns:
-        float64 [perturbations] each: ``rmse``, ``mae``, ``pearson``, and the same over the top genes with the suffix
+        ``rmse``, ``mae``, ``pearson``, and the same over the top genes with the suffix
         ``_top``. A correlation is NaN if truth or prediction is constant (for example no predicted change).
 
     Raises:
@@ -92,29 +96,23 @@ def change_scores(truth: Any, prediction: Any, *, top: int = TOP_GENES) -> dict[
     return scores
 
 
-def mean_scores(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """Average scores over perturbations; NaN values are omitted, and the mean is NaN if all are.
-
-    Args:
-        scores: float [perturbations] by name, from :func:`change_scores`.
-    """
+def mean_scores(scores: dict[str, Real[np.ndarray, " perturbations"]]) -> dict[str, float]:
+    """Average :func:`change_scores` over perturbations; NaN values are omitted, and the mean is NaN if all are."""
     return {
         name: float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else np.nan
         for name, values in scores.items()
     }
 
 
-def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
+def mean_change(
+    changes: Matrix, *, targets: Real[np.ndarray, " _"] | Sequence[int] | None = None
+) -> Float64[np.ndarray, " genes"]:
     """Return the baseline that predicts the average training effect for every perturbation.
 
     Args:
         changes: float [perturbations, genes], of the training perturbations.
-        targets: int [perturbations], number of targets of each; the result is then the change per target, by least
+        targets: Number of targets of each perturbation; the result is then the change per target, by least
             squares under an additive model. None: one each.
-
-    Returns:
-        float64 [genes].
-
     Raises:
         InputError: There are no training perturbations.
     """
@@ -129,20 +127,16 @@ def mean_change(changes: Any, *, targets: Any | None = None) -> np.ndarray:
     return number @ values / np.square(number).sum()
 
 
-def no_change(perturbations: int, genes: int) -> np.ndarray:
-    """Return the baseline that predicts control expression: zeros, float64 [perturbations, genes]."""
+def no_change(perturbations: int, genes: int) -> Float64[np.ndarray, "{perturbations} {genes}"]:
+    """Return the baseline that predicts control expression: zeros."""
     return np.zeros((perturbations, genes))
 
 
-def additive_change(changes: Any) -> np.ndarray:
+def additive_change(changes: Matrix) -> Float64[np.ndarray, " genes"]:
     """Return the baseline that predicts the sum of the effects of the targets for a combination.
 
     Args:
         changes: float [targets, genes], the effect of each target; one target: its own.
-
-    Returns:
-        float64 [genes].
-
     Raises:
         InputError: There are no targets.
     """

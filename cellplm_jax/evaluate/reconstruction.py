@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from scipy import sparse, special
 
 from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.inputs import Matrix, Values
 
 _BLOCK_ENTRIES = (
     4_000_000  # of a dense block of columns; bounds the memory without changing results
@@ -118,7 +120,9 @@ def _column_moments(
     return entries, np.where(defined, pearson, np.nan), true_constant, predicted_constant
 
 
-def pearson_per_gene(truth: Any, prediction: Any, mask: Any | None = None) -> np.ndarray:
+def pearson_per_gene(
+    truth: Matrix, prediction: Matrix, mask: Matrix | None = None
+) -> Float64[np.ndarray, " genes"]:
     """Return Pearson's correlation over cells for each gene.
 
     Values are not transformed: apply log1p or a normalisation before, the same to both.
@@ -129,7 +133,7 @@ def pearson_per_gene(truth: Any, prediction: Any, mask: Any | None = None) -> np
         mask: bool [cells, genes] or None. True: the entry is used. None: all are.
 
     Returns:
-        float64 [genes]. NaN if the correlation is undefined: fewer than two entries, or truth or prediction is
+        NaN if the correlation is undefined: fewer than two entries, or truth or prediction is
         constant over them.
 
     Raises:
@@ -142,7 +146,7 @@ def pearson_per_gene(truth: Any, prediction: Any, mask: Any | None = None) -> np
 
 
 def masked_correlation(
-    truth: Any, prediction: Any, mask: Any, *, minimum_entries: int = 3
+    truth: Matrix, prediction: Matrix, mask: Matrix, *, minimum_entries: int = 3
 ) -> dict[str, float]:
     """Correlate predicted with true counts on held-out entries, after log1p, in two ways.
 
@@ -234,7 +238,9 @@ def masked_correlation(
     }
 
 
-def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) -> np.ndarray:
+def negative_binomial_log_likelihood(
+    counts: Values, mean: Values, dispersion: Values
+) -> Float64[np.ndarray, "*any"]:
     """Return the log-probability of every count under a negative binomial, in float64: the reference implementation.
 
     Parametrised by the mean ``m`` and the inverse dispersion ``r`` (variance ``m + m^2 / r``, Poisson as ``r`` grows),
@@ -251,7 +257,7 @@ def negative_binomial_log_likelihood(counts: Any, mean: Any, dispersion: Any) ->
         dispersion: Inverse dispersion, positive; broadcasts, for example [genes] against [cells, genes].
 
     Returns:
-        float64, one entry per count. Natural logarithm; not summed.
+        One entry per count. Natural logarithm; not summed.
 
     Raises:
         InputError: Shapes do not broadcast, a value is not finite, a count or mean is negative or the dispersion is not
@@ -302,7 +308,7 @@ def _errors(truth: Any, prediction: Any, mask: Any | None) -> np.ndarray:
     return difference.ravel()
 
 
-def root_mean_squared_error(truth: Any, prediction: Any, mask: Any | None = None) -> float:
+def root_mean_squared_error(truth: Values, prediction: Values, mask: Values | None = None) -> float:
     """Return the square root of the mean squared difference over all selected entries.
 
     The mean is over entries, not over genes or cells first, so the result does not depend on any order.
@@ -321,7 +327,7 @@ def root_mean_squared_error(truth: Any, prediction: Any, mask: Any | None = None
     return float(np.sqrt(np.mean(np.square(_errors(truth, prediction, mask)))))
 
 
-def mean_absolute_error(truth: Any, prediction: Any, mask: Any | None = None) -> float:
+def mean_absolute_error(truth: Values, prediction: Values, mask: Values | None = None) -> float:
     """Return the mean absolute difference over all selected entries.
 
     Args:

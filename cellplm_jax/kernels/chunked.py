@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float, Int, Int32, Integer, Real, Shaped
 
-from cellplm_jax.batch import CellBatch
+from cellplm_jax.batch import Array, CellBatch
 from cellplm_jax.kernels.matmul import dependent_zeros, linear_product
 
 BLOCK = 32_768
@@ -30,21 +31,21 @@ class CountChunks(struct.PyTreeNode):
     the one before: :meth:`fresh` returns the cells that are new.
 
     Attributes:
-        cell: int32 [samples, (pieces,) nonzeros], the cell of each stored count, within its piece.
-        gene: uint of the same shape, the gene of each stored count.
-        begin: int32 [samples, (pieces,) chunks], index of the first stored count of each chunk.
-        end: int32 of the same shape, index after the last one.
-        blocks: int32 scalar, number of blocks in the fullest chunk.
+        cell: The cell of each stored count, within its piece.
+        gene: The gene of each stored count.
+        begin: Index of the first stored count of each chunk.
+        end: Index after the last one.
+        blocks: Number of blocks in the fullest chunk.
         cells: Cells per piece.
         size: Cells per chunk.
         genes: Size of the vocabulary.
     """
 
-    cell: jax.Array
-    gene: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    blocks: jax.Array
+    cell: Int32[Array, "samples *pieces nonzeros"]
+    gene: Integer[Array, "samples *pieces nonzeros"]
+    begin: Int32[Array, "samples *pieces chunks"]
+    end: Int32[Array, "samples *pieces chunks"]
+    blocks: Int32[Array, ""]
     cells: int = struct.field(pytree_node=False)
     size: int = struct.field(pytree_node=False)
     genes: int = struct.field(pytree_node=False)
@@ -93,24 +94,18 @@ class CountChunks(struct.PyTreeNode):
         """Number of chunks."""
         return self.begin.shape[-1]
 
-    def start(self, index: jax.Array) -> jax.Array:
+    def start(self, index: Int[Array, ""]) -> Int[Array, ""]:
         """Return the index of the first cell of chunk ``index`` within its piece."""
         return jnp.minimum(index * self.size, self.cells - self.size)
 
-    def fresh(self, index: jax.Array) -> jax.Array:
-        """Return bool [size]: the cells of chunk ``index`` that no earlier chunk contains."""
+    def fresh(self, index: Int[Array, ""]) -> Bool[Array, " size"]:
+        """Return which cells of chunk ``index`` no earlier chunk contains."""
         return self.start(index) + jnp.arange(self.size) >= index * self.size
 
-    def dense(self, values: jax.Array, index: jax.Array) -> jax.Array:
-        """Scatter one value per stored count of one chunk.
-
-        Args:
-            values: float or int [samples, (pieces,) nonzeros].
-            index: int32 scalar, number of the chunk.
-
-        Returns:
-            [samples, (pieces,) size, genes] of the values' dtype; float32 if they are integers.
-        """
+    def dense(
+        self, values: Real[Array, "samples *pieces nonzeros"], index: Int[Array, ""]
+    ) -> Float[Array, "samples *pieces size genes"]:
+        """Scatter one value per stored count of one chunk; the result is float32 for integers."""
         kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
         start, stored = self.start(index), self.gene.shape[-1]
         width = min(BLOCK, stored)
@@ -137,13 +132,20 @@ class CountChunks(struct.PyTreeNode):
             self.cell, self.gene, values, self.begin[..., index], self.end[..., index]
         )
 
-    def rows(self, values: jax.Array, index: jax.Array) -> jax.Array:
+    def rows(
+        self, values: Shaped[Array, "samples ..."], index: Int[Array, ""]
+    ) -> Shaped[Array, "samples ..."]:
         """Return the cells of one chunk: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
         return jax.lax.dynamic_slice_in_dim(
             values, self.start(index), self.size, axis=self.begin.ndim - 1
         )
 
-    def written(self, values: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    def written(
+        self,
+        values: Shaped[Array, "samples ..."],
+        chunk: Shaped[Array, "samples ..."],
+        index: Int[Array, ""],
+    ) -> Shaped[Array, "samples ..."]:
         """Return ``values`` [samples, (pieces,) cells, ...] with the cells of one chunk replaced."""
         return jax.lax.dynamic_update_slice_in_dim(
             values, chunk.astype(values.dtype), self.start(index), axis=self.begin.ndim - 1
@@ -166,8 +168,12 @@ def _over_pieces(function: Callable) -> Callable:
 
 
 def summed_over_chunks_reference(
-    function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
-) -> tuple[jax.Array, Any]:
+    function: Callable,
+    chunks: CountChunks,
+    params: Any,
+    cells: Float[Array, "samples ..."],
+    given: Any,
+) -> tuple[Float[Array, ""], Any]:
     """Return ``summed_over_chunks`` as a plain sum, differentiated by JAX."""
     return summed_in_parts_reference(
         lambda index, params, given: function(
@@ -181,8 +187,12 @@ def summed_over_chunks_reference(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def summed_over_chunks(
-    function: Callable, chunks: CountChunks, params: Any, cells: jax.Array, given: Any
-) -> tuple[jax.Array, Any]:
+    function: Callable,
+    chunks: CountChunks,
+    params: Any,
+    cells: Float[Array, "samples ..."],
+    given: Any,
+) -> tuple[Float[Array, ""], Any]:
     """Sum a scalar function over chunks; under differentiation, the same pass computes its gradient.
 
     Why: reverse mode would store or recompute the intermediate values of every chunk. But the gradient of a sum is
@@ -195,7 +205,7 @@ def summed_over_chunks(
             weight 0, and the function must not close over an array.
         chunks: From :meth:`CountChunks.of`.
         params: Any tree of floats.
-        cells: float [samples, (pieces,) cells, ...].
+        cells: [samples, (pieces,) cells, ...].
         given: Any tree of values that are not differentiated.
 
     Returns:
@@ -241,7 +251,7 @@ def _types(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
 
 
-def _scaled(factor: jax.Array, gradients: Any, types: Any) -> Any:
+def _scaled(factor: Array, gradients: Any, types: Any) -> Any:
     return jax.tree.map(lambda leaf, like: (factor * leaf).astype(like.dtype), gradients, types)
 
 
@@ -250,7 +260,7 @@ summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 
 def summed_in_parts_reference(
     function: Callable, number: int, params: Any, given: Any
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, ""], Any]:
     """Return ``summed_in_parts`` as a plain sum, differentiated by JAX."""
     value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
     for more in rest:
@@ -261,7 +271,7 @@ def summed_in_parts_reference(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def summed_in_parts(
     function: Callable, number: int, params: Any, given: Any
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, ""], Any]:
     """Sum a scalar function over numbered parts, with the gradient computed per part.
 
     Why: as for :func:`summed_over_chunks` (jax 0.10.2).
@@ -309,8 +319,11 @@ summed_in_parts.defvjp(_parts_forward, _parts_backward)
 
 
 def chunked_product_reference(
-    table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
-) -> jax.Array:
+    table: Float[Array, "genes width"],
+    chunks: CountChunks,
+    values: Float[Array, "samples *pieces nonzeros"],
+    hidden: Bool[Array, "samples *pieces cells genes"] | None,
+) -> Float[Array, "samples *pieces cells width"]:
     """Return ``chunked_product`` as a single product of the dense counts."""
 
     def scatter(cell, gene, values):
@@ -325,20 +338,20 @@ def chunked_product_reference(
 
 @jax.custom_vjp
 def chunked_product(
-    table: jax.Array, chunks: CountChunks, values: jax.Array, hidden: jax.Array | None
-) -> jax.Array:
+    table: Float[Array, "genes width"],
+    chunks: CountChunks,
+    values: Float[Array, "samples *pieces nonzeros"],
+    hidden: Bool[Array, "samples *pieces cells genes"] | None,
+) -> Float[Array, "samples *pieces cells width"]:
     """Multiply sparse expression with a table, in chunks in the forward and the backward pass.
 
     Why: otherwise the dense counts of the complete batch stay in memory until the backward pass (jax 0.10.2).
 
     Args:
-        table: float [genes, width].
+        table: One row per gene.
         chunks: From :meth:`CountChunks.of`.
-        values: float [samples, (pieces,) nonzeros], one per stored count, of the table's type; not differentiated.
-        hidden: bool [samples, (pieces,) cells, genes], entries that count as 0; None: none.
-
-    Returns:
-        [samples, (pieces,) cells, width] of the table's type.
+        values: One per stored count, of the table's type; not differentiated.
+        hidden: Entries that count as 0; None: none.
     """
     empty = jnp.zeros((*chunks.begin.shape[:-1], chunks.cells, table.shape[1]), table.dtype)
 

@@ -6,11 +6,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Key, UInt8
 
+from cellplm_jax.batch import Array
 from cellplm_jax.kernels.remat import barrier
 
 
-def dropped_reference(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
+def dropped_reference(
+    x: Float[Array, "*batch width"], bits: UInt8[Array, "*batch bytes"], rate: float
+) -> Float[Array, "*batch width"]:
     """Return :func:`dropped`, differentiated as it stands."""
     # Side by side: entries that look their bits up one by one take a CPU six times as long (jax 0.10.2).
     keep = jnp.concatenate([(bits >> i) & 1 == 1 for i in range(8)], axis=-1)[..., : x.shape[-1]]
@@ -18,14 +22,16 @@ def dropped_reference(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dropped(x: jax.Array, bits: jax.Array, rate: float) -> jax.Array:
+def dropped(
+    x: Float[Array, "*batch width"], bits: UInt8[Array, "*batch bytes"], rate: float
+) -> Float[Array, "*batch width"]:
     """Set entries to 0 and divide the others by ``1 - rate``; the backward pass keeps the bits alone.
 
     Why: what a compiler makes of the bits takes eight times as much between the passes (CPU, jax 0.10.2).
 
     Args:
-        x: float [..., width].
-        bits: uint8 [..., ceil(width / 8)], from :func:`kept_bits`. Bit i of byte j is about entry i * bytes + j.
+        x: The entries.
+        bits: ceil(width / 8) bytes from :func:`kept_bits`. Bit i of byte j is about entry i * bytes + j.
         rate: The share of bits that are 0.
     """
     return dropped_reference(x, bits, rate)
@@ -39,7 +45,9 @@ def _dropped_backward(rate, bits, gradient):
 dropped.defvjp(lambda x, bits, rate: (dropped(x, bits, rate), bits), _dropped_backward)
 
 
-def kept_bits_reference(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+def kept_bits_reference(
+    key: Key[Array, ""], shape: tuple[int, ...], rate: float
+) -> UInt8[Array, "*shape"]:
     """Return :func:`kept_bits` by four draws one after another."""
     bits = jnp.zeros(shape, jnp.uint8)
     for index in range(4):
@@ -47,7 +55,7 @@ def kept_bits_reference(key: jax.Array, shape: tuple[int, ...], rate: float) -> 
     return bits
 
 
-def kept_bits(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
+def kept_bits(key: Key[Array, ""], shape: tuple[int, ...], rate: float) -> UInt8[Array, "*shape"]:
     """Draw bits that are 0 with a given probability.
 
     Why: on a CPU a loop, which no compiler looks into; fused with the backward pass, the words themselves would be kept
@@ -59,7 +67,7 @@ def kept_bits(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
         rate: The probability, rounded to a multiple of 2^-16.
 
     Returns:
-        uint8 [...] of that shape, eight independent bits each.
+        Eight independent bits each.
     """
     draw = partial(_draw, key, rate)
 

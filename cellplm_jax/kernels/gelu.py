@@ -5,16 +5,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+
+from cellplm_jax.batch import Array
 
 
-def exact_gelu_reference(x: jax.Array) -> jax.Array:
-    """Return GELU of x [...], differentiated term by term."""
+def exact_gelu_reference(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return GELU, differentiated term by term."""
     return jax.nn.gelu(x, approximate=False)
 
 
 @jax.custom_vjp
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """Return GELU of x [...] with the error function, not its tanh approximation.
+def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return GELU with the error function, not its tanh approximation.
 
     Why: the backward pass starts from x again; differentiating the terms keeps three more arrays (jax 0.10.2).
     """

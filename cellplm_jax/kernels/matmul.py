@@ -8,24 +8,18 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Integer, Num, Shaped
+
+from cellplm_jax.batch import Array
 
 Axes = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def _dot(left: jax.Array, right: jax.Array, axes: Axes) -> jax.Array:
-    """Multiply arrays of one type, bfloat16 ones on the fast path of the backend.
+def _dot(left: Array, right: Array, axes: Axes) -> Array:
+    """Multiply arrays of one type by ``lax.dot_general``, bfloat16 ones on the fast path of the backend.
 
-    The numbers are those of ``lax.dot_general`` on every backend. A CPU has a fast kernel for bfloat16 only if the
-    result is float32 (two cores of an EPYC 9004: 320 GFLOP/s against 130); accelerators round their output
-    automatically.
-
-    Args:
-        left: First factor.
-        right: Second factor, of the same type.
-        axes: Dimension numbers of ``lax.dot_general``.
-
-    Returns:
-        The product, of the factors' type.
+    A CPU has a fast kernel for bfloat16 only if the result is float32 (two cores of an EPYC 9004: 320 GFLOP/s against
+    130); accelerators round their output automatically.
     """
 
     def wide(left, right):
@@ -41,23 +35,27 @@ def _dot(left: jax.Array, right: jax.Array, axes: Axes) -> jax.Array:
 
 
 def linear_product_reference(
-    values: jax.Array, kernel: jax.Array, widen: bool = False
-) -> jax.Array:
+    values: Float[Array, "*batch width"],
+    kernel: Float[Array, "width features"],
+    widen: bool = False,
+) -> Float[Array, "*batch features"]:
     """Return :func:`linear_product`, differentiated by JAX."""
     return jnp.matmul(values, kernel, preferred_element_type=jnp.float32 if widen else None)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear_product(values: jax.Array, kernel: jax.Array, widen: bool = False) -> jax.Array:
-    """Multiply [..., in] with [in, out], both of one type; narrow ones on the fast path of the backend.
+def linear_product(
+    values: Float[Array, "*batch width"],
+    kernel: Float[Array, "width features"],
+    widen: bool = False,
+) -> Float[Array, "*batch features"]:
+    """Multiply factors of one type; narrow ones on the fast path of the backend.
 
     Why: here the kernel's gradient is the sum of outer products in memory order. JAX derives its transpose, for which a
     CPU first transposes the incoming gradient: that takes half as long as the product (jax 0.10.2).
 
-    Args:
-        values: float [..., in].
-        kernel: float [in, out], of the same type.
-        widen: Return float32 for factors of any type; gradients are rounded to that type before their products.
+    With ``widen`` the result is float32 for factors of any type; gradients are rounded to that type before their
+    products.
     """
     axes = ((values.ndim - 1,), (0,)), ((), ())
     if widen:
@@ -87,11 +85,11 @@ Side = Literal["rows", "columns"]
 
 
 def batched_product_reference(
-    left: jax.Array,
-    right: jax.Array,
+    left: Float[Array, "*batch _ _"],
+    right: Float[Array, "*batch _ _"],
     summed_of_left: Side = "columns",
     summed_of_right: Side = "rows",
-) -> jax.Array:
+) -> Float[Array, "*batch _ _"]:
     """Return :func:`batched_product`, differentiated by JAX."""
     of_left = "si" if summed_of_left == "rows" else "is"
     of_right = "so" if summed_of_right == "rows" else "os"
@@ -100,24 +98,22 @@ def batched_product_reference(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def batched_product(
-    left: jax.Array,
-    right: jax.Array,
+    left: Float[Array, "*batch _ _"],
+    right: Float[Array, "*batch _ _"],
     summed_of_left: Side = "columns",
     summed_of_right: Side = "rows",
-) -> jax.Array:
+) -> Float[Array, "*batch _ _"]:
     """Multiply matrices of one type with leading batch axes; gradients have the memory order of their factors.
 
     Why: the gradients that JAX derives of a batched product are transposed, and on a CPU the transposition back takes
     as long as the product (jax 0.10.2).
 
     Args:
-        left: float [..., rows, columns].
-        right: float [..., rows, columns].
+        left: [..., rows, columns].
+        right: [..., rows, columns].
         summed_of_left: Which axis of ``left`` is summed over; the other is the first of the result.
         summed_of_right: The same for ``right``; the other is the last of the result.
 
-    Returns:
-        float [..., of left, of right].
     """
     batch = tuple(range(left.ndim - 2))
     axis = {"rows": left.ndim - 2, "columns": left.ndim - 1}
@@ -146,23 +142,21 @@ def _batched_backward(summed_of_left, summed_of_right, saved, gradient):
 batched_product.defvjp(_batched_forward, _batched_backward)
 
 
-def weighted_sum_reference(weights: jax.Array, rows: jax.Array) -> jax.Array:
+def weighted_sum_reference(
+    weights: Float[Array, "*batch"], rows: Float[Array, "*batch width"]
+) -> Float[Array, " width"]:
     """Return :func:`weighted_sum` as a plain sum of rows."""
     return jnp.sum(weights[..., None] * rows, axis=tuple(range(weights.ndim)))
 
 
-def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
+def weighted_sum(
+    weights: Float[Array, "*batch"], rows: Float[Array, "*batch width"]
+) -> Float[Array, " width"]:
     """Compute the weighted sum of rows as a matrix product with float32 sums.
 
     Why: XLA fuses a sum over rows with the operations before it and sums column by column. On a CPU that is fifty times
     slower than a product (2.5 M entries, jax 0.10.2: 11 ms against .24).
 
-    Args:
-        weights: float [...].
-        rows: float [..., width], of the same type.
-
-    Returns:
-        [width], of the rows' type.
     """
     axes = tuple(range(weights.ndim))
     total = jax.lax.dot_general(
@@ -171,20 +165,20 @@ def weighted_sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
     return total.astype(rows.dtype)
 
 
-def broadcast_reference(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def broadcast_reference(
+    vector: Float[Array, " width"], shape: tuple[int, ...]
+) -> Float[Array, "*batch width"]:
     """Return :func:`broadcast`, differentiated by JAX."""
     return jnp.broadcast_to(vector, shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def broadcast(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Broadcast [width] to [..., width]; :func:`weighted_sum` sums the gradient.
+def broadcast(
+    vector: Float[Array, " width"], shape: tuple[int, ...]
+) -> Float[Array, "*batch width"]:
+    """Broadcast a vector to ``shape``; :func:`weighted_sum` sums the gradient.
 
     Why: as for :func:`weighted_sum` (CPU, jax 0.10.2).
-
-    Args:
-        vector: float [width].
-        shape: The result's shape; its last entry is ``width``.
     """
     return broadcast_reference(vector, shape)
 
@@ -196,33 +190,37 @@ def _broadcast_backward(shape, _, gradient):
 broadcast.defvjp(lambda vector, shape: (broadcast(vector, shape), None), _broadcast_backward)
 
 
-def dependent_zeros_reference(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def dependent_zeros_reference(
+    value: Num[Array, "*any"], shape: tuple[int, ...]
+) -> Float32[Array, "*shape"]:
     """Return :func:`dependent_zeros` without the dependence."""
     return jnp.zeros(shape, jnp.float32)
 
 
-def dependent_zeros(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return float32 zeros that are allocated only after a value is computed.
+def dependent_zeros(
+    value: Num[Array, "*any"], shape: tuple[int, ...]
+) -> Float32[jax.Array, "*shape"]:
+    """Return zeros that are allocated only after a value is computed; a NaN in the value makes them NaN.
 
     Why: XLA allocates constant zeros for a sum at the start of a step and keeps them throughout: 76 MiB for the
     gradient of a gene table (CPU, jax 0.10.2).
-
-    Args:
-        value: The value to depend on, any shape; if it contains a NaN, so does the result.
-        shape: The shape of the result.
     """
     # The minimum of all entries: a single entry would have to be fetched from the device that holds it.
     return jnp.full(shape, jnp.minimum(jnp.min(jnp.abs(value)).astype(jnp.float32), 0))
 
 
-def embedding_lookup_reference(table: jax.Array, index: jax.Array) -> jax.Array:
+def embedding_lookup_reference(
+    table: Float[Array, "rows width"], index: Integer[Array, "*batch"]
+) -> Float[Array, "*batch width"]:
     """Return :func:`embedding_lookup`, differentiated by JAX."""
     return table[index]
 
 
 @jax.custom_vjp
-def embedding_lookup(table: jax.Array, index: jax.Array) -> jax.Array:
-    """Return rows of a table [rows, width]: valid int indices [...] to [..., width]; the gradient is summed in float32.
+def embedding_lookup(
+    table: Float[Array, "rows width"], index: Integer[Array, "*batch"]
+) -> Float[Array, "*batch width"]:
+    """Return rows of a table, of valid indices; the gradient is summed in float32.
 
     Why: JAX sums the gradient in the type of the table and keeps its zeros during all of the step (CPU, jax 0.10.2).
     """
@@ -245,12 +243,16 @@ embedding_lookup.defvjp(
 )
 
 
-def squeeze_single_row_reference(function: Callable, *values: jax.Array) -> jax.Array:
+def squeeze_single_row_reference(
+    function: Callable, *values: Shaped[Array, "*batch _"]
+) -> Shaped[Array, "*any"]:
     """Return :func:`squeeze_single_row` without removal of the axis."""
     return function(*values)
 
 
-def squeeze_single_row(function: Callable, *values: jax.Array) -> jax.Array:
+def squeeze_single_row(
+    function: Callable, *values: Shaped[Array, "*batch _"]
+) -> Shaped[Array, "*any"]:
     """Apply a function of [cells, ...] arrays, or of [samples, cells, ...] ones, without a leading axis of length 1.
 
     Why: a CPU sums the last axis of products of [1, cells, genes] arrays thirty times slower than of [cells, genes]

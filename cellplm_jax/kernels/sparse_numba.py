@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
+from jaxtyping import Float32, Int32, Shaped
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -24,8 +25,11 @@ BLOCK_ENTRIES = 2**19
 
 
 def stored_product_reference(
-    indptr: np.ndarray, column: np.ndarray, value: np.ndarray, table: np.ndarray
-) -> np.ndarray:
+    indptr: Int32[np.ndarray, " cells_plus_1"],
+    column: Int32[np.ndarray, " nonzeros"],
+    value: Float32[np.ndarray, " nonzeros"],
+    table: Shaped[np.ndarray, "columns width"],
+) -> Float32[np.ndarray, "cells width"]:
     """Return :func:`stored_product` by the product of a dense matrix, in float64."""
     dense = np.zeros((len(indptr) - 1, len(table)))
     row = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
@@ -34,8 +38,11 @@ def stored_product_reference(
 
 
 def stored_product(
-    indptr: np.ndarray, column: np.ndarray, value: np.ndarray, table: np.ndarray
-) -> np.ndarray:
+    indptr: Int32[np.ndarray, " cells_plus_1"],
+    column: Int32[np.ndarray, " nonzeros"],
+    value: Float32[np.ndarray, " nonzeros"],
+    table: Shaped[np.ndarray, "columns width"],
+) -> Float32[np.ndarray, "cells width"]:
     """Multiply a CSR matrix with a dense one, on all cores this process may use.
 
     Why: nineteen of twenty operations of the dense product are with zero, and XLA's sparse product on a CPU reads the
@@ -44,13 +51,10 @@ def stored_product(
     The order in which a cell's terms are added does not depend on the number of cores nor on the other cells.
 
     Args:
-        indptr: int32 [cells + 1].
-        column: int32 [nonzeros], rising within each cell.
-        value: float32 [nonzeros].
-        table: float32 or bfloat16 [columns, width], contiguous; sums are float32.
-
-    Returns:
-        float32 [cells, width].
+        indptr: Offset of each cell in the next two.
+        column: Rising within each cell.
+        value: One per column.
+        table: float32 or bfloat16, contiguous; sums are float32.
     """
     cells, width = len(indptr) - 1, table.shape[1]
     product = np.zeros((cells, width), np.float32)
@@ -98,6 +102,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
+@no_type_check  # Numba compiles the function itself, not what checks its arguments.
 def _add_rows(indptr, column, value, table, product, first, last, block):
     """Add to rows ``first`` to ``last`` (exclusive) of ``product`` their weighted rows of ``table``."""
     width = table.shape[1]

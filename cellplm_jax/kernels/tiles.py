@@ -10,7 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Bool, Float, Int, Int32
 
+from cellplm_jax.batch import Array
 from cellplm_jax.kernels.heads import by_head
 from cellplm_jax.kernels.matmul import batched_product
 
@@ -18,45 +20,42 @@ from cellplm_jax.kernels.matmul import batched_product
 TILE = 128
 
 
-def _one_hot(cell_mask: jax.Array, segment: jax.Array, segments: int) -> jax.Array:
+def _one_hot(cell_mask: Array, segment: Array, segments: int) -> Array:
     return jax.nn.one_hot(segment, segments) * cell_mask[..., None]
 
 
 def tiled_outer_total_reference(
-    left: jax.Array,
-    right: jax.Array,
-    cell_mask: jax.Array,
-    segment: jax.Array,
+    left: Float[Array, "samples cells heads width"],
+    right: Float[Array, "samples cells heads other"],
+    cell_mask: Bool[Array, "samples cells"],
+    segment: Int32[Array, "samples cells"],
     segments: int,
     pieces: int,
-) -> jax.Array:
+) -> Float[Array, "samples {segments} heads width other"]:
     """Return :func:`tiled_outer_total` by a one-hot matrix."""
     one_hot = _one_hot(cell_mask, segment, segments)
     return jnp.einsum("bcs,bchi,bcho->bshio", one_hot, left, right)
 
 
 def tiled_outer_total(
-    left: jax.Array,
-    right: jax.Array,
-    cell_mask: jax.Array,
-    segment: jax.Array,
+    left: Float[Array, "samples cells heads width"],
+    right: Float[Array, "samples cells heads other"],
+    cell_mask: Bool[Array, "samples cells"],
+    segment: Int32[Array, "samples cells"],
     segments: int,
     pieces: int,
-) -> jax.Array:
+) -> Float[Array, "samples {segments} heads width other"]:
     """Sum the outer products of two vectors per cell over each segment.
 
     Why: a product with a one-hot matrix costs as many times more as there are segments (any backend, jax 0.10).
 
     Args:
-        left: float [samples, cells, heads, width].
-        right: float [samples, cells, heads, other].
-        cell_mask: bool [samples, cells].
-        segment: int32 [samples, cells], rising within each piece; any value on padding.
+        left: First vectors.
+        right: Second vectors.
+        cell_mask: True for cells, False for padding.
+        segment: Rising within each piece; any value on padding.
         segments: Maximum number of samples per row.
         pieces: Number of pieces of each row.
-
-    Returns:
-        float [samples, segments, heads, width, other].
     """
 
     def of_piece(tiles, left, right):
@@ -70,40 +69,29 @@ def tiled_outer_total(
 
 
 def tiled_apply_reference(
-    values: jax.Array,
-    memory: jax.Array,
-    cell_mask: jax.Array,
-    segment: jax.Array,
+    values: Float[Array, "samples cells heads width"],
+    memory: Float[Array, "samples {segments} heads width other"],
+    cell_mask: Bool[Array, "samples cells"],
+    segment: Int32[Array, "samples cells"],
     segments: int,
     pieces: int,
-) -> jax.Array:
+) -> Float[Array, "samples cells heads other"]:
     """Return :func:`tiled_apply` by a one-hot matrix."""
     one_hot = _one_hot(cell_mask, segment, segments)
     return jnp.einsum("bcs,bchi,bshio->bcho", one_hot, values, memory)
 
 
 def tiled_apply(
-    values: jax.Array,
-    memory: jax.Array,
-    cell_mask: jax.Array,
-    segment: jax.Array,
+    values: Float[Array, "samples cells heads width"],
+    memory: Float[Array, "samples {segments} heads width other"],
+    cell_mask: Bool[Array, "samples cells"],
+    segment: Int32[Array, "samples cells"],
     segments: int,
     pieces: int,
-) -> jax.Array:
-    """Multiply each cell's vector by its segment's matrix.
+) -> Float[Array, "samples cells heads other"]:
+    """Multiply each cell's vector by its segment's matrix; padding is 0. See :func:`tiled_outer_total`.
 
     Why: a product with a one-hot matrix costs as many times more as there are segments (any backend, jax 0.10).
-
-    Args:
-        values: float [samples, cells, heads, width].
-        memory: float [samples, segments, heads, width, other].
-        cell_mask: See :func:`tiled_outer_total`.
-        segment: See :func:`tiled_outer_total`.
-        segments: See :func:`tiled_outer_total`.
-        pieces: See :func:`tiled_outer_total`.
-
-    Returns:
-        float [samples, cells, heads, other]; 0 for padding.
     """
 
     def of_piece(tiles, values, memory):
@@ -119,7 +107,7 @@ def tiled_apply(
     return mixed.reshape(*cell_mask.shape, *mixed.shape[3:])
 
 
-def _blocks(values: jax.Array, pieces: int) -> jax.Array:
+def _blocks(values: Array, pieces: int) -> Array:
     """Split [samples, cells, heads, width] into [samples, pieces, blocks, heads, TILE, width], zero-padded."""
     samples, cells = values.shape[:2]
     per_piece = cells // pieces
@@ -131,14 +119,14 @@ def _blocks(values: jax.Array, pieces: int) -> jax.Array:
 
 
 class _Tiles(struct.PyTreeNode):
-    """Ranges of cells within one block and one segment: block and segment [tiles], bool [tiles, TILE]."""
+    """Ranges of cells within one block and one segment."""
 
-    block: jax.Array
-    segment: jax.Array
-    inside: jax.Array
+    block: Int[Array, " tiles"]
+    segment: Int[Array, " tiles"]
+    inside: Bool[Array, "tiles {TILE}"]
 
 
-def _tiles(cell_mask: jax.Array, segment: jax.Array, segments: int, pieces: int) -> _Tiles:
+def _tiles(cell_mask: Array, segment: Array, segments: int, pieces: int) -> _Tiles:
     samples, cells = cell_mask.shape
     per_piece = cells // pieces
     blocks = -(-per_piece // TILE)

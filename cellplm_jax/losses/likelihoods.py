@@ -8,11 +8,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import gammaln
+from jaxtyping import Float, Real
+
+from cellplm_jax.batch import Array
 
 EPSILON = 1e-10
 
 
-def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Array) -> jax.Array:
+def negative_binomial_nll(
+    counts: Real[Array, "*#entries"],
+    mean: Float[Array, "*#entries"],
+    dispersion: Float[Array, "*#entries"],
+) -> Float[Array, "*entries"]:
     """Return the negative log-likelihood of negative-binomial counts.
 
     ``-log NB(x; mu, theta)`` with variance ``mu + mu^2 / theta`` (``CellPLM/objective/zinb.py``), epsilons included:
@@ -21,9 +28,9 @@ def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Ar
         + (theta + x) log(1 + mu / theta) + x (log theta - log mu)
 
     Args:
-        counts: float [...]; non-negative.
-        mean: float [...]; ``mu``, positive (0 is allowed if the count is 0).
-        dispersion: float, broadcastable to the others; ``theta``, positive.
+        counts: Non-negative.
+        mean: ``mu``, positive (0 is allowed if the count is 0).
+        dispersion: ``theta``, positive.
 
     Returns:
         float32 [...], in nats.
@@ -34,8 +41,10 @@ def negative_binomial_nll(counts: jax.Array, mean: jax.Array, dispersion: jax.Ar
 
 
 def negative_binomial_mean_terms(
-    counts: jax.Array, mean: jax.Array, dispersion: jax.Array
-) -> jax.Array:
+    counts: Float[Array, "*#entries"],
+    mean: Float[Array, "*#entries"],
+    dispersion: Float[Array, "*#entries"],
+) -> Float[Array, "*entries"]:
     """Return the terms of :func:`negative_binomial_nll` that depend on the mean: no gamma functions.
 
     Args:
@@ -51,7 +60,9 @@ def negative_binomial_mean_terms(
     return spread + counts * (jnp.log(theta) - jnp.log(mean + EPSILON))
 
 
-def negative_binomial_count_terms(counts: jax.Array, dispersion: jax.Array) -> jax.Array:
+def negative_binomial_count_terms(
+    counts: Float[Array, "*#entries"], dispersion: Float[Array, "*#entries"]
+) -> Float[Array, "*entries"]:
     """Return the terms of :func:`negative_binomial_nll` without the mean; 0 (up to rounding) for zero counts.
 
     Args:
@@ -66,8 +77,11 @@ def negative_binomial_count_terms(counts: jax.Array, dispersion: jax.Array) -> j
 
 
 def zero_inflated_negative_binomial_nll(
-    counts: jax.Array, mean: jax.Array, dispersion: jax.Array, zero_logits: jax.Array
-) -> jax.Array:
+    counts: Float[Array, "*#entries"],
+    mean: Float[Array, "*#entries"],
+    dispersion: Float[Array, "*#entries"],
+    zero_logits: Float[Array, "*#entries"],
+) -> Float[Array, "*entries"]:
     """Return the negative log-likelihood of zero-inflated negative-binomial counts.
 
     With ``pi = sigmoid(zero_logits)``: ``-log(pi + (1 - pi) NB(0))`` at zeros and ``-log(1 - pi) - log NB(x)``
@@ -87,8 +101,11 @@ def zero_inflated_negative_binomial_nll(
 
 
 def zero_inflated_mean_terms(
-    counts: jax.Array, mean: jax.Array, dispersion: jax.Array, zero_logits: jax.Array
-) -> jax.Array:
+    counts: Float[Array, "*#entries"],
+    mean: Float[Array, "*#entries"],
+    dispersion: Float[Array, "*#entries"],
+    zero_logits: Float[Array, "*#entries"],
+) -> Float[Array, "*entries"]:
     """Return :func:`zero_inflated_negative_binomial_nll` minus :func:`negative_binomial_count_terms`.
 
     The subtracted terms are 0 at zero counts, so the zero case needs no gamma function either.

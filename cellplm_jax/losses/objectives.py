@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Integer
 
-from cellplm_jax.batch import CellBatch, LatentOutput, Reconstruction
+from cellplm_jax.batch import Array, CellBatch, LatentOutput, Reconstruction
 from cellplm_jax.config import LatentConfig, ObjectiveConfig
 from cellplm_jax.errors import ConfigError
 from cellplm_jax.kernels.chunked import BLOCK, CountChunks, summed_in_parts, summed_over_chunks
@@ -32,41 +33,40 @@ from cellplm_jax.losses.likelihoods import (
 LIKELIHOOD_SHARE = 8
 
 
-def average_over(values: jax.Array, cells: jax.Array) -> jax.Array:
-    """Return the mean of ``values`` [samples, cells] where ``cells`` (bool, same shape) is True; 0 if nowhere."""
+def average_over(
+    values: Float[Array, "*batch"], cells: Bool[Array, "*batch"]
+) -> Float32[Array, ""]:
+    """Return the mean of the values of the selected cells; 0 without any."""
     weight = cells.astype(jnp.float32)
     return jnp.sum(jnp.where(cells, values, 0.0)) / jnp.maximum(weight.sum(), 1.0)
 
 
-def scale_to_total(mean: jax.Array, total: jax.Array, entries: jax.Array) -> jax.Array:
-    """Rescale each cell's mean to a given total over the selected entries.
-
-    Args:
-        mean: float [samples, cells, genes].
-        total: float [samples, cells]. The cell's counts over those entries.
-        entries: bool, broadcastable to [samples, cells, genes].
-
-    Returns:
-        float [samples, cells, genes]; 0 outside ``entries``.
-    """
+def scale_to_total(
+    mean: Float[Array, "*batch genes"],
+    total: Float[Array, "*batch"],
+    entries: Bool[Array, "*#batch genes"],
+) -> Float[Array, "*batch genes"]:
+    """Rescale each cell's mean to its total over the selected entries; the others are 0."""
     mean = jnp.where(entries, mean, 0.0)
     return mean * (total / _divisor(mean))[..., None]
 
 
-def _divisor(mean: jax.Array) -> jax.Array:
+def _divisor(mean: Array) -> Array:
     """Return the sum of each cell's mean, with 0 replaced by 1."""
     predicted = mean.sum(axis=-1)
     return jnp.where(predicted > 0, predicted, 1.0)
 
 
 def count_nll_reference(
-    reconstruction: Reconstruction, truth: CellBatch, entries: jax.Array
-) -> jax.Array:
-    """Return [samples, cells] as :func:`count_nll`, computed at every entry; the reference for tests."""
+    reconstruction: Reconstruction,
+    truth: CellBatch,
+    entries: Bool[Array, "#samples #cells #genes"],
+) -> Float32[Array, "samples cells"]:
+    """Return :func:`count_nll`, computed at every entry; the reference for tests."""
     counts = truth.dense_counts(reconstruction.mean.shape[-1])
     total = jnp.sum(jnp.where(entries, counts, 0.0), axis=-1)
     mean = scale_to_total(reconstruction.mean, total, entries)
-    dispersion: jax.Array = reconstruction.dispersion  # type: ignore[assignment]
+    dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
     if reconstruction.zero_logits is None:
         nll = negative_binomial_nll(counts, mean, dispersion)
     else:
@@ -77,8 +77,11 @@ def count_nll_reference(
 
 
 def count_nll(
-    reconstruction: Reconstruction, truth: CellBatch, counts: jax.Array, entries: jax.Array
-) -> jax.Array:
+    reconstruction: Reconstruction,
+    truth: CellBatch,
+    counts: Float[Array, "samples cells genes"],
+    entries: Bool[Array, "#samples #cells #genes"],
+) -> Float32[Array, "samples cells"]:
     """Return the negative log-likelihood of each cell's counts over the selected entries.
 
     The gamma functions of the likelihood depend on the count and the gene's dispersion but not on the mean, and vanish
@@ -88,14 +91,14 @@ def count_nll(
     Args:
         reconstruction: Decoder output; zero-inflated if it has ``zero_logits``.
         truth: The target counts.
-        counts: float [samples, cells, genes]. The same counts, dense.
-        entries: bool, broadcastable to [samples, cells, genes].
+        counts: The same counts, dense.
+        entries: The selected entries.
 
     Returns:
-        float32 [samples, cells], in nats, with the mean rescaled to each cell's total over ``entries``.
+        In nats, with the mean rescaled to each cell's total over ``entries``.
     """
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
-    dispersion: jax.Array = reconstruction.dispersion  # type: ignore[assignment]
+    dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
     chosen = truth.at_nonzeros(entries)
     gene = truth.gene.astype(jnp.int32)
     stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
@@ -103,8 +106,12 @@ def count_nll(
     return nll + truth.sum_over_nonzeros(jnp.where(chosen, stored, 0.0))
 
 
-def mean_terms(reconstruction: Reconstruction, counts: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return [samples, cells]: the terms of :func:`count_nll` with the mean; the same arguments."""
+def mean_terms(
+    reconstruction: Reconstruction,
+    counts: Float[Array, "samples cells genes"],
+    entries: Bool[Array, "#samples #cells #genes"],
+) -> Float32[Array, "samples cells"]:
+    """Return the terms of :func:`count_nll` that depend on the mean; the same arguments."""
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     arrays = [reconstruction.mean, counts, entries]
     if reconstruction.zero_logits is not None:
@@ -163,16 +170,16 @@ _scaled_mean_terms.defvjp(_scaled_forward, _scaled_backward)
 
 
 def chunked_count_loss(
-    output: Callable[[Any, jax.Array], Reconstruction],
+    output: Callable[[Any, Array], Reconstruction],
     params: Any,
-    hidden: jax.Array,
+    hidden: Float[Array, "samples cells width"],
     truth: CellBatch,
     config: ObjectiveConfig,
     *,
     chunk: int,
-    gene_mask: jax.Array | None = None,
-    target_genes: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+    gene_mask: Bool[Array, "samples cells genes"] | None = None,
+    target_genes: Bool[Array, "samples genes"] | None = None,
+) -> dict[str, Float32[Array, ""]]:
     """Compute :func:`reconstruction_loss` from the input of the decoder's output layer, in chunks of cells.
 
     Output layer, likelihood and their gradients are computed chunk by chunk, so that no array of cells by genes is
@@ -181,7 +188,7 @@ def chunked_count_loss(
     Args:
         output: The output layer: ``(params, hidden) -> Reconstruction``, applied to each cell separately.
         params: Its parameters.
-        hidden: float [samples, cells, width].
+        hidden: Input of the output layer.
         truth: The target counts; see :class:`cellplm_jax.kernels.chunked.CountChunks` for their order.
         config: Names the objective; any except ``"mean_squared_error"``.
         chunk: Cells of each piece per chunk, if one array of cells by genes is held; a quarter of them is used here.
@@ -227,8 +234,8 @@ def chunked_count_loss(
 
 
 def _block_of_loss(
-    two: bool, index: jax.Array, dispersion: jax.Array, given: dict[str, Any]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    two: bool, index: Array, dispersion: Array, given: dict[str, Any]
+) -> tuple[Array, tuple[Array, Array]]:
     """Return the contribution of the gamma functions of a block of stored counts to the loss, and its two terms."""
     batch: CellBatch = given["batch"]
     size = min(BLOCK, batch.gene.shape[-1])
@@ -271,11 +278,11 @@ def _chunk_of_loss(
     output: Callable,
     two: bool,
     chunks: CountChunks,
-    index: jax.Array,
+    index: Array,
     params: Any,
-    rows: jax.Array,
+    rows: Array,
     given: dict[str, Any],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[Array, tuple[Array, Array]]:
     """Return the contribution of a chunk to the loss without the gamma functions, and its two terms."""
     batch: CellBatch = given["batch"]
 
@@ -305,9 +312,9 @@ def reconstruction_loss(
     truth: CellBatch,
     config: ObjectiveConfig,
     *,
-    gene_mask: jax.Array | None = None,
-    target_genes: jax.Array | None = None,
-) -> dict[str, jax.Array]:
+    gene_mask: Bool[Array, "samples cells genes"] | None = None,
+    target_genes: Bool[Array, "samples genes"] | None = None,
+) -> dict[str, Float32[Array, ""]]:
     """Compute the configured reconstruction objective.
 
     ``"negative_binomial"`` and ``"zero_inflated_negative_binomial"``: over the cells with a masked entry (all cells
@@ -319,12 +326,12 @@ def reconstruction_loss(
         reconstruction: Decoder output.
         truth: The target counts ("denoising": the clean ones), with ``cell_mask`` and ``measured``.
         config: Names the objective.
-        gene_mask: bool [samples, cells, genes], entries hidden from the input; None: none.
-        target_genes: bool [samples, genes], genes predicted by "imputation" and "denoising"; None: all.
+        gene_mask: Entries hidden from the input; None: none.
+        target_genes: Genes predicted by "imputation" and "denoising"; None: all.
 
     Returns:
-        ``{"reconstruction": total, "reconstruction_full": ..., "reconstruction_masked": ...}`` as float32 scalars, in
-        nats per cell (squared error: mean per entry).
+        ``{"reconstruction": total, "reconstruction_full": ..., "reconstruction_masked": ...}`` in nats per cell
+        (squared error: mean per entry).
 
     Raises:
         ConfigError: The decoder lacks an output that the objective requires.
@@ -377,8 +384,8 @@ def _check_decoder(reconstruction: Reconstruction, config: ObjectiveConfig) -> N
         )
 
 
-def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:
-    """Return the KL warm-up factor at ``step``, float32 []: ``min(step, W - 1) / W``, 1 without warm-up.
+def warmup_factor(step: Integer[Array, ""] | int, config: LatentConfig) -> Float32[Array, ""]:
+    """Return the KL warm-up factor at ``step``: ``min(step, W - 1) / W``, 1 without warm-up.
 
     The released VAE counts calls in an attribute that its checkpoints lose (``CellPLM/latent/autoencoders.py:79``);
     here it is a function of the training step.
@@ -391,23 +398,23 @@ def warmup_factor(step: jax.Array | int, config: LatentConfig) -> jax.Array:
 
 def latent_loss(
     latent: LatentOutput,
-    cell_mask: jax.Array,
+    cell_mask: Bool[Array, "samples cells"],
     config: LatentConfig,
     *,
-    batch: jax.Array | None = None,
-    warmup: jax.Array | float = 1.0,
-) -> dict[str, jax.Array]:
+    batch: Int[Array, "samples cells"] | None = None,
+    warmup: Float[Array, ""] | float = 1.0,
+) -> dict[str, Float32[Array, ""]]:
     """Compute the latent terms of the loss.
 
     Args:
         latent: Output of the latent layer.
-        cell_mask: bool [samples, cells].
+        cell_mask: True for cells, False for padding.
         config: Weights and floor.
-        batch: int32 [samples, cells], labels of the batch discriminator; negative: ignored.
+        batch: Labels of the batch discriminator; negative: ignored.
         warmup: KL warm-up factor in [0, 1].
 
     Returns:
-        float32 scalars: ``kl_latent`` and ``kl_cluster`` (nats per cell, before weights and floor), ``latent`` (their
+        ``kl_latent`` and ``kl_cluster`` (nats per cell, before weights and floor), ``latent`` (their
         weighted, floored sum plus regularisers: the minimised loss), ``floor_binds_latent`` and
         ``floor_binds_cluster`` (1 if the floor replaces the term, which is then not trained), ``adversarial`` and
         ``similarity`` if enabled.
@@ -448,14 +455,18 @@ def latent_loss(
     return {**terms, "latent": total}
 
 
-def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float) -> jax.Array:
+def elastic_cell_similarity(
+    z: Float[Array, "samples cells latent"],
+    cell_mask: Bool[Array, "samples cells"],
+    threshold: float,
+) -> Float32[Array, ""]:
     """Return the elastic cell similarity loss: mean of ``1 - (max(cos, 0) - threshold)^2`` over pairs of cells.
 
     Pairs within one sample, with cosine 0 on the diagonal as in ``CellPLM/latent/contrastive.py``.
 
     Args:
-        z: float [samples, cells, latent].
-        cell_mask: bool [samples, cells].
+        z: Latent of each cell.
+        cell_mask: True for cells, False for padding.
         threshold: Cosine similarity from which pairs are repelled.
     """
     unit = z / jnp.maximum(jnp.linalg.norm(z + 1e-12, axis=-1, keepdims=True), 1e-12)
@@ -467,8 +478,13 @@ def elastic_cell_similarity(z: jax.Array, cell_mask: jax.Array, threshold: float
 
 
 def batch_mixing_loss(
-    z: jax.Array, batch: jax.Array, cell_mask: jax.Array, *, batches: int, neighbors: int = 15
-) -> jax.Array:
+    z: Float[Array, "samples cells latent"],
+    batch: Int[Array, "samples cells"],
+    cell_mask: Bool[Array, "samples cells"],
+    *,
+    batches: int,
+    neighbors: int = 15,
+) -> Float32[Array, ""]:
     """Return the divergence of the batches around each cell from those of all cells: 0 for perfect mixing.
 
     The cells of all samples are compared. Each cell weights the others by ``exp(-2 d^2 / w)``, with ``d`` the distance
@@ -477,14 +493,14 @@ def batch_mixing_loss(
     Simpson index (Korsunsky et al. 2019): only neighbours are moved, distant cells stay separate.
 
     Args:
-        z: float [samples, cells, latent].
-        batch: int [samples, cells], from 0.
-        cell_mask: bool [samples, cells].
+        z: Latent of each cell.
+        batch: Batch of each cell, from 0.
+        cell_mask: True for cells, False for padding.
         batches: Number of batches.
         neighbors: Number of nearest cells that determine the width of the kernel; limited by the number of cells.
 
     Returns:
-        float32 scalar in nats, bounded by the logarithm of the inverse fraction of the rarest batch.
+        In nats, bounded by the logarithm of the inverse fraction of the rarest batch.
     """
     z, batch, mask = z.reshape(-1, z.shape[-1]), batch.reshape(-1), cell_mask.reshape(-1)
     cells = len(z)
@@ -506,15 +522,19 @@ def batch_mixing_loss(
 
 
 def classification_loss(
-    logits: jax.Array, labels: jax.Array, mask: jax.Array, *, weights: jax.Array | None = None
-) -> jax.Array:
+    logits: Float[Array, "*batch classes"],
+    labels: Int[Array, "*batch"],
+    mask: Bool[Array, "*batch"],
+    *,
+    weights: Float[Array, " classes"] | None = None,
+) -> Float32[Array, ""]:
     """Return the mean cross-entropy in nats.
 
     Args:
-        logits: float [..., classes].
-        labels: int [...]; negative labels are ignored.
-        mask: bool [...]; False is ignored.
-        weights: float [classes], weight of each cell by its label, in a weighted mean; None: all equal.
+        logits: Unnormalised log-probabilities.
+        labels: Class of each cell; negative labels are ignored.
+        mask: False is ignored.
+        weights: Weight of each cell by its label, in a weighted mean; None: all equal.
     """
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_probability, jnp.maximum(labels, 0)[..., None], axis=-1)[
@@ -527,30 +547,23 @@ def classification_loss(
     return jnp.sum(-picked * weight) / jnp.maximum(weight.sum(), 1e-12)
 
 
-def regression_loss(prediction: jax.Array, truth: jax.Array, entries: jax.Array) -> jax.Array:
-    """Return the mean squared error over the selected entries.
-
-    Args:
-        prediction: float [..., outputs].
-        truth: float [..., outputs].
-        entries: bool, broadcastable to [..., outputs].
-    """
+def regression_loss(
+    prediction: Float[Array, "*batch outputs"],
+    truth: Float[Array, "*batch outputs"],
+    entries: Bool[Array, "*#batch #outputs"],
+) -> Float32[Array, ""]:
+    """Return the mean squared error over the selected entries."""
     entries = jnp.broadcast_to(entries, truth.shape)
     squared = jnp.where(entries, (prediction - truth) ** 2, 0.0)
     return squared.sum() / jnp.maximum(entries.sum(), 1)
 
 
-def restoration_loss(latent: jax.Array, target: jax.Array, cell_mask: jax.Array) -> jax.Array:
-    """Return the mean of 1 - cosine between two latents of the same cells.
-
-    Args:
-        latent: float [samples, cells, latent].
-        target: The same shape; what ``latent`` should point to.
-        cell_mask: bool [samples, cells].
-
-    Returns:
-        float32 scalar between 0 and 2.
-    """
+def restoration_loss(
+    latent: Float[Array, "samples cells latent"],
+    target: Float[Array, "samples cells latent"],
+    cell_mask: Bool[Array, "samples cells"],
+) -> Float32[Array, ""]:
+    """Return the mean of 1 - cosine, between 0 and 2, of each cell's latent and the target that it should point to."""
 
     def unit(values):
         length = jnp.sum(values * values, axis=-1, keepdims=True)

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.kernels.heads import by_head, join_heads, one_hot_heads, scaled
 from cellplm_jax.kernels.matmul import batched_product
@@ -24,8 +26,8 @@ from cellplm_jax.model.layers import Dropout, dense
 FLOW_EPSILON = 1e-6
 
 
-def nonzero(total: jax.Array) -> jax.Array:
-    """Replace 0 by 1 in an array [...], to avoid division by zero and NaN gradients in samples without cells."""
+def nonzero(total: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Replace 0 by 1, to avoid division by zero and NaN gradients in samples without cells."""
     return jnp.where(total > 0, total, 1.0)
 
 
@@ -36,38 +38,36 @@ class CellGroups(struct.PyTreeNode):
     one-hot matrix, and sums of outer products are computed tile by tile, see ``kernels/tiles.py``.
 
     Attributes:
-        cell_mask: bool [samples, cells].
-        segment: int32 [samples, cells], or None: one sample per row.
+        cell_mask: True for cells, False for padding.
+        segment: Index of each cell's sample in the row; None: one sample per row.
         segments: Maximum number of samples per row.
         pieces: Number of pieces per row.
     """
 
-    cell_mask: jax.Array
-    segment: jax.Array | None = None
+    cell_mask: Bool[Array, "samples cells"]
+    segment: Int32[Array, "samples cells"] | None = None
     segments: int = struct.field(pytree_node=False, default=1)
     pieces: int = struct.field(pytree_node=False, default=1)
 
-    def one_hot(self) -> jax.Array:
-        """Return float32 [samples, cells, segments]; all zero for padding."""
+    def one_hot(self) -> Float32[Array, "samples cells segments"]:
+        """Return the segment of each cell; all zero for padding."""
         mask = self.cell_mask[..., None].astype(jnp.float32)
         if self.segment is None:
             return mask
         return jax.nn.one_hot(self.segment, self.segments) * mask
 
-    def total(self, values: jax.Array) -> jax.Array:
-        """Sum [samples, cells, heads, ...] over cells: [samples, segments, heads, ...]."""
+    def total(
+        self, values: Float[Array, "samples cells heads *rest"]
+    ) -> Float[Array, "samples segments heads *rest"]:
+        """Sum over the cells of each segment."""
         return jnp.einsum("bcs,bch...->bsh...", self.one_hot(), values)
 
-    def weighted_total(self, values: jax.Array, weights: jax.Array) -> jax.Array:
-        """Compute weighted sums of vectors over each segment.
-
-        Args:
-            values: float [samples, cells, heads, width].
-            weights: float [samples, cells, heads].
-
-        Returns:
-            float [samples, segments, heads, width].
-        """
+    def weighted_total(
+        self,
+        values: Float[Array, "samples cells heads width"],
+        weights: Float[Array, "samples cells heads"],
+    ) -> Float[Array, "samples segments heads width"]:
+        """Compute weighted sums of vectors over each segment."""
         if self.segment is not None:
             return self.total(scaled(values, weights))
         # One product of all heads' weights with all heads' vectors, of which the diagonal blocks are kept.
@@ -76,51 +76,41 @@ class CellGroups(struct.PyTreeNode):
         kept = (mixed * one_hot_heads(*values.shape[-2:]).T).sum(axis=1)
         return kept.reshape(-1, 1, *values.shape[-2:])
 
-    def of_cell(self, totals: jax.Array) -> jax.Array:
-        """Gather each cell's segment entry: [samples, segments, heads, ...] to [samples, cells, heads, ...]."""
+    def of_cell(
+        self, totals: Float[Array, "samples segments heads *rest"]
+    ) -> Float[Array, "samples cells heads *rest"]:
+        """Gather each cell's segment entry."""
         return jnp.einsum("bcs,bsh...->bch...", self.one_hot(), totals)
 
-    def dot(self, values: jax.Array, totals: jax.Array) -> jax.Array:
-        """Compute the dot product of each cell's vector with its segment's vector.
-
-        Args:
-            values: float [samples, cells, heads, width].
-            totals: float [samples, segments, heads, width].
-
-        Returns:
-            float [samples, cells, heads].
-        """
+    def dot(
+        self,
+        values: Float[Array, "samples cells heads width"],
+        totals: Float[Array, "samples segments heads width"],
+    ) -> Float[Array, "samples cells heads"]:
+        """Compute the dot product of each cell's vector with its segment's vector."""
         heads = one_hot_heads(*values.shape[-2:])
         if self.segment is None:
             return batched_product(join_heads(values), join_heads(totals).swapaxes(1, 2) * heads)
         return join_heads(values * self.of_cell(totals)) @ heads
 
-    def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        """Sum the outer products of two vectors per cell over each segment.
-
-        Args:
-            left: float [samples, cells, heads, width].
-            right: float [samples, cells, heads, other].
-
-        Returns:
-            float [samples, segments, heads, width, other].
-        """
+    def outer_total(
+        self,
+        left: Float[Array, "samples cells heads width"],
+        right: Float[Array, "samples cells heads other"],
+    ) -> Float[Array, "samples segments heads width other"]:
+        """Sum the outer products of two vectors per cell over each segment."""
         if self.segment is None:
             left = by_head(left * self.cell_mask[:, :, None, None])
             return batched_product(left, by_head(right), "rows", "rows")[:, None]
 
         return tiled_outer_total(left, right, *self._layout())
 
-    def apply(self, values: jax.Array, memory: jax.Array) -> jax.Array:
-        """Multiply each cell's vector by its segment's matrix.
-
-        Args:
-            values: float [samples, cells, heads, width].
-            memory: float [samples, segments, heads, width, other].
-
-        Returns:
-            float [samples, cells, heads, other].
-        """
+    def apply(
+        self,
+        values: Float[Array, "samples cells heads width"],
+        memory: Float[Array, "samples segments heads width other"],
+    ) -> Float[Array, "samples cells heads other"]:
+        """Multiply each cell's vector by its segment's matrix."""
         if self.segment is None:
             return by_head(batched_product(by_head(values), memory[:, 0]))
 
@@ -137,30 +127,28 @@ class Flow(struct.PyTreeNode):
     competition among sources ``exponential[k] * share``, on average 1.
 
     Attributes:
-        query: float32 [samples, cells, heads, width], after the sigmoid.
-        key: float32 [samples, cells, heads, width], after the sigmoid.
-        sink_incoming: float32 [samples, cells, heads]. Inverse incoming flow of each query.
-        allocation: float32 [samples, cells, heads]. Allocation among sinks.
-        exponential: float32 [samples, cells, heads]. Exponential of the conserved flow of each source; 0 for padding.
-        share: float32 [samples, segments, heads]. Number of cells over the sum of their exponentials.
+        query: After the sigmoid.
+        key: After the sigmoid.
+        sink_incoming: Inverse incoming flow of each query.
+        allocation: Allocation among sinks.
+        exponential: Exponential of the conserved flow of each source; 0 for padding.
+        share: Number of cells over the sum of their exponentials.
     """
 
-    query: jax.Array
-    key: jax.Array
-    sink_incoming: jax.Array
-    allocation: jax.Array
-    exponential: jax.Array
-    share: jax.Array
+    query: Float32[Array, "samples cells heads width"]
+    key: Float32[Array, "samples cells heads width"]
+    sink_incoming: Float32[Array, "samples cells heads"]
+    allocation: Float32[Array, "samples cells heads"]
+    exponential: Float32[Array, "samples cells heads"]
+    share: Float32[Array, "samples segments heads"]
 
 
-def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow:
-    """Return the terms of flow attention that depend on queries and keys.
-
-    Args:
-        query: [samples, cells, heads, head_width].
-        key: [samples, cells, heads, head_width].
-        groups: Attention groups.
-    """
+def conserved_flow(
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    groups: CellGroups,
+) -> Flow:
+    """Return the terms of flow attention that depend on queries and keys."""
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
@@ -190,19 +178,12 @@ def conserved_flow(query: jax.Array, key: jax.Array, groups: CellGroups) -> Flow
 
 
 def flow_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, groups: CellGroups
-) -> jax.Array:
-    """Flow attention with conservation of incoming and outgoing flow.
-
-    Args:
-        query: float [samples, cells, heads, width]. Projections before the sigmoid.
-        key: float [samples, cells, heads, width].
-        value: float [samples, cells, heads, width].
-        groups: Attention groups.
-
-    Returns:
-        float32 [samples, cells, heads, width]; rows of padding cells are undefined.
-    """
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    value: Float[Array, "samples cells heads width"],
+    groups: CellGroups,
+) -> Float32[Array, "samples cells heads width"]:
+    """Flow attention with conservation of incoming and outgoing flow; rows of padding cells are undefined."""
     flow = conserved_flow(query, key, groups)
     value = value.astype(jnp.float32)
     memory = groups.outer_total(flow.key, scaled(value, flow.exponential))
@@ -212,8 +193,11 @@ def flow_attention(
 
 
 def flow_weights(
-    query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
-) -> jax.Array:
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    groups: CellGroups,
+    rows: Int[Array, " chosen"],
+) -> Float32[Array, "samples heads chosen cells"]:
     """Return the explicit weights of :func:`flow_attention` for selected cells.
 
     Exact: ``flow_attention(...)[:, rows]`` is the product of these weights and the values. They are positive; because
@@ -223,10 +207,10 @@ def flow_weights(
         query: See :func:`flow_attention`.
         key: See :func:`flow_attention`.
         groups: Attention groups; one sample per row.
-        rows: int [chosen], positions of the selected cells in the row.
+        rows: Positions of the selected cells in the row.
 
     Returns:
-        float32 [samples, heads, chosen, cells]; 0 for padding.
+        The weight of each cell for each selected one; 0 for padding.
     """
     flow = conserved_flow(query, key, groups)
     left = flow.query * (flow.sink_incoming * flow.allocation)[..., None]
@@ -235,18 +219,24 @@ def flow_weights(
 
 
 def softmax_weights(
-    query: jax.Array, key: jax.Array, groups: CellGroups, rows: jax.Array
-) -> jax.Array:
-    """Return [samples, heads, rows, cells], the weights of :func:`softmax_attention`; see :func:`flow_weights`."""
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    groups: CellGroups,
+    rows: Int[Array, " chosen"],
+) -> Float32[Array, "samples heads chosen cells"]:
+    """Return the weights of :func:`softmax_attention`; see :func:`flow_weights`."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query[:, rows], key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     return nn.softmax(jnp.where(groups.cell_mask[:, None, None, :], scores, -1e30), axis=-1)
 
 
 def softmax_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, groups: CellGroups
-) -> jax.Array:
-    """Scaled dot-product attention, quadratic in cells; [samples, cells, heads, head_width] in and out."""
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    value: Float[Array, "samples cells heads width"],
+    groups: CellGroups,
+) -> Float32[Array, "samples cells heads width"]:
+    """Scaled dot-product attention, quadratic in cells."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     seen = groups.cell_mask[:, None, :]
@@ -256,8 +246,10 @@ def softmax_attention(
     return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores, axis=-1), value.astype(jnp.float32))
 
 
-def orthogonal_features(features: int, width: int, seed: int) -> np.ndarray:
-    """Return float32 [features, width]: random rows, orthogonal within blocks, with the norms of Gaussian vectors.
+def orthogonal_features(
+    features: int, width: int, seed: int
+) -> Float32[np.ndarray, "{features} {width}"]:
+    """Return random rows, orthogonal within blocks, with the norms of Gaussian vectors.
 
     The draw depends only on the seed, so the features are a constant of the architecture and not a parameter.
     """
@@ -273,23 +265,16 @@ def orthogonal_features(features: int, width: int, seed: int) -> np.ndarray:
 
 
 def performer_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "samples cells heads width"],
+    key: Float[Array, "samples cells heads width"],
+    value: Float[Array, "samples cells heads width"],
     groups: CellGroups,
-    projection: np.ndarray,
-) -> jax.Array:
+    projection: Float32[np.ndarray, "features width"],
+) -> Float32[Array, "samples cells heads width"]:
     """FAVOR+ estimate of softmax attention with positive random features, linear in the number of cells.
 
-    Args:
-        query: float [samples, cells, heads, width].
-        key: float [samples, cells, heads, width].
-        value: float [samples, cells, heads, width].
-        groups: Attention groups.
-        projection: float32 [features, width], from :func:`orthogonal_features`.
 
-    Returns:
-        float32 [samples, cells, heads, width].
+    ``projection`` is from :func:`orthogonal_features`.
     """
     scale = query.shape[-1] ** -0.25
     mask = groups.cell_mask[:, :, None, None]
@@ -325,8 +310,10 @@ class CellAttention(nn.Module):
     layer: int = 0
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, groups: CellGroups, *, train: bool) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape."""
+    def __call__(
+        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, *, train: bool
+    ) -> Float[Array, "samples cells hidden"]:
+        """Mix the values of each cell's group."""
         encoder, width = self.config.encoder, self.config.hidden
         heads = (*hidden.shape[:2], encoder.heads, width // encoder.heads)
         query = dense(width, "query")(hidden).reshape(heads)

@@ -7,8 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int, Key
 
-from cellplm_jax.batch import CellBatch, LatentNoise, LatentOutput, ModelOutput, Reconstruction
+from cellplm_jax.batch import (
+    Array,
+    CellBatch,
+    LatentNoise,
+    LatentOutput,
+    ModelOutput,
+    Reconstruction,
+)
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellGroups, flow_weights, softmax_weights
 from cellplm_jax.model.decoder import Decoder
@@ -35,7 +43,7 @@ class CellPLM(nn.Module):
     rematerialize: bool = False
     chunk: int = 0
 
-    def setup(self):
+    def setup(self) -> None:
         """Declare the stages; their names are the top level of the parameter tree."""
         self.embedder = ExpressionEmbedder(self.config, self.chunk)
         self.encoder = Encoder(self.config, self.rematerialize)
@@ -53,22 +61,19 @@ class CellPLM(nn.Module):
         self,
         batch: CellBatch,
         *,
-        gene_mask: jax.Array | None = None,
+        gene_mask: Bool[Array, "samples cells genes"] | None = None,
         noise: LatentNoise | None = None,
-        condition: jax.Array | None = None,
+        condition: Float[Array, "samples cells condition"] | None = None,
         train: bool = False,
     ) -> ModelOutput:
         """Run every stage.
 
         Args:
             batch: Padded sentences of cells.
-            gene_mask: bool [samples, cells, genes]; True hides an entry from the input.
+            gene_mask: True hides an entry from the input.
             noise: Random numbers of the latent while training; None draws them from the ``"latent"`` stream.
-            condition: float [samples, cells, condition] for the perturbation head.
+            condition: Input of the perturbation head.
             train: Dropout and sampling on (needs the ``"dropout"`` and ``"latent"`` streams).
-
-        Returns:
-            A :class:`ModelOutput`.
         """
         hidden = self.represent(batch, gene_mask=gene_mask, train=train)
         latent = self.infer(hidden, noise=noise, train=train)
@@ -85,67 +90,87 @@ class CellPLM(nn.Module):
         self,
         batch: CellBatch,
         *,
-        gene_mask: jax.Array | None = None,
-        gene_sum: jax.Array | None = None,
+        gene_mask: Bool[Array, "samples cells genes"] | None = None,
+        gene_sum: Float[Array, "samples cells hidden"] | None = None,
         train: bool = False,
-    ) -> jax.Array:
-        """Return float32 [samples, cells, hidden]: each cell on its own, before any attention."""
+    ) -> Float[Array, "samples cells hidden"]:
+        """Embed each cell separately, before any attention."""
         return self.embedder(batch, gene_mask=gene_mask, gene_sum=gene_sum, train=train)
 
     def represent(
-        self, batch: CellBatch, *, gene_mask: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
-        """Return [samples, cells, hidden]: cells embedded, and then aware of the others of their sample."""
+        self,
+        batch: CellBatch,
+        *,
+        gene_mask: Bool[Array, "samples cells genes"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "samples cells hidden"]:
+        """Embed cells and apply the encoder, in which they attend to the others of their sample."""
         hidden = self.embed_expression(batch, gene_mask=gene_mask, train=train)
         groups = CellGroups(batch.cell_mask, batch.segment, batch.segments, batch.pieces)
         return self._encoded(hidden, groups, train)
 
-    def encode(self, hidden: jax.Array, cell_mask: jax.Array, *, train: bool = False) -> jax.Array:
-        """Let the cells of each row attend to one another; [samples, cells, hidden] in and out."""
+    def encode(
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        cell_mask: Bool[Array, "samples cells"],
+        *,
+        train: bool = False,
+    ) -> Float[Array, "samples cells hidden"]:
+        """Apply the encoder to rows of one sample each."""
         return self._encoded(hidden, CellGroups(cell_mask), train)
 
-    def trunk(self, batch: CellBatch) -> jax.Array:
-        """Return the latent [samples, cells, latent] of complete counts by the projection alone, past the encoder."""
+    def trunk(self, batch: CellBatch) -> Float32[Array, "samples cells latent"]:
+        """Return the latent of complete counts by the projection alone, without the encoder."""
         hidden = self.embed_expression(batch)
         groups = CellGroups(batch.cell_mask, batch.segment, batch.segments, batch.pieces)
         return self.infer(self.pre_latent_norm(self.centre(hidden, groups))).mean
 
-    def _encoded(self, hidden: jax.Array, groups: CellGroups, train: bool) -> jax.Array:
+    def _encoded(self, hidden: Array, groups: CellGroups, train: bool) -> Array:
         if self.config.trunk == "projection":
             hidden = self.centre(hidden, groups)
         return self.pre_latent_norm(self.encoder(hidden, groups, train=train))
 
     def infer(
-        self, hidden: jax.Array, *, noise: LatentNoise | None = None, train: bool = False
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        *,
+        noise: LatentNoise | None = None,
+        train: bool = False,
     ) -> LatentOutput:
-        """Infer the latent of encoded cells [samples, cells, hidden]."""
+        """Infer the latent of encoded cells."""
         return self.latent(hidden, noise=noise, train=train)
 
-    def embed_encoded(self, hidden: jax.Array) -> jax.Array:
-        """Return the embedding [samples, cells, latent] of what the encoder's last layer gives."""
+    def embed_encoded(
+        self, hidden: Float[Array, "samples cells hidden"]
+    ) -> Float32[Array, "samples cells latent"]:
+        """Return the embedding for the output of the encoder's last layer."""
         return self.infer(self.pre_latent_norm(hidden)).mean
 
     def predict(
         self,
-        z: jax.Array,
-        cell_mask: jax.Array,
+        z: Float[Array, "samples cells latent"],
+        cell_mask: Bool[Array, "samples cells"],
         *,
-        condition: jax.Array | None = None,
+        condition: Float[Array, "samples cells condition"] | None = None,
         train: bool = False,
-    ) -> jax.Array:
-        """Apply the task head to latents [samples, cells, latent]; see :class:`cellplm_jax.model.heads.Head`."""
+    ) -> Float[Array, "samples cells outputs"] | Float[Array, "samples outputs"]:
+        """Apply the task head to latents; see :class:`cellplm_jax.model.heads.Head`."""
         return self.head(z, cell_mask, condition=condition, train=train)
 
-    def decode(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> Reconstruction:
-        """Decode latents [samples, cells, latent]; the batch gives the covariates."""
+    def decode(
+        self, z: Float[Array, "samples cells latent"], batch: CellBatch, *, train: bool = False
+    ) -> Reconstruction:
+        """Decode latents; the batch gives the covariates."""
         return self.decoder(z, batch, train=train)
 
-    def decode_hidden(self, z: jax.Array, batch: CellBatch, *, train: bool = False) -> jax.Array:
-        """Decode up to the output layer: float [samples, cells, width], for :meth:`decode_output`."""
+    def decode_hidden(
+        self, z: Float[Array, "samples cells latent"], batch: CellBatch, *, train: bool = False
+    ) -> Float[Array, "samples cells width"]:
+        """Decode up to the output layer; see :meth:`decode_output`."""
         return self.decoder(z, batch, train=train, part="hidden")
 
-    def decode_output(self, hidden: jax.Array) -> Reconstruction:
-        """Apply the decoder's output layer, which has an axis of genes, to [..., hidden] of :meth:`decode_hidden`."""
+    def decode_output(self, hidden: Float[Array, "samples cells width"]) -> Reconstruction:
+        """Apply the decoder's output layer, which has an axis of genes, to :meth:`decode_hidden`."""
         return self.decoder(hidden, None, part="output")
 
 
@@ -186,19 +211,23 @@ def in_precision(params: Any, precision: str) -> Any:
 
 
 def attention_rows(
-    params: Any, hidden: jax.Array, cell_mask: jax.Array, rows: jax.Array, config: ModelConfig
-) -> jax.Array:
+    params: Any,
+    hidden: Float[Array, "1 cells hidden"],
+    cell_mask: Bool[Array, "1 cells"],
+    rows: Int[Array, " chosen"],
+    config: ModelConfig,
+) -> Float32[Array, "layers heads chosen cells"]:
     """Return the attention weights of chosen cells in every layer and head, without the weights of the others.
 
     Args:
         params: The ``"params"`` collection, or the part of it that an embedding needs.
-        hidden: float [1, cells, hidden], one context from :meth:`CellPLM.embed_expression`.
-        cell_mask: bool [1, cells].
-        rows: int [chosen], places of the chosen cells in the context.
+        hidden: One context from :meth:`CellPLM.embed_expression`.
+        cell_mask: True for cells, False for padding.
+        rows: Positions of the chosen cells in the context.
         config: The architecture; ``encoder.kind`` is ``"flow"`` or ``"softmax"``.
 
     Returns:
-        float32 [layers, heads, chosen, cells]; 0 for padding.
+        The weight of each cell for each chosen one; 0 for padding.
     """
 
     def projection(module: nn.Module, _: str) -> bool:
@@ -242,14 +271,6 @@ def example_batch(config: ModelConfig, *, samples: int = 1, cells: int = 2) -> C
     )
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Initialise the parameters of a configuration.
-
-    Args:
-        config: The architecture.
-        key: PRNG key [].
-
-    Returns:
-        The nested parameter dictionary (the ``"params"`` collection).
-    """
+def init_params(config: ModelConfig, key: Key[Array, ""]) -> dict[str, Any]:
+    """Initialise the parameters of a configuration: the ``"params"`` collection."""
     return CellPLM(config).init(key, example_batch(config))["params"]

@@ -9,8 +9,9 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
-from cellplm_jax.batch import CellBatch, Reconstruction
+from cellplm_jax.batch import Array, CellBatch, Reconstruction
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.embedder import mean_row_lookup
 from cellplm_jax.model.layers import (
@@ -28,8 +29,10 @@ DISPERSION_RANGE = (1e-4, 1e4)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def exponential_within(x: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-    """Return ``clip(exp(x), *bounds)`` [...] without overflow of the exponential, whose gradient would be NaN.
+def exponential_within(
+    x: Float[Array, "*shape"], bounds: tuple[float, float]
+) -> Float[Array, "*shape"]:
+    """Return ``clip(exp(x), *bounds)`` without overflow of the exponential, whose gradient would be NaN.
 
     The derivative is the value within the bounds and 0 outside, in one pass over the array.
     """
@@ -56,8 +59,10 @@ class CovariateEmbedding(nn.Module):
     rows: int
 
     @nn.compact
-    def __call__(self, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-        """Return [samples, cells, decoder.hidden] for ``index`` int32 [samples, cells] or None."""
+    def __call__(
+        self, index: Int[Array, "samples cells"] | None, shape: tuple[int, ...]
+    ) -> Float[Array, "samples cells hidden"]:
+        """Return the embedding of each cell's value; None: unknown for all cells, of shape ``shape``."""
         config = self.config
         table = self.param("table", nn.initializers.normal(1.0), (self.rows, config.decoder.hidden))
         x = prelu("prelu")(mean_row_lookup(table, index, shape))
@@ -80,30 +85,30 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        z: jax.Array,
+        z: Float[Array, "samples cells width"],
         batch: CellBatch | None,
         *,
         train: bool = False,
         part: Literal["all", "hidden", "output"] = "all",
-    ) -> Reconstruction | jax.Array:
+    ) -> Reconstruction | Float[Array, "samples cells hidden"]:
         """Map the latent to the parameters of counts.
 
         Args:
-            z: float [samples, cells, latent]; for the part ``"output"`` the result of the part ``"hidden"``.
+            z: The latent; for the part ``"output"`` the result of the part ``"hidden"``.
             batch: Provides the covariates; not used by the output layer.
             train: Whether dropout is on.
             part: ``"hidden"``: stop before the output layer, whose result has an axis of genes; ``"output"``: only that
                 layer, each cell separately.
 
         Returns:
-            Parameters of [samples, cells, genes] counts; for ``"hidden"`` float [samples, cells, width].
+            Parameters of the counts; for ``"hidden"`` the input of the output layer.
         """
         if part == "output":
             return self._output(z)
         hidden = self._hidden(z, batch, train)  # type: ignore[arg-type]
         return hidden if part == "hidden" else self._output(hidden)
 
-    def _hidden(self, z: jax.Array, batch: CellBatch, train: bool) -> jax.Array:
+    def _hidden(self, z: Array, batch: CellBatch, train: bool) -> Array:
         config, decoder = self.config, self.config.decoder
         covariates = {
             "batch": (decoder.batches, batch.batch),
@@ -130,7 +135,7 @@ class Decoder(nn.Module):
             return jnp.concatenate(history, -1)
         return nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
 
-    def _output(self, x: jax.Array) -> Reconstruction:
+    def _output(self, x: Array) -> Reconstruction:
         config, decoder = self.config, self.config.decoder
 
         def by_gene(name, x):

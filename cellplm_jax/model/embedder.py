@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Integer, Real
 
-from cellplm_jax.batch import CellBatch
+from cellplm_jax.batch import Array, CellBatch
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.kernels.chunked import CountChunks, chunked_product
 from cellplm_jax.kernels.matmul import embedding_lookup, linear_product
@@ -15,19 +15,18 @@ from cellplm_jax.model.layers import CELLS, ENTRIES, Dropout, constrain, dense, 
 from cellplm_jax.model.positions import Positions
 
 
-def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+def mean_row_lookup(
+    table: Float[Array, "rows width"], index: Int[Array, "*batch"] | None, shape: tuple[int, ...]
+) -> Float[Array, "*batch width"]:
     """Look rows up; an unknown (negative or absent) index uses the mean of all rows.
 
     The released code uses the SUM of all rows for an absent batch (``CellPLM/decoder/zinb.py:163``), which is far
     outside the training range; the paper describes the mean for new batches.
 
     Args:
-        table: float [rows, width].
-        index: int [...], or None: all unknown.
+        table: The rows.
+        index: Row of each cell; None: all unknown.
         shape: The shape of ``index``; used if it is None.
-
-    Returns:
-        float [..., width].
     """
     # Two reads: for one row of bfloat16 weights a CPU would first create a float32 table, in seven times the time.
     weights = jnp.full((2, table.shape[0]), 1 / table.shape[0], table.dtype)
@@ -38,16 +37,10 @@ def mean_row_lookup(table: jax.Array, index: jax.Array | None, shape: tuple[int,
     return jnp.where((index < 0)[..., None], average, rows)
 
 
-def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
-    """Apply the configured input transform to the stored counts.
-
-    Args:
-        batch: Cells; ``count`` is [samples, (pieces,) nonzeros].
-        config: Names the transform.
-
-    Returns:
-        float32 [samples, (pieces,) nonzeros].
-    """
+def transform_counts(
+    batch: CellBatch, config: ModelConfig
+) -> Float32[Array, "samples *pieces nonzeros"]:
+    """Apply the configured input transform to the stored counts."""
     count = batch.count.astype(jnp.float32)
     if config.embedder.input_transform == "log1p":
         return jnp.log1p(count)
@@ -57,16 +50,14 @@ def transform_counts(batch: CellBatch, config: ModelConfig) -> jax.Array:
     return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
 
 
-def transform_stored(indptr: np.ndarray, count: np.ndarray, config: ModelConfig) -> np.ndarray:
+def transform_stored(
+    indptr: Integer[np.ndarray, " cells_plus_1"],
+    count: Real[np.ndarray, " nonzeros"],
+    config: ModelConfig,
+) -> Float32[np.ndarray, " stored"]:
     """Apply the configured input transform on the host: :func:`transform_counts` of one row in numpy.
 
-    Args:
-        indptr: int [cells + 1].
-        count: number [nonzeros]; those after the last entry of ``indptr`` are ignored.
-        config: Names the transform.
-
-    Returns:
-        float32 [stored].
+    Counts after the last entry of ``indptr`` are padding and left out.
     """
     count = count[: indptr[-1]].astype(np.float32)
     if config.embedder.input_transform == "log1p":
@@ -98,17 +89,17 @@ class ExpressionEmbedder(nn.Module):
         self,
         batch: CellBatch,
         *,
-        gene_mask: jax.Array | None = None,
-        gene_sum: jax.Array | None = None,
+        gene_mask: Bool[Array, "samples cells genes"] | None = None,
+        gene_sum: Float[Array, "samples cells hidden"] | None = None,
         train: bool = False,
-    ) -> jax.Array:
-        """Return float32 [samples, cells, hidden].
+    ) -> Float[Array, "samples cells hidden"]:
+        """Embed each cell.
 
         Args:
             batch: The cells.
-            gene_mask: bool [samples, cells, genes]; True hides an entry from the input. None: nothing is hidden.
-            gene_sum: float32 [samples, cells, hidden]; precomputed sums of gene embeddings weighted by
-                :func:`transform_counts`, from the host. None: they are computed here.
+            gene_mask: True hides an entry from the input. None: nothing is hidden.
+            gene_sum: Precomputed sums of gene embeddings weighted by :func:`transform_counts`, from the host. None:
+                they are computed here.
             train: Whether dropout is on.
         """
         config = self.config

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, Real
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.kernels.gelu import exact_gelu
 from cellplm_jax.kernels.remat import recomputed
@@ -25,8 +27,10 @@ class TransformerLayer(nn.Module):
     layer: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, groups: CellGroups, train: bool) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape."""
+    def __call__(
+        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, train: bool
+    ) -> Float[Array, "samples cells hidden"]:
+        """Apply the layer."""
         config = self.config
 
         def dropout(x, name):
@@ -57,8 +61,10 @@ class Centre(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, groups: CellGroups) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape, in float32."""
+    def __call__(
+        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups
+    ) -> Float32[Array, "samples cells hidden"]:
+        """Centre the cells of each context."""
         prior = self.param("context_mean", nn.initializers.zeros, (self.config.hidden,))
         hidden = hidden.astype(jnp.float32)
         members = groups.one_hot()
@@ -69,8 +75,13 @@ class Centre(nn.Module):
         return constrain(hidden - jnp.einsum("bcs,bsh->bch", members, centre), CELLS)
 
 
-def context_centre(total, cells, prior, weight):
-    """Return ``(total + weight * prior) / (cells + weight)``; numpy or JAX arrays [..., hidden]."""
+def context_centre(
+    total: Float[Array | np.ndarray, "*batch hidden"],
+    cells: Real[Array | np.ndarray, "*batch 1"] | int,
+    prior: Float[Array | np.ndarray, " hidden"],
+    weight: float,
+) -> Float[Array | np.ndarray, "*batch hidden"]:
+    """Return ``(total + weight * prior) / (cells + weight)``, the centre of contexts of ``cells`` cells."""
     return (total + weight * prior) / (cells + weight)
 
 
@@ -86,8 +97,10 @@ class Encoder(nn.Module):
     rematerialize: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, groups: CellGroups, *, train: bool) -> jax.Array:
-        """Map [samples, cells, hidden] to the same shape; ``groups`` are the attention groups."""
+    def __call__(
+        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, *, train: bool
+    ) -> Float[Array, "samples cells hidden"]:
+        """Apply all layers; cells attend within their group."""
         config, encoder = self.config, self.config.encoder
 
         def block(name):

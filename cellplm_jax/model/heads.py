@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import Dropout, dense
 
@@ -20,8 +21,10 @@ class MultilayerHead(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map [..., width] to [..., head.outputs]."""
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, train: bool
+    ) -> Float[Array, "*batch outputs"]:
+        """Apply the layers to the last axis."""
         head = self.config.head
         for layer in range(head.layers):
             last = layer == head.layers - 1
@@ -43,23 +46,23 @@ class Head(nn.Module):
     @nn.compact
     def __call__(
         self,
-        z: jax.Array,
-        cell_mask: jax.Array,
+        z: Float[Array, "samples cells latent"],
+        cell_mask: Bool[Array, "samples cells"],
         *,
-        condition: jax.Array | None = None,
+        condition: Float[Array, "samples cells condition"] | None = None,
         train: bool,
-    ) -> jax.Array:
+    ) -> Float[Array, "samples cells outputs"] | Float[Array, "samples outputs"]:
         """Predict from the latent.
 
         Args:
-            z: float [samples, cells, latent].
-            cell_mask: bool [samples, cells].
-            condition: float [samples, cells, condition] for ``"perturbation"``, such as the sum of the targets' gene
-                embeddings; None if the head has no condition.
+            z: Latent of each cell.
+            cell_mask: True for cells, False for padding.
+            condition: For ``"perturbation"``, such as the sum of the targets' gene embeddings; None if the head has no
+                condition.
             train: Whether dropout is on.
 
         Returns:
-            float [samples, cells, outputs]; ``"sample_classification"``: [samples, outputs] from the mean over cells.
+            One prediction per cell; ``"sample_classification"``: one per sample, from the mean over its cells.
         """
         head = self.config.head
         if head.kind == "sample_classification":

@@ -18,15 +18,19 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from cellplm_jax.batch import LatentNoise, LatentOutput
+from cellplm_jax.batch import Array, LatentNoise, LatentOutput
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import Dense, dense, prelu
 
 
-def normal_log_density(x: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """Return log N(x; mean, diag(variance + 1e-8)) summed over the last axis of [..., latent]
-    (``autoencoders.py``, ``log_normal``)."""
+def normal_log_density(
+    x: Float[Array, "*batch latent"],
+    mean: Float[Array, "*#batch latent"],
+    variance: Float[Array, "*#batch latent"],
+) -> Float[Array, "*batch"]:
+    """Return log N(x; mean, diag(variance + 1e-8)) (``autoencoders.py``, ``log_normal``)."""
     variance = variance + 1e-8
     return -0.5 * jnp.sum(
         math.log(2.0 * math.pi) + jnp.log(variance) + (x - mean) ** 2 / variance, axis=-1
@@ -34,31 +38,25 @@ def normal_log_density(x: jax.Array, mean: jax.Array, variance: jax.Array) -> ja
 
 
 def normal_kl(
-    mean: jax.Array, variance: jax.Array, prior_mean: jax.Array, prior_variance: jax.Array
-) -> jax.Array:
-    """Return KL(N(mean, variance) || N(prior_mean, prior_variance)) in nats, summed over the
-    last axis of [..., latent]."""
+    mean: Float[Array, "*#batch latent"],
+    variance: Float[Array, "*#batch latent"],
+    prior_mean: Float[Array, "*#batch latent"],
+    prior_variance: Float[Array, "*#batch latent"],
+) -> Float[Array, "*batch"]:
+    """Return KL(N(mean, variance) || N(prior_mean, prior_variance)) in nats."""
     ratio = variance / prior_variance
     distance = (mean - prior_mean) ** 2 / prior_variance
     return 0.5 * jnp.sum(ratio + distance - 1.0 - jnp.log(ratio), axis=-1)
 
 
 def mixture_kl(
-    mean: jax.Array, variance: jax.Array, prior_mean: jax.Array, prior_variance: jax.Array
-) -> jax.Array:
-    """Return the KL of one Gaussian from each component.
-
-    Expanded into matrix products, so that no [cells, clusters, latent] array is made.
-
-    Args:
-        mean: float [..., latent].
-        variance: float [..., latent].
-        prior_mean: float [clusters, latent].
-        prior_variance: float [clusters, latent].
-
-    Returns:
-        float [..., clusters], in nats.
-    """
+    mean: Float[Array, "*batch latent"],
+    variance: Float[Array, "*batch latent"],
+    prior_mean: Float[Array, "clusters latent"],
+    prior_variance: Float[Array, "clusters latent"],
+) -> Float[Array, "*batch clusters"]:
+    """Return the KL of one Gaussian from each component, in nats."""
+    # Expanded into matrix products, so that no [cells, clusters, latent] array is made.
     precision = 1.0 / prior_variance
     quadratic = (variance + mean**2) @ precision.T
     linear = mean @ (prior_mean * precision).T
@@ -66,16 +64,16 @@ def mixture_kl(
     return 0.5 * (quadratic - 2.0 * linear + constant - jnp.log(variance).sum(-1, keepdims=True))
 
 
-def categorical_kl_from_uniform(logits: jax.Array) -> jax.Array:
-    """Return KL(softmax(logits) || uniform) [...] in nats, of logits [..., clusters]; at most log(clusters)."""
+def categorical_kl_from_uniform(logits: Float[Array, "*batch clusters"]) -> Float[Array, "*batch"]:
+    """Return KL(softmax(logits) || uniform) in nats; its maximum is log(clusters)."""
     log_probability = nn.log_softmax(logits, axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probability) * log_probability, axis=-1)
     return math.log(logits.shape[-1]) - entropy
 
 
 @jax.custom_vjp
-def reverse_gradient(x: jax.Array) -> jax.Array:
-    """Return x [...]; its gradient is negated (Ganin & Lempitsky 2015)."""
+def reverse_gradient(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return x; its gradient is negated (Ganin & Lempitsky 2015)."""
     return x
 
 
@@ -92,8 +90,10 @@ class BatchDiscriminator(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        """Map [samples, cells, latent] to logits [samples, cells, batches]."""
+    def __call__(
+        self, z: Float[Array, "samples cells latent"]
+    ) -> Float[Array, "samples cells batches"]:
+        """Return the logits of the batches."""
         x = prelu("prelu")(dense(self.config.latent.adversarial_hidden, "hidden")(z))
         return dense(self.config.decoder.batches, "logits")(x)
 
@@ -109,17 +109,18 @@ class Latent(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: jax.Array, *, train: bool, noise: LatentNoise | None = None
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        *,
+        train: bool,
+        noise: LatentNoise | None = None,
     ) -> LatentOutput:
         """Infer the latent of each cell.
 
         Args:
-            hidden: float [samples, cells, hidden].
+            hidden: Output of the encoder.
             train: Draw a sample; otherwise the mean is returned and nothing is random.
             noise: The random numbers to use while training; None draws them from the ``"latent"`` stream.
-
-        Returns:
-            A :class:`LatentOutput` with arrays [samples, cells, ...].
         """
         config = self.config.latent
         hidden = hidden.astype(jnp.float32)
@@ -149,13 +150,13 @@ class Latent(nn.Module):
             gumbel=jax.random.gumbel(gumbel_key, (*shape, config.clusters)),
         )
 
-    def _scaled(self, z: jax.Array) -> jax.Array:
+    def _scaled(self, z: Array) -> Array:
         """Scale each cell's latent to unit root mean square where the model has a trunk."""
         if self.config.trunk == "none":
             return z
         return z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + 1e-12)
 
-    def _posterior(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _posterior(self, hidden: Array) -> tuple[Array, Array]:
         """Return mean and variance of q(z|x): variance exp(clip(log_variance, -5, 5)) + 1e-4."""
         size = self.config.latent.size
         mean = self._scaled(dense(size, "mean")(hidden))
@@ -165,13 +166,13 @@ class Latent(nn.Module):
         log_variance = jnp.clip(layer(hidden), -5.0, 5.0)
         return mean, jnp.exp(log_variance) + 1e-4
 
-    def _gaussian(self, hidden: jax.Array, noise: LatentNoise | None) -> LatentOutput:
+    def _gaussian(self, hidden: Array, noise: LatentNoise | None) -> LatentOutput:
         mean, variance = self._posterior(hidden)
         z = mean if noise is None else mean + jnp.sqrt(variance) * noise.gaussian
         kl = -0.5 * jnp.sum(1 + jnp.log(variance) - mean**2 - variance, axis=-1)
         return LatentOutput(z=z, mean=mean, variance=variance, kl_latent=kl)
 
-    def _released_mixture(self, hidden: jax.Array, noise: LatentNoise | None) -> LatentOutput:
+    def _released_mixture(self, hidden: Array, noise: LatentNoise | None) -> LatentOutput:
         config = self.config.latent
         logits = dense(config.clusters, "cluster_logits")(hidden)
         if noise is None:
@@ -191,7 +192,7 @@ class Latent(nn.Module):
         posterior = LatentOutput(z=z, mean=mean, variance=variance, kl_latent=kl_latent)
         return _with_clusters(posterior, logits, weights, prior_mean, prior_variance)
 
-    def _paper_mixture(self, hidden: jax.Array, noise: LatentNoise | None) -> LatentOutput:
+    def _paper_mixture(self, hidden: Array, noise: LatentNoise | None) -> LatentOutput:
         config = self.config.latent
         mean, variance = self._posterior(hidden)
         z = mean if noise is None else mean + jnp.sqrt(variance) * noise.gaussian
@@ -208,10 +209,10 @@ class Latent(nn.Module):
 
 def _with_clusters(
     posterior: LatentOutput,
-    logits: jax.Array,
-    weights: jax.Array,
-    prior_mean: jax.Array,
-    prior_variance: jax.Array,
+    logits: Array,
+    weights: Array,
+    prior_mean: Array,
+    prior_variance: Array,
 ) -> LatentOutput:
     """Add what a mixture knows beyond the posterior of z."""
     return posterior.replace(

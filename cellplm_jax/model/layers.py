@@ -12,7 +12,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32, Shaped
 
+from cellplm_jax.batch import Array
 from cellplm_jax.kernels.dropout import dropped, kept_bits
 from cellplm_jax.kernels.matmul import broadcast, linear_product, squeeze_single_row
 
@@ -27,8 +29,10 @@ CELLS = ("samples", "cells", None)
 ENTRIES = ("samples", "cells", "genes")
 
 
-def constrain(values: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Say along which logical axes an activation [...] lies; without a mesh this does nothing."""
+def constrain(
+    values: Shaped[Array, "*shape"], axes: tuple[str | None, ...]
+) -> Shaped[Array, "*shape"]:
+    """Name the logical axes of an activation, for its sharding; without a mesh this does nothing."""
     return nn.with_logical_constraint(values, axes)
 
 
@@ -46,8 +50,8 @@ class Dense(nn.Module):
     bias_init: Callable = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., width] to [..., features]."""
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch features"]:
+        """Apply the layer to the last axis."""
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         x, kernel = nn.dtypes.promote_dtype(x, kernel)
@@ -82,8 +86,8 @@ class Norm(nn.Module):
     groups: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [..., width] to the same shape, in the parameters' type: a wider residual stream stays as it is."""
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalise, in the parameters' type: a wider residual stream stays as it is."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = None
         if self.kind != "rmsnorm":
@@ -95,7 +99,7 @@ class Norm(nn.Module):
             x = x + broadcast(bias.astype(jnp.float32), x.shape)
         return x.astype(scale.dtype)
 
-    def _standardised(self, x: jax.Array) -> jax.Array:
+    def _standardised(self, x: Float32[Array, "*batch width"]) -> Float32[Array, "*batch width"]:
         if self.kind == "rmsnorm":
             return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + RMS_EPSILON)
         grouped = x
@@ -112,8 +116,8 @@ def layer_norm(name: str) -> Norm:
     return Norm("layernorm", name=name)
 
 
-def make_norm(kind: str, groups: int, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Return the normalisation named in a configuration, of [..., hidden]; every kind works on one cell at a time.
+def make_norm(kind: str, groups: int, name: str) -> Callable[[Array], Array]:
+    """Return the normalisation named in a configuration; every kind works on one cell at a time.
 
     Args:
         kind: ``"groupnorm"``, ``"layernorm"``, ``"rmsnorm"`` or ``"none"``.
@@ -136,8 +140,10 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Map [...] to the same shape, drawing from the ``"dropout"`` stream unless ``deterministic``."""
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, deterministic: bool
+    ) -> Float[Array, "*batch width"]:
+        """Drop entries, drawn from the ``"dropout"`` stream unless ``deterministic``."""
         if deterministic or self.rate == 0.0:
             return x
         bits = kept_bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 8)), self.rate)
@@ -160,8 +166,10 @@ class Hidden(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Map [..., width] to [..., features]."""
+    def __call__(
+        self, x: Float[Array, "*batch width"], *, train: bool
+    ) -> Float[Array, "*batch features"]:
+        """Apply the block to the last axis."""
         x = prelu("prelu")(dense(self.features, "linear")(x))
         x = Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         return make_norm(self.norm, self.groups, "norm")(x)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import struct
+from jaxtyping import Bool, Float, Float32
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.attention import CellGroups
 from cellplm_jax.model.encoder import TransformerLayer
@@ -32,19 +33,29 @@ class ContextGroups(CellGroups):
         found: All sums in order, those without a known value over this chunk only; filled while a layer is traced.
     """
 
-    known: tuple[jax.Array, ...] = ()
-    found: list[jax.Array] = struct.field(pytree_node=False, default_factory=list)
+    known: tuple[Array, ...] = ()
+    found: list[Array] = struct.field(pytree_node=False, default_factory=list)
 
-    def total(self, values: jax.Array) -> jax.Array:
-        """Return a known sum over the cells of [samples, cells, ...], or the chunk's own."""
+    def total(
+        self, values: Float[Array, "samples cells heads *rest"]
+    ) -> Float[Array, "samples 1 heads *rest"]:
+        """Return a known sum over the cells, or the chunk's own."""
         return self._next(CellGroups.total, values)
 
-    def weighted_total(self, values: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return a known weighted sum over the cells of [samples, cells, ...], or the chunk's own."""
+    def weighted_total(
+        self,
+        values: Float[Array, "samples cells heads width"],
+        weights: Float[Array, "samples cells heads"],
+    ) -> Float[Array, "samples 1 heads width"]:
+        """Return a known weighted sum over the cells, or the chunk's own."""
         return self._next(CellGroups.weighted_total, values, weights)
 
-    def outer_total(self, left: jax.Array, right: jax.Array) -> jax.Array:
-        """Return a known sum of outer products of [samples, cells, ...], or the chunk's own."""
+    def outer_total(
+        self,
+        left: Float[Array, "samples cells heads width"],
+        right: Float[Array, "samples cells heads other"],
+    ) -> Float[Array, "samples 1 heads width other"]:
+        """Return a known sum of outer products, or the chunk's own."""
         return self._next(CellGroups.outer_total, left, right)
 
     def _next(self, summed, *values):
@@ -55,22 +66,22 @@ class ContextGroups(CellGroups):
 
 def chunk_sums(
     params: Any,
-    hidden: jax.Array,
-    cell_mask: jax.Array,
-    known: tuple[jax.Array, ...],
+    hidden: Float[Array, "1 cells hidden"],
+    cell_mask: Bool[Array, "1 cells"],
+    known: tuple[Float32[Array, "1 1 heads ..."], ...],
     config: ModelConfig,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Float32[Array, "1 1 heads ..."], ...]:
     """Return the contribution of a chunk to the sums of the next round of a layer.
 
     Args:
         params: Parameters of one ``encoder/layer_*``.
-        hidden: float [1, cells, hidden], input of the layer for the cells of the chunk.
-        cell_mask: bool [1, cells].
+        hidden: Input of the layer for the cells of the chunk.
+        cell_mask: True for cells, False for padding.
         known: Sums of the complete context from the previous rounds: 0, 2 or 4 of them.
         config: The architecture; ``encoder.kind`` is ``"flow"``.
 
     Returns:
-        The next 2 or 3 sums, float32 [1, 1, heads, ...]; summed over chunks, they extend ``known``.
+        The next 2 or 3 sums; summed over chunks, they extend ``known``.
     """
     _, groups = _layer(params, hidden, cell_mask, known, config)
     stop = next(end for end in FLOW_ROUNDS if end > len(known))
@@ -79,12 +90,12 @@ def chunk_sums(
 
 def chunk_layer(
     params: Any,
-    hidden: jax.Array,
-    cell_mask: jax.Array,
-    known: tuple[jax.Array, ...],
+    hidden: Float[Array, "1 cells hidden"],
+    cell_mask: Bool[Array, "1 cells"],
+    known: tuple[Float32[Array, "1 1 heads ..."], ...],
     config: ModelConfig,
-) -> jax.Array:
-    """Return a layer's output [1, cells, hidden] for one chunk; as :func:`chunk_sums`, with all 7 sums known."""
+) -> Float[Array, "1 cells hidden"]:
+    """Return a layer's output for one chunk; as :func:`chunk_sums`, with all 7 sums known."""
     return _layer(params, hidden, cell_mask, known, config)[0]
 
 

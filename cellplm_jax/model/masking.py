@@ -8,21 +8,22 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32, Key, Shaped
 from scipy.special import betaincinv
 
-from cellplm_jax.batch import CellBatch
+from cellplm_jax.batch import Array, CellBatch
 from cellplm_jax.config import MaskingConfig
 from cellplm_jax.model.layers import ENTRIES, constrain
 
 
-def _rank(noise: jax.Array) -> jax.Array:
+def _rank(noise: Array) -> Array:
     """Return int32 [..., cells]: the rank of each cell in increasing order of ``noise``."""
     return jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1).astype(jnp.int32)
 
 
 def _rank_in_sample(
-    noise: jax.Array, cell_mask: jax.Array, segment: jax.Array | None, segments: int
-) -> tuple[jax.Array, jax.Array]:
+    noise: Array, cell_mask: Array, segment: Array | None, segments: int
+) -> tuple[Array, Array]:
     """Rank the cells of each sample by noise.
 
     Returns int32 [..., cells], the rank among the cells of the same sample in the same piece (undefined on padding),
@@ -44,12 +45,12 @@ def _rank_in_sample(
     )
 
 
-def floor_of_fraction(count: jax.Array, fraction: float) -> jax.Array:
-    """Return ``floor(fraction * count)``, int32 [...], robust to float32 results just below an integer."""
+def floor_of_fraction(count: Int[Array, "*shape"], fraction: float) -> Int32[Array, "*shape"]:
+    """Return ``floor(fraction * count)``, robust to float32 results just below an integer."""
     return jnp.floor(count * (fraction * (1.0 + 2.5e-7))).astype(jnp.int32)
 
 
-def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellBatch:
+def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> CellBatch:
     """Drop a random fraction of every sample's cells, and shorten the ``cells`` axis accordingly.
 
     Args:
@@ -86,12 +87,14 @@ def drop_cells(key: jax.Array, batch: CellBatch, config: MaskingConfig) -> CellB
     return keep_cells(batch, batch.unfold(keep), width)[0]
 
 
-def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch, Callable]:
+def keep_cells(
+    batch: CellBatch, keep: Bool[Array, "samples cells"], width: int
+) -> tuple[CellBatch, Callable]:
     """Remove cells from a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
 
     Args:
         batch: The cells.
-        keep: bool [samples, cells]; False for padding.
+        keep: The cells that stay; False for padding.
         width: Cells per piece in the result; further cells are dropped.
 
     Returns:
@@ -134,16 +137,18 @@ def keep_cells(batch: CellBatch, keep: jax.Array, width: int) -> tuple[CellBatch
     return kept, gather
 
 
-def follow_cells(values: jax.Array, batch: CellBatch, *, fill: float | bool = 0) -> jax.Array:
+def follow_cells(
+    values: Shaped[Array, "samples source_cells *rest"], batch: CellBatch, *, fill: float | bool = 0
+) -> Shaped[Array, "samples cells *rest"]:
     """Reorder values per cell to the positions after :func:`drop_cells`.
 
     Args:
-        values: [samples, source_cells, ...], in the order of the cells before any were dropped.
+        values: In the order of the cells before any were dropped.
         batch: The batch from :func:`drop_cells`, with one piece.
         fill: Value of padding.
 
     Returns:
-        [samples, cells, ...] in the order of ``batch``.
+        In the order of ``batch``.
     """
     if batch.slot is None:
         return values
@@ -162,7 +167,9 @@ def _beta_quantiles(a: float, b: float) -> np.ndarray:
     return betaincinv(a, b, np.linspace(0.0, 1.0, 4097)).astype(np.float32)
 
 
-def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig) -> jax.Array:
+def masking_rates(
+    key: Key[Array, ""], shape: tuple[int, ...], config: MaskingConfig
+) -> Float32[Array, "*shape"]:
     """Draw each cell's masking rate.
 
     Args:
@@ -170,9 +177,6 @@ def masking_rates(key: jax.Array, shape: tuple[int, ...], config: MaskingConfig)
         shape: Usually [samples, cells].
         config: With ``beta``, rates come from Beta(a, 4/r + 2 - a), capped at ``maximum_rate``
             (``CellPLM/utils/mask.py:73``; for r = .25 that is Beta(5, 13), mean .28); otherwise all equal r.
-
-    Returns:
-        float32 of ``shape``.
     """
     rate = config.gene_fraction
     if not config.beta or rate == 0.0:
@@ -193,8 +197,8 @@ def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
 
 
 def sample_gene_mask(
-    key: jax.Array, batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
-) -> jax.Array:
+    key: Key[Array, ""], batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
+) -> Bool[Array, "samples cells {genes}"]:
     """Draw the mask of hidden entries: first the cells, then the genes of each of them.
 
     Args:
@@ -205,7 +209,7 @@ def sample_gene_mask(
         chunk: Cells of each piece whose random bits exist at a time; 0: all. The mask is the same.
 
     Returns:
-        bool [samples, cells, genes]; True is hidden. Padding is never masked.
+        True is hidden. Padding is never masked.
     """
     cell_key, rate_key, gene_key = jax.random.split(key, 3)
     cell_mask = batch.cell_mask
@@ -246,23 +250,20 @@ def sample_gene_mask(
 
 
 def sample_visible(
-    key: jax.Array,
+    key: Key[Array, ""],
     batch: CellBatch,
-    gene_mask: jax.Array | None,
+    gene_mask: Bool[Array, "samples cells {genes}"] | None,
     config: MaskingConfig,
     genes: int,
-) -> jax.Array:
+) -> Bool[Array, "samples *pieces nonzeros"]:
     """Draw which stored counts the input keeps: those outside ``gene_mask`` and inside each sample's panel.
 
     Args:
         key: PRNG key.
         batch: Cells.
-        gene_mask: bool [samples, cells, genes]; True is hidden. None: nothing.
+        gene_mask: True is hidden. None: nothing.
         config: ``panel_fraction`` of the samples get a panel of a log-uniform share of the genes.
         genes: Size of the vocabulary.
-
-    Returns:
-        bool [samples, (pieces,) nonzeros].
     """
     visible = jnp.ones(batch.gene.shape, bool)
     if gene_mask is not None:

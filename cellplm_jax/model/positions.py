@@ -11,35 +11,34 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Float32, Int32
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import dense, prelu
 
 
-def grid_square(coordinates: jax.Array, grid: int) -> jax.Array:
-    """Return int32 [..., 2]: the grid square of coordinates in [0, 1], with the released margin of one percent.
+def grid_square(coordinates: Float[Array, "*batch 2"], grid: int) -> Int32[Array, "*batch 2"]:
+    """Return the grid square of coordinates in [0, 1], of ``grid`` squares along each axis.
 
-    Args:
-        coordinates: float [..., 2] in [0, 1].
-        grid: Number of squares along each axis.
+    The margin of one percent is that of the released code.
     """
     square = jnp.floor((coordinates * 1.02 - 0.01) * grid).astype(jnp.int32)
     return jnp.clip(square, 0, grid - 1)
 
 
-def sinusoidal_encoding(coordinates: jax.Array, width: int, grid: int) -> jax.Array:
+def sinusoidal_encoding(
+    coordinates: Float[Array, "*batch 2"], width: int, grid: int
+) -> Float32[Array, "*batch {width}"]:
     """Return the fixed 2-D sinusoidal encoding.
 
     The first half of the dimensions encodes the second coordinate, the second half the first one; within each half,
     even dimensions are sines and odd ones cosines of ``square * 10000^(-2i / (width / 2))``.
 
     Args:
-        coordinates: float [..., 2] in [0, 1].
+        coordinates: Between 0 and 1.
         width: Dimensions of the encoding, a multiple of 4.
         grid: Number of squares along each axis to which coordinates are rounded.
-
-    Returns:
-        float32 [..., width].
     """
     half = width // 2
     frequency = jnp.exp(jnp.arange(0.0, half, 2) * -(math.log(10000.0) / half))
@@ -61,20 +60,20 @@ class Positions(nn.Module):
     @nn.compact
     def __call__(
         self,
-        cell_mask: jax.Array,
-        coordinates: jax.Array | None,
-        has_coordinates: jax.Array | None,
-        eigenvectors: jax.Array | None,
+        cell_mask: Bool[Array, "samples cells"],
+        coordinates: Float[Array, "samples cells 2"] | None,
+        has_coordinates: Bool[Array, "samples cells"] | None,
+        eigenvectors: Float[Array, "samples cells eigenvectors"] | None,
         *,
         train: bool,
-    ) -> jax.Array:
-        """Return float32 [samples, cells, hidden].
+    ) -> Float[Array, "samples cells hidden"]:
+        """Encode the position of each cell.
 
         Args:
-            cell_mask: bool [samples, cells].
-            coordinates: float32 [samples, cells, 2] in [0, 1], or None: no cell has any.
-            has_coordinates: bool [samples, cells], or None: all cells have them if ``coordinates`` is given.
-            eigenvectors: float32 [samples, cells, eigenvectors], used by kind ``"laplacian"`` instead of coordinates.
+            cell_mask: True for cells, False for padding.
+            coordinates: Between 0 and 1; None: no cell has any.
+            has_coordinates: None: all cells have them if ``coordinates`` is given.
+            eigenvectors: Used by kind ``"laplacian"`` instead of coordinates.
             train: Whether to flip the (arbitrary) signs of the eigenvectors at random, once per sample.
         """
         config, hidden = self.config.positions, self.config.hidden

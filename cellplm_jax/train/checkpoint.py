@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Shaped
 
 from cellplm_jax.config import ModelConfig, TrainConfig, from_dict, to_dict
 from cellplm_jax.errors import CheckpointError, shorten
@@ -371,8 +372,8 @@ class RunCheckpoints:
             # The process was killed before it wrote them, or an older version saved the step.
             self._complete_checksums(step)
 
-        def number(name: str) -> jax.Array:
-            return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)
+        def number(name: str) -> Any:
+            return jax.device_put(jnp.asarray(run[name], jnp.int32), abstract.step.sharding)  # type: ignore[union-attr]
 
         return TrainState(
             step=number("step"),
@@ -511,8 +512,8 @@ def save_model(
     files: ModelFiles,
     params: Mapping[str, Any],
     *,
-    unused: Mapping[str, np.ndarray] | None = None,
-    estimator: Mapping[str, np.ndarray] | None = None,
+    unused: Mapping[str, Shaped[np.ndarray, "*any"]] | None = None,
+    estimator: Mapping[str, Shaped[np.ndarray, "*any"]] | None = None,
     texts: Mapping[str, str] | None = None,
     step: int = 0,
     format: WeightFormat = "orbax",

@@ -20,8 +20,9 @@ import numpy as np
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Bool, Float, Key
 
-from cellplm_jax.batch import CellBatch, ModelOutput
+from cellplm_jax.batch import Array, CellBatch, ModelOutput
 from cellplm_jax.config import FinetuneConfig, MaskingConfig, MeshConfig, ModelConfig
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import CellPLMError, explain
@@ -31,7 +32,7 @@ from cellplm_jax.progress import ProgressReport
 from cellplm_jax.train.sharding import MeshFunction, make_mesh, replicated
 
 Path = tuple[str, ...]
-Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[[Any, Any, Array], tuple[Array, dict[str, Array]]]
 """``(params, example, key) -> (loss, metrics)``, pure; all of them float32 scalars."""
 
 SCORE = "validation_score"
@@ -52,8 +53,8 @@ class Trainable(struct.PyTreeNode):
         adapters: For each adapted matrix [in, out], by its path: ``down`` [in, rank] and ``up`` [rank, out].
     """
 
-    params: dict[Path, jax.Array]
-    adapters: dict[Path, dict[str, jax.Array]]
+    params: dict[Path, Array]
+    adapters: dict[Path, dict[str, Float[Array, "_ _"]]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,12 +93,12 @@ class FinetuneResult(Displayed):
 def corrupted_forward(
     params: Any,
     batch: CellBatch,
-    key: jax.Array,
+    key: Key[Array, ""],
     config: ModelConfig,
     masking: MaskingConfig,
     *,
-    condition: jax.Array | None = None,
-) -> tuple[ModelOutput, CellBatch, jax.Array | None]:
+    condition: Float[Array, "samples cells condition"] | None = None,
+) -> tuple[ModelOutput, CellBatch, Bool[Array, "samples _ genes"] | None]:
     """Run the model in training mode: cells dropped, genes hidden, dropout and sampling on.
 
     Args:
@@ -111,8 +112,7 @@ def corrupted_forward(
 
     Returns:
         The model's output, the batch of the kept cells (reorder targets with
-        :func:`cellplm_jax.model.masking.follow_cells`), and the mask of their hidden entries, bool
-        [samples, cells, genes], or None.
+        :func:`cellplm_jax.model.masking.follow_cells`), and the mask of their hidden entries or None.
     """
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     kept = drop_cells(drop_key, batch, masking)
@@ -131,7 +131,11 @@ def corrupted_forward(
 
 
 def clean_forward(
-    params: Any, batch: CellBatch, config: ModelConfig, *, condition: jax.Array | None = None
+    params: Any,
+    batch: CellBatch,
+    config: ModelConfig,
+    *,
+    condition: Float[Array, "samples cells condition"] | None = None,
 ) -> ModelOutput:
     """Run the model in inference mode: nothing hidden, deterministic."""
     return CellPLM(config).apply({"params": params}, batch, condition=condition)  # type: ignore[return-value]
@@ -159,8 +163,8 @@ def adapted_paths(params: Mapping[str, Any]) -> list[Path]:
 
 
 def init_adapters(
-    params: Mapping[str, Any], rank: int, key: jax.Array
-) -> dict[Path, dict[str, jax.Array]]:
+    params: Mapping[str, Any], rank: int, key: Key[Array, ""]
+) -> dict[Path, dict[str, Float[Array, "_ _"]]]:
     """Return adapters without initial effect: ``down`` random, ``up`` zero.
 
     Args:
@@ -177,7 +181,9 @@ def init_adapters(
     return adapters
 
 
-def merge(trainable: Trainable, frozen: Mapping[Path, jax.Array], scale: float) -> dict[str, Any]:
+def merge(
+    trainable: Trainable, frozen: Mapping[Path, Float[Array, "*any"]], scale: float
+) -> dict[str, Any]:
     """Combine trained and frozen parameters: ``params = base + scale * down @ up`` for adapted matrices.
 
     Args:

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
+from jaxtyping import Bool, Key
 
-from cellplm_jax.batch import CellBatch
+from cellplm_jax.batch import Array, CellBatch
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.data.cell_store import CellStore
 from cellplm_jax.data.packing import SampleRange
@@ -36,14 +36,14 @@ PROBE_CELLS = 5000
 PROBE_NEIGHBORS = 15
 
 
-def heldout_key(config: TrainConfig, number: int) -> jax.Array:
+def heldout_key(config: TrainConfig, number: int) -> Key[Array, ""]:
     """Return the PRNG key of the mask of a held-out batch."""
     return jax.random.fold_in(jax.random.key(config.seed + 2), number)
 
 
 def heldout_masks(
     config: TrainConfig, store: CellStore, ranges: Sequence[SampleRange]
-) -> Iterator[tuple[CellBatch, ArrayLike]]:
+) -> Iterator[tuple[CellBatch, Bool[Array, "samples cells genes"]]]:
     """Yield the fixed held-out batches and their masks, which are the same for every model and baseline.
 
     Args:
@@ -52,7 +52,7 @@ def heldout_masks(
         ranges: Held-out cells.
 
     Yields:
-        A batch, and bool [samples, cells, genes], True for hidden entries.
+        A batch, and its mask: True for hidden entries.
     """
     hide = jax.jit(lambda key, batch: heldout_gene_mask(key, batch, config))
     for number, (batch, _, _) in enumerate(heldout_batches(store, ranges, config)):

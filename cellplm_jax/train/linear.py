@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Float64, Integer, Real
 from scipy import sparse
 from scipy.optimize import minimize, nnls
 from scipy.special import log_softmax, softmax
@@ -20,29 +21,27 @@ class LinearClassifier:
     """Multinomial logistic regression.
 
     Attributes:
-        kernel: float32 [features, classes].
-        bias: float32 [classes].
+        kernel: Coefficients.
+        bias: Intercepts.
     """
 
-    kernel: np.ndarray
-    bias: np.ndarray
+    kernel: Float32[np.ndarray, "features classes"]
+    bias: Float32[np.ndarray, " classes"]
 
-    def log_probabilities(self, features: sparse.csr_matrix) -> np.ndarray:
-        """Return float64 [cells, classes], natural logarithms.
-
-        Args:
-            features: CSR [cells, features].
-        """
+    def log_probabilities(
+        self, features: Real[sparse.csr_matrix, "cells features"]
+    ) -> Float64[np.ndarray, "cells classes"]:
+        """Return natural logarithms."""
         return log_softmax(features @ self.kernel.astype(np.float64) + self.bias, axis=1)
 
 
 def fit_linear_classifier(
-    features: sparse.csr_matrix,
-    labels: np.ndarray,
+    features: Real[sparse.csr_matrix, "cells features"],
+    labels: Integer[np.ndarray, " cells"],
     classes: int,
     *,
     penalty: float = 1.0,
-    weights: np.ndarray | None = None,
+    weights: Float[np.ndarray, " classes"] | None = None,
     iterations: int = 200,
 ) -> LinearClassifier:
     """Fit a multinomial logistic regression with an L2 penalty to convergence (L-BFGS).
@@ -51,15 +50,12 @@ def fit_linear_classifier(
     kernel, with an unpenalised bias; ``penalty`` is its ``1 / C``.
 
     Args:
-        features: CSR [cells, features].
-        labels: int [cells], below ``classes``.
+        features: One row per cell.
+        labels: Class of each cell, below ``classes``.
         classes: Number of classes.
         penalty: Strength of the L2 penalty.
-        weights: float [classes], weight of each cell by its class; None: 1.
+        weights: Weight of each cell by its class; None: 1.
         iterations: Maximum number of L-BFGS iterations.
-
-    Returns:
-        The classifier.
     """
     cells, width = features.shape[0], features.shape[1]
     features = sparse.csr_matrix(features, dtype=np.float64)
@@ -96,12 +92,12 @@ def fit_linear_classifier(
 
 
 def pool_log_probabilities(
-    log_probabilities: np.ndarray,
-    labels: np.ndarray,
+    log_probabilities: Float[np.ndarray, "classifiers cells classes"],
+    labels: Integer[np.ndarray, " cells"],
     *,
     prior: Sequence[float] | None = None,
     prior_cells: float = 10.0,
-) -> np.ndarray:
+) -> Float64[np.ndarray, " classifiers"]:
     """Return the optimal weights for adding the log-probabilities of several classifiers.
 
     A logarithmic opinion pool (Genest and Zidek, Statistical Science 1986); with one classifier it is temperature
@@ -109,13 +105,13 @@ def pool_log_probabilities(
     cells that are all correct do not make every probability 1.
 
     Args:
-        log_probabilities: float [classifiers, cells, classes], of cells that no classifier was fitted on.
-        labels: int [cells].
+        log_probabilities: Of cells that no classifier was fitted on.
+        labels: Class of each cell.
         prior: Prior weights; None: ``1 / classifiers`` for each.
         prior_cells: Number of cells that the prior is worth.
 
     Returns:
-        float64 [classifiers], at least 0.
+        At least 0.
     """
     number, cells, _ = log_probabilities.shape
     centre = np.full(number, 1.0 / number) if prior is None else np.asarray(prior, np.float64)
@@ -144,23 +140,21 @@ class LinearRegression:
     """Ridge regression of many targets on standardised features.
 
     Attributes:
-        centre: float32 [features], means.
-        scale: float32 [features], standard deviations.
-        kernel: float32 [features, targets].
-        bias: float32 [targets], means of the targets.
+        centre: Means.
+        scale: Standard deviations.
+        kernel: Coefficients.
+        bias: Means of the targets.
     """
 
-    centre: np.ndarray
-    scale: np.ndarray
-    kernel: np.ndarray
-    bias: np.ndarray
+    centre: Float32[np.ndarray, " features"]
+    scale: Float32[np.ndarray, " features"]
+    kernel: Float32[np.ndarray, "features targets"]
+    bias: Float32[np.ndarray, " targets"]
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Return float32 [cells, targets].
-
-        Args:
-            features: float [cells, features].
-        """
+    def predict(
+        self, features: Float[np.ndarray, "cells features"]
+    ) -> Float32[np.ndarray, "cells targets"]:
+        """Return the predicted targets."""
         return ((features - self.centre) / self.scale).astype(np.float32) @ self.kernel + self.bias
 
 
@@ -168,10 +162,10 @@ class RidgeProblem:
     """Closed-form ridge regression for any number of targets, with one decomposition of the features.
 
     Args:
-        features: float [cells, features], dense.
+        features: One row per cell, dense.
     """
 
-    def __init__(self, features: np.ndarray):
+    def __init__(self, features: Float[np.ndarray, "cells features"]):
         cells, width = features.shape[0], features.shape[1]
         self.centre = features.mean(axis=0)
         self.scale = np.maximum(features.std(axis=0), 1e-3)
@@ -187,17 +181,17 @@ class RidgeProblem:
             self._vectors = (self._standard @ right[:, there]) / lengths[there]
         self._values = np.maximum(values, 0.0)
 
-    def fit(self, targets: np.ndarray, penalty: float | None = None) -> LinearRegression:
+    def fit(
+        self, targets: Float[np.ndarray, "cells targets"], penalty: float | None = None
+    ) -> LinearRegression:
         """Fit the regression.
 
         Args:
-            targets: float [cells, targets], dense.
+            targets: One row per cell, dense.
             penalty: L2 penalty on the standardised features (scikit-learn's ``alpha``). None: the one with the smallest
                 leave-one-out error (Golub, Heath and Wahba, Technometrics 1979) among powers of ten, with standardised
                 targets, so that all have equal weight.
 
-        Returns:
-            The regression.
         """
         bias = targets.mean(axis=0)
         centred = (targets - bias).astype(np.float64)
@@ -222,15 +216,17 @@ class RidgeProblem:
         return float((np.square(residual).mean(axis=0) * weight).mean())
 
 
-def pool_predictions(truth: np.ndarray, *predictions: np.ndarray) -> list[float]:
+def pool_predictions(
+    truth: Float[np.ndarray, "cells genes"], *predictions: Float[np.ndarray, "cells genes"]
+) -> list[float]:
     """Return the optimal weights for adding predictions, at least 0 and the same for every gene.
 
     Least squares over all cells and genes, with each gene of truth and predictions centred and divided by the truth's
     standard deviation, so that all genes have equal weight (stacking: Breiman, Machine Learning 1996).
 
     Args:
-        truth: float [cells, genes].
-        *predictions: float [cells, genes] each, for cells that no model was fitted to.
+        truth: True values.
+        *predictions: For cells that no model was fitted to.
     """
     spread = truth.std(axis=0)
     there = spread > 1e-6

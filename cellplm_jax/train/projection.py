@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 from scipy import sparse
 
 from cellplm_jax.config import ModelConfig, TrainConfig
@@ -45,15 +46,15 @@ class Projection(NamedTuple):
     """Initial values of a model with a trunk.
 
     Attributes:
-        table: float32 [genes, components], loadings over deviations, scaled so that projected cells have a root mean
-            square of 1; 0 for the other genes.
-        context_mean: float32 [components], the projected mean of the corpus.
-        discriminants: float32 [components, discriminants], of projected cells with a root mean square of 1.
+        table: Loadings over deviations, scaled so that projected cells have a root mean square of 1; 0 for the other
+            genes.
+        context_mean: The projected mean of the corpus.
+        discriminants: Of projected cells with a root mean square of 1.
     """
 
-    table: np.ndarray
-    context_mean: np.ndarray
-    discriminants: np.ndarray
+    table: Float32[np.ndarray, "genes components"]
+    context_mean: Float32[np.ndarray, " components"]
+    discriminants: Float32[np.ndarray, "components discriminants"]
 
 
 class _Group(NamedTuple):

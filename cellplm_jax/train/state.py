@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.typing import ArrayLike
+from jaxtyping import Float, Int32
 
+from cellplm_jax.batch import Array
 from cellplm_jax.config import TrainConfig
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.train.optim import make_optimizer
@@ -22,30 +23,30 @@ class TrainState(struct.PyTreeNode):
     The KL warm-up is a function of ``step`` and the random streams of (seed, step), so neither needs a field.
 
     Attributes:
-        step: int32 scalar. Number of steps, including skipped ones.
+        step: Number of steps, including skipped ones.
         params: The ``"params"`` collection, float32.
         optimizer: Optimizer state.
-        skipped: int32 scalar. Steps without an update because the loss or a gradient was not finite.
-        skipped_in_a_row: int32 scalar. Number of consecutive skipped steps up to now.
+        skipped: Steps without an update because the loss or a gradient was not finite.
+        skipped_in_a_row: Number of consecutive skipped steps up to now.
     """
 
-    step: jax.Array
+    step: Int32[Array, ""]
     params: Any
     optimizer: optax.OptState
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
+    skipped: Int32[Array, ""]
+    skipped_in_a_row: Int32[Array, ""]
 
 
 def create_state(
     config: TrainConfig,
-    gene_means: ArrayLike | None = None,
+    gene_means: Float[Array, " genes"] | None = None,
     projection: Projection | None = None,
 ) -> TrainState:
     """Initialise a run; a pure function, so it can be traced for shapes.
 
     Args:
         config: The run.
-        gene_means: float [genes], mean count of each gene. The decoder's output bias is initialised to their logarithm,
+        gene_means: Mean count of each gene. The decoder's output bias is initialised to their logarithm,
             so that training does not spend its first hundreds of steps on learning which genes are common.
         projection: Initialisation of a model with a trunk; None: random.
     """

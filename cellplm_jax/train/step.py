@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, Key, Shaped, UInt32
 
-from cellplm_jax.batch import CellBatch, LatentNoise, Reconstruction
+from cellplm_jax.batch import Array, CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.config import MaskingConfig, TrainConfig
 from cellplm_jax.losses.likelihoods import (
     negative_binomial_nll,
@@ -43,7 +44,7 @@ from cellplm_jax.train.sharding import (
 )
 from cellplm_jax.train.state import TrainState, create_state
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Shaped[Array, "..."]]
 
 # A run that continues in the same process, and another run of the same configuration, need no second trace.
 _compiled_once = lru_cache(maxsize=8)
@@ -67,27 +68,27 @@ def loss_terms(
     batch: CellBatch,
     config: TrainConfig,
     *,
-    gene_mask: jax.Array | None,
-    warmup: jax.Array | float = 1.0,
+    gene_mask: Bool[Array, "samples cells genes"] | None,
+    warmup: Float[Array, ""] | float = 1.0,
     noise: LatentNoise | None = None,
-    rngs: dict[str, jax.Array] | None = None,
+    rngs: dict[str, Key[Array, ""]] | None = None,
     masked: int | None = None,
-    visible: jax.Array | None = None,
-) -> tuple[jax.Array, Metrics]:
+    visible: Bool[Array, "samples *pieces nonzeros"] | None = None,
+) -> tuple[Float32[Array, ""], Metrics]:
     """Compute the pretraining loss of a batch for given masks.
 
     Args:
         params: The ``"params"`` collection.
         batch: Padded rows of cells.
         config: The run's configuration.
-        gene_mask: bool [samples, cells, genes]; True is hidden from the input.
+        gene_mask: True is hidden from the input.
         warmup: KL warm-up factor.
         noise: Random numbers of the latent; None draws them from ``rngs["latent"]``.
         rngs: PRNG keys of the ``"dropout"`` and ``"latent"`` streams.
         masked: Maximum number of cells per piece with a masked entry; None: unknown. If the objective scores only these
             cells, the others are not decoded.
-        visible: bool [samples, (pieces,) nonzeros], the stored counts that the input keeps, instead of ``gene_mask``;
-            None: those that ``gene_mask`` does not hide.
+        visible: The stored counts that the input keeps, instead of ``gene_mask``; None: those that ``gene_mask`` does
+            not hide.
 
     Returns:
         The scalar loss ``reconstruction + latent`` (paper equation of the denoising ELBO, negated), and its terms.
@@ -147,12 +148,12 @@ def loss_terms(
     return loss, {"loss": loss, **terms, **latent}
 
 
-def _output_layer(model: CellPLM, decoder: Any, hidden: jax.Array) -> Reconstruction:
+def _output_layer(model: CellPLM, decoder: Any, hidden: Array) -> Reconstruction:
     params = {"decoder": decoder}
     return model.apply({"params": params}, hidden, method=CellPLM.decode_output)  # type: ignore[return-value]
 
 
-def _narrow(z: jax.Array, config: TrainConfig) -> jax.Array:
+def _narrow(z: Array, config: TrainConfig) -> Array:
     return z.astype(jnp.dtype(config.precision))
 
 
@@ -254,8 +255,8 @@ def without_trunk(tree: Any) -> Any:
 
 
 def _masked_loss(
-    params: Any, batch: CellBatch, key: jax.Array, warmup: jax.Array, config: TrainConfig
-) -> tuple[jax.Array, Metrics]:
+    params: Any, batch: CellBatch, key: Array, warmup: Array, config: TrainConfig
+) -> tuple[Array, Metrics]:
     """Drop cells, draw masks, and compute the loss."""
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     batch = drop_cells(drop_key, batch, config.masking)
@@ -283,8 +284,8 @@ def _masked_loss(
     return loss, {**metrics, "cells": batch.cell_mask.sum().astype(jnp.float32)}
 
 
-def batch_checksum(batch: CellBatch) -> jax.Array:
-    """Return a uint32 that depends on every stored count of a batch and on its position.
+def batch_checksum(batch: CellBatch) -> UInt32[Array, ""]:
+    """Return a number that depends on every stored count of a batch and on its position.
 
     Integers wrap around and their sums do not depend on the order, so the checksum does not depend on the sharding over
     devices and processes: runs that print the same checksums saw the same batches in the same order.
@@ -305,7 +306,9 @@ def batch_checksum(batch: CellBatch) -> jax.Array:
     return total + jnp.sum(ends * (rows ^ numbered((ends.shape[-1],))), dtype=jnp.uint32)
 
 
-def heldout_gene_mask(key: jax.Array, batch: CellBatch, config: TrainConfig) -> jax.Array:
+def heldout_gene_mask(
+    key: Key[Array, ""], batch: CellBatch, config: TrainConfig
+) -> Bool[Array, "samples cells genes"]:
     """Hide ``masking.gene_fraction`` of the genes (a quarter if it is 0) in every held-out cell.
 
     Args:
@@ -314,7 +317,7 @@ def heldout_gene_mask(key: jax.Array, batch: CellBatch, config: TrainConfig) -> 
         config: The run's configuration.
 
     Returns:
-        bool [samples, cells, genes]; True is hidden.
+        True is hidden.
     """
     masking = MaskingConfig(
         cell_fraction=1.0, gene_fraction=heldout_rate(config), beta=False, drop_cells=0.0
@@ -328,8 +331,11 @@ def heldout_rate(config: TrainConfig) -> float:
 
 
 def evaluation_step(
-    params: Any, batch: CellBatch, gene_mask: jax.Array, config: TrainConfig
-) -> dict[str, jax.Array]:
+    params: Any,
+    batch: CellBatch,
+    gene_mask: Bool[Array, "samples cells genes"],
+    config: TrainConfig,
+) -> dict[str, Float32[Array, "*any"]]:
     """Predict hidden entries of held-out cells, deterministically, and return the sums behind the scores.
 
     The predicted mean is scaled by the cell's VISIBLE counts, so it does not reveal the hidden total.
@@ -337,7 +343,7 @@ def evaluation_step(
     Args:
         params: The ``"params"`` collection.
         batch: Held-out cells.
-        gene_mask: bool [samples, cells, genes]; True is hidden from the input and scored.
+        gene_mask: True is hidden from the input and scored.
         config: The run's configuration.
 
     Returns:
@@ -384,14 +390,10 @@ def evaluation_step(
     return result
 
 
-def embedding_step(params: Any, batch: CellBatch, config: TrainConfig) -> jax.Array:
-    """Embed cells as inference does: float32 [samples, cells, latent], without masks or random numbers.
-
-    Args:
-        params: The ``"params"`` collection.
-        batch: The cells.
-        config: The run's configuration.
-    """
+def embedding_step(
+    params: Any, batch: CellBatch, config: TrainConfig
+) -> Float32[Array, "samples cells latent"]:
+    """Embed cells as inference does, without masks or random numbers."""
     model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
     hidden = model.apply(variables, batch, method=CellPLM.represent)
     return model.apply(variables, hidden, method=CellPLM.infer).mean
@@ -453,7 +455,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
 def create_sharded_state(
     config: TrainConfig,
     mesh: Mesh,
-    gene_means: np.ndarray | None = None,
+    gene_means: Float[np.ndarray, " genes"] | None = None,
     projection: Projection | None = None,
 ) -> TrainState:
     """Initialise a run with every array created in its final sharding.

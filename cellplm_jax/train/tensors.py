@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Shaped
 
 from cellplm_jax.errors import CheckpointError, require
 from cellplm_jax.storage import is_remote
@@ -40,7 +41,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Any], *, step: int) -> None:
     library.save_file(plain, path, metadata=about)
 
 
-def read_tensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
+def read_tensors(path: epath.Path) -> tuple[dict[str, Shaped[np.ndarray, "*any"]], int]:
     """Read a file of :func:`write_tensors`, or another file in this format.
 
     Args:

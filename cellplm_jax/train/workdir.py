@@ -20,6 +20,7 @@ from etils import epath
 from cellplm_jax._version import __version__
 from cellplm_jax.config import TrainConfig, to_dict
 from cellplm_jax.data.cell_store import CellStore
+from cellplm_jax.data.packing import SampleRange
 from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.storage import explain_write_errors, is_remote
 from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root
@@ -251,8 +252,8 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
 def run_card(
     config: TrainConfig,
     store: CellStore,
-    train: Sequence[Any],
-    heldout: Sequence[Any],
+    train: Sequence[SampleRange],
+    heldout: Sequence[SampleRange],
     facts: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the model card of a new run.

@@ -1,0 +1,31 @@
+"""Types of the arguments that scores take in any form, and check themselves because users call them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from cellplm_jax.errors import InputError
+
+Matrix: TypeAlias = Any
+"""Numbers with two axes: whatever numpy makes an array of, in most functions also a scipy sparse matrix."""
+
+Values: TypeAlias = Any
+"""Numbers of any shape, given in the same ways."""
+
+Labels: TypeAlias = Any
+"""One label of any type per cell: an array, a pandas Series or Categorical, or a list."""
+
+
+def one_axis(labels: Labels, name: str) -> Any:
+    """Return labels as an array, Series or Categorical; more than one axis raises an InputError."""
+    values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
+    if np.ndim(values) != 1:
+        raise InputError(
+            f"{name} has {np.ndim(values)} axes",
+            "one label per cell",
+            "Pass one column, for example adata.obs['cell_type']",
+        )
+    return values
