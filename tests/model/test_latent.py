@@ -171,6 +171,15 @@ def test_inference_needs_no_random_numbers_and_returns_the_mean(name):
         assert first.variance is None
 
 
+def test_every_cluster_of_every_cell_has_its_own_noise():
+    module, params = latent("paper")
+    streams = {"latent": jax.random.key(0)}
+    drawn = module.apply({"params": params}, (2, 5), rngs=streams, method="_draw_noise")
+    for values, size in ((drawn.gaussian, SIZE), (drawn.gumbel, CLUSTERS)):
+        assert values.shape == (2, 5, size)
+        assert len(np.unique(values)) == values.size
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_training_draws_from_the_given_noise_or_the_latent_stream(name):
     given, params = infer(name, train=True, noise=noise())
