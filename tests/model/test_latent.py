@@ -193,6 +193,12 @@ def test_training_draws_from_the_given_noise_or_the_latent_stream(name):
     assert np.abs(np.asarray(first) - np.asarray(other)).min() > 0
 
 
+def test_the_variance_starts_small():
+    module, _ = latent("gaussian")
+    params = module.init(jax.random.key(0), STATES, train=False)["params"]
+    np.testing.assert_array_equal(params["log_variance"]["bias"], -4)
+
+
 def test_gaussian_posterior_and_kl():
     got, params = infer("gaussian", train=True, noise=noise())
     np.testing.assert_allclose(got.mean, linear(STATES, params["mean"]), rtol=1e-4, atol=1e-5)
