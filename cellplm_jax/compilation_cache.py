@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -49,6 +50,7 @@ def keep_compiled() -> Path | None:
             return None
         directory = directory / f"compiled-{_machine()}"
         directory.mkdir(parents=True, exist_ok=True)
+        _remove_incomplete(directory)
     except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None
     if not os.access(directory, os.W_OK):
@@ -64,6 +66,30 @@ def keep_compiled() -> Path | None:
 
     compilation_cache.reset_cache()
     return directory
+
+
+def _remove_incomplete(directory: Path) -> None:
+    """Remove programs whose writer was killed, or found the disk full.
+
+    JAX writes ``KEY-cache`` and then ``KEY-atime``. It keeps half a program for ever, warns about it in every process,
+    and stores nothing more after it.
+    """
+    import filelock
+
+    def incomplete() -> set[str]:
+        names = set(os.listdir(directory))
+        programs = {name.removesuffix("-cache") for name in names if name.endswith("-cache")}
+        return {name for name in programs if f"{name}-atime" not in names}
+
+    if not incomplete():
+        return
+    # The lock of JAX: another process may be between the two files.
+    with (
+        contextlib.suppress(filelock.Timeout),
+        filelock.FileLock(directory / ".lockfile", timeout=1),
+    ):
+        for name in incomplete():
+            (directory / f"{name}-cache").unlink(missing_ok=True)
 
 
 def _machine() -> str:

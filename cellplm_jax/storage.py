@@ -87,7 +87,7 @@ def atomic_write(path: str | os.PathLike, *, room: int = 0) -> Iterator[Path]:
             with _lock:
                 os.replace(partial, path)
     finally:
-        _remove(partial)
+        remove_path(partial)
         with _lock:
             _partials.discard(partial)
 
@@ -120,7 +120,7 @@ def stop_writing(seconds: float = 1.0) -> None:
     # Never released: other threads wait here until the process ends.
     _lock.acquire(timeout=seconds)
     for partial in list(_partials):
-        _remove(partial)
+        remove_path(partial)
 
 
 def remove_strays(folder: Path) -> None:
@@ -135,7 +135,7 @@ def remove_strays(folder: Path) -> None:
         for name in os.listdir(folder):
             match = _STRAY.fullmatch(name)
             if match and match["machine"] == _machine() and not _is_alive(int(match["process"])):
-                _remove(Path(folder) / name)
+                remove_path(Path(folder) / name)
 
 
 def check_replaceable(path: Path) -> None:
@@ -243,9 +243,9 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Remove a file or folder if it exists; other threads may still be writing into a folder."""
-    for _ in range(5):
+    for trial in range(6):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -253,7 +253,7 @@ def _remove(path: Path) -> None:
                 path.unlink(missing_ok=True)
         if not os.path.lexists(path):
             return
-        time.sleep(0.01)
+        time.sleep(0.01 * 2**trial)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:

@@ -26,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "command_help",
     "message_list",
+    "package_map",
     "repository_links",
 ]
 exclude_patterns = ["_build", "**/README.md"]

@@ -53,6 +53,19 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path):
     assert [name for name, value in kept().items() if value == first[name]]
 
 
+def test_half_written_programs_are_removed(tmp_path):
+    """After ``kill -9`` or on a full disk, JAX leaves a program without its second file."""
+    environment = {"CELLPLM_CACHE": str(tmp_path / "kept"), "PYTHONWARNINGS": "error"}
+    used = Path(run(tmp_path, **environment))
+    program = next(used.glob("jit__lambda*-cache"))
+    program.with_name(program.name.replace("-cache", "-atime")).unlink()
+    program.write_bytes(program.read_bytes()[:-20])
+    run(tmp_path, **environment)
+    names = {path.name for path in used.iterdir()}
+    assert program.name in names
+    assert all(name.replace("-cache", "-atime") in names for name in names)
+
+
 def test_what_the_user_chose_stays(tmp_path):
     assert run(tmp_path, CELLPLM_CACHE="off") == "None"
     mine = str(tmp_path / "mine")

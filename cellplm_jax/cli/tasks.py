@@ -54,7 +54,7 @@ class Task:
     Attributes:
         name: Name of the command.
         estimator: ``"module:Class"`` of the estimator.
-        help: Summary: a noun, and the two actions.
+        help: ``"NOUN: ACTION OF FIT, or ACTION OF PREDICT"``.
         examples: Command lines of ``fit`` and ``predict``.
         reports: Contents of their reports; None: no report.
         page: Function of the report of ``fit``; see :func:`cellplm_jax.cli.output.write_page`.
@@ -129,8 +129,10 @@ class Task:
         """Add the commands to the subparsers of ``cellplm``."""
         parser = command(commands, self.name, self.fit, self.help, "\n  ".join(self.examples))
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
-        fit = command(verbs, "fit", self.fit, f"{self.help}: fit", self.examples[0])
-        predict = command(verbs, "predict", self.predict, f"{self.help}: predict", self.examples[1])
+        noun, _, actions = self.help.partition(": ")
+        fitting, _, predicting = actions.partition(", or ")
+        fit = command(verbs, "fit", self.fit, f"{noun}: {fitting}", self.examples[0])
+        predict = command(verbs, "predict", self.predict, f"{noun}: {predicting}", self.examples[1])
         cells = self.writes == "cells"
         for verb in (fit, predict) if cells else (fit,):
             add_options(verb, "input IN.h5ad: raw counts: in X, raw.X or a common layer")

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,12 @@ from cellplm_jax.data.corpus import (
 )
 from cellplm_jax.data.corpus_records import FORMAT, check_record
 from cellplm_jax.errors import InputError
-from cellplm_jax.storage import atomic_write_text, explain_write_errors, removed_when_stopped
+from cellplm_jax.storage import (
+    atomic_write_text,
+    explain_write_errors,
+    remove_path,
+    removed_when_stopped,
+)
 
 CHUNK_VALUES = 2**17
 """Values per compressed chunk, the minimum that a read decodes: about 90 cells of 1,500 stored counts."""
@@ -112,9 +116,13 @@ class PartWriter:
         self._streams: tuple[_Stream, ...] = ()
         self._open = contextlib.ExitStack()
         self._open.enter_context(removed_when_stopped(self._partial))
-        with self._explained():
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._start()
+        try:
+            with self._explained():
+                remove_path(self._partial)
+                self._start()
+        except BaseException:
+            self.abort()
+            raise
 
     def __enter__(self) -> PartWriter:
         return self
@@ -207,7 +215,7 @@ class PartWriter:
         """Remove the written data, unless the part is finished."""
         for stream in self._streams:
             stream.settle()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove_path(self._partial)
         self._open.close()
 
     # -- parts of the above ----------------------------------------------------------------------
@@ -336,7 +344,7 @@ class PartWriter:
         marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         marker.unlink(missing_ok=True)
-        shutil.rmtree(store, ignore_errors=True)
+        remove_path(store)
         self._partial.replace(store)
         atomic_write_text(marker, text)
 

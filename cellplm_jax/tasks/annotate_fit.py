@@ -395,13 +395,10 @@ class AnnotatorFit(Estimator):
             logits: float32 [validation cells, classes] of the network; None without validation cells.
         """
         features = log_counts(table.counts, self._linear_genes)
-        options: dict[str, Any] = {"penalty": LINEAR_PENALTY, "weights": weights}
         network = None
         linear = None
         if logits is not None:
-            first = fit_linear_classifier(
-                features[train], codes[train], len(self.labels), **options
-            )
+            first = self._solve(features, train, codes, weights)
             network = log_probabilities_of(logits / self.temperature)
             linear = first.log_probabilities(features[valid])
         # Fine-tuned weights know the batches of the training cells; in new ones the regression is needed.
@@ -428,9 +425,7 @@ class AnnotatorFit(Estimator):
                 text += ", which predicts: it is better than the network"
             self.messages.append(f"{text}.")
         cells = np.sort(np.concatenate([train, valid]))
-        self._linear = fit_linear_classifier(
-            features[cells], codes[cells], len(self.labels), **options
-        )
+        self._linear = self._solve(features, cells, codes, weights)
 
     def _configuration(self) -> ModelConfig:
         """Return the architecture: a linear head on a deterministic latent (published), and a dropout rate of .5."""

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.corpus_records import FORMAT, check_index
 from cellplm_jax.data.corpus_writer import explain_corpus_errors, write_index
 from cellplm_jax.errors import InputError, nearest
-from cellplm_jax.storage import atomic_write_text, is_remote
+from cellplm_jax.storage import atomic_write_text, is_remote, remove_path
 from cellplm_jax.tasks.prepare_parts import NONZEROS_IN_MEMORY, Facts, Keys, write_parts
 from cellplm_jax.tasks.prepare_run import Advance, Runner, open_runner, run_stage
 from cellplm_jax.tasks.prepare_vocabulary import (
@@ -308,10 +307,7 @@ def _check_keys(facts: Mapping[str, Facts], keys: Keys, *, required_spatial: boo
 def _clean(folder: Path) -> None:
     """Remove temporary files of interrupted runs."""
     for leftover in (folder / "parts").glob(".*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        remove_path(leftover)
 
 
 def _summary(

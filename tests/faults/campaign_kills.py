@@ -37,7 +37,21 @@ VERBS: dict[str, tuple[list[str], str]] = {
                          "out.h5ad"),
     "integrate fit": (["integrate", "fit", "cells.h5ad", "--batch-key", "batch", "--model", "model", "--out", "out",
                        *FIT], "out"),
+    "integrate predict": (["integrate", "predict", "cells.h5ad", "--model", "integrator", "--out", "out.h5ad"],
+                          "out.h5ad"),
+    "impute fit": (["impute", "fit", "panel.h5ad", "--reference", "cells.h5ad", "--model", "model", "--out", "out",
+                    *FIT], "out"),
+    "impute predict": (["impute", "predict", "panel.h5ad", "--model", "imputer", "--out", "out.h5ad"], "out.h5ad"),
     "denoise fit": (["denoise", "fit", "cells.h5ad", "--model", "model", "--out", "out", *FIT], "out"),
+    "denoise predict": (["denoise", "predict", "cells.h5ad", "--model", "denoiser", "--out", "out.h5ad"], "out.h5ad"),
+    "perturb fit": (["perturb", "fit", "cells.h5ad", "--perturbation-key", "condition", "--model", "model",
+                     "--targets", "conditions", "--out", "out", *FIT], "out"),
+    "perturb predict": (["perturb", "predict", "--model", "predictor", "--perturbation", "beta",
+                         "--out", "out.csv"], "out.csv"),
+    "samples fit": (["samples", "fit", "cells.h5ad", "--sample-key", "sample", "--label-key", "disease", "--model",
+                     "model", "--out", "out", "--quiet"], "out"),
+    "samples predict": (["samples", "predict", "cells.h5ad", "--model", "classifier", "--out", "out.h5ad"], "out.h5ad"),
+    "niches": (["niches", "cells.h5ad", "--model", "model", "--adapt", "none", "--out", "out.h5ad"], "out.h5ad"),
     "convert": (["convert", "published/tiny.best.ckpt", "--config", "tiny.config.json", "--out", "out"], "out"),
     "convert back": (["convert", "to-publish", "--to-torch", "out"], "out.best.ckpt"),
     "export": (["export", "model", "--out", "out.cellplm"], "out.cellplm"),
@@ -61,7 +75,7 @@ FEW = ("cellplm_jax.cli.command", "cellplm_jax.tasks.embed", "cellplm_jax.tasks.
 def prepare(
     folder: Path, verbs: Sequence[str] = tuple(VERBS), modules: Sequence[str] = MODULES
 ) -> Inputs:
-    """Write the inputs of all commands, and measure each command once."""
+    """Write the inputs of all commands, and measure each command."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
@@ -73,27 +87,40 @@ def prepare(
     inputs.mkdir()
     write_inputs(inputs, server, verbs)
     state = Inputs(server, inputs, {})
-    for verb in verbs:
+    for verb in (
+        *verbs,
+        *verbs,
+    ):  # the second time with compiled functions in the cache, as in the cases
         work = _folder(state, verb)
-        status, seconds = server.run(VERBS[verb][0], work)
+        status, state.seconds[verb] = server.run(VERBS[verb][0], work)
         if status:
             raise RuntimeError(f"{verb}: {(work / 'stderr').read_text()}")
-        state.seconds[verb] = seconds
     return state
 
 
 def write_inputs(inputs: Path, server: Server, verbs: Sequence[str]) -> None:
-    """Write cells, models, and what the verbs need: an annotator and a corpus."""
+    """Write cells, models, and what the verbs need: fitted estimators and a corpus."""
     from tests.conftest import VOCABULARY, make_labelled
     from tests.faults import campaign_damage as examples
 
-    make_labelled(200, spatial=True).write_h5ad(inputs / "cells.h5ad")
+    cells = make_labelled(200, spatial=True)
+    cells.obs["condition"] = cells.obs["kind"].replace("alpha", "control")
+    sample = np.arange(cells.n_obs) % 10
+    cells.obs["sample"] = [f"s{number}" for number in sample]
+    cells.obs["disease"] = np.where(sample % 2, "yes", "no")
+    cells.write_h5ad(inputs / "cells.h5ad")
+    cells[:, : cells.n_vars // 2].write_h5ad(inputs / "panel.h5ad")
     (inputs / "genes.txt").write_text("\n".join(VOCABULARY))
     examples._checkpoint(inputs / "model")
     if {"convert", "convert back"} & set(verbs):
         examples._published(inputs / "published")
     for user, verb, out in (
         ("annotate predict", "annotate fit", "annotator"),
+        ("integrate predict", "integrate fit", "integrator"),
+        ("impute predict", "impute fit", "imputer"),
+        ("denoise predict", "denoise fit", "denoiser"),
+        ("perturb predict", "perturb fit", "predictor"),
+        ("samples predict", "samples fit", "classifier"),
         ("embed corpus", "prepare", "corpus"),
     ):
         if user not in verbs:
@@ -108,9 +135,7 @@ def try_case(inputs: Inputs, seed: int) -> Outcome:
     """Send one signal at a random moment of one command."""
     random = np.random.default_rng(seed)
     verb = list(inputs.seconds)[seed % len(inputs.seconds)]
-    number = [signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM][
-        int(random.integers(4))
-    ]
+    number = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM][int(random.integers(3))]
     argv, name = VERBS[verb]
     work = _folder(inputs, verb)
     old = bool(random.random() < 0.5) and name.count(".") > 0 and name != "out.zarr"
@@ -119,7 +144,7 @@ def try_case(inputs: Inputs, seed: int) -> Outcome:
     process = inputs.server.start(argv, work)
     while not handles_signals(process):
         time.sleep(0.001)
-    delay = float(random.uniform(0, 1.1 * inputs.seconds[verb]))
+    delay = float(random.uniform(0, inputs.seconds[verb]))
     time.sleep(delay)
     began = time.monotonic()
     os.kill(process, number)
@@ -172,6 +197,8 @@ def opens(path: Path) -> bool:
         return any(key.startswith("cellplm") for key in anndata.read_h5ad(path).uns)
     if path.suffix in (".cellplm", ".ckpt"):
         return zipfile.ZipFile(path).testzip() is None
+    if path.suffix == ".csv":
+        return path.read_text().endswith("\n")
     if path.suffix == ".html":
         return path.read_text().rstrip().endswith("</html>")
     if (path / "config.json").exists():

@@ -17,7 +17,7 @@ import pytest
 from cellplm_jax import storage
 from cellplm_jax.errors import InputError
 from cellplm_jax.storage import atomic_write, check_free_space, remove_strays
-from tests.conftest import make_adata, make_labelled
+from tests.conftest import VOCABULARY, make_adata, make_labelled
 from tests.faults import campaign_damage as examples
 
 
@@ -73,13 +73,34 @@ def test_every_output(command, place, verb, monkeypatch):
         shutil.rmtree(place / "model")
         (place / "to-publish").rename(place / "model")
         for name in ("published", "tiny.config.json"):
-            storage._remove(place / name)
+            storage.remove_path(place / name)
     with largest_file(2000):
         status, _, err = command(*VERBS[verb])
     assert status == 2, err
     assert "disk is full" in err
     assert err.count("\n") == 1
     assert sorted(p.name for p in place.iterdir()) == ["cells.h5ad", "model"]
+
+
+@pytest.mark.parametrize("size", [100, 900, 4000])
+def test_prepare_keeps_no_unfinished_part(command, place, size):
+    (place / "genes.txt").write_text("\n".join(VOCABULARY))
+    (place / "out").mkdir()
+    with largest_file(size):
+        status, _, err = command(
+            "prepare",
+            "cells.h5ad",
+            "--out",
+            "out",
+            "--genes",
+            "genes.txt",
+            "--workers",
+            "0",
+            "--quiet",
+        )
+    assert status == 2, err
+    assert "disk is full" in err
+    assert [str(path) for path in place.rglob("*partial*")] == []
 
 
 def test_safetensors(place):

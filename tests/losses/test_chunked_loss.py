@@ -57,6 +57,7 @@ CASES = {
     "masked twice": (ObjectiveConfig(), True, False, True),
     "masked once": (ObjectiveConfig(masked_part=False), True, False, False),
     "no mask": (ObjectiveConfig(), False, False, True),
+    "no panel": (ObjectiveConfig(masked_part=False), True, False, False),
     "inflated": (ObjectiveConfig(kind="zero_inflated_negative_binomial"), True, False, False),
     "targets": (ObjectiveConfig(kind="imputation"), True, True, True),
     "all targets": (ObjectiveConfig(kind="denoising"), True, False, False),
@@ -69,6 +70,8 @@ CASES = {
 def test_value_and_gradient_are_those_of_the_plain_loss(name, pieces):
     config, masked, targeted, dropped = CASES[name]
     batch = batch_of([[9, 4], [6, 1, 5]], pieces=pieces)
+    if name == "no panel":
+        batch = batch.replace(measured=None)
     if dropped:
         batch = drop_cells(jax.random.key(0), batch, MaskingConfig(drop_cells=0.3))
     random = np.random.default_rng(1)

@@ -367,7 +367,8 @@ def test_kl_terms_are_averaged_over_cells_and_weighted():
 
 def test_the_floor_of_a_mixture_replaces_the_term_stops_its_gradient_and_is_reported():
     kl_latent, kl_cluster = means()
-    floor = (kl_latent + kl_cluster) / 2  # between the two
+    floor = 1.1 * kl_cluster
+    assert floor < min(1, kl_latent)
     config = LatentConfig(floor=floor)
 
     def value(output):
@@ -569,6 +570,9 @@ def test_weights_of_classes_weigh_their_cells():
     arguments = (jnp.asarray(x) for x in (logits, labels, CELL_MASK))
     got = classification_loss(*arguments, weights=jnp.asarray(weights))
     assert float(got) == pytest.approx(expected, rel=1e-5)
+    arguments = (jnp.asarray(x) for x in (logits, labels, CELL_MASK))
+    small = classification_loss(*arguments, weights=jnp.asarray(weights / 100))
+    assert float(small) == pytest.approx(expected, rel=1e-5)
     nobody = jnp.zeros((2, 5), bool)
     arguments = (jnp.asarray(x) for x in (logits, labels))
     assert float(classification_loss(*arguments, nobody, weights=jnp.asarray(weights))) == 0

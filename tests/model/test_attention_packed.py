@@ -130,10 +130,11 @@ def test_the_number_of_random_features_of_a_layer(monkeypatch):
         ({"heads": 4}, 0),
         ({"heads": 32}, 1),
         ({"heads": 4, "random_features": 5}, 2),
+        ({"heads": 16}, 3),
     ):
         module = CellAttention(tiny(encoder={"kind": "performer", **encoder}), layer)
         shapes_of(module, np.ones((1, 3, 32), np.float32), groups, train=False)
-    assert seen == [(16, 8, 0), (1, 1, 1), (5, 8, 2)]
+    assert seen == [(16, 8, 0), (1, 1, 1), (5, 8, 2), (1, 2, 3)]
 
 
 def test_the_output_keeps_the_precision_of_the_input():

@@ -171,6 +171,15 @@ def test_inference_needs_no_random_numbers_and_returns_the_mean(name):
         assert first.variance is None
 
 
+def test_every_cluster_of_every_cell_has_its_own_noise():
+    module, params = latent("paper")
+    streams = {"latent": jax.random.key(0)}
+    drawn = module.apply({"params": params}, (2, 5), rngs=streams, method="_draw_noise")
+    for values, size in ((drawn.gaussian, SIZE), (drawn.gumbel, CLUSTERS)):
+        assert values.shape == (2, 5, size)
+        assert len(np.unique(values)) == values.size
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_training_draws_from_the_given_noise_or_the_latent_stream(name):
     given, params = infer(name, train=True, noise=noise())
@@ -182,6 +191,12 @@ def test_training_draws_from_the_given_noise_or_the_latent_stream(name):
     first, again, other = (apply(module, params, STATES, train=True, rngs=k).z for k in keys)
     np.testing.assert_array_equal(first, again)
     assert np.abs(np.asarray(first) - np.asarray(other)).min() > 0
+
+
+def test_the_variance_starts_small():
+    module, _ = latent("gaussian")
+    params = module.init(jax.random.key(0), STATES, train=False)["params"]
+    np.testing.assert_array_equal(params["log_variance"]["bias"], -4)
 
 
 def test_gaussian_posterior_and_kl():
