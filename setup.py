@@ -37,6 +37,8 @@ DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2025.7", "sphinx-copybutton>=0.5"]
 # Changes the code to test the tests: `make mutation`. The version is exact: its operators are no public interface.
 MUTATION = ["mutmut==3.8.1"]
 DEV = [
+    # Checks the arrays of every call in the tests.
+    "beartype>=0.21",
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -74,6 +76,8 @@ setup(
         # Lets several processes share, and JAX bound, the cache of compiled programs.
         "filelock>=3.12",
         "h5py>=3.11",
+        # Dtypes and axes in signatures; nothing checks them outside of the tests.
+        "jaxtyping>=0.3.2",
         "packaging>=24.2",
         "pandas>=2.2.2",
         "rich>=13",

@@ -8,64 +8,32 @@ dataclass from there on, so a misspelt key can never fall back to a default unno
 
 from __future__ import annotations
 
-import dataclasses
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
+from cellplm_jax.config_fields import (
+    at_least,
+    at_most,
+    check,
+    fraction,
+    positive,
+)
+from cellplm_jax.config_fields import from_config_dict as from_config_dict
+from cellplm_jax.config_fields import from_dict as from_dict
+from cellplm_jax.config_fields import to_dict as to_dict
 from cellplm_jax.display import DisplayedConfig
-from cellplm_jax.errors import ConfigError, nearest, quote, shorten
-
-ConfigType = TypeVar("ConfigType")
 
 Precision = Literal["float32", "bfloat16"]
 """Type of the factors of large matrix products."""
 
 PRECISIONS: tuple[str, ...] = typing.get_args(Precision)
 
-
-def _require(condition: bool, found: str, expected: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(found, expected, remedy)
-
-
-def _at_least(config: Any, part: str, minimum: int, *names: str) -> None:
-    """Check that fields are numbers of at least ``minimum``; NaN never is."""
-    for name in names:
-        value = getattr(config, name)
-        path = f"{part}.{name}" if part else name
-        _require(value >= minimum, f"{path} = {value}", f"at least {minimum}", f"Raise {path}")
-
-
 LARGEST_WIDTH, LARGEST_TABLE, MOST_LAYERS = 2**16, 2**24, 256
 """Maximum width of a layer, rows of a table (genes, batches, outputs), and number of layers of an architecture.
 
 Layers are unrolled by the compiler, so a file that declares thousands would never be opened.
 """
-
-
-def _at_most(config: Any, part: str, maximum: int, *names: str) -> None:
-    """Check that fields are no larger than ``maximum``."""
-    for name in names:
-        value = getattr(config, name)
-        path = f"{part}.{name}" if part else name
-        _require(value <= maximum, f"{path} = {value}", f"{maximum} or less", f"Lower {path}")
-
-
-def _positive(config: Any, part: str, *names: str) -> None:
-    """Check that fields are numbers above 0; NaN never is."""
-    for name in names:
-        value = getattr(config, name)
-        path = f"{part}.{name}" if part else name
-        _require(value > 0, f"{path} = {value}", "a number above 0", f"Raise {path}")
-
-
-def _fraction(value: float, name: str, *, below_one: bool = True) -> None:
-    valid = 0.0 <= value < 1.0 if below_one else 0.0 <= value <= 1.0
-    interval = "[0, 1)" if below_one else "[0, 1]"
-    _require(valid, f"{name} = {value}", f"a number in {interval}", f"Set {name} inside it")
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +52,7 @@ class EmbedderConfig(DisplayedConfig):
     covariate: bool = False
 
     def __post_init__(self):
-        _positive(self, "embedder", "target_sum")
+        positive(self, "embedder", "target_sum")
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,8 +73,8 @@ class PositionsConfig(DisplayedConfig):
     eigenvectors: int = 10
 
     def __post_init__(self):
-        _at_least(self, "positions", 1, "grid", "eigenvectors")
-        _at_most(self, "positions", LARGEST_WIDTH, "grid", "eigenvectors")
+        at_least(self, "positions", 1, "grid", "eigenvectors")
+        at_most(self, "positions", LARGEST_WIDTH, "grid", "eigenvectors")
 
 
 @dataclass(frozen=True, repr=False)
@@ -131,25 +99,25 @@ class EncoderConfig(DisplayedConfig):
     random_features: int = 0
 
     def __post_init__(self):
-        _at_least(self, "encoder", 1, "heads", "feedforward")
-        _at_least(self, "encoder", 0, "random_features")
-        _at_most(self, "encoder", MOST_LAYERS, "layers", "feedforward")
-        _at_most(self, "encoder", LARGEST_WIDTH, "heads", "random_features")
+        at_least(self, "encoder", 1, "heads", "feedforward")
+        at_least(self, "encoder", 0, "random_features")
+        at_most(self, "encoder", MOST_LAYERS, "layers", "feedforward")
+        at_most(self, "encoder", LARGEST_WIDTH, "heads", "random_features")
         if self.kind != "none":
-            _require(
+            check(
                 self.layers >= 1,
                 f"encoder.layers = {self.layers}",
                 "at least one layer",
                 "Raise it, or set encoder.kind = 'none'",
             )
         if self.kind == "residual_mlp":
-            _require(
+            check(
                 self.layers >= 2,
                 f"encoder.layers = {self.layers} with kind 'residual_mlp'",
                 "at least two layers",
                 "Raise it, or use kind 'mlp'",
             )
-        _fraction(self.attention_dropout, "encoder.attention_dropout")
+        fraction(self.attention_dropout, "encoder.attention_dropout")
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,11 +158,11 @@ class LatentConfig(DisplayedConfig):
     similarity_threshold: float = 0.6
 
     def __post_init__(self):
-        _at_least(self, "latent", 1, "size", "clusters", "adversarial_hidden")
-        _at_most(self, "latent", LARGEST_WIDTH, "size", "clusters", "adversarial_hidden")
-        _positive(self, "latent", "temperature")
-        _at_least(self, "latent", 0, "latent_weight", "cluster_weight", "floor", "warmup_steps")
-        _at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
+        at_least(self, "latent", 1, "size", "clusters", "adversarial_hidden")
+        at_most(self, "latent", LARGEST_WIDTH, "size", "clusters", "adversarial_hidden")
+        positive(self, "latent", "temperature")
+        at_least(self, "latent", 0, "latent_weight", "cluster_weight", "floor", "warmup_steps")
+        at_least(self, "latent", 0, "adversarial_weight", "similarity_weight")
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,13 +191,13 @@ class DecoderConfig(DisplayedConfig):
     platforms: int = 0
 
     def __post_init__(self):
-        _at_least(self, "decoder", 1, "hidden", "bottleneck")
-        _at_least(self, "decoder", 0, "batches", "datasets", "platforms")
-        _at_most(self, "decoder", LARGEST_WIDTH, "hidden", "bottleneck")
-        _at_most(self, "decoder", LARGEST_TABLE, "batches", "datasets", "platforms")
-        _at_most(self, "decoder", MOST_LAYERS, "layers")
+        at_least(self, "decoder", 1, "hidden", "bottleneck")
+        at_least(self, "decoder", 0, "batches", "datasets", "platforms")
+        at_most(self, "decoder", LARGEST_WIDTH, "hidden", "bottleneck")
+        at_most(self, "decoder", LARGEST_TABLE, "batches", "datasets", "platforms")
+        at_most(self, "decoder", MOST_LAYERS, "layers")
         minimum = 2 if self.kind == "residual" else 1
-        _require(
+        check(
             self.layers >= minimum,
             f"decoder.layers = {self.layers} with kind '{self.kind}'",
             f"at least {minimum}",
@@ -259,13 +227,13 @@ class HeadConfig(DisplayedConfig):
     condition: int = 0
 
     def __post_init__(self):
-        _at_least(self, "head", 1, "hidden", "layers")
-        _at_least(self, "head", 0, "condition")
-        _at_most(self, "head", LARGEST_TABLE, "outputs", "condition")
-        _at_most(self, "head", LARGEST_WIDTH, "hidden")
-        _at_most(self, "head", MOST_LAYERS, "layers")
+        at_least(self, "head", 1, "hidden", "layers")
+        at_least(self, "head", 0, "condition")
+        at_most(self, "head", LARGEST_TABLE, "outputs", "condition")
+        at_most(self, "head", LARGEST_WIDTH, "hidden")
+        at_most(self, "head", MOST_LAYERS, "layers")
         if self.kind != "none":
-            _require(
+            check(
                 self.outputs >= 1,
                 f"head.outputs = {self.outputs} with head.kind = '{self.kind}'",
                 "at least one output",
@@ -306,16 +274,16 @@ class ModelConfig(DisplayedConfig):
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self):
-        _require(
+        check(
             self.genes >= 1, f"genes = {self.genes}", "at least one gene", "Give a gene vocabulary"
         )
-        _at_least(self, "", 1, "hidden", "norm_groups")
-        _at_most(self, "", LARGEST_TABLE, "genes")
-        _at_most(self, "", LARGEST_WIDTH, "hidden", "norm_groups")
-        _positive(self, "", "centre_cells")
-        _fraction(self.dropout, "dropout")
+        at_least(self, "", 1, "hidden", "norm_groups")
+        at_most(self, "", LARGEST_TABLE, "genes")
+        at_most(self, "", LARGEST_WIDTH, "hidden", "norm_groups")
+        positive(self, "", "centre_cells")
+        fraction(self.dropout, "dropout")
         if self.encoder.kind in ("flow", "softmax", "performer"):
-            _require(
+            check(
                 self.hidden % self.encoder.heads == 0,
                 f"hidden = {self.hidden} with encoder.heads = {self.encoder.heads}",
                 "a hidden width that the heads divide",
@@ -323,21 +291,21 @@ class ModelConfig(DisplayedConfig):
             )
         if self.norm == "groupnorm":
             for name, width in (("hidden", self.hidden), ("decoder.hidden", self.decoder.hidden)):
-                _require(
+                check(
                     width % self.norm_groups == 0,
                     f"{name} = {width} with norm_groups = {self.norm_groups}",
                     "a width that the groups divide",
                     "Change one of them",
                 )
         if self.positions.kind == "sinusoidal":
-            _require(
+            check(
                 self.hidden % 4 == 0,
                 f"hidden = {self.hidden} with sinusoidal positions",
                 "a multiple of 4 (sine and cosine of two axes)",
                 "Change hidden or positions.kind",
             )
         if self.trunk == "projection":
-            _require(
+            check(
                 self.latent.kind in ("gaussian_mixture", "gaussian", "deterministic")
                 and not (
                     self.latent.kind == "gaussian_mixture" and self.latent.inference == "released"
@@ -346,13 +314,13 @@ class ModelConfig(DisplayedConfig):
                 "a latent whose mean is linear in the hidden state",
                 "Use latent.kind = 'gaussian_mixture' with inference = 'paper'",
             )
-            _require(
+            check(
                 self.encoder.kind != "residual_mlp",
                 f"trunk = 'projection' with encoder.kind = '{self.encoder.kind}'",
                 "an encoder with a residual stream",
                 "Use encoder.kind = 'flow'",
             )
-            _require(
+            check(
                 self.embedder.input_transform == "library_log1p",
                 f"trunk = 'projection' with embedder.input_transform = '{self.embedder.input_transform}'",
                 "'library_log1p', which the components are computed from",
@@ -363,7 +331,7 @@ class ModelConfig(DisplayedConfig):
             ("embedder.covariate", float(self.embedder.covariate)),
         ):
             if weight:
-                _require(
+                check(
                     self.decoder.batches > 0,
                     f"{name} is on with decoder.batches = 0",
                     "the number of batches",
@@ -410,18 +378,18 @@ class MaskingConfig(DisplayedConfig):
     library_of_visible: bool = False
 
     def __post_init__(self):
-        _fraction(self.cell_fraction, "masking.cell_fraction", below_one=False)
-        _fraction(self.panel_fraction, "masking.panel_fraction", below_one=False)
-        _positive(self, "masking", "panel_minimum")
-        _fraction(self.panel_minimum, "masking.panel_minimum", below_one=False)
-        _fraction(self.gene_fraction, "masking.gene_fraction", below_one=False)
-        _fraction(self.drop_cells, "masking.drop_cells")
-        _fraction(self.maximum_rate, "masking.maximum_rate", below_one=False)
-        _positive(self, "masking", "beta_concentration")
-        _at_least(self, "masking", 0, "maximum_cells")
+        fraction(self.cell_fraction, "masking.cell_fraction", below_one=False)
+        fraction(self.panel_fraction, "masking.panel_fraction", below_one=False)
+        positive(self, "masking", "panel_minimum")
+        fraction(self.panel_minimum, "masking.panel_minimum", below_one=False)
+        fraction(self.gene_fraction, "masking.gene_fraction", below_one=False)
+        fraction(self.drop_cells, "masking.drop_cells")
+        fraction(self.maximum_rate, "masking.maximum_rate", below_one=False)
+        positive(self, "masking", "beta_concentration")
+        at_least(self, "masking", 0, "maximum_cells")
         if self.beta and self.gene_fraction > 0:
             b = 4 / self.gene_fraction + 2 - self.beta_concentration
-            _require(
+            check(
                 b > 0,
                 f"masking.beta_concentration = {self.beta_concentration} with gene_fraction = "
                 f"{self.gene_fraction} gives Beta(a, {b:.3g})",
@@ -455,7 +423,7 @@ class ObjectiveConfig(DisplayedConfig):
     restoration_weight: float = 0.0
 
     def __post_init__(self):
-        _at_least(self, "objective", 0, "restoration_weight")
+        at_least(self, "objective", 0, "restoration_weight")
 
 
 @dataclass(frozen=True, repr=False)
@@ -479,8 +447,8 @@ class OptimizerConfig(DisplayedConfig):
     freeze_trunk: bool = False
 
     def __post_init__(self):
-        _positive(self, "optimizer", "learning_rate")
-        _at_least(
+        positive(self, "optimizer", "learning_rate")
+        at_least(
             self, "optimizer", 0, "weight_decay", "warmup_steps", "final_fraction", "clip_norm"
         )
 
@@ -512,9 +480,9 @@ class DataConfig(DisplayedConfig):
     prefetch: int = 2
 
     def __post_init__(self):
-        _fraction(self.heldout_fraction, "data.heldout_fraction")
-        _at_least(self, "data", 1, "rows", "cells", "segments", "minimum_cells", "threads")
-        _at_least(self, "data", 1, "prefetch")
+        fraction(self.heldout_fraction, "data.heldout_fraction")
+        at_least(self, "data", 1, "rows", "cells", "segments", "minimum_cells", "threads")
+        at_least(self, "data", 1, "prefetch")
 
 
 @dataclass(frozen=True, repr=False)
@@ -538,8 +506,8 @@ class ProjectionConfig(DisplayedConfig):
     passes: int = 4
 
     def __post_init__(self):
-        _at_least(self, "projection", 1, "genes", "components", "passes", "maximum_cells")
-        _at_least(self, "projection", 0, "discriminants", "discriminant_weight")
+        at_least(self, "projection", 1, "genes", "components", "passes", "maximum_cells")
+        at_least(self, "projection", 0, "discriminants", "discriminant_weight")
 
 
 @dataclass(frozen=True, repr=False)
@@ -559,8 +527,8 @@ class MeshConfig(DisplayedConfig):
     genes: int = 1
 
     def __post_init__(self):
-        _at_least(self, "mesh", 0, "data")
-        _at_least(self, "mesh", 1, "cells", "genes")
+        at_least(self, "mesh", 0, "data")
+        at_least(self, "mesh", 1, "cells", "genes")
 
 
 @dataclass(frozen=True, repr=False)
@@ -610,16 +578,16 @@ class TrainConfig(DisplayedConfig):
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        _at_least(self, "", 1, "steps", "log_every", "evaluate_every", "checkpoint_every")
-        _at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
-        _at_least(self, "", 0, "chunk_cells")
-        _at_least(self, "", 0, "probe_every")
+        at_least(self, "", 1, "steps", "log_every", "evaluate_every", "checkpoint_every")
+        at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
+        at_least(self, "", 0, "chunk_cells")
+        at_least(self, "", 0, "probe_every")
         trunk = self.model.trunk == "projection"
         for name, used in (
             ("objective.restoration_weight", self.objective.restoration_weight > 0),
             ("optimizer.freeze_trunk", self.optimizer.freeze_trunk),
         ):
-            _require(
+            check(
                 trunk or not used,
                 f"{name} is on with model.trunk = 'none'",
                 "model.trunk = 'projection'",
@@ -627,28 +595,28 @@ class TrainConfig(DisplayedConfig):
             )
         if trunk:
             wanted = self.projection.components
-            _require(
+            check(
                 wanted <= self.model.hidden,
                 f"projection.components = {wanted} with model.hidden = {self.model.hidden}",
                 "at most as many components as hidden dimensions",
                 "Change one of them",
             )
             wanted += self.projection.discriminants
-            _require(
+            check(
                 wanted <= self.model.latent_size,
                 f"projection.components + projection.discriminants = {wanted} with latent.size = "
                 f"{self.model.latent_size}",
                 "at most as many as latent dimensions",
                 "Change one of them",
             )
-        _require(
+        check(
             self.data.cells % self.mesh.cells == 0,
             f"data.cells = {self.data.cells} with mesh.cells = {self.mesh.cells}",
             "a context that the devices along the cells divide",
             "Change one of them",
         )
         if self.mesh.data:
-            _require(
+            check(
                 self.data.rows % self.mesh.data == 0,
                 f"data.rows = {self.data.rows} with mesh.data = {self.mesh.data}",
                 "rows that the devices along the data axis divide",
@@ -717,109 +685,11 @@ class FinetuneConfig(DisplayedConfig):
     seed: int = 0
 
     def __post_init__(self):
-        _at_least(self, "", 1, "epochs", "plateau_patience", "cells_per_step")
-        _at_least(self, "", 0, "patience", "warmup_epochs", "clip_norm", "adapter_rank")
-        _at_least(self, "", 0, "weight_decay", "embedder_weight_decay", "embedder_rate")
-        _at_least(self, "", 0, "dispersion_rate")
-        _at_least(self, "", 0, "cells_per_context", "seed")
-        _positive(self, "", "learning_rate", "layer_decay", "plateau_factor", "adapter_scale")
-        _fraction(self.validation_fraction, "validation_fraction")
-        _fraction(self.average, "average")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a configuration as nested plain dictionaries, ready for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = "") -> ConfigType:
-    """Build a configuration strictly from nested dictionaries.
-
-    Args:
-        kind: The dataclass to build.
-        values: Its fields; missing ones take their defaults, unknown ones are an error.
-        path: Position within the complete configuration, for messages.
-
-    Returns:
-        An instance of ``kind``.
-
-    Raises:
-        ConfigError: A key is unknown (the nearest known key is named), a required one is missing, a value has the
-            wrong type, or the combination is impossible.
-    """
-    where = path or kind.__name__
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{where} is {type(values).__name__} {shorten(repr(values))}",
-            "a mapping of its fields",
-            f"Give a dictionary for {where}",
-        )
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in fields:
-            remedy = nearest(key, fields, "Remove it")
-            raise ConfigError(
-                f"unknown key {quote(key)} in {where}",
-                f"one of {', '.join(sorted(fields))}",
-                remedy,
-            )
-    prepared = {}
-    for name, entry in fields.items():
-        if name in values:
-            dotted = f"{path}.{name}" if path else name
-            prepared[name] = _convert(hints[name], values[name], dotted)
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise ConfigError(
-                f"{where} has no '{name}'", "a value for every required field", f"Set {name}"
-            )
-    return kind(**prepared)
-
-
-def from_config_dict(kind: type[ConfigType], config: Any) -> ConfigType:
-    """Build a configuration from an ``ml_collections.ConfigDict`` (``config.to_dict()``), strictly.
-
-    Args:
-        kind: The dataclass to build.
-        config: An ``ml_collections.ConfigDict`` or ``FrozenConfigDict``.
-
-    Raises:
-        ConfigError: As :func:`from_dict`.
-    """
-    return from_dict(kind, config.to_dict())
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, typing.cast(type, hint)):
-            return value
-        return from_dict(typing.cast(type, hint), value, path=path)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
-            return value
-        remedy = nearest(value, choices, "Choose one of them")
-        raise ConfigError(
-            f"{path} = {shorten(repr(value))}", "one of " + ", ".join(map(repr, choices)), remedy
-        )
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(o for o in options if o is not type(None)), value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 2**100:
-            raise ConfigError(
-                f"{path} is an integer of {value.bit_length()} bits", "a number", "Correct it"
-            )
-        return float(value)
-    if hint in (bool, int, float, str):
-        if type(value) is hint:
-            return value
-        raise ConfigError(
-            f"{path} = {shorten(repr(value))} ({type(value).__name__})",
-            hint.__name__,
-            "Correct its type",
-        )
-    return value
+        at_least(self, "", 1, "epochs", "plateau_patience", "cells_per_step")
+        at_least(self, "", 0, "patience", "warmup_epochs", "clip_norm", "adapter_rank")
+        at_least(self, "", 0, "weight_decay", "embedder_weight_decay", "embedder_rate")
+        at_least(self, "", 0, "dispersion_rate")
+        at_least(self, "", 0, "cells_per_context", "seed")
+        positive(self, "", "learning_rate", "layer_decay", "plateau_factor", "adapter_scale")
+        fraction(self.validation_fraction, "validation_fraction")
+        fraction(self.average, "average")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import typing
 from pathlib import Path
 
 # Building the documentation needs no accelerator.
@@ -11,7 +12,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "extensions")]
 
-import cellplm_jax  # noqa: E402
+# Signatures show an array once, as ``Float[Array, 'cells genes']``, not for JAX and for numpy.
+typing.GENERATING_DOCUMENTATION = ""  # type: ignore[attr-defined]
+import jaxtyping  # noqa: E402
+
+import cellplm_jax.batch  # noqa: E402
+
+cellplm_jax.batch.Array = jaxtyping.Array
 
 project = "cellplm-jax"
 author = "the cellplm-jax authors"

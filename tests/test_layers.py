@@ -20,6 +20,7 @@ LEVELS = {
     "errors": 0,
     "_version": 0,
     "config": 1,
+    "config_fields": 1,
     "batch": 1,
     "compilation_cache": 1,
     "platforms": 1,

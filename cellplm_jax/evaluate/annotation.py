@@ -71,7 +71,7 @@ def confusion_counts(
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def macro_f1(confusion: Integer[np.ndarray, "classes classes"]) -> float:
+def macro_f1(confusion: Real[np.ndarray, "classes classes"]) -> float:
     """Return the mean F1 over the classes that occur among true or predicted labels.
 
     Args:

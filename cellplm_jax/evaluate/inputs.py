@@ -20,7 +20,11 @@ Labels: TypeAlias = Any
 
 
 def one_axis(labels: Labels, name: str) -> Any:
-    """Return labels as an array, Series or Categorical; more than one axis raises an InputError."""
+    """Return labels as an array, Series or Categorical.
+
+    Raises:
+        InputError: They do not have one axis.
+    """
     values = labels if isinstance(labels, pd.Series | pd.Categorical) else np.asarray(labels)
     if np.ndim(values) != 1:
         raise InputError(

@@ -240,7 +240,7 @@ def masked_correlation(
 
 def negative_binomial_log_likelihood(
     counts: Values, mean: Values, dispersion: Values
-) -> Float64[np.ndarray, "*any"]:
+) -> Float64[np.ndarray, "*any"] | float:
     """Return the log-probability of every count under a negative binomial, in float64: the reference implementation.
 
     Parametrised by the mean ``m`` and the inverse dispersion ``r`` (variance ``m + m^2 / r``, Poisson as ``r`` grows),

@@ -11,8 +11,8 @@ import pytest
 import scipy.sparse as sparse
 
 import cellplm_jax
-from cellplm_jax.config import ConfigError, FinetuneConfig, HeadConfig
-from cellplm_jax.errors import CheckpointError, InputError
+from cellplm_jax.config import FinetuneConfig, HeadConfig
+from cellplm_jax.errors import CheckpointError, ConfigError, InputError
 from cellplm_jax.tasks.adapt import start_model
 from cellplm_jax.tasks.contexts import (
     contexts_of,

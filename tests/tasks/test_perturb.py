@@ -13,8 +13,7 @@ import pytest
 from scipy import sparse
 
 import cellplm_jax
-from cellplm_jax.config import ConfigError
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import ConfigError, InputError
 from cellplm_jax.evaluate.perturbation import change_scores, mean_scores
 from cellplm_jax.tasks.perturb import PerturbationPredictor
 from cellplm_jax.tasks.perturbation_screen import log_normalize, shrinkage

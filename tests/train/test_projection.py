@@ -8,9 +8,10 @@ import pytest
 from scipy import sparse
 
 import cellplm_jax
-from cellplm_jax.config import ConfigError, TrainConfig, from_dict, to_dict
+from cellplm_jax.config import TrainConfig, from_dict, to_dict
 from cellplm_jax.data.batches import MemoryStore, Sample
 from cellplm_jax.data.pipeline import split_heldout
+from cellplm_jax.errors import ConfigError
 from cellplm_jax.model.cellplm import TRUNK, init_params
 from cellplm_jax.presets import preset
 from cellplm_jax.tasks import long_context
