@@ -15,7 +15,7 @@ from cellplm_jax.config import ModelConfig
 from cellplm_jax.errors import CheckpointError, explain
 from cellplm_jax.model.cellplm import init_params
 from cellplm_jax.tasks.pretrained import Pretrained
-from cellplm_jax.train.checkpoint import grow_rows
+from cellplm_jax.train.covariates import grow_rows
 
 Path = tuple[str, ...]
 

@@ -31,11 +31,11 @@ from cellplm_jax.tasks.long_context import StreamedEncoder
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     WeightFormat,
-    grow_rows,
     read_root,
     restore_item,
     save_model,
 )
+from cellplm_jax.train.covariates import grow_rows
 from cellplm_jax.train.sharding import MeshFunction, joined_copies, make_mesh, over_cells
 
 # Parts of the parameter tree used for embedding.

@@ -5,8 +5,8 @@ in its root, and Orbax step directories with ``params``, ``optimizer`` and ``run
 covariate rows) as separate items; a converted model has ``params`` and ``unused``. Restoring reads the stored metadata
 and does not depend on the device count, the number of processes, or the code that wrote it.
 
-In the exchange format the root is the same, but items are files (``model.safetensors``) instead
-of step directories. Only :func:`weight_format` decides which of the two a directory contains.
+In the exchange format items are files (``model.safetensors``) instead of step directories; only :func:`weight_format`
+decides which of the two a directory contains.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -444,38 +443,6 @@ def _first_line(error: BaseException) -> str:
     """Return the message of an exception in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-_COVARIATE = re.compile(r"(batch|dataset|platform)_(\d+|embedding)|discriminator")
-
-
-def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
-    """Add rows to covariate embeddings for samples that were added later.
-
-    Args:
-        tree: Parameters, or optimizer moments of the same paths, stored with fewer batches, datasets or platforms.
-        shapes: The same tree with the target shapes.
-        new: Initial value of new rows: ``"mean"`` of the old ones, which the model uses for an unknown batch,
-            or ``"zero"``.
-
-    Returns:
-        The tree, with more covariate rows if ``shapes`` has more, otherwise unchanged.
-    """
-
-    def grown(path: tuple, leaf: Any, wanted: Any) -> Any:
-        names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        old, shape = np.shape(leaf), np.shape(wanted)
-        if old == shape or len(old) != len(shape) or not _COVARIATE.search(names):
-            return leaf
-        axes = [axis for axis in range(len(old)) if old[axis] != shape[axis]]
-        if len(axes) != 1 or shape[axes[0]] < old[axes[0]]:
-            return leaf
-        (axis,) = axes
-        numpy = np if isinstance(leaf, np.ndarray) else jnp
-        row = leaf.mean(axis=axis, keepdims=True) * (1 if new == "mean" else 0)
-        return numpy.concatenate([leaf, row.repeat(shape[axis] - old[axis], axis=axis)], axis=axis)
-
-    return jax.tree_util.tree_map_with_path(grown, tree, shapes)
 
 
 def _damaged(directory: object, step: int, error: Exception) -> CheckpointError:

@@ -33,11 +33,11 @@ from cellplm_jax.train.checkpoint import (
     BEST_METRIC,
     ModelFiles,
     RunCheckpoints,
-    grow_rows,
     read_root,
     write_card,
     write_root,
 )
+from cellplm_jax.train.covariates import grow_rows, rows_of, with_covariates, with_rows
 from cellplm_jax.train.heldout import HeldoutEvaluation
 from cellplm_jax.train.metrics import (
     MetricsWriter,
@@ -55,11 +55,8 @@ from cellplm_jax.train.workdir import (
     explain_workdir_errors,
     machine_facts,
     open_workdir,
-    rows_of,
     run_card,
     store_facts,
-    with_covariates,
-    with_rows,
 )
 
 METRICS_FILE, PICTURE_FILE = "metrics.jsonl", "run.png"

@@ -24,6 +24,7 @@ from cellplm_jax.data.packing import SampleRange
 from cellplm_jax.errors import CheckpointError, InputError
 from cellplm_jax.storage import explain_write_errors, is_remote
 from cellplm_jax.train.checkpoint import CONFIG_FILE, ModelFiles, read_root
+from cellplm_jax.train.covariates import with_covariates
 
 CHANGEABLE = (
     "mesh",
@@ -41,51 +42,6 @@ CHANGEABLE = (
 """Keys of a configuration that may differ when a run is resumed. Among them, ``mesh.cells`` determines the number of
 pieces per row and therefore later random draws; all others change no number.
 """
-
-_ROWS = (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms"))
-
-
-def with_covariates(
-    config: TrainConfig, store: CellStore, old: TrainConfig | None = None
-) -> TrainConfig:
-    """Set the numbers of covariate rows of the decoder from the data; larger configured sizes are kept.
-
-    Args:
-        config: The run.
-        store: Its data.
-        old: The existing configuration of the run, if any.
-
-    Raises:
-        InputError: The data and the configuration have different numbers of genes.
-    """
-    if len(store.genes) != config.model.genes:
-        raise InputError(
-            f"the vocabulary of the data has {len(store.genes)} genes, model.genes is {config.model.genes}",
-            "the same number",
-            "Set model.genes to the size of the vocabulary",
-        )
-    sizes = {}
-    for name, rows in _ROWS:
-        highest = max((getattr(sample, name) for sample in store.samples), default=-1)
-        before = 0 if old is None else getattr(old.model.decoder, rows)
-        sizes[rows] = max(getattr(config.model.decoder, rows), highest + 1, before)
-    return with_rows(config, sizes)
-
-
-def with_rows(config: TrainConfig, sizes: Mapping[str, int]) -> TrainConfig:
-    """Return the configuration with given numbers of covariate rows.
-
-    Args:
-        config: The run.
-        sizes: ``batches``, ``datasets`` and ``platforms``.
-    """
-    decoder = dataclasses.replace(config.model.decoder, **sizes)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
-
-
-def rows_of(config: TrainConfig) -> dict[str, int]:
-    """Return the numbers of covariate rows: ``batches``, ``datasets``, ``platforms``."""
-    return {rows: getattr(config.model.decoder, rows) for _, rows in _ROWS}
 
 
 def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def test_a_corpus_of_another_vocabulary_in_the_same_work_directory(corpus, files
     from cellplm_jax.data.corpus import open_corpus
     from cellplm_jax.errors import CheckpointError
     from cellplm_jax.train.checkpoint import ModelFiles, write_root
-    from cellplm_jax.train.workdir import open_workdir, store_facts, with_covariates
+    from cellplm_jax.train.covariates import with_covariates
+    from cellplm_jax.train.workdir import open_workdir, store_facts
 
     store = open_corpus(corpus)
     config = tiny_train_config()

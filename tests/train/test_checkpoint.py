@@ -16,13 +16,13 @@ from cellplm_jax.errors import CheckpointError
 from cellplm_jax.train.checkpoint import (
     ModelFiles,
     RunCheckpoints,
-    grow_rows,
     has_item,
     read_root,
     restore_item,
     save_model,
     write_root,
 )
+from cellplm_jax.train.covariates import grow_rows
 from cellplm_jax.train.sharding import make_mesh, replicated
 from cellplm_jax.train.state import TrainState
 from tests.conftest import VOCABULARY, tiny_train_config
