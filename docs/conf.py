@@ -75,7 +75,7 @@ nitpick_ignore_regex = [
     ),
     (
         r"py:class",
-        r"cellplm_jax\.tasks\.(denoise_pool|estimator|reading|recipe|\w+_fit)\.(Pool|Reading|Recipe|\w+Fit)",
+        r"cellplm_jax\.tasks\.(denoise_pool|estimator\w*|reading|recipe|\w+_fit)\.(Pool|Reading|Recipe|\w+Fit|SavedEstimator)",
     ),
 ]
 

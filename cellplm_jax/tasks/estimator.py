@@ -16,16 +16,13 @@ An estimator of a task is a subclass of :class:`Estimator` that
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import jax
 import numpy as np
@@ -36,8 +33,7 @@ from cellplm_jax.compilation_cache import keep_compiled
 from cellplm_jax.config import FinetuneConfig, ModelConfig, from_dict
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import FittedGenes
-from cellplm_jax.display import Displayed
-from cellplm_jax.errors import CheckpointError, InputError
+from cellplm_jax.errors import InputError
 from cellplm_jax.platforms import check_platforms
 from cellplm_jax.presets import preset
 from cellplm_jax.progress import named_stage, write_line
@@ -53,33 +49,22 @@ from cellplm_jax.tasks.contexts import (
     variable_genes,
 )
 from cellplm_jax.tasks.embed import embed_source
-from cellplm_jax.tasks.estimator_files import (
-    damaged,
-    fitted_names,
-    open_files,
-    restore,
-    write_estimator,
-)
+from cellplm_jax.tasks.estimator_files import SavedEstimator, fitted_names
 from cellplm_jax.tasks.files import as_anndata, check_copy, write_copy
 from cellplm_jax.tasks.heads import apply_head, decoded
 from cellplm_jax.tasks.prediction import Prediction
-from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, publish, working_devices
+from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained, working_devices
 from cellplm_jax.tasks.reading import KEYS, Reading, keyword_options, name_keys
 from cellplm_jax.tasks.recipe import Recipe
 from cellplm_jax.tasks.splits import parts_of
-from cellplm_jax.train.checkpoint import WeightFormat
 from cellplm_jax.train.finetune import FinetuneResult, Loss, finetune
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-    from cellplm_jax.interop.hub import HubCommit
 
-EstimatorType = TypeVar("EstimatorType", bound="Estimator")
-
-
-class Estimator(Displayed, abc.ABC):
+class Estimator(SavedEstimator, abc.ABC):
     """A model for one task, fitted to cells. The module docstring explains how to implement one.
 
     Args:
@@ -109,7 +94,6 @@ class Estimator(Displayed, abc.ABC):
 
     task: ClassVar[str]
     keys: ClassVar[Sequence[str]] = KEYS
-    saved: ClassVar[Sequence[str]] = ()
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig()
     recipe_fields: ClassVar[Sequence[str]] = tuple(Recipe.__annotations__)
     __signature__: ClassVar[inspect.Signature]
@@ -202,19 +186,6 @@ class Estimator(Displayed, abc.ABC):
     def _predict(self, data: Any, reading: Reading) -> Prediction:
         """Predict for the cells of an AnnData or a file; keyword arguments are options of ``predict``."""
         raise InputError(f"{type(self).__name__} does not predict for cells", "a task that does")
-
-    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the state of the task other than the model: plain values for JSON, and arrays."""
-        return {name.lstrip("_"): getattr(self, name) for name in self.saved}, {}
-
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-        """Restore the state returned by :meth:`_state`."""
-        for name in self.saved:
-            value, initial = state[name.lstrip("_")], getattr(self, name)
-            if isinstance(initial, list | dict) and not isinstance(value, type(initial)):
-                msg = f"'{name}' is a {type(value).__name__}"
-                raise TypeError(msg)
-            setattr(self, name, value)
 
     # -- reading keys ---------------------------------------------------------------------------
 
@@ -364,12 +335,7 @@ class Estimator(Displayed, abc.ABC):
         return result
 
     def _keep(self, start: Pretrained, params: dict[str, Any]) -> Pretrained:
-        """Set the parameters of the fitted model and return it.
-
-        Args:
-            start: From :meth:`_begin`.
-            params: Of the same architecture.
-        """
+        """Set the fitted model, ``start`` of :meth:`_begin` with other parameters, and return it."""
         card = {
             **start.card,
             "kind": "fine-tuned",
@@ -437,27 +403,6 @@ class Estimator(Displayed, abc.ABC):
         options = {name: value for name, value in keys.items() if name not in self.keys}
         return self._predict(data, self._as_fitted(read), **options)
 
-    @property
-    def id(self) -> str:
-        """Class, and start of the SHA-256 of the fitted model and all other state; recorded with predictions."""
-        digest = hashlib.sha256(self.model.digest.encode() if self.model else b"")
-        # While it is being fitted, the state is incomplete, and predictions are not recorded.
-        with contextlib.suppress(AttributeError, TypeError):
-            state, arrays = self._state()
-            digest.update(json.dumps(state, sort_keys=True, default=str).encode())
-            for name, array in sorted(arrays.items()):
-                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-        return f"{type(self).__name__}+{digest.hexdigest()[:8]}"
-
-    def _fitted(self) -> Pretrained:
-        """Return the fitted model."""
-        if self.model is None:
-            name = type(self).__name__
-            raise InputError(
-                f"this {name} has not been fitted", "a fitted one", f"Call fit, or {name}.load(...)"
-            )
-        return self.model
-
     def _embed(
         self,
         data: AnnData | str | os.PathLike,
@@ -518,35 +463,20 @@ class Estimator(Displayed, abc.ABC):
         return dataclasses.replace(reading, batch_key=None), [missing_batch(key)]
 
     def _head(self, z: np.ndarray, *, condition: np.ndarray | None = None) -> np.ndarray:
-        """Apply the task head to latents, each cell separately.
-
-        Args:
-            z: float32 [cells, latent].
-            condition: float32 [cells, condition].
-
-        Returns:
-            float32 [cells, outputs].
-        """
+        """Apply the task head to latents: [cells, latent] and [cells, condition] to [cells, outputs]."""
         return apply_head(self._fitted(), z, condition)
 
     def _decode(
         self, z: np.ndarray, *, batch: np.ndarray | None = None
     ) -> Iterator[tuple[slice, Reconstruction]]:
-        """Decode latents in chunks of cells, without an array of all cells by genes.
+        """Decode latents in chunks of cells: yield the cells and their unscaled means [cells, genes].
 
-        Args:
-            z: float32 [cells, latent].
-            batch: str [cells], names of batches; new ones and None use the mean of all rows.
-
-        Returns:
-            An iterator over the cells, and their reconstruction: unscaled means [cells, genes].
+        ``batch`` names the batch of each cell; new ones and None use the mean of all rows.
         """
         rows_of = np.full(len(z), -1, np.int32)
         if batch is not None:
             rows_of = np.array([self.batch_rows.get(name, -1) for name in batch], np.int32)
         return decoded(self._fitted(), z, rows_of)
-
-    # -- history, saving, loading ---------------------------------------------------------------
 
     def plot_history(
         self, *, key: str = "loss", ax: Axes | None = None, show: bool = False
@@ -568,102 +498,6 @@ class Estimator(Displayed, abc.ABC):
 
         best = self.facts.get("best_epoch")
         return fitting_curves(self.history, key=key, best_epoch=best, ax=ax, show=show)
-
-    def save(self, directory: str | os.PathLike, *, format: WeightFormat = "orbax") -> None:
-        """Write the fitted estimator to a self-contained directory, atomically.
-
-        It is a model directory (``cellplm_jax.load`` opens the fine-tuned model in it) with an additional
-        ``estimator.json``.
-
-        Args:
-            directory: A new or empty directory.
-            format: See :meth:`cellplm_jax.Pretrained.save`.
-
-        Raises:
-            InputError: The estimator is not fitted.
-            CheckpointError: The directory is not empty, or the format is unknown.
-        """
-        write_estimator(self, self._fitted(), directory, format)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-    ) -> HubCommit:
-        """Publish the fitted estimator on the Hugging Face Hub; see :meth:`cellplm_jax.Pretrained.push_to_hub`.
-
-        The published files include data from the fit: labels, gene names, batch names, and for
-        some tasks embeddings of the cells. Do not publish an estimator if these must stay private.
-
-        Args:
-            repo_id: ``"organisation/name"``.
-            private: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
-            revision: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
-            token: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
-            commit_message: See :meth:`cellplm_jax.Pretrained.push_to_hub`.
-
-        Returns:
-            The commit; :meth:`load` opens its ``address``.
-
-        Raises:
-            InputError: The estimator is not fitted, or as in :meth:`cellplm_jax.Pretrained.push_to_hub`.
-            CheckpointError: As in :meth:`cellplm_jax.Pretrained.push_to_hub`.
-            MissingDependencyError: As in :meth:`cellplm_jax.Pretrained.push_to_hub`.
-        """
-
-        def write(folder: Path) -> None:
-            self.save(folder, format="safetensors")
-
-        return publish(
-            self._fitted(),
-            write,
-            repo_id,
-            estimator=type(self).__name__,
-            private=private,
-            revision=revision,
-            token=token,
-            message=commit_message,
-        )
-
-    @classmethod
-    def load(
-        cls: type[EstimatorType],
-        directory: str | os.PathLike,
-        *,
-        quiet: bool = False,
-        precision: str | None = None,
-        devices: Sequence[jax.Device] | None = None,
-    ) -> EstimatorType:
-        """Open a fitted estimator.
-
-        Args:
-            directory: From :meth:`save`, or the ``hf://`` address of a published one.
-            quiet: Disable progress output of predictions.
-            precision: Of the matrix products; None: as it was fitted.
-            devices: Devices of this process that predict together; None: all accelerators.
-
-        Returns:
-            An estimator with the same predictions as the saved one.
-
-        Raises:
-            CheckpointError: The directory does not contain a fitted estimator, is damaged, or belongs to another class.
-        """
-        content, model, arrays = open_files(cls, directory, precision=precision, devices=devices)
-        try:
-            estimator = cls(
-                None, genes=content["genes"], quiet=quiet, precision=model.precision, devices=devices,
-                **content["training"],
-            )  # fmt: skip
-            restore(estimator, content, model, arrays)
-        except CheckpointError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise CheckpointError(damaged(directory, error)) from error
-        return estimator
 
 
 def _where(
