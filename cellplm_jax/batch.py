@@ -14,6 +14,7 @@ each device process only its own cells.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from flax import struct
 Array = jax.Array | np.ndarray
 """What functions of arrays take. Signatures add the type and the axes, ``Float[Array, "samples cells latent"]``; the
 tests compare them with the arrays of every call (jaxtyping and beartype)."""
+
+Shape = tuple[Any, ...]
+"""Sizes of axes: ints, and symbols of JAX in models that are exported for any number of cells."""
 
 
 class CellBatch(struct.PyTreeNode):

@@ -59,7 +59,9 @@ def main() -> None:
     model, cells = cellplm.load("small"), cellplm.datasets.pbmc3k()
     rows = {
         'load("small")': pairs(lambda: cellplm.load("small"), arguments.rounds),
-        f"embed {cells.n_obs:,} cells": pairs(lambda: cellplm.embed(cells, model, quiet=True), arguments.rounds // 4),
+        f"embed {cells.n_obs:,} cells": pairs(
+            lambda: cellplm.embed(cells, model, quiet=True), arguments.rounds // 4
+        ),
     }
     lines = ["# Cost of the checks", "", f"`python benchmarks/faults/cost.py`; {machine()}", ""]
     lines += ["| processor time | with, s | without, s | ratio of pairs |", "|---|---:|---:|---:|"]

@@ -30,7 +30,7 @@ import numpy as np
 
 from cellplm_jax import config as configuration
 from cellplm_jax.config import ModelConfig
-from cellplm_jax.errors import CheckpointError, quote, require, shorten
+from cellplm_jax.errors import CheckpointError, ConfigError, quote, require, shorten
 from cellplm_jax.storage import atomic_write
 from cellplm_jax.untrusted import parse_json, read_text, require_regular
 
@@ -159,7 +159,7 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
         return _translate(values)
     except CheckpointError:
         raise
-    except (configuration.ConfigError, TypeError, ValueError, KeyError, OverflowError) as error:
+    except (ConfigError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(
             f"the published config is invalid ({shorten(str(error), 300)})",
             "a config the original itself could run",

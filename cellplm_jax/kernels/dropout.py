@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Key, UInt8
 
-from cellplm_jax.batch import Array
+from cellplm_jax.batch import Array, Shape
 from cellplm_jax.kernels.remat import barrier
 
 
@@ -45,9 +45,7 @@ def _dropped_backward(rate, bits, gradient):
 dropped.defvjp(lambda x, bits, rate: (dropped(x, bits, rate), bits), _dropped_backward)
 
 
-def kept_bits_reference(
-    key: Key[Array, ""], shape: tuple[int, ...], rate: float
-) -> UInt8[Array, "*shape"]:
+def kept_bits_reference(key: Key[Array, ""], shape: Shape, rate: float) -> UInt8[Array, "*shape"]:
     """Return :func:`kept_bits` by four draws one after another."""
     bits = jnp.zeros(shape, jnp.uint8)
     for index in range(4):
@@ -55,7 +53,7 @@ def kept_bits_reference(
     return bits
 
 
-def kept_bits(key: Key[Array, ""], shape: tuple[int, ...], rate: float) -> UInt8[Array, "*shape"]:
+def kept_bits(key: Key[Array, ""], shape: Shape, rate: float) -> UInt8[Array, "*shape"]:
     """Draw bits that are 0 with a given probability.
 
     Why: on a CPU a loop, which no compiler looks into; fused with the backward pass, the words themselves would be kept

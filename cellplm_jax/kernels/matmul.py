@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Integer, Num, Shaped
 
-from cellplm_jax.batch import Array
+from cellplm_jax.batch import Array, Shape
 
 Axes = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -166,16 +166,14 @@ def weighted_sum(
 
 
 def broadcast_reference(
-    vector: Float[Array, " width"], shape: tuple[int, ...]
+    vector: Float[Array, " width"], shape: Shape
 ) -> Float[Array, "*batch width"]:
     """Return :func:`broadcast`, differentiated by JAX."""
     return jnp.broadcast_to(vector, shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def broadcast(
-    vector: Float[Array, " width"], shape: tuple[int, ...]
-) -> Float[Array, "*batch width"]:
+def broadcast(vector: Float[Array, " width"], shape: Shape) -> Float[Array, "*batch width"]:
     """Broadcast a vector to ``shape``; :func:`weighted_sum` sums the gradient.
 
     Why: as for :func:`weighted_sum` (CPU, jax 0.10.2).
@@ -190,16 +188,12 @@ def _broadcast_backward(shape, _, gradient):
 broadcast.defvjp(lambda vector, shape: (broadcast(vector, shape), None), _broadcast_backward)
 
 
-def dependent_zeros_reference(
-    value: Num[Array, "*any"], shape: tuple[int, ...]
-) -> Float32[Array, "*shape"]:
+def dependent_zeros_reference(value: Num[Array, "*any"], shape: Shape) -> Float32[Array, "*shape"]:
     """Return :func:`dependent_zeros` without the dependence."""
     return jnp.zeros(shape, jnp.float32)
 
 
-def dependent_zeros(
-    value: Num[Array, "*any"], shape: tuple[int, ...]
-) -> Float32[jax.Array, "*shape"]:
+def dependent_zeros(value: Num[Array, "*any"], shape: Shape) -> Float32[jax.Array, "*shape"]:
     """Return zeros that are allocated only after a value is computed; a NaN in the value makes them NaN.
 
     Why: XLA allocates constant zeros for a sum at the start of a step and keeps them throughout: 76 MiB for the

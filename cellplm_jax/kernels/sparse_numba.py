@@ -27,7 +27,7 @@ BLOCK_ENTRIES = 2**19
 def stored_product_reference(
     indptr: Int32[np.ndarray, " cells_plus_1"],
     column: Int32[np.ndarray, " nonzeros"],
-    value: Float32[np.ndarray, " nonzeros"],
+    value: Float32[np.ndarray, " stored"],
     table: Shaped[np.ndarray, "columns width"],
 ) -> Float32[np.ndarray, "cells width"]:
     """Return :func:`stored_product` by the product of a dense matrix, in float64."""
@@ -40,7 +40,7 @@ def stored_product_reference(
 def stored_product(
     indptr: Int32[np.ndarray, " cells_plus_1"],
     column: Int32[np.ndarray, " nonzeros"],
-    value: Float32[np.ndarray, " nonzeros"],
+    value: Float32[np.ndarray, " stored"],
     table: Shaped[np.ndarray, "columns width"],
 ) -> Float32[np.ndarray, "cells width"]:
     """Multiply a CSR matrix with a dense one, on all cores this process may use.
@@ -53,7 +53,7 @@ def stored_product(
     Args:
         indptr: Offset of each cell in the next two.
         column: Rising within each cell.
-        value: One per column.
+        value: One per column; padding at the end of ``column`` has none.
         table: float32 or bfloat16, contiguous; sums are float32.
     """
     cells, width = len(indptr) - 1, table.shape[1]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from cellplm_jax.batch import Array, CellBatch, Reconstruction
+from cellplm_jax.batch import Array, CellBatch, Reconstruction, Shape
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.embedder import mean_row_lookup
 from cellplm_jax.model.layers import (
@@ -60,7 +60,7 @@ class CovariateEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, index: Int[Array, "samples cells"] | None, shape: tuple[int, ...]
+        self, index: Int[Array, "samples cells"] | None, shape: Shape
     ) -> Float[Array, "samples cells hidden"]:
         """Return the embedding of each cell's value; None: unknown for all cells, of shape ``shape``."""
         config = self.config

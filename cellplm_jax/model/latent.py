@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from cellplm_jax.batch import Array, LatentNoise, LatentOutput
+from cellplm_jax.batch import Array, LatentNoise, LatentOutput, Shape
 from cellplm_jax.config import ModelConfig
 from cellplm_jax.model.layers import Dense, dense, prelu
 
@@ -142,7 +142,7 @@ class Latent(nn.Module):
             output = output.replace(batch_logits=discriminator(reverse_gradient(output.z)))
         return output
 
-    def _draw_noise(self, shape: tuple[int, ...]) -> LatentNoise:
+    def _draw_noise(self, shape: Shape) -> LatentNoise:
         config = self.config.latent
         gaussian_key, gumbel_key = jax.random.split(self.make_rng("latent"))
         return LatentNoise(

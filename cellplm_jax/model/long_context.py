@@ -68,9 +68,9 @@ def chunk_sums(
     params: Any,
     hidden: Float[Array, "1 cells hidden"],
     cell_mask: Bool[Array, "1 cells"],
-    known: tuple[Float32[Array, "1 1 heads ..."], ...],
+    known: tuple[Float32[Array, "1 1 ..."], ...],
     config: ModelConfig,
-) -> tuple[Float32[Array, "1 1 heads ..."], ...]:
+) -> tuple[Float32[Array, "1 1 ..."], ...]:
     """Return the contribution of a chunk to the sums of the next round of a layer.
 
     Args:
@@ -92,7 +92,7 @@ def chunk_layer(
     params: Any,
     hidden: Float[Array, "1 cells hidden"],
     cell_mask: Bool[Array, "1 cells"],
-    known: tuple[Float32[Array, "1 1 heads ..."], ...],
+    known: tuple[Float32[Array, "1 1 ..."], ...],
     config: ModelConfig,
 ) -> Float[Array, "1 cells hidden"]:
     """Return a layer's output for one chunk; as :func:`chunk_sums`, with all 7 sums known."""

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Key, Shaped
 from scipy.special import betaincinv
 
-from cellplm_jax.batch import Array, CellBatch
+from cellplm_jax.batch import Array, CellBatch, Shape
 from cellplm_jax.config import MaskingConfig
 from cellplm_jax.model.layers import ENTRIES, constrain
 
@@ -168,7 +168,7 @@ def _beta_quantiles(a: float, b: float) -> np.ndarray:
 
 
 def masking_rates(
-    key: Key[Array, ""], shape: tuple[int, ...], config: MaskingConfig
+    key: Key[Array, ""], shape: Shape, config: MaskingConfig
 ) -> Float32[Array, "*shape"]:
     """Draw each cell's masking rate.
 

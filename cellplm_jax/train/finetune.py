@@ -258,7 +258,7 @@ def finetune(
     title: str = "fitting",
     quiet: bool = False,
     precision: str = "float32",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device | None] | None = None,
 ) -> FinetuneResult:
     """Fine-tune parameters.
 
@@ -277,7 +277,7 @@ def finetune(
         title: Title of the progress report.
         quiet: Disable progress output.
         precision: Of the matrix products, ``"float32"`` or ``"bfloat16"``; parameters and updates stay float32.
-        devices: Devices that share the cells of every example; None: JAX's default device.
+        devices: Devices that share the cells of every example; None, or a list of None: JAX's default device.
 
     Returns:
         The best parameters, and the history.

@@ -135,11 +135,12 @@ def test_every_step_of_a_run_has_checksums(formats, tmp_path):
 
 def test_a_deleted_work_directory_stops_a_run(tmp_path):
     from cellplm_jax.train.checkpoint import RunCheckpoints
+    from cellplm_jax.train.state import TrainState
 
     campaign._run(tmp_path / "run")
     checkpoints = RunCheckpoints(tmp_path / "run", keep=2)
     shutil.rmtree(tmp_path / "run")
-    state = type("State", (), {"step": 3, "skipped": 0, "skipped_in_a_row": 0})
+    state = TrainState(step=3, params={}, optimizer=(), skipped=0, skipped_in_a_row=0)
     with pytest.raises(CheckpointError, match="step 3 was not saved"):
         checkpoints.save(state)
 

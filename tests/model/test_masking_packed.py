@@ -250,6 +250,7 @@ def test_panels_have_a_log_uniform_share_of_the_genes():
 def test_the_other_samples_keep_all_genes():
     whole = panels(0.3).all(-1)
     assert whole.mean() == pytest.approx(0.7, abs=0.07)
+    assert (whole[:, 0] != whole[:, 1]).mean() > 0.3
     largest = panels(1.0, minimum=0.999, draws=20)
     assert largest.mean() > 0.99
 
