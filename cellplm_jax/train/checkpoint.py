@@ -623,13 +623,7 @@ def _check_finite(params: Mapping[str, Any], directory: object) -> None:
 
 
 def _verify_step(directory: epath.Path, step: int, parts: Iterable[str]) -> bool:
-    """Verify the checksums of some parts of a step, and return whether it has checksums.
-
-    Args:
-        directory: The checkpoint.
-        step: A complete step.
-        parts: Names inside; "": everything.
-    """
+    """Verify the checksums of ``parts`` of a complete step (``""``: everything); return whether it has any."""
     manifest = Manifest(directory / str(step), f"step {step} of '{directory}'")
     if manifest.entries is None:
         root = Manifest(directory)
