@@ -15,8 +15,8 @@ from cellplm_jax.cli import main
 from cellplm_jax.config import LatentConfig, ModelConfig, PositionsConfig
 from cellplm_jax.errors import CheckpointError
 from cellplm_jax.interop import torch_checkpoint
+from cellplm_jax.interop.published_config import REQUIRED
 from cellplm_jax.interop.torch_checkpoint import (
-    REQUIRED,
     as_published,
     convert_state_dict,
     model_config,
