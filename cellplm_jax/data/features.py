@@ -17,10 +17,10 @@ from cellplm_jax.data.genes import (
     GeneMapping,
     is_ensembl,
     map_genes,
-    other_species,
     require_matches,
     symbols_of,
 )
+from cellplm_jax.data.species import other_species
 from cellplm_jax.errors import InputError, listing, nearest, quote
 
 if TYPE_CHECKING:

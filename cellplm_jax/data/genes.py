@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cellplm_jax.data.species import looks_like_mouse, other_species
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, quote
 
@@ -45,34 +46,12 @@ _MOUSE_TABLE = "mouse_genes.csv.gz"
 ORTHOLOGUE = "orthologue"
 """Rule name for mouse genes mapped to human orthologues."""
 _ENSEMBL = re.compile(r"(?P<bare>ENS[A-Z]{0,7}G\d{11})(?P<version>\.\d+)?(?P<par>_PAR_Y)?")
-_SPECIES = {
-    "BTA": "cow",
-    "CAF": "dog",
-    "DAR": "zebrafish",
-    "GAL": "chicken",
-    "MFA": "crab-eating macaque",
-    "MMU": "rhesus macaque",
-    "OCU": "rabbit",
-    "PTR": "chimpanzee",
-    "RNO": "rat",
-    "SSC": "pig",
-}
-_OTHER_ID = re.compile(r"ENS(?!MUS)([A-Z]{3})[A-Z]*G\d{11}(\.\d+)?")
-_MOUSE_ID = re.compile(r"ENSMUSG\d{11}(\.\d+)?")
-_MOUSE_SYMBOL = re.compile(r"[A-Z][a-z]+[a-z0-9.\-]*|\d+[A-Z]\d+Rik|mt-[A-Z][a-z0-9]+")
 # Names of genes in reads aligned to several genomes, such as "GRCh38_CD4" and "mm10___Cd4".
 _GENOME = re.compile(r"((?:GRC[a-z]\d\d|hg\d\d|mm\d{1,2}|rn\d|human|mouse)[A-Za-z0-9.\-]*_+).+")
 # make_unique of anndata appends "-1", that of R ".1".
 _COPY = re.compile(r"(.+)[-.]\d{1,3}")
-_OTHER_SYMBOLS = {
-    "zebrafish": re.compile(r"(si:|zgc:|wu:|im:).+"),
-    "fruit fly": re.compile(r"CG\d{4,5}"),
-    "worm": re.compile(r"[A-Z]\d{1,2}[A-Z]\d{1,2}[A-Z]?\.\d+"),
-}
 MIXED_FRACTION = 0.1
 """Fraction of the names from which on the genes of a second species are not chance or contamination."""
-# Any letter.
-_LETTER = re.compile(r"[^\W\d_]")
 
 
 def is_ensembl(name: str) -> bool:
@@ -454,7 +433,7 @@ def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
     index = _indexed(tuple(vocabulary))
     if not name or name in index.exact:
         return (index.exact[name], "exact") if name else (-1, "")
-    match = index.resolve(name, mouse=_looks_like_mouse([name]))
+    match = index.resolve(name, mouse=looks_like_mouse([name]))
     return match.column, match.rule
 
 
@@ -501,7 +480,7 @@ def map_genes(
     examples: dict[str, list[str]] = {category: [] for category in _CATEGORIES}
     matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
-    mouse = bool(len(unresolved)) and _looks_like_mouse(names)
+    mouse = bool(len(unresolved)) and looks_like_mouse(names)
     lower = bool(len(unresolved)) and 2 * sum(map(str.islower, names)) > len(names)
     outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
     for row in outside[:EXAMPLES]:
@@ -633,7 +612,7 @@ def require_matches(
             "Map the genes to their human one-to-one orthologues first (Ensembl BioMart has them for every "
             "species), and name them by human Ensembl id",
         )
-    if _looks_like_mouse(names):
+    if looks_like_mouse(names):
         raise InputError(
             f"{found}, which look like mouse genes, after mapping them to human one-to-one orthologues",
             f"at least {minimum} genes with an orthologue in the model",
@@ -646,37 +625,6 @@ def require_matches(
         "Point gene_key (--gene-key) at the var column that holds the gene ids, or lower "
         "minimum_genes if the panel is that small",
     )
-
-
-def other_species(names: Sequence[str]) -> str:
-    """Return the species of the names by their Ensembl ids or typical symbols, if it is neither human nor mouse.
-
-    Args:
-        names: Gene names [names].
-
-    Returns:
-        Such as ``"rat"``; ``""`` for human, mouse and symbols.
-    """
-    prefixes = Counter(
-        match[1] for name in names if (match := _OTHER_ID.fullmatch(str(name).strip())) is not None
-    )
-    if not prefixes:
-        texts = [str(name) for name in names]
-        for species, form in _OTHER_SYMBOLS.items():
-            if 50 * sum(form.fullmatch(text) is not None for text in texts) > len(texts):
-                return species
-        return ""
-    prefix, number = prefixes.most_common(1)[0]
-    if 2 * number <= len(names):
-        return ""
-    return _SPECIES.get(prefix, f"another species (Ensembl ids of 'ENS{prefix}')")
-
-
-def _looks_like_mouse(names: Sequence[str]) -> bool:
-    """Return whether most names are mouse ids or capitalised like mouse symbols."""
-    named = [str(name) for name in names if _LETTER.search(str(name))]
-    mouse = sum(bool(_MOUSE_ID.fullmatch(n) or _MOUSE_SYMBOL.fullmatch(n)) for n in named)
-    return 2 * mouse > len(named)
 
 
 def _is_copy(name: str, kind: str, present: set[str]) -> bool:

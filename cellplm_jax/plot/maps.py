@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.errors import InputError, nearest, require
 from cellplm_jax.plot.style import (
     MARKERS,
     PALETTE,
@@ -102,11 +102,6 @@ def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[flo
     return float(low), float(high)
 
 
-def _legend_columns(entries: int) -> int:
-    """Return the number of legend columns."""
-    return math.ceil(entries / 18)
-
-
 def _scatter(
     ax: Axes,
     points: np.ndarray,
@@ -180,7 +175,7 @@ def _scatter(
         ]
         where: dict[str, Any] = {
             "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
-            "ncols": _legend_columns(len(entries)),
+            "ncols": math.ceil(len(entries) / 18),
         }  # fmt: skip
         if legend == "below":
             longest = max(len(name) for name, _, _ in entries)
@@ -388,15 +383,13 @@ def _scale_bar(axes: Axes, points: np.ndarray, scale: float, image_origin: bool)
     power = 10.0 ** math.floor(math.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     y = bottom + 0.05 * (bottom - top) if image_origin else top - 0.05 * (bottom - top)
-    axes.plot(
-        [left, left + length / scale], [y, y], color="#1A1A1A", linewidth=2.0, gid="scale bar",
-        solid_capstyle="butt",
-    )  # fmt: skip
+    end = left + length / scale
+    style: dict[str, Any] = {"color": "#1A1A1A", "linewidth": 2.0, "solid_capstyle": "butt"}
+    axes.plot([left, end], [y, y], gid="scale bar", **style)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     axes.annotate(
-        text, (left + length / scale, y), xytext=(4, 0), textcoords="offset points", va="center",
-        fontsize=8,
-    )  # fmt: skip
+        text, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+    )
 
 
 def cell_attention(
@@ -573,7 +566,7 @@ def cell_panels(
     points = _points(coordinates)
     columns = {str(name): np.asarray(values, np.float64) for name, values in panels.items()}
     if not columns:
-        raise InputError(explain("no panel to draw", "at least one", "Pass some panels"))
+        raise InputError("no panel to draw", "at least one", "Pass some panels")
     for column in columns.values():
         _values_of(column, len(points))
     limits = _limits(np.concatenate(list(columns.values())), None) if shared_colors else None
@@ -596,9 +589,6 @@ def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
 
     Args:
         tissues: Coordinates of each panel, float [cells, 2].
-
-    Yields:
-        Object array of the Axes.
     """
     pyplot = pyplot_module()
     widths = []
