@@ -169,13 +169,13 @@ class Denoise(Task):
             --log-normalized: add a second layer with log-normalised values
             --detected: counts conditional on being non-zero
             --own-counts: combine the prediction with the cell's own counts (posterior mean)
-            --storage float32|float16|sparse: of the layer; sparse: only the largest values, rounded, about the size of
-                the counts (float32)
+            --storage rounded|float32|float16|sparse: of the layer; rounded: to three binary digits, compressed; sparse:
+                only the largest values, rounded, smaller than the counts (rounded)
             --show GENES: genes drawn in the report: names separated by commas, or a file with one per line (the two
                 that vary most between cells)
             --zero-shot: --model is a pretrained model without a fit
             """,
-            storage={"default": "float32"},
+            storage={"default": "rounded"},
         )
 
     def check(self, arguments: argparse.Namespace) -> None:

@@ -311,6 +311,7 @@ def make_examples(
     context_targets: Mapping[str, np.ndarray] | None = None,
     batch_rows: Mapping[str, int] | None = None,
     cells_per_step: int = 2048,
+    shortest: int = 32,
 ) -> list[Layout]:
     """Pad contexts to examples of few distinct shapes, to limit compilation.
 
@@ -325,6 +326,7 @@ def make_examples(
         context_targets: Arrays [contexts, ...]; empty rows get the same padding.
         batch_rows: Row of the batch embedding by batch; None, or a batch without a row: unknown.
         cells_per_step: Maximum number of cells per example, unless a single context is longer.
+        shortest: Minimum length of a row of an example.
 
     Returns:
         The examples, longest first.
@@ -333,11 +335,11 @@ def make_examples(
     numbers = [number for number, context in enumerate(contexts) if len(context)]
     if not numbers:
         return []
-    longest = bucket(max(len(contexts[number]) for number in numbers))
+    longest = bucket(max(len(contexts[number]) for number in numbers), shortest)
     groups: dict[int, list[int]] = {}
     for number in numbers:
         length = longest
-        while length % 4 == 0 and length // 4 >= max(len(contexts[number]), 32):
+        while length % 4 == 0 and length // 4 >= max(len(contexts[number]), shortest):
             length //= 4
         groups.setdefault(length, []).append(number)
     layouts = []

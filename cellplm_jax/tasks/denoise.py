@@ -200,7 +200,7 @@ class Denoiser(Estimator):
         log_normalized: bool = False,
         detected: bool = False,
         own_counts: bool = False,
-        storage: Storage = "float32",
+        storage: Storage | None = None,
         key_added: str = LAYER,
         **keys: Unpack[ReadingKeys],
     ) -> AnnData:
@@ -226,8 +226,10 @@ class Denoiser(Estimator):
                 mean.
             own_counts: Combine the prediction with the cell's own count: the posterior mean of a gamma-Poisson model
                 with the pooled prediction as prior. It is closer to the counts of the cell, and to its dropouts.
-            storage: ``"float32"``; ``"float16"``: a dense matrix of half the size; ``"sparse"``: only the largest
-                values, 1.25 per non-zero count, rounded to three digits, the others are 0.
+            storage: ``"float32"``; ``"rounded"``: to three binary digits (an error of 4 %, at most 12.5 %), and small
+                values to steps of at most a 50,000th of the cell's counts, which compresses in a file; ``"float16"``: a
+                dense matrix of half the size; ``"sparse"``: only the largest values, 1.25 per non-zero count, rounded,
+                the others are 0. None: ``"rounded"`` in ``predict_file``, else ``"float32"``.
             key_added: Name of the layer.
             **keys: As in :meth:`fit`.
 
@@ -428,6 +430,8 @@ class Denoiser(Estimator):
         return blocks(), table, facts, [*messages, pool.message()]
 
     def _predict(self, data: Any, reading: Reading, **given: Any) -> Prediction:
+        if given.get("storage") is None:
+            given["storage"] = "rounded" if isinstance(data, str | os.PathLike) else "float32"
         options = Options(**given)
         options.check()
         check_key(options.key_added)
@@ -450,7 +454,10 @@ class Denoiser(Estimator):
         names = [options.key_added]
         names += [f"{options.key_added}_log1p"] if options.log_normalized else []
         shape = (len(table), len(column))
-        writers = [LayerWriter(shape, known, options.storage, table.counts.nnz) for _ in names]
+        writers = [
+            LayerWriter(shape, known, options.storage, table.counts.nnz, logs=name != names[0])
+            for name in names
+        ]
         for piece, values, logs in blocks:
             chosen = [values[:, gene] * share]
             if logs is not None:

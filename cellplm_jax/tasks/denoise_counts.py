@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 LAYER = "cellplm_denoised"
 """Layer that ``predict`` writes; the log-normalised one has the suffix ``_log1p``."""
 
-Storage = Literal["float32", "float16", "sparse"]
+Storage = Literal["float32", "rounded", "float16", "sparse"]
 """How a layer is stored."""
 
 SPARSE_ENTRIES = 1.25
 """Entries of a sparse layer per non-zero count."""
+
+DIGITS, STEP, LOG_STEP = 2, 2e-5, 1 / 8
+"""Rounding: binary digits after the first one, the largest step of small values as a fraction of the cell's sum, and
+the step of logarithms."""
 
 EXPLICIT_MEAN, EXPLICIT_COUNTS = 12.0, 48
 """Maximum mean, and number of counts, for the explicit sum of a mean of logarithms."""
@@ -60,24 +64,34 @@ class Options:
 class LayerWriter:
     """A layer [cells, names of the data] that is filled in chunks of cells and holds the denoised columns only."""
 
-    def __init__(self, shape: tuple[int, int], known: np.ndarray, storage: str, nonzeros: int):
-        self.shape, self.known, self.storage = shape, known, storage
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        known: np.ndarray,
+        storage: str,
+        nonzeros: int,
+        logs: bool = False,
+    ):
+        self.shape, self.known, self.storage, self.logs = shape, known, storage, logs
         self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
         self.dense, self.blocks = None, []
         # A sparse entry takes the memory of two dense ones.
-        if storage == "float16" or (storage == "float32" and 2 * len(known) > shape[1]):
-            self.dense = np.zeros(shape, storage)
+        if storage == "float16" or (storage != "sparse" and 2 * len(known) > shape[1]):
+            self.dense = np.zeros(shape, "float16" if storage == "float16" else "float32")
 
     def add(self, cells: slice, values: np.ndarray) -> None:
         """Write float32 [cells, denoised columns].
 
         Args:
             cells: Rows of the layer.
-            values: Expected counts.
+            values: Expected counts, or logarithms.
 
         Raises:
             InputError: A value is too large for float16.
         """
+        given = values
+        if self.storage in ("rounded", "sparse"):
+            values = np.rint(values / LOG_STEP) * LOG_STEP if self.logs else rounded(values)
         if self.dense is not None:
             if self.storage == "float16" and values.size and values.max() > 65504:
                 raise InputError(
@@ -87,22 +101,36 @@ class LayerWriter:
                 )
             self.dense[cells, self.known] = values
             return
-        indices = np.tile(self.known.astype(np.int32), len(values))
-        indptr = np.arange(0, values.size + 1, max(values.shape[1], 1))
+        kept = values > 0
         if self.storage == "sparse":
             number = min(values.size, max(1, round(self.density * values.size)))
-            kept = values >= np.partition(values.ravel(), values.size - number)[-number]
-            indices = indices[kept.ravel()]
-            indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-            # Rounded in binary, so that the lower bytes are 0 and compress.
-            bits = values[kept].astype(np.float32).view(np.int32)
-            values = ((bits + (1 << 13)) & ~((1 << 14) - 1)).view(np.float32)
+            kept &= given >= np.partition(given.ravel(), values.size - number)[-number]
+        indices = np.tile(self.known.astype(np.int32), len(values))[kept.ravel()]
+        indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
         shape = (cells.stop - cells.start, self.shape[1])
-        self.blocks.append(sparse.csr_matrix((values.ravel(), indices, indptr), shape))
+        self.blocks.append(sparse.csr_matrix((values[kept], indices, indptr), shape))
 
     def result(self) -> Any:
         """Return the layer: an array, or CSR."""
         return sparse.vstack(self.blocks).tocsr() if self.dense is None else self.dense
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Round in binary, so that the lower bytes are 0 and compress; small values to steps relative to the row's sum.
+
+    Args:
+        values: float32 [cells, genes], at least 0.
+
+    Returns:
+        float32 [cells, genes].
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    dropped = 23 - DIGITS
+    bits = values.view(np.int32) + (1 << (dropped - 1))
+    relative = (bits & ~((1 << dropped) - 1)).view(np.float32)
+    sums = values.sum(axis=1, keepdims=True, dtype=np.float64)
+    step = np.exp2(np.floor(np.log2(np.maximum(STEP * sums, 1e-30)))).astype(np.float32)
+    return np.where(values < step * 2**DIGITS, np.rint(values / step) * step, relative)
 
 
 def expected_counts(

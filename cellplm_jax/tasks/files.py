@@ -256,8 +256,13 @@ def write_copy(
                 for name, value in (values or {}).items():
                     if group not in file:
                         write_elem(file, group, {})
-                    sparse = hasattr(value, "indptr") and not path.is_dir()
-                    options = {"compression": "gzip"} if sparse else {}
+                    options: Any = {}
+                    if not path.is_dir() and _compresses(value):
+                        options = {"compression": "gzip", "shuffle": True}
+                        if isinstance(value, np.ndarray):
+                            options["chunks"] = tuple(
+                                map(min, zip((1024, 16), value.shape, strict=True))
+                            )
                     write_elem(file[group], name, value, dataset_kwargs=options)
             for table, columns in ((file["obs"], obs), (file["var"], var)):
                 for name, value in (columns or {}).items():
@@ -268,6 +273,16 @@ def write_copy(
                     table.attrs["column-order"] = (
                         order if path.is_dir() else np.array(order, dtype=h5py.string_dtype())
                     )
+
+
+def _compresses(value: Any) -> bool:
+    """Return whether an entry is sparse, or a large matrix of numbers whose lower bytes are 0, such as rounded ones."""
+    if hasattr(value, "indptr"):
+        return True
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.ndim != 2:
+        return False
+    some = np.ascontiguousarray(value[:: -(-len(value) // 512) or 1])
+    return value.nbytes > 2**16 and not (some.view(np.uint32) & 0xFFFF).any()
 
 
 def _bytes_of(value: Any) -> int:

@@ -31,6 +31,9 @@ class PerturbationPredictor(PredictorFit):
     and the latent of the control cells; and, for seen perturbations, the residual of their measured change, shrunk
     by its noise (positive-part James-Stein). Targets of a combination are additive.
 
+    Each control cell is embedded as a context of its own, so that a group has the same latent whichever other cells are
+    in its file.
+
     Names are read in the spellings of the field (:mod:`cellplm_jax.tasks.perturbation_names`): ``A+ctrl`` is ``A``, and
     an alias, an Ensembl id or the guide ``STAT1g2`` is the gene. ``messages`` contains what was read.
 
@@ -49,8 +52,8 @@ class PerturbationPredictor(PredictorFit):
             ``"model"`` with a pretrained model, ``"data"`` from scratch.
         genes: Number of highly variable genes to predict; None: all; default: 3,000 from scratch, else all.
         quiet: Disable progress output.
-        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`; ``"ridge"`` only uses ``seed``,
-            ``cells_per_context`` and ``cells_per_step``. Also ``precision`` and ``devices``; None: as the model.
+        **training: Fields of :class:`cellplm_jax.config.FinetuneConfig`; ``"ridge"`` only uses ``seed``
+            and ``cells_per_step``. Also ``precision`` and ``devices``; None: as the model.
 
     Attributes:
         perturbations: Canonical names of the training perturbations, sorted.

@@ -172,6 +172,7 @@ class PredictorFit(Estimator):
             "cells": len(table),
             "control_cells": len(controls),
             "method": self.method,
+            "contexts": "single cells",
         }
         expression = log_normalize(table.counts)
         changes = self._measure(expression, table, named, groups, usable)
@@ -375,11 +376,17 @@ class PredictorFit(Estimator):
         return dataclasses.replace(config, head=head)
 
     def _lay_out(self, table: CellTable, cells: np.ndarray, model: Pretrained) -> list[Layout]:
+        """Give every cell a context of its own, so that its latent does not depend on the other cells of a file."""
+        contexts, shortest = list(cells[:, None]), 1
+        if "contexts" not in self.facts:  # saved before 0.2
+            limit = self.training.cells_per_context or None
+            contexts, shortest = contexts_of(table.batch, cells, limit=limit), 32
         return make_examples(
             table,
-            contexts_of(table.batch, cells, limit=self.training.cells_per_context or None),
+            contexts,
             model.config,
             cells_per_step=self.training.cells_per_step,
+            shortest=shortest,
         )
 
     def _latents(self, model: Pretrained, layouts: Sequence[Layout], cells: int) -> np.ndarray:

@@ -255,7 +255,7 @@ def fit_shifts(
         row["genes"] = ", ".join(symbols[gene] for gene in top if reach[gene] > 0)
         for space, values in zip(kept, moved, strict=True):
             space[code] = values
-    corrected = adjusted_p(np.array([own[1] for _, own in tests]))
+    corrected = adjusted_p(np.array([own[1] for _, own in tests])) if tests else []
     for (row, _), p in zip(tests, corrected, strict=True):
         row["p"] = float(p)
         shifted[table.index(row)] = p <= max(UNCERTAIN, 1.01 * smallest_p(codes))

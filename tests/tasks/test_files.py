@@ -81,7 +81,7 @@ def test_estimators_take_paths(file, tiny_model, tmp_path):
 
     denoiser = cellplm.Denoiser(tiny_model, epochs=1, quiet=True).fit(path)
     layer = denoiser.predict(path).layers["cellplm_denoised"]
-    denoiser.predict_file(path, tmp_path / f"denoised{path.suffix}")
+    denoiser.predict_file(path, tmp_path / f"denoised{path.suffix}", storage="float32")
     np.testing.assert_array_equal(
         read(tmp_path / f"denoised{path.suffix}").layers["cellplm_denoised"], layer
     )

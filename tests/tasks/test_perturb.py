@@ -155,6 +155,12 @@ def test_a_condition_in_groups_never_seen(tiny_model):
     scores = found.score(train)
     assert scores["perturbations"] == 5
     assert scores["pearson"] > 0.9
+    # The latent of a group does not depend on the other cells of the file.
+    part = train[train.obs["kind"] == "type 0"].copy()
+    alone = found.predict("some drug", controls=part)
+    seen = found._head(found._arrays["z"][:1], condition=found._condition("some drug")[None])
+    np.testing.assert_allclose(alone.change.to_numpy() - found._arrays["residual"], seen, atol=2e-5)
+    assert found.score(part)["pearson"] > 0.9
     other = found.predict("some drug", controls=held)
     assert np.isfinite(other.change).all(axis=None)
     assert not np.allclose(other.control, known.control)
