@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from etils import epath
 from scipy import sparse
 
 import cellplm_jax as cellplm
@@ -71,7 +72,7 @@ def results():
     yield beside
     yield BesideMeasured(pd.Series(np.zeros(100)), [beside] * 5)
     yield BeforeAndAfter(GENES, values, values, frame(3), values, values, 0.9, 0.1, counts, None)
-    yield RunResult("runs/x", 100, {f"score_{i}": 0.1 for i in range(40)}, 123.4)
+    yield RunResult(epath.Path("runs/x"), 100, {f"score_{i}": 0.1 for i in range(40)}, 123.4)
     yield FinetuneResult({"a": np.zeros(9999)}, [{"loss": 1.0}] * 200, 3, True, 10**7, 12.0)
     yield CorpusEmbedding("out.zarr", 10**6, 12, 12, True, [LONG] * 9)
     yield HubCommit("https://example.org/" + "x" * 400, "abc", "hf://org/name@abc")

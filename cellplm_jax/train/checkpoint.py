@@ -579,7 +579,7 @@ def has_item(directory: str | os.PathLike, item: str) -> bool:
 
 def restore_item(
     directory: str | os.PathLike, *, item: str = "params", step: int | None = None
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Any, int]:
     """Restore one item of a checkpoint as numpy arrays, without a target tree.
 
     Args:
@@ -653,9 +653,7 @@ def _no_step(directory: object, step: int | None, steps: list[int]) -> Checkpoin
     )
 
 
-def _restore_step_item(
-    directory: epath.Path, item: str, step: int | None
-) -> tuple[dict[str, Any], int]:
+def _restore_step_item(directory: epath.Path, item: str, step: int | None) -> tuple[Any, int]:
     """Restore one item of an Orbax step; see :func:`restore_item`."""
     import orbax.checkpoint as ocp
 
