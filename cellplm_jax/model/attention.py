@@ -269,7 +269,7 @@ def performer_attention(
     key: Float[Array, "samples cells heads width"],
     value: Float[Array, "samples cells heads width"],
     groups: CellGroups,
-    projection: Float32[np.ndarray, "features width"],
+    projection: Float32[Array, "features width"],
 ) -> Float32[Array, "samples cells heads width"]:
     """FAVOR+ estimate of softmax attention with positive random features, linear in the number of cells.
 
