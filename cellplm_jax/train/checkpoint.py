@@ -579,7 +579,7 @@ def has_item(directory: str | os.PathLike, item: str) -> bool:
 
 def restore_item(
     directory: str | os.PathLike, *, item: str = "params", step: int | None = None
-) -> tuple[dict[str, Any], int]:
+) -> tuple[Any, int]:
     """Restore one item of a checkpoint as numpy arrays, without a target tree.
 
     Args:
