@@ -69,9 +69,9 @@ OWN, DECAY = 0.2, 0.7
 MIXED_WEIGHTS, MIXED_COMPONENTS = (0.1, 0.2, 0.35), (12, 16, 20, 24)
 """Weights of the cell itself, and numbers of components, of the mixtures that vote for the niches."""
 
-CLUSTERED_CELLS, VOTES = 10_000, 15
+CLUSTERED_CELLS, VOTES = 8_000, 15
 """Maximum number of cells in Leiden's graph and in the fit of a mixture; other cells take the majority of their
-nearest ones in the graph."""
+nearest ones in the graph. From 8,192 cells scanpy searches neighbours approximately, and compiles that for 30 s."""
 
 SIMILAR_NICHES, SIMILAR_CELLS = 30, 15
 """Neighbours in Leiden's graphs. Neighbourhoods overlap, so niches need more of them than cells."""
