@@ -291,7 +291,7 @@ def page(document: dict) -> str:
         "the spots were left as they are after a diagnosis on the heart, a test set: with cells scaled to one length, "
         "its ARI was 0.197. The validation sets do not separate the two. On pdac a single mixture depends on its start "
         "(standard deviation of ARI 0.04 to 0.06, of `niches` 0.01), hence ten seeds instead of three: this was "
-        "decided after the first three (0.378 against 0.385 of smoothed PCA). The two are equal there within the noise.",
+        "decided after the first three (0.378 against 0.385 of smoothed PCA). The two are equal within the noise.",
         "",
     ]  # fmt: skip
     for title, names in (("Test", TESTS), ("Validation", VALIDATION)):
