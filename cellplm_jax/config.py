@@ -1,9 +1,10 @@
 """Configuration as frozen dataclasses, built strictly from plain dictionaries.
 
-A configuration is data: it is written into every checkpoint as JSON and read back by :func:`from_dict`, which refuses
-unknown keys (naming the nearest known one), wrong types and impossible values. Programs that use
-``ml_collections.ConfigDict`` (``configs/``, ``launch/``) hand theirs to :func:`from_config_dict` once and use the
-dataclass from there on, so a misspelt key can never fall back to a default unnoticed.
+A configuration is data: it is written into every checkpoint as JSON and read back by
+:func:`~cellplm_jax.config_fields.from_dict`, which refuses unknown keys (naming the nearest known one), wrong types and
+impossible values. Programs that use ``ml_collections.ConfigDict`` (``configs/``, ``launch/``) hand theirs to
+:func:`~cellplm_jax.config_fields.from_config_dict` once and use the dataclass from there on, so a misspelt
+key can never fall back to a default unnoticed.
 """
 
 from __future__ import annotations

@@ -41,10 +41,10 @@ class CountChunks(struct.PyTreeNode):
         genes: Size of the vocabulary.
     """
 
-    cell: Int32[Array, "samples *pieces nonzeros"]
-    gene: Integer[Array, "samples *pieces nonzeros"]
-    begin: Int32[Array, "samples *pieces chunks"]
-    end: Int32[Array, "samples *pieces chunks"]
+    cell: Int32[Array, "samples ... nonzeros"]
+    gene: Integer[Array, "samples ... nonzeros"]
+    begin: Int32[Array, "samples ... chunks"]
+    end: Int32[Array, "samples ... chunks"]
     blocks: Int32[Array, ""]
     cells: int = struct.field(pytree_node=False)
     size: int = struct.field(pytree_node=False)
