@@ -483,7 +483,7 @@ def save_model(
     estimator: Mapping[str, Shaped[np.ndarray, "*any"]] | None = None,
     texts: Mapping[str, str] | None = None,
     step: int = 0,
-    format: WeightFormat = "orbax",
+    format: str = "orbax",
 ) -> None:
     """Write a model to a new checkpoint directory.
 

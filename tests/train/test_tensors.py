@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from cellplm_jax.errors import CheckpointError, MissingDependencyError
@@ -105,7 +106,7 @@ def test_views_and_transposed_arrays_keep_their_numbers(tmp_path):
     wide = np.arange(24, dtype=np.float32).reshape(4, 6)
     arrays = {"a/b": wide.T, "part": wide[1:3, ::2], "number": np.array(7), "none": wide[:0]}
     write_tensors(tmp_path / "x.safetensors", arrays, step=3)
-    found, step = read_tensors(tmp_path / "x.safetensors")
+    found, step = read_tensors(epath.Path(tmp_path / "x.safetensors"))
     assert step == 3
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
