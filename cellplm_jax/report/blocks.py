@@ -42,7 +42,6 @@ NAMES = {
     "validation_f1_linear": "macro F1 on validation cells, logistic regression only",
     "validation_f1_pooled": "macro F1 on validation cells, average of both",
     "strength": "mixing strength",
-    "shrinkage": "factor of predicted changes (1: not shrunk)",
     "left_out_perturbations_rmse": "error on left-out perturbations (RMSE of changes)",
     "left_out_perturbations_rmse_of_mean_change": "the same for the mean change of the others",
     "left_out_perturbations_rmse_of_no_change": "the same for no change",

@@ -241,10 +241,6 @@ class PredictorFit(Estimator):
 
     def _log_left_out_errors(self) -> None:
         """Log the benefit of the head on left-out perturbations or groups."""
-        if self.facts.get("shrinkage", 1.0) < 0.995:
-            self.messages.append(
-                f"Predicted changes are multiplied by {self.facts['shrinkage']:.2f}, which fits left-out ones best."
-            )
         for what, plain in (
             ("perturbations", "left_out_perturbations_rmse_of_mean_change"),
             ("groups", "left_out_groups_rmse_without_latent"),

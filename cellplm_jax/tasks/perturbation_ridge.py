@@ -92,16 +92,12 @@ class LeftOut:
 
 
 class Ridge:
-    """Changes as mean plus linear functions of condition and latent, with known noise per row (kernel ridge).
-
-    Attributes:
-        shrinkage: Factor of predicted changes, between no change (0) and the mean change (1); see :meth:`choose`.
-    """
+    """Changes as mean plus linear functions of condition and latent, with known noise per row (kernel ridge)."""
 
     def __init__(
         self, changes: Changes, condition: np.ndarray, latent: np.ndarray, number: np.ndarray
     ):
-        self.changes, self.number, self.shrinkage = changes, number, 1.0
+        self.changes, self.number = changes, number
         self.condition, self.latent = condition, latent
         self.weight = 1.0 / (changes.noise + changes.noise.mean())
         mean = self.mean(np.arange(len(changes)))
@@ -124,12 +120,8 @@ class Ridge:
         dual = np.linalg.solve(
             self.signal * kernel + np.diag(self.changes.noise[rows] + 0.1 * self.signal), left
         )
-        scale = self.shrinkage * self.signal
-        return (
-            self.shrinkage * mean,
-            scale * by_condition * condition.T @ dual,
-            scale * by_latent * latent.T @ dual,
-        )
+        scale = self.signal
+        return mean, scale * by_condition * condition.T @ dual, scale * by_latent * latent.T @ dual
 
     def left_out(
         self,
@@ -189,9 +181,7 @@ class Ridge:
             units, minimum = changes.groups, 3
         if len(set(units)) < minimum:
             return None
-        chosen, self.shrinkage = self.shrinkage, 1.0
         mean = self.left_out(units, 0.0, 0.0)
-        self.shrinkage = chosen
         added = mean.copy()
         for row, name in enumerate(changes.names):
             same = changes.groups == changes.groups[row]
@@ -203,10 +193,9 @@ class Ridge:
         return LeftOut.of(changes, predicted, {"mean_change": mean, "additive": added})
 
     def choose(self) -> tuple[tuple[float, float], dict[str, float]]:
-        """Choose :attr:`shrinkage`; return the strengths of condition and latent, and the errors with and without them.
+        """Return the strengths of condition and latent, and the errors with and without them.
 
-        For the condition, the weakest strength within one standard error of the best one. The shrinkage minimises the
-        squared error of left-out perturbations, or of left-out groups if there are too few perturbations.
+        For the condition, the weakest strength within one standard error of the best one.
         """
         names, groups = self.changes.names, self.changes.groups
         condition = latent = 0.0
@@ -232,21 +221,6 @@ class Ridge:
                 "left_out_groups_rmse": float(np.sqrt(errors[chosen].mean())),
                 "left_out_groups_rmse_without_latent": float(np.sqrt(errors[0].mean())),
             }
-        for what, units, minimum, by_latent in (
-            ("perturbations", names, 4, 0.0),
-            ("groups", groups, 3, latent),
-        ):
-            if len(set(units)) < minimum:
-                continue
-            predicted, truth = self.left_out(units, condition, by_latent), self.changes.values
-            factor = (predicted * truth).sum() / max(float(np.square(predicted).sum()), 1e-30)
-            self.shrinkage = float(np.clip(factor, 0.0, 1.0))
-            errors = self.errors(units, condition, by_latent)
-            facts |= {
-                "shrinkage": self.shrinkage,
-                f"left_out_{what}_rmse": float(np.sqrt(errors.mean())),
-            }
-            break
         return (condition, latent), facts
 
 
