@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellplm_jax.errors import InputError
+
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Coverages for which intervals are stored."""
 
@@ -55,6 +57,23 @@ class Intervals:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays to save."""
         return {"lower": self.lower, "upper": self.upper, "factor": self.factor}
+
+
+def require_intervals(intervals: Intervals | None, coverage: float) -> Intervals:
+    """Return the intervals of an imputer.
+
+    Raises:
+        InputError: The coverage is not one of :data:`LEVELS`, or the imputer has no intervals.
+    """
+    if coverage not in LEVELS:
+        raise InputError(f"coverage = {coverage}", f"one of {', '.join(map(str, LEVELS))}")
+    if intervals is None:
+        raise InputError(
+            "this imputer has no intervals",
+            f"one that was fitted with at least {FEWEST} validation cells, by a version with intervals",
+            "Fit again with a larger reference or validation_fraction",
+        )
+    return intervals
 
 
 def error_scale(predicted: np.ndarray) -> np.ndarray:
