@@ -23,7 +23,7 @@ from cellplm_jax.evaluate.denoising import (
     marker_scores,
 )
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells, require_same_cells
+from cellplm_jax.tasks.contexts import CellTable, labels_of, require_same_cells
 from cellplm_jax.tasks.denoise_counts import (
     LAYER,
     LayerWriter,
@@ -321,12 +321,7 @@ class Denoiser(Estimator):
 
     def _table(self, data: Any, reading: Reading) -> CellTable:
         """Return the cells over the measured genes of the model."""
-        table = read_cells(
-            data,
-            self._fitted().genes,
-            **reading.cells,
-            one_batch=reading.batch_key == self.reading.batch_key,
-        )
+        table = self._read_more(data, reading)
         return table.restrict(table.measured)
 
     def _parts(self, table: CellTable, z: np.ndarray) -> list[Parts]:

@@ -219,6 +219,12 @@ class Estimator(SavedEstimator, abc.ABC):
         self._fit_genes = fitted_names(table)
         return table.restrict(table.measured)
 
+    def _read_more(self, data: Any, reading: Reading) -> CellTable:
+        """Return other cells over the genes of the fitted model."""
+        # A file without the batch column of the fit is one batch; a batch_key that is passed here must exist.
+        one_batch = reading.batch_key == self.reading.batch_key
+        return read_cells(data, self._fitted().genes, **reading.cells, one_batch=one_batch)
+
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
         """Restrict the table to the genes of the fit, selected using the cells ``train`` only."""
         if self.genes is None:

@@ -11,12 +11,16 @@ import pandas as pd
 
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.perturbation import additive_change, change_scores, mean_scores, no_change
-from cellplm_jax.tasks.contexts import CellTable, read_cells
-from cellplm_jax.tasks.perturb_fit import PredictorFit, values_of
+from cellplm_jax.tasks.perturb_fit import PredictorFit
 from cellplm_jax.tasks.perturbation_head import PerturbationPrediction
 from cellplm_jax.tasks.perturbation_names import PerturbationNames
 from cellplm_jax.tasks.perturbation_ridge import LeftOut
-from cellplm_jax.tasks.perturbation_screen import MINIMUM_CELLS, log_normalize
+from cellplm_jax.tasks.perturbation_screen import (
+    MINIMUM_CELLS,
+    log_normalize,
+    screen_labels,
+    values_of,
+)
 from cellplm_jax.tasks.reading import AS_FITTED, Reading, ReadingKeys
 
 if TYPE_CHECKING:
@@ -158,14 +162,6 @@ class PerturbationPredictor(PredictorFit):
         expression = log_normalize(table.counts[cells])
         return z.mean(axis=0), np.asarray(expression.mean(axis=0), np.float32).ravel()
 
-    def _read_more(self, data: Any, reading: Reading) -> CellTable:
-        return read_cells(
-            data,
-            self._fitted().genes,
-            **reading.cells,
-            one_batch=reading.batch_key == self.reading.batch_key,
-        )
-
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return warnings about predictions of these kinds."""
         new = sum(kind in ("unseen", "partly seen") for kind in known)
@@ -245,7 +241,7 @@ class PerturbationPredictor(PredictorFit):
         if covariate_key is not AS_FITTED:
             covariate = covariate_key
         table = self._read_more(adata, reading)
-        named, groups, usable = self._labels(table, key, covariate)
+        named, groups, usable = screen_labels(table, self._names, key, covariate)
         expression = log_normalize(table.counts)
         changes = self._measure(expression, table, named, groups, usable)
         if perturbations is not None:

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.genes import find_gene, symbols_of
-from cellplm_jax.errors import InputError, explain, nearest, require_choice
+from cellplm_jax.errors import InputError, explain, require_choice
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -23,7 +23,6 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     gather,
-    labels_of,
     make_examples,
 )
 from cellplm_jax.tasks.estimator import Estimator
@@ -31,18 +30,23 @@ from cellplm_jax.tasks.perturbation_head import perturbation_loss, with_head
 from cellplm_jax.tasks.perturbation_names import (
     PerturbationNames,
     fold,
-    labels_with_numbers,
     message_of,
     read_names,
 )
-from cellplm_jax.tasks.perturbation_ridge import LeftOut, Ridge, target_features
+from cellplm_jax.tasks.perturbation_ridge import (
+    LeftOut,
+    Ridge,
+    left_out_messages,
+    target_features,
+)
 from cellplm_jax.tasks.perturbation_screen import (
-    EVERYTHING,
     MINIMUM_CELLS,
     Changes,
     log_normalize,
     measure,
+    screen_labels,
     shrinkage,
+    values_of,
 )
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import KEYS, ReadingKeys
@@ -157,7 +161,7 @@ class PredictorFit(Estimator):
         genes = table.genes if self.base is None else self.base.genes
         names = read_names(raw, control, tuple(genes), key=perturbation_key, targets=targets)
         self._names, self.control = names, names.control
-        named, groups, usable = self._labels(table, perturbation_key, covariate_key)
+        named, groups, usable = screen_labels(table, names, perturbation_key, covariate_key)
         self.messages.append(message_of(names, raw, control, perturbation_key))
         if not usable.all():
             self.messages.append(
@@ -235,61 +239,9 @@ class PredictorFit(Estimator):
             "groups": len(self._groups),
             "genes": len(table.genes),
         }
-        self._log_left_out_errors()
+        self.messages.extend(left_out_messages(self.facts, self.strengths))
         self._log_messages()
         return self
-
-    def _log_left_out_errors(self) -> None:
-        """Log the benefit of the head on left-out perturbations or groups."""
-        for what, plain in (
-            ("perturbations", "left_out_perturbations_rmse_of_mean_change"),
-            ("groups", "left_out_groups_rmse_without_latent"),
-        ):
-            if plain not in self.facts:
-                continue
-            error, other = self.facts[f"left_out_{what}_rmse"], self.facts[plain]
-            used = self.strengths["condition" if what == "perturbations" else "latent"] > 0
-            source = "the condition" if what == "perturbations" else "the latent of control cells"
-            self.messages.append(
-                f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
-                if used
-                else f"Left-out {what}: RMSE {other:.4f}; {source} does not improve it and is not used."
-            )
-
-    def _labels(
-        self, table: CellTable, key: str, covariate_key: str | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return canonical perturbation [cells], group [cells], and the mask of usable cells."""
-        raw = values_of(table, key)
-        usable = np.array([name is not None for name in raw], bool)
-        canonical = {name: self._names.canonical(name) for name in set(raw[usable])}
-        named = np.array([canonical.get(name, "") for name in raw], object)
-        if self.control not in canonical.values():
-            known = sorted(canonical)
-            raise InputError(
-                f"no cell has the control '{self.control}' in obs['{key}']",
-                f"one of its values: {', '.join(map(repr, known[:8])) or 'none, all are missing'}",
-                nearest(self.control, known, "Add control cells"),
-            )
-        if len(set(canonical.values())) < 2:
-            raise InputError(
-                f"all cells with a value in obs['{key}'] are control cells",
-                "perturbed cells too",
-                "Check the column, or add more cells",
-            )
-        groups = np.full(len(table), EVERYTHING, object)
-        if covariate_key is not None:
-            covariates = labels_of(table.obs, covariate_key)
-            usable &= np.array([name is not None for name in covariates], bool)
-            groups = np.where(usable, covariates, "")
-        for group in dict.fromkeys(groups[usable]):
-            if not (usable & (groups == group) & (named == self.control)).any():
-                raise InputError(
-                    f"group '{group}' of obs['{covariate_key}'] has no control cells",
-                    f"cells with '{self.control}' in obs['{key}'] in every group",
-                    "Remove the cells of that group, or use another covariate_key",
-                )
-        return named, groups, usable
 
     def _measure(
         self,
@@ -516,9 +468,3 @@ class PredictorFit(Estimator):
         self._arrays["pair_residual"] = (np.stack(pairs) if pairs else np.zeros((0, genes))).astype(
             np.float32
         )
-
-
-def values_of(table: CellTable, key: str) -> np.ndarray:
-    """Return a column of perturbations as strings, None for missing ones."""
-    labels = labels_of(table.obs, key)
-    return labels_with_numbers(labels, table.obs[key])

@@ -224,6 +224,27 @@ class Ridge:
         return (condition, latent), facts
 
 
+def left_out_messages(facts: Mapping[str, Any], strengths: Mapping[str, float]) -> list[str]:
+    """Return messages about the benefit of condition and latent for left-out perturbations and groups."""
+    messages = []
+    for what, term, source, without in (
+        ("perturbations", "condition", "the condition", "rmse_of_mean_change"),
+        ("groups", "latent", "the latent of control cells", "rmse_without_latent"),
+    ):
+        if f"left_out_{what}_{without}" not in facts:
+            continue
+        error, other = facts[f"left_out_{what}_rmse"], facts[f"left_out_{what}_{without}"]
+        if strengths[term] > 0:
+            messages.append(
+                f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
+            )
+        else:
+            messages.append(
+                f"Left-out {what}: RMSE {other:.4f}; {source} does not improve it and is not used."
+            )
+    return messages
+
+
 def target_features(
     embedding: np.ndarray | None,
     expression: sparse.csr_matrix | None,

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.tasks.contexts import CellTable, labels_of
+from cellplm_jax.tasks.perturbation_names import PerturbationNames, labels_with_numbers
+
 TARGET_SUM = 1e4
 """Counts per cell before the logarithm."""
 
@@ -48,6 +52,58 @@ class Changes:
         return Changes(
             self.names[rows], self.groups[rows], self.values[rows], self.noise[rows], self.cells[rows]
         )  # fmt: skip
+
+
+def values_of(table: CellTable, key: str) -> np.ndarray:
+    """Return a column of perturbations as strings, None for missing ones."""
+    labels = labels_of(table.obs, key)
+    return labels_with_numbers(labels, table.obs[key])
+
+
+def screen_labels(
+    table: CellTable, names: PerturbationNames, key: str, covariate_key: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return canonical perturbation [cells], group [cells], and the mask of usable cells.
+
+    Args:
+        table: Perturbed and control cells.
+        names: Their names.
+        key: Column of ``obs`` with the perturbations.
+        covariate_key: Column of ``obs`` with the groups; None: one group.
+
+    Raises:
+        InputError: Control cells of a group, or perturbed cells, are missing.
+    """
+    raw = values_of(table, key)
+    usable = np.array([name is not None for name in raw], bool)
+    canonical = {name: names.canonical(name) for name in set(raw[usable])}
+    named = np.array([canonical.get(name, "") for name in raw], object)
+    if names.control not in canonical.values():
+        known = sorted(canonical)
+        raise InputError(
+            f"no cell has the control '{names.control}' in obs['{key}']",
+            f"one of its values: {', '.join(map(repr, known[:8])) or 'none, all are missing'}",
+            nearest(names.control, known, "Add control cells"),
+        )
+    if len(set(canonical.values())) < 2:
+        raise InputError(
+            f"all cells with a value in obs['{key}'] are control cells",
+            "perturbed cells too",
+            "Check the column, or add more cells",
+        )
+    groups = np.full(len(table), EVERYTHING, object)
+    if covariate_key is not None:
+        covariates = labels_of(table.obs, covariate_key)
+        usable &= np.array([name is not None for name in covariates], bool)
+        groups = np.where(usable, covariates, "")
+    for group in dict.fromkeys(groups[usable]):
+        if not (usable & (groups == group) & (named == names.control)).any():
+            raise InputError(
+                f"group '{group}' of obs['{covariate_key}'] has no control cells",
+                f"cells with '{names.control}' in obs['{key}'] in every group",
+                "Remove the cells of that group, or use another covariate_key",
+            )
+    return named, groups, usable
 
 
 def measure(
