@@ -85,10 +85,13 @@ def split_heldout(
     fraction = config.heldout_fraction
     if fraction == 0:
         return list(whole.values()), []
+    # Enough samples for at least one complete one; the tolerance is for the rounding of the product.
     if len(usable) > 1 and len(usable) * fraction > 1 - 1e-9:
         chances = _chances(store, seed)
         held = {number for number in usable if chances[number] < fraction}
         if not held:
+            # By chance none or all can be below the fraction; then the extreme one decides, so the rule stays
+            # deterministic.
             held = {min(usable, key=chances.__getitem__)}
         if len(held) == len(usable):
             held.remove(max(usable, key=chances.__getitem__))
@@ -97,6 +100,7 @@ def split_heldout(
     train, heldout = [], []
     for number in usable:
         cells = store.samples[number].cells
+        # The training part must stay usable by itself.
         cut = min(round(cells * fraction), cells - max(1, config.minimum_cells))
         train.append(SampleRange(number, 0, cells - cut))
         if cut:
@@ -111,9 +115,11 @@ def _chances(store: CellStore, seed: int) -> list[float]:
     for record in store.samples:
         name = (record.dataset_name, record.name)
         seen[name] = seen.get(name, -1) + 1
+        # NUL cannot occur in a name, so different names never give the same text.
         text = "\0".join((str(seed), *name, str(seen[name])))
         digest = hashlib.sha256(text.encode()).digest()
         chances.append(int.from_bytes(digest[:6], "big") / 2**48)
+    # A digest instead of a generator: a sample's number does not depend on how many other samples there are.
     return chances
 
 
@@ -134,6 +140,7 @@ def gene_means(
     total = int(ends[-1]) if len(ends) else 0
     number = max(1, maximum_cells // BLOCK_CELLS)
     if total <= maximum_cells:
+        # All cells, in reads of 16 blocks: the store holds contiguous cells, and few large reads are faster.
         starts, length = np.arange(0, total, 16 * BLOCK_CELLS), 16 * BLOCK_CELLS
     else:
         starts, length = (np.arange(number) * (total / number)).astype(np.int64), BLOCK_CELLS
@@ -148,6 +155,7 @@ def gene_means(
             last = min(part.stop, first + stop - position)
             run = store.read(part.sample, first, last)
             sums += np.bincount(run.gene, weights=run.count, minlength=genes)
+            # A gene that a sample does not measure has no count there, so its cells must not dilute the mean.
             measured = store.measured(part.sample)
             cells += run.cells if measured is None else run.cells * measured
             position += last - first
@@ -224,6 +232,7 @@ class _Eigenvectors:
 
     def __call__(self, sample: int) -> np.ndarray:
         """Return float32 [cells, count] of a spatial sample; 0 for cells without coordinates."""
+        # Several reader threads ask for the same sample; its eigenvectors take seconds and are computed once.
         with self._lock:
             if sample not in self._known:
                 cells = self.store.samples[sample].cells
@@ -264,12 +273,14 @@ class _Rows:
         folded = (rows, self.pieces, self.nonzeros)
         arrays = {
             "indptr": np.zeros((rows, self.pieces, self.cells // self.pieces + 1), np.int32),
+            # Narrow integers: these two arrays are most of the bytes that go to the device.
             "gene": np.empty(folded, np.uint16 if genes <= 65_536 else np.uint32),
             "count": np.empty(folded, np.uint16),
             "cell_mask": np.zeros(cells, bool),
             "segment": np.zeros(cells, np.int32),
             "coordinates": np.zeros((*cells, 2), np.float32),
             "has_coordinates": np.zeros(cells, bool),
+            # All genes, unless a sample records what it measures.
             "measured": np.ones((rows, self.segments, genes), bool),
             "batch": np.full(cells, -1, np.int32),
             "dataset": np.full(cells, -1, np.int32),
@@ -322,6 +333,7 @@ class _Rows:
                             "Check it with 'cellplm info CORPUS --verify', and start again",
                         )
                     gene[stored:end], count[stored:end] = run.gene, run.count
+                    # Offsets are stored per read; they are shifted to the position in the row.
                     np.add(
                         run.indptr[1:],
                         stored,
@@ -349,11 +361,13 @@ class _Rows:
                     samples[row, at] = segment.sample
             arrays["cell_mask"][row, piece * width : piece * width + cell] = True
             indptr[cell + 1 :] = stored
+            # The arrays are uninitialised: old memory could contain an index past the vocabulary.
             gene[stored:], count[stored:] = 0, 0
 
     def batch(self, arrays: dict[str, np.ndarray], lead: tuple[int, ...]) -> CellBatch:
         """Return the arrays as a batch with the leading axes ``lead`` instead of rows."""
         fields = dict(arrays)
+        # Without pieces and segments the model has fewer axes, which compiles to simpler programs.
         if self.pieces == 1:
             fields |= {name: arrays[name][:, 0] for name in ("indptr", "gene", "count")}
         if self.segments == 1:
@@ -399,6 +413,8 @@ class TrainingBatches:
         self.padding = 1.0 - sum(part.cells for part in ranges) / (self.rows_per_epoch * data.cells)
         self.steps_per_epoch = -(-self.rows_per_epoch // (config.accumulate * data.rows))
         self._rows = _Rows(store, config, self.nonzeros)
+        # Prefetching threads are in two epochs at once at a boundary; an lru_cache on the class would keep the store
+        # alive.
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def describe(self, step: int) -> list[RowContents]:
@@ -442,12 +458,16 @@ class TrainingBatches:
             steps = grain.MapDataset.range(start_step, stop_step)
             batches = steps.map(lambda step: self._batch(int(step), first, rows, pool.map))
             options = grain.ReadOptions(
-                num_threads=data.prefetch, prefetch_buffer_size=data.prefetch
+                # A batch per thread; the rows of each are filled by the pool above, so that one large batch is not
+                # read serially.
+                num_threads=data.prefetch,
+                prefetch_buffer_size=data.prefetch,
             )
             iterator = iter(batches.to_iter_dataset(options))
             try:
                 yield from iterator
             finally:
+                # A consumer that stops early must not leave threads that read on.
                 iterator.close()
 
     def _batch(self, step: int, first: int, rows: int | None, over: Callable) -> CellBatch:
@@ -457,6 +477,7 @@ class TrainingBatches:
 
         def fill(place: int) -> None:
             group, row = divmod(place, rows)
+            # Rows are numbered over all processes, so the same rows are read whatever the number of processes.
             number = (step * accumulate + group) * all_rows + first + row
             self._rows.fill(arrays, place, self._contents(number).segments)
 
@@ -533,6 +554,7 @@ def _spread(
     """Yield the number, the range, its first cell and the cells of up to ``maximum`` windows."""
     ranges = [part for part in ranges if part.cells]
     number = min(len(ranges), maximum)
+    # Evenly over samples, then over the windows of each: a function of the data alone, with no random draw.
     chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * number)] for i in range(number)]
     sizes = [window_sizes(part.cells, largest) for part in chosen]
     taken = [1] * number

@@ -62,6 +62,7 @@ class CountChunks(struct.PyTreeNode):
         cells = batch.cell_mask.shape[1] // batch.pieces
         size = min(size, cells)
         number = -(-cells // size)
+        # Constant shapes: the last chunk is moved back instead of being shorter.
         first = jnp.minimum(jnp.arange(number) * size, cells - size)
         source_cells = batch.indptr.shape[-1] - 1
 
@@ -108,6 +109,7 @@ class CountChunks(struct.PyTreeNode):
         """Scatter one value per stored count of one chunk; the result is float32 for integers."""
         kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
         start, stored = self.start(index), self.gene.shape[-1]
+        # Blocks of constant size, because a loop needs the same shape in every turn; the number of turns is dynamic.
         width = min(BLOCK, stored)
 
         def scatter(cell, gene, values, begin, end):
@@ -157,6 +159,7 @@ def _over_pieces(function: Callable) -> Callable:
 
     def mapped(first, *rest):
         lead = first.shape[:-1]
+        # vmap would turn slices at dynamic positions into gathers.
         if all(length == 1 for length in lead):
             arguments = [value.reshape(value.shape[len(lead) :]) for value in (first, *rest)]
             found = function(*arguments)
@@ -234,6 +237,8 @@ def _summed_forward(function, chunks, params, cells, given):
         more_of_rows = chunks.rows(of_cells, index) + more_of_rows
         return value, (of_params, chunks.written(of_cells, more_of_rows, index))
 
+    # The gradient of the cells is written chunk by chunk into one array, so only its shape of one chunk is dropped
+    # here.
     value, (of_params, _) = _zeros(at)
     zeros = value, (of_params, jnp.zeros_like(cells))
     value, gradients = jax.lax.fori_loop(0, chunks.number, add, zeros)
@@ -242,12 +247,15 @@ def _summed_forward(function, chunks, params, cells, given):
 
 def _summed_backward(function, saved, cotangent):
     (of_params, of_cells), types = saved
+    # The loss is scalar, so its cotangent is one factor for all gradients of the forward pass.
     of_cells = cotangent[0].astype(of_cells.dtype) * of_cells
+    # None: chunks and given data are not differentiated.
     return None, _scaled(cotangent[0], of_params, types), of_cells, None
 
 
 def _types(params: Any) -> Any:
     """Return a scalar of each parameter's type, the type of its gradient."""
+    # Residuals must be arrays; a scalar keeps the type without keeping the parameter.
     return jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
 
 
@@ -377,11 +385,13 @@ def _product_backward(saved, gradient):
     table, chunks, values, hidden = saved
 
     def at(index):
+        # The forward pass writes overlapping cells twice with the same value; a sum must count them once.
         fresh = chunks.fresh(index)[:, None]
         rows = jnp.where(fresh, chunks.rows(gradient, index), 0)
         expression = _expression(chunks, values, hidden, index)
         return jnp.einsum("...cg,...ch->gh", expression, rows, preferred_element_type=jnp.float32)
 
+    # Allocated only once the gradient exists, not at the start of the step.
     empty = dependent_zeros(gradient, table.shape)
     product = jax.lax.fori_loop(0, chunks.number, lambda index, sum: sum + at(index), empty)
     return product.astype(table.dtype), None, None, None

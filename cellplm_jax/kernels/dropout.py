@@ -82,6 +82,7 @@ def kept_bits(key: Key[Array, ""], shape: Shape, rate: float) -> UInt8[Array, "*
 
 def _draw(key, rate, index, bits):
     """Add to each byte the bits ``index`` and ``index + 4``, from the halves of one random word."""
+    # 16 random bits per entry, so a word serves two entries and the rate is a multiple of 2^-16.
     threshold = round(rate * 65536)
     words = jax.random.bits(jax.random.fold_in(key, index), bits.shape, jnp.uint32)
     low, high = (words & 0xFFFF) >= threshold, (words >> 16) >= threshold

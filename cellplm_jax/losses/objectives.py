@@ -38,6 +38,7 @@ def average_over(
 ) -> Float32[Array, ""]:
     """Return the mean of the values of the selected cells; 0 without any."""
     weight = cells.astype(jnp.float32)
+    # A selection, not a product: a NaN in padding times 0 would be NaN.
     return jnp.sum(jnp.where(cells, values, 0.0)) / jnp.maximum(weight.sum(), 1.0)
 
 
@@ -54,6 +55,7 @@ def scale_to_total(
 def _divisor(mean: Array) -> Array:
     """Return the sum of each cell's mean, with 0 replaced by 1."""
     predicted = mean.sum(axis=-1)
+    # A cell without selected entries: its mean is 0 everywhere, and 0 / 0 would reach the gradient.
     return jnp.where(predicted > 0, predicted, 1.0)
 
 
@@ -64,6 +66,7 @@ def count_nll_reference(
 ) -> Float32[Array, "samples cells"]:
     """Return :func:`count_nll`, computed at every entry; the reference for tests."""
     counts = truth.dense_counts(reconstruction.mean.shape[-1])
+    # The mean is scaled to the cell's own total: the likelihood judges the shape of a profile, not its depth.
     total = jnp.sum(jnp.where(entries, counts, 0.0), axis=-1)
     mean = scale_to_total(reconstruction.mean, total, entries)
     dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
@@ -99,6 +102,7 @@ def count_nll(
     """
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
+    # The gamma functions of a count of 0 cancel, so they are computed at the few stored counts only.
     chosen = truth.at_nonzeros(entries)
     gene = truth.gene.astype(jnp.int32)
     stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
@@ -145,6 +149,7 @@ def _scaled_mean_terms(dispersion, mean, counts, entries):
     return negative_binomial_mean_terms(counts, scaled, dispersion).sum(axis=-1)
 
 
+# Only the inputs are saved; the backward pass recomputes what is cheap instead of keeping arrays [cells, genes].
 def _scaled_forward(dispersion, mean, counts, entries):
     given = (dispersion, mean, counts, entries)
     return _scaled_mean_terms(*given), given
@@ -159,6 +164,7 @@ def _scaled_backward(saved, gradient):
     theta = dispersion + EPSILON
     ratio = (dispersion + counts) / (theta + scaled)
     slope = jnp.where(entries, ratio - counts / (scaled + EPSILON), 0.0)
+    # The scale is itself a function of all means of the cell: the quotient rule subtracts its share from every entry.
     through_scale = jnp.sum(slope * mean, axis=-1) / divisor
     of_mean = (gradient * scale)[..., None] * (slope - through_scale[..., None])
     by_entry = jnp.log1p(scaled / theta) - ratio * scaled / theta + counts / theta
@@ -205,9 +211,11 @@ def chunked_count_loss(
     _check_decoder(shape, config)
     genes = shape.mean.shape[-1]
     targeted = config.kind in ("imputation", "denoising")
+    # Denoising and imputation score all target genes, so a mask of hidden entries has no meaning for them.
     if targeted:
         gene_mask = None
     scored = truth.cell_mask if gene_mask is None else truth.cell_mask & gene_mask.any(axis=-1)
+    # Normalised before the loop, so that chunks add up to the mean without knowing each other's number of cells.
     weight = scored / jnp.maximum(scored.sum(), 1).astype(jnp.float32)
     chunks = CountChunks.of(truth, -(-chunk // LIKELIHOOD_SHARE), genes)
     given = {
@@ -220,6 +228,7 @@ def chunked_count_loss(
     function = partial(_chunk_of_loss, output, two)
     total, (full, masked) = summed_over_chunks(function, chunks, params, truth.fold(hidden), given)
     # The gamma functions, at the stored counts only.
+    # The dispersion does not depend on cells: one cell is enough, and XLA removes the rest of this product.
     dispersion = output(params, hidden[:1, :1]).dispersion
     given |= {"cell": truth.cell_of_nonzero()}
     blocks = -(-truth.gene.shape[-1] // BLOCK)
@@ -239,6 +248,7 @@ def _block_of_loss(
     """Return the contribution of the gamma functions of a block of stored counts to the loss, and its two terms."""
     batch: CellBatch = given["batch"]
     size = min(BLOCK, batch.gene.shape[-1])
+    # The last block is shifted back to full size; entries that it shares with the one before get weight 0 below.
     start = jnp.minimum(index * size, batch.gene.shape[-1] - size)
     gene, count, cell = (
         jax.lax.dynamic_slice_in_dim(values, start, size, axis=-1)
@@ -291,6 +301,7 @@ def _chunk_of_loss(
 
     reconstruction = output(params, batch.unfold(rows))
     counts = batch.unfold(chunks.dense(batch.count, index))
+    # Cells that the last chunk shares with the one before count once.
     weight = batch.unfold(chunks.rows(given["weight"], index) * chunks.fresh(index))
     if batch.segment is not None:
         batch = batch.replace(segment=of_chunk(batch.fold(batch.segment)))
@@ -341,11 +352,14 @@ def reconstruction_loss(
     counts = truth.dense_counts(genes)
     everything = truth.measured_entries()
     if everything is None:
+        # Length 1 along the cells: broadcast where it is used, never stored per cell.
         everything = jnp.ones((samples, 1, genes), bool)
     zero = jnp.zeros((), jnp.float32)
     if config.kind == "mean_squared_error":
         entries = everything if gene_mask is None else everything & gene_mask
         entries = jnp.broadcast_to(entries & cell_mask[..., None], reconstruction.mean.shape)
+        # The library is that of all measured genes, hidden ones included, so that the target does not depend on the
+        # mask.
         library = jnp.sum(jnp.where(everything, counts, 0.0), axis=-1, keepdims=True)
         target = jnp.log1p(counts / jnp.maximum(library, 1.0) * 1e4)
         loss = regression_loss(reconstruction.mean, target, entries)
@@ -392,6 +406,7 @@ def warmup_factor(step: Integer[Array, ""] | int, config: LatentConfig) -> Float
     """
     if config.warmup_steps <= 0:
         return jnp.ones((), jnp.float32)
+    # W - 1, as in the released code: the factor never reaches 1.
     step = jnp.minimum(jnp.asarray(step, jnp.float32), config.warmup_steps - 1.0)
     return step / config.warmup_steps
 

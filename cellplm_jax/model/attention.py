@@ -68,6 +68,7 @@ class CellGroups(struct.PyTreeNode):
         weights: Float[Array, "samples cells heads"],
     ) -> Float[Array, "samples segments heads width"]:
         """Compute weighted sums of vectors over each segment."""
+        # Packed rows need a sum per segment, single ones a plain product.
         if self.segment is not None:
             return self.total(scaled(values, weights))
         # One product of all heads' weights with all heads' vectors, of which the diagonal blocks are kept.
@@ -100,6 +101,7 @@ class CellGroups(struct.PyTreeNode):
     ) -> Float[Array, "samples segments heads width other"]:
         """Sum the outer products of two vectors per cell over each segment."""
         if self.segment is None:
+            # Padding contributes nothing to a sum if one factor is 0 there.
             left = by_head(left * self.cell_mask[:, :, None, None])
             return batched_product(left, by_head(right), "rows", "rows")[:, None]
 
@@ -150,6 +152,7 @@ def conserved_flow(
 ) -> Flow:
     """Return the terms of flow attention that depend on queries and keys."""
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
+    # Flows are sums over thousands of cells, in which bfloat16 loses the small terms.
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
 
@@ -169,9 +172,12 @@ def conserved_flow(
     # The same flows after normalising each side by the other.
     conserved_sink = flow_of(query, groups.weighted_total(key, source_outgoing))
     conserved_source = flow_of(key, groups.weighted_total(query, sink_incoming))
+    # For stability, as in Flowformer's code: the exponential below stays between 1 / e and e.
     conserved_source = jnp.clip(conserved_source, -1.0, 1.0)
     # Allocation among sinks, competition among sources.
     allocation = nn.sigmoid(conserved_sink)
+    # The softmax over sources, split into this and `share`, because its sum runs over cells that may be on other
+    # devices.
     exponential = jnp.exp(conserved_source) * mask
     share = groups.total(mask) / nonzero(groups.total(exponential))
     return Flow(query, key, sink_incoming, allocation, exponential, share)
@@ -187,6 +193,7 @@ def flow_attention(
     flow = conserved_flow(query, key, groups)
     value = value.astype(jnp.float32)
     memory = groups.outer_total(flow.key, scaled(value, flow.exponential))
+    # The share is one number per segment and head: applied to the memory, not to every cell.
     memory = memory * flow.share[..., None, None]
     mixed = groups.apply(scaled(flow.query, flow.sink_incoming), memory)
     return scaled(mixed, flow.allocation)
@@ -227,6 +234,7 @@ def softmax_weights(
     """Return the weights of :func:`softmax_attention`; see :func:`flow_weights`."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query[:, rows], key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
+    # A large negative number instead of -inf: a row without valid cells would become NaN.
     return nn.softmax(jnp.where(groups.cell_mask[:, None, None, :], scores, -1e30), axis=-1)
 
 
@@ -276,6 +284,7 @@ def performer_attention(
 
     ``projection`` is from :func:`orthogonal_features`.
     """
+    # A quarter power on each side gives the root of the width for their product.
     scale = query.shape[-1] ** -0.25
     mask = groups.cell_mask[:, :, None, None]
 
@@ -324,6 +333,7 @@ class CellAttention(nn.Module):
         elif encoder.kind == "softmax":
             mixed = softmax_attention(query, key, value, groups)
         else:
+            # d log d random features, the usual number of Performer implementations.
             default = max(1, int(heads[-1] * math.log(max(heads[-1], 2))))
             features = encoder.random_features or default
             projection = orthogonal_features(features, heads[-1], seed=self.layer)

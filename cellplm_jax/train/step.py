@@ -98,6 +98,7 @@ def loss_terms(
     given, hide = batch, gene_mask
     if visible is not None:
         # Hidden counts become zero, so that the library size is the sum of the visible ones.
+        # The hidden counts are gone from the input, so the embedder needs no mask on top.
         given, hide = batch.replace(count=jnp.where(visible, batch.count, 0)), None
     hidden = model.apply(
         variables, given, gene_mask=hide, train=True, rngs=rngs, method=CellPLM.represent
@@ -107,6 +108,7 @@ def loss_terms(
     )
 
     chunked = config.chunk_cells > 0 and config.objective.kind != "mean_squared_error"
+    # Cells without a masked entry have no loss: only the masked ones are decoded, which are the largest arrays.
     decoded, z = batch, inferred.z
     if masked is not None and gene_mask is not None and config.objective.kind in MASKED_CELLS_ONLY:
         scored = batch.cell_mask & gene_mask.any(axis=-1)
@@ -133,6 +135,7 @@ def loss_terms(
         )
         return reconstruction_loss(reconstruction, decoded, config.objective, gene_mask=gene_mask)
 
+    # The chunked loss computes its gradient in the forward pass, so there is nothing to compute again.
     if config.rematerialize and not chunked:
         decode_and_score = jax.checkpoint(decode_and_score)
     terms = decode_and_score(variables, z, gene_mask)
@@ -141,6 +144,7 @@ def loss_terms(
     )
     loss = terms["reconstruction"] + latent["latent"]
     if config.objective.restoration_weight:
+        # The projection of the complete counts is a target, not something that may move towards the prediction.
         target = jax.lax.stop_gradient(model.apply(variables, batch, method=CellPLM.trunk))
         distance = restoration_loss(inferred.mean, target, batch.cell_mask)
         terms = {**terms, "restoration": distance}
@@ -174,6 +178,7 @@ def training_step(
         (cells in the loss), ``read_cells`` (before dropping), ``slots`` (cells and padding), ``nonzeros``, ``skipped``,
         ``skipped_in_a_row``, and ``batch_checksum`` (uint32), see :func:`batch_checksum`.
     """
+    # A function of (seed, step): a resumed run draws what the uninterrupted one would have drawn.
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     warmup = warmup_factor(state.step, config.model.latent)
     gradient = jax.value_and_grad(_masked_loss, has_aux=True)
@@ -202,9 +207,11 @@ def training_step(
         (metrics, gradients), _ = jax.lax.scan(add, (metrics, gradients), (numbers, batch))
         average = lambda leaf: leaf / config.accumulate  # noqa: E731
         gradients = jax.tree.map(average, gradients)
+        # A number of cells is summed over accumulated batches; losses and scores are averaged.
         metrics = {k: v if k == "cells" else average(v) for k, v in metrics.items()}
 
     if config.optimizer.freeze_trunk:
+        # Before the norm, so that clipping and the reported norm concern trained parameters only.
         gradients = without_trunk(gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     norm = optax.tree.norm(gradients)
@@ -213,6 +220,7 @@ def training_step(
     def updated(params, moments):
         updates, moments = optimizer.update(gradients, moments, params)
         if config.optimizer.freeze_trunk:
+            # Again after the optimizer: weight decay moves parameters whose gradient is 0.
             updates = without_trunk(updates)
         return optax.apply_updates(params, updates), moments
 
@@ -258,6 +266,7 @@ def _masked_loss(
     params: Any, batch: CellBatch, key: Array, warmup: Array, config: TrainConfig
 ) -> tuple[Array, Metrics]:
     """Drop cells, draw masks, and compute the loss."""
+    # The order of these four is part of the format of a run: changing it changes every later draw.
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     batch = drop_cells(drop_key, batch, config.masking)
     gene_mask, masked = None, None
@@ -297,6 +306,7 @@ def batch_checksum(batch: CellBatch) -> UInt32[Array, ""]:
     def numbered(shape):
         return jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape) * jnp.uint32(2) + 1
 
+    # Odd multipliers are invertible modulo 2^32, so no position is lost.
     rows = numbered((*batch.gene.shape[:-1], 1)) * jnp.uint32(0x9E3779B1)
     place = numbered((batch.gene.shape[-1],)) * jnp.uint32(0x85EBCA77)
     entry = (batch.gene.astype(jnp.uint32) + 1) * (batch.count.astype(jnp.uint32) + 7)
@@ -367,6 +377,7 @@ def evaluation_step(
     mean = reconstruction.mean
     if reconstruction.dispersion is None:
         # A Gaussian decoder predicts log-normalised expression; convert to counts with the visible library size.
+        # Visible genes are a random share of all, so their counts are that share of the library.
         library = jnp.where(visible, counts, 0.0).sum(-1, keepdims=True) / (1.0 - rate)
         mean = jnp.maximum(jnp.expm1(jnp.minimum(mean, 10.0)), 1e-5) * library / 1e4
         nll = jnp.zeros_like(mean)
@@ -383,6 +394,7 @@ def evaluation_step(
             )
     weight = hidden.astype(jnp.float32)
     x, y = jnp.log1p(counts) * weight, jnp.log1p(mean) * weight
+    # Sums add up over batches and processes; correlations do not.
     sums = {"n": weight, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
     result = {name: value.sum(axis=(0, 1)) for name, value in sums.items()}
     result["nll"] = jnp.sum(jnp.where(hidden, nll, 0.0))
@@ -419,6 +431,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
         nonzeros: Maximum number of stored counts per piece.
     """
     data, pieces, genes = config.data, config.mesh.cells, config.model.genes
+    # Must agree with `_Rows.empty` in data/pipeline.py, or the step is compiled a second time.
     index = np.uint16 if genes <= 65_536 else np.uint32
     cells = (data.rows, data.cells)
     folded = (data.rows, pieces) if pieces > 1 else (data.rows,)
@@ -435,6 +448,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
         "dataset": (cells, np.int32),
         "platform": (cells, np.int32),
     }
+    # Fields that a run never has are None in the batch; an array here would be another program.
     if data.segments > 1:
         fields["segment"] = (cells, np.int32)
     if positions.kind == "laplacian":
@@ -507,6 +521,7 @@ def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     def run(params, batch, key):
         return evaluation_step(params, batch, heldout_gene_mask(key, batch, config), config)
 
+    # Mask and prediction in one program, so that the mask [samples, cells, genes] never leaves the device.
     return MeshFunction(run, mesh, out_shardings=replicated(mesh))
 
 
