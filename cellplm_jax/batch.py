@@ -75,6 +75,7 @@ class CellBatch(struct.PyTreeNode):
     @property
     def segments(self) -> int:
         """Maximum number of samples per row."""
+        # The number of segments is a shape, not data: it must be known when a function is compiled.
         if self.segment is None or self.measured is None:
             return 1
         return self.measured.shape[1]
@@ -108,6 +109,7 @@ class CellBatch(struct.PyTreeNode):
         """Return int32 [samples, (pieces,) nonzeros]: each stored count's cell in its piece; past the end if none."""
         nonzeros, source_cells = self.gene.shape[-1], self.indptr.shape[-1] - 1
         lengths = jnp.diff(self.indptr, axis=-1)
+        # Padding is one more cell, past the end, so that scatters drop it and gathers fill it.
         tail = nonzeros - self.indptr[..., -1:]
         lengths = jnp.concatenate([lengths, tail], axis=-1)
 

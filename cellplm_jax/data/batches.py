@@ -72,6 +72,7 @@ def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
     if not present.any():
         return np.full(coordinates.shape, np.nan, np.float32)
     low, high = coordinates[present].min(axis=0), coordinates[present].max(axis=0)
+    # A single point has no extent to divide by.
     extent = float((high - low).max())
     scaled = (coordinates - low) / (extent if extent > 0 else 1.0)
     scaled[~present] = np.nan
@@ -100,23 +101,28 @@ def laplacian_eigenvectors(
     if cells < 3:
         return result
     neighbors = min(neighbors, cells - 1)
+    # The nearest one is the cell itself, which is dropped below.
     index = np.asarray(KDTree(coordinates).query(coordinates, k=neighbors + 1)[1])
     rows = np.repeat(np.arange(cells), neighbors)
     graph = sparse.csr_matrix(
         (np.ones(rows.size), (rows, index[:, 1:].ravel())), shape=(cells, cells)
     )
+    # Nearest neighbours are not mutual, and the Laplacian must be symmetric.
     graph = graph.maximum(graph.T)
     scale = sparse.diags(1.0 / np.sqrt(np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1e-12)))
     similarity = scale @ graph @ scale
     wanted = min(count + 1, cells - 1)
+    # ARPACK needs more cells than requested vectors.
     if cells <= 64:
         values, vectors = np.linalg.eigh(similarity.toarray())
     else:
         # The largest of D^-1/2 A D^-1/2 are the smallest of the Laplacian; a fixed start makes them reproducible.
         start = np.random.default_rng(0).standard_normal(cells)
         values, vectors = eigsh(similarity, k=wanted, which="LA", v0=start)
+    # The first eigenvector is constant up to the degree, and distinguishes no positions.
     order = np.argsort(-values)[1 : count + 1]
     chosen = vectors[:, order]
+    # Unit vectors have entries of 1 / sqrt(cells); scaled, entries do not depend on the size of the sample.
     result[:, : chosen.shape[1]] = chosen * math.sqrt(cells)
     return result
 
@@ -240,6 +246,7 @@ class MemoryStore(Displayed):
                     "Map the counts to the vocabulary first",
                 )
             generator = np.random.default_rng([seed, number])
+            # The same order as in a corpus, so that training from memory and from disk see the same windows.
             order = storage_order(sample.cells, sample.coordinates, generator)
             placed = sample.take(order)
             counts, largest = placed.counts, LARGEST_STORED_COUNT
@@ -248,6 +255,7 @@ class MemoryStore(Displayed):
                 CellRun(
                     indptr=counts.indptr.astype(np.int64),
                     gene=counts.indices.astype(index),
+                    # uint16 would wrap around.
                     count=np.minimum(counts.data, largest).astype(np.uint16),
                     coordinates=placed.coordinates,
                 )

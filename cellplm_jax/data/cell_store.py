@@ -168,4 +168,5 @@ def storage_order(
     present = np.isfinite(coordinates).all(axis=1)
     place = np.full(cells, np.iinfo(np.int64).max)
     place[present] = moore_curve(coordinates[present])
+    # Cells without coordinates have the largest place: they come last, in random order.
     return order[np.argsort(place[order], kind="stable")]

@@ -189,6 +189,7 @@ class Corpus(Displayed):
         }
 
     def __getstate__(self) -> str:
+        # Handles of TensorStore cannot be pickled; another process opens the corpus again.
         return self.path
 
     def __setstate__(self, path: str) -> None:
@@ -208,16 +209,19 @@ class Corpus(Displayed):
         row = self.samples[sample]
         (stored,) = self._read(number, {"X/indptr": (first, first + row.cells + 1)})
         offsets = stored.astype(np.int64) - base
+        # The checksum of a chunk does not help against a file of another part with the same name.
         sound = offsets[0] == 0 and offsets[-1] == row.nonzeros
         if not sound or (np.diff(offsets) < 0).any():
             raise InputError(
                 self._damaged(number, f"cell offsets of sample '{row.name}' are wrong")
             )
+        # The array is shared by all threads.
         offsets.flags.writeable = False
         with self._lock:
             if sample not in self._offsets:
                 self._offsets[sample] = offsets
                 self._offset_bytes += offsets.nbytes
+            # The newest entry stays even if it is larger than the cache.
             while self._offset_bytes > OFFSET_BYTES and len(self._offsets) > 1:
                 self._offset_bytes -= self._offsets.popitem(last=False)[1].nbytes
         return offsets
@@ -236,6 +240,7 @@ class Corpus(Displayed):
         number, first, base = self._where[sample]
         part = self.parts[number]
         offsets = self.indptr(sample)
+        # `base` is the position of the sample in the part; the cached offsets start at 0.
         low, high = base + int(offsets[start]), base + int(offsets[stop])
         wanted = {"X/indices": (low, high), "X/data": (low, high)}
         if row.spatial:
@@ -256,6 +261,7 @@ class Corpus(Displayed):
                 if codes.size and not -1 <= codes.min() <= codes.max() < len(part.label_codes) - 1:
                     what = f"labels of sample '{row.name}' are out of range"
                     raise InputError(self._damaged(number, what))
+                # The last entry of the table is -1, so that the code -1 maps to -1.
                 labels = part.label_codes[codes]
         return CellRun(
             indptr=offsets[start : stop + 1] - offsets[start],
@@ -379,6 +385,7 @@ class Corpus(Displayed):
                 stop = min(start + step, length)
                 (values,) = self._read(number, {array: (start, stop)})
                 checksums.append(crc32(values))
+                # Indices and counts each count half, so that the progress ends at the number of stored counts.
                 if array.startswith("X/") and array != "X/indptr":
                     checked += (stop - start) // 2
                     yield checked
@@ -392,6 +399,7 @@ class Corpus(Displayed):
                 raise InputError(self._damaged(number, what))
 
     def _part(self, name: str, record: Mapping[str, Any]) -> Part:
+        # One bit per gene as text: a JSON list would be larger than the rest of the record.
         bits = np.frombuffer(bytes.fromhex(record["measured"]), np.uint8)
         measured = np.unpackbits(bits, count=len(self.genes)).astype(bool)
         codes = None
@@ -409,6 +417,7 @@ class Corpus(Displayed):
         spec = {
             "driver": "zarr3",
             "kvstore": self._folder.spec(f"parts/{self.parts[number].name}.zarr/{array}"),
+            # A corpus does not change while it is open, and checks would be requests to the object store.
             "recheck_cached_metadata": False,
             "recheck_cached_data": False,
         }
@@ -416,6 +425,7 @@ class Corpus(Displayed):
         self._check_array(number, array, handle)
         self._check_stored(number, array, handle)
         with self._lock:
+            # Two threads may open the same array; both get the first handle.
             return self._arrays.setdefault(key, handle)
 
     def _check_array(self, number: int, array: str, handle: Any) -> None:
@@ -437,10 +447,12 @@ class Corpus(Displayed):
         metadata = handle.spec().to_json()["metadata"]
         wrong = [name for name, value in expected.items() if metadata.get(name) != value]
         codecs = metadata.get("codecs", [])
+        # The outer codec is the sharding; checksums belong to the chunks inside.
         inner = codecs[0].get("configuration", {}).get("codecs", []) if codecs else []
         if (wide or array.startswith("X/")) and not any(c.get("name") == "crc32c" for c in inner):
             wrong.append("codecs")
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        # Python integers do not overflow. A damaged size would make TensorStore allocate any amount of memory.
         if int(np.prod(chunk, dtype=object)) > max(SHARD_VALUES, 2 * record["cells"]):
             wrong.append("chunk_shape")
         if wrong:
@@ -471,6 +483,7 @@ class Corpus(Displayed):
                 if high > handle.shape[0]:
                     what = f"{array} ends at {handle.shape[0]} of {high}"
                     raise InputError(self._damaged(number, what))
+                # Futures: all arrays are requested before the first one is awaited.
                 pending.append(handle[low:high].read())
             return [future.result() for future in pending]
         except (ValueError, RuntimeError, OSError) as error:
@@ -536,6 +549,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
+    # Corpora of the first versions have no digest.
     if index.get("sha256", index_digest(index)) != index_digest(index):
         raise InputError(
             f"'{folder.path}/{INDEX}' is damaged: its checksum differs",
@@ -551,6 +565,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             f"the {index['vocabulary']['genes']} genes the corpus was made with",
             "Put the original genes.txt back, or prepare the corpus again",
         )
+    # All records are requested first, because a corpus in an object store has hundreds of them.
     waiting = {
         entry["name"]: folder.request(f"parts/{entry['name']}.json") for entry in index["parts"]
     }

@@ -34,6 +34,7 @@ def to_jax(array: Any) -> jax.Array:
     """
     import jax
 
+    # JAX computes in 32 bits by default; converted before the import, in the memory of the device.
     narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32, "bool": np.uint8}
     wanted = narrow.get(np.dtype(array.dtype).name)
     if isinstance(array, jax.Array):
@@ -97,6 +98,7 @@ class DeviceSparseRows:
         if getattr(matrix, "format", "csr") != "csr":
             matrix = matrix.tocsr()
         if not getattr(matrix, "has_canonical_format", True):
+            # sum_duplicates works in place, and the matrix belongs to the caller.
             matrix = matrix.copy()
             matrix.sum_duplicates()
         self.data, self.indices = to_jax(matrix.data), to_jax(matrix.indices)
@@ -137,6 +139,7 @@ class DeviceSparseRows:
         begin, lengths = indptr[rows], indptr[rows + 1] - indptr[rows]
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths).astype(jnp.int32)])
         entry = jnp.arange(capacity)
+        # A constant capacity, so that chunks of different content share one compiled function.
         row = jnp.repeat(jnp.arange(len(rows)), lengths, total_repeat_length=capacity)
         place = jnp.clip(begin[row] + entry - offsets[row], 0, max(data.shape[0] - 1, 0))
         stored = entry < offsets[-1]

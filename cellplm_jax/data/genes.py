@@ -121,6 +121,7 @@ def load_human_table() -> HumanTable:
         if kind == "current":
             symbols.setdefault(gene, symbol)
     folded: dict[str, tuple[str, tuple[str, ...]]] = {}
+    # Upper-case names are found in the first table already.
     for symbol, (kind, found) in genes.items():
         if not symbol.isupper():
             _offer(folded, symbol.upper(), kind, found)

@@ -46,6 +46,7 @@ class Entries(NamedTuple):
             kept: bool [columns].
         """
         here = kept[self.indices]
+        # The number of kept entries before each position; the row offsets then index it.
         before = np.zeros(here.size + 1, dtype=np.int64)
         np.cumsum(here, out=before[1:])
         return Entries(self.data[here], self.indices[here], before[self.indptr])
@@ -64,6 +65,7 @@ class SparseRows:
         self.data, self.indices, self.shape = data, indices, shape
         self.indptr = _pointers(data, indices, indptr, shape[0], "row").astype(np.int64, copy=False)
         self.dtype = np.dtype(data.dtype)
+        # A damaged offset table can declare a row of billions of entries, which would be allocated when it is read.
         longest = int(np.diff(self.indptr).max(initial=0))
         if longest > 4 * shape[1] + ROW_ENTRIES:
             raise InputError(
@@ -101,6 +103,7 @@ class CompressedColumns:
         if self._rows is None:
             data, indices = np.asarray(self.data[:]), np.asarray(self.indices[:])
             _check_indices(indices, self.shape[0], "row")
+            # Rows of a CSC matrix are spread over all of it: one conversion is cheaper than a search per block.
             rows = sparse.csc_matrix((data, indices, self.indptr), shape=self.shape).tocsr()
             self._rows = SparseRows(rows.data, rows.indices, rows.indptr, self.shape)
             self.data, self.indices = rows.data, rows.indices  # releases the CSC arrays
@@ -137,12 +140,14 @@ class DenseRows:
         parts = []
         for low in range(start, stop, step):
             block = self.array[low : min(low + step, stop)]
+            # A dask array.
             block = block.compute() if hasattr(block, "compute") else block
             if sparse.issparse(block):  # a dask array of sparse chunks
                 rows = block.tocsr()
                 parts.append(Entries(rows.data, rows.indices, rows.indptr))
                 continue
             block = np.asarray(block)
+            # Row by row, hence in the order of CSR.
             row, column = np.nonzero(block)
             pointers = np.zeros(block.shape[0] + 1, dtype=np.int64)
             np.cumsum(np.bincount(row, minlength=block.shape[0]), out=pointers[1:])
@@ -172,6 +177,7 @@ class OnDevice:
     def sample(self) -> np.ndarray:
         """Return non-zero values of rows spread over the matrix."""
         step = max(1, PROBE_VALUES * 10 // (PROBE_BLOCKS * max(1, self.shape[1])))
+        # Stored zeros of a CuPy matrix say nothing about whether values are counts.
         values = np.concatenate([self.read(*rows).data for rows in _spread(self.shape[0], step)])
         return values[values != 0]
 
@@ -216,6 +222,7 @@ def _pointers(data: Any, indices: Any, indptr: Any, length: int, axis: str) -> n
 
 def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
     """Raise an error for entries outside the matrix."""
+    # Out of range, the compiled routines of scipy and Numba would read or write foreign memory.
     if indices.size and (indices.max() >= length or indices.min() < 0):
         bad = indices.max() if indices.max() >= length else indices.min()
         raise InputError(

@@ -96,6 +96,7 @@ def auroc(positive: Bool[np.ndarray, " cells"], score: Real[np.ndarray, " cells"
     number, rest = int(positive.sum()), int((~positive).sum())
     if not number or not rest:
         return float("nan")
+    # Mean ranks of ties: equal scores count as half a correct order.
     rank = rankdata(score)
     return float((rank[positive].sum() - number * (number + 1) / 2) / (number * rest))
 

@@ -43,6 +43,7 @@ def _checked_embedding(embedding: Matrix, *, neighbors: int | None = None) -> np
             "real numbers",
             "Convert it with embedding.astype('float32')",
         )
+    # float16 overflows in squared distances.
     array = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
     finite = np.asarray(np.isfinite(array).all(axis=1))
     if not finite.all():
@@ -104,6 +105,7 @@ def neighbor_graph(
     array = _checked_embedding(embedding, neighbors=neighbors)
     scanpy = require("scanpy", _EXTRA, "The neighbour graph of an embedding")
     cells = scanpy.AnnData(obs=pd.DataFrame(index=[str(n) for n in range(len(array))]))
+    # A new AnnData, so that scanpy writes nothing into the caller's.
     cells.obsm[name] = array
     scanpy.pp.neighbors(
         cells, n_neighbors=neighbors, use_rep=name, metric=metric, random_state=seed
@@ -173,6 +175,7 @@ def leiden_of_graph(
     clusters = clusters.obs["cluster"].astype(int).to_numpy()
     size = np.bincount(clusters)
     rank = np.empty(len(size), np.int32)
+    # Numbered by size, the largest first, so that the numbers do not depend on igraph's order.
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
     return rank[clusters]
 
@@ -237,6 +240,7 @@ def knn_accuracy(
     codes = _codes(labels, "labels", cells=len(array))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
+    # Without an argument, scikit-learn excludes the cell itself, also among equal embeddings.
     voters = codes[finder.kneighbors(return_distance=False)]  # [cells, neighbors], nearest first
     votes = np.zeros((len(array), codes.max() + 1), np.int32)
     row = np.arange(len(array))
@@ -273,6 +277,7 @@ def batch_mixing(
     array = _checked_embedding(embedding)
     codes = _batch_codes(batches, len(array))
     number = int(codes.max()) + 1
+    # Beyond three times the perplexity the kernel weights are negligible, as in t-SNE.
     neighbors = int(min(3 * perplexity, len(array) - 1))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
@@ -287,10 +292,12 @@ def batch_mixing(
 
 def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
     """Return weights ``exp(-beta distance)`` [cells, neighbors] that sum to 1 per row and have the given perplexity."""
+    # The nearest at 0, so that the exponential does not underflow for distant cells.
     distance = distance - distance[:, :1]
     spread = np.maximum(distance.mean(axis=1, keepdims=True), 1e-12)
     low, high = np.full_like(spread, -30.0), np.full_like(spread, 30.0)  # log(beta * spread)
     weights = np.full_like(distance, 1.0 / distance.shape[1])
+    # Bisection of the logarithm of beta for all cells at once.
     for _ in range(60):
         middle = (low + high) / 2
         kernel = np.exp(-np.exp(middle) * distance / spread)
@@ -397,6 +404,7 @@ def _acceptance(
     """Return the fraction of cells at which the batch composition is not rejected."""
     size = np.unique(codes, return_counts=True)[1]
     if neighbors is None:
+        # A quarter of the mean batch size, between 10 and 70, as in scib.
         neighbors = min(70, max(10, int(size.mean()) // 4))
     neighbors = min(neighbors, len(array))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")

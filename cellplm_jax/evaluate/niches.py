@@ -61,6 +61,7 @@ def spatial_graph(
         distance, index = np.asarray(distance), np.asarray(index)
         limit = distance[:, last]
         middle = np.median(limit)
+        # On a lattice the distance to the last neighbour hardly varies.
         regular = middle <= REGULAR * np.quantile(limit, 0.05)
         near = (
             distance
@@ -121,6 +122,7 @@ def shells(
     reached = sparse.csr_matrix(sparse.eye(edges.shape[0], dtype=bool, format="csr"))
     last, found = reached, []
     for _ in range(number):
+        # The product of boolean matrices: cells one edge further.
         further = sparse.csr_matrix(last @ edges)
         # Booleans: "greater" is true for cells that are new.
         last = sparse.csr_matrix(further > reached)
@@ -201,6 +203,7 @@ def meetings(
     shuffled, total, squares = labels.copy(), np.zeros(number**2), np.zeros(number**2)
     for _ in range(permutations):
         for own in members:
+            # Within samples, or differences of composition between samples would count as attraction.
             shuffled[own] = generator.permutation(labels[own])
         # Differences from the observed count: squares of raw counts would lose digits.
         difference = (count(shuffled) - observed).astype(np.float64)
@@ -264,6 +267,7 @@ def consensus_clusters(
     ]
     mean = each[0]
     for _ in range(MATCHINGS):
+        # Groups have no names in common: the assignment with the largest overlap matches them.
         orders = [linear_sum_assignment(mean.T @ one, maximize=True)[1] for one in each]
         mean = np.mean([one[:, order] for one, order in zip(each, orders, strict=True)], axis=0)
     if graph is not None:

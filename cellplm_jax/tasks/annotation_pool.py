@@ -93,6 +93,7 @@ def choose_pool(
     losses = {name: np.zeros(len(labels)) for name in parts}
     for number in range(POOL_FOLDS):
         out = np.flatnonzero(every % POOL_FOLDS == number)
+        # With fewer cells than folds.
         if not len(out) or len(out) == len(labels):
             continue
         for name in parts:
@@ -117,6 +118,7 @@ def neighbor_votes(
     square, votes = (reference**2).sum(axis=1), np.zeros((len(cells), classes))
     for start in range(0, len(cells), 1024):
         piece = cells[start : start + 1024]
+        # The squared norm of the cell itself is omitted: it does not change the order.
         squared = square[None] - 2.0 * piece @ reference.T
         nearest = np.argpartition(squared, voters - 1, axis=1)[:, :voters]
         for place in range(voters):
@@ -150,6 +152,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         fit = cross_entropy(logits, labels, float(np.exp(log)))
         return fit + 0.5 * log**2 / len(labels)
 
+    # A temperature outside 1/20 to 20 means that the cells do not determine it.
     bound = np.log(20.0)
     optimum: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
     return float(np.exp(optimum.x))

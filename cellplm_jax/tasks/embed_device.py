@@ -74,6 +74,7 @@ def embed_on_device(
     """
     hidden, sound, empty = express_on_device(source, rows, model, cells, coordinates, on_progress)
     sound, empty = np.asarray(sound)[: len(cells)], np.asarray(empty)[: len(cells)]
+    # Only now, on the host: a compiled function cannot raise.
     for cell in cells[~sound][:1]:
         source.read(int(cell), int(cell) + 1)  # raises, and names the value
     source.note_empty(cells, empty)
@@ -117,10 +118,12 @@ def express_on_device(
     put = partial(jax.device_put, device=rows.device)
     column = put(source.vocabulary_column.astype(np.int32))
     table = params["embedder"]["gene_embedding"]
+    # Dense rows have all columns of the file: the table is brought into their order once, not the counts per chunk.
     weights = gather(table, column) if dense else table
     parts: list[tuple[jax.Array, jax.Array, jax.Array]] = []
     begin = 0
     while begin < len(cells):
+        # Sparse rows: as many cells as their stored counts allow.
         number = rows.fits(cells[begin : begin + size], capacity)
         part = slice(begin, begin + number)
         index = np.zeros(size, np.int32)
@@ -147,6 +150,7 @@ def _first(result: tuple[jax.Array, ...], number: int) -> tuple[Any, ...]:
 
 
 _compiled: WeakKeyDictionary[Pretrained, dict[bool, tuple[Callable, Callable]]]
+# Weak keys, so that a model that is no longer used frees its compiled functions and its copies of weights.
 _compiled = WeakKeyDictionary()
 
 
@@ -198,6 +202,7 @@ def _sparse_chunk(
     count, sound = _counts(data, values)
     gene = column[columns]
     stored = jnp.arange(capacity) < offsets[-1]
+    # The library size is that of genes in the vocabulary, as on the host.
     known = jnp.where(stored & (gene >= 0), count, 0)
     cell = jnp.repeat(jnp.arange(size), offsets[1:] - offsets[:-1], total_repeat_length=capacity)
     batch = CellBatch(
@@ -218,6 +223,7 @@ def _counts(found: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
     lowest = -INTEGER_TOLERANCE if values == "counts" else 0.0
     sound = (found >= lowest) & (found <= HIGHEST[values])
     if values == "counts":
+        # Counts stored as floating point may be off by rounding; they become integers, as on the host.
         integers = jnp.rint(found)
         return integers, sound & (jnp.abs(found - integers) <= INTEGER_TOLERANCE)
     return (jnp.expm1(found) if values == "log1p" else found), sound
@@ -270,6 +276,7 @@ def fits_at_once(cells: int, config: ModelConfig, device: jax.Device | None) -> 
         device: The device; None: JAX's default one.
     """
     memory = (device or jax.local_devices()[0]).memory_stats() or {}
+    # CPUs report no limit: their memory is shared with everything else.
     if "bytes_limit" not in memory:
         return False
     free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)

@@ -209,6 +209,7 @@ class SampleClassifier(Estimator):
             place = {name: code for code, name in enumerate(types)}
             type_codes = np.array([place.get(name, 0) for name in given])
         else:
+            # A regular stride: the same cells for the same file.
             every = -(-len(z) // CLUSTERED_CELLS)
             usable = np.arange(len(z)) % every == 0
             try:
@@ -228,6 +229,7 @@ class SampleClassifier(Estimator):
             types = [f"cluster {code}" for code in range(number)] if number > 1 else [ONE_TYPE]
         place = {name: code for code, name in enumerate(names)}
         samples = np.array([place.get(name, -1) for name in table.batch])
+        # Cells outside the stride, or without a type, do not enter the estimate.
         samples[~usable] = -1
         self._shifts, facts = fit_shifts(
             z, table.counts, table.genes, samples, type_codes, types, codes, self.labels,
@@ -467,7 +469,9 @@ def logistic_regression(
 
     classes = int(codes.max()) + 1 if classes is None else classes
     centre, spread = features.mean(axis=0), features.std(axis=0)
+    # Dimensions that hardly vary between samples would otherwise be blown up to the scale of the others.
     spread = np.maximum(spread, 0.05 * np.sqrt(np.square(spread).mean()) + 1e-12)
+    # Divided by the root of the width, so that the penalty means the same for any latent size.
     scaled = (features - centre) / spread / np.sqrt(features.shape[1])
     wanted = np.eye(classes)[codes]
     shape = (features.shape[1] + 1, classes)
@@ -517,6 +521,7 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
             errors[row, out] = _cross_entropies(features[out] @ kernel + bias, codes[out])
     worse = errors - errors[errors.mean(axis=1).argmin()]
     doubt = worse.std(axis=1) / np.sqrt(len(codes))
+    # Penalties are ordered from strong to weak, so the first one within the error is the strongest.
     chosen = int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])
     return PENALTIES[chosen], float(errors[chosen].mean())
 
@@ -524,6 +529,7 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
 def _folds(codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return int [samples], the fold of each: samples in random order, class by class, assigned round-robin."""
     order = np.random.default_rng(seed).permutation(len(codes))
+    # Sorted by class and then assigned round-robin: every fold has about the same classes.
     order = order[np.argsort(codes[order], kind="stable")]
     fold = np.empty(len(codes), int)
     fold[order] = np.arange(len(codes)) % folds

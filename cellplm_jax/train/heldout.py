@@ -113,6 +113,7 @@ class HeldoutEvaluation:
             (np.asarray(self._embed(params, self._place(batch))), labels, sample)
             for batch, labels, sample in self._labelled()
         ]
+        # The embedding is a collective operation, so all processes run it; the scores need one.
         if jax.process_index() != 0 or self.labelled_cells <= PROBE_NEIGHBORS + 1:
             return {}
         known = [labels >= 0 for _, labels, _ in parts]
@@ -151,6 +152,7 @@ class HeldoutEvaluation:
         first, count = local_rows(self._mesh, rows)
 
         def mine(leaf: np.ndarray) -> np.ndarray:
+            # Leading axes can be several entries per row.
             fold = leaf.shape[0] // rows
             return leaf[first * fold : (first + count) * fold]
 
