@@ -115,6 +115,7 @@ class PartWriter:
         self._checksums: dict[str, list[int]] = {}
         self._streams: tuple[_Stream, ...] = ()
         self._open = contextlib.ExitStack()
+        # SIGTERM must not leave a partial part that the next run trips over.
         self._open.enter_context(removed_when_stopped(self._partial))
         try:
             with self._explained():
@@ -214,6 +215,7 @@ class PartWriter:
     def abort(self) -> None:
         """Remove the written data, unless the part is finished."""
         for stream in self._streams:
+            # Pending writes would create files again after the removal.
             stream.settle()
         remove_path(self._partial)
         self._open.close()
@@ -270,6 +272,7 @@ class PartWriter:
 
         root = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
         names = list(dict.fromkeys(sample.name for sample in samples))
+        # Repeated names are one category.
         codes = np.repeat(
             [names.index(sample.name) for sample in samples], [sample.cells for sample in samples]
         )
@@ -297,6 +300,7 @@ class PartWriter:
             stream = self._stream("obsm/spatial", np.dtype(np.float32), 2 * self.cells)
             stream.close_pairs(np.asarray(coordinates, np.float32))
         if labels is not None:
+            # anndata writes this array itself, so its checksum is computed here.
             stored = np.asarray(obs[LABEL_COLUMN].cat.codes)
             self._checksums[f"obs/{LABEL_COLUMN}/codes"] = [crc32(stored)]
         return categories
@@ -343,6 +347,7 @@ class PartWriter:
         parts = self.folder / "parts"
         marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        # Without its record a part counts as unfinished: an interruption from here on costs this part only.
         marker.unlink(missing_ok=True)
         remove_path(store)
         self._partial.replace(store)
@@ -369,6 +374,7 @@ class _Stream:
             whole = len(joined) // SHARD_VALUES * SHARD_VALUES
             for start in range(0, whole, SHARD_VALUES):
                 self._write(joined[start : start + SHARD_VALUES])
+            # A copy, because a view would keep the complete block in memory.
             self._held = [joined[whole:].copy()]
             self._waiting = len(self._held[0])
 
@@ -410,12 +416,14 @@ class _Stream:
         self.checksums.append(crc32(values))
         self._pending.append(self._array[self._written : stop].write(values))
         self._written = stop
+        # Two writes at a time bound the memory, and overlap with the reading of the next block.
         while len(self._pending) > 1:
             self._pending.popleft().result()
 
 
 def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
     """Create a sharded, checksummed zarr v3 array; its fill value marks missing shards and cannot be a valid value."""
+    # Explicit, so that files are the same on every machine.
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {
         "cname": "lz4",

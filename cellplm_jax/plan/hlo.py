@@ -295,9 +295,11 @@ def group_size(attributes: str, devices: int) -> int:
 def _sent(kind: str, group: int, payload: float) -> float:
     if group <= 1:
         return 0.0
+    # Ring algorithms: a reduce-scatter and an all-gather, each of which sends all but a device's own share.
     if kind == "all-reduce":
         return 2 * (group - 1) / group * payload
     if kind == "reduce-scatter":
+        # The payload is the output, a share of what each device has.
         return (group - 1) * payload
     if kind in ("collective-permute", "collective-broadcast"):
         return payload
@@ -340,6 +342,7 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
     if "direction=LT" in compare.attributes:
         return max(0, int(limit.literal))
     if "direction=LE" in compare.attributes:
+        # `<=` includes the limit.
         return max(0, int(limit.literal) + 1)
     return None
 
@@ -388,6 +391,7 @@ def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> fl
     for dimension in range(spatial):
         label = str(dimension)
         output = np.arange(out.extents[outputs.index(label)])
+        # Pairs of output and kernel position whose input exists: not padding, and not between dilated entries.
         offset = np.arange(window["size"][dimension]) * window["dilation"][dimension]
         extent = left.extents[inputs.index(label)]
         place = output[:, None] * window["stride"][dimension] + offset - window["low"][dimension]
@@ -449,6 +453,7 @@ class _Reader:
             self.communication(entry, place)
             if not place.fused:
                 self.cost.memory_bytes += place.times * self.traffic(computation, entry)
+                # SparseCores run next to the matrix units, so their cycles do not add up.
                 cycles = None if place.sparse else _CYCLES.search(entry.attributes)
                 self.cost.cycles += place.times * int(cycles.group(1)) if cycles else 0
             for called, inner in self.within(entry, place):
@@ -458,6 +463,7 @@ class _Reader:
         """Yield the computations that an instruction runs, with their contexts."""
         if entry.opcode == "while":
             rounds = trip_count(self.program, entry)
+            # Counted once, and reported: the cost is then a lower bound.
             self.cost.unknown_loops += rounds is None
             inner = replace(
                 place,

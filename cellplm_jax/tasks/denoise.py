@@ -151,6 +151,7 @@ class Denoiser(Estimator):
         # Validation cells are denoised too, so genes that only they express are included in the fit.
         table = self._choose_genes(table, np.union1d(train, valid))
         kept, held = thin(table.counts, seed=self.training.seed)
+        # The network never sees the molecules that the weights of the pool are fitted to.
         table = dataclasses.replace(table, counts=kept)
         start = self._begin(
             table,
@@ -163,6 +164,7 @@ class Denoiser(Estimator):
             "training_cells": len(train),
             "validation_cells": len(valid),
         }
+        # The same contexts in every epoch, so that losses are comparable.
         judged = self._examples(table, valid, start)
         self._finetune(
             start,
@@ -187,6 +189,7 @@ class Denoiser(Estimator):
         if self.model is None and self.base is not None:
             require_counts_decoder(self.base)
             self.model = self.base
+            # Replaced, not appended: a second prediction must not repeat it.
             self.messages = ["Not fitted: using the pretrained model zero-shot."]
             self.facts = {"zero_shot": True}
         return super()._fitted()
@@ -286,6 +289,7 @@ class Denoiser(Estimator):
             known = self._table(truth, reading)
             require_same_cells(known, list(seen.obs.index.astype(str)))
             visible, true = seen.counts, known.counts
+            # For booleans "greater" means true and not: stored in truth, hidden in adata.
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:
             raise InputError(
@@ -301,6 +305,7 @@ class Denoiser(Estimator):
         weights = {"": pool.weights} | {f"{name}_": alone(name, len(table.genes)) for name in names}
         scores: dict[str, float] = {}
         for prefix, given in weights.items():
+            # Parts alone are scored without the correction of clusters, which belongs to the pool.
             shares = combine(parts, given, correct=not prefix)
             found = denoising_scores(true_logs, np.log1p(1e4 * shares), hidden)
             kept = ("rmse", "mae", "pearson") if prefix else tuple(found)
@@ -311,6 +316,7 @@ class Denoiser(Estimator):
                 scores |= {f"{prefix}{key}": value for key, value in markers.items()}
         output = Reconstruction(combine(parts, pool.weights), pool.dispersion)  # type: ignore[arg-type]
         totals, every = _totals(visible), np.ones(len(table.genes), bool)
+        # Hidden entries are known to be non-zero, so the fair prediction is conditional on that.
         counts = expected_counts(output, totals, every, True)
         logs = expected_logs(output, totals, every, counts)
         mean = gene_means(log_normalize(visible), detected=True)
@@ -332,6 +338,7 @@ class Denoiser(Estimator):
             mean, present = np.asarray(output.mean)[:, places], 1.0
             if output.zero_logits is not None:
                 present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits)[:, places]))
+            # The mean of a zero-inflated distribution includes its structural zeros.
             network[piece] = mean * present
         means = None if self.pool is None else self.pool.gene_means[places]
         with self._progress("nearest cells", len(table)) as advance:
@@ -383,6 +390,7 @@ class Denoiser(Estimator):
                 gene_means=pool.gene_means[places],
             )  # fmt: skip
         kept, held = thin(table.counts, seed=self.training.seed)
+        # The pool of a zero-shot prediction is fitted with the options of that call.
         before, self.reading = self.reading, reading
         try:
             thinned = dataclasses.replace(table, counts=kept)
@@ -425,6 +433,7 @@ class Denoiser(Estimator):
         return blocks(), table, facts, [*messages, pool.message()]
 
     def _predict(self, data: Any, reading: Reading, **given: Any) -> Prediction:
+        # A file is compressed, which rounding makes far smaller; in memory float32 is expected.
         if given.get("storage") is None:
             given["storage"] = "rounded" if isinstance(data, str | os.PathLike) else "float32"
         options = Options(**given)
@@ -434,6 +443,7 @@ class Denoiser(Estimator):
         blocks, table, facts, messages = self._expected(data, reading, options)
         column = np.asarray(table.report.genes.column, int)
         matrix = facts["input"]["matrix"]
+        # A layer has the columns of X, so predictions for other genes have no place.
         if matrix == "raw.X" or getattr(data, "n_vars", len(column)) != len(column):
             raise InputError(
                 f"the counts are in {matrix}, whose genes differ from those of the layers",
@@ -457,6 +467,7 @@ class Denoiser(Estimator):
             chosen = [values[:, gene] * share]
             if logs is not None:
                 logs = logs[:, gene]
+                # Without repeated names the logarithms stay bit for bit as they are.
                 chosen.append(np.log1p(np.expm1(logs) * share) if (share < 1.0).any() else logs)
             for writer, block in zip(writers, chosen, strict=True):
                 writer.add(piece, block)

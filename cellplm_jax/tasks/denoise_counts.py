@@ -73,6 +73,7 @@ class LayerWriter:
         logs: bool = False,
     ):
         self.shape, self.known, self.storage, self.logs = shape, known, storage, logs
+        # About as many entries as the counts had, so that the layer needs about as much memory.
         self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
         self.dense, self.blocks = None, []
         # A sparse entry takes the memory of two dense ones.
@@ -104,6 +105,7 @@ class LayerWriter:
         kept = values > 0
         if self.storage == "sparse":
             number = min(values.size, max(1, round(self.density * values.size)))
+            # The largest entries of the block, before rounding: rounding makes ties.
             kept &= given >= np.partition(given.ravel(), values.size - number)[-number]
         indices = np.tile(self.known.astype(np.int32), len(values))[kept.ravel()]
         indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
@@ -126,8 +128,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
     """
     values = np.ascontiguousarray(values, np.float32)
     dropped = 23 - DIGITS
+    # Adding half of the last kept bit rounds to nearest; a carry moves into the exponent, as it should.
     bits = values.view(np.int32) + (1 << (dropped - 1))
     relative = (bits & ~((1 << dropped) - 1)).view(np.float32)
+    # Relative to the row's sum, so that deep and shallow cells lose the same share.
     sums = values.sum(axis=1, keepdims=True, dtype=np.float64)
     step = np.exp2(np.floor(np.log2(np.maximum(STEP * sums, 1e-30)))).astype(np.float32)
     return np.where(values < step * 2**DIGITS, np.rint(values / step) * step, relative)
@@ -202,6 +206,7 @@ def expected_logs(
     weight, chance = np.ones_like(mean), np.ones_like(mean)
     total = np.broadcast_to(np.log1p(scale), mean.shape).copy()
     for count in range(2, EXPLICIT_COUNTS + 1):
+        # In place: these arrays are [cells, genes], and the loop runs for every count up to 48.
         weight *= (count - 1 + theta) / count * ratio_few
         chance += weight
         total += weight * np.log1p(count * scale)
@@ -220,6 +225,7 @@ def posterior_counts(
         dispersion: float [genes], inverse dispersion.
         counts: CSR [cells, genes].
     """
+    # Conjugate update of gamma(theta, theta / mu) by a count: (theta + x) / (theta / mu + 1).
     mean = expected * (dispersion + counts.toarray()) / (dispersion + expected)
     sums = np.maximum(mean.sum(axis=1, keepdims=True), 1e-12)
     return (mean * (expected.sum(axis=1, keepdims=True) / sums)).astype(np.float32)

@@ -267,6 +267,7 @@ def read_and_embed(
     Returns:
         float32 [cells, latent]; facts for ``uns``; sentences about the input.
     """
+    # Before the counts are read: a missing extra must not be found after an hour.
     check_adapt(context.adapt)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_counts(data, model.genes, **read))
@@ -371,6 +372,7 @@ def embed_source(
             placed = None if coordinates is None else scale_coordinates(coordinates[cells])
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
+                # `n=done` binds the current value.
                 on_progress = lambda text, n=done: update(n, text)  # noqa: E731
                 embedding[cells[index]] = embed_context(
                     source, model, cells[index], here, waiting, on_progress
@@ -393,6 +395,7 @@ def _tissue_samples(source: CountSource, batch_key: str | None) -> list[np.ndarr
 def _contexts(cells: int, limit: int | None) -> Iterator[np.ndarray]:
     count = 1 if limit is None else -(-cells // limit)
     for start in range(count):
+        # Round-robin, so that every context is a cross-section of the sample.
         yield np.arange(start, cells, count)
 
 
@@ -497,8 +500,10 @@ def express_context(
     Returns:
         float32 [padded, hidden], before any attention, 0 past the cells; in memory, or on disk if it is large.
     """
+    # In host memory: a context can be larger than the device's.
     hidden = host_array((padded or len(cells), model.config.hidden))
     devices = len(model.embeds_on)
+    # One batch per device in computation, and one that is read.
     batches = Prefetcher(_chunks_of_context(source, model, cells, coordinates), depth=1 + devices)
     started = time.perf_counter()
     chunks = (
@@ -521,6 +526,7 @@ def _chunks_of_context(
     """Yield a context as batches of one shape: rows of the context, number of the device, the batch on that device."""
     turns = itertools.cycle(range(len(model.embeds_on)))
     rows = min(CHUNK_CELLS, bucket(len(cells)))
+    # One shape for all chunks of a context, hence one compilation; any single cell fits.
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
     positions = model.config.positions
     vectors = None

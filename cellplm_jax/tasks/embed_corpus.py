@@ -169,6 +169,7 @@ def embed_corpus(
         mine = deal(cells, count)[index]
         left = [sample for sample in mine if not done[sample]]
         title = "embedding" if count == 1 else f"embedding ({index + 1} of {count})"
+        # Counts this process's cells only; the others report their own.
         progress = ProgressReport(title, sum(cells[s] for s in left), unit="cells", quiet=quiet)
         if len(left) < len(mine):
             progress.say(f"{len(mine) - len(left)} of {len(mine)} samples were done already")
@@ -212,6 +213,7 @@ def wait_until_complete(out: str | os.PathLike) -> None:
     folder, pause = Folder(out), POLL_SECONDS
     while not _complete(folder):
         time.sleep(pause)
+        # Each poll of a store at gs:// is a request.
         pause = min(2 * pause, 30 * POLL_SECONDS)
 
 
@@ -226,6 +228,7 @@ def weights_fingerprint(model: Pretrained) -> str:
     for path, leaf in sorted(flatten_dict(model.params).items()):
         if path[0] in EMBEDDING_PARTS:
             digest.update("/".join(path).encode())
+            # Decoder and head are not hashed: they do not change an embedding.
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]
 
@@ -393,6 +396,7 @@ def _complete(folder: Folder) -> bool:
         return False
     root = parse_json(folder.read(_ROOT) or b"")
     root["attributes"][_STATE]["complete"] = True
+    # Completed before the marks are removed: in between, a reader sees both.
     folder.write(_ROOT, json.dumps(root, indent=2).encode())
     folder.remove(_DONE)
     return True

@@ -15,7 +15,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
-from cellplm_jax.tasks.contexts import read_cells, require_same_cells
+from cellplm_jax.tasks.contexts import CellTable, read_cells, require_same_cells
 from cellplm_jax.tasks.denoise import expected_counts
 from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.impute_fit import DECODED_AS, ImputerFit
@@ -175,6 +175,7 @@ class GeneImputer(ImputerFit):
         """
         places = self._places(genes)
         require_intervals(self._intervals, coverage)
+        # Intervals are calibrated on log-normalised values, so these are predicted whatever is returned.
         frame, total, _, _ = self._imputed(adata, self._as_fitted(keys), places, True)
         return self._ends(frame, total, coverage, places, log_normalized)
 
@@ -239,6 +240,7 @@ class GeneImputer(ImputerFit):
         if coverage is not None:
             logs = frame
             if not log_normalized:
+                # Logarithms and counts are averaged with different weights, so neither follows from the other.
                 logs = self._imputed(path, reading, places, True)[0]
             low, high = self._ends(logs, total, coverage, places, log_normalized)
             tables |= {f"{key_added}_low": low, f"{key_added}_high": high}
@@ -281,6 +283,7 @@ class GeneImputer(ImputerFit):
         """Return whether log-normalised values [cells, genes] are inside their 90 % intervals."""
         places = self._places(list(predicted.columns))
         low, high = self._ends(predicted, np.zeros(len(true)), 0.9, places, True)
+        # The ends are float32: a value at an end must count as inside.
         return (true >= low.to_numpy() - 1e-5) & (true <= high.to_numpy() + 1e-5)
 
     def score_genes(
@@ -340,38 +343,27 @@ class GeneImputer(ImputerFit):
         Raises:
             InputError: The cells cannot be read, or do not match the prediction.
         """
-        model = self._fitted()
-        reading = self._as_fitted(keys)
-        table = read_cells(
-            adata,
-            model.genes,
-            **reading.counts,
-            spatial_key=None,
-            minimum_genes=0,
-        )
         return beside_measured(
-            table,
+            self._measured(adata, self._as_fitted(keys)),
             imputed,
             self._columns[self._places(list(imputed.columns))],
-            np.isin(model.genes, self.panel),
+            np.isin(self._fitted().genes, self.panel),
             self.confidence,
             log_normalized=log_normalized,
             pairs=pairs,
         )
 
+    def _measured(self, data: Any, reading: Reading) -> CellTable:
+        """Return the counts of all genes of the model that the cells measure."""
+        genes = self._fitted().genes
+        return read_cells(data, genes, **reading.counts, spatial_key=None, minimum_genes=0)
+
     def _compared(
         self, adata: Any, truth: Any, keys: ReadingKeys
     ) -> tuple[np.ndarray, pd.DataFrame, dict[str, np.ndarray]]:
         """Return log-normalised truth [cells, genes], prediction and its parts, over the measured genes of truth."""
-        model = self._fitted()
         reading = self._as_fitted(keys)
-        known = read_cells(
-            adata if truth is None else truth,
-            model.genes,
-            **reading.counts,
-            spatial_key=None,
-            minimum_genes=0,
-        )
+        known = self._measured(adata if truth is None else truth, reading)
         places = np.flatnonzero(known.measured[self._columns])
         if not len(places):
             raise InputError(
@@ -403,6 +395,7 @@ class GeneImputer(ImputerFit):
         """
         model = self._fitted()
         if self._seen is None:
+            # Kept, because it is compiled on first use.
             self._seen = panel_model(model, self.panel)
         z, facts, messages = self._embed(data, reading, model=self._seen)
         scale = LOG if log_normalized else COUNTS
@@ -422,6 +415,7 @@ class GeneImputer(ImputerFit):
         if parts is not None and ridge is not None:
             parts[RIDGE], parts[NETWORK] = values.copy(), np.zeros_like(values)
             parts[MEAN] = ridge.regression.bias[places]
+        # A file may lack panel genes: the scale comes from those that it measures.
         over = np.isin(model.genes, np.array(self.panel, object)[measured].astype(str))
         row = np.full(len(z), DECODED_AS, object)
         for piece, output in self._decode(z, batch=row):
@@ -431,6 +425,7 @@ class GeneImputer(ImputerFit):
             if parts:
                 parts[NETWORK][piece] = own
             if ridge is not None:
+                # Weights of counts were fitted to counts per 10,000, the scale on which cells are comparable.
                 size = 1.0 if log_normalized else total[piece, None] / 1e4
                 own = size * pooled(
                     own / np.maximum(size, 1e-12),
@@ -472,6 +467,7 @@ class GeneImputer(ImputerFit):
         state, _ = super()._state()
         arrays = {
             "columns": self._columns,
+            # JSON has no NaN, so this is saved as an array.
             "confidence": self.confidence.to_numpy(np.float64),
         }
         if self._intervals is not None:

@@ -127,6 +127,7 @@ class BatchIntegrator(Estimator):
             )
         require_choice("method", method, ("default", "align", "finetune"))
         seeded = dataclasses.replace(self.recipe, seed=self.training.seed)
+        # Training options only make sense with training, so any of them selects "finetune".
         plain = self.base is not None and self.training == seeded and self.genes is None
         if method == "align" and not plain:
             raise InputError(
@@ -181,10 +182,12 @@ class BatchIntegrator(Estimator):
             "strength": self.strength,
             "method": self.method,
         }
+        # A few assignments, made once and kept on the device: the company of a cell changes between epochs.
         draws = [self._deal(table, cells, start, draw) for draw in range(DRAWS)]
         ramp_epochs = max(1.0, self.training.epochs / 2)
 
         def examples(epoch: int) -> list[Any]:
+            # An array of constant shape and type, so that a new weight needs no new compilation.
             weight = jnp.float32(self.strength * min(1.0, (epoch + 1) / ramp_epochs))
             return [
                 layout.example.replace(targets={**layout.example.targets, "weight": weight})
@@ -238,6 +241,7 @@ class BatchIntegrator(Estimator):
         """Assign cells randomly to contexts with all batches in proportion; a new assignment for every ``draw``."""
         rows = np.array([self.batch_rows[name] for name in table.batch], np.int32)
         shuffled = np.random.default_rng([self.training.seed, draw]).permutation(cells)
+        # Sorted by batch and then assigned round-robin: every context has all batches in proportion.
         by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
         limit = self.training.cells_per_context or len(cells)
         count = -(-len(cells) // limit)
@@ -318,6 +322,7 @@ class BatchIntegrator(Estimator):
         check_key(key_added)
         model = self._fitted()
         if self._alignment is None:
+            # One context of all batches, as in training.
             z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         else:
             with open_counts(data, model.genes, **reading.counts) as source:
@@ -390,6 +395,7 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
         mixing = batch_mixing_loss(
             output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches
         )
+        # The gradient of a logarithm is relative, so one weight fits every panel.
         nats = jnp.log(terms["reconstruction"] + latent["latent"])
         return nats + WEIGHT * example.targets["weight"] * mixing, {
             "reconstruction": terms["reconstruction"],

@@ -286,6 +286,7 @@ def _find(
     cells = len(parts.obs)
     samples = np.zeros(cells, int)
     if options.batch_key is not None:
+        # No edges between sections, whose coordinates may overlap.
         samples = labels_of(parts.obs, options.batch_key)
         gaps = sum(label is None for label in samples)
         if gaps:
@@ -435,6 +436,7 @@ def _latent(
         raise InputError(
             "neither a model nor use_rep was passed", "one of them", "Pass model='small'"
         )
+    # A file with a graph needs no coordinates.
     key = options.spatial_key if options.spatial_key in parts.keys else None
     read = {
         "layer": options.layer, "gene_key": options.gene_key, "feature_type": options.feature_type,
@@ -476,6 +478,7 @@ def join_sections(
     )
     latent = np.array(latent, np.float32)
     for members in samples:
+        # Per section, as the components are.
         latent[members] -= latent[members].mean(axis=0)
     parts = [
         latent,
@@ -506,6 +509,7 @@ def niche_embedding(
         neighbours, and the mean over each further shell, side by side, with weights .2, 1, .7, .49...
     """
     around = shells(graph, number)
+    # The first mean includes the cell itself.
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
     values = _reduced(latent, PRINCIPAL)
     means = [
@@ -528,6 +532,7 @@ def _clusters(
     """Return the niches, int32 [cells]: a vote of Gaussian mixtures; without ``n_niches`` Leiden counts them."""
     niches = options.n_niches
     if niches is None:
+        # Leiden gives the number only; the mixtures, which vote, give the niches.
         niches = int(_leiden(embedding, SIMILAR_NICHES, options.resolution, options.seed).max()) + 1
         if niches == 1:
             return np.zeros(len(embedding), np.int32)
@@ -550,5 +555,6 @@ def _leiden(embedding: np.ndarray, similar: int, resolution: float, seed: int) -
     voters = require("sklearn.neighbors", "eval", "Clustering many cells")
     vote = voters.KNeighborsClassifier(VOTES).fit(embedding[::every], found)
     assigned = vote.predict(embedding).astype(np.int32)
+    # Clustered cells keep their cluster whatever their neighbours vote.
     assigned[::every] = found
     return assigned

@@ -113,6 +113,7 @@ class PerturbationPredictor(PredictorFit):
         if controls is not None:
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
+            # New control cells give both the latent and the expression that the change is added to.
             z, control = self._of_controls(controls, self._as_fitted(keys))
         else:
             z, control = self._of_group(group)
@@ -121,6 +122,7 @@ class PerturbationPredictor(PredictorFit):
         known = [self._known(name) for name in canonical]
         index = pd.Index(names, name="perturbation")
         columns = pd.Index(model.genes, name="gene")
+        # Log-normalised expression has no negative values.
         expression = np.maximum(control + change, 0.0).astype(np.float32)
         return PerturbationPrediction(
             change=pd.DataFrame(change, index=index, columns=columns),
@@ -147,6 +149,7 @@ class PerturbationPredictor(PredictorFit):
         """Return mean latent and mean expression of other control cells."""
         model = self._fitted()
         table = self._read_more(data, reading)
+        # Without the column of the fit, all cells are taken for control cells.
         cells = np.arange(len(table))
         key = self.facts["perturbation_key"]
         if key in table.obs.columns:
@@ -197,8 +200,10 @@ class PerturbationPredictor(PredictorFit):
         pair_of = {tuple(pair): row for row, pair in enumerate(self._pair_names)}
         for place, (name, group) in enumerate(zip(names, groups, strict=True)):
             if name == self.control:
+                # The head has a bias, so its output for no condition is not exactly 0.
                 change[place] = 0.0
                 continue
+            # A measured combination has a residual of its own; otherwise those of its targets are added.
             for part in [name] if name in row_of else self._names.parts(name):
                 if part in row_of:
                     change[place] += self._arrays["residual"][row_of[part]]
@@ -263,6 +268,7 @@ class PerturbationPredictor(PredictorFit):
         predicted = self._change(list(changes.names), latent, list(changes.groups))
         seen = dict(zip(self._residual_names, self._arrays["seen_change"], strict=True))
         usual, parts = self._arrays["mean_change"], list(map(self._names.parts, changes.names))
+        # The change was measured per target, so a combination has a multiple of it.
         mean = [seen.get(n, usual * len(p)) for n, p in zip(changes.names, parts, strict=True)]
         added = [additive_change([seen.get(part, usual) for part in own]) for own in parts]
         truth = changes.values
@@ -281,6 +287,7 @@ class PerturbationPredictor(PredictorFit):
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         state, _ = super()._state()
         state["names"] = {**self._names.as_dict(), "vocabulary": None}
+        # Usually both are the genes of the model, which are saved once.
         if list(self._names.vocabulary) != self._vocabulary:
             state["names"]["vocabulary"] = list(self._names.vocabulary)
         if self.left_out is not None:

@@ -168,6 +168,7 @@ class PredictorFit(Estimator):
                 f"{int((~usable).sum())} of {len(table)} cells have no perturbation or group and were omitted."
             )
         controls = np.flatnonzero(usable & (named == self.control))
+        # After the labels: which genes vary is decided by the cells that are used.
         table = self._choose_genes(table, np.flatnonzero(usable))
         self.facts = {
             "perturbation_key": perturbation_key,
@@ -195,6 +196,7 @@ class PredictorFit(Estimator):
         embedding = None
         if kind != "data" and self.base is not None:
             embedding = np.asarray(self.base.params["embedder"]["gene_embedding"], np.float64)
+        # Covariation needs a dense [cells, genes] array, hence a sample of the cells.
         cells = np.random.default_rng(self.training.seed).permutation(len(table))[:FEATURE_CELLS]
         place = {gene: row for row, gene in enumerate(self._vocabulary)}
         self._arrays = {
@@ -211,12 +213,14 @@ class PredictorFit(Estimator):
         if len(controls) > CONTROL_CELLS:
             generator = np.random.default_rng(self.training.seed)
             controls = np.sort(generator.choice(controls, CONTROL_CELLS, replace=False))
+        # Sorted after sampling: a group without sampled controls has no latent.
         self._groups = sorted(set(groups[controls]))
         layouts = self._lay_out(table, controls, start)
         z = self._latents(start, layouts, len(table))
         held = (
             self._hold_out(changes) if self.method == "finetune" else np.zeros(len(changes), bool)
         )
+        # Fine-tuning starts from the ridge solution, of the perturbations that are not held out.
         head = self._solve(changes.at(~held), condition[~held], self._group_means(z, groups))
         start = with_head(start, *head)
         if self.method == "finetune":
@@ -229,6 +233,7 @@ class PredictorFit(Estimator):
             expression[usable & (named == self.control) & (groups == g)] for g in self._groups
         ]
         means = [np.asarray(part.mean(axis=0)).ravel() for part in control_rows]
+        # The last row is for predictions without a group: all control cells.
         means.append(np.asarray(expression[usable & (named == self.control)].mean(axis=0)).ravel())
         self._arrays["control"] = np.stack(means).astype(np.float32)
         single = np.array([len(names.parts(name)) for name in changes.names])
@@ -257,6 +262,7 @@ class PredictorFit(Estimator):
     def _log_omitted(
         self, named: np.ndarray, groups: np.ndarray, usable: np.ndarray, changes: Changes
     ) -> None:
+        # A perturbation can be measured in one group and be too rare in another.
         kept = set(zip(changes.names, changes.groups, strict=True))
         there = set(zip(named[usable], groups[usable], strict=True))
         lost = sorted(pair for pair in there - kept if pair[0] != self.control)
@@ -295,6 +301,7 @@ class PredictorFit(Estimator):
         """Return the message for an unknown target, with the closest names."""
         candidates = {symbol: symbol for symbol in symbols_of(self._vocabulary)}
         candidates |= {gene: gene for gene in [*self._vocabulary, *self.conditions]}
+        # Screens mix upper and lower case; the closest names are searched without it.
         upper = {text.upper(): text for text in candidates}
         near = [upper[n] for n in difflib.get_close_matches(name.upper(), list(upper), n=3)]
         return explain(
@@ -330,6 +337,7 @@ class PredictorFit(Estimator):
     def _lay_out(self, table: CellTable, cells: np.ndarray, model: Pretrained) -> list[Layout]:
         """Give every cell a context of its own, so that its latent does not depend on the other cells of a file."""
         contexts, shortest = list(cells[:, None]), 1
+        # Predictors fitted with shared contexts must go on with them, or their latents would shift.
         if "contexts" not in self.facts:  # saved before 0.2
             limit = self.training.cells_per_context or None
             contexts, shortest = contexts_of(table.batch, cells, limit=limit), 32
@@ -351,6 +359,7 @@ class PredictorFit(Estimator):
 
     def _group_means(self, z: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Return float64 [groups + 1, latent]: the mean latent of each group's control cells, and of all."""
+        # Cells without a layout, all but the control cells, have NaN.
         there = np.isfinite(z).all(axis=1)
         means = [
             z[there & (groups == group)].mean(axis=0, dtype=np.float64) for group in self._groups
@@ -369,6 +378,7 @@ class PredictorFit(Estimator):
         latent = (latent - centre) / scale
         number = condition[:, -1].astype(np.float64)
         features = condition[:, :-1].astype(np.float64)
+        # The mean feature per target, by least squares through the origin: two targets have twice the features.
         usual = number @ features / np.square(number).sum()
         problem = Ridge(changes, features - number[:, None] * usual, latent, number)
         chosen, errors = problem.choose()
@@ -381,7 +391,9 @@ class PredictorFit(Estimator):
             self.facts |= {f"left_out_{name}": float(value) for name, value in means.items()}
         mean, by_condition, by_latent = problem.solve(np.arange(len(changes)), *chosen)
         kernel = np.concatenate(
-            [by_latent / scale, by_condition, (mean - usual @ by_condition)[None]], axis=0
+            # The last row multiplies the number of targets; centring and scaling are folded into the kernel.
+            [by_latent / scale, by_condition, (mean - usual @ by_condition)[None]],
+            axis=0,
         )
         return kernel.astype(np.float32), (-(centre / scale) @ by_latent).astype(np.float32)
 
@@ -392,6 +404,7 @@ class PredictorFit(Estimator):
         number = round(self.training.validation_fraction * len(names))
         if len(names) < 3 or number < 1:
             return np.zeros(len(changes), bool)
+        # Streams of one seed: 1 for the held-out set, 2 for the pairs of each epoch.
         generator = np.random.default_rng([self.training.seed, 1])
         return np.isin(units, generator.permutation(names)[:number])
 
@@ -405,6 +418,7 @@ class PredictorFit(Estimator):
         groups: np.ndarray,
     ) -> None:
         """Continue by gradient descent, with every control cell paired with a random perturbation per epoch."""
+        # Within its group: a control cell must not be paired with the change of another cell type.
         rows_of = {g: np.flatnonzero(~held & (changes.groups == g)) for g in self._groups}
 
         def examples(epoch: int) -> list[Example]:
@@ -429,6 +443,7 @@ class PredictorFit(Estimator):
             bias = np.asarray(params["head"]["mlp"]["linear_0"]["bias"], np.float64)
             found = np.concatenate([z, condition[held]], axis=1) @ kernel + bias
             scores = mean_scores(change_scores(truth, found))
+            # The score is maximised.
             return {SCORE: -scores["rmse"], LOSS: scores["rmse"], "pearson": scores["pearson"]}
 
         self._finetune(
@@ -448,6 +463,7 @@ class PredictorFit(Estimator):
         names, kept, measured = [], [], []
         for name in self.perturbations:
             rows = np.flatnonzero(changes.names == name)
+            # Groups with more cells weigh more, but none dominates: the mean noise is added.
             share = 1.0 / (changes.noise[rows] + changes.noise[rows].mean())
             share /= share.sum()
             whole = share @ left[rows]
@@ -455,6 +471,7 @@ class PredictorFit(Estimator):
             names.append(name)
             kept.append(whole)
             measured.append(share @ changes.values[rows])
+            # What remains is specific to the group.
             left[rows] -= whole
         self._residual_names = names
         self._arrays["residual"] = np.stack(kept).astype(np.float32)

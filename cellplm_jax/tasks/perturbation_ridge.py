@@ -55,10 +55,12 @@ class LeftOut:
     ) -> LeftOut:
         """Score predictions and baselines, float [rows, genes] each."""
         truth, scores = changes.values, {}
+        # The suffix of a score names the method; that of the prediction itself is empty.
         given = {"": predicted, **{f"_{name}": b for name, b in baselines.items()}}
         for suffix, values in {**given, "_no_change": np.zeros_like(truth)}.items():
             all_scores = change_scores(truth, values)
             scores |= {f"{name}{suffix}": all_scores[name].tolist() for name in ("rmse", "pearson")}
+        # A constant prediction has no correlation.
         scores.pop("pearson_no_change")
         top = np.argsort(-np.abs(truth), axis=1, kind="stable")[:, :TOP_GENES]
         taken = [
@@ -99,8 +101,11 @@ class Ridge:
     ):
         self.changes, self.number = changes, number
         self.condition, self.latent = condition, latent
+        # The mean noise bounds the ratio of weights, because the noise of a few cells is itself uncertain.
         self.weight = 1.0 / (changes.noise + changes.noise.mean())
         mean = self.mean(np.arange(len(changes)))
+        # Method of moments: the variance between perturbations is what the noise does not explain, at least 5 % of
+        # all.
         left = np.square(changes.values - number[:, None] * mean).mean(axis=1)
         self.signal = max(float((left - changes.noise).mean()), 0.05 * float(left.mean()), 1e-12)
 
@@ -116,9 +121,12 @@ class Ridge:
         condition, latent = self.condition[rows], self.latent[rows]
         mean = self.mean(rows)
         left = self.changes.values[rows] - self.number[rows][:, None] * mean
+        # Kernel form, because perturbations are fewer than features.
         kernel = by_condition * condition @ condition.T + by_latent * latent @ latent.T
         dual = np.linalg.solve(
-            self.signal * kernel + np.diag(self.changes.noise[rows] + 0.1 * self.signal), left
+            # A tenth of the signal as additional noise: effects that no linear function explains.
+            self.signal * kernel + np.diag(self.changes.noise[rows] + 0.1 * self.signal),
+            left,
         )
         scale = self.signal
         return mean, scale * by_condition * condition.T @ dual, scale * by_latent * latent.T @ dual
@@ -149,10 +157,12 @@ class Ridge:
         for number in dict.fromkeys(folds):
             out = folds == number
             mean, conditions, latents = self.solve(np.flatnonzero(~out), by_condition, by_latent)
+            # The same sum as in a prediction: mean per target, condition, latent.
             own = self.number[:, None] * mean + self.condition @ conditions + self.latent @ latents
             predicted[out] = own[out]
             for row in np.flatnonzero(out) if parts else ():
                 targets = parts[changes.names[row]]  # type: ignore[index]
+                # Residuals of the targets that stay in the fit, in the same group.
                 same = ~out & (changes.groups == changes.groups[row])
                 for one in np.flatnonzero(same & np.isin(changes.names, targets)):
                     residual = changes.values[one] - own[one]
@@ -203,6 +213,7 @@ class Ridge:
         if len(set(names)) >= 4:
             errors = np.stack([self.errors(names, strength, 0.0) for strength in STRENGTHS])
             worse = errors - errors[errors.mean(axis=1).argmin()]
+            # Standard errors of paired differences: units differ far more than strengths do.
             doubt = worse.std(axis=1, ddof=1) / np.sqrt(worse.shape[1])
             chosen = int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])
             condition = STRENGTHS[chosen]
@@ -214,6 +225,7 @@ class Ridge:
                 ),
             }
         if len(set(groups)) >= 3:
+            # No standard error here: groups are too few to estimate one.
             errors = np.stack([self.errors(groups, condition, strength) for strength in STRENGTHS])
             chosen = int(errors.mean(axis=1).argmin())
             latent = STRENGTHS[chosen]
@@ -264,6 +276,7 @@ def target_features(
     """
     blocks = []
     if embedding is not None:
+        # Dimensions of the embedding have different scales, which say nothing about their relevance.
         spread = np.maximum(embedding.std(axis=0), 1e-12)
         blocks.append(_unit(_reduce((embedding - embedding.mean(axis=0)) / spread)))
     if expression is not None:
@@ -290,6 +303,7 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
     dense = np.asarray(expression.todense(), np.float64)
     dense -= dense.mean(axis=0)
     dense /= np.maximum(dense.std(axis=0), 1e-3)
+    # The smaller of the two Gram matrices has the same eigenvalues.
     gram = dense.T @ dense / len(dense) if dense.shape[1] <= dense.shape[0] else None
     if gram is not None:
         value, vector = np.linalg.eigh(gram)
@@ -304,4 +318,5 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
 
 def _unit(values: np.ndarray) -> np.ndarray:
     """Scale all rows by one factor to a mean squared norm of 1."""
+    # One factor, not one per gene: the relative lengths of the rows are kept.
     return values / np.sqrt(max(float(np.square(values).sum(axis=1).mean()), 1e-30))

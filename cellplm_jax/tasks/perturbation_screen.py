@@ -133,10 +133,12 @@ def measure(
         own = expression[inside & is_control]
         mean = np.asarray(own.mean(axis=0), np.float64).ravel()
         square = np.asarray(own.multiply(own).mean(axis=0), np.float64).ravel()
+        # One variance for all genes and perturbations of a group: those of a few cells would be too uncertain.
         variance = float((square - mean**2).mean()) * own.shape[0] / max(own.shape[0] - 1, 1)
         controls: dict[str, tuple[np.ndarray, int]] = {}
         for one in dict.fromkeys(batch[inside]):
             cells = np.flatnonzero(inside & is_control & (batch == one))
+            # Otherwise the control cells of all batches, with the batch effect that they bring.
             enough = len(cells) >= MINIMUM_CONTROLS
             controls[one] = (
                 (np.asarray(expression[cells].mean(axis=0), np.float64).ravel(), len(cells))
@@ -153,6 +155,8 @@ def measure(
             for one, size in zip(batches, sizes, strict=True):
                 share = size / len(cells)
                 change -= share * controls[one][0]
+                # The mean of the control cells is uncertain too, and its noise is shared by all perturbations of the
+                # batch.
                 noise += share**2 * variance / controls[one][1]
             for key, value in zip(rows, (name, group, change, noise, len(cells)), strict=True):
                 rows[key].append(value)
@@ -170,6 +174,7 @@ def log_normalize(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     """Scale every cell to :data:`TARGET_SUM` counts over its genes, then log1p; float32 CSR [cells, genes]."""
     counts = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
     total = np.asarray(counts.sum(axis=1)).ravel()
+    # In place on the copy above: expression of a screen is its largest array.
     counts.data *= np.repeat(TARGET_SUM / np.maximum(total, 1.0), np.diff(counts.indptr))
     np.log1p(counts.data, out=counts.data)
     return counts

@@ -121,6 +121,7 @@ def pretrain(
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
     # Data, held-out split, mesh and compiled step.
+    # Before any work: a directory of another run must fail in the first second.
     found = open_workdir(folder, config, store)
     config = with_covariates(config, store, found.train if found else None)
     train, heldout = split_heldout(store, config.data, config.seed)
@@ -132,6 +133,7 @@ def pretrain(
     # Work directory: check that it is writable, has enough space, and belongs to this run.
     check_room(folder, abstract_state(config, mesh), keep=config.keep_checkpoints)
     _describe_run(folder, found, config, store, run_card(config, store, train, heldout, card))
+    # A resumed run may have a larger corpus.
     if added := added_samples(found, store):
         progress.say(f"the data has {added} new samples; their batch embeddings start at the mean")
     checkpoints = RunCheckpoints(folder, keep=config.keep_checkpoints)
@@ -144,11 +146,13 @@ def pretrain(
         start_of_trunk = None
         if config.model.trunk == "projection":
             start_of_trunk = _shared_projection(config, store, train, progress.say)
+        # Created by a compiled function in its final sharding: no device ever holds all of a large model.
         state = create_sharded_state(config, mesh, gene_means(store, train), start_of_trunk)
         facts = {"evaluated": False, "probed": False}
     facts |= {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
 
     log = _StepLog(config, batches, folder if first_process else None, start, progress)
+    # From `start`: batches are functions of the step, so nothing is skipped over.
     rows = batches.iterate(start, config.steps, *local_rows(mesh, config.data.rows))
     feed = _placed_ahead(rows, mesh, config.data.rows)
     scores: dict[str, float] = {}
@@ -172,6 +176,7 @@ def pretrain(
             probing = bool(config.probe_every) and _due(step, config.probe_every, last, stopped)
             saving = _due(step, config.checkpoint_every, last, False) or stopped
             if evaluating or probing or saving:
+                # The decision below needs the metrics of this step, not of the one before.
                 log.settle()
             if log.skipped_in_a_row >= config.maximum_skipped:
                 raise _diverged(log, batches, state)
@@ -186,20 +191,24 @@ def pretrain(
                     progress.say(message)
             if saving:
                 log.flush()
+                # A step without scores, or with NaN, must not be kept as the best one.
                 usable = evaluating and all(map(math.isfinite, scores.values()))
                 facts |= {"evaluated": evaluating, "probed": probing}
                 checkpoints.save(state, metrics=scores if usable else None, facts=facts)
             if evaluating or probing or saving:
+                # Rates exclude evaluation and saving.
                 log.resume()
             if on_step is not None:
                 on_step(step)
     finally:
+        # All are closed even if one raises; callbacks run in reverse order, the feed first.
         with contextlib.ExitStack() as closing:
             closing.callback(checkpoints.close)
             closing.callback(log.close)
             closing.callback(progress.close)
             closing.callback(feed.close)
 
+    # A finished run that is called again trains nothing, but returns its scores.
     if start >= config.steps:
         scores = evaluate(state.params)
     if first_process:
@@ -227,6 +236,7 @@ def _shared_projection(
         sizes = np.array([projection.table.shape[1], projection.discriminants.shape[1]])
     else:
         projection, sizes = None, np.array([recipe.components, recipe.discriminants])
+    # Shapes first: all processes must call the second broadcast with equal ones.
     components, discriminants = map(int, multihost_utils.broadcast_one_to_all(sizes))
     if projection is None:
         empty = (genes, components), (components,), (components, discriminants)
@@ -278,6 +288,7 @@ def _restored_state(
         The state, and its saved facts.
     """
     facts = checkpoints.run_facts(step)
+    # Restored in the shapes that it was saved with, then grown.
     state = checkpoints.restore(abstract_state(with_rows(config, facts["rows"]), mesh), step)
     if facts["rows"] == rows_of(config):
         return state, facts
@@ -298,6 +309,7 @@ def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBat
     ahead = None
     with contextlib.closing(local_batches):
         for local in local_batches:
+            # Starts the transfer; it runs while the caller computes with the batch before.
             placed = to_global(mesh, local, rows)
             if ahead is not None:
                 yield ahead
@@ -341,6 +353,7 @@ class _StepLog:
         """
         began = time.monotonic()
         batch = next(feed)
+        # Asked after the batch arrived: only then was waiting for data the reason.
         idle = self._pending is None or self._pending[1]["loss"].is_ready()
         return batch, time.monotonic() - began if idle else 0.0
 
@@ -366,6 +379,7 @@ class _StepLog:
             self._progress.say(
                 f"step {step} skipped: {_not_finite(values)} not finite ({self.skipped_in_a_row} in a row)"
             )
+        # The first step shows at once whether a run is sane.
         due = step % config.log_every == 0 or step in (1, config.steps)
         if due or self.skipped_in_a_row > skipped:
             values["padding"] = 1.0 - values["read_cells"] / max(values["slots"], 1.0)
@@ -442,6 +456,7 @@ def _complete_card(
     """Add a summary of the run to the model card."""
     card = read_root(workdir).card
     before = card.get("training", {})
+    # Nothing was trained, so the card stays that of the finished run.
     if before.get("steps") == step and start == step:
         return
     heldout = [row for row in read_metrics(workdir / METRICS_FILE) if row["split"] == "heldout"]
