@@ -19,6 +19,7 @@ def shortened(text: str, limit: int = LONGEST) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as short text: thousands separated, four digits, lists abbreviated, arrays as their shape."""
+    # Before int, of which bool is a subclass.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

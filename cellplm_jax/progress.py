@@ -17,6 +17,7 @@ _compiled = {"seconds": 0.0, "listening": 0.0}
 
 def compile_seconds() -> float:
     """Return the seconds that JAX has compiled in this process, counted from the first call."""
+    # Not imported here: commands that only read files start without JAX.
     jax = sys.modules.get("jax")
     if jax is not None and not _compiled["listening"]:
         _compiled["listening"] = 1.0
@@ -31,6 +32,7 @@ def _on_event(event: str, seconds: float, **_: Any) -> None:
 
 def in_notebook() -> bool:
     """Return whether the output is that of a notebook: Jupyter, Colab, VS Code."""
+    # A notebook has imported IPython already.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
@@ -52,6 +54,7 @@ def named_stage(title: str, *, quiet: bool = False, after: float = 3.0) -> Itera
         after: Seconds.
     """
     timer = threading.Timer(after, write_line, [f"{title} ..."])
+    # A waiting timer must not keep the process alive.
     timer.daemon = True
     if not quiet:
         timer.start()
@@ -86,6 +89,7 @@ class _TerminalBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
+            # The bar disappears; `close` writes the final line.
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, note=first, rate="")
@@ -119,6 +123,7 @@ class _NotebookBar:
         return {"text/plain": line, "text/html": f"<div>{bar} {html.escape(line)}</div>"}
 
     def show(self, done: int, rate: str, note: str, line: str) -> None:
+        # Every update is a message to the browser.
         if time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
             self._handle.update(self._bundle(done, line), raw=True)
@@ -155,6 +160,7 @@ class _Lines:
 
     def close(self, line: str) -> None:
         self._timer.cancel()
+        # The last update may have written the same line.
         if line and line != self._line:
             write_line(line)
 
@@ -202,6 +208,7 @@ class ProgressReport:
     def time_taken(self) -> str:
         """Seconds since the start as text, such as ``"12 s (4 s compiling)"``."""
         seconds = time.monotonic() - self._start
+        # Threads compile at the same time, so the sum can exceed the elapsed time.
         compiled = min(compile_seconds() - self._compiled, seconds)
         text = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
         return f"{text} ({compiled:.0f} s compiling)" if compiled >= 1 else text

@@ -381,8 +381,10 @@ class _Vocabulary:
             rule, upper = "case", name.upper()
             if upper in self.by_fold:
                 return _Match(self.by_fold[upper], rule)
+            # Some current symbols have lower-case letters (C1orf112), which a folded name finds in the second table.
             found = table.genes.get(upper) or table.folded.get(upper)
         if found is None and "." in name:
+            # R's make.names replaces dashes by dots.
             rule, dashed = "punctuation", name.replace(".", "-")
             if dashed in self.exact:
                 return _Match(self.exact[dashed], rule)
@@ -399,6 +401,7 @@ class _Vocabulary:
                 key=lambda gene: (table.symbols.get(gene, "").upper() != name.upper(), gene),
             )
             return _Match(self.by_id[first], rule or kind)
+        # One gene in the vocabulary is enough for a previous symbol, but not for an alias: see map_genes.
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
             return _Match(columns.pop(), rule or kind, kind=kind)
         return _Match(candidates=genes if columns else ())
@@ -411,6 +414,7 @@ class _Vocabulary:
         if dashed in self.exact:
             return _Match(self.exact[dashed], "punctuation")
         table = load_mouse_table()
+        # The table has mouse ids and symbols as keys.
         position = self.by_id.get(table.get(bare) or table.get(dashed, ""), -1)
         return _Match(position, ORTHOLOGUE) if position >= 0 else _Match()
 
@@ -471,6 +475,7 @@ def map_genes(
     names = [str(name).strip() for name in names]
     width = len(vocabulary)
     among = vocabulary.others if isinstance(vocabulary, FittedGenes) else []
+    # With the other genes of the fit: a name that it gave to one of those must not match here.
     index = _indexed((*vocabulary, *among))
     exact = [index.exact.get(name, -1) for name in names]
     column = np.array(exact, dtype=np.int32)
@@ -482,6 +487,7 @@ def map_genes(
     matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
     mouse = bool(len(unresolved)) and looks_like_mouse(names)
+    # Files in lower case throughout, whose names the rules for mouse would take for neither.
     lower = bool(len(unresolved)) and 2 * sum(map(str.islower, names)) > len(names)
     outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
     for row in outside[:EXAMPLES]:
@@ -490,6 +496,7 @@ def map_genes(
     for row in unresolved:
         name = shown = names[row]
         match = index.resolve(name, mouse=mouse, lower=lower) if name else _Match()
+        # Checked first: the suffix was added to make a repeated name unique.
         if match.column >= 0 and _is_copy(name, match.kind, present):
             twins += 1
             if len(examples["twins"]) < EXAMPLES:
@@ -497,6 +504,7 @@ def map_genes(
             continue
         if 0 <= match.column < width:
             column[row] = match.column
+            # Decided after all names are read: another name may be surer of the same gene.
             if match.rule in ("case", ORTHOLOGUE):
                 doubtful.append((row, match.rule))
             rules[match.rule] += 1
@@ -515,6 +523,7 @@ def map_genes(
         sure = np.zeros(len(index.names) + 1, bool)
         rest = np.ones(len(names), bool)
         rest[rows] = False
+        # Index -1 marks the last entry, which is reset below.
         sure[column[rest]] = True
         sure[-1] = False
         for row, rule in doubtful:
@@ -545,6 +554,7 @@ def map_genes(
         blank=names.count(""),
         missing=len(absent),
         duplicated=len(repeated),
+        # The unary plus of a Counter drops counts of 0.
         by_rule=dict(+rules),
         examples={category: tuple(shown) for category, shown in examples.items() if shown},
         twins=twins,
@@ -583,6 +593,7 @@ def require_matches(
             "genes of one species: the same gene of the other one would be added to it",
             "Keep the genes of one species, and the cells that are of it",
         )
+    # With most names matched there is nothing to explain; the checks below are for files that look wrong.
     few = 2 * mapping.matched < len(names)
     # A model of the same species matches exactly; symbols of a fish match human ones in upper case.
     folded = 2 * mapping.by_rule.get("case", 0) > mapping.matched
@@ -597,6 +608,7 @@ def require_matches(
         f"{mapping.genes_matched} of the model's {len(mapping.measured)} genes are among the "
         f"{len(names)} gene names of {where} (such as {quoted})"
     )
+    # Reads aligned to a human and a mouse genome together.
     prefixes = Counter(match[1] for name in names if (match := _GENOME.fullmatch(str(name))))
     if 2 * sum(prefixes.values()) > len(names):
         prefix = next((p for p in prefixes if re.match("GRCh|hg|human", p)), next(iter(prefixes)))
@@ -640,6 +652,7 @@ def _mixture(names: Sequence[str]) -> str:
     """Return how many names are human and how many mouse genes, if both are common; "" otherwise."""
     texts = list(map(str, names))
     enough = max(2 * MINIMUM_GENES, MIXED_FRACTION * len(texts))
+    # A cheap filter, because the tables are large and most files have no such names.
     mouse = [text for text in texts if text[1:2].islower() or text.startswith("ENSMUSG")]
     if len(mouse) < enough:
         return ""

@@ -211,6 +211,7 @@ def meetings(
         squares += difference**2
     mean = total / permutations
     deviation = np.sqrt(np.maximum(squares / permutations - mean**2, 0))
+    # The mean is that of permuted minus observed, hence the sign.
     score = np.divide(-mean, deviation, out=np.zeros(number**2), where=deviation > 0)
     return score.reshape(number, number), observed.reshape(number, number)
 
@@ -272,6 +273,7 @@ def consensus_clusters(
         mean = np.mean([one[:, order] for one, order in zip(each, orders, strict=True)], axis=0)
     if graph is not None:
         identity = sparse.eye(len(mean), dtype=bool, format="csr")
+        # Memberships are averaged over neighbours: a niche is a connected region.
         mean = shell_mean(mean, sparse.csr_matrix(shells(graph, 1)[0] + identity))
     return _largest_first(mean)
 
@@ -288,6 +290,7 @@ def _memberships(embedding: np.ndarray, number: int, seed: int, cells: int) -> n
     model = mixture.GaussianMixture(
         number, covariance_type="tied", n_init=3, reg_covar=1e-4, random_state=seed
     )
+    # One scale, so that the regularisation of the covariance means the same for any embedding.
     values = np.asarray(embedding, np.float64) / max(float(np.std(embedding)), 1e-12)
     model.fit(values[:: -(-len(values) // max(cells, number + 1))])
     return model.predict_proba(values)

@@ -205,6 +205,7 @@ def masked_correlation(
         true, predicted = np.log1p(true), np.log1p(predicted)
         count, pearson, true_constant, predicted_constant = _column_moments(true, predicted, chosen)
         few = count < minimum_entries
+        # Each gene is counted once, under the first reason that applies.
         true_constant &= ~few
         predicted_constant &= ~few & ~true_constant
         lacking["genes_too_few"] += int(few.sum())
@@ -220,12 +221,14 @@ def masked_correlation(
         largest = np.maximum(largest, pairs.max(axis=1))
         new_mean = pairs.mean(axis=1)
         pairs -= new_mean[:, None]
+        # Chan's update of means and co-moments: blocks are merged without a second pass and without cancellation.
         step = new_mean - mean
         comoment += pairs @ pairs.T + np.outer(step, step) * (entries * new / (entries + new))
         mean += step * (new / (entries + new))
         entries += new
     correlations = np.concatenate(per_gene) if per_gene else np.zeros(0)
     pooled = np.nan
+    # Rounding gives constant values a tiny variance; comparing extremes is exact.
     if entries >= 2 and (largest > smallest).all():
         length = np.sqrt(np.diag(comoment))
         pooled = float(np.clip(comoment[0, 1] / length[0] / length[1], -1.0, 1.0))
@@ -282,6 +285,7 @@ def negative_binomial_log_likelihood(
             "shapes that broadcast against [cells, genes]",
             "Give the dispersion one entry per gene, or one per count",
         ) from None
+    # log and betaln are undefined at 0, also in the branch that `where` discards.
     positive = np.maximum(x, 1.0)
     # lgamma(x + r) - lgamma(r) - lgamma(x + 1) = -log(x) - log Beta(x, r) for x > 0, and 0 for x = 0.
     choose = np.where(x > 0, -np.log(positive) - special.betaln(positive, r), 0.0)

@@ -520,6 +520,7 @@ class _Reader:
             match = re.search(r"slice_sizes=\{([\d,]*)\}", entry.attributes)
             width = math.prod(int(n) for n in match.group(1).split(",") if n) if match else 1
             return entry.shapes[0].elements / max(width, 1), width
+        # A scatter of n arrays has 2 n + 1 operands: arrays, indices, updates.
         arrays = len(entry.operands) // 2
         updates = self.shapes(computation, entry.operands[-1])
         if not updates:
@@ -554,6 +555,7 @@ class _Reader:
             return _main(made[:2])
         if entry.opcode == "slice-start":
             source, result = made[0], made[1]
+            # Only the slice moves, whatever the size of its source.
             return result.size * ((source.space == 0) + (result.space == 0))
         if entry.opcode.endswith("-start"):
             return _main(made)
@@ -580,6 +582,7 @@ class _Reader:
             if number >= len(read) or not any(shape.space == 0 for shape in read[number]):
                 continue
             whole, part = _main(read[number]), self.taken(body, inner.name)
+            # A value that several instructions read stays on the chip after the first read.
             total += whole if part is None else min(whole, part)
         root = next((inner for inner in body.values() if inner.root), None)
         if root is None:
@@ -616,6 +619,7 @@ class _Reader:
             elif user.opcode == "gather" and first:
                 part = user.shapes[0].size
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
+                # Updated in place: the write is counted at the root of the fusion.
                 part = 0.0
             elif user.opcode in ("bitcast", "reshape"):
                 part = self.taken(body, user.name)

@@ -41,6 +41,7 @@ def lower_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict[s
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, nonzeros)
     traced = compile_training_step(config, mesh).trace(state, batch)
     traced_at, processor = time.monotonic(), time.process_time()
+    # Lowering checks that every operation exists for GPUs.
     traced.lower(lowering_platforms=("cuda",))
     flops = product_flops(traced.jaxpr)
     held, given = _bytes(state), _bytes(batch)
@@ -94,6 +95,7 @@ def _operand_bytes(jaxpr: Any, times: int = 1) -> Iterator[float]:
             arrays = [part.aval for part in (*equation.invars, *equation.outvars)]
             yield times * float(sum(part.size * part.dtype.itemsize for part in arrays))
             continue
+        # Loops of unknown length count once, as in the compiled program.
         rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
         for part in inner_jaxprs(equation.params.values()):
             yield from _operand_bytes(part, times * rounds)

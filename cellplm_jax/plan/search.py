@@ -111,6 +111,7 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
         place = values
         *parents, last = name.split(".")
         for parent in parents:
+            # An unknown name is created here, and from_dict rejects it with the nearest one.
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(
@@ -219,6 +220,7 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
     rows = data.rows / mesh.data
     cells = data.cells * (1 - config.masking.drop_cells) / mesh.cells
     genes, hidden = model.genes / mesh.genes, model.hidden
+    # Per gene: its row of the embedding, its column of the output layer, and a few single parameters.
     by_gene = genes * (hidden + model.decoder.bottleneck + 3)
     layer = (4 + 2 * model.encoder.feedforward) * hidden**2
     tables = model.decoder.hidden * (
@@ -229,8 +231,10 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
     width = 1.0 if config.rematerialize else model.encoder.layers
     activations = rows * cells * hidden * 4 * (12 * width + 20)
     wire = rows * data.cells / mesh.cells * nonzeros_per_cell * (4 * config.accumulate + 16)
+    # 16 bytes per parameter: itself, its gradient and both moments, in float32.
     memory = 16 * (by_gene + others) + 10 * dense + activations + wire
     flops = 6 * rows * cells * (by_gene + model.encoder.layers * layer)
+    # One more forward pass on top of one forward and two backward.
     flops *= 4 / 3 if config.rematerialize else 1
     sent = 8 * (by_gene + others) + 16 * rows * cells * hidden * (mesh.genes > 1)
     chip = topology.chip
@@ -260,6 +264,7 @@ def candidates(
     """
     found = []
     devices = topology.devices
+    # All factorisations of the number of devices into three axes.
     for cells in (n for n in range(1, devices + 1) if devices % n == 0):
         if config.data.cells % cells or (cells > 1 and config.data.cells // cells < FEWEST_CELLS):
             continue
@@ -332,6 +337,7 @@ def plan(
                 "Change --rows, or data.cells",
             )
         chosen = possible[:tries]
+        # The smallest of the rest is compiled only if nothing fits, to answer whether anything can.
         spare = sorted(possible[tries:], key=lambda entry: entry.memory)[:1]
     tried: list[dict[str, Any]] = []
     for number, candidate in enumerate([*chosen, *spare], start=1):

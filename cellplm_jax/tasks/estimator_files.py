@@ -62,12 +62,14 @@ class SavedEstimator(Displayed):
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the state of the task other than the model: plain values for JSON, and arrays."""
+        # Names in the file are part of the format, and do not show which attributes are private.
         return {name.lstrip("_"): getattr(self, name) for name in self.saved}, {}
 
     def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Restore the state returned by :meth:`_state`."""
         for name in self.saved:
             value, initial = state[name.lstrip("_")], getattr(self, name)
+            # The file may come from a stranger: a wrong type would fail later, and far from here.
             if isinstance(initial, list | dict) and not isinstance(value, type(initial)):
                 msg = f"'{name}' is a {type(value).__name__}"
                 raise TypeError(msg)

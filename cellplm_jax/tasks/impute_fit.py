@@ -453,6 +453,8 @@ class ImputerFit(Estimator):
                 predicted = pooled(
                     predicted, regression.predict(features), network_mean, regression.bias, pool
                 )
+                # Validation cells are of the reference and keep its mean; only the target's cells get the mean of the
+                # panel.
                 regression = dataclasses.replace(regression, centre=group.centre)
             found.append((group.values(table, chosen, hidden), predicted))
         return found

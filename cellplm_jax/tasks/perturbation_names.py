@@ -80,6 +80,7 @@ class PerturbationNames:
             return name or ""
         if name not in self._read:
             parts = self._plain_parts(name) if self.plain else self._targets(name.strip())
+            # Without targets only the control was in the name.
             self._read[name] = SEPARATOR.join(self.sort(parts)) or self.control
         return self._read[name]
 
@@ -91,6 +92,7 @@ class PerturbationNames:
         """
         if not canonical or canonical == self.control:
             return []
+        # A condition can contain the separator ("IFN+").
         whole = not self.plain and self.conditions.get(fold(canonical)) == canonical
         return [canonical] if whole else self._plain_parts(canonical)
 
@@ -141,7 +143,9 @@ class PerturbationNames:
         if separator not in name or separator in self.rejected:
             return []
         texts = [text for text in (part.strip() for part in name.split(separator)) if text]
+        # A number after a separator is that of a guide.
         parts = [None if text.isdigit() else self.single(text) for text in texts]
+        # "+" separates also unknown targets; both sides must look like names ("CD3+" and "(a+b)" do not).
         if separator == SEPARATOR and len(texts) > 1 and all(map(_is_name, texts)):
             return [part or text for part, text in zip(parts, texts, strict=True)]
         return [part for part in parts if part] if None not in parts else []
@@ -190,6 +194,7 @@ class PerturbationNames:
         if self.genes == "none":
             return ""
         gene = resolve_gene(name, self.vocabulary)
+        # In a screen of drugs, abbreviations are often previous symbols of genes.
         if self.genes == "current" and not (is_ensembl(name) or gene == name):
             return ""
         return gene
@@ -235,12 +240,14 @@ def read_names(
         chosen, vocabulary, "none" if targets == "conditions" else "any", others
     )
     if targets == "auto":
+        # Decided on all names of the file before any of them is split.
         names = replace(names, genes=_gene_reading(spellings, names))
     combined = {name for name in spellings if any(s in name for s in SEPARATORS)}
     names = _with_conditions(names, [name for name in spellings if name not in combined])
     for separator in SEPARATORS[1:]:
         left = [name for name in spellings if separator in name and names.single(name) is None]
         earlier = SEPARATORS[: SEPARATORS.index(separator)]
+        # Names that an earlier separator splits say nothing about this one.
         left = [name for name in left if not any(names.split_at(s, name) for s in earlier)]
         split = [name for name in left if names.split_at(separator, name)]
         if 2 * len(split) < len(left):
@@ -343,6 +350,7 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
         # CTRL is also a gene: the control only if there is no other.
         words = [name for name in words if name != "CTRL"] or words
         words = words or [name for name in known if _control_stem(name)]
+        # Synonyms are one control; words of different groups (untreated and DMSO) need a decision.
         if words and len({CONTROL_WORDS[_letters(_control_stem(name))] for name in words}) == 1:
             most = max(words, key=lambda name: (counts[name], name))
             return most if is_control_word(most) else _control_stem(most)
@@ -355,6 +363,7 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
         )
     number = isinstance(control, int | float | np.number) and not isinstance(control, bool)
     text = format(float(control), "g") if number else str(control).strip()
+    # A boolean column whose control was named by its number.
     if text not in counts and text in ("0", "1") and set(known) <= {"True", "False"}:
         text = str(text == "1")
     same = [name for name in known if fold(name) == fold(text)]

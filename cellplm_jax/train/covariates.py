@@ -40,6 +40,7 @@ def with_covariates(
     sizes = {}
     for name, rows in _ROWS:
         highest = max((getattr(sample, name) for sample in store.samples), default=-1)
+        # Rows never become fewer: a checkpoint with more of them could not be restored.
         before = 0 if old is None else getattr(old.model.decoder, rows)
         sizes[rows] = max(getattr(config.model.decoder, rows), highest + 1, before)
     return with_rows(config, sizes)
@@ -87,6 +88,7 @@ def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
             return leaf
         (axis,) = axes
         numpy = np if isinstance(leaf, np.ndarray) else jnp
+        # Times 0 instead of zeros: the result keeps type, device and sharding.
         row = leaf.mean(axis=axis, keepdims=True) * (1 if new == "mean" else 0)
         return numpy.concatenate([leaf, row.repeat(shape[axis] - old[axis], axis=axis)], axis=axis)
 
