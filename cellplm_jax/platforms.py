@@ -57,12 +57,14 @@ def no_device(wanted: str | None, error: Exception) -> str:
 
 def has_nvidia() -> bool:
     """Return whether this machine has an NVIDIA GPU with a driver."""
+    # Starting CUDA to find out would take seconds, or fail.
     gpus = Path("/proc/driver/nvidia/gpus")
     return (gpus.is_dir() and any(gpus.iterdir())) or shutil.which("nvidia-smi") is not None
 
 
 def has_cuda_plugin() -> bool:
     """Return whether JAX's CUDA plugin is installed in the version of jaxlib."""
+    # A plugin of another version is installed but not loaded.
     wanted = importlib.metadata.version("jaxlib")
     for name in CUDA_PLUGINS:
         try:

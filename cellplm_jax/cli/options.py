@@ -64,6 +64,7 @@ def add_options(
         if option in without:
             continue
         entry: dict[str, Any] = {"help": help, **({"required": True} if required else {})}
+        # Choices are in lower case, metavars in upper case.
         if "|" in value and value.islower():
             entry["choices"] = tuple(value.split("|"))
         elif value:

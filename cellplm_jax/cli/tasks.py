@@ -108,6 +108,7 @@ class Task:
         """Run ``fit``."""
         check_new_folder(arguments)
         self.check(arguments)
+        # Not renamed: `--genes` is the number of genes of the constructor, `--impute` the list of the fit.
         options = passed_to(self.kind, arguments, renamed={}, omitted=("model", "quiet"))
         estimator = self.kind(source(arguments), quiet=arguments.quiet, **options)
         estimator.fit(arguments.input, **passed_to(self.kind.fit, arguments))
@@ -192,6 +193,7 @@ def passed_to(
     for name, parameter in inspect.signature(function).parameters.items():
         value = getattr(arguments, renamed.get(name, name), None)
         if value is not None and name not in omitted:
+            # Annotations are text here (from __future__ import annotations).
             names = isinstance(value, str) and str(parameter.annotation).startswith("Sequence[str]")
             passed[name] = names_in(value) if names else value
     return passed

@@ -18,6 +18,7 @@ Test = Callable[[Any], bool]
 
 
 def _number(value: Any) -> bool:
+    # JSON's true is an int in Python.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_NUMBER
 
 
@@ -155,6 +156,7 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     if re.fullmatch(f"[0-9a-f]{{{2 * -(-genes // 8)}}}", record["measured"]) is None:
         raise _impossible(f"'measured' of {where} does not have one bit for each of {genes} genes")
     bits = int.from_bytes(bytes.fromhex(record["measured"]), "big")
+    # Bits after the last gene fill the last byte and must be 0.
     unused = (1 << (-genes % 8)) - 1
     if bits.bit_count() != record["genes_measured"] or bits & unused:
         raise _impossible(f"'measured' of {where} does not mark {record['genes_measured']} genes")
@@ -164,10 +166,12 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     cells = nonzeros = 0
     for sample in record["samples"]:
         _require(sample, _SAMPLE, f"a sample in {where}")
+        # Samples follow each other without gaps: a wrong start would read cells of another sample.
         if (sample["first_cell"], sample["first_nonzero"]) != (cells, nonzeros):
             raise _impossible(
                 f"sample {quote(sample['name'])} in {where} does not follow the one before"
             )
+        # Bounds what a reader allocates.
         if sample["nonzeros"] > sample["cells"] * genes:
             raise _impossible(
                 f"sample {quote(sample['name'])} in {where} has more counts than genes"

@@ -116,6 +116,7 @@ def choose_place(
     """
     places = opened.places
     if layer is not None:
+        # `layer="X"` and `layer="raw"` name the other two places.
         named = (f"layers['{layer}']", layer, f"{layer}.X")
         place = next((places[name] for name in named if name in places), None)
         if place is None:
@@ -159,6 +160,7 @@ def choose_place(
         seen.append((place, rows, probe))
     # Select damaged counts, so that reading them reports the damage.
     damaged = [found for found in seen if found[2].looks == "damaged counts"]
+    # An empty matrix is valid; its cells are reported as cells without counts.
     if all(probe.looks == "zeros" for _, _, probe in seen):
         damaged = seen
     for place, rows, probe in damaged:

@@ -106,6 +106,7 @@ def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
     # The columns of nested tables are methods, not metrics.
     plain = [table for table in tables if " / " not in table.path]
     metrics = list(dict.fromkeys(name for table in plain for name in table.columns))
+    # A score table may be indexed by step.
     metrics = [name for name in metrics if name != "step"]
     tags = ["biology", "single-cell", "transcriptomics", "cellplm", "jax"]
     tags += [str(card[key]) for key in ("kind", "species") if isinstance(card.get(key), str)]
@@ -208,6 +209,7 @@ class _Scores:
 def _numbers(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         return {}
+    # True is an int.
     return {k: v for k, v in value.items() if isinstance(v, int | float) and v is not True}
 
 
@@ -276,6 +278,7 @@ def _value(value: Any) -> str:
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...]) -> str:
         return (
+            # A card can contain any text, which must not break the table.
             "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
         )
 

@@ -141,6 +141,7 @@ def _entries(config: ModelConfig) -> list[_Entry]:
     if config.head.kind == "sample_classification":
         linear("head.output_layer", "head", "linear")
     elif config.head.kind != "none":
+        # An nn.Sequential numbers its members, and the original adds dropout only if it has a rate.
         step = 3 if config.dropout > 0 else 2
         for layer in range(config.head.layers):
             position = layer * step + (1 if config.dropout > 0 else 0)
@@ -199,6 +200,7 @@ def convert_state_dict(
 
     config = model_config(published)
     entries = _entries(config)
+    # Names are removed as they are converted: what is left must be known to be unused.
     remaining = dict(state_dict)
     shapes = _expected_shapes(config)
     flat: dict[tuple[str, ...], np.ndarray] = {}
@@ -210,6 +212,7 @@ def convert_state_dict(
                 "Use the config that was published with these weights",
             )
         array = np.asarray(remaining.pop(entry.torch))
+        # One byte per entry: only the shape is of interest.
         expected = entry.to_torch(np.empty(shapes[entry.path], bool)).shape
         if array.shape != expected:
             raise CheckpointError(
@@ -304,6 +307,7 @@ def as_published(
         width = config.hidden
         unused = {}
         if config.norm != "none":
+            # The original's loader requires this parameter, although it never uses it.
             unused["embedder.norm0.weight"] = np.ones(width, np.float32)
             if config.norm != "rmsnorm":
                 unused["embedder.norm0.bias"] = np.zeros(width, np.float32)

@@ -237,6 +237,7 @@ def dot_plot(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=14)
+        # Each gene is scaled by itself, so the bar has no numbers.
         bar.set_ticks([0, 1], labels=["lowest\ngroup", "highest\ngroup"])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.set_label(value_label)
@@ -335,6 +336,7 @@ def calibration(
         )
     if not ((confidence >= 0) & (confidence <= 1.0 + 1e-6)).all():
         raise InputError("a confidence outside of 0 to 1", "probabilities", "Normalise them")
+    # Bins are open below and closed above; 0 belongs to the first.
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     size = np.bincount(place, minlength=bins)
     filled = np.flatnonzero(size)

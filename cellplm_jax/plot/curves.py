@@ -48,6 +48,7 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             row = parse_json(line)
         except ValueError as error:
+            # A run may be writing this line.
             if number == len(lines):
                 break
             raise InputError(

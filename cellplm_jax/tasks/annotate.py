@@ -262,6 +262,7 @@ class CellTypeAnnotator(AnnotatorFit):
                     "Select the cells to score instead: score(adata[...])",
                 )
             parts = parts_of(np.asarray(data.obs[key].astype(object)))
+            # The same normalisation of names on both sides.
             scored &= parts == parts_of(np.array([split]))[0]
         unseen = sorted(set(named[scored]) - set(self.labels))
         if unseen and unseen_labels == "error":
@@ -285,9 +286,11 @@ class CellTypeAnnotator(AnnotatorFit):
         open_set = bool(unseen) and unseen_labels == "wrong"
         predicted = written
         if not open_set:
+            # Known cells are scored by their most probable type, to be comparable with methods that label every cell.
             predicted = np.asarray(self._decide(found, detect=False)[0], object)[scored]
         detects = found.unknown is not None or self.unknown_threshold is not None
         new = np.isin(truth, unseen)
+        # For an annotator that detects, "unknown" is the right answer for a new type.
         known = np.where(new, UNKNOWN, truth) if detects else truth
         scores = {
             **annotation_scores(known, predicted),
@@ -316,6 +319,7 @@ class CellTypeAnnotator(AnnotatorFit):
         else:
             logits = self._head(z)
             if gene_logits is not None:
+                # The exact head is linear in latent and genes, so its two terms are added.
                 logits = logits + gene_logits
             logits = np.asarray(logits / self.temperature, np.float64)
             parts["network"] = softmax(logits, axis=1)
@@ -403,6 +407,7 @@ class CellTypeAnnotator(AnnotatorFit):
         if detect and found.unknown is not None:
             unknown |= found.unknown.flagged
         names[unknown] = UNKNOWN
+        # Files without unknown cells keep the categories of the fit.
         if self.unknown_threshold is not None or unknown.any():
             known = list(dict.fromkeys([*known, UNKNOWN]))
         return pd.Categorical(names, categories=known), confidence

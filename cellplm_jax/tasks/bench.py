@@ -89,6 +89,7 @@ def peak_memory() -> float:
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**20
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -102,6 +103,7 @@ def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
+    # The median: single runs are disturbed by other processes.
     median = statistics.median(seconds)
     return {
         "seconds": [round(value, 4) for value in seconds],

@@ -100,6 +100,7 @@ def before_and_after(
         values: Any = file[f"layers/{layer_written}"]
         if not hasattr(values, "shape"):
             values = sparse_dataset(values)
+        # In blocks: a layer on disk is read by chunks of cells.
         blocks = [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]
         after = np.concatenate(
             [block.toarray() if sparse.issparse(block) else block for block in blocks]
@@ -117,6 +118,7 @@ def before_and_after(
     stored = sparse.csr_matrix(
         (np.ones(counts.nnz, bool), counts.indices, counts.indptr), counts.shape
     )
+    # An expected count of half rounds to one: the zeros that are predicted to be none.
     half = after >= 0.5
     both = stored.multiply(half).sum()
     empty = half.size - counts.nnz
@@ -182,6 +184,7 @@ def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
     if len(order) < 3:
         return order[:number]
     first = np.broadcast_to(logs[:, order[:1]], (len(logs), len(order) - 1))
+    # Two genes that vary together would show the same picture twice.
     like = np.nan_to_num(pearson_per_gene(logs[:, order[1:]], first), nan=1.0)
     second = order[1 + int(like.argmin())]
     others = [place for place in order[1:] if place != second]

@@ -56,6 +56,7 @@ class Prefetcher(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         end = object()
         first = True
+        # One thread: the items come from one iterator, and HDF5 reads under a global lock.
         with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
             ready = deque(pool.submit(next, self._items, end) for _ in range(self._depth))
             try:
@@ -63,6 +64,7 @@ class Prefetcher(Generic[Item]):
                     started = time.perf_counter()
                     item = ready.popleft().result()
                     if not first:
+                        # Without the first item, which nothing could overlap.
                         self.waited += time.perf_counter() - started
                     first = False
                     if item is end:
@@ -132,6 +134,7 @@ def host_array(shape: tuple[int, ...]) -> np.ndarray:
         InputError: Neither memory nor disk has enough space.
     """
     size = int(np.prod(shape)) * 4
+    # Half: the rest is for the chunks, the embedding and the file cache.
     if 2 * size <= available_memory():
         return np.zeros(shape, np.float32)
     directory = tempfile.gettempdir()
@@ -204,6 +207,7 @@ class StreamedEncoder:
     @staticmethod
     def supports(config: ModelConfig) -> bool:
         """Return whether contexts of this architecture can be encoded in chunks."""
+        # With a projection, a chunk that is encoded by itself would be centred at the chunk.
         local = LOCAL_KINDS if config.trunk == "none" else ()
         return config.encoder.kind in ("flow", *local)
 
@@ -249,6 +253,7 @@ class StreamedEncoder:
             for cells, found in self._chunks(
                 hidden, chunk, weights, lambda w, h, mask, k=known: self._layer(w, h, mask, k)
             ):
+                # In place: the sums of the layer are complete, so its input is not needed again.
                 hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
                 on_progress(f"layer {number + 1} of {layers}, pass 4 of 4")
 
@@ -262,6 +267,7 @@ class StreamedEncoder:
     def _centre(self, prior: Any, hidden: np.ndarray, chunk: int) -> None:
         """Centre a context in place, as :class:`cellplm_jax.model.encoder.Centre` does."""
         starts = range(0, len(hidden), chunk)
+        # In chunks: `hidden` may be a file larger than memory.
         total = sum(hidden[start : start + chunk].sum(axis=0, dtype=np.float64) for start in starts)
         weight = self.config.centre_cells
         centre = context_centre(total, len(hidden), np.asarray(prior, np.float64), weight)

@@ -113,10 +113,12 @@ def prepare(
     )
     wanted = wanted_vocabulary(genes, vocabulary, minimum_cells, minimum_prevalence)
     with contextlib.ExitStack() as stack:
+        # Locked before anything is read: two commands would choose two vocabularies.
         state = stack.enter_context(_locked(folder))
         wanted = settle_vocabulary(wanted, state, folder)
         run = stack.enter_context(open_runner(scheduler, workers, len(files)))
         sources = {name: describe_source(path) for name, path in files.items()}
+        # All files are opened before the hours of work begin.
         facts = _check(run, files, keys, wanted, quiet)
         _check_keys(facts, keys, required_spatial=spatial_key is not None)
         vocabulary_genes, chosen = make_vocabulary(
@@ -126,6 +128,7 @@ def prepare(
             run, files, sources, facts, keys, vocabulary_genes, folder, nonzeros_in_memory, quiet
         )
         before = [entry["name"] for entry in state.get("parts", [])]
+        # Existing parts keep their place: the number of a sample is that of its batch embedding.
         order = [*before, *(name for name in files if name not in before)]
         index = write_index(folder, order, vocabulary=chosen)
         _clean(folder)
@@ -203,6 +206,7 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, lock)
         try:
+            # The lock ends with the process, also if it is killed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
@@ -210,6 +214,7 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
                 "one at a time",
                 "Wait for it, or stop it",
             ) from error
+        # Marks the folder as a corpus, so that an interrupted first run can resume.
         if not index.exists():
             with explain_corpus_errors(f"the corpus '{folder}'"):
                 atomic_write_text(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
@@ -255,6 +260,7 @@ def describe_source(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         digest.update(str(size).encode())
         with path.open("rb") as file:
+            # A megabyte of a file that may have a terabyte: enough to notice another file of the same size.
             for start in np.linspace(0, max(0, size - 2**16), 16).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(2**16))

@@ -104,6 +104,7 @@ def settle_vocabulary(
     """
     if not state.get("complete"):
         defaults = {"mode": "union", "minimum_cells": MINIMUM_CELLS, "minimum_prevalence": 0.0}
+        # Only explicit options are compared with those of an existing corpus, so defaults are filled in here.
         return wanted if wanted.get("mode") == "given" else {**defaults, **wanted}
     held = state["vocabulary"]
     if wanted.get("mode") == "given":
@@ -212,6 +213,7 @@ def choose_genes(
     """
     table = np.asarray(measured, bool)
     total = np.sum(expressed, axis=0)
+    # The cells of the files that measure a gene: a panel must not lower the prevalence of genes outside it.
     tested = np.asarray(cells, np.int64) @ table
     kept = table.any(axis=0) if mode == "union" else table.all(axis=0)
     kept &= (total >= minimum_cells) & (total >= minimum_prevalence * tested)
@@ -238,6 +240,7 @@ def _count_file(
     key = json.dumps([source, keys.settings(), vocabulary_hash(candidates)])
     kept = parts / f".{name}.genes.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(kept) as stored:
+        # Counted by an earlier run, of the same file with the same options.
         if str(stored["key"]) == key:
             return stored["expressed"], stored["measured"]
     expressed = np.zeros(len(candidates), np.int64)

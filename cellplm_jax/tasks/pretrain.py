@@ -140,6 +140,7 @@ def read_samples(
             samples += _samples_of(source, name, dataset, len(samples), batch_key, spatial_key)
     if genes is not None:
         return samples, wide
+    # Cells with a count, over all samples together.
     expressed = sum(np.bincount(s.counts.indices, minlength=len(wide)) for s in samples)
     kept = np.flatnonzero(np.asarray(expressed) >= minimum_gene_cells)
     if kept.size == 0:

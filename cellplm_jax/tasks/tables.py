@@ -69,6 +69,7 @@ def read_names(text: str, *, separator: str | None = ",") -> list[str]:
     Raises:
         InputError: The file is not a text file.
     """
+    # A file of this name wins over a gene of this name.
     path = Path(text)
     if path.is_file():
         try:

@@ -52,6 +52,7 @@ def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
         samples: Use only this number of first samples; None: all.
     """
     records = store.samples[:samples]
+    # The fingerprint covers all samples; this hash of the first ones shows whether a corpus has only grown.
     table = [dataclasses.astuple(record) for record in records]
     return {
         "fingerprint": store.fingerprint(),
@@ -129,6 +130,7 @@ def _other_data(old: Mapping[str, Any], store: CellStore) -> str | None:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as read from JSON, without the changeable keys."""
+    # Tuples become lists, as they are in the file.
     plain = json.loads(json.dumps(to_dict(config)))
     for key in CHANGEABLE:
         *parents, name = key.split(".")
@@ -182,6 +184,7 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
         InputError: The directory is not writable, or has not enough space for the checkpoints.
     """
     folder = epath.Path(workdir)
+    # A real write: permissions alone do not show quotas and read-only mounts.
     probe = folder / f".writable-{jax.process_index()}"
     with explain_workdir_errors(workdir):
         folder.mkdir(parents=True, exist_ok=True)
