@@ -82,7 +82,8 @@ class DisplayedConfig:
     def __repr__(self) -> str:
         changed = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, default = getattr(self, field.name), field.default
+            value = getattr(self, field.name)
+            default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if value != default:

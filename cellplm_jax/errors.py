@@ -140,7 +140,13 @@ def listing(names: Sequence[object], limit: int = 12) -> str:
     return (shown + more) if names else "none"
 
 
-def require_column(columns: Sequence[object], key: object, remedy: str, *, of: str = "obs") -> None:
+def require_column(
+    columns: Sequence[object],
+    key: object,
+    remedy: str,
+    *,
+    of: str = "obs",
+) -> None:
     """Raise an error for a name that is no column of a table.
 
     Args:

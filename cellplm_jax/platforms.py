@@ -118,7 +118,8 @@ def gpu_facts(devices: list[Any]) -> list[tuple[str, str, str]]:
     facts = []
     for device in devices:
         memory = device.memory_stats() or {}
-        limit, used = memory.get("bytes_limit"), memory.get("bytes_in_use", 0)
+        limit = memory.get("bytes_limit")
+        used = memory.get("bytes_in_use", 0)
         capability = getattr(device, "compute_capability", None)
         text = device.device_kind + (f", compute capability {capability}" if capability else "")
         if limit:

@@ -98,7 +98,12 @@ class _TerminalBar:
     def show(self, done: int, rate: str, note: str, line: str) -> None:
         from rich.markup import escape
 
-        self._bar.update(self._task, completed=done, note=escape(visible(note)), rate=rate)
+        self._bar.update(
+            self._task,
+            completed=done,
+            note=escape(visible(note)),
+            rate=rate,
+        )
 
     def say(self, text: str) -> None:
         self._bar.console.print(visible(text), highlight=False, markup=False)
@@ -115,7 +120,8 @@ class _NotebookBar:
     def __init__(self, title: str, total: int, unit: str, first: str):
         from IPython.display import display
 
-        self._total, self._shown = max(total, 1), 0.0
+        self._total = max(total, 1)
+        self._shown = 0.0
         self._handle: Any = display(self._bundle(0, f"{title}: {first}"), raw=True, display_id=True)
 
     def _bundle(self, done: int, line: str) -> Mapping[str, str]:
@@ -139,7 +145,9 @@ class _Lines:
     """Plain lines, one per ``every`` seconds; also one if the first unit takes longer than that."""
 
     def __init__(self, title: str, every: float, first: str):
-        self._every, self._last, self._line = every, time.monotonic(), ""
+        self._every = every
+        self._last = time.monotonic()
+        self._line = ""
         self._timer = threading.Timer(every, write_line, [f"{title}: {first}, {every:.0f} s"])
         self._timer.daemon = True
         if every >= 1:
@@ -148,7 +156,8 @@ class _Lines:
     def show(self, done: int, rate: str, note: str, line: str) -> None:
         self._timer.cancel()
         if time.monotonic() - self._last >= self._every:
-            self._last, self._line = time.monotonic(), line
+            self._last = time.monotonic()
+            self._line = line
             write_line(line)
 
     def say(self, text: str) -> None:
@@ -189,11 +198,16 @@ class ProgressReport:
         every: float = 10,
         first: str = "compiling",
     ):
-        self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.quiet = quiet
         self._start = time.monotonic()
         self._compiled = compile_seconds()
         self._settled: tuple[float, int] | None = None
-        self._line, self._done, self._stage = "", 0, ""
+        self._line = ""
+        self._done = 0
+        self._stage = ""
         self._out: _TerminalBar | _NotebookBar | _Lines | None = None
         if quiet:
             return
@@ -228,7 +242,8 @@ class ProgressReport:
         if before < done < self.total:
             line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
         note = ", ".join(filter(None, (self._stage, note)))
-        self._line, self._done = f"{line}{', ' + note if note else ''}", done
+        self._line = f"{line}{', ' + note if note else ''}"
+        self._done = done
         self._out.show(done, rate, note, self._line)
 
     def stage(self, name: str) -> None:
@@ -264,7 +279,8 @@ def stage(title: str, *, quiet: bool = False, every: float = 10.0) -> Iterator[N
     if quiet:
         yield
         return
-    start, done = time.monotonic(), threading.Event()
+    start = time.monotonic()
+    done = threading.Event()
 
     def report() -> None:
         while not done.wait(every):

@@ -220,12 +220,11 @@ def require_options(options: Mapping[str, Any]) -> None:
             continue
         if name in WHOLE_NUMBERS:
             # numpy's integers have an index, too; True does not count cells.
-            valid, wanted = (
-                hasattr(value, "__index__") and not isinstance(value, bool),
-                "a whole number",
-            )
+            valid = hasattr(value, "__index__") and not isinstance(value, bool)
+            wanted = "a whole number"
         else:
-            valid, wanted = isinstance(value, str), "one name, as text"
+            valid = isinstance(value, str)
+            wanted = "one name, as text"
         if not valid:
             raise InputError(
                 f"{name} = {shorten(repr(value))} is of type {type(value).__name__}",

@@ -105,7 +105,8 @@ def print_result(
         for message in messages:
             say(message, sys.stderr)
     if arguments.report is not None:
-        lines, facts = [*lines, f"wrote {arguments.report}"], {**facts, "report": arguments.report}
+        lines = [*lines, f"wrote {arguments.report}"]
+        facts = {**facts, "report": arguments.report}
     if arguments.json:
         import json
 

@@ -89,7 +89,9 @@ class Task:
     def fitted(self, arguments: argparse.Namespace, estimator: Any) -> Result:
         """Return what is printed about a fit; the facts of the estimator are added."""
         line = fitted_line(
-            arguments, number_of(len(estimator.model.genes), "gene"), estimator.facts
+            arguments,
+            number_of(len(estimator.model.genes), "gene"),
+            estimator.facts,
         )
         return [line], {}
 
@@ -115,7 +117,11 @@ class Task:
         estimator.save(arguments.out)
         lines, facts = self.fitted(arguments, estimator)
         write_page(arguments, self.page, estimator)
-        print_result(arguments, lines, {"wrote": [arguments.out], **facts, **estimator.facts})
+        print_result(
+            arguments,
+            lines,
+            {"wrote": [arguments.out], **facts, **estimator.facts},
+        )
 
     def predict(self, arguments: argparse.Namespace) -> None:
         """Run ``predict``."""
@@ -128,7 +134,13 @@ class Task:
 
     def add(self, commands: Any) -> None:
         """Add the commands to the subparsers of ``cellplm``."""
-        parser = command(commands, self.name, self.fit, self.help, "\n  ".join(self.examples))
+        parser = command(
+            commands,
+            self.name,
+            self.fit,
+            self.help,
+            "\n  ".join(self.examples),
+        )
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
         noun, _, actions = self.help.partition(": ")
         fitting, _, predicting = actions.partition(", or ")
@@ -169,8 +181,14 @@ class Task:
         if "--split-key" in self.without:
             recipe = recipe.replace(", without --split-key", "")
         number = {"type": int}
-        add_options(fit.add_argument_group("recipe"), recipe, without=self.without,
-                    patience=number, adapter_rank=number, seed=number)  # fmt: skip
+        add_options(
+            fit.add_argument_group("recipe"),
+            recipe,
+            without=self.without,
+            patience=number,
+            adapter_rank=number,
+            seed=number,
+        )
         self.options(fit, predict)
 
 

@@ -58,7 +58,9 @@ class _Lazy(Mapping):
     """A mapping that reads its values from a store on first access."""
 
     def __init__(self, keys: Sequence[str], read: Callable[[str], Any]):
-        self._keys, self._read, self._values = list(keys), read, {}
+        self._keys = list(keys)
+        self._read = read
+        self._values = {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys:
@@ -160,7 +162,9 @@ def open_path(path: Path) -> Opened:
                 check_tree(store[name], path)
             close()
             return dataclasses.replace(
-                open_object(anndata.read_h5ad(path)), label=f"'{path}'", source=path.name
+                open_object(anndata.read_h5ad(path)),
+                label=f"'{path}'",
+                source=path.name,
             )
         return _open_store(store, path, close)
     except InputError:
@@ -239,7 +243,8 @@ def check_tree(element: Any, path: Path) -> None:
         InputError: See above.
     """
     # A stack instead of recursion: a file can be nested deeper than Python allows.
-    pending, seen = [(element.name, element, 0)], 0
+    pending = [(element.name, element, 0)]
+    seen = 0
     while pending:
         name, item, depth = pending.pop()
         seen += 1

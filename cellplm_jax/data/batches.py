@@ -71,7 +71,8 @@ def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
     present = np.isfinite(coordinates).all(axis=1)
     if not present.any():
         return np.full(coordinates.shape, np.nan, np.float32)
-    low, high = coordinates[present].min(axis=0), coordinates[present].max(axis=0)
+    low = coordinates[present].min(axis=0)
+    high = coordinates[present].max(axis=0)
     # A single point has no extent to divide by.
     extent = float((high - low).max())
     scaled = (coordinates - low) / (extent if extent > 0 else 1.0)
@@ -80,7 +81,10 @@ def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
 
 
 def laplacian_eigenvectors(
-    coordinates: np.ndarray, count: int, *, neighbors: int = 6
+    coordinates: np.ndarray,
+    count: int,
+    *,
+    neighbors: int = 6,
 ) -> np.ndarray:
     """Return the low-frequency eigenvectors of the spatial neighbour graph's normalised Laplacian.
 
@@ -184,7 +188,8 @@ def pad_batch(
         name: np.full((rows, cells), -1, np.int32) for name in ("batch", "dataset", "platform")
     }
     for row, sample in enumerate(samples):
-        n, stored = sample.cells, sample.counts.nnz
+        n = sample.cells
+        stored = sample.counts.nnz
         indptr[row, : n + 1] = sample.counts.indptr
         indptr[row, n + 1 :] = stored
         gene[row, :stored] = sample.counts.indices
@@ -231,8 +236,15 @@ class MemoryStore(Displayed):
         InputError: The number of genes of a sample differs from the vocabulary.
     """
 
-    def __init__(self, samples: Sequence[Sample], genes: Sequence[str], *, seed: int = 0):
-        self.genes, self.label_names = list(genes), []
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        genes: Sequence[str],
+        *,
+        seed: int = 0,
+    ):
+        self.genes = list(genes)
+        self.label_names = []
         self.samples: list[SampleRecord] = []
         self.clipped = 0
         self._runs: list[CellRun] = []
@@ -249,7 +261,8 @@ class MemoryStore(Displayed):
             # The same order as in a corpus, so that training from memory and from disk see the same windows.
             order = storage_order(sample.cells, sample.coordinates, generator)
             placed = sample.take(order)
-            counts, largest = placed.counts, LARGEST_STORED_COUNT
+            counts = placed.counts
+            largest = LARGEST_STORED_COUNT
             self.clipped += int((counts.data > largest).sum())
             self._runs.append(
                 CellRun(
@@ -285,7 +298,8 @@ class MemoryStore(Displayed):
     def read(self, sample: int, start: int, stop: int) -> CellRun:
         """Read cells ``start`` to ``stop`` (exclusive) of one sample."""
         whole = self._runs[sample]
-        low, high = int(whole.indptr[start]), int(whole.indptr[stop])
+        low = int(whole.indptr[start])
+        high = int(whole.indptr[stop])
         return CellRun(
             indptr=whole.indptr[start : stop + 1] - low,
             gene=whole.gene[low:high],

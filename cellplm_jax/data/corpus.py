@@ -148,7 +148,9 @@ class Corpus(Displayed):
         records: Mapping[str, Mapping[str, Any]],
     ):
         """Store the fields read by :func:`open_corpus`."""
-        self.path, self.genes, self.index = folder.path, genes, index
+        self.path = folder.path
+        self.genes = genes
+        self.index = index
         self.label_names: list[str] = list(index["label_names"])
         self.parts = [self._part(name, record) for name, record in records.items()]
         datasets = {name: number for number, name in enumerate(index["datasets"])}
@@ -171,7 +173,8 @@ class Corpus(Displayed):
                     )
                 )
                 self._where.append((number, row["first_cell"], row["first_nonzero"]))
-        self._folder, self._context = folder, context
+        self._folder = folder
+        self._context = context
         self._arrays: dict[tuple[int, str], Any] = {}
         self._offsets: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._offset_bytes = 0
@@ -241,14 +244,16 @@ class Corpus(Displayed):
         part = self.parts[number]
         offsets = self.indptr(sample)
         # `base` is the position of the sample in the part; the cached offsets start at 0.
-        low, high = base + int(offsets[start]), base + int(offsets[stop])
+        low = base + int(offsets[start])
+        high = base + int(offsets[stop])
         wanted = {"X/indices": (low, high), "X/data": (low, high)}
         if row.spatial:
             wanted["obsm/spatial"] = (first + start, first + stop)
         if part.label_codes is not None:
             wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
         arrays = dict(zip(wanted, self._read(number, wanted), strict=True))
-        gene, count = arrays["X/indices"], arrays["X/data"]
+        gene = arrays["X/indices"]
+        count = arrays["X/data"]
         # A missing shard reads as impossible values.
         if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
             what = f"counts of sample '{row.name}' are missing or out of range"
@@ -358,7 +363,8 @@ class Corpus(Displayed):
     def _verify_part(self, number: int) -> Iterator[int]:
         """Yield the number of stored counts checked so far; raise an error at the first mismatch."""
         record = self.parts[number].record
-        cells, nonzeros = record["cells"], record["nonzeros"]
+        cells = record["cells"]
+        nonzeros = record["nonzeros"]
         lengths = {
             "X/indices": (nonzeros, SHARD_VALUES),
             "X/data": (nonzeros, SHARD_VALUES),
@@ -433,7 +439,8 @@ class Corpus(Displayed):
 
         The fill value marks missing shards, and CRC-32C finds damaged ones; a changed type or shape reads other bytes.
         """
-        record, wide = self.parts[number].record, array == "obsm/spatial"
+        record = self.parts[number].record
+        wide = array == "obsm/spatial"
         if array.startswith("X/"):
             types = {"X/indices": index_type(len(self.genes)), "X/data": np.dtype(np.uint16)}
             dtype = types.get(array, np.dtype(np.int64))
@@ -582,7 +589,9 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
                 f"{entry['source'].get('name', 'its file')}",
             )
         records[name] = check_record(
-            parse_document(f"{folder.path}/parts/{name}.json", text), name, len(genes)
+            parse_document(f"{folder.path}/parts/{name}.json", text),
+            name,
+            len(genes),
         )
         check_entry(entry, records[name], folder.path)
     check_names(index, records, folder.path)

@@ -94,7 +94,11 @@ _ENTRY: dict[str, Test] = {
 _ARRAYS = ("X/indices", "X/data", "X/indptr", "obsm/spatial", "obs/label/codes")
 
 
-def _require(value: Mapping[str, Any], tests: Mapping[str, Test], where: str) -> None:
+def _require(
+    value: Mapping[str, Any],
+    tests: Mapping[str, Test],
+    where: str,
+) -> None:
     """Raise an error for a missing field, or one of the wrong type or size."""
     for name, test in tests.items():
         if name not in value:
@@ -176,7 +180,8 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
             raise _impossible(
                 f"sample {quote(sample['name'])} in {where} has more counts than genes"
             )
-        cells, nonzeros = cells + sample["cells"], nonzeros + sample["nonzeros"]
+        cells = cells + sample["cells"]
+        nonzeros = nonzeros + sample["nonzeros"]
     if (cells, nonzeros) != (record["cells"], record["nonzeros"]):
         raise _impossible(f"the samples in {where} do not add up to its {record['cells']} cells")
     if any(sample["spatial"] for sample in record["samples"]) != (
@@ -188,7 +193,11 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     return record
 
 
-def check_entry(entry: Mapping[str, Any], record: Mapping[str, Any], path: str) -> None:
+def check_entry(
+    entry: Mapping[str, Any],
+    record: Mapping[str, Any],
+    path: str,
+) -> None:
     """Raise an error if ``corpus.json`` and the record of a part disagree.
 
     Args:
@@ -207,7 +216,9 @@ def check_entry(entry: Mapping[str, Any], record: Mapping[str, Any], path: str) 
 
 
 def check_names(
-    index: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], path: str
+    index: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    path: str,
 ) -> None:
     """Raise an error for a data set, platform or label of a part that ``corpus.json`` does not list.
 

@@ -84,7 +84,9 @@ def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
         InputError: Instead of the error of the operating system or of TensorStore.
     """
     return explain_write_errors(
-        what, room="room for about 3 bytes a stored count", again="finished parts are kept"
+        what,
+        room="room for about 3 bytes a stored count",
+        again="finished parts are kept",
     )
 
 
@@ -107,7 +109,9 @@ class PartWriter:
         genes: Sequence[str],
         cell_nonzeros: np.ndarray,
     ):
-        self.folder, self.name, self.genes = Path(folder), name, genes
+        self.folder = Path(folder)
+        self.name = name
+        self.genes = genes
         self.cells = len(cell_nonzeros)
         self._indptr = np.zeros(self.cells + 1, np.int64)
         np.cumsum(cell_nonzeros, out=self._indptr[1:])
@@ -203,7 +207,12 @@ class PartWriter:
             for stream in self._streams:
                 stream.close()
             categories = self._write_cells(
-                samples, cell_names, source_rows, coordinates, labels, measured
+                samples,
+                cell_names,
+                source_rows,
+                coordinates,
+                labels,
+                measured,
             )
             record = self._record(samples, dataset_name, categories, measured)
             record["source"] = dict(source or {})
@@ -314,7 +323,8 @@ class PartWriter:
     ) -> dict[str, Any]:
         table, first = [], 0
         for sample in samples:
-            low, high = self._indptr[first], self._indptr[first + sample.cells]
+            low = self._indptr[first]
+            high = self._indptr[first + sample.cells]
             table.append(
                 {
                     "name": sample.name,
@@ -345,7 +355,8 @@ class PartWriter:
     def _publish(self, record: dict[str, Any]) -> None:
         """Replace an older part with the same name; the record is written last."""
         parts = self.folder / "parts"
-        marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
+        marker = parts / f"{self.name}.json"
+        store = parts / f"{self.name}.zarr"
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         # Without its record a part counts as unfinished: an interruption from here on costs this part only.
         marker.unlink(missing_ok=True)
@@ -357,8 +368,16 @@ class PartWriter:
 class _Stream:
     """One array written sequentially, in complete shards."""
 
-    def __init__(self, path: Path, dtype: np.dtype, length: int, checksums: list[int]):
-        self.dtype, self.length, self.checksums = dtype, length, checksums
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype,
+        length: int,
+        checksums: list[int],
+    ):
+        self.dtype = dtype
+        self.length = length
+        self.checksums = checksums
         self._path = path
         self._held: list[np.ndarray] = []
         self._waiting = self._written = 0
@@ -518,7 +537,10 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
     Raises:
         InputError: A part has another vocabulary, or two samples of a data set share a name.
     """
-    entries, labels, datasets, platforms = [], [], [], []
+    entries = []
+    labels = []
+    datasets = []
+    platforms = []
     totals = collections.Counter(samples=0, cells=0, nonzeros=0, spatial_samples=0)
     counters: collections.Counter[str] = collections.Counter()
     seen: dict[tuple[str, str], str] = {}
@@ -547,7 +569,9 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
         datasets.append(record["dataset"])
         labels += record["labels"]
         totals.update(
-            samples=len(record["samples"]), cells=record["cells"], nonzeros=record["nonzeros"]
+            samples=len(record["samples"]),
+            cells=record["cells"],
+            nonzeros=record["nonzeros"],
         )
         counters.update({k: v for k, v in record["counters"].items() if isinstance(v, int)})
         entries.append(

@@ -112,7 +112,9 @@ class Features(NamedTuple):
 
 
 def choose_features(
-    opened: Opened, place: Place, feature_type: str | None = None
+    opened: Opened,
+    place: Place,
+    feature_type: str | None = None,
 ) -> Features | None:
     """Choose the features that are genes; antibodies and guides can have the names of genes.
 
@@ -130,7 +132,9 @@ def choose_features(
     var = place.var()
     if feature_type == ALL_FEATURES:
         return None
-    kept, others, notes = np.ones(len(var), bool), Counter(), []
+    kept = np.ones(len(var), bool)
+    others = Counter()
+    notes = []
     present: dict[str, list[str]] = {}
     found = feature_type is None
     for column, values in _typed_columns(var):
@@ -171,10 +175,11 @@ def choose_features(
         types = [value for values in present.values() for value in values]
         raise InputError(
             f"{opened.label} has no features of type {quote(feature_type)}",
-            f"one of the types in {listing(list(present))}: {listing(types)}" if present else
-            f"a column of var with types of features, such as {listing(TYPE_COLUMNS[:3])}",
+            f"one of the types in {listing(list(present))}: {listing(types)}"
+            if present
+            else f"a column of var with types of features, such as {listing(TYPE_COLUMNS[:3])}",
             nearest(feature_type, types, "Omit feature_type (--feature-type)"),
-        )  # fmt: skip
+        )
     # CELLxGENE pads X with zero columns for genes that were filtered: not measured, rather than 0.
     if FILTERED_COLUMN in var.columns and place.name == "X":
         filtered = np.asarray(var[FILTERED_COLUMN])
@@ -285,7 +290,8 @@ def choose_genes(
         # The column that a fit has read is used again, unless its names are of another kind in this file.
         found = mapping.genes_matched * (2.0 if key == fitted else 1.0)
         if found > most:
-            best, most = (key, mapping, filled), found
+            best = (key, mapping, filled)
+            most = found
     if best is None:  # pragma: no cover - candidates are never empty
         raise InputError("no gene names", "var_names", "Name the genes")
     key, mapping, filled = best

@@ -144,7 +144,10 @@ def load_mouse_table() -> Mapping[str, str]:
 
 
 def _offer(
-    table: dict[str, tuple[str, tuple[str, ...]]], symbol: str, kind: str, genes: tuple[str, ...]
+    table: dict[str, tuple[str, tuple[str, ...]]],
+    symbol: str,
+    kind: str,
+    genes: tuple[str, ...],
 ) -> None:
     """Add genes for a symbol, keeping only those of the best kind."""
     held = table.get(symbol)
@@ -301,12 +304,17 @@ class FittedGenes(list[str]):
     """
 
     def __init__(
-        self, genes: Iterable[str], among: Iterable[str], matrix: str = "", gene_key: str = ""
+        self,
+        genes: Iterable[str],
+        among: Iterable[str],
+        matrix: str = "",
+        gene_key: str = "",
     ):
         super().__init__(genes)
         own = set(self)
         self.others = [gene for gene in among if gene not in own]
-        self.matrix, self.gene_key = matrix, gene_key
+        self.matrix = matrix
+        self.gene_key = gene_key
 
     def subset(self, genes: Iterable[str]) -> FittedGenes:
         """Return some of the genes, read in the same way."""
@@ -385,7 +393,8 @@ class _Vocabulary:
             found = table.genes.get(upper) or table.folded.get(upper)
         if found is None and "." in name:
             # R's make.names replaces dashes by dots.
-            rule, dashed = "punctuation", name.replace(".", "-")
+            rule = "punctuation"
+            dashed = name.replace(".", "-")
             if dashed in self.exact:
                 return _Match(self.exact[dashed], rule)
             found = table.genes.get(dashed)
@@ -408,7 +417,8 @@ class _Vocabulary:
 
     def _resolve_mouse(self, name: str) -> _Match:
         """Return the column of a name in a file of mouse genes that is not in the vocabulary."""
-        bare, dashed = strip_version(name), name.replace(".", "-")
+        bare = strip_version(name)
+        dashed = name.replace(".", "-")
         if is_ensembl(name) and bare in self.by_id:
             return _Match(self.by_id[bare], "version")
         if dashed in self.exact:
@@ -443,7 +453,10 @@ def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
 
 
 def map_genes(
-    names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
+    names: Sequence[str],
+    vocabulary: Sequence[str],
+    *,
+    minimum: int | None = None,
 ) -> GeneMapping:
     """Map the gene names of a file to a vocabulary.
 
@@ -492,7 +505,9 @@ def map_genes(
     outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
     for row in outside[:EXAMPLES]:
         examples["unmatched"].append(names[row])
-    present, twins, doubtful = set(names), 0, []
+    present = set(names)
+    twins = 0
+    doubtful = []
     for row in unresolved:
         name = shown = names[row]
         match = index.resolve(name, mouse=mouse, lower=lower) if name else _Match()
@@ -512,7 +527,8 @@ def map_genes(
             continue
         if len(match.candidates) > 1:
             ambiguous += 1
-            category, shown = "ambiguous", f"{name} -> {' or '.join(match.candidates)}"
+            category = "ambiguous"
+            shown = f"{name} -> {' or '.join(match.candidates)}"
         else:
             category = "unmatched"
         if shown and len(examples[category]) < EXAMPLES:
@@ -656,7 +672,8 @@ def _mixture(names: Sequence[str]) -> str:
     mouse = [text for text in texts if text[1:2].islower() or text.startswith("ENSMUSG")]
     if len(mouse) < enough:
         return ""
-    orthologues, human = load_mouse_table(), load_human_table().genes
+    orthologues = load_mouse_table()
+    human = load_human_table().genes
     mice = sum(strip_version(text) in orthologues and text not in human for text in mouse)
     people = sum(
         (text.startswith("ENSG") and is_ensembl(text)) or human.get(text, ("",))[0] == "current"

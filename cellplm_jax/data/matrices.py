@@ -61,8 +61,16 @@ class SparseRows:
 
     kind = "CSR"
 
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
-        self.data, self.indices, self.shape = data, indices, shape
+    def __init__(
+        self,
+        data: Any,
+        indices: Any,
+        indptr: Any,
+        shape: tuple[int, int],
+    ):
+        self.data = data
+        self.indices = indices
+        self.shape = shape
         self.indptr = _pointers(data, indices, indptr, shape[0], "row").astype(np.int64, copy=False)
         self.dtype = np.dtype(data.dtype)
         # A damaged offset table can declare a row of billions of entries, which would be allocated when it is read.
@@ -76,7 +84,8 @@ class SparseRows:
 
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows."""
-        low, high = int(self.indptr[start]), int(self.indptr[stop])
+        low = int(self.indptr[start])
+        high = int(self.indptr[stop])
         indices = np.asarray(self.indices[low:high])
         _check_indices(indices, self.shape[1], "column")
         data = np.asarray(self.data[low:high])
@@ -92,8 +101,16 @@ class CompressedColumns:
 
     kind = "CSC"
 
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
-        self.data, self.indices, self.shape = data, indices, shape
+    def __init__(
+        self,
+        data: Any,
+        indices: Any,
+        indptr: Any,
+        shape: tuple[int, int],
+    ):
+        self.data = data
+        self.indices = indices
+        self.shape = shape
         self.indptr = _pointers(data, indices, indptr, shape[1], "column")
         self.dtype = np.dtype(data.dtype)
         self._rows: SparseRows | None = None
@@ -101,12 +118,14 @@ class CompressedColumns:
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows; the first call converts the matrix."""
         if self._rows is None:
-            data, indices = np.asarray(self.data[:]), np.asarray(self.indices[:])
+            data = np.asarray(self.data[:])
+            indices = np.asarray(self.indices[:])
             _check_indices(indices, self.shape[0], "row")
             # Rows of a CSC matrix are spread over all of it: one conversion is cheaper than a search per block.
             rows = sparse.csc_matrix((data, indices, self.indptr), shape=self.shape).tocsr()
             self._rows = SparseRows(rows.data, rows.indices, rows.indptr, self.shape)
-            self.data, self.indices = rows.data, rows.indices  # releases the CSC arrays
+            self.data = rows.data
+            self.indices = rows.indices  # releases the CSC arrays
         return self._rows.read(start, stop)
 
     def sample(self) -> np.ndarray:
@@ -131,7 +150,8 @@ class DenseRows:
                 "two: cells and genes",
                 "Store the counts as a matrix of cells x genes",
             )
-        self.array, self.shape = array, (int(shape[0]), int(shape[1]))
+        self.array = array
+        self.shape = (int(shape[0]), int(shape[1]))
         self.dtype = np.dtype(array.dtype)
 
     def read(self, start: int, stop: int) -> Entries:
@@ -165,7 +185,10 @@ class OnDevice:
     """Rows of a matrix in the memory of an accelerator, read through the host; embedding takes them from there."""
 
     def __init__(self, rows: DeviceRows | DeviceSparseRows):
-        self.rows, self.kind, self.shape, self.dtype = rows, rows.kind, rows.shape, rows.dtype
+        self.rows = rows
+        self.kind = rows.kind
+        self.shape = rows.shape
+        self.dtype = rows.dtype
 
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows."""
@@ -242,7 +265,11 @@ def join(parts: Sequence[Entries], dtype: np.dtype) -> Entries:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        return Entries(np.empty(0, dtype), np.empty(0, np.int32), np.zeros(1, np.int64))
+        return Entries(
+            np.empty(0, dtype),
+            np.empty(0, np.int32),
+            np.zeros(1, np.int64),
+        )
     offsets = np.cumsum([0, *(len(part.data) for part in parts)])
     pointers = [part.indptr[1:] + low for part, low in zip(parts, offsets[:-1], strict=True)]
     return Entries(

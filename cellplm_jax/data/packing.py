@@ -60,12 +60,20 @@ class Source:
     """
 
     def __init__(
-        self, store: CellStore, part: SampleRange, capacity: int, pieces: int, segments: int
+        self,
+        store: CellStore,
+        part: SampleRange,
+        capacity: int,
+        pieces: int,
+        segments: int,
     ):
         record = store.samples[part.sample]
-        self.part, self.cells, self._store = part, part.cells, store
+        self.part = part
+        self.cells = part.cells
+        self._store = store
         self.density = record.nonzeros / record.cells
-        self._pieces, self._piece_cells = pieces, capacity // pieces
+        self._pieces = pieces
+        self._piece_cells = capacity // pieces
         self.spatial = record.spatial
         # Held-out cells cut the curve open: then its ends are not neighbours.
         self.closed = part.cells == record.cells
@@ -101,7 +109,8 @@ class Source:
         if self._pieces == 1 and self.closed:
             return self._store.samples[self.part.sample].nonzeros
         # With pieces, the fullest piece decides, because all have one nonzero axis of the same length.
-        offsets, share = self._offsets(), -(-self.cells // self._pieces)
+        offsets = self._offsets()
+        share = -(-self.cells // self._pieces)
         cuts = np.minimum(np.arange(self._pieces + 1) * share, self.cells)
         return int(np.diff(offsets[cuts]).max())
 
@@ -126,7 +135,8 @@ class Source:
         Returns:
             For each segment the ranges of stored cells, in sequence order.
         """
-        start, stop = self.part.start, self.part.stop
+        start = self.part.start
+        stop = self.part.stop
         # Everything in one window: the order of the cells has no effect on a set, and stored order is one read.
         if begin == 0 and cells == self.cells:
             return [[(start, stop)]]
@@ -139,7 +149,8 @@ class Source:
             first = start + (begin + turn) % self.cells
             if first + cells <= stop:
                 return [[(first, first + cells)]]
-            head, tail = (first, stop), (start, start + first + cells - stop)
+            head = (first, stop)
+            tail = (start, start + first + cells - stop)
             # Across the ends of an open curve the cells are no neighbours and must not attend to each other.
             return [[head, tail]] if self.closed else [[head], [tail]]
         order = generator.permutation(len(self.edges) - 1)
@@ -178,7 +189,8 @@ class Source:
         """
         edges = self.edges
         lengths = np.diff(edges)
-        shortest, longest = int(lengths.min()), int(lengths.max())
+        shortest = int(lengths.min())
+        longest = int(lengths.max())
         # The n fullest blocks together: no n blocks of a permutation have more.
         fullest = np.concatenate([[0], np.cumsum(np.sort(np.diff(offsets[edges]))[::-1])])
         reach = np.arange(longest + 1)
@@ -242,7 +254,8 @@ def deal_runs(runs: Sequence[Run], pieces: int) -> list[list[Run]]:
                 piece, filled = piece + 1, 0
             take = min(stop - start, share - filled)
             dealt[piece].append((start, start + take))
-            start, filled = start + take, filled + take
+            start = start + take
+            filled = filled + take
     for part in dealt:
         # Stored order within a piece, so that adjacent ranges join into one read.
         part.sort()
@@ -287,20 +300,26 @@ def _precompute(sources: Sequence[Source], name: str, threads: int) -> None:
 
 
 def _windows(
-    sources: Sequence[Source], config: TrainConfig, nonzeros: int, spare: float
+    sources: Sequence[Source],
+    config: TrainConfig,
+    nonzeros: int,
+    spare: float,
 ) -> list[Window] | None:
     """Split all sources into windows.
 
     Returns None if a few cells alone have more than ``nonzeros`` stored counts, the limit per piece; ``spare`` as in
     :meth:`Source.largest`.
     """
-    cells, pieces = config.data.cells, config.mesh.cells
+    cells = config.data.cells
+    pieces = config.mesh.cells
     # Samples that fit into a row need no bounds, which are the expensive part.
     small = [source for source in sources if source.cells <= cells]
     _precompute(small, "whole", config.data.threads)
     whole = {id(source) for source in small if source.whole <= nonzeros}
     _precompute(
-        [source for source in sources if id(source) not in whole], "bounds", config.data.threads
+        [source for source in sources if id(source) not in whole],
+        "bounds",
+        config.data.threads,
     )
     windows = []
     for number, source in enumerate(sources):
@@ -314,14 +333,18 @@ def _windows(
         begin = 0
         for size in window_sizes(source.cells, largest):
             share = -(-size // pieces)
-            most, segments = source.bound(share), source.window_segments
+            most = source.bound(share)
+            segments = source.window_segments
             windows.append(Window(number, begin, size, share, most, segments))
             begin += size
     return windows
 
 
 def pack_windows(
-    windows: Sequence[Window], cells: int, nonzeros: int, segments: int
+    windows: Sequence[Window],
+    cells: int,
+    nonzeros: int,
+    segments: int,
 ) -> list[list[int]]:
     """Pack windows into rows, largest first, each into the row that it fills best.
 
@@ -387,7 +410,8 @@ def plan_packing(sources: Sequence[Source], config: TrainConfig) -> Packing:
     All rows have the same length. It is the shortest with which an epoch has a maximum of 2 % more rows than without a
     limit: dense samples get smaller windows and share rows with sparse ones, so that other rows need less padding.
     """
-    cells, segments = config.data.cells // config.mesh.cells, config.data.segments
+    cells = config.data.cells // config.mesh.cells
+    segments = config.data.segments
     sparse = _sparse_density(sources)
 
     def attempt(nonzeros: int) -> Packing | None:

@@ -49,7 +49,9 @@ HELDOUT_WINDOWS = 32
 
 
 def split_heldout(
-    store: CellStore, config: DataConfig, seed: int
+    store: CellStore,
+    config: DataConfig,
+    seed: int,
 ) -> tuple[list[SampleRange], list[SampleRange]]:
     """Split the cells of a store into training and held-out cells.
 
@@ -124,7 +126,9 @@ def _chances(store: CellStore, seed: int) -> list[float]:
 
 
 def gene_means(
-    store: CellStore, ranges: Sequence[SampleRange], maximum_cells: int = 100_000
+    store: CellStore,
+    ranges: Sequence[SampleRange],
+    maximum_cells: int = 100_000,
 ) -> np.ndarray:
     """Return the mean count of each gene over the cells of samples that measure it.
 
@@ -141,13 +145,17 @@ def gene_means(
     number = max(1, maximum_cells // BLOCK_CELLS)
     if total <= maximum_cells:
         # All cells, in reads of 16 blocks: the store holds contiguous cells, and few large reads are faster.
-        starts, length = np.arange(0, total, 16 * BLOCK_CELLS), 16 * BLOCK_CELLS
+        starts = np.arange(0, total, 16 * BLOCK_CELLS)
+        length = 16 * BLOCK_CELLS
     else:
-        starts, length = (np.arange(number) * (total / number)).astype(np.int64), BLOCK_CELLS
+        starts = (np.arange(number) * (total / number)).astype(np.int64)
+        length = BLOCK_CELLS
     genes = len(store.genes)
-    sums, cells = np.zeros(genes), np.zeros(genes)
+    sums = np.zeros(genes)
+    cells = np.zeros(genes)
     for start in starts:
-        position, stop = int(start), min(int(start) + length, total)
+        position = int(start)
+        stop = min(int(start) + length, total)
         while position < stop:
             index = int(np.searchsorted(ends, position, side="right"))
             part = ranges[index]
@@ -259,8 +267,10 @@ class _Rows:
     """
 
     def __init__(self, store: CellStore, config: TrainConfig, nonzeros: int):
-        self.store, self.nonzeros = store, nonzeros
-        self.cells, self.pieces = config.data.cells, config.mesh.cells
+        self.store = store
+        self.nonzeros = nonzeros
+        self.cells = config.data.cells
+        self.pieces = config.mesh.cells
         self.segments = config.data.segments
         positions = config.model.positions
         self._eigenvectors = (
@@ -269,7 +279,8 @@ class _Rows:
 
     def empty(self, rows: int) -> dict[str, np.ndarray]:
         """Return padding arrays by field of :class:`CellBatch`; ``gene`` and ``count`` are uninitialised."""
-        cells, genes = (rows, self.cells), len(self.store.genes)
+        cells = (rows, self.cells)
+        genes = len(self.store.genes)
         folded = (rows, self.pieces, self.nonzeros)
         arrays = {
             "indptr": np.zeros((rows, self.pieces, self.cells // self.pieces + 1), np.int32),
@@ -310,14 +321,16 @@ class _Rows:
         Raises:
             InputError: The data contradicts the cell offsets from which the shapes were computed.
         """
-        store, width = self.store, self.cells // self.pieces
+        store = self.store
+        width = self.cells // self.pieces
         for place, segment in enumerate(segments):
             known = store.measured(segment.sample)
             if known is not None:
                 arrays["measured"][row, place] = known
         for piece in range(self.pieces):
             indptr = arrays["indptr"][row, piece]
-            gene, count = arrays["gene"][row, piece], arrays["count"][row, piece]
+            gene = arrays["gene"][row, piece]
+            count = arrays["count"][row, piece]
             cell = stored = 0
             for place, segment in enumerate(segments):
                 record = store.samples[segment.sample]
@@ -345,7 +358,9 @@ class _Rows:
                         present = np.all(np.isfinite(run.coordinates), axis=1)
                         arrays["has_coordinates"][row, at] = present
                         arrays["coordinates"][row, at] = np.where(
-                            present[:, None], run.coordinates, 0
+                            present[:, None],
+                            run.coordinates,
+                            0,
                         )
                         if self._eigenvectors is not None:
                             vectors = self._eigenvectors(segment.sample)[start:stop]
@@ -364,7 +379,11 @@ class _Rows:
             # The arrays are uninitialised: old memory could contain an index past the vocabulary.
             gene[stored:], count[stored:] = 0, 0
 
-    def batch(self, arrays: dict[str, np.ndarray], lead: tuple[int, ...]) -> CellBatch:
+    def batch(
+        self,
+        arrays: dict[str, np.ndarray],
+        lead: tuple[int, ...],
+    ) -> CellBatch:
         """Return the arrays as a batch with the leading axes ``lead`` instead of rows."""
         fields = dict(arrays)
         # Without pieces and segments the model has fewer axes, which compiles to simpler programs.
@@ -405,7 +424,8 @@ class TrainingBatches:
                 "Lower data.minimum_cells or data.heldout_fraction, or give more data",
             )
         self.store, self.config = store, config
-        data, pieces = config.data, config.mesh.cells
+        data = config.data
+        pieces = config.mesh.cells
         self._sources = [Source(store, part, data.cells, pieces, data.segments) for part in ranges]
         self._packing = plan_packing(self._sources, config)
         self.rows_per_epoch = len(self._packing.rows)
@@ -440,7 +460,11 @@ class TrainingBatches:
         return self._batch(step, first, rows, map)
 
     def iterate(
-        self, start_step: int, stop_step: int, first: int = 0, rows: int | None = None
+        self,
+        start_step: int,
+        stop_step: int,
+        first: int = 0,
+        rows: int | None = None,
     ) -> Iterator[CellBatch]:
         """Yield the batches of ``start_step`` to ``stop_step`` (exclusive), prefetched by threads.
 
@@ -471,7 +495,8 @@ class TrainingBatches:
                 iterator.close()
 
     def _batch(self, step: int, first: int, rows: int | None, over: Callable) -> CellBatch:
-        accumulate, all_rows = self.config.accumulate, self.config.data.rows
+        accumulate = self.config.accumulate
+        all_rows = self.config.data.rows
         rows = all_rows - first if rows is None else rows
         arrays = self._rows.empty(accumulate * rows)
 
@@ -521,7 +546,8 @@ def heldout_batches(
         (int32 [rows, cells], -1 for none; None: the store has no labels) and their sample numbers (int32 [rows,
         cells], -1 for padding).
     """
-    data, pieces = config.data, config.mesh.cells
+    data = config.data
+    pieces = config.mesh.cells
     windows, chosen = [], []
     for number, part, begin, cells in _spread(ranges, data.cells, maximum):
         share = -(-cells // pieces)
@@ -549,7 +575,9 @@ def heldout_batches(
 
 
 def _spread(
-    ranges: Sequence[SampleRange], largest: int, maximum: int
+    ranges: Sequence[SampleRange],
+    largest: int,
+    maximum: int,
 ) -> Iterator[tuple[int, SampleRange, int, int]]:
     """Yield the number, the range, its first cell and the cells of up to ``maximum`` windows."""
     ranges = [part for part in ranges if part.cells]

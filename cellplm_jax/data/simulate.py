@@ -168,7 +168,11 @@ def simulate_tissue(
     names = ("space", "types", "programme", "signalling", "batches", "library", "counts", "dropout")
     streams = {
         name: np.random.default_rng(child)
-        for name, child in zip(names, np.random.SeedSequence(seed).spawn(len(names)), strict=True)
+        for name, child in zip(
+            names,
+            np.random.SeedSequence(seed).spawn(len(names)),
+            strict=True,
+        )
     }
     plan = _assign_genes(
         genes,
@@ -186,7 +190,12 @@ def simulate_tissue(
     cell_type = _draw_types(streams["types"], proportions, domain)
 
     log_programme, inverse_dispersion = _gene_programmes(
-        streams["programme"], plan, genes, cell_types, marker_fold, dispersion
+        streams["programme"],
+        plan,
+        genes,
+        cell_types,
+        marker_fold,
+        dispersion,
     )
     sender, receiver = _choose_pairs(proportions, domain, ligand_receptor_pairs)
     if ligand_receptor_pairs:
@@ -435,11 +444,20 @@ def _assign_genes(
     marker_type[:markers] = np.repeat(np.arange(cell_types), markers_per_type)
     block = markers + np.arange(signalling).reshape(pairs, 2 + targets)
     gradient = markers + signalling + np.arange(gradient_genes)
-    return _Plan(marker_type, block[:, 0], block[:, 1], block[:, 2:], gradient)
+    return _Plan(
+        marker_type,
+        block[:, 0],
+        block[:, 1],
+        block[:, 2:],
+        gradient,
+    )
 
 
 def _lay_out(
-    rng: np.random.Generator, batch: np.ndarray, batches: int, domains: int
+    rng: np.random.Generator,
+    batch: np.ndarray,
+    batches: int,
+    domains: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Place the cells of each section and assign their domains.
 
@@ -495,7 +513,8 @@ def _across(position: np.ndarray, batch: np.ndarray) -> np.ndarray:
     across = np.zeros_like(position)
     for section in np.unique(batch):
         rows = batch == section
-        low, high = position[rows].min(axis=0), position[rows].max(axis=0)
+        low = position[rows].min(axis=0)
+        high = position[rows].max(axis=0)
         across[rows] = (position[rows] - (low + high) / 2) / max((high - low).max(), 1e-12)
     return across
 
@@ -518,7 +537,9 @@ def _domain_proportions(rng: np.random.Generator, domains: int, cell_types: int)
 
 
 def _draw_types(
-    rng: np.random.Generator, proportions: np.ndarray, domain: np.ndarray
+    rng: np.random.Generator,
+    proportions: np.ndarray,
+    domain: np.ndarray,
 ) -> np.ndarray:
     """Draw the type of each cell from the mixture of its domain."""
     cumulative = proportions.cumsum(axis=1)[domain]
@@ -549,7 +570,9 @@ def _gene_programmes(
 
 
 def _choose_pairs(
-    proportions: np.ndarray, domain: np.ndarray, pairs: int
+    proportions: np.ndarray,
+    domain: np.ndarray,
+    pairs: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose sender and receiver types: receivers round-robin, each with its most frequent neighbour."""
     domains, cell_types = proportions.shape
@@ -558,7 +581,8 @@ def _choose_pairs(
     if cell_types > 1:
         # A type is never its own partner.
         np.fill_diagonal(meeting, -1.0)
-    sender, receiver = np.zeros(pairs, dtype=np.int64), np.arange(pairs) % cell_types
+    sender = np.zeros(pairs, dtype=np.int64)
+    receiver = np.arange(pairs) % cell_types
     ranked = np.argsort(-meeting, axis=0, kind="stable")  # senders of each receiver, best first
     partners = max(cell_types - 1, 1)
     for pair in range(pairs):
@@ -604,14 +628,18 @@ def _centred_normal(rng: np.random.Generator, shape: tuple[int, ...], sd: float)
 
 
 def _negative_binomial(
-    rng: np.random.Generator, mean: np.ndarray, inverse_dispersion: np.ndarray
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    inverse_dispersion: np.ndarray,
 ) -> np.ndarray:
     """Draw negative binomial counts as a Poisson variable with a gamma rate (variance mu + mu^2 / theta)."""
     return rng.poisson(mean * rng.gamma(inverse_dispersion, size=mean.shape) / inverse_dispersion)
 
 
 def _draw_dropout(
-    rng: np.random.Generator, mean: np.ndarray, dropout: float
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    dropout: float,
 ) -> tuple[np.ndarray, float]:
     """Choose the non-zero entries that are lost, with average probability ``dropout``.
 
@@ -624,7 +652,8 @@ def _draw_dropout(
     log_mean = np.log(mean)
     # At these two ends every entry is lost with less, or more, than the wanted probability.
     odds = np.log(dropout) - np.log1p(-dropout)
-    low, high = odds + log_mean.min(), odds + log_mean.max()
+    low = odds + log_mean.min()
+    high = odds + log_mean.max()
     for _ in range(60):
         middle = 0.5 * (low + high)
         if _logistic(middle - log_mean).mean() < dropout:

@@ -101,7 +101,10 @@ def probe_values(rows: Rows) -> Probe:
 
 
 def choose_place(
-    opened: Opened, layer: str | None, values: Values, fitted: str = ""
+    opened: Opened,
+    layer: str | None,
+    values: Values,
+    fitted: str = "",
 ) -> tuple[Place, Rows, Probe, str]:
     """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message.
 

@@ -60,7 +60,9 @@ def variable_genes(
 
 
 def dispersed_genes(
-    mean: Float[np.ndarray, " genes"], variance: Float[np.ndarray, " genes"], number: int
+    mean: Float[np.ndarray, " genes"],
+    variance: Float[np.ndarray, " genes"],
+    number: int,
 ) -> Int[np.ndarray, " chosen"]:
     """Choose highly variable genes of one dataset, as ``scanpy.pp.highly_variable_genes`` does by default.
 
@@ -136,7 +138,11 @@ def principal_components(
     order = np.argsort(-values)[: min(components, genes)]
     loadings = basis @ vectors[:, order].astype(np.float32)
     # The sign of a component is arbitrary; a positive third moment makes it reproducible.
-    sign = np.where((loadings.astype(np.float64) ** 3).sum(axis=0) < 0, -1, 1)
+    sign = np.where(
+        (loadings.astype(np.float64) ** 3).sum(axis=0) < 0,
+        -1,
+        1,
+    )
     strength = np.sqrt(np.maximum(values[order], 0))
     return (loadings * sign).astype(np.float32), strength
 
@@ -153,7 +159,9 @@ def log_normalized(
 
 
 def variable_columns(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    *,
+    genes: int = 2000,
 ) -> tuple[Int[np.ndarray, " chosen"], Float32[np.ndarray, " chosen"]]:
     """Choose the highly variable genes of a dataset.
 
@@ -189,7 +197,9 @@ def variable_columns(
 
 
 def variable_expression(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    *,
+    genes: int = 2000,
 ) -> tuple[Float32[sparse.csr_matrix, "cells chosen"], Float32[np.ndarray, " chosen"]]:
     """Return the expression of the highly variable genes of a dataset.
 
@@ -260,7 +270,8 @@ def own_components(
         deviation: See :func:`standardized`.
         components: Number of components; fewer are returned if there are few cells or genes.
     """
-    cells, genes = expression.shape[0], expression.shape[1]
+    cells = expression.shape[0]
+    genes = expression.shape[1]
     blocks = standardized(expression, sample_of, deviation)
     number = min(components, cells - 1, genes - 1)
     loadings, _ = principal_components(blocks, genes, number, passes=6)
@@ -283,7 +294,8 @@ class Discriminants:
     def __init__(self, dimensions: int, *, shrinkage: float = 0.1, minimum_cells: int = 5):
         self._within = np.zeros((dimensions, dimensions))
         self._between = np.zeros((dimensions, dimensions))
-        self._shrinkage, self._minimum = shrinkage, minimum_cells
+        self._shrinkage = shrinkage
+        self._minimum = minimum_cells
 
     def add(
         self,

@@ -26,7 +26,10 @@ from cellplm_jax.evaluate.reconstruction import (
 
 
 def hide_nonzeros(
-    counts: Real[sparse.csr_matrix, "cells genes"], fraction: float = 0.1, *, seed: int = 0
+    counts: Real[sparse.csr_matrix, "cells genes"],
+    fraction: float = 0.1,
+    *,
+    seed: int = 0,
 ) -> tuple[Real[sparse.csr_matrix, "cells genes"], Bool[sparse.csr_matrix, "cells genes"]]:
     """Set a random fraction of the non-zero counts to 0.
 
@@ -128,8 +131,10 @@ def denoising_scores(truth: Matrix, prediction: Matrix, hidden: Matrix) -> dict[
     Raises:
         InputError: Shapes differ, nothing is hidden, or a value is not finite.
     """
-    dense = [part.toarray() if sparse.issparse(part) else np.asarray(part) for part in
-             (truth, prediction, hidden)]  # fmt: skip
+    dense = [
+        part.toarray() if sparse.issparse(part) else np.asarray(part)
+        for part in (truth, prediction, hidden)
+    ]
     truth, prediction, hidden = dense
     errors = {
         "rmse": root_mean_squared_error(truth, prediction, hidden),
@@ -270,7 +275,8 @@ def marker_scores(
         own = profiles[highest, place]
         return own - (profiles.sum(axis=0) - own) / (len(types) - 1)
 
-    counted, kept = contrast(logs[:, genes]), contrast(predicted[:, genes])
+    counted = contrast(logs[:, genes])
+    kept = contrast(predicted[:, genes])
     correlation = [
         np.corrcoef(*pair)[0, 1]
         for pair in zip(logs, predicted, strict=True)

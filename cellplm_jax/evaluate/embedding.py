@@ -108,7 +108,11 @@ def neighbor_graph(
     # A new AnnData, so that scanpy writes nothing into the caller's.
     cells.obsm[name] = array
     scanpy.pp.neighbors(
-        cells, n_neighbors=neighbors, use_rep=name, metric=metric, random_state=seed
+        cells,
+        n_neighbors=neighbors,
+        use_rep=name,
+        metric=metric,
+        random_state=seed,
     )
     return cells
 
@@ -145,7 +149,10 @@ def leiden_clusters(
 
 
 def leiden_of_graph(
-    cells: Any, *, resolution: float = 1.0, seed: int = 0
+    cells: Any,
+    *,
+    resolution: float = 1.0,
+    seed: int = 0,
 ) -> Int32[np.ndarray, " cells"]:
     """Cluster the neighbour graph of an AnnData with Leiden, as in :func:`leiden_clusters`.
 
@@ -252,7 +259,11 @@ def knn_accuracy(
 
 
 def batch_mixing(
-    embedding: Matrix, batches: Labels, *, perplexity: float = 30.0, metric: Metric = "euclidean"
+    embedding: Matrix,
+    batches: Labels,
+    *,
+    perplexity: float = 30.0,
+    metric: Metric = "euclidean",
 ) -> float:
     """Return the batch mixing of an embedding: 0 separated, 1 evenly mixed around every cell.
 
@@ -295,7 +306,8 @@ def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
     # The nearest at 0, so that the exponential does not underflow for distant cells.
     distance = distance - distance[:, :1]
     spread = np.maximum(distance.mean(axis=1, keepdims=True), 1e-12)
-    low, high = np.full_like(spread, -30.0), np.full_like(spread, 30.0)  # log(beta * spread)
+    low = np.full_like(spread, -30.0)
+    high = np.full_like(spread, 30.0)  # log(beta * spread)
     weights = np.full_like(distance, 1.0 / distance.shape[1])
     # Bisection of the logarithm of beta for all cells at once.
     for _ in range(60):
@@ -305,7 +317,8 @@ def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
         entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1, keepdims=True)
         # A larger beta concentrates the weights.
         wide = entropy > np.log(max(perplexity, 1.0))
-        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+        low = np.where(wide, middle, low)
+        high = np.where(wide, high, middle)
     return weights
 
 
@@ -337,7 +350,8 @@ def silhouette(
     codes = _codes(labels, "labels", cells=len(array))
     if sample_cells is not None and sample_cells < len(array):
         chosen = np.random.default_rng(seed).choice(len(array), sample_cells, replace=False)
-        array, codes = array[chosen], codes[chosen]
+        array = array[chosen]
+        codes = codes[chosen]
     groups = len(np.unique(codes))
     if not 2 <= groups < len(codes):
         raise InputError(
@@ -399,7 +413,11 @@ def kbet(
 
 
 def _acceptance(
-    array: np.ndarray, codes: np.ndarray, neighbors: int | None, alpha: float, metric: str
+    array: np.ndarray,
+    codes: np.ndarray,
+    neighbors: int | None,
+    alpha: float,
+    metric: str,
 ) -> float:
     """Return the fraction of cells at which the batch composition is not rejected."""
     size = np.unique(codes, return_counts=True)[1]
@@ -438,7 +456,11 @@ def _nothing_mixed() -> str:
 
 
 def batch_silhouette(
-    embedding: Matrix, batches: Labels, labels: Labels, *, metric: Metric = "euclidean"
+    embedding: Matrix,
+    batches: Labels,
+    labels: Labels,
+    *,
+    metric: Metric = "euclidean",
 ) -> float:
     """Return the overlap of the batches within each label: 1 complete, 0 none ("batch ASW").
 
@@ -542,7 +564,11 @@ def integration_scores(
 
 
 def pca_baseline(
-    counts: Matrix, *, genes: int = 2000, components: int = 50, seed: int = 0
+    counts: Matrix,
+    *,
+    genes: int = 2000,
+    components: int = 50,
+    seed: int = 0,
 ) -> Float32[np.ndarray, "cells components"]:
     """Embed cells with scanpy's standard PCA recipe, as a baseline for learned embeddings.
 
@@ -593,7 +619,11 @@ def pca_baseline(
         scanpy.pp.scale(cells, max_value=10)
         components = min(components, cells.n_obs - 1, cells.n_vars - 1)
         scanpy.pp.pca(
-            cells, n_comps=components, svd_solver="arpack", mask_var=None, random_state=seed
+            cells,
+            n_comps=components,
+            svd_solver="arpack",
+            mask_var=None,
+            random_state=seed,
         )
     return np.ascontiguousarray(cells.obsm["X_pca"], dtype=np.float32)
 

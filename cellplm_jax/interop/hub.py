@@ -217,7 +217,11 @@ def push(
             revision=revision,
         )
     pinned = HubAddress(address.repository, done.oid)
-    return HubCommit(url=str(done.commit_url), commit=done.oid, address=str(pinned))
+    return HubCommit(
+        url=str(done.commit_url),
+        commit=done.oid,
+        address=str(pinned),
+    )
 
 
 def _is_generated(api, repository: str, revision: str | None) -> bool:

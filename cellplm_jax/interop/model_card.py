@@ -175,7 +175,11 @@ def _data(card: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _facts(card: Mapping[str, Any], keys: tuple[str, ...], step: int) -> list[tuple[str, str]]:
+def _facts(
+    card: Mapping[str, Any],
+    keys: tuple[str, ...],
+    step: int,
+) -> list[tuple[str, str]]:
     facts = [(_words(key), _value(card[key])) for key in keys if card.get(key) is not None]
     training = card.get("training")
     if isinstance(training, dict):
@@ -201,8 +205,15 @@ def _architecture(config: ModelConfig, genes: list[str], parameters: int) -> str
 class _Scores:
     """A table of scores in a card: rows, columns, and its location in the card."""
 
-    def __init__(self, path: str, what: str, rows: dict[str, dict[str, float]]):
-        self.path, self.what, self.rows = path, what, rows
+    def __init__(
+        self,
+        path: str,
+        what: str,
+        rows: dict[str, dict[str, float]],
+    ):
+        self.path = path
+        self.what = what
+        self.rows = rows
         self.columns = list(dict.fromkeys(column for row in rows.values() for column in row))
 
 

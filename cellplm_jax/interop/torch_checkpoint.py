@@ -81,7 +81,11 @@ class _Entry:
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         array = array.T if self.transpose else array
-        return np.array(array.reshape((1,)) if self.scalar else array, order="C", copy=True)
+        return np.array(
+            array.reshape((1,)) if self.scalar else array,
+            order="C",
+            copy=True,
+        )
 
 
 def _entries(config: ModelConfig) -> list[_Entry]:
@@ -113,7 +117,8 @@ def _entries(config: ModelConfig) -> list[_Entry]:
     if config.embedder.covariate:
         copy("embedder.cov_enc.weight", "embedder", "batch_embedding")
     for layer in range(config.encoder.layers):
-        torch, path = f"encoder.layers.{layer}", ("encoder", f"layer_{layer}")
+        torch = f"encoder.layers.{layer}"
+        path = ("encoder", f"layer_{layer}")
         if config.encoder.kind == "mlp":
             hidden_block(torch, *path)
         elif config.encoder.kind == "flow":
@@ -311,7 +316,13 @@ def as_published(
             unused["embedder.norm0.weight"] = np.ones(width, np.float32)
             if config.norm != "rmsnorm":
                 unused["embedder.norm0.bias"] = np.zeros(width, np.float32)
-    return Converted(config, list(genes), params, dict(unused or {}), dict(published))
+    return Converted(
+        config,
+        list(genes),
+        params,
+        dict(unused or {}),
+        dict(published),
+    )
 
 
 def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> Converted:
@@ -326,7 +337,8 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         MissingDependencyError: PyTorch is not installed.
     """
     torch = require("torch", "torch", "Reading a PyTorch checkpoint")
-    checkpoint, config = Path(checkpoint), Path(config)
+    checkpoint = Path(checkpoint)
+    config = Path(config)
     for path in (checkpoint, config):
         require_regular(path, raises=CheckpointError)
         if not path.is_file():
@@ -376,7 +388,8 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    arrays, size = {}, checkpoint.stat().st_size
+    arrays = {}
+    size = checkpoint.stat().st_size
     for name, value in state_dict.items():
         if value.numel() * value.element_size() > size:
             raise CheckpointError(
@@ -417,8 +430,15 @@ def _check_zip(checkpoint: Path) -> None:
                     "Download it again",
                 )
             damaged = archive.testzip()
-    except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
-            zlib.error) as error:  # fmt: skip
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         damaged = str(error)[:160] or type(error).__name__
     if damaged is not None:
         raise CheckpointError(

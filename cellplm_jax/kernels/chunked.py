@@ -104,11 +104,14 @@ class CountChunks(struct.PyTreeNode):
         return self.start(index) + jnp.arange(self.size) >= index * self.size
 
     def dense(
-        self, values: Real[Array, "samples *pieces nonzeros"], index: Int[Array, ""]
+        self,
+        values: Real[Array, "samples *pieces nonzeros"],
+        index: Int[Array, ""],
     ) -> Float[Array, "samples *pieces size genes"]:
         """Scatter one value per stored count of one chunk; the result is float32 for integers."""
         kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
-        start, stored = self.start(index), self.gene.shape[-1]
+        start = self.start(index)
+        stored = self.gene.shape[-1]
         # Blocks of constant size, because a loop needs the same shape in every turn; the number of turns is dynamic.
         width = min(BLOCK, stored)
 
@@ -131,15 +134,24 @@ class CountChunks(struct.PyTreeNode):
             return jax.lax.fori_loop(0, self.blocks, block, empty).astype(kind)
 
         return _over_pieces(scatter)(
-            self.cell, self.gene, values, self.begin[..., index], self.end[..., index]
+            self.cell,
+            self.gene,
+            values,
+            self.begin[..., index],
+            self.end[..., index],
         )
 
     def rows(
-        self, values: Shaped[Array, "samples ..."], index: Int[Array, ""]
+        self,
+        values: Shaped[Array, "samples ..."],
+        index: Int[Array, ""],
     ) -> Shaped[Array, "samples ..."]:
         """Return the cells of one chunk: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
         return jax.lax.dynamic_slice_in_dim(
-            values, self.start(index), self.size, axis=self.begin.ndim - 1
+            values,
+            self.start(index),
+            self.size,
+            axis=self.begin.ndim - 1,
         )
 
     def written(
@@ -150,7 +162,10 @@ class CountChunks(struct.PyTreeNode):
     ) -> Shaped[Array, "samples ..."]:
         """Return ``values`` [samples, (pieces,) cells, ...] with the cells of one chunk replaced."""
         return jax.lax.dynamic_update_slice_in_dim(
-            values, chunk.astype(values.dtype), self.start(index), axis=self.begin.ndim - 1
+            values,
+            chunk.astype(values.dtype),
+            self.start(index),
+            axis=self.begin.ndim - 1,
         )
 
 
@@ -180,7 +195,11 @@ def summed_over_chunks_reference(
     """Return ``summed_over_chunks`` as a plain sum, differentiated by JAX."""
     return summed_in_parts_reference(
         lambda index, params, given: function(
-            chunks, index, params, chunks.rows(cells, index), given
+            chunks,
+            index,
+            params,
+            chunks.rows(cells, index),
+            given,
         ),
         chunks.number,
         params,
@@ -260,14 +279,21 @@ def _types(params: Any) -> Any:
 
 
 def _scaled(factor: Array, gradients: Any, types: Any) -> Any:
-    return jax.tree.map(lambda leaf, like: (factor * leaf).astype(like.dtype), gradients, types)
+    return jax.tree.map(
+        lambda leaf, like: (factor * leaf).astype(like.dtype),
+        gradients,
+        types,
+    )
 
 
 summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 
 
 def summed_in_parts_reference(
-    function: Callable, number: int, params: Any, given: Any
+    function: Callable,
+    number: int,
+    params: Any,
+    given: Any,
 ) -> tuple[Float[Array, ""], Any]:
     """Return ``summed_in_parts`` as a plain sum, differentiated by JAX."""
     value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
@@ -278,7 +304,10 @@ def summed_in_parts_reference(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def summed_in_parts(
-    function: Callable, number: int, params: Any, given: Any
+    function: Callable,
+    number: int,
+    params: Any,
+    given: Any,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum a scalar function over numbered parts, with the gradient computed per part.
 
@@ -298,7 +327,10 @@ def summed_in_parts(
 
 def _summed(at: Callable, number: int) -> Any:
     return jax.lax.fori_loop(
-        0, number, lambda index, total: jax.tree.map(jnp.add, total, at(index)), _zeros(at)
+        0,
+        number,
+        lambda index, total: jax.tree.map(jnp.add, total, at(index)),
+        _zeros(at),
     )
 
 
@@ -374,7 +406,11 @@ def _expression(chunks, values, hidden, index):
     expression = chunks.dense(values, index)
     if hidden is None:
         return expression
-    return jnp.where(chunks.rows(hidden, index), jnp.zeros((), values.dtype), expression)
+    return jnp.where(
+        chunks.rows(hidden, index),
+        jnp.zeros((), values.dtype),
+        expression,
+    )
 
 
 def _product_forward(table, chunks, values, hidden):

@@ -67,12 +67,19 @@ def _linear_backward(widen, saved, gradient):
     values, kernel = saved
     # A widened result has a float32 gradient; products of mixed types would leave the fast path.
     gradient = gradient.astype(values.dtype)
-    last, others = values.ndim - 1, tuple(range(values.ndim - 1))
-    of_values = _dot(gradient, kernel, (((last,), (1,)), ((), ())))
+    last = values.ndim - 1
+    others = tuple(range(values.ndim - 1))
+    of_values = _dot(
+        gradient,
+        kernel,
+        (((last,), (1,)), ((), ())),
+    )
     if values.dtype != jnp.bfloat16 and values.ndim == 3 and values.shape[0] == 1:
         # A CPU's kernel sums over the first of two axes in place; with more axes it recomputes transposed values.
         # Only an axis of length 1 is removed: axes that are sharded over devices cannot be merged.
-        values, gradient, others = values[0], gradient[0], (0,)
+        values = values[0]
+        gradient = gradient[0]
+        others = (0,)
     return of_values, _dot(values, gradient, ((others, others), ((), ())))
 
 

@@ -74,7 +74,10 @@ def count_nll_reference(
         nll = negative_binomial_nll(counts, mean, dispersion)
     else:
         nll = zero_inflated_negative_binomial_nll(
-            counts, mean, dispersion, reconstruction.zero_logits
+            counts,
+            mean,
+            dispersion,
+            reconstruction.zero_logits,
         )
     return jnp.sum(jnp.where(entries, nll, 0.0), axis=-1)
 
@@ -157,7 +160,8 @@ def _scaled_forward(dispersion, mean, counts, entries):
 
 def _scaled_backward(saved, gradient):
     dispersion, mean, counts, entries = saved
-    counts, mean = jnp.where(entries, counts, 0.0), jnp.where(entries, mean, 0.0)
+    counts = jnp.where(entries, counts, 0.0)
+    mean = jnp.where(entries, mean, 0.0)
     divisor = _divisor(mean)
     scale = counts.sum(axis=-1) / divisor
     scaled = mean * scale[..., None]
@@ -233,7 +237,10 @@ def chunked_count_loss(
     given |= {"cell": truth.cell_of_nonzero()}
     blocks = -(-truth.gene.shape[-1] // BLOCK)
     more, (more_full, more_masked) = summed_in_parts(
-        partial(_block_of_loss, two), blocks, dispersion, given
+        partial(_block_of_loss, two),
+        blocks,
+        dispersion,
+        given,
     )
     return {
         "reconstruction": total + more,
@@ -243,7 +250,10 @@ def chunked_count_loss(
 
 
 def _block_of_loss(
-    two: bool, index: Array, dispersion: Array, given: dict[str, Any]
+    two: bool,
+    index: Array,
+    dispersion: Array,
+    given: dict[str, Any],
 ) -> tuple[Array, tuple[Array, Array]]:
     """Return the contribution of the gamma functions of a block of stored counts to the loss, and its two terms."""
     batch: CellBatch = given["batch"]
@@ -275,10 +285,11 @@ def _block_of_loss(
         asked = jax.vmap(lambda table, gene: table[gene])(given["target_genes"], gene)
         weight = jnp.where(asked, weight, 0.0)
     terms = negative_binomial_count_terms(count.astype(jnp.float32), dispersion[gene])
-    full, masked = jnp.sum(weight * terms), jnp.zeros((), jnp.float32)
+    full = jnp.sum(weight * terms)
+    masked = jnp.zeros((), jnp.float32)
     if two:
         hidden = batch.over_pieces(
-            lambda table, at, gene: table.at[at, gene].get(mode="fill", fill_value=False)
+            lambda table, at, gene: table.at[at, gene].get(mode="fill", fill_value=False),
         )(given["gene_mask"], cell, gene)
         masked = jnp.sum(jnp.where(hidden, weight, 0.0) * terms)
     return full + masked, (full, masked)
@@ -464,7 +475,9 @@ def latent_loss(
         total = total + config.adversarial_weight * terms["adversarial"]
     if config.similarity_weight > 0:
         terms["similarity"] = elastic_cell_similarity(
-            latent.z, cell_mask, config.similarity_threshold
+            latent.z,
+            cell_mask,
+            config.similarity_threshold,
         )
         total = total + config.similarity_weight * terms["similarity"]
     return {**terms, "latent": total}
@@ -517,7 +530,9 @@ def batch_mixing_loss(
     Returns:
         In nats, bounded by the logarithm of the inverse fraction of the rarest batch.
     """
-    z, batch, mask = z.reshape(-1, z.shape[-1]), batch.reshape(-1), cell_mask.reshape(-1)
+    z = z.reshape(-1, z.shape[-1])
+    batch = batch.reshape(-1)
+    mask = cell_mask.reshape(-1)
     cells = len(z)
     square = jnp.sum(z * z, axis=-1)
     distance = jnp.maximum(square[:, None] + square[None, :] - 2.0 * z @ z.T, 0.0)

@@ -251,11 +251,17 @@ def softmax_attention(
     if groups.segment is not None:
         seen = seen & (groups.segment[:, :, None] == groups.segment[:, None, :])
     scores = jnp.where(seen[:, None], scores, -1e30)
-    return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores, axis=-1), value.astype(jnp.float32))
+    return jnp.einsum(
+        "bhqk,bkhd->bqhd",
+        nn.softmax(scores, axis=-1),
+        value.astype(jnp.float32),
+    )
 
 
 def orthogonal_features(
-    features: int, width: int, seed: int
+    features: int,
+    width: int,
+    seed: int,
 ) -> Float32[np.ndarray, "{features} {width}"]:
     """Return random rows, orthogonal within blocks, with the norms of Gaussian vectors.
 
@@ -292,7 +298,8 @@ def performer_attention(
         x = x.astype(jnp.float32) * scale
         return jnp.einsum("bchd,md->bchm", x, projection) - 0.5 * jnp.sum(x**2, -1, keepdims=True)
 
-    query_exponent, key_exponent = exponent(query), exponent(key)
+    query_exponent = exponent(query)
+    key_exponent = exponent(key)
     query_features = jnp.exp(query_exponent - query_exponent.max(axis=-1, keepdims=True))
     # One constant per head cancels between numerator and denominator, so the largest valid exponent can be subtracted.
     largest = jnp.where(mask, key_exponent, -jnp.inf).max(axis=(1, 3), keepdims=True)
@@ -320,10 +327,15 @@ class CellAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, *, train: bool
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        groups: CellGroups,
+        *,
+        train: bool,
     ) -> Float[Array, "samples cells hidden"]:
         """Mix the values of each cell's group."""
-        encoder, width = self.config.encoder, self.config.hidden
+        encoder = self.config.encoder
+        width = self.config.hidden
         heads = (*hidden.shape[:2], encoder.heads, width // encoder.heads)
         query = dense(width, "query")(hidden).reshape(heads)
         key = dense(width, "key")(hidden).reshape(heads)

@@ -23,7 +23,10 @@ def _rank(noise: Array) -> Array:
 
 
 def _rank_in_sample(
-    noise: Array, cell_mask: Array, segment: Array | None, segments: int
+    noise: Array,
+    cell_mask: Array,
+    segment: Array | None,
+    segments: int,
 ) -> tuple[Array, Array]:
     """Rank the cells of each sample by noise.
 
@@ -77,7 +80,9 @@ def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> 
     cell_mask = batch.fold(batch.cell_mask)
     segment = None if batch.segment is None else batch.fold(batch.segment)
     noise = jnp.where(
-        cell_mask, batch.fold(jax.random.uniform(key, batch.cell_mask.shape)), jnp.inf
+        cell_mask,
+        batch.fold(jax.random.uniform(key, batch.cell_mask.shape)),
+        jnp.inf,
     )
     rank, present = _rank_in_sample(noise, cell_mask, segment, batch.segments)
     kept = floor_of_fraction(present, keep_fraction)
@@ -92,7 +97,9 @@ def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> 
 
 
 def keep_cells(
-    batch: CellBatch, keep: Bool[Array, "samples cells"], width: int
+    batch: CellBatch,
+    keep: Bool[Array, "samples cells"],
+    width: int,
 ) -> tuple[CellBatch, Callable]:
     """Remove cells from a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
 
@@ -115,7 +122,11 @@ def keep_cells(
         # One more entry, for cells that were dropped the first time: they stay at the position past the end.
         gone = jnp.full((*slot.shape[:-1], 1), width, slot.dtype)
         now = jnp.minimum(batch.slot, cells)
-        moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=-1), now, axis=-1)
+        moved = jnp.take_along_axis(
+            jnp.concatenate([slot, gone], axis=-1),
+            now,
+            axis=-1,
+        )
     else:
         moved = slot
     # Kept cells have the smallest places, in their order; the rest fills up to the constant width.
@@ -144,7 +155,10 @@ def keep_cells(
 
 
 def follow_cells(
-    values: Shaped[Array, "samples source_cells *rest"], batch: CellBatch, *, fill: float | bool = 0
+    values: Shaped[Array, "samples source_cells *rest"],
+    batch: CellBatch,
+    *,
+    fill: float | bool = 0,
 ) -> Shaped[Array, "samples cells *rest"]:
     """Reorder values per cell to the positions after :func:`drop_cells`.
 
@@ -175,7 +189,9 @@ def _beta_quantiles(a: float, b: float) -> np.ndarray:
 
 
 def masking_rates(
-    key: Key[Array, ""], shape: Shape, config: MaskingConfig
+    key: Key[Array, ""],
+    shape: Shape,
+    config: MaskingConfig,
 ) -> Float32[Array, "*shape"]:
     """Draw each cell's masking rate.
 
@@ -207,7 +223,12 @@ def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
 
 
 def sample_gene_mask(
-    key: Key[Array, ""], batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
+    key: Key[Array, ""],
+    batch: CellBatch,
+    genes: int,
+    config: MaskingConfig,
+    *,
+    chunk: int = 0,
 ) -> Bool[Array, "samples cells {genes}"]:
     """Draw the mask of hidden entries: first the cells, then the genes of each of them.
 
@@ -241,12 +262,15 @@ def sample_gene_mask(
         words = jax.vmap(lambda key: jax.random.bits(key, (-(-genes // 2),), jnp.uint32))
         # Low halves decide on the first half of the genes, high halves on the second; interleaving would cost a
         # transposition.
-        words, limit = words(keys.ravel()).reshape(*keys.shape, -1), threshold[..., None]
+        words = words(keys.ravel()).reshape(*keys.shape, -1)
+        limit = threshold[..., None]
         return jnp.concatenate([words & 0xFFFF < limit, words >> 16 < limit], axis=-1)[..., :genes]
 
     if chunk:
-        keys, threshold = batch.fold(keys), batch.fold(threshold)
-        axis, cells = keys.ndim - 1, keys.shape[-1]
+        keys = batch.fold(keys)
+        threshold = batch.fold(threshold)
+        axis = keys.ndim - 1
+        cells = keys.shape[-1]
         # A loop, so that the random words of one chunk only are in memory: they take twice the space of the mask.
         size = min(chunk, cells)
 

@@ -494,7 +494,10 @@ class _Reader:
                 yield called
 
     def arithmetic(
-        self, computation: dict[str, Instruction], entry: Instruction, place: _Place
+        self,
+        computation: dict[str, Instruction],
+        entry: Instruction,
+        place: _Place,
     ) -> None:
         times = place.times
         if entry.opcode in ("dot", "convolution") and len(entry.operands) >= 2:
@@ -513,7 +516,9 @@ class _Reader:
                 self.cost.elements += times * count
 
     def accesses(
-        self, computation: dict[str, Instruction], entry: Instruction
+        self,
+        computation: dict[str, Instruction],
+        entry: Instruction,
     ) -> tuple[float, float]:
         """Return the number of positions that a gather or scatter accesses, and the number of elements at each."""
         if entry.opcode == "gather":
@@ -581,7 +586,8 @@ class _Reader:
             number = int(inner.literal)
             if number >= len(read) or not any(shape.space == 0 for shape in read[number]):
                 continue
-            whole, part = _main(read[number]), self.taken(body, inner.name)
+            whole = _main(read[number])
+            part = self.taken(body, inner.name)
             # A value that several instructions read stays on the chip after the first read.
             total += whole if part is None else min(whole, part)
         root = next((inner for inner in body.values() if inner.root), None)

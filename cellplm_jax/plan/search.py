@@ -180,7 +180,11 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
             f"the {devices} of the topology",
             "Change one of the axes",
         )
-    return MeshConfig(data=data, cells=sizes.get("cells", 1), genes=sizes.get("genes", 1))
+    return MeshConfig(
+        data=data,
+        cells=sizes.get("cells", 1),
+        genes=sizes.get("genes", 1),
+    )
 
 
 def with_mesh(config: TrainConfig, mesh: MeshConfig, rows: int | None) -> TrainConfig:
@@ -216,10 +220,13 @@ class Candidate:
 
 def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> Candidate:
     """Estimate the cost of a mesh roughly, from the sizes of the large arrays."""
-    model, mesh, data = config.model, config.mesh, config.data
+    model = config.model
+    mesh = config.mesh
+    data = config.data
     rows = data.rows / mesh.data
     cells = data.cells * (1 - config.masking.drop_cells) / mesh.cells
-    genes, hidden = model.genes / mesh.genes, model.hidden
+    genes = model.genes / mesh.genes
+    hidden = model.hidden
     # Per gene: its row of the embedding, its column of the output layer, and a few single parameters.
     by_gene = genes * (hidden + model.decoder.bottleneck + 3)
     layer = (4 + 2 * model.encoder.feedforward) * hidden**2
@@ -247,7 +254,11 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
 
 
 def candidates(
-    config: TrainConfig, topology: Topology, nonzeros_per_cell: int, *, rows: int | None = None
+    config: TrainConfig,
+    topology: Topology,
+    nonzeros_per_cell: int,
+    *,
+    rows: int | None = None,
 ) -> list[Candidate]:
     """Return candidate meshes, the most promising first.
 
@@ -323,7 +334,9 @@ def plan(
     if mesh is not None:
         chosen = [
             _guess(
-                with_mesh(config, parse_mesh(mesh, place.devices), rows), place, nonzeros_per_cell
+                with_mesh(config, parse_mesh(mesh, place.devices), rows),
+                place,
+                nonzeros_per_cell,
             )
         ]
         spare: list[Candidate] = []
@@ -465,7 +478,8 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
             f"{in_gibibytes(entry['shortage'])} too much",
             _compilation(entry),
         ]
-    device, seconds = entry["device"], entry["seconds"]
+    device = entry["device"]
+    seconds = entry["seconds"]
     parts = ("arguments", "outputs", "aliased", "temporaries", "code")
     sizes = ", ".join(f"{part} {_amount(memory[part], 'B')}" for part in parts)
     lines += [
@@ -474,7 +488,8 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
     ]
     if not entry["fits"]:
         lines.append(f"  does not fit      {in_gibibytes(entry['shortage'])} too much")
-    stated, sparse = entry["compiler"]["flops"], device["sparse_elements"]
+    stated = entry["compiler"]["flops"]
+    sparse = device["sparse_elements"]
     lines += [
         f"  FLOPs a device    {_amount(device['flops'])} in products, loops counted as often as they run"
         + (f"; {_amount(stated)} in all by the compiler, loops once" if stated else ""),

@@ -53,25 +53,50 @@ def ablation_dots(
             raise InputError(
                 f"variant '{name}' has no finite score", "one per seed", "Remove the variant"
             )
-    with picture(ax, (5.6, 0.3 * len(seeds) + 0.9), title=title, show=show) as axes:
+    with picture(
+        ax,
+        (5.6, 0.3 * len(seeds) + 0.9),
+        title=title,
+        show=show,
+    ) as axes:
         whole = seeds[reference].mean()
-        axes.axvline(whole, color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+        axes.axvline(
+            whole,
+            color="#8C8C8C",
+            linewidth=1.0,
+            linestyle=(0, (4, 2)),
+            zorder=1,
+        )
         for place, (name, values) in enumerate(seeds.items()):
             color = PALETTE[3] if name == reference else PALETTE[0]
             axes.plot(
-                values, np.full(len(values), place), "o", color=color, markersize=5.5, alpha=0.75,
-                markeredgewidth=0, zorder=2,
-            )  # fmt: skip
+                values,
+                np.full(len(values), place),
+                "o",
+                color=color,
+                markersize=5.5,
+                alpha=0.75,
+                markeredgewidth=0,
+                zorder=2,
+            )
             axes.plot(
-                [values.mean()] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2, zorder=3
+                [values.mean()] * 2,
+                [place - 0.3, place + 0.3],
+                color=color,
+                linewidth=2,
+                zorder=3,
             )
             text = f"{values.mean():.3f}"
             if name != reference:
                 text += f" ({values.mean() - whole:+.3f})"
             axes.annotate(
-                text.replace("-", "\N{MINUS SIGN}"), (1.01, place), va="center", fontsize=7.5,
-                xycoords=axes.get_yaxis_transform(), annotation_clip=False,
-            )  # fmt: skip
+                text.replace("-", "\N{MINUS SIGN}"),
+                (1.01, place),
+                va="center",
+                fontsize=7.5,
+                xycoords=axes.get_yaxis_transform(),
+                annotation_clip=False,
+            )
         axes.set_yticks(np.arange(len(seeds)), list(seeds))
         axes.set_ylim(len(seeds) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
@@ -119,10 +144,14 @@ def benchmark_lines(
         for place, (method, curve) in enumerate(curves.items()):
             sizes = sorted(curve)
             axes.plot(
-                sizes, [curve[size] for size in sizes], color=PALETTE[place % len(PALETTE)],
-                marker=MARKERS[place % len(MARKERS)], markersize=5, label=str(method),
+                sizes,
+                [curve[size] for size in sizes],
+                color=PALETTE[place % len(PALETTE)],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=5,
+                label=str(method),
                 linestyle=DASHES[place % len(DASHES)],
-            )  # fmt: skip
+            )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel(size_label)

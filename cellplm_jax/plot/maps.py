@@ -127,14 +127,23 @@ def _scatter(
         order = order[~missing[order]]
         low, high = limits_of(numbers, color_limits)
         drawn = ax.scatter(
-            *points[order].T, c=numbers[order], cmap=color_map, vmin=low, vmax=high, **options
+            *points[order].T,
+            c=numbers[order],
+            cmap=color_map,
+            vmin=low,
+            vmax=high,
+            **options,
         )
         if legend:
             finite = numbers[~missing]
             beyond = (bool((finite < low).any()), bool((finite > high).any()))
             extend = {(True, True): "both", (True, False): "min", (False, True): "max"}
             bar = ax.figure.colorbar(
-                drawn, ax=ax, shrink=0.7, aspect=22, extend=extend.get(beyond, "neither")
+                drawn,
+                ax=ax,
+                shrink=0.7,
+                aspect=22,
+                extend=extend.get(beyond, "neither"),
             )
             bar.outline.set_visible(False)  # type: ignore[operator]
             if color_label:
@@ -167,20 +176,28 @@ def _scatter(
             entries.append(("missing", UNKNOWN_COLOR, "o"))
         handles = [
             line(
-                [], [], linestyle="", marker=marker, markersize=6.5, color=color, markeredgewidth=0
+                [],
+                [],
+                linestyle="",
+                marker=marker,
+                markersize=6.5,
+                color=color,
+                markeredgewidth=0,
             )
             for _, color, marker in entries
         ]
         where: dict[str, Any] = {
-            "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
+            "loc": "center left",
+            "bbox_to_anchor": (1.01, 0.5),
             "ncols": math.ceil(len(entries) / 18),
-        }  # fmt: skip
+        }
         if legend == "below":
             longest = max(len(name) for name, _, _ in entries)
             where = {
-                "loc": "upper left", "bbox_to_anchor": (0.0, -0.09),
+                "loc": "upper left",
+                "bbox_to_anchor": (0.0, -0.09),
                 "ncols": max(1, min(len(entries), 56 // (longest + 5))),
-            }  # fmt: skip
+            }
         ax.legend(
             handles,
             [name for name, _, _ in entries],
@@ -334,7 +351,13 @@ def tissue_map(
     extent = np.where(extent > 0, extent, max(extent.max(), 1.0))
     long = 5.0 / max(extent)
     width, height = np.maximum(extent * long, (1.8, 1.5)) + np.array((0.2, 0.4))
-    with picture(ax, (float(width), float(height)), title=title, show=show, beside=True) as axes:
+    with picture(
+        ax,
+        (float(width), float(height)),
+        title=title,
+        show=show,
+        beside=True,
+    ) as axes:
         if point_size is None:
             box = axes.get_window_extent()
             scale = 72 / axes.figure.dpi * min(box.width / extent[0], box.height / extent[1])
@@ -386,7 +409,12 @@ def _scale_bar(axes: Axes, points: np.ndarray, scale: float, image_origin: bool)
     axes.plot([left, end], [y, y], gid="scale bar", **style)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     axes.annotate(
-        text, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+        text,
+        (end, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
     )
 
 
@@ -451,9 +479,16 @@ def cell_attention(
     if cell is not None:
         x, y = points[cell]
         axes.plot(
-            [x], [y], marker="*", markersize=13, linestyle="", label="the cell that looks",
-            markerfacecolor="#D55E00", markeredgecolor="white", zorder=5,
-        )  # fmt: skip
+            [x],
+            [y],
+            marker="*",
+            markersize=13,
+            linestyle="",
+            label="the cell that looks",
+            markerfacecolor="#D55E00",
+            markeredgecolor="white",
+            zorder=5,
+        )
     if show:
         pyplot_module().show()
     return axes
@@ -492,7 +527,8 @@ def gene_map(
     """
     effects = require("matplotlib.patheffects", "eval", "Plotting")
     points = points_of(coordinates)
-    names, labels = [str(gene) for gene in genes], gene_labels(genes)
+    names = [str(gene) for gene in genes]
+    labels = gene_labels(genes)
     drawn_values(np.array(names, object), len(points))
     # By name or by symbol, in whatever form the genes are given.
     place = {name: row for row, name in enumerate(labels)}
@@ -507,21 +543,39 @@ def gene_map(
             )
     with picture(ax, (5.2, 4.6), title=title, show=show, beside=True) as axes:
         size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
-        axes.scatter(*points.T, s=size, c="#CFCFCF", linewidths=0, rasterized=True, zorder=1)
+        axes.scatter(
+            *points.T,
+            s=size,
+            c="#CFCFCF",
+            linewidths=0,
+            rasterized=True,
+            zorder=1,
+        )
         for number, (group, members) in enumerate(groups.items()):
             color = PALETTE[number % len(PALETTE)]
             marker = MARKERS[number % len(MARKERS)]
             rows = [place[name] for name in members]
             axes.scatter(
-                *points[rows].T, s=26, c=color, marker=marker, edgecolors="white", linewidths=0.5,
-                label=group, zorder=2,
-            )  # fmt: skip
+                *points[rows].T,
+                s=26,
+                c=color,
+                marker=marker,
+                edgecolors="white",
+                linewidths=0.5,
+                label=group,
+                zorder=2,
+            )
             for row in rows:
                 axes.annotate(
-                    labels[row], tuple(points[row]), xytext=(4, 3), textcoords="offset points",
-                    fontsize=7.5, color="#1A1A1A", zorder=3,
+                    labels[row],
+                    tuple(points[row]),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color="#1A1A1A",
+                    zorder=3,
                     path_effects=[effects.withStroke(linewidth=2.0, foreground="white")],
-                )  # fmt: skip
+                )
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -530,6 +584,9 @@ def gene_map(
         axes.margins(0.06)
         if any(groups):
             axes.legend(
-                frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
+                frameon=False,
+                loc="center left",
+                bbox_to_anchor=(1.01, 0.5),
+                borderaxespad=0.0,
             )
     return axes

@@ -64,14 +64,27 @@ def spatial_comparison(
         drawn = (
             (values[0], names[0], color_map, together, value_label),
             (values[1], names[1], color_map, together, value_label),
-            (difference, "difference", "RdBu_r", (-reach, reach), f"{names[1]} \N{MINUS SIGN} {names[0]}"),
-        )  # fmt: skip
+            (
+                difference,
+                "difference",
+                "RdBu_r",
+                (-reach, reach),
+                f"{names[1]} \N{MINUS SIGN} {names[0]}",
+            ),
+        )
         for ax, (column, name, colors, limits, label) in zip(axes, drawn, strict=True):
             tissue_map(
-                points, column, title=name, color_label=label, color_map=colors,
-                color_limits=limits, point_size=point_size, unit=unit, image_origin=image_origin,
+                points,
+                column,
+                title=name,
+                color_label=label,
+                color_map=colors,
+                color_limits=limits,
+                point_size=point_size,
+                unit=unit,
+                image_origin=image_origin,
                 ax=ax,
-            )  # fmt: skip
+            )
         # White points are invisible on a white background.
         axes[2].set_facecolor("#E6E6E6")
     return axes
@@ -125,9 +138,13 @@ def cell_panels(
     with _side_by_side(points if tissue else None, len(columns), title=title, show=show) as axes:
         for ax, (name, column) in zip(axes, columns.items(), strict=True):
             options: dict[str, Any] = {
-                "title": name, "color_label": color_label, "color_map": color_map,
-                "color_limits": limits, "point_size": point_size, "ax": ax,
-            }  # fmt: skip
+                "title": name,
+                "color_label": color_label,
+                "color_map": color_map,
+                "color_limits": limits,
+                "point_size": point_size,
+                "ax": ax,
+            }
             if tissue:
                 tissue_map(points, column, unit=unit, image_origin=image_origin, **options)
             else:
@@ -149,15 +166,23 @@ def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         widths.append(float(np.clip(3.4 * extent[0] / extent[1], 1.5, 7.0)))
     with styled():
         grid = pyplot.subplots(
-            1, len(widths), figsize=(sum(widths) + 1.8, 3.8), layout="constrained", squeeze=False,
+            1,
+            len(widths),
+            figsize=(sum(widths) + 1.8, 3.8),
+            layout="constrained",
+            squeeze=False,
             width_ratios=widths,
-        )[1]  # fmt: skip
+        )[1]
         yield grid[0]
 
 
 @contextlib.contextmanager
 def _side_by_side(
-    tissue: np.ndarray | None, number: int, *, title: str | None, show: bool
+    tissue: np.ndarray | None,
+    number: int,
+    *,
+    title: str | None,
+    show: bool,
 ) -> Iterator[np.ndarray]:
     """Return a row of Axes with the aspect ratio of the tissue at these points; None: almost square ones."""
     pyplot = pyplot_module()
@@ -167,7 +192,11 @@ def _side_by_side(
         height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
     with styled():
         figure, grid = pyplot.subplots(
-            1, number, figsize=(4.2 * number, height + 0.6), layout="constrained", squeeze=False
+            1,
+            number,
+            figsize=(4.2 * number, height + 0.6),
+            layout="constrained",
+            squeeze=False,
         )
         yield grid[0]
         if title:

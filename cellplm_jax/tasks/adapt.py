@@ -90,7 +90,11 @@ def start_model(
     return Pretrained(config, params, genes, dict(base.card), base.source, base.step), new
 
 
-def _source(path: Path, old: dict[Path, Any], shape: tuple[int, ...]) -> Path | None:
+def _source(
+    path: Path,
+    old: dict[Path, Any],
+    shape: tuple[int, ...],
+) -> Path | None:
     """Return the path of the pretrained parameter for a parameter, or None."""
     if path in old:
         return path

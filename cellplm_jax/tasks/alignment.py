@@ -214,13 +214,28 @@ def fit_alignment(
         centroids = unit_length(weight.T @ unit_length(corrected))
     none = np.zeros(0)
     alignment = Alignment(
-        genes, mean, deviation, bases[0], bases[1], centres, np.array(length), centre, loadings, centroids,
-        references, none, np.array(depth.mean()), none, none, none,
-    )  # fmt: skip
+        genes,
+        mean,
+        deviation,
+        bases[0],
+        bases[1],
+        centres,
+        np.array(length),
+        centre,
+        loadings,
+        centroids,
+        references,
+        none,
+        np.array(depth.mean()),
+        none,
+        none,
+        none,
+    )
     aligned = alignment.aligned(components, batch_of)
     middle = aligned.mean(axis=0)
     unit = unit_length(aligned - middle).astype(np.float32)
-    slopes, directions = np.zeros(number), np.zeros((number, 0))
+    slopes = np.zeros(number)
+    directions = np.zeros((number, 0))
     # Fewer cells than neighbours have no graph to cluster.
     if len(unit) > NEIGHBORS:
         on_progress("clusters of the cells")
@@ -249,7 +264,11 @@ def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _joined(
-    latent: np.ndarray, scaled: np.ndarray, plain: np.ndarray, centres: np.ndarray, length: float
+    latent: np.ndarray,
+    scaled: np.ndarray,
+    plain: np.ndarray,
+    centres: np.ndarray,
+    length: float,
 ) -> np.ndarray:
     """Return centred latent and components side by side, float32 [cells, latent + 2 x components]."""
     widths = np.cumsum([latent.shape[1], scaled.shape[1]])
@@ -272,7 +291,9 @@ def harmony(components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
 
 
 def _harmony(
-    components: np.ndarray, batch_of: np.ndarray, strength: float
+    components: np.ndarray,
+    batch_of: np.ndarray,
+    strength: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return corrected components and the soft assignment, float64; see :func:`run_harmony`."""
     corrected, weight = run_harmony(components, batch_of, theta=THETA * strength, sigma=SIGMA)

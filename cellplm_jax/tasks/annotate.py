@@ -281,7 +281,8 @@ class CellTypeAnnotator(AnnotatorFit):
                 "Check the label column and the split",
             )
         found = self._classify(data, reading)
-        probabilities, truth = found.probabilities, named[scored]
+        probabilities = found.probabilities
+        truth = named[scored]
         written = np.asarray(self._decide(found)[0], object)[scored]
         open_set = bool(unseen) and unseen_labels == "wrong"
         predicted = written
@@ -295,7 +296,9 @@ class CellTypeAnnotator(AnnotatorFit):
         scores = {
             **annotation_scores(known, predicted),
             "calibration_error": expected_calibration_error(
-                known, probabilities[scored], self.labels
+                known,
+                probabilities[scored],
+                self.labels,
             ),
             "brier": brier_score(known, probabilities[scored], self.labels),
             "unknown_fraction": float(np.mean(written == UNKNOWN)),
@@ -353,7 +356,9 @@ class CellTypeAnnotator(AnnotatorFit):
         return _Predicted(probabilities.astype(np.float32), parts, unknown, facts, messages, z)
 
     def _of_counts(
-        self, data: Any, reading: Reading
+        self,
+        data: Any,
+        reading: Reading,
     ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Return log-probabilities of the logistic regression, the term of the genes and the detector's coordinates.
 
@@ -395,7 +400,10 @@ class CellTypeAnnotator(AnnotatorFit):
         return votes / votes.sum(axis=1, keepdims=True)
 
     def _decide(
-        self, found: _Predicted, *, detect: bool = True
+        self,
+        found: _Predicted,
+        *,
+        detect: bool = True,
     ) -> tuple[pd.Categorical, np.ndarray]:
         """Return the label of each cell and its confidence; ``detect``: with detection of unknown types."""
         confidence = found.probabilities.max(axis=1)
@@ -438,7 +446,11 @@ class CellTypeAnnotator(AnnotatorFit):
             arrays[_DETECTOR_GENES] = self._detector_genes.astype(np.int32)
         return state, arrays
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         # Annotators of older versions detect no unknown types.
         super()._restore({"unknown_rate": None, **state}, arrays)
         if self.method == "neighbors":

@@ -57,8 +57,17 @@ class AnnotatorFit(Estimator):
     """
 
     task: ClassVar[str] = "annotation"
-    saved: ClassVar[Sequence[str]] = ("method", "labels", "temperature", "unknown_rate", "unknown_threshold",
-                                      "class_weights", "neighbors", "linear", "pool")  # fmt: skip
+    saved: ClassVar[Sequence[str]] = (
+        "method",
+        "labels",
+        "temperature",
+        "unknown_rate",
+        "unknown_threshold",
+        "class_weights",
+        "neighbors",
+        "linear",
+        "pool",
+    )
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.3)
     )
@@ -219,9 +228,12 @@ class AnnotatorFit(Estimator):
         cells = np.sort(np.concatenate([train, valid]))
         with stage(f"{self.task}: comparing labelled cells", quiet=self.quiet):
             self._detector = UnknownDetector.fit(
-                table.counts[cells], codes[cells], len(self.labels), latent=latent,
+                table.counts[cells],
+                codes[cells],
+                len(self.labels),
+                latent=latent,
                 seed=self.training.seed,
-            )  # fmt: skip
+            )
             if self._detector is None:
                 self.messages.append("Too few labelled cells to detect unknown cell types.")
             elif len(valid):

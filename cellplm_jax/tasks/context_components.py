@@ -163,7 +163,9 @@ def reduced(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def run_harmony(
-    components: np.ndarray, sample_of: np.ndarray, **options: Any
+    components: np.ndarray,
+    sample_of: np.ndarray,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct components by Harmony (Korsunsky et al. 2019).
 
@@ -183,7 +185,12 @@ def run_harmony(
     harmonypy = require("harmonypy", "eval", "Alignment of samples")
     table = pd.DataFrame({"sample": sample_of.astype(str)})
     result = harmonypy.run_harmony(
-        components, table, "sample", random_state=0, verbose=False, **options
+        components,
+        table,
+        "sample",
+        random_state=0,
+        verbose=False,
+        **options,
     )
     # Releases differ in the orientation of the result.
     values = (np.asarray(result.Z_corr), np.asarray(result.R))

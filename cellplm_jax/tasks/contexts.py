@@ -195,8 +195,11 @@ def own_vocabulary(
     # Sorted, so that the vocabulary does not depend on the order of genes in the file.
     human = sorted(load_human_table().symbols)
     read: dict[str, Any] = {
-        "layer": layer, "gene_key": gene_key, "values": values, "feature_type": feature_type,
-    }  # fmt: skip
+        "layer": layer,
+        "gene_key": gene_key,
+        "values": values,
+        "feature_type": feature_type,
+    }
     with open_counts(data, human, minimum_genes=0, **read) as source:
         mapping = source.report.genes
         # Mouse genes keep their own names when training from scratch: no orthologues needed, no genes lost.
@@ -233,7 +236,8 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     ratio[~np.isfinite(ratio)] = np.nan
     frame = pd.DataFrame({"ratio": ratio, "bin": pd.cut(np.log1p(mean), bins=20)})
     groups = frame.groupby("bin", observed=True)["ratio"]
-    centre, spread = groups.transform("mean"), groups.transform("std")
+    centre = groups.transform("mean")
+    spread = groups.transform("std")
     # A single gene in its bin has no standard deviation; it counts as variable.
     alone = spread.isna()
     spread[alone], centre[alone] = centre[alone], 0.0
@@ -338,7 +342,8 @@ def make_examples(
     Returns:
         The examples, longest first.
     """
-    targets, context_targets = targets or {}, context_targets or {}
+    targets = targets or {}
+    context_targets = context_targets or {}
     numbers = [number for number, context in enumerate(contexts) if len(context)]
     if not numbers:
         return []
@@ -408,7 +413,11 @@ def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int)
     Returns:
         float32 [cells, ...]; NaN for cells of no example.
     """
-    result = np.full((cells, *np.shape(outputs[0])[2:]), np.nan, np.float32)
+    result = np.full(
+        (cells, *np.shape(outputs[0])[2:]),
+        np.nan,
+        np.float32,
+    )
     for layout, values in zip(layouts, outputs, strict=True):
         here = layout.cells >= 0
         result[layout.cells[here]] = np.asarray(values)[here]
@@ -416,7 +425,9 @@ def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int)
 
 
 def source_groups(
-    source: CountSource, batch_key: str | None, part: np.ndarray | None = None
+    source: CountSource,
+    batch_key: str | None,
+    part: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the cells of each batch (and part) of an opened source, in order of first appearance.
 

@@ -244,9 +244,14 @@ class Denoiser(Estimator):
                 used.
         """
         return super().predict(
-            adata, log_normalized=log_normalized, detected=detected, own_counts=own_counts, storage=storage,
-            key_added=key_added, **keys,
-        )  # fmt: skip
+            adata,
+            log_normalized=log_normalized,
+            detected=detected,
+            own_counts=own_counts,
+            storage=storage,
+            key_added=key_added,
+            **keys,
+        )
 
     def score(
         self,
@@ -341,29 +346,16 @@ class Denoiser(Estimator):
             # The mean of a zero-inflated distribution includes its structural zeros.
             network[piece] = mean * present
         means = None if self.pool is None else self.pool.gene_means[places]
-        with self._progress("nearest cells", len(table)) as advance:
+        with _counted(f"{self.task}: nearest cells", len(table), self.quiet) as advance:
             return make_parts(
-                table.counts, z, network, table.batch, means,
-                seed=self.training.seed, advance=advance,
-            )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _progress(self, what: str, cells: int) -> Iterator[Callable[[int], None]]:
-        """Report the progress of a stage over cells; yields a function to call with the number of finished cells."""
-        report = ProgressReport(
-            f"{self.task}: {what}", cells, unit="cells", quiet=self.quiet, first="reading counts"
-        )
-        done = 0
-
-        def advance(number: int) -> None:
-            nonlocal done
-            done += number
-            report.update(done)
-
-        try:
-            yield advance
-        finally:
-            report.close()
+                table.counts,
+                z,
+                network,
+                table.batch,
+                means,
+                seed=self.training.seed,
+                advance=advance,
+            )
 
     def _places(self, table: CellTable) -> np.ndarray:
         """Return int [genes of the table], their positions in the model."""
@@ -375,8 +367,13 @@ class Denoiser(Estimator):
         reading = _own_reading(self.reading, kept)
         z, *_ = self._embed(_cells_of(kept), reading)
         if len(rows) < len(kept):
-            kept = dataclasses.replace(kept, counts=kept.counts[rows], batch=kept.batch[rows],
-                                       coordinates=None, obs=kept.obs.iloc[rows])  # fmt: skip
+            kept = dataclasses.replace(
+                kept,
+                counts=kept.counts[rows],
+                batch=kept.batch[rows],
+                coordinates=None,
+                obs=kept.obs.iloc[rows],
+            )
             z, held = z[rows], held[rows]
         return fit_pool(self._parts(kept, z), held, seed=self.training.seed)
 
@@ -386,9 +383,11 @@ class Denoiser(Estimator):
             places = self._places(table)
             pool = self.pool
             return dataclasses.replace(
-                pool, weights=pool.weights[places], dispersion=pool.dispersion[places],
+                pool,
+                weights=pool.weights[places],
+                dispersion=pool.dispersion[places],
                 gene_means=pool.gene_means[places],
-            )  # fmt: skip
+            )
         kept, held = thin(table.counts, seed=self.training.seed)
         # The pool of a zero-shot prediction is fitted with the options of that call.
         before, self.reading = self.reading, reading
@@ -411,7 +410,7 @@ class Denoiser(Estimator):
         table = self._table(data, reading)
         pool = self._pool_for(table, reading)
         parts = self._parts(table, z)
-        with self._progress("pooling", len(table)) as advance:
+        with _counted(f"{self.task}: pooling", len(table), self.quiet) as advance:
             shares = combine(parts, pool.weights, advance=advance)
         totals, every = _totals(table.counts), np.ones(len(table.genes), bool)
 
@@ -503,6 +502,23 @@ class Denoiser(Estimator):
 
 POOL_ARRAYS = ("weights", "dispersion", "gene_means")
 """Arrays of a pool that are saved."""
+
+
+@contextlib.contextmanager
+def _counted(title: str, cells: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Report the progress of a stage over cells; yields a function to call with the number of finished cells."""
+    report = ProgressReport(title, cells, unit="cells", quiet=quiet, first="reading counts")
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        report.update(done)
+
+    try:
+        yield advance
+    finally:
+        report.close()
 
 
 def _cells_of(table: CellTable) -> AnnData:

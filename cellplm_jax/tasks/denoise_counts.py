@@ -72,7 +72,10 @@ class LayerWriter:
         nonzeros: int,
         logs: bool = False,
     ):
-        self.shape, self.known, self.storage, self.logs = shape, known, storage, logs
+        self.shape = shape
+        self.known = known
+        self.storage = storage
+        self.logs = logs
         # About as many entries as the counts had, so that the layer needs about as much memory.
         self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
         self.dense, self.blocks = None, []
@@ -138,7 +141,10 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def expected_counts(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, detected: bool = False
+    output: Reconstruction,
+    totals: np.ndarray,
+    measured: np.ndarray,
+    detected: bool = False,
 ) -> np.ndarray:
     """Convert a decoder's output to counts: scaled so that the measured genes of each cell sum to its total.
 
@@ -161,7 +167,9 @@ def expected_counts(
 
 
 def _scaled_means(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray
+    output: Reconstruction,
+    totals: np.ndarray,
+    measured: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the scaled means of the negative binomials, and the probabilities that a zero is not structural."""
     mean = np.asarray(output.mean, np.float64)
@@ -203,7 +211,8 @@ def expected_logs(
     ratio = mean / (mean + theta)
     few = mean <= EXPLICIT_MEAN
     ratio_few = np.where(few, ratio, 0.0)
-    weight, chance = np.ones_like(mean), np.ones_like(mean)
+    weight = np.ones_like(mean)
+    chance = np.ones_like(mean)
     total = np.broadcast_to(np.log1p(scale), mean.shape).copy()
     for count in range(2, EXPLICIT_COUNTS + 1):
         # In place: these arrays are [cells, genes], and the loop runs for every count up to 48.
@@ -216,7 +225,9 @@ def expected_logs(
 
 
 def posterior_counts(
-    expected: np.ndarray, dispersion: np.ndarray, counts: sparse.csr_matrix
+    expected: np.ndarray,
+    dispersion: np.ndarray,
+    counts: sparse.csr_matrix,
 ) -> np.ndarray:
     """Return the posterior means of rates with a gamma prior, given Poisson counts; rows keep their sums.
 

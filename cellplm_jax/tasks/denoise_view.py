@@ -83,7 +83,8 @@ def before_and_after(
     """
     from anndata.io import sparse_dataset
 
-    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    model = denoiser._fitted()
+    reading = denoiser.reading.changed(**keys)
     cells = read_cells(
         path,
         model.genes,
@@ -153,7 +154,10 @@ def _known_columns(column: np.ndarray) -> np.ndarray:
 
 
 def check_genes(
-    denoiser: Denoiser, path: str | os.PathLike, genes: Sequence[str], **keys: Any
+    denoiser: Denoiser,
+    path: str | os.PathLike,
+    genes: Sequence[str],
+    **keys: Any,
 ) -> None:
     """Check the genes of :func:`before_and_after` before any work is done.
 
@@ -166,7 +170,8 @@ def check_genes(
     Raises:
         InputError: A gene will not be denoised, or the file cannot be read.
     """
-    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    model = denoiser._fitted()
+    reading = denoiser.reading.changed(**keys)
     read = {
         "layer": reading.layer,
         "gene_key": reading.gene_key,

@@ -118,14 +118,25 @@ def embed(
     """
     check_key(key_added)
     keys: EmbeddingKeys = {
-        "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer, "gene_key": gene_key, "values": values,
-        "cells_per_context": cells_per_context, "minimum_genes": minimum_genes, "feature_type": feature_type,
-    }  # fmt: skip
+        "batch_key": batch_key,
+        "spatial_key": spatial_key,
+        "layer": layer,
+        "gene_key": gene_key,
+        "values": values,
+        "cells_per_context": cells_per_context,
+        "minimum_genes": minimum_genes,
+        "feature_type": feature_type,
+    }
     read, context = options_of(keys, adapt=adapt)
     check_adapt(adapt)
     data = as_anndata(adata)
     embedding, provenance, _ = read_and_embed(
-        data, as_pretrained(model), read, context, key_added, quiet
+        data,
+        as_pretrained(model),
+        read,
+        context,
+        key_added,
+        quiet,
     )
     if few := few_matched(provenance["input"]["genes"]):
         warnings.warn(few, stacklevel=2)
@@ -161,7 +172,8 @@ def embed_file(
     Raises:
         InputError: As :func:`embed`; also if ``out`` cannot be written.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
     read, context = options_of(keys, adapt=adapt, require_coordinates=require_coordinates)
@@ -216,12 +228,21 @@ class Context(NamedTuple):
     join: Callable[..., np.ndarray] = join_context
 
 
-_READ = {"layer": None, "gene_key": None, "values": "counts", "minimum_genes": None, "feature_type": None}  # fmt: skip
+_READ = {
+    "layer": None,
+    "gene_key": None,
+    "values": "counts",
+    "minimum_genes": None,
+    "feature_type": None,
+}
 _CONTEXT = {"batch_key": None, "spatial_key": "spatial", "cells_per_context": None}
 
 
 def options_of(
-    keys: Mapping[str, Any], *, adapt: Adapt = "none", require_coordinates: bool = False
+    keys: Mapping[str, Any],
+    *,
+    adapt: Adapt = "none",
+    require_coordinates: bool = False,
 ) -> tuple[dict[str, Any], Context]:
     """Return the options for reading and for contexts, checked before any work is done.
 
@@ -375,7 +396,12 @@ def embed_source(
                 # `n=done` binds the current value.
                 on_progress = lambda text, n=done: update(n, text)  # noqa: E731
                 embedding[cells[index]] = embed_context(
-                    source, model, cells[index], here, waiting, on_progress
+                    source,
+                    model,
+                    cells[index],
+                    here,
+                    waiting,
+                    on_progress,
                 )
                 done += len(index)
                 update(done)
@@ -440,14 +466,24 @@ def embed_context(
     large = len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config)
     if large and not fits_at_once(len(cells), model.config, model.embeds_on[0]):
         hidden = express_context(
-            source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+            source,
+            model,
+            cells,
+            coordinates,
+            waiting=waiting,
+            on_progress=on_progress,
         )
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)
         params, *others = model.weight_copies
         model.encode_streamed(params, hidden, embedding, others=others, on_progress=on_progress)
         return embedding
     hidden, mask = express_padded(
-        source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+        source,
+        model,
+        cells,
+        coordinates,
+        waiting=waiting,
+        on_progress=on_progress,
     )
     return np.asarray(model.encode_context(hidden, mask))[0, : len(cells)]
 
@@ -521,7 +557,10 @@ def express_context(
 
 
 def _chunks_of_context(
-    source: RowSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+    source: RowSource,
+    model: Pretrained,
+    cells: np.ndarray,
+    coordinates: np.ndarray | None,
 ) -> Iterator[tuple[slice, int, CellBatch]]:
     """Yield a context as batches of one shape: rows of the context, number of the device, the batch on that device."""
     turns = itertools.cycle(range(len(model.embeds_on)))

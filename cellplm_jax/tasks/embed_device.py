@@ -73,7 +73,8 @@ def embed_on_device(
         InputError: A value is not a count.
     """
     hidden, sound, empty = express_on_device(source, rows, model, cells, coordinates, on_progress)
-    sound, empty = np.asarray(sound)[: len(cells)], np.asarray(empty)[: len(cells)]
+    sound = np.asarray(sound)[: len(cells)]
+    empty = np.asarray(empty)[: len(cells)]
     # Only now, on the host: a compiled function cannot raise.
     for cell in cells[~sound][:1]:
         source.read(int(cell), int(cell) + 1)  # raises, and names the value
@@ -132,9 +133,12 @@ def express_on_device(
         if coordinates is not None:
             place[0, :number] = coordinates[part]
         result = run(
-            params, rows.arguments(), *put((index, column, weights, place, np.int32(number))),
-            values=source.report.values, capacity=capacity,
-        )  # fmt: skip
+            params,
+            rows.arguments(),
+            *put((index, column, weights, place, np.int32(number))),
+            values=source.report.values,
+            capacity=capacity,
+        )
         # A chunk with many counts has fewer cells than the others.
         parts.append(result if number == size else _first(result, number))
         begin += number
@@ -166,11 +170,25 @@ def _functions(model: Pretrained, dense: bool) -> tuple[Callable, Callable]:
 
 def _weights(table: jax.Array, column: jax.Array) -> jax.Array:
     """Return the rows of a table [genes, width] for the columns of a file: 0 for genes outside the vocabulary."""
-    return jnp.where((column >= 0)[:, None], table[jnp.maximum(column, 0)], 0)
+    return jnp.where(
+        (column >= 0)[:, None],
+        table[jnp.maximum(column, 0)],
+        0,
+    )
 
 
 def _dense_chunk(
-    params, arrays, index, column, weights, place, number, *, values, capacity, config: ModelConfig
+    params,
+    arrays,
+    index,
+    column,
+    weights,
+    place,
+    number,
+    *,
+    values,
+    capacity,
+    config: ModelConfig,
 ):
     block = DeviceRows.take(arrays, index, capacity)
     count, sound = _counts(block, values)
@@ -193,7 +211,17 @@ def _dense_chunk(
 
 
 def _sparse_chunk(
-    params, arrays, index, column, weights, place, number, *, values, capacity, config: ModelConfig
+    params,
+    arrays,
+    index,
+    column,
+    weights,
+    place,
+    number,
+    *,
+    values,
+    capacity,
+    config: ModelConfig,
 ):
     data, columns, offsets = DeviceSparseRows.take(arrays, index, capacity)
     size = index.shape[0]
@@ -204,7 +232,11 @@ def _sparse_chunk(
     stored = jnp.arange(capacity) < offsets[-1]
     # The library size is that of genes in the vocabulary, as on the host.
     known = jnp.where(stored & (gene >= 0), count, 0)
-    cell = jnp.repeat(jnp.arange(size), offsets[1:] - offsets[:-1], total_repeat_length=capacity)
+    cell = jnp.repeat(
+        jnp.arange(size),
+        offsets[1:] - offsets[:-1],
+        total_repeat_length=capacity,
+    )
     batch = CellBatch(
         indptr=offsets[None],
         gene=jnp.maximum(gene, 0)[None],
@@ -241,7 +273,10 @@ def _of_cells(place: jax.Array, number: jax.Array) -> dict[str, jax.Array]:
 
 def _apply(params, batch, gene_sum, config):
     return CellPLM(config).apply(
-        {"params": params}, batch, gene_sum=gene_sum, method=CellPLM.embed_expression
+        {"params": params},
+        batch,
+        gene_sum=gene_sum,
+        method=CellPLM.embed_expression,
     )[0]
 
 

@@ -334,9 +334,15 @@ class Estimator(SavedEstimator, abc.ABC):
             "made_by": f"cellplm-jax {__version__}",
         }
         self.model = Pretrained(
-            start.config, params, start.genes, card, start.source, start.step,
-            precision=self.precision, devices=self.devices,
-        )  # fmt: skip
+            start.config,
+            params,
+            start.genes,
+            card,
+            start.source,
+            start.step,
+            precision=self.precision,
+            devices=self.devices,
+        )
         return self.model
 
     def _log_messages(self) -> None:

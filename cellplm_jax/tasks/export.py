@@ -91,7 +91,10 @@ def _export(model: Pretrained) -> jax.export.Exported:
     params = {name: model.params[name] for name in EMBEDDING_PARTS if name in model.params}
 
     def embed(
-        indptr: jax.Array, gene: jax.Array, count: jax.Array, coordinates: jax.Array
+        indptr: jax.Array,
+        gene: jax.Array,
+        count: jax.Array,
+        coordinates: jax.Array,
     ) -> jax.Array:
         # NaN marks cells without coordinates: an artifact has no optional arguments.
         located = jnp.isfinite(coordinates).all(axis=-1)

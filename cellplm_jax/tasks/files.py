@@ -314,7 +314,10 @@ def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
 
 
 def read_annotations(
-    path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
+    path: str | os.PathLike,
+    *,
+    obsm: Sequence[str] = (),
+    uns: Sequence[str] = (),
 ) -> AnnData:
     """Read the annotations of the cells of an ``.h5ad`` file or a ``.zarr`` store, without their counts.
 
@@ -330,8 +333,14 @@ def read_annotations(
     from anndata.io import read_elem
 
     with open_store(path) as file:
-        for name in ("obs", *(f"{group}/{name}" for group, names in (("obsm", obsm), ("uns", uns))
-                              for name in names)):  # fmt: skip
+        for name in (
+            "obs",
+            *(
+                f"{group}/{name}"
+                for group, names in (("obsm", obsm), ("uns", uns))
+                for name in names
+            ),
+        ):
             if name in file:
                 check_tree(file[name], Path(path))
         obs: Any = read_elem(file["obs"])

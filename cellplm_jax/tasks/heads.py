@@ -37,7 +37,9 @@ def apply_head(model: Pretrained, z: np.ndarray, condition: np.ndarray | None) -
 
 
 def decoded(
-    model: Pretrained, z: np.ndarray, rows_of: np.ndarray
+    model: Pretrained,
+    z: np.ndarray,
+    rows_of: np.ndarray,
 ) -> Iterator[tuple[slice, Reconstruction]]:
     """Decode latents in chunks of cells, without an array of all cells by genes.
 

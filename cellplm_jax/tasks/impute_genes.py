@@ -139,7 +139,10 @@ def split_by_panel(table: CellTable) -> tuple[CellTable, CellTable, str]:
 
 
 def requested_genes(
-    genes: Sequence[str], target: CellTable, source: CellTable, lacking: np.ndarray
+    genes: Sequence[str],
+    target: CellTable,
+    source: CellTable,
+    lacking: np.ndarray,
 ) -> tuple[list[str], np.ndarray]:
     """Return the names of requested genes and their columns, int, increasing.
 
@@ -177,7 +180,9 @@ def requested_genes(
 
 
 def own_names(
-    data: AnnData | str | os.PathLike, vocabulary: Sequence[str], read: dict[str, Any]
+    data: AnnData | str | os.PathLike,
+    vocabulary: Sequence[str],
+    read: dict[str, Any],
 ) -> list[str]:
     """Return the name of every gene of a vocabulary: as in ``var_names`` of a file, else as in the vocabulary.
 
@@ -187,7 +192,8 @@ def own_names(
         read: ``layer`` and ``gene_key``.
     """
     with open_counts(data, list(vocabulary), minimum_genes=0, **read) as source:
-        unused, found = set(source.var_names), {}
+        unused = set(source.var_names)
+        found = {}
         for name, column in zip(source.var_names, source.report.genes.column, strict=True):
             # Each name belongs to one gene, the first one.
             if column >= 0 and int(column) not in found and name in unused:

@@ -40,7 +40,10 @@ class Intervals:
     factor: np.ndarray
 
     def around(
-        self, predicted: np.ndarray, level: float, genes: np.ndarray
+        self,
+        predicted: np.ndarray,
+        level: float,
+        genes: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return both ends for predictions [cells, genes].
 
@@ -99,7 +102,9 @@ def error_quantiles(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarra
 
 
 def widening(
-    truth: np.ndarray, predicted: np.ndarray, quantiles: tuple[np.ndarray, np.ndarray]
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    quantiles: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Return for each level the factor by which intervals must be widened to cover that fraction, float32 [levels].
 
@@ -111,7 +116,8 @@ def widening(
     errors = (truth - predicted) / error_scale(predicted)
     found = []
     for row, level in enumerate(LEVELS):
-        lower, upper = quantiles[0][row], quantiles[1][row]
+        lower = quantiles[0][row]
+        upper = quantiles[1][row]
         scores = np.where(errors < 0, errors / lower, errors / upper)
         rank = min(1.0, level * (1 + 1 / scores.size))
         found.append(np.quantile(scores, rank, method="higher"))

@@ -91,24 +91,39 @@ def beside_measured(
 
     there = np.array([place for place in order if counted[columns[place]]], int)
     if len(there):
-        truth, values = logs(columns[there]), predicted(there)
+        truth = logs(columns[there])
+        values = predicted(there)
         pearson = pearson_per_gene(truth, values)
         # From the most to the least confident gene, evenly.
         chosen = np.unique(np.linspace(0, len(there) - 1, min(pairs, len(there))).round())
         found = [
-            Beside(name := str(imputed.columns[there[n]]), values[:, n], name, truth[:, n])
+            Beside(
+                name := str(imputed.columns[there[n]]),
+                values[:, n],
+                name,
+                truth[:, n],
+            )
             for n in chosen.astype(int)
         ]
         return BesideMeasured(pd.Series(pearson, index=imputed.columns[there]), found)
     # None of the imputed genes is measured.
-    places, panel = np.asarray(order[:pairs], int), np.flatnonzero(shown & counted)
+    places = np.asarray(order[:pairs], int)
+    panel = np.flatnonzero(shown & counted)
     found = []
     if len(panel):
-        values, measured = predicted(places), logs(panel)
+        values = predicted(places)
+        measured = logs(panel)
         for number, place in enumerate(places):
             own = np.broadcast_to(values[:, [number]], measured.shape)
             # Constant genes have no correlation and are never chosen.
             close = np.nan_to_num(pearson_per_gene(measured, own), nan=-2.0).argmax()
             name = str(table.genes[panel[close]])
-            found.append(Beside(str(imputed.columns[place]), own[:, 0], name, measured[:, close]))
+            found.append(
+                Beside(
+                    str(imputed.columns[place]),
+                    own[:, 0],
+                    name,
+                    measured[:, close],
+                )
+            )
     return BesideMeasured(pd.Series(dtype=float), found)

@@ -121,12 +121,19 @@ def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
     path = ("embedder", "gene_embedding")
     flat[path] = flat[path][[rows[gene] for gene in panel]]
     config = dataclasses.replace(model.config, genes=len(panel))
-    card, source = dict(model.card), model.source
+    card = dict(model.card)
+    source = model.source
     genes = model.genes.subset(panel) if isinstance(model.genes, FittedGenes) else list(panel)
     return Pretrained(
-        config, unflatten_dict(flat), genes, card, source, model.step,
-        precision=model.precision, devices=model.devices,
-    )  # fmt: skip
+        config,
+        unflatten_dict(flat),
+        genes,
+        card,
+        source,
+        model.step,
+        precision=model.precision,
+        devices=model.devices,
+    )
 
 
 def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = False) -> Pretrained:
@@ -149,9 +156,15 @@ def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = Fal
         decoder = dataclasses.replace(config.decoder, batches=config.decoder.batches + 1)
         config = dataclasses.replace(config, decoder=decoder)
     return Pretrained(
-        config, unflatten_dict(flat), model.genes, dict(model.card), model.source, model.step,
-        precision=model.precision, devices=model.devices,
-    )  # fmt: skip
+        config,
+        unflatten_dict(flat),
+        model.genes,
+        dict(model.card),
+        model.source,
+        model.step,
+        precision=model.precision,
+        devices=model.devices,
+    )
 
 
 def _is_batch_table(path: tuple[str, ...]) -> bool:

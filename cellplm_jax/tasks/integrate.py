@@ -197,7 +197,9 @@ class BatchIntegrator(Estimator):
         self._finetune(
             start,
             loss=integration_loss(
-                start.config, self.training.masking, batches=len(self.batch_rows)
+                start.config,
+                self.training.masking,
+                batches=len(self.batch_rows),
             ),
             examples=examples,
             validate=None,
@@ -207,7 +209,10 @@ class BatchIntegrator(Estimator):
 
     def _align(self, data: Any, reading: Reading, base: Pretrained) -> BatchIntegrator:
         """Fit without training: keep the clusters of the aligned batches."""
-        self.reading, self.history, self.facts, self.batch_rows = reading, [], {}, {}
+        self.reading = reading
+        self.history = []
+        self.facts = {}
+        self.batch_rows = {}
         with open_counts(data, base.genes, **reading.counts) as source:
             batches = source.column(str(reading.batch_key))
             counted = source.cells
@@ -217,7 +222,11 @@ class BatchIntegrator(Estimator):
         start = time.monotonic()
         with open_counts(data, base.genes, **reading.counts) as source:
             self._alignment = fit_alignment(
-                z, source, numbers_of(batches), strength=self.strength, on_progress=report.say
+                z,
+                source,
+                numbers_of(batches),
+                strength=self.strength,
+                on_progress=report.say,
             )
         report.close()
         self._keep(base, base.params)
@@ -236,7 +245,11 @@ class BatchIntegrator(Estimator):
         return self
 
     def _deal(
-        self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
+        self,
+        table: CellTable,
+        cells: np.ndarray,
+        start: Pretrained,
+        draw: int,
     ) -> list[Layout]:
         """Assign cells randomly to contexts with all batches in proportion; a new assignment for every ``draw``."""
         rows = np.array([self.batch_rows[name] for name in table.batch], np.int32)
@@ -353,7 +366,11 @@ class BatchIntegrator(Estimator):
         state, _ = super()._state()
         return state, {} if self._alignment is None else self._alignment.arrays()
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         # Integrators saved without a method were fine-tuned.
         super()._restore({"method": "finetune", **state}, arrays)
         self._alignment = Alignment(**arrays) if self.method == "align" else None
@@ -393,7 +410,10 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
         terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         mixing = batch_mixing_loss(
-            output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches
+            output.latent.mean,
+            example.targets["batch"],
+            kept.cell_mask,
+            batches=batches,
         )
         # The gradient of a logarithm is relative, so one weight fits every panel.
         nats = jnp.log(terms["reconstruction"] + latent["latent"])

@@ -50,7 +50,8 @@ class Prefetcher(Generic[Item]):
     """
 
     def __init__(self, items: Iterable[Item], depth: int = 2):
-        self._items, self._depth = iter(items), depth
+        self._items = iter(items)
+        self._depth = depth
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Item]:
@@ -90,7 +91,8 @@ class IOWait:
 
     def add(self, seconds: float, total: float) -> None:
         """Add the times of some work."""
-        self.seconds, self.total = self.seconds + seconds, self.total + total
+        self.seconds = self.seconds + seconds
+        self.total = self.total + total
 
     @property
     def share(self) -> float:
@@ -194,13 +196,16 @@ class StreamedEncoder:
     """
 
     def __init__(self, config: ModelConfig, at_once: Callable[..., jax.Array]):
-        self.config, self._at_once = config, at_once
+        self.config = config
+        self._at_once = at_once
         model = CellPLM(config)
         self._sums = jax.jit(partial(chunk_sums, config=config))
         self._layer = jax.jit(partial(chunk_layer, config=config))
         self._conclude = jax.jit(
             lambda params, hidden: model.apply(
-                {"params": params}, hidden, method=CellPLM.embed_encoded
+                {"params": params},
+                hidden,
+                method=CellPLM.embed_encoded,
             )
         )
 
@@ -243,7 +248,10 @@ class StreamedEncoder:
                 title = f"layer {number + 1} of {layers}, pass {turn + 1} of 4"
                 total = None
                 for _, found in self._chunks(
-                    hidden, chunk, weights, lambda w, h, mask, k=known: self._sums(w, h, mask, k)
+                    hidden,
+                    chunk,
+                    weights,
+                    lambda w, h, mask, k=known: self._sums(w, h, mask, k),
                 ):
                     # Sum chunks in float64, so that their number does not matter.
                     found = [np.asarray(value, np.float64) for value in found]
@@ -251,7 +259,10 @@ class StreamedEncoder:
                     on_progress(title)
                 known += tuple(np.asarray(value, np.float32) for value in total or ())
             for cells, found in self._chunks(
-                hidden, chunk, weights, lambda w, h, mask, k=known: self._layer(w, h, mask, k)
+                hidden,
+                chunk,
+                weights,
+                lambda w, h, mask, k=known: self._layer(w, h, mask, k),
             ):
                 # In place: the sums of the layer are complete, so its input is not needed again.
                 hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
@@ -276,7 +287,10 @@ class StreamedEncoder:
 
     @staticmethod
     def _chunks(
-        hidden: np.ndarray, chunk: int, weights: Sequence[Any], work: Callable
+        hidden: np.ndarray,
+        chunk: int,
+        weights: Sequence[Any],
+        work: Callable,
     ) -> Iterator[tuple[slice, Any]]:
         """Yield ``work(weights, chunk, mask)`` of every chunk, on the devices of the weights round-robin."""
 

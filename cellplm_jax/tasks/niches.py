@@ -187,7 +187,8 @@ def niches_file(
     Raises:
         InputError: As in :func:`cellplm_jax.niches`; also if ``out`` cannot be written.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
     check_copy(path, out)
     results = _find(path, model, _Options(**options))
     write_copy(path, out, **results.entries())
@@ -279,7 +280,9 @@ def _parts(data: AnnData | Path, wanted: list[str]) -> _Parts:
 
 
 def _find(
-    data: AnnData | Path, model: Pretrained | str | os.PathLike | None, options: _Options
+    data: AnnData | Path,
+    model: Pretrained | str | os.PathLike | None,
+    options: _Options,
 ) -> _Results:
     """Embed the cells, gather the embeddings over the graph, cluster, and describe the clusters."""
     parts = _parts(data, [key for key in (options.spatial_key, options.use_rep) if key])
@@ -317,9 +320,13 @@ def _find(
         codes = np.asarray(types.codes, np.int64)
         kinds = list(map(str, types.categories))
         score, count = meetings(
-            graph, codes, samples,
-            number=len(kinds), permutations=options.permutations, seed=options.seed,
-        )  # fmt: skip
+            graph,
+            codes,
+            samples,
+            number=len(kinds),
+            permutations=options.permutations,
+            seed=options.seed,
+        )
         progress.update(4)
     finally:
         progress.close()
@@ -350,7 +357,9 @@ def _find(
 
 
 def _graph(
-    parts: _Parts, samples: np.ndarray, options: _Options
+    parts: _Parts,
+    samples: np.ndarray,
+    options: _Options,
 ) -> tuple[sparse.csr_matrix, dict[str, Any], dict[str, Any], list[str]]:
     """Return the graph, its new entries of ``obsp`` and ``uns``, and messages."""
     obsp, uns, messages = {}, {}, []
@@ -365,9 +374,13 @@ def _graph(
         uns[GRAPH] = {
             "connectivities_key": CONNECTIVITIES,
             "distances_key": DISTANCES,
-            "params": {"n_neighbors": options.neighbors, "coord_type": "generic", "radius": "",
-                       "transform": ""},
-        }  # fmt: skip
+            "params": {
+                "n_neighbors": options.neighbors,
+                "coord_type": "generic",
+                "radius": "",
+                "transform": "",
+            },
+        }
         messages.append(
             f"Connected every cell with its {options.neighbors} nearest cells in obsm['{options.spatial_key}'], "
             f"{graph.nnz / max(len(samples), 1):.1f} neighbours per cell on average."
@@ -439,8 +452,10 @@ def _latent(
     # A file with a graph needs no coordinates.
     key = options.spatial_key if options.spatial_key in parts.keys else None
     read = {
-        "layer": options.layer, "gene_key": options.gene_key, "feature_type": options.feature_type,
-    }  # fmt: skip
+        "layer": options.layer,
+        "gene_key": options.gene_key,
+        "feature_type": options.feature_type,
+    }
     context = Context(options.batch_key, key, None, adapt=options.adapt, join=join_sections)
     return read_and_embed(data, as_pretrained(model), read, context, "", options.quiet)
 
@@ -494,7 +509,11 @@ def join_sections(
 
 
 def niche_embedding(
-    latent: np.ndarray, graph: sparse.csr_matrix, number: int = 3, *, own_weight: float = OWN
+    latent: np.ndarray,
+    graph: sparse.csr_matrix,
+    number: int = 3,
+    *,
+    own_weight: float = OWN,
 ) -> np.ndarray:
     """Embed every cell with its neighbourhood.
 
@@ -527,7 +546,10 @@ def _reduced(values: np.ndarray, number: int) -> np.ndarray:
 
 
 def _clusters(
-    embedding: np.ndarray, latent: np.ndarray, graph: sparse.csr_matrix, options: _Options
+    embedding: np.ndarray,
+    latent: np.ndarray,
+    graph: sparse.csr_matrix,
+    options: _Options,
 ) -> np.ndarray:
     """Return the niches, int32 [cells]: a vote of Gaussian mixtures; without ``n_niches`` Leiden counts them."""
     niches = options.n_niches

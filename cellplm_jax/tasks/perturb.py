@@ -118,7 +118,11 @@ class PerturbationPredictor(PredictorFit):
         else:
             z, control = self._of_group(group)
         canonical = [self._names.canonical(name) for name in names]
-        change = self._change(canonical, np.tile(z, (len(names), 1)), [group or ""] * len(names))
+        change = self._change(
+            canonical,
+            np.tile(z, (len(names), 1)),
+            [group or ""] * len(names),
+        )
         known = [self._known(name) for name in canonical]
         index = pd.Index(names, name="perturbation")
         columns = pd.Index(model.genes, name="gene")
@@ -190,7 +194,12 @@ class PerturbationPredictor(PredictorFit):
             return "unseen"
         return "combination of seen" if seen == len(parts) else "partly seen"
 
-    def _change(self, names: Sequence[str], z: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    def _change(
+        self,
+        names: Sequence[str],
+        z: np.ndarray,
+        groups: Sequence[str],
+    ) -> np.ndarray:
         """Return float32 [names, genes] for canonical names, latents [names, latent] and groups ("": a new group)."""
         size = self._arrays["features"].shape[1] + len(self.conditions) + 1
         blank = np.zeros(size, np.float32)
@@ -267,7 +276,8 @@ class PerturbationPredictor(PredictorFit):
         latent = np.stack([mean_of[group] for group in changes.groups])
         predicted = self._change(list(changes.names), latent, list(changes.groups))
         seen = dict(zip(self._residual_names, self._arrays["seen_change"], strict=True))
-        usual, parts = self._arrays["mean_change"], list(map(self._names.parts, changes.names))
+        usual = self._arrays["mean_change"]
+        parts = list(map(self._names.parts, changes.names))
         # The change was measured per target, so a combination has a multiple of it.
         mean = [seen.get(n, usual * len(p)) for n, p in zip(changes.names, parts, strict=True)]
         added = [additive_change([seen.get(part, usual) for part in own]) for own in parts]
@@ -294,7 +304,11 @@ class PerturbationPredictor(PredictorFit):
             state["left_out"] = self.left_out.as_dict()
         return state, {name: array for name, array in self._arrays.items() if array.size}
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         super()._restore(state, arrays)
         # Predictors saved without rules of names keep the simple ones.
         rules = state.get("names", {"control": self.control, "plain": True})

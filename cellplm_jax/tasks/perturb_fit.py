@@ -73,9 +73,17 @@ class PredictorFit(Estimator):
     task: ClassVar[str] = "perturbation"
     keys: ClassVar[Sequence[str]] = tuple(key for key in KEYS if key != "cells_per_context")
     saved: ClassVar[Sequence[str]] = (
-        "method", "gene_features", "perturbations", "conditions", "control", "strengths", "_groups",
-        "_residual_names", "_pair_names", "_vocabulary",
-    )  # fmt: skip
+        "method",
+        "gene_features",
+        "perturbations",
+        "conditions",
+        "control",
+        "strengths",
+        "_groups",
+        "_residual_names",
+        "_pair_names",
+        "_vocabulary",
+    )
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         epochs=60,
         patience=15,
@@ -160,7 +168,8 @@ class PredictorFit(Estimator):
         raw = values_of(table, perturbation_key)
         genes = table.genes if self.base is None else self.base.genes
         names = read_names(raw, control, tuple(genes), key=perturbation_key, targets=targets)
-        self._names, self.control = names, names.control
+        self._names = names
+        self.control = names.control
         named, groups, usable = screen_labels(table, names, perturbation_key, covariate_key)
         self.messages.append(message_of(names, raw, control, perturbation_key))
         if not usable.all():
@@ -221,7 +230,11 @@ class PredictorFit(Estimator):
             self._hold_out(changes) if self.method == "finetune" else np.zeros(len(changes), bool)
         )
         # Fine-tuning starts from the ridge solution, of the perturbations that are not held out.
-        head = self._solve(changes.at(~held), condition[~held], self._group_means(z, groups))
+        head = self._solve(
+            changes.at(~held),
+            condition[~held],
+            self._group_means(z, groups),
+        )
         start = with_head(start, *head)
         if self.method == "finetune":
             self._train(start, layouts, changes, condition, held, groups)
@@ -260,7 +273,11 @@ class PredictorFit(Estimator):
         return measure(expression, table.batch, named, groups, usable, self.control, order)
 
     def _log_omitted(
-        self, named: np.ndarray, groups: np.ndarray, usable: np.ndarray, changes: Changes
+        self,
+        named: np.ndarray,
+        groups: np.ndarray,
+        usable: np.ndarray,
+        changes: Changes,
     ) -> None:
         # A perturbation can be measured in one group and be too rare in another.
         kept = set(zip(changes.names, changes.groups, strict=True))
@@ -306,9 +323,10 @@ class PredictorFit(Estimator):
         near = [upper[n] for n in difflib.get_close_matches(name.upper(), list(upper), n=3)]
         return explain(
             f"'{name}' is neither a gene of the model's vocabulary nor a training condition",
-            "a gene symbol or id" + (f", one of {', '.join(self.conditions)}" if self.conditions else ""),
+            "a gene symbol or id"
+            + (f", one of {', '.join(self.conditions)}" if self.conditions else ""),
             f"The closest names are {', '.join(map(repr, near))}" if near else "Check the name",
-        )  # fmt: skip
+        )
 
     def _condition(self, name: str) -> np.ndarray:
         """Return float32 [condition] of a perturbation: features of its genes, its conditions, number of targets."""
@@ -336,11 +354,13 @@ class PredictorFit(Estimator):
 
     def _lay_out(self, table: CellTable, cells: np.ndarray, model: Pretrained) -> list[Layout]:
         """Give every cell a context of its own, so that its latent does not depend on the other cells of a file."""
-        contexts, shortest = list(cells[:, None]), 1
+        contexts = list(cells[:, None])
+        shortest = 1
         # Predictors fitted with shared contexts must go on with them, or their latents would shift.
         if "contexts" not in self.facts:  # saved before 0.2
             limit = self.training.cells_per_context or None
-            contexts, shortest = contexts_of(table.batch, cells, limit=limit), 32
+            contexts = contexts_of(table.batch, cells, limit=limit)
+            shortest = 32
         return make_examples(
             table,
             contexts,
@@ -351,9 +371,7 @@ class PredictorFit(Estimator):
 
     def _latents(self, model: Pretrained, layouts: Sequence[Layout], cells: int) -> np.ndarray:
         """Return float32 [cells, latent]; NaN for cells of no layout."""
-        run = jax.jit(
-            lambda params, batch: clean_forward(params, batch, model.config).latent.mean
-        )  # fmt: skip
+        run = jax.jit(lambda params, batch: clean_forward(params, batch, model.config).latent.mean)
         params = jax.device_put(model.params)
         return gather(layouts, [run(params, layout.example.batch) for layout in layouts], cells)  # type: ignore[misc]
 
@@ -367,7 +385,10 @@ class PredictorFit(Estimator):
         return np.stack([*means, z[there].mean(axis=0, dtype=np.float64)])
 
     def _solve(
-        self, changes: Changes, condition: np.ndarray, z: np.ndarray
+        self,
+        changes: Changes,
+        condition: np.ndarray,
+        z: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return kernel [latent + condition, genes] and bias [genes] of the head, solved exactly."""
         place = {group: row for row, group in enumerate(self._groups)}
@@ -433,7 +454,8 @@ class PredictorFit(Estimator):
                 found.append(Example(layout.example.batch, {"row": jnp.asarray(row)}))
             return found
 
-        truth, place = changes.values[held], {g: row for row, g in enumerate(self._groups)}
+        truth = changes.values[held]
+        place = {g: row for row, g in enumerate(self._groups)}
         group_of = [place[group] for group in changes.groups[held]]
 
         def validate(params: Any) -> dict[str, float]:
@@ -449,7 +471,11 @@ class PredictorFit(Estimator):
         self._finetune(
             start,
             loss=perturbation_loss(
-                start.config, self.training.masking, condition, changes.values, changes.noise
+                start.config,
+                self.training.masking,
+                condition,
+                changes.values,
+                changes.noise,
             ),
             examples=examples,
             validate=validate if held.any() else None,

@@ -237,7 +237,10 @@ def read_names(
         if is_control_word(name) and not _same_word(name, chosen)
     }
     names = PerturbationNames(
-        chosen, vocabulary, "none" if targets == "conditions" else "any", others
+        chosen,
+        vocabulary,
+        "none" if targets == "conditions" else "any",
+        others,
     )
     if targets == "auto":
         # Decided on all names of the file before any of them is split.
@@ -267,7 +270,8 @@ def message_of(names: PerturbationNames, values: Iterable[str | None], given: An
     spellings = sorted({value for value in values if value is not None})
     read = {name: names.canonical(name) for name in spellings}
     control = [name for name in spellings if read[name] == names.control]
-    number, targets = len(spellings) - len(control), set(read.values()) - {names.control}
+    number = len(spellings) - len(control)
+    targets = set(read.values()) - {names.control}
     text = (
         f"Read {len(targets)} perturbation{'s' * (len(targets) != 1)} from {number} "
         f"spelling{'s' * (number != 1)} in obs['{key}']; control: '{names.control}'"
@@ -276,8 +280,11 @@ def message_of(names: PerturbationNames, values: Iterable[str | None], given: An
         text += ", a well-known name"
     if len(control) > 1:
         text += f", in {len(control)} spellings"
-    changed = [f"'{name}' is '{read[name]}'" for name in spellings
-               if read[name] not in (name, names.control)]  # fmt: skip
+    changed = [
+        f"'{name}' is '{read[name]}'"
+        for name in spellings
+        if read[name] not in (name, names.control)
+    ]
     if changed:
         text += f". {', '.join(changed[:3])}" + (" and others" if len(changed) > 3 else "")
     return text + "."
@@ -389,7 +396,8 @@ def _gene_reading(spellings: Sequence[str], names: PerturbationNames) -> GeneRea
         texts += [part.strip() for s in SEPARATORS if s in name for part in name.split(s)]
         texts = [stem for text in texts for stem in (text, *_stems(text))]
         current = any(_is_current(text, names.gene(text)) for text in texts)
-        genes, others = genes + current, others + (not current)
+        genes = genes + current
+        others = others + (not current)
     return "any" if genes and genes >= others else "current"
 
 
@@ -421,7 +429,12 @@ def _letters(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Return a name without the number of a guide."""
-    return re.sub(_NUMBER, "", re.sub(_PREFIX, "", name, flags=re.I), flags=re.I)
+    return re.sub(
+        _NUMBER,
+        "",
+        re.sub(_PREFIX, "", name, flags=re.I),
+        flags=re.I,
+    )
 
 
 def _control_stem(name: str) -> str:

@@ -51,7 +51,10 @@ class LeftOut:
 
     @classmethod
     def of(
-        cls, changes: Changes, predicted: np.ndarray, baselines: Mapping[str, np.ndarray]
+        cls,
+        changes: Changes,
+        predicted: np.ndarray,
+        baselines: Mapping[str, np.ndarray],
     ) -> LeftOut:
         """Score predictions and baselines, float [rows, genes] each."""
         truth, scores = changes.values, {}
@@ -97,28 +100,43 @@ class Ridge:
     """Changes as mean plus linear functions of condition and latent, with known noise per row (kernel ridge)."""
 
     def __init__(
-        self, changes: Changes, condition: np.ndarray, latent: np.ndarray, number: np.ndarray
+        self,
+        changes: Changes,
+        condition: np.ndarray,
+        latent: np.ndarray,
+        number: np.ndarray,
     ):
-        self.changes, self.number = changes, number
-        self.condition, self.latent = condition, latent
+        self.changes = changes
+        self.number = number
+        self.condition = condition
+        self.latent = latent
         # The mean noise bounds the ratio of weights, because the noise of a few cells is itself uncertain.
         self.weight = 1.0 / (changes.noise + changes.noise.mean())
         mean = self.mean(np.arange(len(changes)))
         # Method of moments: the variance between perturbations is what the noise does not explain, at least 5 % of
         # all.
         left = np.square(changes.values - number[:, None] * mean).mean(axis=1)
-        self.signal = max(float((left - changes.noise).mean()), 0.05 * float(left.mean()), 1e-12)
+        self.signal = max(
+            float((left - changes.noise).mean()),
+            0.05 * float(left.mean()),
+            1e-12,
+        )
 
     def mean(self, rows: np.ndarray) -> np.ndarray:
         """Return float64 [genes], the mean change per target, by least squares."""
-        number, weight = self.number[rows], self.weight[rows]
+        number = self.number[rows]
+        weight = self.weight[rows]
         return (number * weight) @ self.changes.values[rows] / (np.square(number) @ weight)
 
     def solve(
-        self, rows: np.ndarray, by_condition: float, by_latent: float
+        self,
+        rows: np.ndarray,
+        by_condition: float,
+        by_latent: float,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return mean [genes], and the maps of condition and latent to changes, fitted to a subset of the rows."""
-        condition, latent = self.condition[rows], self.latent[rows]
+        condition = self.condition[rows]
+        latent = self.latent[rows]
         mean = self.mean(rows)
         left = self.changes.values[rows] - self.number[rows][:, None] * mean
         # Kernel form, because perturbations are fewer than features.
@@ -150,7 +168,8 @@ class Ridge:
         Returns:
             float64 [rows, genes].
         """
-        changes, predicted = self.changes, np.zeros_like(self.changes.values)
+        changes = self.changes
+        predicted = np.zeros_like(self.changes.values)
         names = list(dict.fromkeys(units))
         fold_of = {unit: number % MAXIMUM_FOLDS for number, unit in enumerate(names)}
         folds = np.array([fold_of[unit] for unit in units])
@@ -176,7 +195,10 @@ class Ridge:
         return np.array([squared[units == unit].mean() for unit in dict.fromkeys(units)])
 
     def left_out_table(
-        self, parts: Mapping[str, Sequence[str]], by_condition: float, by_latent: float
+        self,
+        parts: Mapping[str, Sequence[str]],
+        by_condition: float,
+        by_latent: float,
     ) -> LeftOut | None:
         """Compare left-out predictions and baselines; perturbations are left out, or groups if there are too few.
 
@@ -207,7 +229,8 @@ class Ridge:
 
         For the condition, the weakest strength within one standard error of the best one.
         """
-        names, groups = self.changes.names, self.changes.groups
+        names = self.changes.names
+        groups = self.changes.groups
         condition = latent = 0.0
         facts: dict[str, float] = {}
         if len(set(names)) >= 4:
@@ -245,7 +268,8 @@ def left_out_messages(facts: Mapping[str, Any], strengths: Mapping[str, float]) 
     ):
         if f"left_out_{what}_{without}" not in facts:
             continue
-        error, other = facts[f"left_out_{what}_rmse"], facts[f"left_out_{what}_{without}"]
+        error = facts[f"left_out_{what}_rmse"]
+        other = facts[f"left_out_{what}_{without}"]
         if strengths[term] > 0:
             messages.append(
                 f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."

@@ -50,8 +50,12 @@ class Changes:
     def at(self, rows: np.ndarray) -> Changes:
         """Return a subset of the rows."""
         return Changes(
-            self.names[rows], self.groups[rows], self.values[rows], self.noise[rows], self.cells[rows]
-        )  # fmt: skip
+            self.names[rows],
+            self.groups[rows],
+            self.values[rows],
+            self.noise[rows],
+            self.cells[rows],
+        )
 
 
 def values_of(table: CellTable, key: str) -> np.ndarray:
@@ -61,7 +65,10 @@ def values_of(table: CellTable, key: str) -> np.ndarray:
 
 
 def screen_labels(
-    table: CellTable, names: PerturbationNames, key: str, covariate_key: str | None
+    table: CellTable,
+    names: PerturbationNames,
+    key: str,
+    covariate_key: str | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return canonical perturbation [cells], group [cells], and the mask of usable cells.
 

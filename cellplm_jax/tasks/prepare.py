@@ -97,10 +97,17 @@ def prepare(
     files = find_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     folder = _local_folder(out)
     require_options(
-        {"sample_key": sample_key, "dataset_key": dataset_key, "platform_key": platform_key,
-         "spatial_key": spatial_key, "label_key": label_key, "layer": layer, "gene_key": gene_key,
-         "feature_type": feature_type}
-    )  # fmt: skip
+        {
+            "sample_key": sample_key,
+            "dataset_key": dataset_key,
+            "platform_key": platform_key,
+            "spatial_key": spatial_key,
+            "label_key": label_key,
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+        }
+    )
     keys = Keys(
         sample=sample_key,
         dataset=dataset_key,
@@ -122,10 +129,26 @@ def prepare(
         facts = _check(run, files, keys, wanted, quiet)
         _check_keys(facts, keys, required_spatial=spatial_key is not None)
         vocabulary_genes, chosen = make_vocabulary(
-            run, files, sources, facts, keys, wanted, state, folder, quiet
+            run,
+            files,
+            sources,
+            facts,
+            keys,
+            wanted,
+            state,
+            folder,
+            quiet,
         )
         made = write_parts(
-            run, files, sources, facts, keys, vocabulary_genes, folder, nonzeros_in_memory, quiet
+            run,
+            files,
+            sources,
+            facts,
+            keys,
+            vocabulary_genes,
+            folder,
+            nonzeros_in_memory,
+            quiet,
         )
         before = [entry["name"] for entry in state.get("parts", [])]
         # Existing parts keep their place: the number of a sample is that of its batch embedding.
@@ -268,12 +291,22 @@ def describe_source(path: Path) -> dict[str, Any]:
 
 
 def _check(
-    run: Runner, files: Mapping[str, Path], keys: Keys, wanted: Mapping[str, Any], quiet: bool
+    run: Runner,
+    files: Mapping[str, Path],
+    keys: Keys,
+    wanted: Mapping[str, Any],
+    quiet: bool,
 ) -> dict[str, Facts]:
     genes = wanted.get("genes")
     tasks = {name: (path, keys, genes) for name, path in files.items()}
     return run_stage(
-        run, "checking files", _check_file, tasks, dict.fromkeys(files, 1), "files", quiet
+        run,
+        "checking files",
+        _check_file,
+        tasks,
+        dict.fromkeys(files, 1),
+        "files",
+        quiet,
     )
 
 
@@ -317,7 +350,10 @@ def _clean(folder: Path) -> None:
 
 
 def _summary(
-    folder: Path, index: Mapping[str, Any], made: Mapping[str, Any], seconds: float
+    folder: Path,
+    index: Mapping[str, Any],
+    made: Mapping[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     parts = []
     for entry in index["parts"]:
@@ -358,7 +394,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         )
         if part["made_now"]:
             lines += [f"  {note}" for note in part["notes"]]
-    totals, chosen = summary["totals"], summary["vocabulary"]["chosen"]
+    totals = summary["totals"]
+    chosen = summary["vocabulary"]["chosen"]
     lines.append(
         f"{totals['samples']:,} samples ({totals['spatial_samples']:,} spatial), "
         f"{totals['cells']:,} cells, {totals['nonzeros']:,} stored counts"

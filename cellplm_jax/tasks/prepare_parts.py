@@ -253,7 +253,8 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
         dataset = _single(source, keys.dataset, source.column(keys.dataset, missing=""), "file")
     elif keys.dataset is not None:
         notes.append(f"No column '{keys.dataset}' in obs: the data set is called '{name}'.")
-    codes, names = np.zeros(source.cells, np.int64), [name]
+    codes = np.zeros(source.cells, np.int64)
+    names = [name]
     if keys.sample is not None and keys.sample in columns:
         codes, values = pd.factorize(source.column(keys.sample))
         names = [str(value) for value in values]
@@ -274,7 +275,10 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
     # Cells of a sample become contiguous.
     grouped = full[np.argsort(codes[full], kind="stable")]
     sizes = np.bincount(codes[full], minlength=len(names))
-    samples, order, placed, empty = [], [], [], []
+    samples = []
+    order = []
+    placed = []
+    empty = []
     for number, cells in enumerate(np.split(grouped, np.cumsum(sizes)[:-1])):
         if not len(cells):
             empty.append(names[number])
@@ -344,7 +348,9 @@ class Spool:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, limit: int):
-        self.path, self.dtype, self.limit = path, dtype, limit
+        self.path = path
+        self.dtype = dtype
+        self.limit = limit
         self.count_blocks: list[tuple[np.ndarray, np.ndarray]] = []
         self._sizes: list[np.ndarray] = []
         self._held = 0

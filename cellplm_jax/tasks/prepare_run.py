@@ -116,7 +116,8 @@ def _remote(function: Callable[..., Any], name: str, arguments: tuple) -> Any:
     """Run a task on a worker and send its progress once per second; errors of this package are returned, not raised."""
     from dask.distributed import get_worker
 
-    worker, last = get_worker(), [time.monotonic()]
+    worker = get_worker()
+    last = [time.monotonic()]
 
     def advance(done: int) -> None:
         # Each report is a message through the scheduler.

@@ -95,7 +95,9 @@ def read_genes(path: str | os.PathLike) -> list[str]:
 
 
 def settle_vocabulary(
-    wanted: dict[str, Any], state: Mapping[str, Any], folder: Path
+    wanted: dict[str, Any],
+    state: Mapping[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """Combine the options with those of an existing corpus.
 
@@ -162,7 +164,8 @@ def make_vocabulary(
             )
         return genes, chosen
     if wanted["mode"] == "given":
-        genes, chosen = wanted["genes"], {"mode": "given"}
+        genes = wanted["genes"]
+        chosen = {"mode": "given"}
     else:
         tasks = {
             name: (path, keys, folder / "parts", name, sources[name])
@@ -229,7 +232,12 @@ def choose_genes(
 
 
 def _count_file(
-    path: Path, keys: Keys, parts: Path, name: str, source: Mapping[str, Any], advance: Advance
+    path: Path,
+    keys: Keys,
+    parts: Path,
+    name: str,
+    source: Mapping[str, Any],
+    advance: Advance,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Count the cells of a file that express each known human gene, or read the result of an earlier run.
 

@@ -88,7 +88,13 @@ def pretrain(
     model = dataclasses.replace(config.model, genes=len(store.genes))
     config = dataclasses.replace(config, model=model)
     return loop.pretrain(
-        config, store, workdir, card=card, quiet=quiet, preempted=preempted, devices=devices
+        config,
+        store,
+        workdir,
+        card=card,
+        quiet=quiet,
+        preempted=preempted,
+        devices=devices,
     )
 
 

@@ -133,7 +133,8 @@ def name_keys(
     named = dict(signature.parameters)
     if named.pop("keys", None) is None:
         return
-    fits, text = function.__name__ == "fit", ""
+    fits = function.__name__ == "fit"
+    text = ""
     described = inspect.cleandoc(function.__doc__ or "")
     for name, parameter in (options or {}).items():
         named.setdefault(name, parameter)
@@ -144,7 +145,10 @@ def name_keys(
             # A sentinel, because None is a value of its own.
             default = _FIELDS[name].default if fits else AS_FITTED
             named[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_FIELDS[name].type
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=_FIELDS[name].type,
             )
             text += _TEXTS[name].rstrip() + "\n" if fits else f"    {name}: As in :meth:`fit`.\n"
     # Only what `help` and editors show; calls still pass through `**keys`.
@@ -159,7 +163,9 @@ def keyword_options(function: Callable[..., Any]) -> dict[str, inspect.Parameter
 
 
 def keys_of(
-    other: Callable[..., Any], address: str, omitted: Sequence[str] = ()
+    other: Callable[..., Any],
+    address: str,
+    omitted: Sequence[str] = (),
 ) -> Callable[[Function], Function]:
     """Return a decorator that names the options of another function, which ``**keys`` stands for.
 

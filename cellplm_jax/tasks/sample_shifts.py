@@ -104,7 +104,8 @@ class TypeShifts:
         Returns:
             float32 [cells]; 0 for types without a shift.
         """
-        result, start = np.zeros(len(types), np.float32), 0
+        result = np.zeros(len(types), np.float32)
+        start = 0
         for block in blocks():
             rows = np.arange(start, start + block.shape[0])
             start += block.shape[0]
@@ -127,7 +128,10 @@ class TypeShifts:
 
     @classmethod
     def restore(
-        cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], labels: Sequence[str]
+        cls,
+        plain: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        labels: Sequence[str],
     ) -> TypeShifts:
         """Return the object of :meth:`state`."""
         kept: dict[str, Any] = {
@@ -253,7 +257,12 @@ def fit_shifts(
         p = [permutation_p(one) for one in statistics]
         row |= {"p_latent": p[0], "p_pseudobulk": p[1]}
         moved = [
-            _label_means(values[code][valid], codes[valid], weight[valid], len(labels))
+            _label_means(
+                values[code][valid],
+                codes[valid],
+                weight[valid],
+                len(labels),
+            )
             for values in means
         ]
         reach = np.ptp(moved[1], axis=0)
@@ -318,7 +327,10 @@ def _equal_cells(group: np.ndarray, number: np.ndarray, random: np.random.Genera
 
 
 def _label_means(
-    values: np.ndarray, codes: np.ndarray, weight: np.ndarray, labels: int
+    values: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    labels: int,
 ) -> np.ndarray:
     """Return means of samples by label [labels, features], with their differences shrunk by feature."""
     own = [weight * (codes == label) for label in range(labels)]

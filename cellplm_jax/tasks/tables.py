@@ -37,7 +37,12 @@ def check_table(path: str | os.PathLike) -> Path:
     return path
 
 
-def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = False) -> None:
+def write_table(
+    table: pd.DataFrame,
+    path: str | os.PathLike,
+    *,
+    index: bool = False,
+) -> None:
     """Write a table atomically. Numbers have six digits.
 
     Args:

@@ -19,7 +19,9 @@ _ROWS = (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms"
 
 
 def with_covariates(
-    config: TrainConfig, store: CellStore, old: TrainConfig | None = None
+    config: TrainConfig,
+    store: CellStore,
+    old: TrainConfig | None = None,
 ) -> TrainConfig:
     """Set the numbers of covariate rows of the decoder from the data; larger configured sizes are kept.
 
@@ -80,7 +82,8 @@ def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
 
     def grown(path: tuple, leaf: Any, wanted: Any) -> Any:
         names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        old, shape = np.shape(leaf), np.shape(wanted)
+        old = np.shape(leaf)
+        shape = np.shape(wanted)
         if old == shape or len(old) != len(shape) or not _COVARIATE.search(names):
             return leaf
         axes = [axis for axis in range(len(old)) if old[axis] != shape[axis]]

@@ -117,7 +117,8 @@ def pretrain(
     """
     began = time.monotonic()
     require("grain", "train", "Pretraining")
-    folder, first_process = epath.Path(workdir), jax.process_index() == 0
+    folder = epath.Path(workdir)
+    first_process = jax.process_index() == 0
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
     # Data, held-out split, mesh and compiled step.
@@ -230,12 +231,14 @@ def _shared_projection(
         return fit_projection(store, train, config, on_progress=on_progress)
     from jax.experimental import multihost_utils
 
-    recipe, genes = config.projection, config.model.genes
+    recipe = config.projection
+    genes = config.model.genes
     if jax.process_index() == 0:
         projection = fit_projection(store, train, config, on_progress=on_progress)
         sizes = np.array([projection.table.shape[1], projection.discriminants.shape[1]])
     else:
-        projection, sizes = None, np.array([recipe.components, recipe.discriminants])
+        projection = None
+        sizes = np.array([recipe.components, recipe.discriminants])
     # Shapes first: all processes must call the second broadcast with equal ones.
     components, discriminants = map(int, multihost_utils.broadcast_one_to_all(sizes))
     if projection is None:
@@ -280,7 +283,10 @@ def _describe_run(
 
 
 def _restored_state(
-    checkpoints: RunCheckpoints, step: int, config: TrainConfig, mesh: Any
+    checkpoints: RunCheckpoints,
+    step: int,
+    config: TrainConfig,
+    mesh: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Restore a checkpoint onto this run's mesh, with additional covariate rows if samples were added.
 
@@ -337,13 +343,17 @@ class _StepLog:
         start: int,
         progress: ProgressReport,
     ):
-        self._config, self._batches, self._progress = config, batches, progress
+        self._config = config
+        self._batches = batches
+        self._progress = progress
         self._first = start + 1
         self._pending: tuple[int, Any, float] | None = None
         self._writer = None if workdir is None else MetricsWriter(workdir, resume_step=start)
         self.peak, self.peak_source = (math.nan, "unknown") if workdir is None else peak_flops()
         self.rates = StepRates(config, self.peak)
-        self.step, self.skipped_in_a_row, self.note = start, 0, ""
+        self.step = start
+        self.skipped_in_a_row = 0
+        self.note = ""
         self.metrics: dict[str, float] = {}
 
     def timed(self, feed: Iterator[CellBatch]) -> tuple[CellBatch, float]:
@@ -359,14 +369,16 @@ class _StepLog:
 
     def push(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
         """Record that a step was started, and read the previous one."""
-        before, self._pending = self._pending, (step, metrics, late)
+        before = self._pending
+        self._pending = (step, metrics, late)
         if before is not None:
             self._read(*before)
 
     def settle(self) -> None:
         """Read the last started step."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
+            pending = self._pending
+            self._pending = None
             self._read(*pending)
 
     def _read(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
@@ -374,7 +386,8 @@ class _StepLog:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self.rates.step(values, late)
         self.step, self.metrics = step, values
-        skipped, self.skipped_in_a_row = self.skipped_in_a_row, int(values["skipped_in_a_row"])
+        skipped = self.skipped_in_a_row
+        self.skipped_in_a_row = int(values["skipped_in_a_row"])
         if self.skipped_in_a_row > 0:
             self._progress.say(
                 f"step {step} skipped: {_not_finite(values)} not finite ({self.skipped_in_a_row} in a row)"
@@ -385,7 +398,11 @@ class _StepLog:
             values["padding"] = 1.0 - values["read_cells"] / max(values["slots"], 1.0)
             rows = config.data.rows * config.accumulate
             values["epoch"] = step * rows / self._batches.rows_per_epoch
-            self.write(step, "train", {**values, **self.rates.lap(config.steps - step)})
+            self.write(
+                step,
+                "train",
+                {**values, **self.rates.lap(config.steps - step)},
+            )
         note = f"loss {values['loss']:.1f}"
         self._progress.update(step, f"{note}, {self.note}" if self.note else note)
 

@@ -100,7 +100,8 @@ def _forward_flops(config: ModelConfig, context: int, parts: tuple[str, ...] = (
         for path, leaf in flatten_dict(shapes).items()
         if path[-1] == "kernel" and (not parts or path[0] in parts)
     )
-    encoder, hidden = config.encoder, config.hidden
+    encoder = config.encoder
+    hidden = config.hidden
     width = hidden // encoder.heads
     # The same default as in model/attention.py.
     features = encoder.random_features or int(width * math.log(max(width, 2)))
@@ -215,7 +216,8 @@ class StepRates:
             ``model_flop_utilisation``, and ``eta_seconds``, including evaluation and saving in the usual proportion.
             Empty before the second step.
         """
-        lap, seconds = self._lap, self._lap["seconds"]
+        lap = self._lap
+        seconds = self._lap["seconds"]
         if seconds <= 0:
             return {}
         # Per lap, so that a change during the run is visible; the remaining time is from the mean over the run.
@@ -377,7 +379,9 @@ class MetricsWriter:
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         return explain_write_errors(
-            f"'{self.path.parent}'", again="it continues from the last checkpoint", catch=OSError
+            f"'{self.path.parent}'",
+            again="it continues from the last checkpoint",
+            catch=OSError,
         )
 
 
@@ -389,7 +393,8 @@ class _EventFile:
 
     def __init__(self, folder: Path, writer: Any, event: Any, summary: Any):
         self._writer = writer(str(folder / "events"))
-        self._event, self._summary = event, summary
+        self._event = event
+        self._summary = summary
 
     @classmethod
     def open(cls, folder: Path) -> _EventFile | None:

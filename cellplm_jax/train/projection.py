@@ -90,7 +90,8 @@ def fit_projection(
         InputError: No gene is measured and detected in enough cells.
         MissingDependencyError: Discriminants need the clustering of the extra ``eval``, which is not installed.
     """
-    recipe, target = config.projection, config.model.embedder.target_sum
+    recipe = config.projection
+    target = config.model.embedder.target_sum
     if recipe.discriminants:
         # Before the work that comes first.
         purpose = "projection.discriminants > 0, which clusters the datasets,"
@@ -109,7 +110,11 @@ def fit_projection(
         )
     on_progress(f"principal components of {len(chosen):,} genes")
     view = _Standardized(
-        groups, chosen, mean, np.maximum(deviation, 0.1), config.model.centre_cells
+        groups,
+        chosen,
+        mean,
+        np.maximum(deviation, 0.1),
+        config.model.centre_cells,
     )
     loadings, strength = principal_components(
         lambda: (block for _, _, block in view.blocks(weighted=True)),
@@ -136,7 +141,9 @@ def fit_projection(
 
 
 def start_from(
-    params: dict[str, Any], projection: Projection, config: ModelConfig
+    params: dict[str, Any],
+    projection: Projection,
+    config: ModelConfig,
 ) -> dict[str, Any]:
     """Write a projection into freshly initialised parameters; a pure function that can be traced.
 
@@ -192,7 +199,10 @@ def _zeroed(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_groups(
-    store: CellStore, ranges: Sequence[SampleRange], maximum: int, target: float
+    store: CellStore,
+    ranges: Sequence[SampleRange],
+    maximum: int,
+    target: float,
 ) -> Iterator[_Group]:
     """Read the same share of every range, from its start: stored cells are in random or spatial order."""
     total = sum(part.cells for part in ranges)

@@ -99,12 +99,23 @@ def loss_terms(
     if visible is not None:
         # Hidden counts become zero, so that the library size is the sum of the visible ones.
         # The hidden counts are gone from the input, so the embedder needs no mask on top.
-        given, hide = batch.replace(count=jnp.where(visible, batch.count, 0)), None
+        given = batch.replace(count=jnp.where(visible, batch.count, 0))
+        hide = None
     hidden = model.apply(
-        variables, given, gene_mask=hide, train=True, rngs=rngs, method=CellPLM.represent
+        variables,
+        given,
+        gene_mask=hide,
+        train=True,
+        rngs=rngs,
+        method=CellPLM.represent,
     )
     inferred = model.apply(
-        variables, hidden, noise=noise, train=True, rngs=rngs, method=CellPLM.infer
+        variables,
+        hidden,
+        noise=noise,
+        train=True,
+        rngs=rngs,
+        method=CellPLM.infer,
     )
 
     chunked = config.chunk_cells > 0 and config.objective.kind != "mean_squared_error"
@@ -113,14 +124,19 @@ def loss_terms(
     if masked is not None and gene_mask is not None and config.objective.kind in MASKED_CELLS_ONLY:
         scored = batch.cell_mask & gene_mask.any(axis=-1)
         decoded, follow = keep_cells(batch, scored, masked)
-        z, gene_mask = follow(z), follow(gene_mask)
+        z = follow(z)
+        gene_mask = follow(gene_mask)
 
     def decode_and_score(variables, z, gene_mask):
         if chunked:
             hidden = model.apply(
-                variables, _narrow(z, config), decoded, train=True, rngs=rngs,
+                variables,
+                _narrow(z, config),
+                decoded,
+                train=True,
+                rngs=rngs,
                 method=CellPLM.decode_hidden,
-            )  # fmt: skip
+            )
             return chunked_count_loss(
                 partial(_output_layer, model),
                 variables["params"]["decoder"],
@@ -131,7 +147,12 @@ def loss_terms(
                 gene_mask=gene_mask,
             )
         reconstruction = model.apply(
-            variables, _narrow(z, config), decoded, train=True, rngs=rngs, method=CellPLM.decode
+            variables,
+            _narrow(z, config),
+            decoded,
+            train=True,
+            rngs=rngs,
+            method=CellPLM.decode,
         )
         return reconstruction_loss(reconstruction, decoded, config.objective, gene_mask=gene_mask)
 
@@ -140,7 +161,11 @@ def loss_terms(
         decode_and_score = jax.checkpoint(decode_and_score)
     terms = decode_and_score(variables, z, gene_mask)
     latent = latent_loss(
-        inferred, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
+        inferred,
+        batch.cell_mask,
+        config.model.latent,
+        batch=batch.batch,
+        warmup=warmup,
     )
     loss = terms["reconstruction"] + latent["latent"]
     if config.objective.restoration_weight:
@@ -162,7 +187,9 @@ def _narrow(z: Array, config: TrainConfig) -> Array:
 
 
 def training_step(
-    state: TrainState, batch: CellBatch, config: TrainConfig
+    state: TrainState,
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> tuple[TrainState, Metrics]:
     """Perform one optimizer step: drop cells, mask, forward, backward, AdamW.
 
@@ -185,7 +212,11 @@ def training_step(
 
     if config.accumulate == 1:
         (_, metrics), gradients = gradient(
-            state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+            state.params,
+            jax.tree.map(lambda leaf: leaf[0], batch),
+            key,
+            warmup,
+            config,
         )
     else:
         # The first batch defines the shapes of the sums; a scan then adds one batch at a time.
@@ -197,7 +228,11 @@ def training_step(
 
         shapes = jax.eval_shape(
             lambda: gradient(
-                state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+                state.params,
+                jax.tree.map(lambda leaf: leaf[0], batch),
+                key,
+                warmup,
+                config,
             )
         )
         (_, metrics), gradients = jax.tree.map(
@@ -227,7 +262,11 @@ def training_step(
     # A branch, not a selection per entry: for the latter, a CPU copies both moments at the start of the step and
     # keeps the copies until its end (551 MiB at 72 M parameters).
     params, moments = jax.lax.cond(
-        finite, updated, lambda *state: state, state.params, state.optimizer
+        finite,
+        updated,
+        lambda *state: state,
+        state.params,
+        state.optimizer,
     )
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     state = TrainState(
@@ -263,7 +302,11 @@ def without_trunk(tree: Any) -> Any:
 
 
 def _masked_loss(
-    params: Any, batch: CellBatch, key: Array, warmup: Array, config: TrainConfig
+    params: Any,
+    batch: CellBatch,
+    key: Array,
+    warmup: Array,
+    config: TrainConfig,
 ) -> tuple[Array, Metrics]:
     """Drop cells, draw masks, and compute the loss."""
     # The order of these four is part of the format of a run: changing it changes every later draw.
@@ -273,12 +316,20 @@ def _masked_loss(
     if config.masking.cell_fraction > 0 and config.masking.gene_fraction > 0:
         masked = masked_width(batch, config.masking)
         gene_mask = sample_gene_mask(
-            mask_key, batch, config.model.genes, config.masking, chunk=config.chunk_cells
+            mask_key,
+            batch,
+            config.model.genes,
+            config.masking,
+            chunk=config.chunk_cells,
         )
     visible = None
     if config.masking.library_of_visible:
         visible = sample_visible(
-            jax.random.fold_in(mask_key, 1), batch, gene_mask, config.masking, config.model.genes
+            jax.random.fold_in(mask_key, 1),
+            batch,
+            gene_mask,
+            config.masking,
+            config.model.genes,
         )
     loss, metrics = loss_terms(
         params,
@@ -317,7 +368,9 @@ def batch_checksum(batch: CellBatch) -> UInt32[Array, ""]:
 
 
 def heldout_gene_mask(
-    key: Key[Array, ""], batch: CellBatch, config: TrainConfig
+    key: Key[Array, ""],
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> Bool[Array, "samples cells genes"]:
     """Hide ``masking.gene_fraction`` of the genes (a quarter if it is 0) in every held-out cell.
 
@@ -330,7 +383,10 @@ def heldout_gene_mask(
         True is hidden.
     """
     masking = MaskingConfig(
-        cell_fraction=1.0, gene_fraction=heldout_rate(config), beta=False, drop_cells=0.0
+        cell_fraction=1.0,
+        gene_fraction=heldout_rate(config),
+        beta=False,
+        drop_cells=0.0,
     )
     return sample_gene_mask(key, batch, config.model.genes, masking, chunk=config.chunk_cells)
 
@@ -361,19 +417,25 @@ def evaluation_step(
         ``n, x, y, xx, yy, xy`` of log1p truth ``x`` and log1p prediction ``y``; see
         :func:`cellplm_jax.train.metrics.heldout_scores`.
     """
-    rate, genes = heldout_rate(config), config.model.genes
-    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    rate = heldout_rate(config)
+    genes = config.model.genes
+    model = CellPLM(config.model)
+    variables = {"params": compute_params(params, config)}
     hidden = model.apply(variables, batch, gene_mask=gene_mask, method=CellPLM.represent)
     z = model.apply(variables, hidden, method=CellPLM.infer).z
     reconstruction: Reconstruction = model.apply(
-        variables, _narrow(z, config), batch, method=CellPLM.decode
+        variables,
+        _narrow(z, config),
+        batch,
+        method=CellPLM.decode,
     )
     counts = batch.dense_counts(genes)
     usable = jnp.broadcast_to(batch.cell_mask[..., None], gene_mask.shape)
     measured = batch.measured_entries()
     if measured is not None:
         usable = usable & measured
-    hidden, visible = usable & gene_mask, usable & ~gene_mask
+    hidden = usable & gene_mask
+    visible = usable & ~gene_mask
     mean = reconstruction.mean
     if reconstruction.dispersion is None:
         # A Gaussian decoder predicts log-normalised expression; convert to counts with the visible library size.
@@ -390,10 +452,14 @@ def evaluation_step(
             nll = negative_binomial_nll(counts, mean, reconstruction.dispersion)
         else:
             nll = zero_inflated_negative_binomial_nll(
-                counts, mean, reconstruction.dispersion, reconstruction.zero_logits
+                counts,
+                mean,
+                reconstruction.dispersion,
+                reconstruction.zero_logits,
             )
     weight = hidden.astype(jnp.float32)
-    x, y = jnp.log1p(counts) * weight, jnp.log1p(mean) * weight
+    x = jnp.log1p(counts) * weight
+    y = jnp.log1p(mean) * weight
     # Sums add up over batches and processes; correlations do not.
     sums = {"n": weight, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
     result = {name: value.sum(axis=(0, 1)) for name, value in sums.items()}
@@ -403,10 +469,13 @@ def evaluation_step(
 
 
 def embedding_step(
-    params: Any, batch: CellBatch, config: TrainConfig
+    params: Any,
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> Float32[Array, "samples cells latent"]:
     """Embed cells as inference does, without masks or random numbers."""
-    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    model = CellPLM(config.model)
+    variables = {"params": compute_params(params, config)}
     hidden = model.apply(variables, batch, method=CellPLM.represent)
     return model.apply(variables, hidden, method=CellPLM.infer).mean
 
@@ -430,7 +499,9 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
         mesh: Its mesh.
         nonzeros: Maximum number of stored counts per piece.
     """
-    data, pieces, genes = config.data, config.mesh.cells, config.model.genes
+    data = config.data
+    pieces = config.mesh.cells
+    genes = config.model.genes
     # Must agree with `_Rows.empty` in data/pipeline.py, or the step is compiled a second time.
     index = np.uint16 if genes <= 65_536 else np.uint32
     cells = (data.rows, data.cells)
@@ -504,7 +575,12 @@ def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     Raises:
         ConfigError: The run's shapes cannot be split over the mesh.
     """
-    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    check_divides(
+        mesh,
+        rows=config.data.rows,
+        genes=config.model.genes,
+        cells=config.data.cells,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return MeshFunction(
         lambda state, batch: training_step(state, batch, config),

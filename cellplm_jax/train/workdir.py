@@ -63,7 +63,9 @@ def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
 
 
 def open_workdir(
-    workdir: str | os.PathLike, config: TrainConfig, store: CellStore
+    workdir: str | os.PathLike,
+    config: TrainConfig,
+    store: CellStore,
 ) -> ModelFiles | None:
     """Read the root files of a resumed run, and check that they match. Writes nothing.
 
@@ -152,7 +154,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(set(old) | set(new)):
             inner = first_difference(
-                old.get(name), new.get(name), f"{path}.{name}" if path else name
+                old.get(name),
+                new.get(name),
+                f"{path}.{name}" if path else name,
             )
             if inner:
                 return inner
