@@ -155,6 +155,7 @@ class ImputerFit(Estimator):
                 f"at least {SHARED_GENES}",
                 "Check that both name genes of one species, or point gene_key and reference_gene_key at the ids",
             )
+        # A cell without counts of the panel has nothing to predict from.
         seen = np.diff(source.counts[:, np.flatnonzero(shared)].tocsr().indptr) > 0
         train, valid = split_cells(
             source,
@@ -171,10 +172,12 @@ class ImputerFit(Estimator):
 
         kept = np.union1d(np.flatnonzero(shared), wanted)
         shown, asked = np.isin(kept, np.flatnonzero(shared)), np.isin(kept, wanted)
+        # The genes to impute are columns of the target now, but count as unmeasured.
         target = dataclasses.replace(target.restrict(kept), measured=shown)
         source = dataclasses.replace(source.restrict(kept), measured=np.ones(len(kept), bool))
         both = dataclasses.replace(source, batch=np.concatenate([source.batch, target.batch]))
         start = self._begin(both, self._architecture(), gene_means=gene_means(source.counts[train]))
+        # Added before the fit, so that the shapes of the decoder are final.
         start = with_mean_row(start, [self.batch_rows[name] for name in set(source.batch)])
         self.batch_rows[DECODED_AS] = start.config.decoder.batches - 1
         self.panel = [gene for gene, there in zip(source.genes, shown, strict=True) if there]
@@ -187,9 +190,11 @@ class ImputerFit(Estimator):
             "shared_genes": len(self.panel),
             "imputed_genes": len(self._columns),
         }
+        # Reference cells look to the encoder like cells of the panel.
         through = seen_through(source, shown)
         judged = self._examples_of(through, source, valid, start)
         examples = self._examples_of(through, source, train, start)
+        # None: the panel's cells are their own truth.
         examples += self._examples_of(seen_through(target, shown), None, own, start)
         self._finetune(
             start,
@@ -248,6 +253,7 @@ class ImputerFit(Estimator):
                 **other,
             )
             self.messages += [f"Reference: {line}" for line in source.report.messages()]
+            # A batch of the reference and one of the panel may have the same name.
             names = np.array([f"{_REFERENCE}{name}" for name in source.batch], object)
             source = dataclasses.replace(source, batch=names)
             return target, source, own_names(reference, vocabulary, other)
@@ -264,6 +270,7 @@ class ImputerFit(Estimator):
         names: list[str],
     ) -> np.ndarray:
         """Return int, increasing: the columns of the genes to impute; ``names`` are those of all genes."""
+        # A gene that no training cell expresses can be predicted by nothing but 0.
         expressed = np.bincount(source.counts[train].indices, minlength=len(source.genes)) > 0
         lacking = np.flatnonzero(source.measured & ~target.measured & expressed)
         self.imputed = []
@@ -302,6 +309,7 @@ class ImputerFit(Estimator):
         """Return the network's log-normalised predictions, scaled by the input genes, float [cells, columns]."""
         row = self.batch_rows[DECODED_AS]
         mean = decoded_means(self._fitted(), layouts, len(table), row)[cells].astype(np.float64)
+        # Over the panel genes only, because the total of the others is unknown in a target.
         total = mean[:, shown].sum(axis=1, keepdims=True)
         return np.log1p(mean[:, columns] * (1e4 / np.maximum(total, 1e-12)))
 
@@ -322,6 +330,7 @@ class ImputerFit(Estimator):
         everything = data.some(np.sort(np.concatenate([train, valid])))
         truth = data.values(data.source, everything, self._columns)
         fitted_on = np.isin(everything, train)
+        # One decomposition of the features serves both scales.
         whole, validated = data.problem(everything), None
         part = None if network is None else data.problem(everything[fitted_on])
         for scale, forward in SCALES:
@@ -343,6 +352,8 @@ class ImputerFit(Estimator):
             self.pool[scale] = pool
             self._ridges[scale] = Ridge(
                 genes=data.panel.astype(np.int32),
+                # The panel's mean in the target replaces that of the reference: it removes the shift between
+                # technologies.
                 regression=dataclasses.replace(final, centre=data.centre),
                 network_mean=np.asarray(network_mean, np.float32),
             )
@@ -389,6 +400,7 @@ class ImputerFit(Estimator):
             predicted: Log-normalised predictions for ``valid`` [cells, imputed genes].
         """
         lower, upper = error_quantiles(data.values(data.source, valid, self._columns), predicted)
+        # Each group of hidden genes needs a prediction of these cells, hence a limit.
         cells = data.some(own, HIDDEN_CELLS)
         counted = np.bincount(data.source.counts[train].indices, minlength=len(data.shown)) > 0
         panel = np.random.default_rng(self.training.seed).permutation(
@@ -441,6 +453,8 @@ class ImputerFit(Estimator):
                 predicted = pooled(
                     predicted, regression.predict(features), network_mean, regression.bias, pool
                 )
+                # Validation cells are of the reference and keep its mean; only the target's cells get the mean of the
+                # panel.
                 regression = dataclasses.replace(regression, centre=group.centre)
             found.append((group.values(table, chosen, hidden), predicted))
         return found
