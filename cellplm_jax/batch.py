@@ -75,6 +75,7 @@ class CellBatch(struct.PyTreeNode):
     @property
     def segments(self) -> int:
         """Maximum number of samples per row."""
+        # The number of segments is a shape, not data: it must be known when a function is compiled.
         if self.segment is None or self.measured is None:
             return 1
         return self.measured.shape[1]
@@ -83,7 +84,12 @@ class CellBatch(struct.PyTreeNode):
         """Add the axis of pieces to [samples, cells, ...]: [samples, (pieces,) cells / pieces, ...]."""
         if self.indptr.ndim == 2:
             return values
-        return values.reshape(values.shape[0], self.pieces, -1, *values.shape[2:])
+        return values.reshape(
+            values.shape[0],
+            self.pieces,
+            -1,
+            *values.shape[2:],
+        )
 
     def unfold(self, values: jax.Array) -> jax.Array:
         """Remove the axis of pieces of a folded array: [samples, cells, ...]."""
@@ -106,8 +112,10 @@ class CellBatch(struct.PyTreeNode):
 
     def cell_of_nonzero(self) -> jax.Array:
         """Return int32 [samples, (pieces,) nonzeros]: each stored count's cell in its piece; past the end if none."""
-        nonzeros, source_cells = self.gene.shape[-1], self.indptr.shape[-1] - 1
+        nonzeros = self.gene.shape[-1]
+        source_cells = self.indptr.shape[-1] - 1
         lengths = jnp.diff(self.indptr, axis=-1)
+        # Padding is one more cell, past the end, so that scatters drop it and gathers fill it.
         tail = nonzeros - self.indptr[..., -1:]
         lengths = jnp.concatenate([lengths, tail], axis=-1)
 
@@ -122,7 +130,11 @@ class CellBatch(struct.PyTreeNode):
         if self.slot is None:
             return cell
         past_the_end = self.cell_mask.shape[1] // self.pieces
-        past_the_end = jnp.full((*self.slot.shape[:-1], 1), past_the_end, jnp.int32)
+        past_the_end = jnp.full(
+            (*self.slot.shape[:-1], 1),
+            past_the_end,
+            jnp.int32,
+        )
         slot = jnp.concatenate([self.slot, past_the_end], axis=-1)
         return self.over_pieces(lambda table, index: table[index])(slot, cell)
 

@@ -59,7 +59,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type[ConfigType], values: Mapping[str, Any], *, path: str = "") -> ConfigType:
+def from_dict(
+    kind: type[ConfigType],
+    values: Mapping[str, Any],
+    *,
+    path: str = "",
+) -> ConfigType:
     """Build a configuration strictly from nested dictionaries.
 
     Args:
@@ -128,7 +133,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return value
         remedy = nearest(value, choices, "Choose one of them")
         raise ConfigError(
-            f"{path} = {shorten(repr(value))}", "one of " + ", ".join(map(repr, choices)), remedy
+            f"{path} = {shorten(repr(value))}",
+            "one of " + ", ".join(map(repr, choices)),
+            remedy,
         )
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)

@@ -156,13 +156,19 @@ def verdict(table: dict[str, dict[str, float]]) -> str:
     """Return a sentence on how the first embedding compares with principal components, score by score."""
     parts = []
     for key, name in (("ari", "ARI"), ("nmi", "NMI"), ("knn_accuracy", "neighbours' accuracy")):
-        ours, rival = table[CONTEXT][key], table[COMPONENTS][key]
+        ours = table[CONTEXT][key]
+        rival = table[COMPONENTS][key]
         relation = "above" if ours > rival else "level with" if ours == rival else "below"
         parts.append(f"{name} {ours:.3f}, {relation} the components ({rival:.3f})")
     return f"{CONTEXT}: {'; '.join(parts)}."
 
 
-def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -> Any:
+def _draw(
+    out: Path,
+    adata: Any,
+    embeddings: dict[str, np.ndarray],
+    seed: int,
+) -> Any:
     """Draw the UMAPs, write umap.png, and return the figure, which the report draws again for the dark theme."""
     import matplotlib
 
@@ -179,9 +185,13 @@ def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -
         if method == CONTEXT:
             adata.obsm["X_umap"] = coordinates
         plot.umap(
-            coordinates, adata.obs["cell_type"], title=method, ax=ax, legend=ax is axes[2],
+            coordinates,
+            adata.obs["cell_type"],
+            title=method,
+            ax=ax,
+            legend=ax is axes[2],
             palette=colors,
-        )  # fmt: skip
+        )
     path = out / "umap.png"
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
@@ -195,7 +205,10 @@ def _close(figure: Any) -> None:
 
 
 def _write_report(
-    out: Path, table: dict[str, dict[str, float]], facts: dict[str, Any], figure: Any
+    out: Path,
+    table: dict[str, dict[str, float]],
+    facts: dict[str, Any],
+    figure: Any,
 ) -> None:
     from cellplm_jax.report.html import Code, Figure, Table, Text, write_report
 

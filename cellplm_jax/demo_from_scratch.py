@@ -162,7 +162,9 @@ def _principal_components(adata: Any, seed: int) -> np.ndarray:
 
 
 def _scores(
-    adata: Any, embeddings: dict[str, np.ndarray], seed: int
+    adata: Any,
+    embeddings: dict[str, np.ndarray],
+    seed: int,
 ) -> dict[str, dict[str, float]]:
     """Cluster every embedding the same way and compare with the labels; unassigned cells are not scored."""
     from cellplm_jax.evaluate.embedding import clustering_scores, knn_accuracy, leiden_clusters
@@ -223,7 +225,11 @@ def _prediction_sums(
 
     truth = _counts(store, train)
     spread = ((truth - predict_train) ** 2 - predict_train).sum(axis=0)
-    theta = np.clip((predict_train**2).sum(axis=0) / np.maximum(spread, 1e-8), 1e-3, 1e4)
+    theta = np.clip(
+        (predict_train**2).sum(axis=0) / np.maximum(spread, 1e-8),
+        1e-3,
+        1e4,
+    )
     dense = jax.jit(lambda batch: batch.dense_counts(config.model.genes))
     sums = []
     for batch, mask in heldout_masks(config, store, heldout):
@@ -239,7 +245,9 @@ def _prediction_sums(
             + (theta + counts) * np.log1p(mean / theta)
             + counts * (np.log(theta) - np.log(mean))
         )
-        x, y, weight = np.log1p(counts) * hidden, np.log1p(mean) * hidden, hidden.astype(float)
+        x = np.log1p(counts) * hidden
+        y = np.log1p(mean) * hidden
+        weight = hidden.astype(float)
         parts = {"n": weight, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
         sums.append({name: value.sum(axis=0) for name, value in parts.items()})
         sums[-1].update(nll=np.sum(nll * hidden), entries=np.float64(hidden.sum()))
@@ -261,7 +269,12 @@ def _mean_predictions(
         return share[None, :] * (visible.sum(axis=1) / seen)[:, None]
 
     return _prediction_sums(
-        config, store, train, heldout, predict, share[None, :] * truth.sum(axis=1)[:, None]
+        config,
+        store,
+        train,
+        heldout,
+        predict,
+        share[None, :] * truth.sum(axis=1)[:, None],
     )
 
 
@@ -312,7 +325,12 @@ def _component_predictions(
     return _prediction_sums(config, store, train, heldout, predict, to_counts(scores, library))
 
 
-def _draw(out: Path, adata: Any, embeddings: dict[str, np.ndarray], seed: int) -> dict[str, bytes]:
+def _draw(
+    out: Path,
+    adata: Any,
+    embeddings: dict[str, np.ndarray],
+    seed: int,
+) -> dict[str, bytes]:
     """Draw UMAPs and training curves, write them as PNG, and return their bytes."""
     import matplotlib
 

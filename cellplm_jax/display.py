@@ -19,6 +19,7 @@ def shortened(text: str, limit: int = LONGEST) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as short text: thousands separated, four digits, lists abbreviated, arrays as their shape."""
+    # Before int, of which bool is a subclass.
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -81,7 +82,8 @@ class DisplayedConfig:
     def __repr__(self) -> str:
         changed = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, default = getattr(self, field.name), field.default
+            value = getattr(self, field.name)
+            default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if value != default:

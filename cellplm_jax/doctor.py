@@ -21,8 +21,20 @@ from cellplm_jax.errors import shorten
 
 DISTRIBUTION = "cellplm-jax"
 
-NEEDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "anndata", "numpy", "scipy",
-          "pandas", "h5py", "zarr", "tensorstore")  # fmt: skip
+NEEDED = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "anndata",
+    "numpy",
+    "scipy",
+    "pandas",
+    "h5py",
+    "zarr",
+    "tensorstore",
+)
 """Required distributions."""
 
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -81,7 +93,13 @@ class _Report:
         except Exception as error:  # any error: the other sections are still reported
             self.add("not looked at", f"{type(error).__name__}: {error}".splitlines()[0], "poor")
 
-    def add(self, name: str, text: str, state: str = "good", remedy: str = "") -> None:
+    def add(
+        self,
+        name: str,
+        text: str,
+        state: str = "good",
+        remedy: str = "",
+    ) -> None:
         """Add an entry to the section."""
         entry = {"name": name, "state": state, "text": text}
         self._sections[-1]["entries"].append(entry | ({"remedy": remedy} if remedy else {}))
@@ -149,8 +167,11 @@ def _devices(report: _Report) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     report.add("CPU", f"{cores} cores, {platform.machine()}", "good" if cores > 2 else "poor")
-    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "XLA_FLAGS", "JAX_PLATFORMS")
-               if os.environ.get(name)}  # fmt: skip
+    threads = {
+        name: os.environ[name]
+        for name in ("OMP_NUM_THREADS", "XLA_FLAGS", "JAX_PLATFORMS")
+        if os.environ.get(name)
+    }
     for name, value in threads.items():
         report.add(name, value)
     if cores <= 2:
@@ -171,9 +192,11 @@ def _devices(report: _Report) -> None:
         else:
             reason = " ".join(str(error).split()) or "no message"
             report.add(
-                "JAX", f"finds no device ({type(error).__name__}: {reason})", "bad",
+                "JAX",
+                f"finds no device ({type(error).__name__}: {reason})",
+                "bad",
                 "Set JAX_PLATFORMS=cpu, or reinstall JAX for the device of this machine",
-            )  # fmt: skip
+            )
         return
     kinds = sorted({device.device_kind for device in devices})
     kind = devices[0].platform
@@ -251,9 +274,11 @@ def _caches(report: _Report) -> None:
         kept = keep_compiled()
         if kept is None:
             report.add(
-                "compiled programs", f"not kept: '{cache_directory()}' cannot be written", "poor",
+                "compiled programs",
+                f"not kept: '{cache_directory()}' cannot be written",
+                "poor",
                 f"Point {VARIABLE} at a folder that can",
-            )  # fmt: skip
+            )
             report.slow.append("The start of every process: its programs are compiled anew.")
         else:
             report.add("compiled programs", f"{_size(kept)} in {kept}")
@@ -308,8 +333,18 @@ def _there(module: str) -> bool:
         return False
 
 
-_IMPORTED = ("numpy", "scipy.sparse", "pandas", "h5py", "zarr", "tensorstore", "anndata", "flax.linen", "optax",
-             "orbax.checkpoint")  # fmt: skip
+_IMPORTED = (
+    "numpy",
+    "scipy.sparse",
+    "pandas",
+    "h5py",
+    "zarr",
+    "tensorstore",
+    "anndata",
+    "flax.linen",
+    "optax",
+    "orbax.checkpoint",
+)
 """Modules that every verb imports; an installed one can still be broken."""
 
 
@@ -343,9 +378,11 @@ def _trial(report: _Report) -> None:
     except Exception as error:
         reason = shorten(" ".join(str(error).split()) or type(error).__name__, 160)
         report.add(
-            "a file", f"cannot be written in {tempfile.gettempdir()} ({reason})", "bad",
+            "a file",
+            f"cannot be written in {tempfile.gettempdir()} ({reason})",
+            "bad",
             "Point TMPDIR at a writable folder with room",
-        )  # fmt: skip
+        )
     from cellplm_jax.tasks.pretrained import BUNDLED, bundled_path
     from cellplm_jax.train.checkpoint import read_root, restore_item
 

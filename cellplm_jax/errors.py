@@ -65,6 +65,7 @@ class CellPLMError(Exception):
     def __init__(self, found: str, expected: str | None = None, remedy: str = ""):
         # One argument, the message, so that an error from another process is identical.
         text = found if expected is None else explain(found, expected, remedy)
+        # Cut first: a file can make a message of any length, and escaping takes time.
         super().__init__(shorten(visible(text[: 100 * LONGEST]), LONGEST))
 
 
@@ -120,6 +121,7 @@ def nearest(name: object, known: Iterable[object], otherwise: str) -> str:
     import difflib
     import itertools
 
+    # difflib is quadratic; a vocabulary would take seconds.
     texts = (str(text) for text in itertools.islice(known, 2000))
     by_lower = {text.lower(): text for text in texts if len(text) <= LONGEST_NAME}
     near = difflib.get_close_matches(shorten(str(name)).lower(), by_lower, n=1)
@@ -138,7 +140,13 @@ def listing(names: Sequence[object], limit: int = 12) -> str:
     return (shown + more) if names else "none"
 
 
-def require_column(columns: Sequence[object], key: object, remedy: str, *, of: str = "obs") -> None:
+def require_column(
+    columns: Sequence[object],
+    key: object,
+    remedy: str,
+    *,
+    of: str = "obs",
+) -> None:
     """Raise an error for a name that is no column of a table.
 
     Args:
@@ -190,6 +198,7 @@ def require(module: str, extra: str, purpose: str):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # The package is there, but something that it needs is not: another message would mislead.
         if (error.name or "").split(".")[0] != module.split(".")[0]:
             raise
         raise MissingDependencyError(

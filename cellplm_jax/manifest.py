@@ -75,6 +75,7 @@ def replace_files(folder: str | os.PathLike, texts: Mapping[str, str]) -> None:
         name: entries.get(name) or ([_digest(root / name)] if (root / name).exists() else [])
         for name in texts
     }
+    # Both digests are valid from here until all files are written.
     _write(root, entries | {name: [*known[name], new[name]] for name in texts})
     for name, text in texts.items():
         atomic_write_text(root / name, text)
@@ -109,6 +110,7 @@ class Manifest:
         Raises:
             CheckpointError: The file differs from its checksum, or has none.
         """
+        # Read once: what was verified is what is returned.
         data = (self.folder / name).read_bytes()
         self._compare(name, lambda: hashlib.sha256(data).hexdigest())
         return data

@@ -57,12 +57,14 @@ def no_device(wanted: str | None, error: Exception) -> str:
 
 def has_nvidia() -> bool:
     """Return whether this machine has an NVIDIA GPU with a driver."""
+    # Starting CUDA to find out would take seconds, or fail.
     gpus = Path("/proc/driver/nvidia/gpus")
     return (gpus.is_dir() and any(gpus.iterdir())) or shutil.which("nvidia-smi") is not None
 
 
 def has_cuda_plugin() -> bool:
     """Return whether JAX's CUDA plugin is installed in the version of jaxlib."""
+    # A plugin of another version is installed but not loaded.
     wanted = importlib.metadata.version("jaxlib")
     for name in CUDA_PLUGINS:
         try:
@@ -116,7 +118,8 @@ def gpu_facts(devices: list[Any]) -> list[tuple[str, str, str]]:
     facts = []
     for device in devices:
         memory = device.memory_stats() or {}
-        limit, used = memory.get("bytes_limit"), memory.get("bytes_in_use", 0)
+        limit = memory.get("bytes_limit")
+        used = memory.get("bytes_in_use", 0)
         capability = getattr(device, "compute_capability", None)
         text = device.device_kind + (f", compute capability {capability}" if capability else "")
         if limit:

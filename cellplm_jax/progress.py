@@ -17,6 +17,7 @@ _compiled = {"seconds": 0.0, "listening": 0.0}
 
 def compile_seconds() -> float:
     """Return the seconds that JAX has compiled in this process, counted from the first call."""
+    # Not imported here: commands that only read files start without JAX.
     jax = sys.modules.get("jax")
     if jax is not None and not _compiled["listening"]:
         _compiled["listening"] = 1.0
@@ -31,6 +32,7 @@ def _on_event(event: str, seconds: float, **_: Any) -> None:
 
 def in_notebook() -> bool:
     """Return whether the output is that of a notebook: Jupyter, Colab, VS Code."""
+    # A notebook has imported IPython already.
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
@@ -52,6 +54,7 @@ def named_stage(title: str, *, quiet: bool = False, after: float = 3.0) -> Itera
         after: Seconds.
     """
     timer = threading.Timer(after, write_line, [f"{title} ..."])
+    # A waiting timer must not keep the process alive.
     timer.daemon = True
     if not quiet:
         timer.start()
@@ -86,6 +89,7 @@ class _TerminalBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(stderr=True),
+            # The bar disappears; `close` writes the final line.
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, note=first, rate="")
@@ -94,7 +98,12 @@ class _TerminalBar:
     def show(self, done: int, rate: str, note: str, line: str) -> None:
         from rich.markup import escape
 
-        self._bar.update(self._task, completed=done, note=escape(visible(note)), rate=rate)
+        self._bar.update(
+            self._task,
+            completed=done,
+            note=escape(visible(note)),
+            rate=rate,
+        )
 
     def say(self, text: str) -> None:
         self._bar.console.print(visible(text), highlight=False, markup=False)
@@ -111,7 +120,8 @@ class _NotebookBar:
     def __init__(self, title: str, total: int, unit: str, first: str):
         from IPython.display import display
 
-        self._total, self._shown = max(total, 1), 0.0
+        self._total = max(total, 1)
+        self._shown = 0.0
         self._handle: Any = display(self._bundle(0, f"{title}: {first}"), raw=True, display_id=True)
 
     def _bundle(self, done: int, line: str) -> Mapping[str, str]:
@@ -119,6 +129,7 @@ class _NotebookBar:
         return {"text/plain": line, "text/html": f"<div>{bar} {html.escape(line)}</div>"}
 
     def show(self, done: int, rate: str, note: str, line: str) -> None:
+        # Every update is a message to the browser.
         if time.monotonic() - self._shown > 0.2:
             self._shown = time.monotonic()
             self._handle.update(self._bundle(done, line), raw=True)
@@ -134,7 +145,9 @@ class _Lines:
     """Plain lines, one per ``every`` seconds; also one if the first unit takes longer than that."""
 
     def __init__(self, title: str, every: float, first: str):
-        self._every, self._last, self._line = every, time.monotonic(), ""
+        self._every = every
+        self._last = time.monotonic()
+        self._line = ""
         self._timer = threading.Timer(every, write_line, [f"{title}: {first}, {every:.0f} s"])
         self._timer.daemon = True
         if every >= 1:
@@ -143,7 +156,8 @@ class _Lines:
     def show(self, done: int, rate: str, note: str, line: str) -> None:
         self._timer.cancel()
         if time.monotonic() - self._last >= self._every:
-            self._last, self._line = time.monotonic(), line
+            self._last = time.monotonic()
+            self._line = line
             write_line(line)
 
     def say(self, text: str) -> None:
@@ -155,6 +169,7 @@ class _Lines:
 
     def close(self, line: str) -> None:
         self._timer.cancel()
+        # The last update may have written the same line.
         if line and line != self._line:
             write_line(line)
 
@@ -183,11 +198,16 @@ class ProgressReport:
         every: float = 10,
         first: str = "compiling",
     ):
-        self.title, self.total, self.unit, self.quiet = title, total, unit, quiet
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.quiet = quiet
         self._start = time.monotonic()
         self._compiled = compile_seconds()
         self._settled: tuple[float, int] | None = None
-        self._line, self._done, self._stage = "", 0, ""
+        self._line = ""
+        self._done = 0
+        self._stage = ""
         self._out: _TerminalBar | _NotebookBar | _Lines | None = None
         if quiet:
             return
@@ -202,6 +222,7 @@ class ProgressReport:
     def time_taken(self) -> str:
         """Seconds since the start as text, such as ``"12 s (4 s compiling)"``."""
         seconds = time.monotonic() - self._start
+        # Threads compile at the same time, so the sum can exceed the elapsed time.
         compiled = min(compile_seconds() - self._compiled, seconds)
         text = f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
         return f"{text} ({compiled:.0f} s compiling)" if compiled >= 1 else text
@@ -221,7 +242,8 @@ class ProgressReport:
         if before < done < self.total:
             line += f", {(now - since) / (done - before) * (self.total - done):.0f} s left"
         note = ", ".join(filter(None, (self._stage, note)))
-        self._line, self._done = f"{line}{', ' + note if note else ''}", done
+        self._line = f"{line}{', ' + note if note else ''}"
+        self._done = done
         self._out.show(done, rate, note, self._line)
 
     def stage(self, name: str) -> None:
@@ -257,7 +279,8 @@ def stage(title: str, *, quiet: bool = False, every: float = 10.0) -> Iterator[N
     if quiet:
         yield
         return
-    start, done = time.monotonic(), threading.Event()
+    start = time.monotonic()
+    done = threading.Event()
 
     def report() -> None:
         while not done.wait(every):

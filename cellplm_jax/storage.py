@@ -47,6 +47,7 @@ def _forget() -> None:
 
 
 if hasattr(os, "register_at_fork"):
+    # A child must not remove the outputs of its parent.
     os.register_at_fork(after_in_child=_forget)
 
 # Whether a caller further up converts the errors of a full disk, with a better description.
@@ -72,6 +73,7 @@ def atomic_write(path: str | os.PathLike, *, room: int = 0) -> Iterator[Path]:
     """
     path = Path(path)
     check_replaceable(path)
+    # A killed process cannot clean up after itself.
     remove_strays(path.parent)
     # Without a part of the name: a name may have the maximum length already.
     name = (
@@ -85,6 +87,7 @@ def atomic_write(path: str | os.PathLike, *, room: int = 0) -> Iterator[Path]:
             check_free_space(path, room)
             yield partial
             with _lock:
+                # Under the lock, so that a signal handler finds the output either partial or complete.
                 os.replace(partial, path)
     finally:
         remove_path(partial)
@@ -195,6 +198,7 @@ def reserve(path: Path, size: int) -> None:
         return
     with path.open("r+b") as file:
         try:
+            # HDF5 ends the process if a flush fails; reserved space cannot run out.
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             # Some file systems cannot reserve space.
@@ -215,6 +219,7 @@ def _explain_full_disk(path: Path) -> Iterator[None]:
         _, full, _ = _diagnosis(error)
         with contextlib.suppress(OSError):
             full = full or shutil.disk_usage(path.parent).free < 2**16
+        # A missing permission for another file, such as an input, has another cause.
         denied = isinstance(error, PermissionError) and error.filename in (None, str(path))
         if not (full or denied):
             raise
@@ -227,6 +232,7 @@ def _explain_full_disk(path: Path) -> Iterator[None]:
 def _machine() -> str:
     """Return a short name of this machine and its process numbers (a container has its own)."""
     try:
+        # Containers of one machine have the same name, but their own process numbers.
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
         space = ""
@@ -294,6 +300,7 @@ def explain_write_errors(
     Raises:
         CellPLMError: Of class ``raises``, instead of the error of the operating system or of TensorStore.
     """
+    # Inner contexts then leave the error to this one, which describes the work.
     token = _explaining.set(True)
     try:
         yield
@@ -325,6 +332,7 @@ def explain_write_errors(
 
 def _diagnosis(error: Exception) -> tuple[str, bool, bool]:
     """Return the reason of an error in one short line, and whether it is a full disk or a missing permission."""
+    # Libraries wrap the error of the system; its number is somewhere in the chain.
     chain, inner = [error], error
     while (inner := inner.__cause__ or inner.__context__) is not None and inner not in chain:
         chain.append(inner)
@@ -425,9 +433,11 @@ class Folder:
         """
         paths = {p.relative_to(source).as_posix(): p for p in source.rglob("*") if p.is_file()}
         final = paths.pop(last)
+        # Concurrently: each file is a request of tens of milliseconds.
         waiting = [self._store.write(name, path.read_bytes()) for name, path in paths.items()]
         for written in waiting:
             written.result()
+        # Readers take its existence as the sign that all others are complete.
         self.write(last, final.read_bytes())
 
     def names(self, inside: str) -> list[str]:

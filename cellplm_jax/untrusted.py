@@ -52,15 +52,18 @@ def parse_json(text: str | bytes) -> Any:
         msg = f"it has {len(text):,} bytes, the limit is {JSON_BYTES:,}"
         raise ValueError(msg)
     try:
+        # Not json's own detection of encodings, which accepts UTF-16 and UTF-32.
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         content = json.loads(text, parse_int=_integer)
+    # json parses recursively, so a deep document fails before its depth can be counted.
     except RecursionError:
         msg = f"it is nested more than {JSON_DEPTH} levels deep"
         raise ValueError(msg) from None
     except ValueError as error:
         raise ValueError(shorten(str(error), 200)) from None
     level, depth = [content], 0
+    # Level by level, without recursion.
     while level := [
         item for value in level if isinstance(value, dict | list) for item in _items(value)
     ]:
@@ -98,6 +101,7 @@ def read_text(path: Any, limit: int = JSON_BYTES) -> str:
         msg = f"'{path}' is {kind}"
         raise ValueError(msg)
     with path.open("rb") as file:
+        # The size of a file can change, and special files have none: the read itself is bounded.
         text = file.read(limit + 1)
     if len(text) > limit:
         msg = f"'{path}' has more than {limit:,} bytes"
@@ -165,6 +169,7 @@ def require_regular(
         raise raises(f"{quote(path)} is {kind}", "a regular file", "Copy the contents to a file")
     if not os.path.isdir(path):
         return
+    # Links are compared with the real folder, which may be reached through a link itself.
     root = os.path.realpath(path)
     pending, seen = [root], 0
     while pending:
@@ -186,6 +191,7 @@ def require_regular(
                             "Replace the link by a copy of the file if you trust it",
                         )
                 elif entry.is_dir(follow_symlinks=False):
+                    # Linked folders are not entered, so a cycle of links ends.
                     pending.append(entry.path)
                     continue
                 elif entry.is_file(follow_symlinks=False):
@@ -214,12 +220,11 @@ def require_options(options: Mapping[str, Any]) -> None:
             continue
         if name in WHOLE_NUMBERS:
             # numpy's integers have an index, too; True does not count cells.
-            valid, wanted = (
-                hasattr(value, "__index__") and not isinstance(value, bool),
-                "a whole number",
-            )
+            valid = hasattr(value, "__index__") and not isinstance(value, bool)
+            wanted = "a whole number"
         else:
-            valid, wanted = isinstance(value, str), "one name, as text"
+            valid = isinstance(value, str)
+            wanted = "one name, as text"
         if not valid:
             raise InputError(
                 f"{name} = {shorten(repr(value))} is of type {type(value).__name__}",

@@ -27,7 +27,11 @@ def add_bench(commands: Any) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="embed|train|load")
 
     embed = command(
-        verbs, "embed", _embed, "benchmark embedding with one context", examples["embed"]
+        verbs,
+        "embed",
+        _embed,
+        "benchmark embedding with one context",
+        examples["embed"],
     )
     add_options(
         embed,
@@ -37,7 +41,11 @@ def add_bench(commands: Any) -> None:
     )
 
     train = command(
-        verbs, "train", _train, "benchmark the training step on random counts", examples["train"]
+        verbs,
+        "train",
+        _train,
+        "benchmark the training step on random counts",
+        examples["train"],
     )
     add_options(
         train,
@@ -53,7 +61,11 @@ def add_bench(commands: Any) -> None:
     )
 
     load = command(
-        verbs, "load", _load, "benchmark reading a corpus or an AnnData file", examples["load"]
+        verbs,
+        "load",
+        _load,
+        "benchmark reading a corpus or an AnnData file",
+        examples["load"],
     )
     add_options(load, "input CORPUS|IN.h5ad: corpus or file to read")
 

@@ -10,8 +10,22 @@ from typing import Any
 from cellplm_jax.cli.options import add_counts, add_options, add_output, command, reject_options
 from cellplm_jax.cli.output import check_report, fail, print_result, say, table_lines, write_page
 
-PREPARE = ("sample_key", "dataset_key", "platform_key", "spatial_key", "label_key", "layer", "gene_key", "feature_type",
-           "genes", "vocabulary", "minimum_cells", "minimum_prevalence", "scheduler", "workers")  # fmt: skip
+PREPARE = (
+    "sample_key",
+    "dataset_key",
+    "platform_key",
+    "spatial_key",
+    "label_key",
+    "layer",
+    "gene_key",
+    "feature_type",
+    "genes",
+    "vocabulary",
+    "minimum_cells",
+    "minimum_prevalence",
+    "scheduler",
+    "workers",
+)
 """Options of ``prepare`` that are options of the function."""
 
 

@@ -139,8 +139,20 @@ def _is_corpus(path: str) -> bool:
 
 
 def _embed_corpus(arguments: argparse.Namespace) -> None:
-    unused = ("adapt", "batch_key", "spatial_key", "layer", "gene_key", "cells_per_context", "key_added",
-              "values", "minimum_genes", "feature_type", "color", "report")  # fmt: skip
+    unused = (
+        "adapt",
+        "batch_key",
+        "spatial_key",
+        "layer",
+        "gene_key",
+        "cells_per_context",
+        "key_added",
+        "values",
+        "minimum_genes",
+        "feature_type",
+        "color",
+        "report",
+    )
     reject_options(
         arguments,
         unused,
@@ -244,7 +256,8 @@ def _cluster(arguments: argparse.Namespace) -> None:
 
         labels = labels_of(cells.obs, arguments.label_key)
         known = [label is not None for label in labels]
-        labels, embedding = labels[known].astype(str), cells.obsm[arguments.use_rep][known]
+        labels = labels[known].astype(str)
+        embedding = cells.obsm[arguments.use_rep][known]
         scores = clustering_scores(labels, cells.obs[arguments.key_added][known])
         scores["knn_accuracy"] = knn_accuracy(embedding, labels, neighbors=arguments.neighbors)
         scores["label_silhouette"] = silhouette(embedding, labels)
@@ -266,6 +279,12 @@ def _cluster(arguments: argparse.Namespace) -> None:
         lines.append(f"wrote {arguments.picture}")
         facts["wrote"].append(arguments.picture)
     write_page(
-        arguments, "clusters", arguments.out, cells, shown, arguments.use_rep, facts["scores"]
+        arguments,
+        "clusters",
+        arguments.out,
+        cells,
+        shown,
+        arguments.use_rep,
+        facts["scores"],
     )
     print_result(arguments, lines, facts, messages=messages)

@@ -329,8 +329,16 @@ class Samples(Task):
         "one row per sample, and the contributions of its cells by type",
     )
     page = "effects.classifier"
-    without = ("--batch-key", "--split-key", "--epochs", "--patience", "--learning-rate", "--freeze", "--adapter-rank",
-               "--validation-fraction")  # fmt: skip
+    without = (
+        "--batch-key",
+        "--split-key",
+        "--epochs",
+        "--patience",
+        "--learning-rate",
+        "--freeze",
+        "--adapter-rank",
+        "--validation-fraction",
+    )
 
     def options(self, fit: argparse.ArgumentParser, predict: argparse.ArgumentParser) -> None:
         """Add the options of the task."""

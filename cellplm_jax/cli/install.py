@@ -13,8 +13,25 @@ from cellplm_jax.cli.output import print_result, say, styled
 SHELLS = ("bash", "zsh", "tcsh")
 """Shells with completion scripts."""
 
-_FILES = ("IN.h5ad", "REF.h5ad", "FILE", "GENES", "JSON", "CKPT|DIR", "MODEL|CORPUS", "CORPUS|IN.h5ad", "MODEL", "M",
-          "OUT.h5ad", "OUT.csv", "FILE.html", "PNG", "PREFIX", "FILE[:VARIANT]", "NAME|FILE")  # fmt: skip
+_FILES = (
+    "IN.h5ad",
+    "REF.h5ad",
+    "FILE",
+    "GENES",
+    "JSON",
+    "CKPT|DIR",
+    "MODEL|CORPUS",
+    "CORPUS|IN.h5ad",
+    "MODEL",
+    "M",
+    "OUT.h5ad",
+    "OUT.csv",
+    "FILE.html",
+    "PNG",
+    "PREFIX",
+    "FILE[:VARIANT]",
+    "NAME|FILE",
+)
 _FOLDERS = ("DIR", "CORPUS")
 """Metavars of files and folders, for which the shell completes names."""
 

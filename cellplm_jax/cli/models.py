@@ -83,7 +83,11 @@ def _export(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {card['model']}, {card['genes']} genes, {size:.1f} MB, for "
         f"{', '.join(card['platforms'])}; written with JAX {card['jax']}."
     )
-    print_result(arguments, [line], {"wrote": [arguments.out], "megabytes": size, "card": card})
+    print_result(
+        arguments,
+        [line],
+        {"wrote": [arguments.out], "megabytes": size, "card": card},
+    )
 
 
 def add_info(commands: Any) -> None:

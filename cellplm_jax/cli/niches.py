@@ -9,8 +9,23 @@ from cellplm_jax.cli.embedding import add_adapt
 from cellplm_jax.cli.options import add_counts, add_options, add_output, command, passed_options
 from cellplm_jax.cli.output import check_new_file, number_of, print_result, write_page
 
-OPTIONS = ("spatial_key", "batch_key", "n_niches", "label_key", "shells", "neighbors", "resolution",
-           "use_rep", "adapt", "layer", "gene_key", "feature_type", "permutations", "key_added", "seed")  # fmt: skip
+OPTIONS = (
+    "spatial_key",
+    "batch_key",
+    "n_niches",
+    "label_key",
+    "shells",
+    "neighbors",
+    "resolution",
+    "use_rep",
+    "adapt",
+    "layer",
+    "gene_key",
+    "feature_type",
+    "permutations",
+    "key_added",
+    "seed",
+)
 """Options of the command that are options of the function."""
 
 MEETINGS = 3
@@ -74,7 +89,10 @@ def _niches(arguments: argparse.Namespace) -> None:
     key = found["params"]["niche_key"]
     lines = [f"wrote {arguments.out}: obs['{key}'], {number_of(len(found['niches']), 'niche')}"]
     for name, cells, shares in zip(
-        found["niches"], found["cells"], found["composition"], strict=True
+        found["niches"],
+        found["cells"],
+        found["composition"],
+        strict=True,
     ):
         largest = sorted(zip(shares, found["types"], strict=True), reverse=True)[:MEETINGS]
         listed = ", ".join(f"{kind} {share:.0%}" for share, kind in largest if share >= 0.05)

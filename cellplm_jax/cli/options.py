@@ -10,8 +10,16 @@ from typing import Any
 
 from cellplm_jax.errors import InputError
 
-READING = ("batch_key", "spatial_key", "layer", "gene_key", "feature_type", "values", "cells_per_context",
-            "split_key")  # fmt: skip
+READING = (
+    "batch_key",
+    "spatial_key",
+    "layer",
+    "gene_key",
+    "feature_type",
+    "values",
+    "cells_per_context",
+    "split_key",
+)
 """Options for reading a file."""
 
 
@@ -43,7 +51,11 @@ def command(
 
 
 def add_options(
-    parser: Any, text: str, *, without: Sequence[str] = (), **settings: dict[str, Any]
+    parser: Any,
+    text: str,
+    *,
+    without: Sequence[str] = (),
+    **settings: dict[str, Any],
 ) -> None:
     """Add arguments from lines such as ``--label-key! K: column of obs with the types``, as users see them.
 
@@ -64,6 +76,7 @@ def add_options(
         if option in without:
             continue
         entry: dict[str, Any] = {"help": help, **({"required": True} if required else {})}
+        # Choices are in lower case, metavars in upper case.
         if "|" in value and value.islower():
             entry["choices"] = tuple(value.split("|"))
         elif value:

@@ -30,8 +30,10 @@ def say(text: str, stream: Any = None) -> None:
     """
     stream = sys.stdout if stream is None else stream
     parts = _STYLE.split(text) if stream.isatty() else [text]
+    # Splitting at a group keeps the separators: the odd parts are our own styles.
     text = "".join(part if number % 2 else visible(part) for number, part in enumerate(parts))
     encoding = getattr(stream, "encoding", None) or "utf-8"
+    # A terminal of another encoding must not end a command with UnicodeEncodeError.
     stream.write(f"{text.encode(encoding, 'backslashreplace').decode(encoding)}\n")
 
 
@@ -74,6 +76,7 @@ def plain(value: Any) -> Any:
     """Return a JSON-compatible value: arrays as lists, paths as text, non-finite numbers as null."""
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
+    # NumPy arrays and scalars.
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -102,7 +105,8 @@ def print_result(
         for message in messages:
             say(message, sys.stderr)
     if arguments.report is not None:
-        lines, facts = [*lines, f"wrote {arguments.report}"], {**facts, "report": arguments.report}
+        lines = [*lines, f"wrote {arguments.report}"]
+        facts = {**facts, "report": arguments.report}
     if arguments.json:
         import json
 

@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in ``argparse``; unknown words raise an error here, because the valid options are known."""
+        # `error` only receives a message; the words are needed to find the unknown one.
         self._words = list(sys.argv[1:] if args is None else args)
         parsed, extra = super().parse_known_args(args, namespace)
         if extra:

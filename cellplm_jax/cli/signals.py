@@ -29,6 +29,7 @@ def end_on_signals(command: str) -> Iterator[None]:
         command: Name of the command, for the line.
     """
     read, write = os.pipe()
+    # A C signal handler must never wait for a full pipe.
     os.set_blocking(write, False)
     # Shells ignore Ctrl-C for background jobs, nohup as well.
     handled = [number for number in STATUS if signal.getsignal(number) != signal.SIG_IGN]

@@ -89,7 +89,9 @@ class Task:
     def fitted(self, arguments: argparse.Namespace, estimator: Any) -> Result:
         """Return what is printed about a fit; the facts of the estimator are added."""
         line = fitted_line(
-            arguments, number_of(len(estimator.model.genes), "gene"), estimator.facts
+            arguments,
+            number_of(len(estimator.model.genes), "gene"),
+            estimator.facts,
         )
         return [line], {}
 
@@ -108,13 +110,18 @@ class Task:
         """Run ``fit``."""
         check_new_folder(arguments)
         self.check(arguments)
+        # Not renamed: `--genes` is the number of genes of the constructor, `--impute` the list of the fit.
         options = passed_to(self.kind, arguments, renamed={}, omitted=("model", "quiet"))
         estimator = self.kind(source(arguments), quiet=arguments.quiet, **options)
         estimator.fit(arguments.input, **passed_to(self.kind.fit, arguments))
         estimator.save(arguments.out)
         lines, facts = self.fitted(arguments, estimator)
         write_page(arguments, self.page, estimator)
-        print_result(arguments, lines, {"wrote": [arguments.out], **facts, **estimator.facts})
+        print_result(
+            arguments,
+            lines,
+            {"wrote": [arguments.out], **facts, **estimator.facts},
+        )
 
     def predict(self, arguments: argparse.Namespace) -> None:
         """Run ``predict``."""
@@ -127,7 +134,13 @@ class Task:
 
     def add(self, commands: Any) -> None:
         """Add the commands to the subparsers of ``cellplm``."""
-        parser = command(commands, self.name, self.fit, self.help, "\n  ".join(self.examples))
+        parser = command(
+            commands,
+            self.name,
+            self.fit,
+            self.help,
+            "\n  ".join(self.examples),
+        )
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|predict")
         noun, _, actions = self.help.partition(": ")
         fitting, _, predicting = actions.partition(", or ")
@@ -168,8 +181,14 @@ class Task:
         if "--split-key" in self.without:
             recipe = recipe.replace(", without --split-key", "")
         number = {"type": int}
-        add_options(fit.add_argument_group("recipe"), recipe, without=self.without,
-                    patience=number, adapter_rank=number, seed=number)  # fmt: skip
+        add_options(
+            fit.add_argument_group("recipe"),
+            recipe,
+            without=self.without,
+            patience=number,
+            adapter_rank=number,
+            seed=number,
+        )
         self.options(fit, predict)
 
 
@@ -192,6 +211,7 @@ def passed_to(
     for name, parameter in inspect.signature(function).parameters.items():
         value = getattr(arguments, renamed.get(name, name), None)
         if value is not None and name not in omitted:
+            # Annotations are text here (from __future__ import annotations).
             names = isinstance(value, str) and str(parameter.annotation).startswith("Sequence[str]")
             passed[name] = names_in(value) if names else value
     return passed

@@ -58,7 +58,9 @@ class _Lazy(Mapping):
     """A mapping that reads its values from a store on first access."""
 
     def __init__(self, keys: Sequence[str], read: Callable[[str], Any]):
-        self._keys, self._read, self._values = list(keys), read, {}
+        self._keys = list(keys)
+        self._read = read
+        self._values = {}
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys:
@@ -105,6 +107,7 @@ def open_object(adata: anndata.AnnData) -> Opened:
     """
     places: dict[str, Place] = {}
     try:
+        # A backed file reads X here, but not its values.
         has_matrix = adata.X is not None
     except KeyError:  # a backed file without X
         has_matrix = False
@@ -115,6 +118,7 @@ def open_object(adata: anndata.AnnData) -> Opened:
         places["raw.X"] = Place("raw.X", lambda: as_rows(raw.X), lambda: raw.var)
     layers = tuple(key for key in adata.layers if key is not None)  # None is X in anndata 0.13
     for key in layers:
+        # `key=key` binds the current name.
         rows = lambda key=key: as_rows(adata.layers[key])  # noqa: E731
         places[f"layers['{key}']"] = Place(f"layers['{key}']", rows, lambda: adata.var)
     return Opened(
@@ -152,12 +156,15 @@ def open_path(path: Path) -> Opened:
                 "a file written by AnnData",
                 "Read it with scanpy (for example scanpy.read_10x_h5) and save it with write_h5ad",
             )
+        # Files of anndata before 0.7 store tables in another way; anndata converts them.
         if "encoding-type" not in store["obs"].attrs:
             for name in keys:
                 check_tree(store[name], path)
             close()
             return dataclasses.replace(
-                open_object(anndata.read_h5ad(path)), label=f"'{path}'", source=path.name
+                open_object(anndata.read_h5ad(path)),
+                label=f"'{path}'",
+                source=path.name,
             )
         return _open_store(store, path, close)
     except InputError:
@@ -200,6 +207,7 @@ def _check_links(file: h5py.File, path: Path) -> None:
     """Raise an error for external links and for a tree that is too large; data sets are not opened."""
     import h5py
 
+    # Filled by the callback, whose return value only ends the visit.
     seen, bad = [0], []
 
     def visit(name: bytes, info: Any) -> bool | None:
@@ -234,7 +242,9 @@ def check_tree(element: Any, path: Path) -> None:
     Raises:
         InputError: See above.
     """
-    pending, seen = [(element.name, element, 0)], 0
+    # A stack instead of recursion: a file can be nested deeper than Python allows.
+    pending = [(element.name, element, 0)]
+    seen = 0
     while pending:
         name, item, depth = pending.pop()
         seen += 1
@@ -266,6 +276,7 @@ def _excess(array: Any) -> str:
     import h5py
 
     dtype = np.dtype(array.dtype)
+    # Python integers: a declared shape can overflow 64 bits.
     bytes_declared = int(np.prod(array.shape, dtype=object)) * dtype.itemsize
     chunks = getattr(array, "chunks", None)
     if isinstance(array, h5py.Dataset):
@@ -278,6 +289,7 @@ def _excess(array: Any) -> str:
         return f"its entries have {dtype.itemsize:,} bytes each"
     if chunks:
         chunk = int(np.prod(chunks, dtype=object)) * dtype.itemsize
+        # HDF5 allocates complete chunks, however little of one is read.
         if chunk > max(FREE_BYTES, 2 * bytes_declared):
             return f"a chunk has {chunk:,} bytes, the whole array {bytes_declared:,}"
     if bytes_declared <= FREE_BYTES:
@@ -286,6 +298,7 @@ def _excess(array: Any) -> str:
         stored = array.id.get_storage_size()
     else:
         stored = array.nbytes_stored() if hasattr(array, "nbytes_stored") else bytes_declared
+    # References to strings are small in the file and objects in memory.
     text = dtype.kind in "OT"
     if bytes_declared > (TEXT_RATIO if text else LARGEST_RATIO) * stored:
         return f"it declares {bytes_declared:,} bytes and {stored:,} are stored"

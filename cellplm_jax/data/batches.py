@@ -71,7 +71,9 @@ def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
     present = np.isfinite(coordinates).all(axis=1)
     if not present.any():
         return np.full(coordinates.shape, np.nan, np.float32)
-    low, high = coordinates[present].min(axis=0), coordinates[present].max(axis=0)
+    low = coordinates[present].min(axis=0)
+    high = coordinates[present].max(axis=0)
+    # A single point has no extent to divide by.
     extent = float((high - low).max())
     scaled = (coordinates - low) / (extent if extent > 0 else 1.0)
     scaled[~present] = np.nan
@@ -79,7 +81,10 @@ def scale_coordinates(coordinates: np.ndarray) -> np.ndarray:
 
 
 def laplacian_eigenvectors(
-    coordinates: np.ndarray, count: int, *, neighbors: int = 6
+    coordinates: np.ndarray,
+    count: int,
+    *,
+    neighbors: int = 6,
 ) -> np.ndarray:
     """Return the low-frequency eigenvectors of the spatial neighbour graph's normalised Laplacian.
 
@@ -100,23 +105,28 @@ def laplacian_eigenvectors(
     if cells < 3:
         return result
     neighbors = min(neighbors, cells - 1)
+    # The nearest one is the cell itself, which is dropped below.
     index = np.asarray(KDTree(coordinates).query(coordinates, k=neighbors + 1)[1])
     rows = np.repeat(np.arange(cells), neighbors)
     graph = sparse.csr_matrix(
         (np.ones(rows.size), (rows, index[:, 1:].ravel())), shape=(cells, cells)
     )
+    # Nearest neighbours are not mutual, and the Laplacian must be symmetric.
     graph = graph.maximum(graph.T)
     scale = sparse.diags(1.0 / np.sqrt(np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1e-12)))
     similarity = scale @ graph @ scale
     wanted = min(count + 1, cells - 1)
+    # ARPACK needs more cells than requested vectors.
     if cells <= 64:
         values, vectors = np.linalg.eigh(similarity.toarray())
     else:
         # The largest of D^-1/2 A D^-1/2 are the smallest of the Laplacian; a fixed start makes them reproducible.
         start = np.random.default_rng(0).standard_normal(cells)
         values, vectors = eigsh(similarity, k=wanted, which="LA", v0=start)
+    # The first eigenvector is constant up to the degree, and distinguishes no positions.
     order = np.argsort(-values)[1 : count + 1]
     chosen = vectors[:, order]
+    # Unit vectors have entries of 1 / sqrt(cells); scaled, entries do not depend on the size of the sample.
     result[:, : chosen.shape[1]] = chosen * math.sqrt(cells)
     return result
 
@@ -178,7 +188,8 @@ def pad_batch(
         name: np.full((rows, cells), -1, np.int32) for name in ("batch", "dataset", "platform")
     }
     for row, sample in enumerate(samples):
-        n, stored = sample.cells, sample.counts.nnz
+        n = sample.cells
+        stored = sample.counts.nnz
         indptr[row, : n + 1] = sample.counts.indptr
         indptr[row, n + 1 :] = stored
         gene[row, :stored] = sample.counts.indices
@@ -225,8 +236,15 @@ class MemoryStore(Displayed):
         InputError: The number of genes of a sample differs from the vocabulary.
     """
 
-    def __init__(self, samples: Sequence[Sample], genes: Sequence[str], *, seed: int = 0):
-        self.genes, self.label_names = list(genes), []
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        genes: Sequence[str],
+        *,
+        seed: int = 0,
+    ):
+        self.genes = list(genes)
+        self.label_names = []
         self.samples: list[SampleRecord] = []
         self.clipped = 0
         self._runs: list[CellRun] = []
@@ -240,14 +258,17 @@ class MemoryStore(Displayed):
                     "Map the counts to the vocabulary first",
                 )
             generator = np.random.default_rng([seed, number])
+            # The same order as in a corpus, so that training from memory and from disk see the same windows.
             order = storage_order(sample.cells, sample.coordinates, generator)
             placed = sample.take(order)
-            counts, largest = placed.counts, LARGEST_STORED_COUNT
+            counts = placed.counts
+            largest = LARGEST_STORED_COUNT
             self.clipped += int((counts.data > largest).sum())
             self._runs.append(
                 CellRun(
                     indptr=counts.indptr.astype(np.int64),
                     gene=counts.indices.astype(index),
+                    # uint16 would wrap around.
                     count=np.minimum(counts.data, largest).astype(np.uint16),
                     coordinates=placed.coordinates,
                 )
@@ -277,7 +298,8 @@ class MemoryStore(Displayed):
     def read(self, sample: int, start: int, stop: int) -> CellRun:
         """Read cells ``start`` to ``stop`` (exclusive) of one sample."""
         whole = self._runs[sample]
-        low, high = int(whole.indptr[start]), int(whole.indptr[stop])
+        low = int(whole.indptr[start])
+        high = int(whole.indptr[stop])
         return CellRun(
             indptr=whole.indptr[start : stop + 1] - low,
             gene=whole.gene[low:high],

@@ -119,11 +119,19 @@ def moore_curve(coordinates: np.ndarray, order: int = 10) -> np.ndarray:
     """
     side = 1 << order
     half = side // 2
-    x, y = np.clip((np.asarray(coordinates, np.float64) * side).astype(np.int64), 0, side - 1).T
+    x, y = np.clip(
+        (np.asarray(coordinates, np.float64) * side).astype(np.int64),
+        0,
+        side - 1,
+    ).T
     # Four Hilbert curves, rotated so that each begins at the end of the last one: up the left half, down the right one.
     left = x < half
     upper = y >= half
-    quadrant = np.where(left, np.where(upper, 1, 0), np.where(upper, 2, 3))
+    quadrant = np.where(
+        left,
+        np.where(upper, 1, 0),
+        np.where(upper, 2, 3),
+    )
     u, v = x % half, y % half
     # A Hilbert curve runs from (0, 0) to (half - 1, 0); on the left it must run upwards along the inner edge, on the
     # right downwards along it.
@@ -138,18 +146,22 @@ def _hilbert(x: np.ndarray, y: np.ndarray, side: int) -> np.ndarray:
     distance = np.zeros(x.shape, np.int64)
     step = side // 2
     while step > 0:
-        right, top = (x & step) > 0, (y & step) > 0
+        right = (x & step) > 0
+        top = (y & step) > 0
         distance += step * step * ((3 * right) ^ top)
         # Rotate the quarter so that its own curve starts at its origin.
         flip = ~top & right
-        x, y = np.where(flip, side - 1 - x, x), np.where(flip, side - 1 - y, y)
+        x = np.where(flip, side - 1 - x, x)
+        y = np.where(flip, side - 1 - y, y)
         x, y = np.where(~top, y, x), np.where(~top, x, y)
         step //= 2
     return distance
 
 
 def storage_order(
-    cells: int, coordinates: np.ndarray | None, generator: np.random.Generator
+    cells: int,
+    coordinates: np.ndarray | None,
+    generator: np.random.Generator,
 ) -> np.ndarray:
     """Return the order in which the cells of a sample are stored.
 
@@ -168,4 +180,5 @@ def storage_order(
     present = np.isfinite(coordinates).all(axis=1)
     place = np.full(cells, np.iinfo(np.int64).max)
     place[present] = moore_curve(coordinates[present])
+    # Cells without coordinates have the largest place: they come last, in random order.
     return order[np.argsort(place[order], kind="stable")]

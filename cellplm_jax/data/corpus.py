@@ -148,7 +148,9 @@ class Corpus(Displayed):
         records: Mapping[str, Mapping[str, Any]],
     ):
         """Store the fields read by :func:`open_corpus`."""
-        self.path, self.genes, self.index = folder.path, genes, index
+        self.path = folder.path
+        self.genes = genes
+        self.index = index
         self.label_names: list[str] = list(index["label_names"])
         self.parts = [self._part(name, record) for name, record in records.items()]
         datasets = {name: number for number, name in enumerate(index["datasets"])}
@@ -171,7 +173,8 @@ class Corpus(Displayed):
                     )
                 )
                 self._where.append((number, row["first_cell"], row["first_nonzero"]))
-        self._folder, self._context = folder, context
+        self._folder = folder
+        self._context = context
         self._arrays: dict[tuple[int, str], Any] = {}
         self._offsets: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._offset_bytes = 0
@@ -189,6 +192,7 @@ class Corpus(Displayed):
         }
 
     def __getstate__(self) -> str:
+        # Handles of TensorStore cannot be pickled; another process opens the corpus again.
         return self.path
 
     def __setstate__(self, path: str) -> None:
@@ -208,16 +212,19 @@ class Corpus(Displayed):
         row = self.samples[sample]
         (stored,) = self._read(number, {"X/indptr": (first, first + row.cells + 1)})
         offsets = stored.astype(np.int64) - base
+        # The checksum of a chunk does not help against a file of another part with the same name.
         sound = offsets[0] == 0 and offsets[-1] == row.nonzeros
         if not sound or (np.diff(offsets) < 0).any():
             raise InputError(
                 self._damaged(number, f"cell offsets of sample '{row.name}' are wrong")
             )
+        # The array is shared by all threads.
         offsets.flags.writeable = False
         with self._lock:
             if sample not in self._offsets:
                 self._offsets[sample] = offsets
                 self._offset_bytes += offsets.nbytes
+            # The newest entry stays even if it is larger than the cache.
             while self._offset_bytes > OFFSET_BYTES and len(self._offsets) > 1:
                 self._offset_bytes -= self._offsets.popitem(last=False)[1].nbytes
         return offsets
@@ -236,14 +243,17 @@ class Corpus(Displayed):
         number, first, base = self._where[sample]
         part = self.parts[number]
         offsets = self.indptr(sample)
-        low, high = base + int(offsets[start]), base + int(offsets[stop])
+        # `base` is the position of the sample in the part; the cached offsets start at 0.
+        low = base + int(offsets[start])
+        high = base + int(offsets[stop])
         wanted = {"X/indices": (low, high), "X/data": (low, high)}
         if row.spatial:
             wanted["obsm/spatial"] = (first + start, first + stop)
         if part.label_codes is not None:
             wanted[f"obs/{LABEL_COLUMN}/codes"] = (first + start, first + stop)
         arrays = dict(zip(wanted, self._read(number, wanted), strict=True))
-        gene, count = arrays["X/indices"], arrays["X/data"]
+        gene = arrays["X/indices"]
+        count = arrays["X/data"]
         # A missing shard reads as impossible values.
         if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
             what = f"counts of sample '{row.name}' are missing or out of range"
@@ -256,6 +266,7 @@ class Corpus(Displayed):
                 if codes.size and not -1 <= codes.min() <= codes.max() < len(part.label_codes) - 1:
                     what = f"labels of sample '{row.name}' are out of range"
                     raise InputError(self._damaged(number, what))
+                # The last entry of the table is -1, so that the code -1 maps to -1.
                 labels = part.label_codes[codes]
         return CellRun(
             indptr=offsets[start : stop + 1] - offsets[start],
@@ -352,7 +363,8 @@ class Corpus(Displayed):
     def _verify_part(self, number: int) -> Iterator[int]:
         """Yield the number of stored counts checked so far; raise an error at the first mismatch."""
         record = self.parts[number].record
-        cells, nonzeros = record["cells"], record["nonzeros"]
+        cells = record["cells"]
+        nonzeros = record["nonzeros"]
         lengths = {
             "X/indices": (nonzeros, SHARD_VALUES),
             "X/data": (nonzeros, SHARD_VALUES),
@@ -379,6 +391,7 @@ class Corpus(Displayed):
                 stop = min(start + step, length)
                 (values,) = self._read(number, {array: (start, stop)})
                 checksums.append(crc32(values))
+                # Indices and counts each count half, so that the progress ends at the number of stored counts.
                 if array.startswith("X/") and array != "X/indptr":
                     checked += (stop - start) // 2
                     yield checked
@@ -392,6 +405,7 @@ class Corpus(Displayed):
                 raise InputError(self._damaged(number, what))
 
     def _part(self, name: str, record: Mapping[str, Any]) -> Part:
+        # One bit per gene as text: a JSON list would be larger than the rest of the record.
         bits = np.frombuffer(bytes.fromhex(record["measured"]), np.uint8)
         measured = np.unpackbits(bits, count=len(self.genes)).astype(bool)
         codes = None
@@ -409,6 +423,7 @@ class Corpus(Displayed):
         spec = {
             "driver": "zarr3",
             "kvstore": self._folder.spec(f"parts/{self.parts[number].name}.zarr/{array}"),
+            # A corpus does not change while it is open, and checks would be requests to the object store.
             "recheck_cached_metadata": False,
             "recheck_cached_data": False,
         }
@@ -416,6 +431,7 @@ class Corpus(Displayed):
         self._check_array(number, array, handle)
         self._check_stored(number, array, handle)
         with self._lock:
+            # Two threads may open the same array; both get the first handle.
             return self._arrays.setdefault(key, handle)
 
     def _check_array(self, number: int, array: str, handle: Any) -> None:
@@ -423,7 +439,8 @@ class Corpus(Displayed):
 
         The fill value marks missing shards, and CRC-32C finds damaged ones; a changed type or shape reads other bytes.
         """
-        record, wide = self.parts[number].record, array == "obsm/spatial"
+        record = self.parts[number].record
+        wide = array == "obsm/spatial"
         if array.startswith("X/"):
             types = {"X/indices": index_type(len(self.genes)), "X/data": np.dtype(np.uint16)}
             dtype = types.get(array, np.dtype(np.int64))
@@ -437,10 +454,12 @@ class Corpus(Displayed):
         metadata = handle.spec().to_json()["metadata"]
         wrong = [name for name, value in expected.items() if metadata.get(name) != value]
         codecs = metadata.get("codecs", [])
+        # The outer codec is the sharding; checksums belong to the chunks inside.
         inner = codecs[0].get("configuration", {}).get("codecs", []) if codecs else []
         if (wide or array.startswith("X/")) and not any(c.get("name") == "crc32c" for c in inner):
             wrong.append("codecs")
         chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+        # Python integers do not overflow. A damaged size would make TensorStore allocate any amount of memory.
         if int(np.prod(chunk, dtype=object)) > max(SHARD_VALUES, 2 * record["cells"]):
             wrong.append("chunk_shape")
         if wrong:
@@ -471,6 +490,7 @@ class Corpus(Displayed):
                 if high > handle.shape[0]:
                     what = f"{array} ends at {handle.shape[0]} of {high}"
                     raise InputError(self._damaged(number, what))
+                # Futures: all arrays are requested before the first one is awaited.
                 pending.append(handle[low:high].read())
             return [future.result() for future in pending]
         except (ValueError, RuntimeError, OSError) as error:
@@ -536,6 +556,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             "a completely prepared corpus",
             "Run the same cellplm prepare command again; finished parts are kept",
         )
+    # Corpora of the first versions have no digest.
     if index.get("sha256", index_digest(index)) != index_digest(index):
         raise InputError(
             f"'{folder.path}/{INDEX}' is damaged: its checksum differs",
@@ -551,6 +572,7 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
             f"the {index['vocabulary']['genes']} genes the corpus was made with",
             "Put the original genes.txt back, or prepare the corpus again",
         )
+    # All records are requested first, because a corpus in an object store has hundreds of them.
     waiting = {
         entry["name"]: folder.request(f"parts/{entry['name']}.json") for entry in index["parts"]
     }
@@ -567,7 +589,9 @@ def open_corpus(path: str | os.PathLike, *, cache_bytes: int = CACHE_BYTES) -> C
                 f"{entry['source'].get('name', 'its file')}",
             )
         records[name] = check_record(
-            parse_document(f"{folder.path}/parts/{name}.json", text), name, len(genes)
+            parse_document(f"{folder.path}/parts/{name}.json", text),
+            name,
+            len(genes),
         )
         check_entry(entry, records[name], folder.path)
     check_names(index, records, folder.path)

@@ -18,6 +18,7 @@ Test = Callable[[Any], bool]
 
 
 def _number(value: Any) -> bool:
+    # JSON's true is an int in Python.
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_NUMBER
 
 
@@ -93,7 +94,11 @@ _ENTRY: dict[str, Test] = {
 _ARRAYS = ("X/indices", "X/data", "X/indptr", "obsm/spatial", "obs/label/codes")
 
 
-def _require(value: Mapping[str, Any], tests: Mapping[str, Test], where: str) -> None:
+def _require(
+    value: Mapping[str, Any],
+    tests: Mapping[str, Test],
+    where: str,
+) -> None:
     """Raise an error for a missing field, or one of the wrong type or size."""
     for name, test in tests.items():
         if name not in value:
@@ -155,6 +160,7 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     if re.fullmatch(f"[0-9a-f]{{{2 * -(-genes // 8)}}}", record["measured"]) is None:
         raise _impossible(f"'measured' of {where} does not have one bit for each of {genes} genes")
     bits = int.from_bytes(bytes.fromhex(record["measured"]), "big")
+    # Bits after the last gene fill the last byte and must be 0.
     unused = (1 << (-genes % 8)) - 1
     if bits.bit_count() != record["genes_measured"] or bits & unused:
         raise _impossible(f"'measured' of {where} does not mark {record['genes_measured']} genes")
@@ -164,15 +170,18 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     cells = nonzeros = 0
     for sample in record["samples"]:
         _require(sample, _SAMPLE, f"a sample in {where}")
+        # Samples follow each other without gaps: a wrong start would read cells of another sample.
         if (sample["first_cell"], sample["first_nonzero"]) != (cells, nonzeros):
             raise _impossible(
                 f"sample {quote(sample['name'])} in {where} does not follow the one before"
             )
+        # Bounds what a reader allocates.
         if sample["nonzeros"] > sample["cells"] * genes:
             raise _impossible(
                 f"sample {quote(sample['name'])} in {where} has more counts than genes"
             )
-        cells, nonzeros = cells + sample["cells"], nonzeros + sample["nonzeros"]
+        cells = cells + sample["cells"]
+        nonzeros = nonzeros + sample["nonzeros"]
     if (cells, nonzeros) != (record["cells"], record["nonzeros"]):
         raise _impossible(f"the samples in {where} do not add up to its {record['cells']} cells")
     if any(sample["spatial"] for sample in record["samples"]) != (
@@ -184,7 +193,11 @@ def check_record(record: Any, name: str, genes: int) -> dict[str, Any]:
     return record
 
 
-def check_entry(entry: Mapping[str, Any], record: Mapping[str, Any], path: str) -> None:
+def check_entry(
+    entry: Mapping[str, Any],
+    record: Mapping[str, Any],
+    path: str,
+) -> None:
     """Raise an error if ``corpus.json`` and the record of a part disagree.
 
     Args:
@@ -203,7 +216,9 @@ def check_entry(entry: Mapping[str, Any], record: Mapping[str, Any], path: str) 
 
 
 def check_names(
-    index: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], path: str
+    index: Mapping[str, Any],
+    records: Mapping[str, Mapping[str, Any]],
+    path: str,
 ) -> None:
     """Raise an error for a data set, platform or label of a part that ``corpus.json`` does not list.
 

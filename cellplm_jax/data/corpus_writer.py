@@ -84,7 +84,9 @@ def explain_corpus_errors(what: str) -> contextlib.AbstractContextManager[None]:
         InputError: Instead of the error of the operating system or of TensorStore.
     """
     return explain_write_errors(
-        what, room="room for about 3 bytes a stored count", again="finished parts are kept"
+        what,
+        room="room for about 3 bytes a stored count",
+        again="finished parts are kept",
     )
 
 
@@ -107,7 +109,9 @@ class PartWriter:
         genes: Sequence[str],
         cell_nonzeros: np.ndarray,
     ):
-        self.folder, self.name, self.genes = Path(folder), name, genes
+        self.folder = Path(folder)
+        self.name = name
+        self.genes = genes
         self.cells = len(cell_nonzeros)
         self._indptr = np.zeros(self.cells + 1, np.int64)
         np.cumsum(cell_nonzeros, out=self._indptr[1:])
@@ -115,6 +119,7 @@ class PartWriter:
         self._checksums: dict[str, list[int]] = {}
         self._streams: tuple[_Stream, ...] = ()
         self._open = contextlib.ExitStack()
+        # SIGTERM must not leave a partial part that the next run trips over.
         self._open.enter_context(removed_when_stopped(self._partial))
         try:
             with self._explained():
@@ -202,7 +207,12 @@ class PartWriter:
             for stream in self._streams:
                 stream.close()
             categories = self._write_cells(
-                samples, cell_names, source_rows, coordinates, labels, measured
+                samples,
+                cell_names,
+                source_rows,
+                coordinates,
+                labels,
+                measured,
             )
             record = self._record(samples, dataset_name, categories, measured)
             record["source"] = dict(source or {})
@@ -214,6 +224,7 @@ class PartWriter:
     def abort(self) -> None:
         """Remove the written data, unless the part is finished."""
         for stream in self._streams:
+            # Pending writes would create files again after the removal.
             stream.settle()
         remove_path(self._partial)
         self._open.close()
@@ -270,6 +281,7 @@ class PartWriter:
 
         root = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
         names = list(dict.fromkeys(sample.name for sample in samples))
+        # Repeated names are one category.
         codes = np.repeat(
             [names.index(sample.name) for sample in samples], [sample.cells for sample in samples]
         )
@@ -297,6 +309,7 @@ class PartWriter:
             stream = self._stream("obsm/spatial", np.dtype(np.float32), 2 * self.cells)
             stream.close_pairs(np.asarray(coordinates, np.float32))
         if labels is not None:
+            # anndata writes this array itself, so its checksum is computed here.
             stored = np.asarray(obs[LABEL_COLUMN].cat.codes)
             self._checksums[f"obs/{LABEL_COLUMN}/codes"] = [crc32(stored)]
         return categories
@@ -310,7 +323,8 @@ class PartWriter:
     ) -> dict[str, Any]:
         table, first = [], 0
         for sample in samples:
-            low, high = self._indptr[first], self._indptr[first + sample.cells]
+            low = self._indptr[first]
+            high = self._indptr[first + sample.cells]
             table.append(
                 {
                     "name": sample.name,
@@ -341,8 +355,10 @@ class PartWriter:
     def _publish(self, record: dict[str, Any]) -> None:
         """Replace an older part with the same name; the record is written last."""
         parts = self.folder / "parts"
-        marker, store = parts / f"{self.name}.json", parts / f"{self.name}.zarr"
+        marker = parts / f"{self.name}.json"
+        store = parts / f"{self.name}.zarr"
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        # Without its record a part counts as unfinished: an interruption from here on costs this part only.
         marker.unlink(missing_ok=True)
         remove_path(store)
         self._partial.replace(store)
@@ -352,8 +368,16 @@ class PartWriter:
 class _Stream:
     """One array written sequentially, in complete shards."""
 
-    def __init__(self, path: Path, dtype: np.dtype, length: int, checksums: list[int]):
-        self.dtype, self.length, self.checksums = dtype, length, checksums
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype,
+        length: int,
+        checksums: list[int],
+    ):
+        self.dtype = dtype
+        self.length = length
+        self.checksums = checksums
         self._path = path
         self._held: list[np.ndarray] = []
         self._waiting = self._written = 0
@@ -369,6 +393,7 @@ class _Stream:
             whole = len(joined) // SHARD_VALUES * SHARD_VALUES
             for start in range(0, whole, SHARD_VALUES):
                 self._write(joined[start : start + SHARD_VALUES])
+            # A copy, because a view would keep the complete block in memory.
             self._held = [joined[whole:].copy()]
             self._waiting = len(self._held[0])
 
@@ -410,12 +435,14 @@ class _Stream:
         self.checksums.append(crc32(values))
         self._pending.append(self._array[self._written : stop].write(values))
         self._written = stop
+        # Two writes at a time bound the memory, and overlap with the reading of the next block.
         while len(self._pending) > 1:
             self._pending.popleft().result()
 
 
 def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
     """Create a sharded, checksummed zarr v3 array; its fill value marks missing shards and cannot be a valid value."""
+    # Explicit, so that files are the same on every machine.
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {
         "cname": "lz4",
@@ -510,7 +537,10 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
     Raises:
         InputError: A part has another vocabulary, or two samples of a data set share a name.
     """
-    entries, labels, datasets, platforms = [], [], [], []
+    entries = []
+    labels = []
+    datasets = []
+    platforms = []
     totals = collections.Counter(samples=0, cells=0, nonzeros=0, spatial_samples=0)
     counters: collections.Counter[str] = collections.Counter()
     seen: dict[tuple[str, str], str] = {}
@@ -539,7 +569,9 @@ def build_index(genes: Sequence[str], records: Mapping[str, bytes]) -> dict[str,
         datasets.append(record["dataset"])
         labels += record["labels"]
         totals.update(
-            samples=len(record["samples"]), cells=record["cells"], nonzeros=record["nonzeros"]
+            samples=len(record["samples"]),
+            cells=record["cells"],
+            nonzeros=record["nonzeros"],
         )
         counters.update({k: v for k, v in record["counters"].items() if isinstance(v, int)})
         entries.append(

@@ -146,6 +146,7 @@ def annotate_by_markers(
         )
     column_of: dict[str, int] = {}
     for column, name in enumerate(names):
+        # Of repeated names the first is used.
         column_of.setdefault(name, column)
 
     total = np.asarray(matrix.sum(axis=1)).ravel()
@@ -159,6 +160,7 @@ def annotate_by_markers(
             value = np.log1p(column * scale)
             expressed = value[value > 0]
             if expressed.size:
+                # A quantile instead of the maximum: one outlier must not scale a gene down for all cells.
                 value = np.minimum(value / np.quantile(expressed, 0.9), 1.0)
             scaled[gene] = value
         return scaled[gene]
@@ -178,5 +180,6 @@ def annotate_by_markers(
     ordered = np.sort(scores, axis=1)
     lead = ordered[:, -1] - (ordered[:, -2] if len(cell_types) > 1 else 0.0)
     labels = np.asarray(cell_types, dtype=object)[scores.argmax(axis=1)]
+    # A score of 0: no marker was detected, whatever the lead.
     labels[(lead < margin) | (ordered[:, -1] <= 0)] = UNASSIGNED
     return MarkerAnnotation(labels.astype(str), scores, lead, cell_types)

@@ -34,6 +34,7 @@ def to_jax(array: Any) -> jax.Array:
     """
     import jax
 
+    # JAX computes in 32 bits by default; converted before the import, in the memory of the device.
     narrow = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32, "bool": np.uint8}
     wanted = narrow.get(np.dtype(array.dtype).name)
     if isinstance(array, jax.Array):
@@ -97,9 +98,11 @@ class DeviceSparseRows:
         if getattr(matrix, "format", "csr") != "csr":
             matrix = matrix.tocsr()
         if not getattr(matrix, "has_canonical_format", True):
+            # sum_duplicates works in place, and the matrix belongs to the caller.
             matrix = matrix.copy()
             matrix.sum_duplicates()
-        self.data, self.indices = to_jax(matrix.data), to_jax(matrix.indices)
+        self.data = to_jax(matrix.data)
+        self.indices = to_jax(matrix.indices)
         self._indptr = to_jax(matrix.indptr)
         self.indptr = np.asarray(self._indptr, np.int64)
         self.shape = (int(matrix.shape[0]), int(matrix.shape[1]))
@@ -112,7 +115,8 @@ class DeviceSparseRows:
 
     def on_host(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copy consecutive rows to the host: data, columns and offsets."""
-        low, high = int(self.indptr[start]), int(self.indptr[stop])
+        low = int(self.indptr[start])
+        high = int(self.indptr[stop])
         pointers = self.indptr[start : stop + 1] - low
         return np.asarray(self.data[low:high]), np.asarray(self.indices[low:high]), pointers
 
@@ -134,11 +138,17 @@ class DeviceSparseRows:
         import jax.numpy as jnp
 
         data, indices, indptr = arrays
-        begin, lengths = indptr[rows], indptr[rows + 1] - indptr[rows]
+        begin = indptr[rows]
+        lengths = indptr[rows + 1] - indptr[rows]
         offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths).astype(jnp.int32)])
         entry = jnp.arange(capacity)
+        # A constant capacity, so that chunks of different content share one compiled function.
         row = jnp.repeat(jnp.arange(len(rows)), lengths, total_repeat_length=capacity)
-        place = jnp.clip(begin[row] + entry - offsets[row], 0, max(data.shape[0] - 1, 0))
+        place = jnp.clip(
+            begin[row] + entry - offsets[row],
+            0,
+            max(data.shape[0] - 1, 0),
+        )
         stored = entry < offsets[-1]
         zero = jnp.zeros((), data.dtype)
         return jnp.where(stored, data[place], zero), jnp.where(stored, indices[place], 0), offsets

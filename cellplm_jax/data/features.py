@@ -112,7 +112,9 @@ class Features(NamedTuple):
 
 
 def choose_features(
-    opened: Opened, place: Place, feature_type: str | None = None
+    opened: Opened,
+    place: Place,
+    feature_type: str | None = None,
 ) -> Features | None:
     """Choose the features that are genes; antibodies and guides can have the names of genes.
 
@@ -130,7 +132,9 @@ def choose_features(
     var = place.var()
     if feature_type == ALL_FEATURES:
         return None
-    kept, others, notes = np.ones(len(var), bool), Counter(), []
+    kept = np.ones(len(var), bool)
+    others = Counter()
+    notes = []
     present: dict[str, list[str]] = {}
     found = feature_type is None
     for column, values in _typed_columns(var):
@@ -147,6 +151,7 @@ def choose_features(
             # Columns such as 'type' have other uses; they count only if every value is a type of feature.
             if not known or (not listed and set(plain) - known - {""}):
                 continue
+            # A feature without a type counts as a gene.
             here = np.array([value in GENE_TYPES or not value for value in plain])
         left_out = Counter(
             value for value, keep in zip(values, here & kept, strict=True) if not keep
@@ -164,15 +169,18 @@ def choose_features(
                 f"Read {int(here.sum())} features of type {quote(read)} in var['{column}']; left out: {shown}."
             )
             others += Counter({quote(name)[1:-1]: n for name, n in left_out.most_common(20)})
+        # Several columns can exclude features; a gene must be one in all of them.
         kept &= here
     if not found:
         types = [value for values in present.values() for value in values]
         raise InputError(
             f"{opened.label} has no features of type {quote(feature_type)}",
-            f"one of the types in {listing(list(present))}: {listing(types)}" if present else
-            f"a column of var with types of features, such as {listing(TYPE_COLUMNS[:3])}",
+            f"one of the types in {listing(list(present))}: {listing(types)}"
+            if present
+            else f"a column of var with types of features, such as {listing(TYPE_COLUMNS[:3])}",
             nearest(feature_type, types, "Omit feature_type (--feature-type)"),
-        )  # fmt: skip
+        )
+    # CELLxGENE pads X with zero columns for genes that were filtered: not measured, rather than 0.
     if FILTERED_COLUMN in var.columns and place.name == "X":
         filtered = np.asarray(var[FILTERED_COLUMN])
         filtered = (
@@ -266,6 +274,7 @@ def choose_genes(
         candidates = {str(gene_key): texts_of(_single(var, gene_key, opened))}
     else:
         candidates = {"var_names": names}
+        # Ids before symbols: of equally good columns the first is used.
         for known in GENE_COLUMNS:
             for position, column in enumerate(var.columns):
                 if str(column).lower() == known and var.iloc[:, position].dtype.kind not in "biufc":
@@ -275,12 +284,14 @@ def choose_genes(
     best: tuple[str, GeneMapping, list[str]] | None = None
     most = -1.0
     for key, texts in candidates.items():
+        # A gene without a symbol often has an id in the index.
         filled = [text or name for text, name in zip(texts, names, strict=True)]
         mapping = map_genes(filled, vocabulary, minimum=0)
         # The column that a fit has read is used again, unless its names are of another kind in this file.
         found = mapping.genes_matched * (2.0 if key == fitted else 1.0)
         if found > most:
-            best, most = (key, mapping, filled), found
+            best = (key, mapping, filled)
+            most = found
     if best is None:  # pragma: no cover - candidates are never empty
         raise InputError("no gene names", "var_names", "Name the genes")
     key, mapping, filled = best
@@ -294,6 +305,7 @@ def choose_genes(
     require_matches(mapping, filled, minimum=minimum, where=where)
     if features is not None:
         column = np.full(columns, -1, np.int32)
+        # Back to all columns of the matrix; features that are not read stay -1.
         column[features.kept] = mapping.column
         mapping = dataclasses.replace(mapping, column=column)
     return key, mapping
@@ -325,6 +337,7 @@ def own_symbols(var: pd.DataFrame) -> list[str]:
     ids = [is_ensembl(name) for name in names]
     if not any(ids):
         return names
+    # Reversed, so that the first of several columns wins.
     lower = {str(name).lower(): name for name in reversed(var.columns)}
     column = next((lower[name] for name in SYMBOL_COLUMNS if name in lower), None)
     own = [""] * len(names) if column is None else list(var[column].astype(object))

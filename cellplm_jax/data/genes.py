@@ -121,6 +121,7 @@ def load_human_table() -> HumanTable:
         if kind == "current":
             symbols.setdefault(gene, symbol)
     folded: dict[str, tuple[str, tuple[str, ...]]] = {}
+    # Upper-case names are found in the first table already.
     for symbol, (kind, found) in genes.items():
         if not symbol.isupper():
             _offer(folded, symbol.upper(), kind, found)
@@ -143,7 +144,10 @@ def load_mouse_table() -> Mapping[str, str]:
 
 
 def _offer(
-    table: dict[str, tuple[str, tuple[str, ...]]], symbol: str, kind: str, genes: tuple[str, ...]
+    table: dict[str, tuple[str, tuple[str, ...]]],
+    symbol: str,
+    kind: str,
+    genes: tuple[str, ...],
 ) -> None:
     """Add genes for a symbol, keeping only those of the best kind."""
     held = table.get(symbol)
@@ -300,12 +304,17 @@ class FittedGenes(list[str]):
     """
 
     def __init__(
-        self, genes: Iterable[str], among: Iterable[str], matrix: str = "", gene_key: str = ""
+        self,
+        genes: Iterable[str],
+        among: Iterable[str],
+        matrix: str = "",
+        gene_key: str = "",
     ):
         super().__init__(genes)
         own = set(self)
         self.others = [gene for gene in among if gene not in own]
-        self.matrix, self.gene_key = matrix, gene_key
+        self.matrix = matrix
+        self.gene_key = gene_key
 
     def subset(self, genes: Iterable[str]) -> FittedGenes:
         """Return some of the genes, read in the same way."""
@@ -380,9 +389,12 @@ class _Vocabulary:
             rule, upper = "case", name.upper()
             if upper in self.by_fold:
                 return _Match(self.by_fold[upper], rule)
+            # Some current symbols have lower-case letters (C1orf112), which a folded name finds in the second table.
             found = table.genes.get(upper) or table.folded.get(upper)
         if found is None and "." in name:
-            rule, dashed = "punctuation", name.replace(".", "-")
+            # R's make.names replaces dashes by dots.
+            rule = "punctuation"
+            dashed = name.replace(".", "-")
             if dashed in self.exact:
                 return _Match(self.exact[dashed], rule)
             found = table.genes.get(dashed)
@@ -398,18 +410,21 @@ class _Vocabulary:
                 key=lambda gene: (table.symbols.get(gene, "").upper() != name.upper(), gene),
             )
             return _Match(self.by_id[first], rule or kind)
+        # One gene in the vocabulary is enough for a previous symbol, but not for an alias: see map_genes.
         if len(columns) == 1 and (kind != "alias" or len(set(symbols_of(genes))) == 1):
             return _Match(columns.pop(), rule or kind, kind=kind)
         return _Match(candidates=genes if columns else ())
 
     def _resolve_mouse(self, name: str) -> _Match:
         """Return the column of a name in a file of mouse genes that is not in the vocabulary."""
-        bare, dashed = strip_version(name), name.replace(".", "-")
+        bare = strip_version(name)
+        dashed = name.replace(".", "-")
         if is_ensembl(name) and bare in self.by_id:
             return _Match(self.by_id[bare], "version")
         if dashed in self.exact:
             return _Match(self.exact[dashed], "punctuation")
         table = load_mouse_table()
+        # The table has mouse ids and symbols as keys.
         position = self.by_id.get(table.get(bare) or table.get(dashed, ""), -1)
         return _Match(position, ORTHOLOGUE) if position >= 0 else _Match()
 
@@ -438,7 +453,10 @@ def find_gene(name: str, vocabulary: Sequence[str]) -> tuple[int, str]:
 
 
 def map_genes(
-    names: Sequence[str], vocabulary: Sequence[str], *, minimum: int | None = None
+    names: Sequence[str],
+    vocabulary: Sequence[str],
+    *,
+    minimum: int | None = None,
 ) -> GeneMapping:
     """Map the gene names of a file to a vocabulary.
 
@@ -470,6 +488,7 @@ def map_genes(
     names = [str(name).strip() for name in names]
     width = len(vocabulary)
     among = vocabulary.others if isinstance(vocabulary, FittedGenes) else []
+    # With the other genes of the fit: a name that it gave to one of those must not match here.
     index = _indexed((*vocabulary, *among))
     exact = [index.exact.get(name, -1) for name in names]
     column = np.array(exact, dtype=np.int32)
@@ -481,14 +500,18 @@ def map_genes(
     matched = [(row, names[row]) for row in np.flatnonzero(column >= 0)[:EXAMPLES]]
     ambiguous = 0
     mouse = bool(len(unresolved)) and looks_like_mouse(names)
+    # Files in lower case throughout, whose names the rules for mouse would take for neither.
     lower = bool(len(unresolved)) and 2 * sum(map(str.islower, names)) > len(names)
     outside = np.setdiff1d(np.flatnonzero(column < 0), unresolved)
     for row in outside[:EXAMPLES]:
         examples["unmatched"].append(names[row])
-    present, twins, doubtful = set(names), 0, []
+    present = set(names)
+    twins = 0
+    doubtful = []
     for row in unresolved:
         name = shown = names[row]
         match = index.resolve(name, mouse=mouse, lower=lower) if name else _Match()
+        # Checked first: the suffix was added to make a repeated name unique.
         if match.column >= 0 and _is_copy(name, match.kind, present):
             twins += 1
             if len(examples["twins"]) < EXAMPLES:
@@ -496,6 +519,7 @@ def map_genes(
             continue
         if 0 <= match.column < width:
             column[row] = match.column
+            # Decided after all names are read: another name may be surer of the same gene.
             if match.rule in ("case", ORTHOLOGUE):
                 doubtful.append((row, match.rule))
             rules[match.rule] += 1
@@ -503,7 +527,8 @@ def map_genes(
             continue
         if len(match.candidates) > 1:
             ambiguous += 1
-            category, shown = "ambiguous", f"{name} -> {' or '.join(match.candidates)}"
+            category = "ambiguous"
+            shown = f"{name} -> {' or '.join(match.candidates)}"
         else:
             category = "unmatched"
         if shown and len(examples[category]) < EXAMPLES:
@@ -514,6 +539,7 @@ def map_genes(
         sure = np.zeros(len(index.names) + 1, bool)
         rest = np.ones(len(names), bool)
         rest[rows] = False
+        # Index -1 marks the last entry, which is reset below.
         sure[column[rest]] = True
         sure[-1] = False
         for row, rule in doubtful:
@@ -544,6 +570,7 @@ def map_genes(
         blank=names.count(""),
         missing=len(absent),
         duplicated=len(repeated),
+        # The unary plus of a Counter drops counts of 0.
         by_rule=dict(+rules),
         examples={category: tuple(shown) for category, shown in examples.items() if shown},
         twins=twins,
@@ -582,6 +609,7 @@ def require_matches(
             "genes of one species: the same gene of the other one would be added to it",
             "Keep the genes of one species, and the cells that are of it",
         )
+    # With most names matched there is nothing to explain; the checks below are for files that look wrong.
     few = 2 * mapping.matched < len(names)
     # A model of the same species matches exactly; symbols of a fish match human ones in upper case.
     folded = 2 * mapping.by_rule.get("case", 0) > mapping.matched
@@ -596,6 +624,7 @@ def require_matches(
         f"{mapping.genes_matched} of the model's {len(mapping.measured)} genes are among the "
         f"{len(names)} gene names of {where} (such as {quoted})"
     )
+    # Reads aligned to a human and a mouse genome together.
     prefixes = Counter(match[1] for name in names if (match := _GENOME.fullmatch(str(name))))
     if 2 * sum(prefixes.values()) > len(names):
         prefix = next((p for p in prefixes if re.match("GRCh|hg|human", p)), next(iter(prefixes)))
@@ -639,10 +668,12 @@ def _mixture(names: Sequence[str]) -> str:
     """Return how many names are human and how many mouse genes, if both are common; "" otherwise."""
     texts = list(map(str, names))
     enough = max(2 * MINIMUM_GENES, MIXED_FRACTION * len(texts))
+    # A cheap filter, because the tables are large and most files have no such names.
     mouse = [text for text in texts if text[1:2].islower() or text.startswith("ENSMUSG")]
     if len(mouse) < enough:
         return ""
-    orthologues, human = load_mouse_table(), load_human_table().genes
+    orthologues = load_mouse_table()
+    human = load_human_table().genes
     mice = sum(strip_version(text) in orthologues and text not in human for text in mouse)
     people = sum(
         (text.startswith("ENSG") and is_ensembl(text)) or human.get(text, ("",))[0] == "current"

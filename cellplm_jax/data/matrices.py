@@ -46,6 +46,7 @@ class Entries(NamedTuple):
             kept: bool [columns].
         """
         here = kept[self.indices]
+        # The number of kept entries before each position; the row offsets then index it.
         before = np.zeros(here.size + 1, dtype=np.int64)
         np.cumsum(here, out=before[1:])
         return Entries(self.data[here], self.indices[here], before[self.indptr])
@@ -60,10 +61,19 @@ class SparseRows:
 
     kind = "CSR"
 
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
-        self.data, self.indices, self.shape = data, indices, shape
+    def __init__(
+        self,
+        data: Any,
+        indices: Any,
+        indptr: Any,
+        shape: tuple[int, int],
+    ):
+        self.data = data
+        self.indices = indices
+        self.shape = shape
         self.indptr = _pointers(data, indices, indptr, shape[0], "row").astype(np.int64, copy=False)
         self.dtype = np.dtype(data.dtype)
+        # A damaged offset table can declare a row of billions of entries, which would be allocated when it is read.
         longest = int(np.diff(self.indptr).max(initial=0))
         if longest > 4 * shape[1] + ROW_ENTRIES:
             raise InputError(
@@ -74,7 +84,8 @@ class SparseRows:
 
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows."""
-        low, high = int(self.indptr[start]), int(self.indptr[stop])
+        low = int(self.indptr[start])
+        high = int(self.indptr[stop])
         indices = np.asarray(self.indices[low:high])
         _check_indices(indices, self.shape[1], "column")
         data = np.asarray(self.data[low:high])
@@ -90,8 +101,16 @@ class CompressedColumns:
 
     kind = "CSC"
 
-    def __init__(self, data: Any, indices: Any, indptr: Any, shape: tuple[int, int]):
-        self.data, self.indices, self.shape = data, indices, shape
+    def __init__(
+        self,
+        data: Any,
+        indices: Any,
+        indptr: Any,
+        shape: tuple[int, int],
+    ):
+        self.data = data
+        self.indices = indices
+        self.shape = shape
         self.indptr = _pointers(data, indices, indptr, shape[1], "column")
         self.dtype = np.dtype(data.dtype)
         self._rows: SparseRows | None = None
@@ -99,11 +118,14 @@ class CompressedColumns:
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows; the first call converts the matrix."""
         if self._rows is None:
-            data, indices = np.asarray(self.data[:]), np.asarray(self.indices[:])
+            data = np.asarray(self.data[:])
+            indices = np.asarray(self.indices[:])
             _check_indices(indices, self.shape[0], "row")
+            # Rows of a CSC matrix are spread over all of it: one conversion is cheaper than a search per block.
             rows = sparse.csc_matrix((data, indices, self.indptr), shape=self.shape).tocsr()
             self._rows = SparseRows(rows.data, rows.indices, rows.indptr, self.shape)
-            self.data, self.indices = rows.data, rows.indices  # releases the CSC arrays
+            self.data = rows.data
+            self.indices = rows.indices  # releases the CSC arrays
         return self._rows.read(start, stop)
 
     def sample(self) -> np.ndarray:
@@ -128,7 +150,8 @@ class DenseRows:
                 "two: cells and genes",
                 "Store the counts as a matrix of cells x genes",
             )
-        self.array, self.shape = array, (int(shape[0]), int(shape[1]))
+        self.array = array
+        self.shape = (int(shape[0]), int(shape[1]))
         self.dtype = np.dtype(array.dtype)
 
     def read(self, start: int, stop: int) -> Entries:
@@ -137,12 +160,14 @@ class DenseRows:
         parts = []
         for low in range(start, stop, step):
             block = self.array[low : min(low + step, stop)]
+            # A dask array.
             block = block.compute() if hasattr(block, "compute") else block
             if sparse.issparse(block):  # a dask array of sparse chunks
                 rows = block.tocsr()
                 parts.append(Entries(rows.data, rows.indices, rows.indptr))
                 continue
             block = np.asarray(block)
+            # Row by row, hence in the order of CSR.
             row, column = np.nonzero(block)
             pointers = np.zeros(block.shape[0] + 1, dtype=np.int64)
             np.cumsum(np.bincount(row, minlength=block.shape[0]), out=pointers[1:])
@@ -160,7 +185,10 @@ class OnDevice:
     """Rows of a matrix in the memory of an accelerator, read through the host; embedding takes them from there."""
 
     def __init__(self, rows: DeviceRows | DeviceSparseRows):
-        self.rows, self.kind, self.shape, self.dtype = rows, rows.kind, rows.shape, rows.dtype
+        self.rows = rows
+        self.kind = rows.kind
+        self.shape = rows.shape
+        self.dtype = rows.dtype
 
     def read(self, start: int, stop: int) -> Entries:
         """Return the entries of consecutive rows."""
@@ -172,6 +200,7 @@ class OnDevice:
     def sample(self) -> np.ndarray:
         """Return non-zero values of rows spread over the matrix."""
         step = max(1, PROBE_VALUES * 10 // (PROBE_BLOCKS * max(1, self.shape[1])))
+        # Stored zeros of a CuPy matrix say nothing about whether values are counts.
         values = np.concatenate([self.read(*rows).data for rows in _spread(self.shape[0], step)])
         return values[values != 0]
 
@@ -216,6 +245,7 @@ def _pointers(data: Any, indices: Any, indptr: Any, length: int, axis: str) -> n
 
 def _check_indices(indices: np.ndarray, length: int, axis: str) -> None:
     """Raise an error for entries outside the matrix."""
+    # Out of range, the compiled routines of scipy and Numba would read or write foreign memory.
     if indices.size and (indices.max() >= length or indices.min() < 0):
         bad = indices.max() if indices.max() >= length else indices.min()
         raise InputError(
@@ -235,7 +265,11 @@ def join(parts: Sequence[Entries], dtype: np.dtype) -> Entries:
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        return Entries(np.empty(0, dtype), np.empty(0, np.int32), np.zeros(1, np.int64))
+        return Entries(
+            np.empty(0, dtype),
+            np.empty(0, np.int32),
+            np.zeros(1, np.int64),
+        )
     offsets = np.cumsum([0, *(len(part.data) for part in parts)])
     pointers = [part.indptr[1:] + low for part, low in zip(parts, offsets[:-1], strict=True)]
     return Entries(

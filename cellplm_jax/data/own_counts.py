@@ -15,7 +15,9 @@ from cellplm_jax.errors import InputError
 
 
 def read_counts(
-    path: str | os.PathLike, rows: np.ndarray, facts: Mapping[str, Any]
+    path: str | os.PathLike,
+    rows: np.ndarray,
+    facts: Mapping[str, Any],
 ) -> tuple[sparse.csr_matrix, list[str]] | None:
     """Read the counts of some cells in the genes of the file, from the matrix that the work read.
 
@@ -40,9 +42,13 @@ def read_counts(
         table = table[~table.index.duplicated()]
         genes = list(map(str, table.index))
         with open_counts(
-            path, genes, layer=layer, gene_key="var_names", minimum_genes=0,
+            path,
+            genes,
+            layer=layer,
+            gene_key="var_names",
+            minimum_genes=0,
             values=read.get("values", "counts"),
-        ) as source:  # fmt: skip
+        ) as source:
             return source.read_rows(rows), own_symbols(table)
     except (InputError, OSError, KeyError):
         return None

@@ -60,16 +60,26 @@ class Source:
     """
 
     def __init__(
-        self, store: CellStore, part: SampleRange, capacity: int, pieces: int, segments: int
+        self,
+        store: CellStore,
+        part: SampleRange,
+        capacity: int,
+        pieces: int,
+        segments: int,
     ):
         record = store.samples[part.sample]
-        self.part, self.cells, self._store = part, part.cells, store
+        self.part = part
+        self.cells = part.cells
+        self._store = store
         self.density = record.nonzeros / record.cells
-        self._pieces, self._piece_cells = pieces, capacity // pieces
+        self._pieces = pieces
+        self._piece_cells = capacity // pieces
         self.spatial = record.spatial
+        # Held-out cells cut the curve open: then its ends are not neighbours.
         self.closed = part.cells == record.cells
         self.turns = self.spatial and (self.closed or (pieces == 1 and segments > 1))
         self.window_segments = 2 if self.turns and not self.closed else 1
+        # At least four blocks per window, so that the permutation changes what a window contains.
         target = max(1, min(BLOCK_CELLS, capacity // 4))
         blocks = max(1, -(-self.cells // target))
         self.edges = np.arange(blocks + 1, dtype=np.int64) * self.cells // blocks
@@ -77,6 +87,7 @@ class Source:
     @functools.cached_property
     def sizes(self) -> np.ndarray:
         """Numbers of cells of a piece with known :attr:`bounds`, int64 [sizes], increasing."""
+        # Bounds at 32 sizes instead of all: each costs a pass over the offsets.
         steps = min(32, self._piece_cells)
         return -(-np.arange(1, steps + 1) * self._piece_cells // steps)
 
@@ -97,7 +108,9 @@ class Source:
         """Maximum number of stored counts per piece if all cells are distributed in stored order."""
         if self._pieces == 1 and self.closed:
             return self._store.samples[self.part.sample].nonzeros
-        offsets, share = self._offsets(), -(-self.cells // self._pieces)
+        # With pieces, the fullest piece decides, because all have one nonzero axis of the same length.
+        offsets = self._offsets()
+        share = -(-self.cells // self._pieces)
         cuts = np.minimum(np.arange(self._pieces + 1) * share, self.cells)
         return int(np.diff(offsets[cuts]).max())
 
@@ -109,6 +122,7 @@ class Source:
             spare: Stored counts per cell to leave for other cells of the piece, if possible.
         """
         rest = (self._piece_cells - self.sizes) * spare
+        # First with room for sparse cells in the rest of the row; without it if no window fits.
         for room in (nonzeros - rest, np.full(len(rest), nonzeros)):
             fitting = np.flatnonzero(self.bounds <= room)
             if fitting.size:
@@ -121,16 +135,23 @@ class Source:
         Returns:
             For each segment the ranges of stored cells, in sequence order.
         """
-        start, stop = self.part.start, self.part.stop
+        start = self.part.start
+        stop = self.part.stop
+        # Everything in one window: the order of the cells has no effect on a set, and stored order is one read.
         if begin == 0 and cells == self.cells:
             return [[(start, stop)]]
+        # A function of (seed, epoch, sample), so that any process can compute any window of any epoch.
         generator = np.random.default_rng([seed, 4, epoch, self.part.sample])
         if self.spatial:
+            # An open curve with room for one segment cannot be rotated: a window across its ends would mix distant
+            # cells.
             turn = int(generator.integers(self.cells)) if self.turns else 0
             first = start + (begin + turn) % self.cells
             if first + cells <= stop:
                 return [[(first, first + cells)]]
-            head, tail = (first, stop), (start, start + first + cells - stop)
+            head = (first, stop)
+            tail = (start, start + first + cells - stop)
+            # Across the ends of an open curve the cells are no neighbours and must not attend to each other.
             return [[head, tail]] if self.closed else [[head], [tail]]
         order = generator.permutation(len(self.edges) - 1)
         lengths = np.diff(self.edges)[order]
@@ -155,6 +176,7 @@ class Source:
             return int(offsets[-1])
         most = int((offsets[size:] - offsets[:-size]).max())
         if self.turns:
+            # Runs across the start of the curve: the first i cells, and the last size - i.
             around = offsets[1:size] + (offsets[-1] - offsets[-size:-1])
             most = max(most, int(around.max(initial=0)))
         return most
@@ -167,7 +189,9 @@ class Source:
         """
         edges = self.edges
         lengths = np.diff(edges)
-        shortest, longest = int(lengths.min()), int(lengths.max())
+        shortest = int(lengths.min())
+        longest = int(lengths.max())
+        # The n fullest blocks together: no n blocks of a permutation have more.
         fullest = np.concatenate([[0], np.cumsum(np.sort(np.diff(offsets[edges]))[::-1])])
         reach = np.arange(longest + 1)
         from_start = offsets[np.minimum(edges[:-1, None] + reach, edges[1:, None])]
@@ -187,6 +211,7 @@ class Source:
             if size >= self.cells:
                 bounds.append(int(offsets[-1]))
                 continue
+            # Each possible number of complete blocks, with the fullest ends for the remaining cells.
             number = np.arange(
                 max(0, -(-size // longest) - 2), min(size // shortest, len(edges) - 1) + 1
             )
@@ -195,6 +220,7 @@ class Source:
             if size <= longest:
                 most = max(most, self._longest_run(offsets, size))
             bounds.append(min(most, int(offsets[-1])))
+        # A bound that falls with more cells would break the search in `bound`.
         return np.maximum.accumulate(bounds)
 
 
@@ -209,6 +235,7 @@ def window_sizes(cells: int, largest: int) -> list[int]:
     full, rest = divmod(cells, largest)
     sizes = [largest] * full
     if rest:
+        # Tiny windows give poor contexts; the second term keeps the last but one at least as large as the last.
         least = min(-(-largest // 4), (rest + largest) // 2)
         given = max(0, least - rest)
         sizes[-1] -= given
@@ -227,8 +254,10 @@ def deal_runs(runs: Sequence[Run], pieces: int) -> list[list[Run]]:
                 piece, filled = piece + 1, 0
             take = min(stop - start, share - filled)
             dealt[piece].append((start, start + take))
-            start, filled = start + take, filled + take
+            start = start + take
+            filled = filled + take
     for part in dealt:
+        # Stored order within a piece, so that adjacent ranges join into one read.
         part.sort()
         joined: list[Run] = []
         for start, stop in part:
@@ -263,6 +292,7 @@ class Window:
 
 def _precompute(sources: Sequence[Source], name: str, threads: int) -> None:
     """Compute a cached property of all sources; the required cell offsets are read by several threads."""
+    # cached_property stores its value in the instance, so `vars` lists what is known.
     unknown = [source for source in sources if name not in vars(source)]
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(operator.attrgetter(name), unknown):
@@ -270,19 +300,26 @@ def _precompute(sources: Sequence[Source], name: str, threads: int) -> None:
 
 
 def _windows(
-    sources: Sequence[Source], config: TrainConfig, nonzeros: int, spare: float
+    sources: Sequence[Source],
+    config: TrainConfig,
+    nonzeros: int,
+    spare: float,
 ) -> list[Window] | None:
     """Split all sources into windows.
 
     Returns None if a few cells alone have more than ``nonzeros`` stored counts, the limit per piece; ``spare`` as in
     :meth:`Source.largest`.
     """
-    cells, pieces = config.data.cells, config.mesh.cells
+    cells = config.data.cells
+    pieces = config.mesh.cells
+    # Samples that fit into a row need no bounds, which are the expensive part.
     small = [source for source in sources if source.cells <= cells]
     _precompute(small, "whole", config.data.threads)
     whole = {id(source) for source in small if source.whole <= nonzeros}
     _precompute(
-        [source for source in sources if id(source) not in whole], "bounds", config.data.threads
+        [source for source in sources if id(source) not in whole],
+        "bounds",
+        config.data.threads,
     )
     windows = []
     for number, source in enumerate(sources):
@@ -296,19 +333,24 @@ def _windows(
         begin = 0
         for size in window_sizes(source.cells, largest):
             share = -(-size // pieces)
-            most, segments = source.bound(share), source.window_segments
+            most = source.bound(share)
+            segments = source.window_segments
             windows.append(Window(number, begin, size, share, most, segments))
             begin += size
     return windows
 
 
 def pack_windows(
-    windows: Sequence[Window], cells: int, nonzeros: int, segments: int
+    windows: Sequence[Window],
+    cells: int,
+    nonzeros: int,
+    segments: int,
 ) -> list[list[int]]:
     """Pack windows into rows, largest first, each into the row that it fills best.
 
     Returns the window numbers of each row. ``cells`` and ``nonzeros`` are limits per piece, ``segments`` per row.
     """
+    # Windows are large in one of two dimensions; the scarcer one decides the order (best-fit decreasing).
     size = [max(w.share / cells, w.nonzeros / max(nonzeros, 1)) for w in windows]
     order = sorted(range(len(windows)), key=lambda i: (-size[i], i))
     rows: list[list[int]] = []
@@ -318,6 +360,7 @@ def pack_windows(
     for index in order:
         window = windows[index]
         chosen, left, tried = -1, cells, 0
+        # Rows with at least that many cells left, as bits; the lowest bit is the tightest fit.
         candidates = occupied >> window.share << window.share
         while candidates and chosen < 0 and tried < _TRIED_ROWS:
             lowest = candidates & -candidates
@@ -367,7 +410,8 @@ def plan_packing(sources: Sequence[Source], config: TrainConfig) -> Packing:
     All rows have the same length. It is the shortest with which an epoch has a maximum of 2 % more rows than without a
     limit: dense samples get smaller windows and share rows with sparse ones, so that other rows need less padding.
     """
-    cells, segments = config.data.cells // config.mesh.cells, config.data.segments
+    cells = config.data.cells // config.mesh.cells
+    segments = config.data.segments
     sparse = _sparse_density(sources)
 
     def attempt(nonzeros: int) -> Packing | None:
@@ -386,10 +430,13 @@ def plan_packing(sources: Sequence[Source], config: TrainConfig) -> Packing:
         return max(1, -(-nonzeros // NONZEROS_MULTIPLE)) * NONZEROS_MULTIPLE
 
     number = len(free.rows)
+    # 2 % more rows, rounded up; with fewer than ten rows a further one would cost more than 10 %.
     allowed = -(-number * 51 // 50) if number >= 10 else number
+    # Bisection between the mean row and the fullest one.
     highest = rounded(max(sum(free.windows[i].nonzeros for i in row) for row in free.rows))
     lowest = rounded(sum(window.nonzeros for window in free.windows) // number)
     best = Packing(free.windows, free.rows, highest)
+    # Each attempt packs everything; 1 % of padding is not worth another.
     while highest - lowest > max(NONZEROS_MULTIPLE, highest // 100):
         middle = rounded((lowest + highest) // 2)
         packing = attempt(middle)

@@ -49,7 +49,9 @@ HELDOUT_WINDOWS = 32
 
 
 def split_heldout(
-    store: CellStore, config: DataConfig, seed: int
+    store: CellStore,
+    config: DataConfig,
+    seed: int,
 ) -> tuple[list[SampleRange], list[SampleRange]]:
     """Split the cells of a store into training and held-out cells.
 
@@ -85,10 +87,13 @@ def split_heldout(
     fraction = config.heldout_fraction
     if fraction == 0:
         return list(whole.values()), []
+    # Enough samples for at least one complete one; the tolerance is for the rounding of the product.
     if len(usable) > 1 and len(usable) * fraction > 1 - 1e-9:
         chances = _chances(store, seed)
         held = {number for number in usable if chances[number] < fraction}
         if not held:
+            # By chance none or all can be below the fraction; then the extreme one decides, so the rule stays
+            # deterministic.
             held = {min(usable, key=chances.__getitem__)}
         if len(held) == len(usable):
             held.remove(max(usable, key=chances.__getitem__))
@@ -97,6 +102,7 @@ def split_heldout(
     train, heldout = [], []
     for number in usable:
         cells = store.samples[number].cells
+        # The training part must stay usable by itself.
         cut = min(round(cells * fraction), cells - max(1, config.minimum_cells))
         train.append(SampleRange(number, 0, cells - cut))
         if cut:
@@ -111,14 +117,18 @@ def _chances(store: CellStore, seed: int) -> list[float]:
     for record in store.samples:
         name = (record.dataset_name, record.name)
         seen[name] = seen.get(name, -1) + 1
+        # NUL cannot occur in a name, so different names never give the same text.
         text = "\0".join((str(seed), *name, str(seen[name])))
         digest = hashlib.sha256(text.encode()).digest()
         chances.append(int.from_bytes(digest[:6], "big") / 2**48)
+    # A digest instead of a generator: a sample's number does not depend on how many other samples there are.
     return chances
 
 
 def gene_means(
-    store: CellStore, ranges: Sequence[SampleRange], maximum_cells: int = 100_000
+    store: CellStore,
+    ranges: Sequence[SampleRange],
+    maximum_cells: int = 100_000,
 ) -> np.ndarray:
     """Return the mean count of each gene over the cells of samples that measure it.
 
@@ -134,13 +144,18 @@ def gene_means(
     total = int(ends[-1]) if len(ends) else 0
     number = max(1, maximum_cells // BLOCK_CELLS)
     if total <= maximum_cells:
-        starts, length = np.arange(0, total, 16 * BLOCK_CELLS), 16 * BLOCK_CELLS
+        # All cells, in reads of 16 blocks: the store holds contiguous cells, and few large reads are faster.
+        starts = np.arange(0, total, 16 * BLOCK_CELLS)
+        length = 16 * BLOCK_CELLS
     else:
-        starts, length = (np.arange(number) * (total / number)).astype(np.int64), BLOCK_CELLS
+        starts = (np.arange(number) * (total / number)).astype(np.int64)
+        length = BLOCK_CELLS
     genes = len(store.genes)
-    sums, cells = np.zeros(genes), np.zeros(genes)
+    sums = np.zeros(genes)
+    cells = np.zeros(genes)
     for start in starts:
-        position, stop = int(start), min(int(start) + length, total)
+        position = int(start)
+        stop = min(int(start) + length, total)
         while position < stop:
             index = int(np.searchsorted(ends, position, side="right"))
             part = ranges[index]
@@ -148,6 +163,7 @@ def gene_means(
             last = min(part.stop, first + stop - position)
             run = store.read(part.sample, first, last)
             sums += np.bincount(run.gene, weights=run.count, minlength=genes)
+            # A gene that a sample does not measure has no count there, so its cells must not dilute the mean.
             measured = store.measured(part.sample)
             cells += run.cells if measured is None else run.cells * measured
             position += last - first
@@ -224,6 +240,7 @@ class _Eigenvectors:
 
     def __call__(self, sample: int) -> np.ndarray:
         """Return float32 [cells, count] of a spatial sample; 0 for cells without coordinates."""
+        # Several reader threads ask for the same sample; its eigenvectors take seconds and are computed once.
         with self._lock:
             if sample not in self._known:
                 cells = self.store.samples[sample].cells
@@ -250,8 +267,10 @@ class _Rows:
     """
 
     def __init__(self, store: CellStore, config: TrainConfig, nonzeros: int):
-        self.store, self.nonzeros = store, nonzeros
-        self.cells, self.pieces = config.data.cells, config.mesh.cells
+        self.store = store
+        self.nonzeros = nonzeros
+        self.cells = config.data.cells
+        self.pieces = config.mesh.cells
         self.segments = config.data.segments
         positions = config.model.positions
         self._eigenvectors = (
@@ -260,16 +279,19 @@ class _Rows:
 
     def empty(self, rows: int) -> dict[str, np.ndarray]:
         """Return padding arrays by field of :class:`CellBatch`; ``gene`` and ``count`` are uninitialised."""
-        cells, genes = (rows, self.cells), len(self.store.genes)
+        cells = (rows, self.cells)
+        genes = len(self.store.genes)
         folded = (rows, self.pieces, self.nonzeros)
         arrays = {
             "indptr": np.zeros((rows, self.pieces, self.cells // self.pieces + 1), np.int32),
+            # Narrow integers: these two arrays are most of the bytes that go to the device.
             "gene": np.empty(folded, np.uint16 if genes <= 65_536 else np.uint32),
             "count": np.empty(folded, np.uint16),
             "cell_mask": np.zeros(cells, bool),
             "segment": np.zeros(cells, np.int32),
             "coordinates": np.zeros((*cells, 2), np.float32),
             "has_coordinates": np.zeros(cells, bool),
+            # All genes, unless a sample records what it measures.
             "measured": np.ones((rows, self.segments, genes), bool),
             "batch": np.full(cells, -1, np.int32),
             "dataset": np.full(cells, -1, np.int32),
@@ -299,14 +321,16 @@ class _Rows:
         Raises:
             InputError: The data contradicts the cell offsets from which the shapes were computed.
         """
-        store, width = self.store, self.cells // self.pieces
+        store = self.store
+        width = self.cells // self.pieces
         for place, segment in enumerate(segments):
             known = store.measured(segment.sample)
             if known is not None:
                 arrays["measured"][row, place] = known
         for piece in range(self.pieces):
             indptr = arrays["indptr"][row, piece]
-            gene, count = arrays["gene"][row, piece], arrays["count"][row, piece]
+            gene = arrays["gene"][row, piece]
+            count = arrays["count"][row, piece]
             cell = stored = 0
             for place, segment in enumerate(segments):
                 record = store.samples[segment.sample]
@@ -322,6 +346,7 @@ class _Rows:
                             "Check it with 'cellplm info CORPUS --verify', and start again",
                         )
                     gene[stored:end], count[stored:end] = run.gene, run.count
+                    # Offsets are stored per read; they are shifted to the position in the row.
                     np.add(
                         run.indptr[1:],
                         stored,
@@ -333,7 +358,9 @@ class _Rows:
                         present = np.all(np.isfinite(run.coordinates), axis=1)
                         arrays["has_coordinates"][row, at] = present
                         arrays["coordinates"][row, at] = np.where(
-                            present[:, None], run.coordinates, 0
+                            present[:, None],
+                            run.coordinates,
+                            0,
                         )
                         if self._eigenvectors is not None:
                             vectors = self._eigenvectors(segment.sample)[start:stop]
@@ -349,11 +376,17 @@ class _Rows:
                     samples[row, at] = segment.sample
             arrays["cell_mask"][row, piece * width : piece * width + cell] = True
             indptr[cell + 1 :] = stored
+            # The arrays are uninitialised: old memory could contain an index past the vocabulary.
             gene[stored:], count[stored:] = 0, 0
 
-    def batch(self, arrays: dict[str, np.ndarray], lead: tuple[int, ...]) -> CellBatch:
+    def batch(
+        self,
+        arrays: dict[str, np.ndarray],
+        lead: tuple[int, ...],
+    ) -> CellBatch:
         """Return the arrays as a batch with the leading axes ``lead`` instead of rows."""
         fields = dict(arrays)
+        # Without pieces and segments the model has fewer axes, which compiles to simpler programs.
         if self.pieces == 1:
             fields |= {name: arrays[name][:, 0] for name in ("indptr", "gene", "count")}
         if self.segments == 1:
@@ -391,7 +424,8 @@ class TrainingBatches:
                 "Lower data.minimum_cells or data.heldout_fraction, or give more data",
             )
         self.store, self.config = store, config
-        data, pieces = config.data, config.mesh.cells
+        data = config.data
+        pieces = config.mesh.cells
         self._sources = [Source(store, part, data.cells, pieces, data.segments) for part in ranges]
         self._packing = plan_packing(self._sources, config)
         self.rows_per_epoch = len(self._packing.rows)
@@ -399,6 +433,8 @@ class TrainingBatches:
         self.padding = 1.0 - sum(part.cells for part in ranges) / (self.rows_per_epoch * data.cells)
         self.steps_per_epoch = -(-self.rows_per_epoch // (config.accumulate * data.rows))
         self._rows = _Rows(store, config, self.nonzeros)
+        # Prefetching threads are in two epochs at once at a boundary; an lru_cache on the class would keep the store
+        # alive.
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def describe(self, step: int) -> list[RowContents]:
@@ -424,7 +460,11 @@ class TrainingBatches:
         return self._batch(step, first, rows, map)
 
     def iterate(
-        self, start_step: int, stop_step: int, first: int = 0, rows: int | None = None
+        self,
+        start_step: int,
+        stop_step: int,
+        first: int = 0,
+        rows: int | None = None,
     ) -> Iterator[CellBatch]:
         """Yield the batches of ``start_step`` to ``stop_step`` (exclusive), prefetched by threads.
 
@@ -442,21 +482,27 @@ class TrainingBatches:
             steps = grain.MapDataset.range(start_step, stop_step)
             batches = steps.map(lambda step: self._batch(int(step), first, rows, pool.map))
             options = grain.ReadOptions(
-                num_threads=data.prefetch, prefetch_buffer_size=data.prefetch
+                # A batch per thread; the rows of each are filled by the pool above, so that one large batch is not
+                # read serially.
+                num_threads=data.prefetch,
+                prefetch_buffer_size=data.prefetch,
             )
             iterator = iter(batches.to_iter_dataset(options))
             try:
                 yield from iterator
             finally:
+                # A consumer that stops early must not leave threads that read on.
                 iterator.close()
 
     def _batch(self, step: int, first: int, rows: int | None, over: Callable) -> CellBatch:
-        accumulate, all_rows = self.config.accumulate, self.config.data.rows
+        accumulate = self.config.accumulate
+        all_rows = self.config.data.rows
         rows = all_rows - first if rows is None else rows
         arrays = self._rows.empty(accumulate * rows)
 
         def fill(place: int) -> None:
             group, row = divmod(place, rows)
+            # Rows are numbered over all processes, so the same rows are read whatever the number of processes.
             number = (step * accumulate + group) * all_rows + first + row
             self._rows.fill(arrays, place, self._contents(number).segments)
 
@@ -500,7 +546,8 @@ def heldout_batches(
         (int32 [rows, cells], -1 for none; None: the store has no labels) and their sample numbers (int32 [rows,
         cells], -1 for padding).
     """
-    data, pieces = config.data, config.mesh.cells
+    data = config.data
+    pieces = config.mesh.cells
     windows, chosen = [], []
     for number, part, begin, cells in _spread(ranges, data.cells, maximum):
         share = -(-cells // pieces)
@@ -528,11 +575,14 @@ def heldout_batches(
 
 
 def _spread(
-    ranges: Sequence[SampleRange], largest: int, maximum: int
+    ranges: Sequence[SampleRange],
+    largest: int,
+    maximum: int,
 ) -> Iterator[tuple[int, SampleRange, int, int]]:
     """Yield the number, the range, its first cell and the cells of up to ``maximum`` windows."""
     ranges = [part for part in ranges if part.cells]
     number = min(len(ranges), maximum)
+    # Evenly over samples, then over the windows of each: a function of the data alone, with no random draw.
     chosen = [ranges[(2 * i + 1) * len(ranges) // (2 * number)] for i in range(number)]
     sizes = [window_sizes(part.cells, largest) for part in chosen]
     taken = [1] * number

@@ -72,7 +72,10 @@ PUBLIC = {
 
 
 def public(
-    name: str, folder: str | os.PathLike | None = None, *, stand_in: bool = False
+    name: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    stand_in: bool = False,
 ) -> AnnData:
     """Open a public data set from a folder on this machine.
 
@@ -96,7 +99,8 @@ def public(
             f"one of {', '.join(PUBLIC)}",
             nearest(name, PUBLIC, "Check the name"),
         )
-    known, where = PUBLIC[name], folder or os.environ.get(FOLDER)
+    known = PUBLIC[name]
+    where = folder or os.environ.get(FOLDER)
     path = Path(where).expanduser() / known.file if where else None
     if path is not None and path.is_file():
         import anndata
@@ -132,9 +136,22 @@ def _checked(adata: Any, path: Path, known: Public) -> Any:
 
 
 INTERFERON = (
-    "ISG15", "IFI6", "IFIT1", "IFIT2", "IFIT3", "MX1", "LY6E", "ISG20", "TNFSF10", "IRF7", "CXCL10", "OAS1", "APOBEC3A",
-    "IFITM3", "SAMD9L",
-)  # fmt: skip
+    "ISG15",
+    "IFI6",
+    "IFIT1",
+    "IFIT2",
+    "IFIT3",
+    "MX1",
+    "LY6E",
+    "ISG20",
+    "TNFSF10",
+    "IRF7",
+    "CXCL10",
+    "OAS1",
+    "APOBEC3A",
+    "IFITM3",
+    "SAMD9L",
+)
 """Genes that the simulated treatment raises."""
 
 
@@ -143,9 +160,12 @@ def _kang() -> AnnData:
     random = np.random.default_rng(0)
     adata = pbmc3k()
     kinds = {
-        "B cell": "B cells", "CD4 T cell": "CD4 T cells", "CD8 T cell": "CD8 T cells",
-        "CD14+ monocyte": "CD14+ Monocytes", "FCGR3A+ monocyte": "FCGR3A+ Monocytes",
-    }  # fmt: skip
+        "B cell": "B cells",
+        "CD4 T cell": "CD4 T cells",
+        "CD8 T cell": "CD8 T cells",
+        "CD14+ monocyte": "CD14+ Monocytes",
+        "FCGR3A+ monocyte": "FCGR3A+ Monocytes",
+    }
     adata = adata[adata.obs["cell_type"].isin(list(kinds))].copy()
     often = np.asarray((adata.X > 0).mean(axis=0)).ravel()
     raised = [gene for gene in INTERFERON if gene in adata.var_names]
@@ -154,7 +174,11 @@ def _kang() -> AnnData:
     sample = random.permutation(np.arange(adata.n_obs) % 4)
     counts: Any = adata.X.toarray()
     # A batch effect per sample: genes are thinned by different rates.
-    rates = np.clip(np.exp(random.normal(-0.3, 0.25, (4, adata.n_vars))), 0.0, 1.0)
+    rates = np.clip(
+        np.exp(random.normal(-0.3, 0.25, (4, adata.n_vars))),
+        0.0,
+        1.0,
+    )
     counts = random.binomial(counts.astype(np.int64), rates[sample])
     columns = [adata.var_names.get_loc(gene) for gene in raised]
     treated = np.flatnonzero(sample >= 2)
@@ -176,9 +200,14 @@ def _xenium_breast() -> AnnData:
     from cellplm_jax.data.genes import symbols_of
 
     adata = simulate_tissue(
-        cells=4 * 700, genes=PUBLIC["xenium_breast"].genes, batches=4, library_size=190.0,
-        markers_per_type=12, keep_expected=False, seed=1,
-    )  # fmt: skip
+        cells=4 * 700,
+        genes=PUBLIC["xenium_breast"].genes,
+        batches=4,
+        library_size=190.0,
+        markers_per_type=12,
+        keep_expected=False,
+        seed=1,
+    )
     adata.var_names = symbols_of(adata.var["ensembl_id"])
     adata.var_names_make_unique()
     tiles = dict(

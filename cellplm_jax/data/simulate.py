@@ -157,16 +157,22 @@ def simulate_tissue(
         InputError: An argument has the wrong type or is out of range, ``genes`` is too small for the markers and
             signalling genes, or larger than the number of Ensembl ids in the package.
     """
+    # First statement of the function: later locals are not arguments.
     arguments = dict(locals())
     _check(arguments)
     import anndata
     import pandas as pd
     import scipy.sparse
 
+    # The order of the streams is part of the result for a seed; new ones go to the end.
     names = ("space", "types", "programme", "signalling", "batches", "library", "counts", "dropout")
     streams = {
         name: np.random.default_rng(child)
-        for name, child in zip(names, np.random.SeedSequence(seed).spawn(len(names)), strict=True)
+        for name, child in zip(
+            names,
+            np.random.SeedSequence(seed).spawn(len(names)),
+            strict=True,
+        )
     }
     plan = _assign_genes(
         genes,
@@ -184,7 +190,12 @@ def simulate_tissue(
     cell_type = _draw_types(streams["types"], proportions, domain)
 
     log_programme, inverse_dispersion = _gene_programmes(
-        streams["programme"], plan, genes, cell_types, marker_fold, dispersion
+        streams["programme"],
+        plan,
+        genes,
+        cell_types,
+        marker_fold,
+        dispersion,
     )
     sender, receiver = _choose_pairs(proportions, domain, ligand_receptor_pairs)
     if ligand_receptor_pairs:
@@ -215,6 +226,7 @@ def simulate_tissue(
                 np.log(interaction_fold) * activation[rows, pair, None]
             )
         log_rate[:, plan.gradient] += across[rows] @ slope.T
+        # Scaled after all effects, so that a strong signal lowers the other genes of the cell, as in real counts.
         rate = np.exp(log_rate)
         return rate * (size[rows] / rate.sum(axis=1))[:, None]
 
@@ -228,6 +240,7 @@ def simulate_tissue(
         if keep_expected:
             expected.append(mean.astype(np.float32))
     before = scipy.sparse.csr_matrix(scipy.sparse.vstack(blocks, format="csr"))
+    # One intercept for the tissue, which needs all means; but they are kept at the non-zero counts only.
     lost, intercept = _draw_dropout(streams["dropout"], np.concatenate(means), dropout)
     after = before.copy()
     after.data[lost] = 0.0
@@ -341,6 +354,7 @@ def _check(arguments: dict[str, Any]) -> None:
         "interaction_radius": (0.0, np.inf, False, 30.0),
         "interaction_fold": (0.0, np.inf, False, 4.0),
         "gradient_fold": (0.0, np.inf, False, 8.0),
+        # The bounds exclude the upper end; the next number above 1 includes 1.
         "sender_activity": (0.0, np.nextafter(1.0, 2.0), True, 0.3),
     }
     for name, (low, high, closed, default) in ranges.items():
@@ -430,11 +444,20 @@ def _assign_genes(
     marker_type[:markers] = np.repeat(np.arange(cell_types), markers_per_type)
     block = markers + np.arange(signalling).reshape(pairs, 2 + targets)
     gradient = markers + signalling + np.arange(gradient_genes)
-    return _Plan(marker_type, block[:, 0], block[:, 1], block[:, 2:], gradient)
+    return _Plan(
+        marker_type,
+        block[:, 0],
+        block[:, 1],
+        block[:, 2:],
+        gradient,
+    )
 
 
 def _lay_out(
-    rng: np.random.Generator, batch: np.ndarray, batches: int, domains: int
+    rng: np.random.Generator,
+    batch: np.ndarray,
+    batches: int,
+    domains: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Place the cells of each section and assign their domains.
 
@@ -442,6 +465,7 @@ def _lay_out(
         Positions ``[cells, 2]`` in micrometres from the corner of the section, and domains ``[cells]``.
     """
     # Work in units of the unit disc. Lloyd's iterations distribute the domain centres evenly.
+    # Rejection sampling of the unit disc.
     sample = rng.uniform(-1, 1, size=(4096, 2))
     sample = sample[(sample**2).sum(axis=1) <= 1]
     centre = sample[rng.choice(len(sample), size=domains, replace=domains > len(sample))]
@@ -459,16 +483,21 @@ def _lay_out(
         rows = np.flatnonzero(batch == section)
         if not len(rows):
             continue
+        # Large enough for the outline in every direction; the surplus is cut off below.
         half = int(np.ceil(0.8 * np.sqrt(len(rows)))) + 1
         column, row = np.meshgrid(np.arange(-half, half + 1.0), np.arange(-half, half + 1.0))
+        # Hexagonal: every second row is shifted by half a spacing.
         lattice = np.stack([column + 0.5 * (row % 2), row * np.sqrt(0.75)], axis=-1).reshape(-1, 2)
         lattice = lattice + rng.normal(0, 0.18, size=lattice.shape)
         angle = np.arctan2(lattice[:, 1], lattice[:, 0])
         wave = 1 + 0.10 * np.sin(2 * angle + outline[0]) + 0.05 * np.sin(3 * angle + outline[1])
+        # The nearest to the centre, measured by the outline, so that exactly the wanted number of cells is inside.
         inside = np.argsort(np.hypot(lattice[:, 0], lattice[:, 1]) / wave, kind="stable")
         placed = lattice[np.sort(inside[: len(rows)])]
+        # Otherwise the order of the cells would reveal their position.
         placed = placed[rng.permutation(len(rows))]
         unit = placed / max(np.hypot(placed[:, 0], placed[:, 1]).max(), 1.0)
+        # Borders of a Voronoi partition are straight; real ones are not.
         bent = (
             unit
             + 0.13 * np.sin(3.2 * unit[:, ::-1] + phase[0])
@@ -484,7 +513,8 @@ def _across(position: np.ndarray, batch: np.ndarray) -> np.ndarray:
     across = np.zeros_like(position)
     for section in np.unique(batch):
         rows = batch == section
-        low, high = position[rows].min(axis=0), position[rows].max(axis=0)
+        low = position[rows].min(axis=0)
+        high = position[rows].max(axis=0)
         across[rows] = (position[rows] - (low + high) / 2) / max((high - low).max(), 1e-12)
     return across
 
@@ -499,6 +529,7 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 def _domain_proportions(rng: np.random.Generator, domains: int, cell_types: int) -> np.ndarray:
     """Return the mixture of cell types per domain ``[domains, types]``: half own types, half Dirichlet."""
     home = np.zeros((domains, cell_types))
+    # Every domain has a home type, and every type a home domain.
     for index in range(max(domains, cell_types)):
         home[index % domains, index % cell_types] = 1.0
     home /= home.sum(axis=1, keepdims=True)
@@ -506,11 +537,14 @@ def _domain_proportions(rng: np.random.Generator, domains: int, cell_types: int)
 
 
 def _draw_types(
-    rng: np.random.Generator, proportions: np.ndarray, domain: np.ndarray
+    rng: np.random.Generator,
+    proportions: np.ndarray,
+    domain: np.ndarray,
 ) -> np.ndarray:
     """Draw the type of each cell from the mixture of its domain."""
     cumulative = proportions.cumsum(axis=1)[domain]
     uniform = rng.uniform(size=(len(domain), 1))
+    # The last cumulative sum can be below 1 by rounding.
     return np.minimum((uniform >= cumulative).sum(axis=1), proportions.shape[1] - 1)
 
 
@@ -536,18 +570,23 @@ def _gene_programmes(
 
 
 def _choose_pairs(
-    proportions: np.ndarray, domain: np.ndarray, pairs: int
+    proportions: np.ndarray,
+    domain: np.ndarray,
+    pairs: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose sender and receiver types: receivers round-robin, each with its most frequent neighbour."""
     domains, cell_types = proportions.shape
     share = np.bincount(domain, minlength=domains) / len(domain)
     meeting = np.einsum("d,ds,dr->sr", share, proportions, proportions)
     if cell_types > 1:
+        # A type is never its own partner.
         np.fill_diagonal(meeting, -1.0)
-    sender, receiver = np.zeros(pairs, dtype=np.int64), np.arange(pairs) % cell_types
+    sender = np.zeros(pairs, dtype=np.int64)
+    receiver = np.arange(pairs) % cell_types
     ranked = np.argsort(-meeting, axis=0, kind="stable")  # senders of each receiver, best first
     partners = max(cell_types - 1, 1)
     for pair in range(pairs):
+        # Once every type was a receiver, the next round takes the second most frequent partner.
         sender[pair] = ranked[(pair // cell_types) % partners, receiver[pair]]
     return sender, receiver
 
@@ -574,6 +613,7 @@ def _signal(
             listeners = np.flatnonzero((cell_type == receiver[pair]) & (batch == section))
             if not len(sources) or not len(listeners):
                 continue
+            # Per section: coordinates of sections overlap.
             tree = KDTree(position[sources])
             number = tree.query_ball_point(position[listeners], radius, return_length=True)
             number = number - active[listeners, pair]  # a cell is not its own neighbour
@@ -588,14 +628,18 @@ def _centred_normal(rng: np.random.Generator, shape: tuple[int, ...], sd: float)
 
 
 def _negative_binomial(
-    rng: np.random.Generator, mean: np.ndarray, inverse_dispersion: np.ndarray
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    inverse_dispersion: np.ndarray,
 ) -> np.ndarray:
     """Draw negative binomial counts as a Poisson variable with a gamma rate (variance mu + mu^2 / theta)."""
     return rng.poisson(mean * rng.gamma(inverse_dispersion, size=mean.shape) / inverse_dispersion)
 
 
 def _draw_dropout(
-    rng: np.random.Generator, mean: np.ndarray, dropout: float
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    dropout: float,
 ) -> tuple[np.ndarray, float]:
     """Choose the non-zero entries that are lost, with average probability ``dropout``.
 
@@ -606,8 +650,10 @@ def _draw_dropout(
     if dropout == 0.0 or not len(mean):
         return np.zeros(len(mean), dtype=bool), -np.inf
     log_mean = np.log(mean)
+    # At these two ends every entry is lost with less, or more, than the wanted probability.
     odds = np.log(dropout) - np.log1p(-dropout)
-    low, high = odds + log_mean.min(), odds + log_mean.max()
+    low = odds + log_mean.min()
+    high = odds + log_mean.max()
     for _ in range(60):
         middle = 0.5 * (low + high)
         if _logistic(middle - log_mean).mean() < dropout:

@@ -45,6 +45,7 @@ def other_species(names: Sequence[str]) -> str:
     if not prefixes:
         texts = [str(name) for name in names]
         for species, form in _OTHER_SYMBOLS.items():
+            # 2 % are enough: only a part of the genes of these species has such names, and human genes have none.
             if 50 * sum(form.fullmatch(text) is not None for text in texts) > len(texts):
                 return species
         return ""
@@ -60,6 +61,7 @@ def looks_like_mouse(names: Sequence[str]) -> bool:
     Args:
         names: Gene names [names].
     """
+    # Numbers are names of nothing, and would outvote the symbols.
     named = [str(name) for name in names if _LETTER.search(str(name))]
     mouse = sum(bool(_MOUSE_ID.fullmatch(n) or _MOUSE_SYMBOL.fullmatch(n)) for n in named)
     return 2 * mouse > len(named)

@@ -101,7 +101,10 @@ def probe_values(rows: Rows) -> Probe:
 
 
 def choose_place(
-    opened: Opened, layer: str | None, values: Values, fitted: str = ""
+    opened: Opened,
+    layer: str | None,
+    values: Values,
+    fitted: str = "",
 ) -> tuple[Place, Rows, Probe, str]:
     """Return the requested matrix, or the first with raw counts, with its rows, its probe and a message.
 
@@ -116,6 +119,7 @@ def choose_place(
     """
     places = opened.places
     if layer is not None:
+        # `layer="X"` and `layer="raw"` name the other two places.
         named = (f"layers['{layer}']", layer, f"{layer}.X")
         place = next((places[name] for name in named if name in places), None)
         if place is None:
@@ -159,6 +163,7 @@ def choose_place(
         seen.append((place, rows, probe))
     # Select damaged counts, so that reading them reports the damage.
     damaged = [found for found in seen if found[2].looks == "damaged counts"]
+    # An empty matrix is valid; its cells are reported as cells without counts.
     if all(probe.looks == "zeros" for _, _, probe in seen):
         damaged = seen
     for place, rows, probe in damaged:

@@ -64,7 +64,9 @@ def _probabilities(values: Matrix, truth: np.ndarray, classes: Sequence[str]) ->
 
 
 def confusion_counts(
-    truth: Integer[np.ndarray, " cells"], predicted: Integer[np.ndarray, " cells"], classes: int
+    truth: Integer[np.ndarray, " cells"],
+    predicted: Integer[np.ndarray, " cells"],
+    classes: int,
 ) -> Int64[np.ndarray, "{classes} {classes}"]:
     """Count pairs of true and predicted class, both from 0 to ``classes - 1``; rows are true classes."""
     pairs = np.asarray(truth) * classes + np.asarray(predicted)
@@ -93,9 +95,11 @@ def auroc(positive: Bool[np.ndarray, " cells"], score: Real[np.ndarray, " cells"
         Between 0 and 1, .5 by chance, ties count half; NaN without cells of both kinds.
     """
     positive = np.asarray(positive, bool)
-    number, rest = int(positive.sum()), int((~positive).sum())
+    number = int(positive.sum())
+    rest = int((~positive).sum())
     if not number or not rest:
         return float("nan")
+    # Mean ranks of ties: equal scores count as half a correct order.
     rank = rankdata(score)
     return float((rank[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
@@ -127,13 +131,21 @@ def annotation_scores(truth: Labels, predicted: Labels) -> dict[str, float]:
         "accuracy": float(metrics.accuracy_score(known, predictions)),
         "macro_accuracy": float(
             metrics.recall_score(
-                known, predictions, labels=classes, average="macro", zero_division=0
+                known,
+                predictions,
+                labels=classes,
+                average="macro",
+                zero_division=0,
             )
         ),
     }
     for average in ("macro", "micro", "weighted"):
         precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-            known, predictions, labels=classes, average=average, zero_division=0
+            known,
+            predictions,
+            labels=classes,
+            average=average,
+            zero_division=0,
         )
         scores[f"{average}_f1"] = float(f1)
         if average != "micro":
@@ -162,7 +174,11 @@ def per_class_scores(truth: Labels, predicted: Labels) -> pd.DataFrame:
     metrics = require("sklearn.metrics", _EXTRA, "Scoring labels")
     classes = sorted(set(known))
     precision, recall, f1, cells = metrics.precision_recall_fscore_support(
-        known, predictions, labels=classes, average=None, zero_division=0
+        known,
+        predictions,
+        labels=classes,
+        average=None,
+        zero_division=0,
     )
     predicted_cells = [int((predictions == name).sum()) for name in classes]
     return pd.DataFrame(
@@ -197,12 +213,18 @@ def confusion_table(truth: Labels, predicted: Labels) -> pd.DataFrame:
     names = sorted(set(known) | set(predictions))
     counts = metrics.confusion_matrix(known, predictions, labels=names)
     return pd.DataFrame(
-        counts, index=pd.Index(names, name="truth"), columns=pd.Index(names, name="predicted")
+        counts,
+        index=pd.Index(names, name="truth"),
+        columns=pd.Index(names, name="predicted"),
     )
 
 
 def expected_calibration_error(
-    truth: Labels, probabilities: Matrix, classes: Sequence[str], *, bins: int = 15
+    truth: Labels,
+    probabilities: Matrix,
+    classes: Sequence[str],
+    *,
+    bins: int = 15,
 ) -> float:
     """Return the mean difference between confidence and accuracy over bins of equal width, weighted by cells.
 
@@ -225,7 +247,11 @@ def expected_calibration_error(
     confidence = array.max(axis=1)
     right = names[array.argmax(axis=1)] == known
     # A bin includes its upper end and excludes its lower end.
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    place = np.clip(
+        np.ceil(confidence * bins).astype(int) - 1,
+        0,
+        bins - 1,
+    )
     size = np.bincount(place, minlength=bins)
     gap = np.bincount(place, weights=confidence - right, minlength=bins)
     return float(np.abs(gap[size > 0]).sum() / len(known))

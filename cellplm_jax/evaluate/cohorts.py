@@ -30,6 +30,7 @@ def smallest_p(codes: Integer[np.ndarray, " samples"] | Sequence[int]) -> float:
     """
     sizes = list(Counter(np.asarray(codes).tolist()).values())
     arrangements = math.factorial(sum(sizes)) // math.prod(map(math.factorial, sizes))
+    # Labels of equal size can be exchanged without a different statistic.
     same = math.prod(map(math.factorial, Counter(sizes).values()))
     return same / arrangements
 
@@ -64,11 +65,13 @@ def arrangements(
     sizes = Counter(codes.tolist())
     total = math.factorial(len(codes)) // math.prod(map(math.factorial, sizes.values()))
     if total - 1 <= number:
+        # All distinct arrangements, built sample by sample; few by the check above.
         found = [()]
         for _ in codes:
             found = [
                 (*row, code) for row in found for code in sizes if row.count(code) < sizes[code]
             ]
+        # The given one is first, once.
         others = [row for row in found if row != tuple(codes.tolist())]
         return np.array([codes.tolist(), *others], int)
     random = np.random.default_rng(seed)
@@ -78,6 +81,7 @@ def arrangements(
 def permutation_p(statistics: Real[np.ndarray, " arrangements"] | Sequence[float]) -> float:
     """Return the share of arrangements whose statistic is at least that of the first, the given labels."""
     values = np.asarray(statistics, np.float64)
+    # With a tolerance: equal statistics of exchanged labels differ by rounding.
     return float(np.mean(values >= values[0] - 1e-9 * max(abs(values[0]), 1e-300)))
 
 
@@ -134,11 +138,13 @@ def left_out_error(
     scale = max(np.trace(gram) / number, 1e-12)
     # The hat matrix of ridge regression with an unpenalised intercept.
     hat = gram @ np.linalg.inv(gram + penalty * scale * np.eye(number)) + 1.0 / number
+    # The left-out residual of a linear smoother needs no refit: residual over one minus leverage.
     left = 1.0 - np.diag(hat)
     error = usual = np.zeros(len(codes))
     for label in np.unique(codes[0]):
         wanted = (codes == label).astype(np.float64)
         error = error + np.square((wanted - wanted @ hat) / left).mean(axis=1)
+        # The usual prediction is left-out too: the frequency among the other samples.
         rest = (wanted.sum(axis=1, keepdims=True) - wanted) / (number - 1)
         usual = usual + np.square(wanted - rest).mean(axis=1)
     return error / usual
@@ -193,5 +199,6 @@ def adjusted_p(
     values = np.asarray(statistics, np.float64)
     if not len(values):
         return np.zeros(0)
+    # Without the given arrangement, which each test compares itself.
     highest = values.max(axis=0)[1:]
     return np.array([permutation_p([own, *highest]) for own in values[:, 0]])

@@ -48,6 +48,7 @@ def variable_genes(
     level = np.log(mean + 1e-6)
     score = np.full(len(mean), -np.inf)
     if usable.any():
+        # Quantiles, unlike scanpy's equal widths: bins of a large corpus would have few genes at the ends.
         edges = np.quantile(level[usable], np.linspace(0, 1, 21)[1:-1])
         bins = np.digitize(level, edges)
         for place in np.unique(bins[usable]):
@@ -59,7 +60,9 @@ def variable_genes(
 
 
 def dispersed_genes(
-    mean: Float[np.ndarray, " genes"], variance: Float[np.ndarray, " genes"], number: int
+    mean: Float[np.ndarray, " genes"],
+    variance: Float[np.ndarray, " genes"],
+    number: int,
 ) -> Int[np.ndarray, " chosen"]:
     """Choose highly variable genes of one dataset, as ``scanpy.pp.highly_variable_genes`` does by default.
 
@@ -118,11 +121,13 @@ def principal_components(
     width = min(components + OVERSAMPLING, genes)
     basis = np.random.default_rng(seed).standard_normal((genes, width)).astype(np.float32)
     basis = np.linalg.qr(basis)[0]
+    # Power iterations: each sharpens the spectrum, at the cost of a pass over the data.
     for _ in range(max(passes - 1, 1)):
         total = np.zeros((genes, width), np.float32)
         for block in blocks():
             total += block.T @ (block @ basis)
             advance()
+        # Orthonormal after each pass, or all columns converge to the first component in float32.
         basis = np.linalg.qr(total)[0]
     gram = np.zeros((width, width))
     for block in blocks():
@@ -132,7 +137,12 @@ def principal_components(
     values, vectors = np.linalg.eigh(gram)
     order = np.argsort(-values)[: min(components, genes)]
     loadings = basis @ vectors[:, order].astype(np.float32)
-    sign = np.where((loadings.astype(np.float64) ** 3).sum(axis=0) < 0, -1, 1)
+    # The sign of a component is arbitrary; a positive third moment makes it reproducible.
+    sign = np.where(
+        (loadings.astype(np.float64) ** 3).sum(axis=0) < 0,
+        -1,
+        1,
+    )
     strength = np.sqrt(np.maximum(values[order], 0))
     return (loadings * sign).astype(np.float32), strength
 
@@ -149,7 +159,9 @@ def log_normalized(
 
 
 def variable_columns(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    *,
+    genes: int = 2000,
 ) -> tuple[Int[np.ndarray, " chosen"], Float32[np.ndarray, " chosen"]]:
     """Choose the highly variable genes of a dataset.
 
@@ -169,6 +181,7 @@ def variable_columns(
             sums = np.zeros((4, block.shape[1]))
         cells += block.shape[0]
         normalized = np.expm1(block.data.astype(np.float64))
+        # Moments of logarithms for scaling, of normalised counts for the choice of genes.
         for row, values in enumerate((block.data, block.data**2, normalized, normalized**2)):
             sums[row] += np.bincount(block.indices, values, sums.shape[1])
     mean, square, level, power = sums / max(cells, 1)
@@ -184,7 +197,9 @@ def variable_columns(
 
 
 def variable_expression(
-    blocks: Callable[[], Iterable[sparse.csr_matrix]], *, genes: int = 2000
+    blocks: Callable[[], Iterable[sparse.csr_matrix]],
+    *,
+    genes: int = 2000,
 ) -> tuple[Float32[sparse.csr_matrix, "cells chosen"], Float32[np.ndarray, " chosen"]]:
     """Return the expression of the highly variable genes of a dataset.
 
@@ -199,6 +214,7 @@ def variable_expression(
         InputError: There are fewer than 3 cells, or fewer than 2 genes vary.
     """
     chosen, deviation = variable_columns(blocks, genes=genes)
+    # A second pass: all genes of all cells would take many times the memory of the chosen ones.
     expression = sparse.vstack([block[:, chosen] for block in blocks()])
     return sparse.csr_matrix(expression), deviation
 
@@ -224,6 +240,7 @@ def standardized(
     centre = np.tile(mean, (len(names), 1))
     for sample in range(len(names)):
         members = np.flatnonzero(codes == sample)
+        # The mean of a few cells is mostly noise, and centring would remove what distinguishes them.
         if len(members) >= CENTRED_CELLS:
             centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
 
@@ -253,7 +270,8 @@ def own_components(
         deviation: See :func:`standardized`.
         components: Number of components; fewer are returned if there are few cells or genes.
     """
-    cells, genes = expression.shape[0], expression.shape[1]
+    cells = expression.shape[0]
+    genes = expression.shape[1]
     blocks = standardized(expression, sample_of, deviation)
     number = min(components, cells - 1, genes - 1)
     loadings, _ = principal_components(blocks, genes, number, passes=6)
@@ -276,7 +294,8 @@ class Discriminants:
     def __init__(self, dimensions: int, *, shrinkage: float = 0.1, minimum_cells: int = 5):
         self._within = np.zeros((dimensions, dimensions))
         self._between = np.zeros((dimensions, dimensions))
-        self._shrinkage, self._minimum = shrinkage, minimum_cells
+        self._shrinkage = shrinkage
+        self._minimum = minimum_cells
 
     def add(
         self,
@@ -293,6 +312,7 @@ class Discriminants:
         np.add.at(totals, codes, embedding)
         means = totals / sizes[:, None]
         inside = embedding - means[codes]
+        # Between equal weight per data set and per cell, so that no atlas decides alone.
         weight = np.sqrt(len(embedding))
         self._within += weight / len(embedding) * inside.T @ inside
         share = np.sqrt(sizes) * large
@@ -305,6 +325,7 @@ class Discriminants:
         if not np.trace(self._within) > 0 or not np.trace(self._between) > 0:
             return np.zeros((size, 0))
         within = self._within / (np.trace(self._within) / size)
+        # Both scatters were scaled to a trace of their size, so that the shrinkage does not depend on units.
         within = (1 - self._shrinkage) * within + self._shrinkage * np.eye(size)
         between = self._between / (np.trace(self._between) / size)
         values, vectors = linalg.eigh(between, within)

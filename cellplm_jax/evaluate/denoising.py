@@ -26,7 +26,10 @@ from cellplm_jax.evaluate.reconstruction import (
 
 
 def hide_nonzeros(
-    counts: Real[sparse.csr_matrix, "cells genes"], fraction: float = 0.1, *, seed: int = 0
+    counts: Real[sparse.csr_matrix, "cells genes"],
+    fraction: float = 0.1,
+    *,
+    seed: int = 0,
 ) -> tuple[Real[sparse.csr_matrix, "cells genes"], Bool[sparse.csr_matrix, "cells genes"]]:
     """Set a random fraction of the non-zero counts to 0.
 
@@ -51,6 +54,7 @@ def hide_nonzeros(
         raise InputError(
             f"{counts.nnz} non-zero counts", "at least two, to hide one", "Pass more cells"
         )
+    # At least one count is hidden and one stays.
     number = min(max(1, round(fraction * counts.nnz)), counts.nnz - 1)
     chosen = np.random.default_rng(seed).choice(counts.nnz, number, replace=False)
     gone = np.zeros(counts.nnz, bool)
@@ -127,8 +131,10 @@ def denoising_scores(truth: Matrix, prediction: Matrix, hidden: Matrix) -> dict[
     Raises:
         InputError: Shapes differ, nothing is hidden, or a value is not finite.
     """
-    dense = [part.toarray() if sparse.issparse(part) else np.asarray(part) for part in
-             (truth, prediction, hidden)]  # fmt: skip
+    dense = [
+        part.toarray() if sparse.issparse(part) else np.asarray(part)
+        for part in (truth, prediction, hidden)
+    ]
     truth, prediction, hidden = dense
     errors = {
         "rmse": root_mean_squared_error(truth, prediction, hidden),
@@ -136,6 +142,7 @@ def denoising_scores(truth: Matrix, prediction: Matrix, hidden: Matrix) -> dict[
     }
     entries = np.asarray(hidden, bool).sum(axis=0)
     correlation = pearson_per_gene(truth, prediction, hidden)
+    # Two points always have a correlation of 1 or -1.
     correlation = correlation[(entries >= 3) & np.isfinite(correlation)]
     chosen = np.asarray(hidden, bool)
     pair = np.asarray(truth[chosen], np.float64), np.asarray(prediction[chosen], np.float64)
@@ -172,6 +179,7 @@ def type_profiles(
     for name in types:
         rows = np.flatnonzero(labels == name)
         some = sparse.csr_matrix(values[rows], dtype=np.float64)
+        # Profiles per 10,000 counts, because predictions can be shares instead of counts.
         total = np.maximum(np.asarray(some.sum(axis=1)).ravel(), 1e-12)
         some = sparse.csr_matrix(sparse.diags(1e4 / total) @ some)
         mean = np.asarray(some.mean(axis=0)).ravel()
@@ -223,6 +231,7 @@ def clear_markers(
     gene = np.arange(mean.shape[1])
     highest = mean.argmax(axis=0)
     distance = (mean[highest, gene] - mean) / np.sqrt(error[highest, gene] + error)
+    # The type itself is not one of the others.
     distance[highest, gene] = np.inf
     clear = distance.min(axis=0) >= MARKER_ERRORS
     logs = np.log1p(mean)
@@ -266,7 +275,8 @@ def marker_scores(
         own = profiles[highest, place]
         return own - (profiles.sum(axis=0) - own) / (len(types) - 1)
 
-    counted, kept = contrast(logs[:, genes]), contrast(predicted[:, genes])
+    counted = contrast(logs[:, genes])
+    kept = contrast(predicted[:, genes])
     correlation = [
         np.corrcoef(*pair)[0, 1]
         for pair in zip(logs, predicted, strict=True)

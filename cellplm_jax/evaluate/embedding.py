@@ -43,6 +43,7 @@ def _checked_embedding(embedding: Matrix, *, neighbors: int | None = None) -> np
             "real numbers",
             "Convert it with embedding.astype('float32')",
         )
+    # float16 overflows in squared distances.
     array = array.astype(np.float64 if array.dtype == np.float64 else np.float32)
     finite = np.asarray(np.isfinite(array).all(axis=1))
     if not finite.all():
@@ -104,9 +105,14 @@ def neighbor_graph(
     array = _checked_embedding(embedding, neighbors=neighbors)
     scanpy = require("scanpy", _EXTRA, "The neighbour graph of an embedding")
     cells = scanpy.AnnData(obs=pd.DataFrame(index=[str(n) for n in range(len(array))]))
+    # A new AnnData, so that scanpy writes nothing into the caller's.
     cells.obsm[name] = array
     scanpy.pp.neighbors(
-        cells, n_neighbors=neighbors, use_rep=name, metric=metric, random_state=seed
+        cells,
+        n_neighbors=neighbors,
+        use_rep=name,
+        metric=metric,
+        random_state=seed,
     )
     return cells
 
@@ -143,7 +149,10 @@ def leiden_clusters(
 
 
 def leiden_of_graph(
-    cells: Any, *, resolution: float = 1.0, seed: int = 0
+    cells: Any,
+    *,
+    resolution: float = 1.0,
+    seed: int = 0,
 ) -> Int32[np.ndarray, " cells"]:
     """Cluster the neighbour graph of an AnnData with Leiden, as in :func:`leiden_clusters`.
 
@@ -173,6 +182,7 @@ def leiden_of_graph(
     clusters = clusters.obs["cluster"].astype(int).to_numpy()
     size = np.bincount(clusters)
     rank = np.empty(len(size), np.int32)
+    # Numbered by size, the largest first, so that the numbers do not depend on igraph's order.
     rank[np.argsort(-size, kind="stable")] = np.arange(len(size))
     return rank[clusters]
 
@@ -237,6 +247,7 @@ def knn_accuracy(
     codes = _codes(labels, "labels", cells=len(array))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
+    # Without an argument, scikit-learn excludes the cell itself, also among equal embeddings.
     voters = codes[finder.kneighbors(return_distance=False)]  # [cells, neighbors], nearest first
     votes = np.zeros((len(array), codes.max() + 1), np.int32)
     row = np.arange(len(array))
@@ -248,7 +259,11 @@ def knn_accuracy(
 
 
 def batch_mixing(
-    embedding: Matrix, batches: Labels, *, perplexity: float = 30.0, metric: Metric = "euclidean"
+    embedding: Matrix,
+    batches: Labels,
+    *,
+    perplexity: float = 30.0,
+    metric: Metric = "euclidean",
 ) -> float:
     """Return the batch mixing of an embedding: 0 separated, 1 evenly mixed around every cell.
 
@@ -273,6 +288,7 @@ def batch_mixing(
     array = _checked_embedding(embedding)
     codes = _batch_codes(batches, len(array))
     number = int(codes.max()) + 1
+    # Beyond three times the perplexity the kernel weights are negligible, as in t-SNE.
     neighbors = int(min(3 * perplexity, len(array) - 1))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
@@ -287,10 +303,13 @@ def batch_mixing(
 
 def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
     """Return weights ``exp(-beta distance)`` [cells, neighbors] that sum to 1 per row and have the given perplexity."""
+    # The nearest at 0, so that the exponential does not underflow for distant cells.
     distance = distance - distance[:, :1]
     spread = np.maximum(distance.mean(axis=1, keepdims=True), 1e-12)
-    low, high = np.full_like(spread, -30.0), np.full_like(spread, 30.0)  # log(beta * spread)
+    low = np.full_like(spread, -30.0)
+    high = np.full_like(spread, 30.0)  # log(beta * spread)
     weights = np.full_like(distance, 1.0 / distance.shape[1])
+    # Bisection of the logarithm of beta for all cells at once.
     for _ in range(60):
         middle = (low + high) / 2
         kernel = np.exp(-np.exp(middle) * distance / spread)
@@ -298,7 +317,8 @@ def _perplexity_weights(distance: np.ndarray, perplexity: float) -> np.ndarray:
         entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1, keepdims=True)
         # A larger beta concentrates the weights.
         wide = entropy > np.log(max(perplexity, 1.0))
-        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+        low = np.where(wide, middle, low)
+        high = np.where(wide, high, middle)
     return weights
 
 
@@ -330,7 +350,8 @@ def silhouette(
     codes = _codes(labels, "labels", cells=len(array))
     if sample_cells is not None and sample_cells < len(array):
         chosen = np.random.default_rng(seed).choice(len(array), sample_cells, replace=False)
-        array, codes = array[chosen], codes[chosen]
+        array = array[chosen]
+        codes = codes[chosen]
     groups = len(np.unique(codes))
     if not 2 <= groups < len(codes):
         raise InputError(
@@ -392,11 +413,16 @@ def kbet(
 
 
 def _acceptance(
-    array: np.ndarray, codes: np.ndarray, neighbors: int | None, alpha: float, metric: str
+    array: np.ndarray,
+    codes: np.ndarray,
+    neighbors: int | None,
+    alpha: float,
+    metric: str,
 ) -> float:
     """Return the fraction of cells at which the batch composition is not rejected."""
     size = np.unique(codes, return_counts=True)[1]
     if neighbors is None:
+        # A quarter of the mean batch size, between 10 and 70, as in scib.
         neighbors = min(70, max(10, int(size.mean()) // 4))
     neighbors = min(neighbors, len(array))
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
@@ -430,7 +456,11 @@ def _nothing_mixed() -> str:
 
 
 def batch_silhouette(
-    embedding: Matrix, batches: Labels, labels: Labels, *, metric: Metric = "euclidean"
+    embedding: Matrix,
+    batches: Labels,
+    labels: Labels,
+    *,
+    metric: Metric = "euclidean",
 ) -> float:
     """Return the overlap of the batches within each label: 1 complete, 0 none ("batch ASW").
 
@@ -534,7 +564,11 @@ def integration_scores(
 
 
 def pca_baseline(
-    counts: Matrix, *, genes: int = 2000, components: int = 50, seed: int = 0
+    counts: Matrix,
+    *,
+    genes: int = 2000,
+    components: int = 50,
+    seed: int = 0,
 ) -> Float32[np.ndarray, "cells components"]:
     """Embed cells with scanpy's standard PCA recipe, as a baseline for learned embeddings.
 
@@ -585,7 +619,11 @@ def pca_baseline(
         scanpy.pp.scale(cells, max_value=10)
         components = min(components, cells.n_obs - 1, cells.n_vars - 1)
         scanpy.pp.pca(
-            cells, n_comps=components, svd_solver="arpack", mask_var=None, random_state=seed
+            cells,
+            n_comps=components,
+            svd_solver="arpack",
+            mask_var=None,
+            random_state=seed,
         )
     return np.ascontiguousarray(cells.obsm["X_pca"], dtype=np.float32)
 

@@ -30,11 +30,16 @@ def cosine_per_gene(
     Returns:
         NaN if either is zero in all cells.
     """
-    truth, prediction = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
+    truth = np.asarray(truth, np.float64)
+    prediction = np.asarray(prediction, np.float64)
     lengths = np.linalg.norm(truth, axis=0), np.linalg.norm(prediction, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         cosine = np.einsum("cg,cg->g", truth, prediction) / lengths[0] / lengths[1]
-    return np.where((lengths[0] > 0) & (lengths[1] > 0), cosine, np.nan)
+    return np.where(
+        (lengths[0] > 0) & (lengths[1] > 0),
+        cosine,
+        np.nan,
+    )
 
 
 def imputation_table(truth: Matrix, prediction: Matrix, genes: Sequence[str]) -> pd.DataFrame:

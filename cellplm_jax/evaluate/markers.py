@@ -28,7 +28,9 @@ MINIMUM_SHARE = 0.25
 
 
 def group_means(
-    counts: Matrix, groups: Labels, genes: Sequence[str] | None = None
+    counts: Matrix,
+    groups: Labels,
+    genes: Sequence[str] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return mean expression and share of cells with a count, per group.
 
@@ -92,7 +94,8 @@ def marker_genes(
             f"{len(names)} group of cells", "at least two, to compare", "Pass another column"
         )
     member = _members(codes, len(names))
-    squares, stored = logs.copy(), logs.copy()
+    squares = logs.copy()
+    stored = logs.copy()
     squares.data = squares.data**2
     stored.data = (stored.data > 0).astype(np.float32)
     products: list[Any] = [member @ part for part in (logs, squares, stored)]
@@ -104,7 +107,8 @@ def marker_genes(
         return mean, (parts[1] / n - mean**2) * n / max(n - 1, 1), parts[2] / n
 
     allowed = np.array([housekeeping or not HOUSEKEEPING.match(str(gene)) for gene in genes])
-    total, cells = [part.sum(axis=0) for part in sums], float(size.sum())
+    total = [part.sum(axis=0) for part in sums]
+    cells = float(size.sum())
     rows = []
     for place, name in enumerate(names):
         n = float(size[place, 0])

@@ -24,7 +24,10 @@ MATCHINGS = 3
 
 
 def spatial_graph(
-    coordinates: Matrix, sample_of: Shaped[np.ndarray, " cells"], *, neighbors: int = 6
+    coordinates: Matrix,
+    sample_of: Shaped[np.ndarray, " cells"],
+    *,
+    neighbors: int = 6,
 ) -> tuple[Float32[sparse.csr_matrix, "cells cells"], Float64[sparse.csr_matrix, "cells cells"]]:
     """Connect every cell with its nearest cells in the tissue, within its own sample.
 
@@ -58,9 +61,11 @@ def spatial_graph(
         last = min(neighbors, len(members) - 1)
         found = min(last + 1 + TIES, len(members))
         distance, index = KDTree(points[members]).query(points[members], k=found)
-        distance, index = np.asarray(distance), np.asarray(index)
+        distance = np.asarray(distance)
+        index = np.asarray(index)
         limit = distance[:, last]
         middle = np.median(limit)
+        # On a lattice the distance to the last neighbour hardly varies.
         regular = middle <= REGULAR * np.quantile(limit, 0.05)
         near = (
             distance
@@ -88,7 +93,9 @@ def sample_members(
 ) -> list[Int[np.ndarray, " members"]]:
     """Return the cells of each sample, in the order of first appearance."""
     _, first, codes = np.unique(
-        np.asarray(sample_of, object).astype(str), return_index=True, return_inverse=True
+        np.asarray(sample_of, object).astype(str),
+        return_index=True,
+        return_inverse=True,
     )
     return [np.flatnonzero(codes == code) for code in np.argsort(first)]
 
@@ -121,6 +128,7 @@ def shells(
     reached = sparse.csr_matrix(sparse.eye(edges.shape[0], dtype=bool, format="csr"))
     last, found = reached, []
     for _ in range(number):
+        # The product of boolean matrices: cells one edge further.
         further = sparse.csr_matrix(last @ edges)
         # Booleans: "greater" is true for cells that are new.
         last = sparse.csr_matrix(further > reached)
@@ -135,9 +143,11 @@ def shell_mean(
     """Return the mean over each cell's shell; a cell without one keeps its own values."""
     size = np.diff(shell.indptr)
     total = shell.astype(np.float32) @ np.asarray(values, np.float32)
-    return np.where((size > 0)[:, None], total / np.maximum(size, 1)[:, None], values).astype(
-        np.float32
-    )
+    return np.where(
+        (size > 0)[:, None],
+        total / np.maximum(size, 1)[:, None],
+        values,
+    ).astype(np.float32)
 
 
 def composition(
@@ -190,17 +200,22 @@ def meetings(
         raise InputError(f"permutations = {permutations}", "at least 2", "1,000 is usual")
     graph = sparse.coo_matrix(connectivities)
     inside = (types[graph.row] >= 0) & (types[graph.col] >= 0)
-    row, column = graph.row[inside], graph.col[inside]
+    row = graph.row[inside]
+    column = graph.col[inside]
     members = [own[types[own] >= 0] for own in sample_members(sample_of)]
 
     def count(labels: np.ndarray) -> np.ndarray:
         return np.bincount(labels[row] * number + labels[column], minlength=number * number)
 
     labels = np.asarray(types, np.int64)
-    observed, generator = count(labels), np.random.default_rng(seed)
-    shuffled, total, squares = labels.copy(), np.zeros(number**2), np.zeros(number**2)
+    observed = count(labels)
+    generator = np.random.default_rng(seed)
+    shuffled = labels.copy()
+    total = np.zeros(number**2)
+    squares = np.zeros(number**2)
     for _ in range(permutations):
         for own in members:
+            # Within samples, or differences of composition between samples would count as attraction.
             shuffled[own] = generator.permutation(labels[own])
         # Differences from the observed count: squares of raw counts would lose digits.
         difference = (count(shuffled) - observed).astype(np.float64)
@@ -208,12 +223,21 @@ def meetings(
         squares += difference**2
     mean = total / permutations
     deviation = np.sqrt(np.maximum(squares / permutations - mean**2, 0))
-    score = np.divide(-mean, deviation, out=np.zeros(number**2), where=deviation > 0)
+    # The mean is that of permuted minus observed, hence the sign.
+    score = np.divide(
+        -mean,
+        deviation,
+        out=np.zeros(number**2),
+        where=deviation > 0,
+    )
     return score.reshape(number, number), observed.reshape(number, number)
 
 
 def mixture_clusters(
-    embedding: Float[np.ndarray, "cells dimensions"], number: int, *, seed: int = 0
+    embedding: Float[np.ndarray, "cells dimensions"],
+    number: int,
+    *,
+    seed: int = 0,
 ) -> Int32[np.ndarray, " cells"]:
     """Cluster cells into a fixed number of groups: a Gaussian mixture with one covariance for all groups.
 
@@ -264,10 +288,12 @@ def consensus_clusters(
     ]
     mean = each[0]
     for _ in range(MATCHINGS):
+        # Groups have no names in common: the assignment with the largest overlap matches them.
         orders = [linear_sum_assignment(mean.T @ one, maximize=True)[1] for one in each]
         mean = np.mean([one[:, order] for one, order in zip(each, orders, strict=True)], axis=0)
     if graph is not None:
         identity = sparse.eye(len(mean), dtype=bool, format="csr")
+        # Memberships are averaged over neighbours: a niche is a connected region.
         mean = shell_mean(mean, sparse.csr_matrix(shells(graph, 1)[0] + identity))
     return _largest_first(mean)
 
@@ -282,8 +308,13 @@ def _memberships(embedding: np.ndarray, number: int, seed: int, cells: int) -> n
         )
     mixture = require("sklearn.mixture", "eval", "A fixed number of groups")
     model = mixture.GaussianMixture(
-        number, covariance_type="tied", n_init=3, reg_covar=1e-4, random_state=seed
+        number,
+        covariance_type="tied",
+        n_init=3,
+        reg_covar=1e-4,
+        random_state=seed,
     )
+    # One scale, so that the regularisation of the covariance means the same for any embedding.
     values = np.asarray(embedding, np.float64) / max(float(np.std(embedding)), 1e-12)
     model.fit(values[:: -(-len(values) // max(cells, number + 1))])
     return model.predict_proba(values)

@@ -21,7 +21,8 @@ TOP_GENES = 20
 
 def _pair(truth: Matrix, prediction: Matrix) -> tuple[np.ndarray, np.ndarray]:
     """Return both as float64 [perturbations, genes]; invalid shapes or values raise an error."""
-    true, predicted = np.asarray(truth, np.float64), np.asarray(prediction, np.float64)
+    true = np.asarray(truth, np.float64)
+    predicted = np.asarray(prediction, np.float64)
     if true.ndim != 2 or true.shape != predicted.shape or not true.size:
         raise InputError(
             f"truth has shape {true.shape} and prediction has shape {predicted.shape}",
@@ -65,7 +66,10 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def change_scores(
-    truth: Matrix, prediction: Matrix, *, top: int = TOP_GENES
+    truth: Matrix,
+    prediction: Matrix,
+    *,
+    top: int = TOP_GENES,
 ) -> dict[str, Float64[np.ndarray, " perturbations"]]:
     """Score every perturbation.
 
@@ -105,7 +109,9 @@ def mean_scores(scores: dict[str, Real[np.ndarray, " perturbations"]]) -> dict[s
 
 
 def mean_change(
-    changes: Matrix, *, targets: Real[np.ndarray, " _"] | Sequence[int] | None = None
+    changes: Matrix,
+    *,
+    targets: Real[np.ndarray, " _"] | Sequence[int] | None = None,
 ) -> Float64[np.ndarray, " genes"]:
     """Return the baseline that predicts the average training effect for every perturbation.
 

@@ -72,7 +72,9 @@ def _boolean(mask: Any) -> np.ndarray:
 
 
 def _column_blocks(
-    truth: Any, prediction: Any, mask: Any
+    truth: Any,
+    prediction: Any,
+    mask: Any,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield (genes, truth, prediction, mask) for ranges of genes, dense and validated; unmasked entries are 0."""
     cells, genes = _shape(truth, "truth")
@@ -98,7 +100,9 @@ def _column_blocks(
 
 
 def _column_moments(
-    true: np.ndarray, predicted: np.ndarray, chosen: np.ndarray
+    true: np.ndarray,
+    predicted: np.ndarray,
+    chosen: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return per column: number of entries, Pearson (NaN if undefined), constant in truth, constant in prediction."""
     entries = chosen.sum(axis=0)
@@ -121,7 +125,9 @@ def _column_moments(
 
 
 def pearson_per_gene(
-    truth: Matrix, prediction: Matrix, mask: Matrix | None = None
+    truth: Matrix,
+    prediction: Matrix,
+    mask: Matrix | None = None,
 ) -> Float64[np.ndarray, " genes"]:
     """Return Pearson's correlation over cells for each gene.
 
@@ -146,7 +152,11 @@ def pearson_per_gene(
 
 
 def masked_correlation(
-    truth: Matrix, prediction: Matrix, mask: Matrix, *, minimum_entries: int = 3
+    truth: Matrix,
+    prediction: Matrix,
+    mask: Matrix,
+    *,
+    minimum_entries: int = 3,
 ) -> dict[str, float]:
     """Correlate predicted with true counts on held-out entries, after log1p, in two ways.
 
@@ -193,7 +203,8 @@ def masked_correlation(
     entries = 0
     mean = np.zeros(2)  # of t and p over all masked entries so far
     comoment = np.zeros((2, 2))  # sums of products of deviations from that mean
-    smallest, largest = np.full(2, np.inf), np.full(2, -np.inf)
+    smallest = np.full(2, np.inf)
+    largest = np.full(2, -np.inf)
     for _, true, predicted, chosen in _column_blocks(truth, prediction, mask):
         for name, values in (("truth", true), ("prediction", predicted)):
             if (values < 0).any():
@@ -202,9 +213,11 @@ def masked_correlation(
                     "counts and predicted mean counts before log1p",
                     "Pass them before any logarithm or centring",
                 )
-        true, predicted = np.log1p(true), np.log1p(predicted)
+        true = np.log1p(true)
+        predicted = np.log1p(predicted)
         count, pearson, true_constant, predicted_constant = _column_moments(true, predicted, chosen)
         few = count < minimum_entries
+        # Each gene is counted once, under the first reason that applies.
         true_constant &= ~few
         predicted_constant &= ~few & ~true_constant
         lacking["genes_too_few"] += int(few.sum())
@@ -220,15 +233,23 @@ def masked_correlation(
         largest = np.maximum(largest, pairs.max(axis=1))
         new_mean = pairs.mean(axis=1)
         pairs -= new_mean[:, None]
+        # Chan's update of means and co-moments: blocks are merged without a second pass and without cancellation.
         step = new_mean - mean
         comoment += pairs @ pairs.T + np.outer(step, step) * (entries * new / (entries + new))
         mean += step * (new / (entries + new))
         entries += new
     correlations = np.concatenate(per_gene) if per_gene else np.zeros(0)
     pooled = np.nan
+    # Rounding gives constant values a tiny variance; comparing extremes is exact.
     if entries >= 2 and (largest > smallest).all():
         length = np.sqrt(np.diag(comoment))
-        pooled = float(np.clip(comoment[0, 1] / length[0] / length[1], -1.0, 1.0))
+        pooled = float(
+            np.clip(
+                comoment[0, 1] / length[0] / length[1],
+                -1.0,
+                1.0,
+            )
+        )
     return {
         "pooled": pooled,
         "gene_mean": float(correlations.mean()) if correlations.size else np.nan,
@@ -239,7 +260,9 @@ def masked_correlation(
 
 
 def negative_binomial_log_likelihood(
-    counts: Values, mean: Values, dispersion: Values
+    counts: Values,
+    mean: Values,
+    dispersion: Values,
 ) -> Float64[np.ndarray, "*any"] | float:
     """Return the log-probability of every count under a negative binomial, in float64: the reference implementation.
 
@@ -282,9 +305,14 @@ def negative_binomial_log_likelihood(
             "shapes that broadcast against [cells, genes]",
             "Give the dispersion one entry per gene, or one per count",
         ) from None
+    # log and betaln are undefined at 0, also in the branch that `where` discards.
     positive = np.maximum(x, 1.0)
     # lgamma(x + r) - lgamma(r) - lgamma(x + 1) = -log(x) - log Beta(x, r) for x > 0, and 0 for x = 0.
-    choose = np.where(x > 0, -np.log(positive) - special.betaln(positive, r), 0.0)
+    choose = np.where(
+        x > 0,
+        -np.log(positive) - special.betaln(positive, r),
+        0.0,
+    )
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # a mean of 0
         success = np.where(x > 0, -x * np.log1p(r / m), 0.0)
     return choose - r * np.log1p(m / r) + success

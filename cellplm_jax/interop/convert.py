@@ -17,7 +17,9 @@ from cellplm_jax.train.checkpoint import ModelFiles, has_item, read_root, restor
 
 
 def from_published(
-    checkpoint: str | os.PathLike, config: str | os.PathLike, out: str | os.PathLike
+    checkpoint: str | os.PathLike,
+    config: str | os.PathLike,
+    out: str | os.PathLike,
 ) -> list[str]:
     """Convert a published checkpoint to a directory for :func:`cellplm_jax.load`.
 
@@ -77,6 +79,10 @@ def to_published(directory: str | os.PathLike, prefix: str | os.PathLike) -> tup
     if has_item(directory, "unused"):
         unused, _ = restore_item(directory, item="unused")
     converted = as_published(
-        files.model, files.genes, params, unused=unused, published=files.published
+        files.model,
+        files.genes,
+        params,
+        unused=unused,
+        published=files.published,
     )
     return write_published(converted, prefix)

@@ -54,6 +54,11 @@ def cell_representation(
         )
     context = Context(batch_key, "spatial", None, adapt=adapt)
     embedding, _, _ = read_and_embed(
-        dataset.adata, as_pretrained(model), {}, context, "X_cellplm", quiet
+        dataset.adata,
+        as_pretrained(model),
+        {},
+        context,
+        "X_cellplm",
+        quiet,
     )
     return embedding

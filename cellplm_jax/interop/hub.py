@@ -92,6 +92,7 @@ def parse_address(text: str) -> HubAddress:
         InputError: The address is invalid.
     """
     match = _ADDRESS.fullmatch(text)
+    # A folder must stay inside the snapshot.
     if match is None or ".." in (match["folder"] or "").split("/"):
         raise InputError(
             f"'{text}' is not a valid hub address",
@@ -141,6 +142,7 @@ def fetch(text: str, *, extra_files: Iterable[str] = ()) -> tuple[Path, str]:
             "a repository created by Pretrained.push_to_hub",
             "Check the address and its folder; published CellPLM checkpoints are converted with 'cellplm convert'",
         )
+    # Snapshots are named by their commit.
     pinned = HubAddress(address.repository, snapshot.name, address.folder)
     return directory, str(pinned)
 
@@ -176,6 +178,7 @@ def push(
         MissingDependencyError: huggingface_hub is not installed.
     """
     address = parse_address(f"{SCHEME}{repository}")
+    # A revision or folder has no meaning when pushing.
     if str(address) != f"{SCHEME}{address.repository}":
         raise InputError(
             f"'{repository}' is not a valid repository name",
@@ -187,6 +190,7 @@ def push(
     with _explained(str(address)):
         api.create_repo(address.repository, private=private, exist_ok=True)
         about = api.model_info(address.repository)
+    # exist_ok ignores `private` for an existing repository.
     if private and not about.private:
         raise InputError(
             f"the repository '{address.repository}' exists already and is public",
@@ -202,6 +206,7 @@ def push(
             del new[README_FILE]
         ours = {*MODEL_FILES, MANIFEST_FILE, *TENSOR_FILES.values(), ESTIMATOR_FILE}
         operations = [
+            # Only files that this package writes; others of the repository are kept.
             *(hub.CommitOperationDelete(name) for name in sorted((there & ours) - set(new))),
             *(hub.CommitOperationAdd(name, path) for name, path in new.items()),
         ]
@@ -212,13 +217,18 @@ def push(
             revision=revision,
         )
     pinned = HubAddress(address.repository, done.oid)
-    return HubCommit(url=str(done.commit_url), commit=done.oid, address=str(pinned))
+    return HubCommit(
+        url=str(done.commit_url),
+        commit=done.oid,
+        address=str(pinned),
+    )
 
 
 def _is_generated(api, repository: str, revision: str | None) -> bool:
     """Return whether the existing model card was generated, or is the hub's empty default."""
     path = api.hf_hub_download(repository, README_FILE, revision=revision)
     text = Path(path).read_text(encoding="utf-8", errors="replace")
+    # The hub's default has front matter and no text.
     return GENERATED in text or len(text.split("---")[-1].strip()) == 0
 
 

@@ -106,6 +106,7 @@ def _front_matter(card: Mapping[str, Any], tables: list[_Scores]) -> str:
     # The columns of nested tables are methods, not metrics.
     plain = [table for table in tables if " / " not in table.path]
     metrics = list(dict.fromkeys(name for table in plain for name in table.columns))
+    # A score table may be indexed by step.
     metrics = [name for name in metrics if name != "step"]
     tags = ["biology", "single-cell", "transcriptomics", "cellplm", "jax"]
     tags += [str(card[key]) for key in ("kind", "species") if isinstance(card.get(key), str)]
@@ -174,7 +175,11 @@ def _data(card: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _facts(card: Mapping[str, Any], keys: tuple[str, ...], step: int) -> list[tuple[str, str]]:
+def _facts(
+    card: Mapping[str, Any],
+    keys: tuple[str, ...],
+    step: int,
+) -> list[tuple[str, str]]:
     facts = [(_words(key), _value(card[key])) for key in keys if card.get(key) is not None]
     training = card.get("training")
     if isinstance(training, dict):
@@ -200,14 +205,22 @@ def _architecture(config: ModelConfig, genes: list[str], parameters: int) -> str
 class _Scores:
     """A table of scores in a card: rows, columns, and its location in the card."""
 
-    def __init__(self, path: str, what: str, rows: dict[str, dict[str, float]]):
-        self.path, self.what, self.rows = path, what, rows
+    def __init__(
+        self,
+        path: str,
+        what: str,
+        rows: dict[str, dict[str, float]],
+    ):
+        self.path = path
+        self.what = what
+        self.rows = rows
         self.columns = list(dict.fromkeys(column for row in rows.values() for column in row))
 
 
 def _numbers(value: Any) -> dict[str, float]:
     if not isinstance(value, dict):
         return {}
+    # True is an int.
     return {k: v for k, v in value.items() if isinstance(v, int | float) and v is not True}
 
 
@@ -276,6 +289,7 @@ def _value(value: Any) -> str:
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     def line(cells: tuple[str, ...]) -> str:
         return (
+            # A card can contain any text, which must not break the table.
             "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
         )
 

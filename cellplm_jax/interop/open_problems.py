@@ -39,7 +39,9 @@ def batch_integration(par: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         adapt=par.get("adapt") or "context",
     )
     integrated = type(cells)(
-        obs=cells.obs[[]], var=cells.var[[]], obsm={"X_emb": cells.obsm["X_cellplm"]}
+        obs=cells.obs[[]],
+        var=cells.var[[]],
+        obsm={"X_emb": cells.obsm["X_cellplm"]},
     )
     _write(integrated, cells, par, meta)
 
@@ -62,10 +64,20 @@ def label_projection(par: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     annotator.fit(par["input_train"], label_key="label", batch_key="batch", layer="counts")
     test = annotator.predict(par["input_test"])
     labels = test.obs["cellplm_cell_type"].astype(str)
-    _write(type(test)(obs=test.obs[[]].assign(label_pred=labels)), test, par, meta)
+    _write(
+        type(test)(obs=test.obs[[]].assign(label_pred=labels)),
+        test,
+        par,
+        meta,
+    )
 
 
-def _write(result: Any, cells: Any, par: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def _write(
+    result: Any,
+    cells: Any,
+    par: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> None:
     """Write a result with the ids of its data set and its method."""
     result.uns["method_id"] = meta["name"]
     for key in ("dataset_id", "normalization_id", "dataset_organism"):

@@ -45,9 +45,18 @@ REQUIRED = (
     "out_dim",
 )
 _SIZES = (
-    "enc_hid", "enc_layers", "enc_head", "post_latent_dim", "num_clusters", "dec_hid", "dec_layers", "out_dim",
-    "batch_num", "dataset_num", "platform_num",
-)  # fmt: skip
+    "enc_hid",
+    "enc_layers",
+    "enc_head",
+    "post_latent_dim",
+    "num_clusters",
+    "dec_hid",
+    "dec_layers",
+    "out_dim",
+    "batch_num",
+    "dataset_num",
+    "platform_num",
+)
 _RATES = ("model_dropout", "w_li", "w_en", "lamda")
 _NAMES = ("enc_mod", "latent_mod", "dec_mod", "norm", "pe_type", "mask_type")
 HEADS = {
@@ -188,7 +197,9 @@ def _translate(values: Mapping[str, Any]) -> ModelConfig:
 
 def _refuse_inexact(values: Mapping[str, Any]) -> None:
     reason = None
-    encoder, latent, norm = values["enc_mod"], values["latent_mod"], values["norm"]
+    encoder = values["enc_mod"]
+    latent = values["latent_mod"]
+    norm = values["norm"]
     if encoder == "transformer":
         reason = (
             "enc_mod 'transformer' divides its weights by a spectral norm estimated at every forward "

@@ -81,7 +81,11 @@ class _Entry:
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         array = array.T if self.transpose else array
-        return np.array(array.reshape((1,)) if self.scalar else array, order="C", copy=True)
+        return np.array(
+            array.reshape((1,)) if self.scalar else array,
+            order="C",
+            copy=True,
+        )
 
 
 def _entries(config: ModelConfig) -> list[_Entry]:
@@ -113,7 +117,8 @@ def _entries(config: ModelConfig) -> list[_Entry]:
     if config.embedder.covariate:
         copy("embedder.cov_enc.weight", "embedder", "batch_embedding")
     for layer in range(config.encoder.layers):
-        torch, path = f"encoder.layers.{layer}", ("encoder", f"layer_{layer}")
+        torch = f"encoder.layers.{layer}"
+        path = ("encoder", f"layer_{layer}")
         if config.encoder.kind == "mlp":
             hidden_block(torch, *path)
         elif config.encoder.kind == "flow":
@@ -141,6 +146,7 @@ def _entries(config: ModelConfig) -> list[_Entry]:
     if config.head.kind == "sample_classification":
         linear("head.output_layer", "head", "linear")
     elif config.head.kind != "none":
+        # An nn.Sequential numbers its members, and the original adds dropout only if it has a rate.
         step = 3 if config.dropout > 0 else 2
         for layer in range(config.head.layers):
             position = layer * step + (1 if config.dropout > 0 else 0)
@@ -199,6 +205,7 @@ def convert_state_dict(
 
     config = model_config(published)
     entries = _entries(config)
+    # Names are removed as they are converted: what is left must be known to be unused.
     remaining = dict(state_dict)
     shapes = _expected_shapes(config)
     flat: dict[tuple[str, ...], np.ndarray] = {}
@@ -210,6 +217,7 @@ def convert_state_dict(
                 "Use the config that was published with these weights",
             )
         array = np.asarray(remaining.pop(entry.torch))
+        # One byte per entry: only the shape is of interest.
         expected = entry.to_torch(np.empty(shapes[entry.path], bool)).shape
         if array.shape != expected:
             raise CheckpointError(
@@ -304,10 +312,17 @@ def as_published(
         width = config.hidden
         unused = {}
         if config.norm != "none":
+            # The original's loader requires this parameter, although it never uses it.
             unused["embedder.norm0.weight"] = np.ones(width, np.float32)
             if config.norm != "rmsnorm":
                 unused["embedder.norm0.bias"] = np.zeros(width, np.float32)
-    return Converted(config, list(genes), params, dict(unused or {}), dict(published))
+    return Converted(
+        config,
+        list(genes),
+        params,
+        dict(unused or {}),
+        dict(published),
+    )
 
 
 def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> Converted:
@@ -322,7 +337,8 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
         MissingDependencyError: PyTorch is not installed.
     """
     torch = require("torch", "torch", "Reading a PyTorch checkpoint")
-    checkpoint, config = Path(checkpoint), Path(config)
+    checkpoint = Path(checkpoint)
+    config = Path(config)
     for path in (checkpoint, config):
         require_regular(path, raises=CheckpointError)
         if not path.is_file():
@@ -372,7 +388,8 @@ def read_published(checkpoint: str | os.PathLike, config: str | os.PathLike) -> 
     prefix = "module."
     if state_dict and all(name.startswith(prefix) for name in state_dict):
         state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    arrays, size = {}, checkpoint.stat().st_size
+    arrays = {}
+    size = checkpoint.stat().st_size
     for name, value in state_dict.items():
         if value.numel() * value.element_size() > size:
             raise CheckpointError(
@@ -413,8 +430,15 @@ def _check_zip(checkpoint: Path) -> None:
                     "Download it again",
                 )
             damaged = archive.testzip()
-    except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile,
-            zlib.error) as error:  # fmt: skip
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         damaged = str(error)[:160] or type(error).__name__
     if damaged is not None:
         raise CheckpointError(

@@ -62,6 +62,7 @@ class CountChunks(struct.PyTreeNode):
         cells = batch.cell_mask.shape[1] // batch.pieces
         size = min(size, cells)
         number = -(-cells // size)
+        # Constant shapes: the last chunk is moved back instead of being shorter.
         first = jnp.minimum(jnp.arange(number) * size, cells - size)
         source_cells = batch.indptr.shape[-1] - 1
 
@@ -103,11 +104,15 @@ class CountChunks(struct.PyTreeNode):
         return self.start(index) + jnp.arange(self.size) >= index * self.size
 
     def dense(
-        self, values: Real[Array, "samples *pieces nonzeros"], index: Int[Array, ""]
+        self,
+        values: Real[Array, "samples *pieces nonzeros"],
+        index: Int[Array, ""],
     ) -> Float[Array, "samples *pieces size genes"]:
         """Scatter one value per stored count of one chunk; the result is float32 for integers."""
         kind = values.dtype if jnp.issubdtype(values.dtype, jnp.floating) else jnp.float32
-        start, stored = self.start(index), self.gene.shape[-1]
+        start = self.start(index)
+        stored = self.gene.shape[-1]
+        # Blocks of constant size, because a loop needs the same shape in every turn; the number of turns is dynamic.
         width = min(BLOCK, stored)
 
         def scatter(cell, gene, values, begin, end):
@@ -129,15 +134,24 @@ class CountChunks(struct.PyTreeNode):
             return jax.lax.fori_loop(0, self.blocks, block, empty).astype(kind)
 
         return _over_pieces(scatter)(
-            self.cell, self.gene, values, self.begin[..., index], self.end[..., index]
+            self.cell,
+            self.gene,
+            values,
+            self.begin[..., index],
+            self.end[..., index],
         )
 
     def rows(
-        self, values: Shaped[Array, "samples ..."], index: Int[Array, ""]
+        self,
+        values: Shaped[Array, "samples ..."],
+        index: Int[Array, ""],
     ) -> Shaped[Array, "samples ..."]:
         """Return the cells of one chunk: [samples, (pieces,) cells, ...] to [samples, (pieces,) size, ...]."""
         return jax.lax.dynamic_slice_in_dim(
-            values, self.start(index), self.size, axis=self.begin.ndim - 1
+            values,
+            self.start(index),
+            self.size,
+            axis=self.begin.ndim - 1,
         )
 
     def written(
@@ -148,7 +162,10 @@ class CountChunks(struct.PyTreeNode):
     ) -> Shaped[Array, "samples ..."]:
         """Return ``values`` [samples, (pieces,) cells, ...] with the cells of one chunk replaced."""
         return jax.lax.dynamic_update_slice_in_dim(
-            values, chunk.astype(values.dtype), self.start(index), axis=self.begin.ndim - 1
+            values,
+            chunk.astype(values.dtype),
+            self.start(index),
+            axis=self.begin.ndim - 1,
         )
 
 
@@ -157,6 +174,7 @@ def _over_pieces(function: Callable) -> Callable:
 
     def mapped(first, *rest):
         lead = first.shape[:-1]
+        # vmap would turn slices at dynamic positions into gathers.
         if all(length == 1 for length in lead):
             arguments = [value.reshape(value.shape[len(lead) :]) for value in (first, *rest)]
             found = function(*arguments)
@@ -177,7 +195,11 @@ def summed_over_chunks_reference(
     """Return ``summed_over_chunks`` as a plain sum, differentiated by JAX."""
     return summed_in_parts_reference(
         lambda index, params, given: function(
-            chunks, index, params, chunks.rows(cells, index), given
+            chunks,
+            index,
+            params,
+            chunks.rows(cells, index),
+            given,
         ),
         chunks.number,
         params,
@@ -234,6 +256,8 @@ def _summed_forward(function, chunks, params, cells, given):
         more_of_rows = chunks.rows(of_cells, index) + more_of_rows
         return value, (of_params, chunks.written(of_cells, more_of_rows, index))
 
+    # The gradient of the cells is written chunk by chunk into one array, so only its shape of one chunk is dropped
+    # here.
     value, (of_params, _) = _zeros(at)
     zeros = value, (of_params, jnp.zeros_like(cells))
     value, gradients = jax.lax.fori_loop(0, chunks.number, add, zeros)
@@ -242,24 +266,34 @@ def _summed_forward(function, chunks, params, cells, given):
 
 def _summed_backward(function, saved, cotangent):
     (of_params, of_cells), types = saved
+    # The loss is scalar, so its cotangent is one factor for all gradients of the forward pass.
     of_cells = cotangent[0].astype(of_cells.dtype) * of_cells
+    # None: chunks and given data are not differentiated.
     return None, _scaled(cotangent[0], of_params, types), of_cells, None
 
 
 def _types(params: Any) -> Any:
     """Return a scalar of each parameter's type, the type of its gradient."""
+    # Residuals must be arrays; a scalar keeps the type without keeping the parameter.
     return jax.tree.map(lambda leaf: jnp.zeros((), leaf.dtype), params)
 
 
 def _scaled(factor: Array, gradients: Any, types: Any) -> Any:
-    return jax.tree.map(lambda leaf, like: (factor * leaf).astype(like.dtype), gradients, types)
+    return jax.tree.map(
+        lambda leaf, like: (factor * leaf).astype(like.dtype),
+        gradients,
+        types,
+    )
 
 
 summed_over_chunks.defvjp(_summed_forward, _summed_backward)
 
 
 def summed_in_parts_reference(
-    function: Callable, number: int, params: Any, given: Any
+    function: Callable,
+    number: int,
+    params: Any,
+    given: Any,
 ) -> tuple[Float[Array, ""], Any]:
     """Return ``summed_in_parts`` as a plain sum, differentiated by JAX."""
     value, *rest = (function(jnp.int32(index), params, given) for index in range(number))
@@ -270,7 +304,10 @@ def summed_in_parts_reference(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def summed_in_parts(
-    function: Callable, number: int, params: Any, given: Any
+    function: Callable,
+    number: int,
+    params: Any,
+    given: Any,
 ) -> tuple[Float[Array, ""], Any]:
     """Sum a scalar function over numbered parts, with the gradient computed per part.
 
@@ -290,7 +327,10 @@ def summed_in_parts(
 
 def _summed(at: Callable, number: int) -> Any:
     return jax.lax.fori_loop(
-        0, number, lambda index, total: jax.tree.map(jnp.add, total, at(index)), _zeros(at)
+        0,
+        number,
+        lambda index, total: jax.tree.map(jnp.add, total, at(index)),
+        _zeros(at),
     )
 
 
@@ -366,7 +406,11 @@ def _expression(chunks, values, hidden, index):
     expression = chunks.dense(values, index)
     if hidden is None:
         return expression
-    return jnp.where(chunks.rows(hidden, index), jnp.zeros((), values.dtype), expression)
+    return jnp.where(
+        chunks.rows(hidden, index),
+        jnp.zeros((), values.dtype),
+        expression,
+    )
 
 
 def _product_forward(table, chunks, values, hidden):
@@ -377,11 +421,13 @@ def _product_backward(saved, gradient):
     table, chunks, values, hidden = saved
 
     def at(index):
+        # The forward pass writes overlapping cells twice with the same value; a sum must count them once.
         fresh = chunks.fresh(index)[:, None]
         rows = jnp.where(fresh, chunks.rows(gradient, index), 0)
         expression = _expression(chunks, values, hidden, index)
         return jnp.einsum("...cg,...ch->gh", expression, rows, preferred_element_type=jnp.float32)
 
+    # Allocated only once the gradient exists, not at the start of the step.
     empty = dependent_zeros(gradient, table.shape)
     product = jax.lax.fori_loop(0, chunks.number, lambda index, sum: sum + at(index), empty)
     return product.astype(table.dtype), None, None, None

@@ -13,17 +13,25 @@ from cellplm_jax.kernels.remat import barrier
 
 
 def dropped_reference(
-    x: Float[Array, "*batch width"], bits: UInt8[Array, "*batch bytes"], rate: float
+    x: Float[Array, "*batch width"],
+    bits: UInt8[Array, "*batch bytes"],
+    rate: float,
 ) -> Float[Array, "*batch width"]:
     """Return :func:`dropped`, differentiated as it stands."""
     # Side by side: entries that look their bits up one by one take a CPU six times as long (jax 0.10.2).
     keep = jnp.concatenate([(bits >> i) & 1 == 1 for i in range(8)], axis=-1)[..., : x.shape[-1]]
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+    return jnp.where(
+        keep,
+        x / (1.0 - rate),
+        jnp.zeros((), x.dtype),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropped(
-    x: Float[Array, "*batch width"], bits: UInt8[Array, "*batch bytes"], rate: float
+    x: Float[Array, "*batch width"],
+    bits: UInt8[Array, "*batch bytes"],
+    rate: float,
 ) -> Float[Array, "*batch width"]:
     """Set entries to 0 and divide the others by ``1 - rate``; the backward pass keeps the bits alone.
 
@@ -42,7 +50,10 @@ def _dropped_backward(rate, bits, gradient):
     return dropped(gradient, bits, rate), None
 
 
-dropped.defvjp(lambda x, bits, rate: (dropped(x, bits, rate), bits), _dropped_backward)
+dropped.defvjp(
+    lambda x, bits, rate: (dropped(x, bits, rate), bits),
+    _dropped_backward,
+)
 
 
 def kept_bits_reference(key: Key[Array, ""], shape: Shape, rate: float) -> UInt8[Array, "*shape"]:
@@ -82,8 +93,10 @@ def kept_bits(key: Key[Array, ""], shape: Shape, rate: float) -> UInt8[Array, "*
 
 def _draw(key, rate, index, bits):
     """Add to each byte the bits ``index`` and ``index + 4``, from the halves of one random word."""
+    # 16 random bits per entry, so a word serves two entries and the rate is a multiple of 2^-16.
     threshold = round(rate * 65536)
     words = jax.random.bits(jax.random.fold_in(key, index), bits.shape, jnp.uint32)
-    low, high = (words & 0xFFFF) >= threshold, (words >> 16) >= threshold
+    low = (words & 0xFFFF) >= threshold
+    high = (words >> 16) >= threshold
     place = jnp.asarray(index, jnp.uint8)
     return bits | (low.astype(jnp.uint8) << place) | (high.astype(jnp.uint8) << (place + 4))

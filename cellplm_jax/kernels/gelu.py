@@ -35,7 +35,11 @@ def _gelu_backward(x, gradient):
         def turn(state):
             return jnp.zeros((), bool), of(x, state[1])
 
-        return jax.lax.while_loop(lambda state: state[0], turn, (jnp.ones((), bool), gradient))[1]
+        return jax.lax.while_loop(
+            lambda state: state[0],
+            turn,
+            (jnp.ones((), bool), gradient),
+        )[1]
 
     # On a CPU a loop of one turn, which no compiler looks into: it would keep the terms of the forward pass.
     return (jax.lax.platform_dependent(x, gradient, cpu=loop, default=of),)

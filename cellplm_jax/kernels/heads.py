@@ -56,5 +56,6 @@ def _scaled_backward(saved, gradient):
 
 
 scaled.defvjp(
-    lambda values, weights: (scaled(values, weights), (values, weights)), _scaled_backward
+    lambda values, weights: (scaled(values, weights), (values, weights)),
+    _scaled_backward,
 )

@@ -65,13 +65,21 @@ def linear_product(
 
 def _linear_backward(widen, saved, gradient):
     values, kernel = saved
+    # A widened result has a float32 gradient; products of mixed types would leave the fast path.
     gradient = gradient.astype(values.dtype)
-    last, others = values.ndim - 1, tuple(range(values.ndim - 1))
-    of_values = _dot(gradient, kernel, (((last,), (1,)), ((), ())))
+    last = values.ndim - 1
+    others = tuple(range(values.ndim - 1))
+    of_values = _dot(
+        gradient,
+        kernel,
+        (((last,), (1,)), ((), ())),
+    )
     if values.dtype != jnp.bfloat16 and values.ndim == 3 and values.shape[0] == 1:
         # A CPU's kernel sums over the first of two axes in place; with more axes it recomputes transposed values.
         # Only an axis of length 1 is removed: axes that are sharded over devices cannot be merged.
-        values, gradient, others = values[0], gradient[0], (0,)
+        values = values[0]
+        gradient = gradient[0]
+        others = (0,)
     return of_values, _dot(values, gradient, ((others, others), ((), ())))
 
 
@@ -127,6 +135,7 @@ def _batched_forward(left, right, summed_of_left, summed_of_right):
 
 def _batched_backward(summed_of_left, summed_of_right, saved, gradient):
     left, right = saved
+    # The gradient of a factor keeps the factor's memory order, so the case decides which operand comes first.
     other: dict[Side, Side] = {"rows": "columns", "columns": "rows"}
     if summed_of_left == "columns":
         of_left = batched_product(gradient, right, "columns", other[summed_of_right])
@@ -160,7 +169,11 @@ def weighted_sum(
     """
     axes = tuple(range(weights.ndim))
     total = jax.lax.dot_general(
-        weights, rows, ((axes, axes), ((), ())), preferred_element_type=jnp.float32
+        # All leading axes are contracted at once; reshaping them into one would merge sharded axes.
+        weights,
+        rows,
+        ((axes, axes), ((), ())),
+        preferred_element_type=jnp.float32,
     )
     return total.astype(rows.dtype)
 
@@ -182,6 +195,7 @@ def broadcast(vector: Float[Array, " width"], shape: Shape) -> Float[Array, "*ba
 
 
 def _broadcast_backward(shape, _, gradient):
+    # A sum with weights of 1, because it compiles to a matrix product.
     return (weighted_sum(jnp.ones(shape[:-1], gradient.dtype), gradient),)
 
 
@@ -231,6 +245,7 @@ def _embedding_lookup_backward(saved, gradient):
 embedding_lookup.defvjp(
     lambda table, index: (
         embedding_lookup(table, index),
+        # An array of width 0 keeps number of rows and type of the table without its memory.
         (index, jnp.zeros((*table.shape[:1], 0), table.dtype)),
     ),
     _embedding_lookup_backward,

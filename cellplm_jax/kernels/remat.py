@@ -40,10 +40,16 @@ def barrier(values: Any, gradients: Any) -> tuple[Any, Any]:
             same = jax.tree.map(lambda leaf: leaf * first.astype(leaf.dtype), leaves)
             return jnp.zeros((), bool), same
 
-        return jax.lax.while_loop(lambda state: state[0], turn, (jnp.ones((), bool), leaves))[1]
+        return jax.lax.while_loop(
+            lambda state: state[0],
+            turn,
+            (jnp.ones((), bool), leaves),
+        )[1]
 
     return jax.lax.platform_dependent(
-        (values, gradients), cpu=loop, default=lambda leaves: barrier_reference(*leaves)
+        (values, gradients),
+        cpu=loop,
+        default=lambda leaves: barrier_reference(*leaves),
     )
 
 
@@ -80,7 +86,11 @@ def _lifted(function: Callable) -> Callable:
         def backward(saved, gradients):
             variables, hidden, given = saved
             hidden, gradients = barrier(hidden, gradients)
-            pull = jax.vjp(lambda variables, hidden: run(variables, hidden, given), variables, hidden)[1]  # fmt: skip
+            pull = jax.vjp(
+                lambda variables, hidden: run(variables, hidden, given),
+                variables,
+                hidden,
+            )[1]
             return (*pull(gradients), None)
 
         keeping = jax.custom_vjp(run)

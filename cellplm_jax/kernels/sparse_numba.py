@@ -61,7 +61,9 @@ def stored_product(
     block = max(1, BLOCK_ENTRIES // width)
     # Numba has no bfloat16.
     narrow = table.dtype.name == "bfloat16"
+    # The same bits as uint16; `_widen` shifts them into the upper half of a float32.
     table = table.view(np.uint16) if narrow else table.astype(np.float32, copy=False)
+    # Containers and batch systems restrict a process to fewer cores than the machine has; absent on macOS.
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     # Cells in runs of about as many stored counts each.
@@ -72,6 +74,7 @@ def stored_product(
         _add_rows(indptr, column, value, table, product, first, last, block)
 
     with ThreadPoolExecutor(cores, thread_name_prefix="stored_product") as pool:
+        # `list` waits, and raises what a thread raised.
         list(pool.map(multiply, edges[:-1], edges[1:]))
     return product
 
@@ -116,6 +119,7 @@ def _add_rows(indptr, column, value, table, product, first, last, block):
             while after < end and column[after] < stop:
                 after += 1
             place[row - first] = after
+            # Four rows of the table per pass over the sum, which is then loaded and stored a quarter as often.
             while here + 4 <= after:
                 a, b, c, d = value[here], value[here + 1], value[here + 2], value[here + 3]
                 of_a, of_b = table[column[here]], table[column[here + 1]]

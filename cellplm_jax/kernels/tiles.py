@@ -60,6 +60,7 @@ def tiled_outer_total(
 
     def of_piece(tiles, left, right):
         cut = left[tiles.block] * tiles.inside[:, None, :, None]
+        # One factor masked is enough: the other's rows outside the tile are multiplied by 0.
         product = batched_product(cut, right[tiles.block], "rows", "rows")
         return jax.ops.segment_sum(product, tiles.segment, segments)
 
@@ -97,12 +98,14 @@ def tiled_apply(
     def of_piece(tiles, values, memory):
         cut = values[tiles.block] * tiles.inside[:, None, :, None]
         product = batched_product(cut, memory[tiles.segment])
+        # Tiles of one block cover different cells of it, so their results add up without overlap.
         return jax.ops.segment_sum(product, tiles.block, values.shape[0])
 
     over_pieces = jax.vmap(jax.vmap(of_piece, in_axes=(0, 0, None)))
     tiles = _tiles(cell_mask, segment, segments, pieces)
     mixed = by_head(over_pieces(tiles, _blocks(values, pieces), memory))
     mixed = mixed.reshape(*mixed.shape[:2], -1, *mixed.shape[4:])
+    # The last block was padded to a full tile.
     mixed = mixed[:, :, : cell_mask.shape[1] // pieces]
     return mixed.reshape(*cell_mask.shape, *mixed.shape[3:])
 
@@ -136,6 +139,7 @@ def _tiles(cell_mask: Array, segment: Array, segments: int, pieces: int) -> _Til
 
     def of_piece(label):
         first = jnp.searchsorted(label, jnp.arange(segments + 1, dtype=label.dtype))
+        # A constant number of edges for any segments: coinciding ones give empty tiles.
         edges = jnp.concatenate([jnp.arange(blocks, dtype=first.dtype) * TILE, first[1:]])
         start = jnp.sort(edges)
         stop = jnp.append(start[1:], per_piece)

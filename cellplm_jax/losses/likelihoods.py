@@ -56,6 +56,7 @@ def negative_binomial_mean_terms(
         float32 [...], in nats; the remaining terms are :func:`negative_binomial_count_terms`.
     """
     theta = dispersion + EPSILON
+    # log1p keeps digits if the mean is small compared with the dispersion, as it is for most entries.
     spread = (dispersion + counts) * jnp.log1p(mean / theta)
     return spread + counts * (jnp.log(theta) - jnp.log(mean + EPSILON))
 
@@ -121,6 +122,8 @@ def zero_inflated_mean_terms(
     """
     nll = negative_binomial_mean_terms(counts, mean, dispersion)
     log_zero = jax.nn.log_sigmoid(zero_logits)
+    # log(1 - pi), without the rounding of 1 - sigmoid.
     log_count = jax.nn.log_sigmoid(-zero_logits)
     zero_case = -jnp.logaddexp(log_zero, log_count - nll)
+    # Both branches are finite for any count, so that the gradient of the unused one is no NaN.
     return jnp.where(counts < 0.5, zero_case, nll - log_count)

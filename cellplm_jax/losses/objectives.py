@@ -38,6 +38,7 @@ def average_over(
 ) -> Float32[Array, ""]:
     """Return the mean of the values of the selected cells; 0 without any."""
     weight = cells.astype(jnp.float32)
+    # A selection, not a product: a NaN in padding times 0 would be NaN.
     return jnp.sum(jnp.where(cells, values, 0.0)) / jnp.maximum(weight.sum(), 1.0)
 
 
@@ -54,6 +55,7 @@ def scale_to_total(
 def _divisor(mean: Array) -> Array:
     """Return the sum of each cell's mean, with 0 replaced by 1."""
     predicted = mean.sum(axis=-1)
+    # A cell without selected entries: its mean is 0 everywhere, and 0 / 0 would reach the gradient.
     return jnp.where(predicted > 0, predicted, 1.0)
 
 
@@ -64,6 +66,7 @@ def count_nll_reference(
 ) -> Float32[Array, "samples cells"]:
     """Return :func:`count_nll`, computed at every entry; the reference for tests."""
     counts = truth.dense_counts(reconstruction.mean.shape[-1])
+    # The mean is scaled to the cell's own total: the likelihood judges the shape of a profile, not its depth.
     total = jnp.sum(jnp.where(entries, counts, 0.0), axis=-1)
     mean = scale_to_total(reconstruction.mean, total, entries)
     dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
@@ -71,7 +74,10 @@ def count_nll_reference(
         nll = negative_binomial_nll(counts, mean, dispersion)
     else:
         nll = zero_inflated_negative_binomial_nll(
-            counts, mean, dispersion, reconstruction.zero_logits
+            counts,
+            mean,
+            dispersion,
+            reconstruction.zero_logits,
         )
     return jnp.sum(jnp.where(entries, nll, 0.0), axis=-1)
 
@@ -99,6 +105,7 @@ def count_nll(
     """
     entries = jnp.broadcast_to(entries, reconstruction.mean.shape)
     dispersion: Array = reconstruction.dispersion  # type: ignore[assignment]
+    # The gamma functions of a count of 0 cancel, so they are computed at the few stored counts only.
     chosen = truth.at_nonzeros(entries)
     gene = truth.gene.astype(jnp.int32)
     stored = negative_binomial_count_terms(truth.count.astype(jnp.float32), dispersion[gene])
@@ -145,6 +152,7 @@ def _scaled_mean_terms(dispersion, mean, counts, entries):
     return negative_binomial_mean_terms(counts, scaled, dispersion).sum(axis=-1)
 
 
+# Only the inputs are saved; the backward pass recomputes what is cheap instead of keeping arrays [cells, genes].
 def _scaled_forward(dispersion, mean, counts, entries):
     given = (dispersion, mean, counts, entries)
     return _scaled_mean_terms(*given), given
@@ -152,13 +160,15 @@ def _scaled_forward(dispersion, mean, counts, entries):
 
 def _scaled_backward(saved, gradient):
     dispersion, mean, counts, entries = saved
-    counts, mean = jnp.where(entries, counts, 0.0), jnp.where(entries, mean, 0.0)
+    counts = jnp.where(entries, counts, 0.0)
+    mean = jnp.where(entries, mean, 0.0)
     divisor = _divisor(mean)
     scale = counts.sum(axis=-1) / divisor
     scaled = mean * scale[..., None]
     theta = dispersion + EPSILON
     ratio = (dispersion + counts) / (theta + scaled)
     slope = jnp.where(entries, ratio - counts / (scaled + EPSILON), 0.0)
+    # The scale is itself a function of all means of the cell: the quotient rule subtracts its share from every entry.
     through_scale = jnp.sum(slope * mean, axis=-1) / divisor
     of_mean = (gradient * scale)[..., None] * (slope - through_scale[..., None])
     by_entry = jnp.log1p(scaled / theta) - ratio * scaled / theta + counts / theta
@@ -205,9 +215,11 @@ def chunked_count_loss(
     _check_decoder(shape, config)
     genes = shape.mean.shape[-1]
     targeted = config.kind in ("imputation", "denoising")
+    # Denoising and imputation score all target genes, so a mask of hidden entries has no meaning for them.
     if targeted:
         gene_mask = None
     scored = truth.cell_mask if gene_mask is None else truth.cell_mask & gene_mask.any(axis=-1)
+    # Normalised before the loop, so that chunks add up to the mean without knowing each other's number of cells.
     weight = scored / jnp.maximum(scored.sum(), 1).astype(jnp.float32)
     chunks = CountChunks.of(truth, -(-chunk // LIKELIHOOD_SHARE), genes)
     given = {
@@ -220,11 +232,15 @@ def chunked_count_loss(
     function = partial(_chunk_of_loss, output, two)
     total, (full, masked) = summed_over_chunks(function, chunks, params, truth.fold(hidden), given)
     # The gamma functions, at the stored counts only.
+    # The dispersion does not depend on cells: one cell is enough, and XLA removes the rest of this product.
     dispersion = output(params, hidden[:1, :1]).dispersion
     given |= {"cell": truth.cell_of_nonzero()}
     blocks = -(-truth.gene.shape[-1] // BLOCK)
     more, (more_full, more_masked) = summed_in_parts(
-        partial(_block_of_loss, two), blocks, dispersion, given
+        partial(_block_of_loss, two),
+        blocks,
+        dispersion,
+        given,
     )
     return {
         "reconstruction": total + more,
@@ -234,11 +250,15 @@ def chunked_count_loss(
 
 
 def _block_of_loss(
-    two: bool, index: Array, dispersion: Array, given: dict[str, Any]
+    two: bool,
+    index: Array,
+    dispersion: Array,
+    given: dict[str, Any],
 ) -> tuple[Array, tuple[Array, Array]]:
     """Return the contribution of the gamma functions of a block of stored counts to the loss, and its two terms."""
     batch: CellBatch = given["batch"]
     size = min(BLOCK, batch.gene.shape[-1])
+    # The last block is shifted back to full size; entries that it shares with the one before get weight 0 below.
     start = jnp.minimum(index * size, batch.gene.shape[-1] - size)
     gene, count, cell = (
         jax.lax.dynamic_slice_in_dim(values, start, size, axis=-1)
@@ -265,10 +285,11 @@ def _block_of_loss(
         asked = jax.vmap(lambda table, gene: table[gene])(given["target_genes"], gene)
         weight = jnp.where(asked, weight, 0.0)
     terms = negative_binomial_count_terms(count.astype(jnp.float32), dispersion[gene])
-    full, masked = jnp.sum(weight * terms), jnp.zeros((), jnp.float32)
+    full = jnp.sum(weight * terms)
+    masked = jnp.zeros((), jnp.float32)
     if two:
         hidden = batch.over_pieces(
-            lambda table, at, gene: table.at[at, gene].get(mode="fill", fill_value=False)
+            lambda table, at, gene: table.at[at, gene].get(mode="fill", fill_value=False),
         )(given["gene_mask"], cell, gene)
         masked = jnp.sum(jnp.where(hidden, weight, 0.0) * terms)
     return full + masked, (full, masked)
@@ -291,6 +312,7 @@ def _chunk_of_loss(
 
     reconstruction = output(params, batch.unfold(rows))
     counts = batch.unfold(chunks.dense(batch.count, index))
+    # Cells that the last chunk shares with the one before count once.
     weight = batch.unfold(chunks.rows(given["weight"], index) * chunks.fresh(index))
     if batch.segment is not None:
         batch = batch.replace(segment=of_chunk(batch.fold(batch.segment)))
@@ -341,11 +363,14 @@ def reconstruction_loss(
     counts = truth.dense_counts(genes)
     everything = truth.measured_entries()
     if everything is None:
+        # Length 1 along the cells: broadcast where it is used, never stored per cell.
         everything = jnp.ones((samples, 1, genes), bool)
     zero = jnp.zeros((), jnp.float32)
     if config.kind == "mean_squared_error":
         entries = everything if gene_mask is None else everything & gene_mask
         entries = jnp.broadcast_to(entries & cell_mask[..., None], reconstruction.mean.shape)
+        # The library is that of all measured genes, hidden ones included, so that the target does not depend on the
+        # mask.
         library = jnp.sum(jnp.where(everything, counts, 0.0), axis=-1, keepdims=True)
         target = jnp.log1p(counts / jnp.maximum(library, 1.0) * 1e4)
         loss = regression_loss(reconstruction.mean, target, entries)
@@ -392,6 +417,7 @@ def warmup_factor(step: Integer[Array, ""] | int, config: LatentConfig) -> Float
     """
     if config.warmup_steps <= 0:
         return jnp.ones((), jnp.float32)
+    # W - 1, as in the released code: the factor never reaches 1.
     step = jnp.minimum(jnp.asarray(step, jnp.float32), config.warmup_steps - 1.0)
     return step / config.warmup_steps
 
@@ -449,7 +475,9 @@ def latent_loss(
         total = total + config.adversarial_weight * terms["adversarial"]
     if config.similarity_weight > 0:
         terms["similarity"] = elastic_cell_similarity(
-            latent.z, cell_mask, config.similarity_threshold
+            latent.z,
+            cell_mask,
+            config.similarity_threshold,
         )
         total = total + config.similarity_weight * terms["similarity"]
     return {**terms, "latent": total}
@@ -502,7 +530,9 @@ def batch_mixing_loss(
     Returns:
         In nats, bounded by the logarithm of the inverse fraction of the rarest batch.
     """
-    z, batch, mask = z.reshape(-1, z.shape[-1]), batch.reshape(-1), cell_mask.reshape(-1)
+    z = z.reshape(-1, z.shape[-1])
+    batch = batch.reshape(-1)
+    mask = cell_mask.reshape(-1)
     cells = len(z)
     square = jnp.sum(z * z, axis=-1)
     distance = jnp.maximum(square[:, None] + square[None, :] - 2.0 * z @ z.T, 0.0)

@@ -68,6 +68,7 @@ class CellGroups(struct.PyTreeNode):
         weights: Float[Array, "samples cells heads"],
     ) -> Float[Array, "samples segments heads width"]:
         """Compute weighted sums of vectors over each segment."""
+        # Packed rows need a sum per segment, single ones a plain product.
         if self.segment is not None:
             return self.total(scaled(values, weights))
         # One product of all heads' weights with all heads' vectors, of which the diagonal blocks are kept.
@@ -100,6 +101,7 @@ class CellGroups(struct.PyTreeNode):
     ) -> Float[Array, "samples segments heads width other"]:
         """Sum the outer products of two vectors per cell over each segment."""
         if self.segment is None:
+            # Padding contributes nothing to a sum if one factor is 0 there.
             left = by_head(left * self.cell_mask[:, :, None, None])
             return batched_product(left, by_head(right), "rows", "rows")[:, None]
 
@@ -150,6 +152,7 @@ def conserved_flow(
 ) -> Flow:
     """Return the terms of flow attention that depend on queries and keys."""
     mask = groups.cell_mask[:, :, None].astype(jnp.float32)
+    # Flows are sums over thousands of cells, in which bfloat16 loses the small terms.
     query = nn.sigmoid(query.astype(jnp.float32))
     key = nn.sigmoid(key.astype(jnp.float32))
 
@@ -169,9 +172,12 @@ def conserved_flow(
     # The same flows after normalising each side by the other.
     conserved_sink = flow_of(query, groups.weighted_total(key, source_outgoing))
     conserved_source = flow_of(key, groups.weighted_total(query, sink_incoming))
+    # For stability, as in Flowformer's code: the exponential below stays between 1 / e and e.
     conserved_source = jnp.clip(conserved_source, -1.0, 1.0)
     # Allocation among sinks, competition among sources.
     allocation = nn.sigmoid(conserved_sink)
+    # The softmax over sources, split into this and `share`, because its sum runs over cells that may be on other
+    # devices.
     exponential = jnp.exp(conserved_source) * mask
     share = groups.total(mask) / nonzero(groups.total(exponential))
     return Flow(query, key, sink_incoming, allocation, exponential, share)
@@ -187,6 +193,7 @@ def flow_attention(
     flow = conserved_flow(query, key, groups)
     value = value.astype(jnp.float32)
     memory = groups.outer_total(flow.key, scaled(value, flow.exponential))
+    # The share is one number per segment and head: applied to the memory, not to every cell.
     memory = memory * flow.share[..., None, None]
     mixed = groups.apply(scaled(flow.query, flow.sink_incoming), memory)
     return scaled(mixed, flow.allocation)
@@ -227,6 +234,7 @@ def softmax_weights(
     """Return the weights of :func:`softmax_attention`; see :func:`flow_weights`."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query[:, rows], key).astype(jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
+    # A large negative number instead of -inf: a row without valid cells would become NaN.
     return nn.softmax(jnp.where(groups.cell_mask[:, None, None, :], scores, -1e30), axis=-1)
 
 
@@ -243,11 +251,17 @@ def softmax_attention(
     if groups.segment is not None:
         seen = seen & (groups.segment[:, :, None] == groups.segment[:, None, :])
     scores = jnp.where(seen[:, None], scores, -1e30)
-    return jnp.einsum("bhqk,bkhd->bqhd", nn.softmax(scores, axis=-1), value.astype(jnp.float32))
+    return jnp.einsum(
+        "bhqk,bkhd->bqhd",
+        nn.softmax(scores, axis=-1),
+        value.astype(jnp.float32),
+    )
 
 
 def orthogonal_features(
-    features: int, width: int, seed: int
+    features: int,
+    width: int,
+    seed: int,
 ) -> Float32[np.ndarray, "{features} {width}"]:
     """Return random rows, orthogonal within blocks, with the norms of Gaussian vectors.
 
@@ -276,6 +290,7 @@ def performer_attention(
 
     ``projection`` is from :func:`orthogonal_features`.
     """
+    # A quarter power on each side gives the root of the width for their product.
     scale = query.shape[-1] ** -0.25
     mask = groups.cell_mask[:, :, None, None]
 
@@ -283,7 +298,8 @@ def performer_attention(
         x = x.astype(jnp.float32) * scale
         return jnp.einsum("bchd,md->bchm", x, projection) - 0.5 * jnp.sum(x**2, -1, keepdims=True)
 
-    query_exponent, key_exponent = exponent(query), exponent(key)
+    query_exponent = exponent(query)
+    key_exponent = exponent(key)
     query_features = jnp.exp(query_exponent - query_exponent.max(axis=-1, keepdims=True))
     # One constant per head cancels between numerator and denominator, so the largest valid exponent can be subtracted.
     largest = jnp.where(mask, key_exponent, -jnp.inf).max(axis=(1, 3), keepdims=True)
@@ -311,10 +327,15 @@ class CellAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, *, train: bool
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        groups: CellGroups,
+        *,
+        train: bool,
     ) -> Float[Array, "samples cells hidden"]:
         """Mix the values of each cell's group."""
-        encoder, width = self.config.encoder, self.config.hidden
+        encoder = self.config.encoder
+        width = self.config.hidden
         heads = (*hidden.shape[:2], encoder.heads, width // encoder.heads)
         query = dense(width, "query")(hidden).reshape(heads)
         key = dense(width, "key")(hidden).reshape(heads)
@@ -324,6 +345,7 @@ class CellAttention(nn.Module):
         elif encoder.kind == "softmax":
             mixed = softmax_attention(query, key, value, groups)
         else:
+            # d log d random features, the usual number of Performer implementations.
             default = max(1, int(heads[-1] * math.log(max(heads[-1], 2))))
             features = encoder.random_features or default
             projection = orthogonal_features(features, heads[-1], seed=self.layer)

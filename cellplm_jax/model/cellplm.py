@@ -158,13 +158,21 @@ class CellPLM(nn.Module):
         return self.head(z, cell_mask, condition=condition, train=train)
 
     def decode(
-        self, z: Float[Array, "samples cells latent"], batch: CellBatch, *, train: bool = False
+        self,
+        z: Float[Array, "samples cells latent"],
+        batch: CellBatch,
+        *,
+        train: bool = False,
     ) -> Reconstruction:
         """Decode latents; the batch gives the covariates."""
         return self.decoder(z, batch, train=train)
 
     def decode_hidden(
-        self, z: Float[Array, "samples cells latent"], batch: CellBatch, *, train: bool = False
+        self,
+        z: Float[Array, "samples cells latent"],
+        batch: CellBatch,
+        *,
+        train: bool = False,
     ) -> Float[Array, "samples cells width"]:
         """Decode up to the output layer; see :meth:`decode_output`."""
         return self.decoder(z, batch, train=train, part="hidden")

@@ -60,11 +60,17 @@ class CovariateEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, index: Int[Array, "samples cells"] | None, shape: Shape
+        self,
+        index: Int[Array, "samples cells"] | None,
+        shape: Shape,
     ) -> Float[Array, "samples cells hidden"]:
         """Return the embedding of each cell's value; None: unknown for all cells, of shape ``shape``."""
         config = self.config
-        table = self.param("table", nn.initializers.normal(1.0), (self.rows, config.decoder.hidden))
+        table = self.param(
+            "table",
+            nn.initializers.normal(1.0),
+            (self.rows, config.decoder.hidden),
+        )
         x = prelu("prelu")(mean_row_lookup(table, index, shape))
         return make_norm(config.norm, config.norm_groups, "norm")(x)
 
@@ -109,7 +115,8 @@ class Decoder(nn.Module):
         return hidden if part == "hidden" else self._output(hidden)
 
     def _hidden(self, z: Array, batch: CellBatch, train: bool) -> Array:
-        config, decoder = self.config, self.config.decoder
+        config = self.config
+        decoder = self.config.decoder
         covariates = {
             "batch": (decoder.batches, batch.batch),
             "dataset": (decoder.datasets, batch.dataset),
@@ -136,7 +143,8 @@ class Decoder(nn.Module):
         return nn.relu(dense(decoder.bottleneck, "bottleneck")(x))
 
     def _output(self, x: Array) -> Reconstruction:
-        config, decoder = self.config, self.config.decoder
+        config = self.config
+        decoder = self.config.decoder
 
         def by_gene(name, x):
             return constrain(output_dense(config.genes, name)(x), ENTRIES)

@@ -16,7 +16,9 @@ from cellplm_jax.model.positions import Positions
 
 
 def mean_row_lookup(
-    table: Float[Array, "rows width"], index: Int[Array, "*batch"] | None, shape: tuple[int, ...]
+    table: Float[Array, "rows width"],
+    index: Int[Array, "*batch"] | None,
+    shape: tuple[int, ...],
 ) -> Float[Array, "*batch width"]:
     """Look rows up; an unknown (negative or absent) index uses the mean of all rows.
 
@@ -29,7 +31,11 @@ def mean_row_lookup(
         shape: The shape of ``index``; used if it is None.
     """
     # Two reads: for one row of bfloat16 weights a CPU would first create a float32 table, in seven times the time.
-    weights = jnp.full((2, table.shape[0]), 1 / table.shape[0], table.dtype)
+    weights = jnp.full(
+        (2, table.shape[0]),
+        1 / table.shape[0],
+        table.dtype,
+    )
     average = linear_product(weights, table)[0]
     if index is None:
         return jnp.broadcast_to(average, (*shape, table.shape[1]))
@@ -104,7 +110,9 @@ class ExpressionEmbedder(nn.Module):
         """
         config = self.config
         table = self.param(
-            "gene_embedding", nn.initializers.normal(0.005), (config.genes, config.hidden)
+            "gene_embedding",
+            nn.initializers.normal(0.005),
+            (config.genes, config.hidden),
         )
         if gene_sum is None:
             gene_sum = self._gene_sum(batch, table, gene_mask)
@@ -120,7 +128,9 @@ class ExpressionEmbedder(nn.Module):
             if config.trunk == "projection":
                 # Positions start on the dimensions that hold no component.
                 places = places * self.param(
-                    "position_scale", nn.initializers.ones, (config.hidden,)
+                    "position_scale",
+                    nn.initializers.ones,
+                    (config.hidden,),
                 )
             hidden = hidden + places
         if config.embedder.covariate:

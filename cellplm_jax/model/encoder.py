@@ -28,7 +28,10 @@ class TransformerLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, train: bool
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        groups: CellGroups,
+        train: bool,
     ) -> Float[Array, "samples cells hidden"]:
         """Apply the layer."""
         config = self.config
@@ -37,7 +40,9 @@ class TransformerLayer(nn.Module):
             return Dropout(config.dropout, name=name)(x, deterministic=not train)
 
         mixed = CellAttention(config, self.layer, name="attention")(
-            layer_norm("attention_norm")(hidden), groups, train=train
+            layer_norm("attention_norm")(hidden),
+            groups,
+            train=train,
         )
         hidden = hidden + dropout(mixed, "attention_dropout")
         inner = dense(config.hidden * config.encoder.feedforward, "feedforward_in")(
@@ -62,7 +67,9 @@ class Centre(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        groups: CellGroups,
     ) -> Float32[Array, "samples cells hidden"]:
         """Centre the cells of each context."""
         prior = self.param("context_mean", nn.initializers.zeros, (self.config.hidden,))
@@ -70,7 +77,10 @@ class Centre(nn.Module):
         members = groups.one_hot()
         total = jnp.einsum("bcs,bch->bsh", members, hidden)
         centre = context_centre(
-            total, members.sum(axis=1)[..., None], prior, self.config.centre_cells
+            total,
+            members.sum(axis=1)[..., None],
+            prior,
+            self.config.centre_cells,
         )
         return constrain(hidden - jnp.einsum("bcs,bsh->bch", members, centre), CELLS)
 
@@ -98,10 +108,15 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "samples cells hidden"], groups: CellGroups, *, train: bool
+        self,
+        hidden: Float[Array, "samples cells hidden"],
+        groups: CellGroups,
+        *,
+        train: bool,
     ) -> Float[Array, "samples cells hidden"]:
         """Apply all layers; cells attend within their group."""
-        config, encoder = self.config, self.config.encoder
+        config = self.config
+        encoder = self.config.encoder
 
         def block(name):
             return Hidden(config.hidden, config.norm, config.norm_groups, config.dropout, name=name)

@@ -22,7 +22,10 @@ class MultilayerHead(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch width"], *, train: bool
+        self,
+        x: Float[Array, "*batch width"],
+        *,
+        train: bool,
     ) -> Float[Array, "*batch outputs"]:
         """Apply the layers to the last axis."""
         head = self.config.head

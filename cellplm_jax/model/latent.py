@@ -123,6 +123,7 @@ class Latent(nn.Module):
             noise: The random numbers to use while training; None draws them from the ``"latent"`` stream.
         """
         config = self.config.latent
+        # The latent decides on small differences between cells: float32 whatever the precision of the trunk.
         hidden = hidden.astype(jnp.float32)
         if train and noise is None and config.kind in ("gaussian", "gaussian_mixture"):
             noise = self._draw_noise(hidden.shape[:2])
@@ -137,6 +138,7 @@ class Latent(nn.Module):
             output = self._released_mixture(hidden, noise if train else None)
         else:
             output = self._paper_mixture(hidden, noise if train else None)
+        # Its parameters must exist at initialisation, and are of no use at inference.
         if config.adversarial_weight > 0 and (train or self.is_initializing()):
             discriminator = BatchDiscriminator(self.config, name="discriminator")
             output = output.replace(batch_logits=discriminator(reverse_gradient(output.z)))
@@ -178,6 +180,7 @@ class Latent(nn.Module):
         if noise is None:
             weights = jax.nn.one_hot(jnp.argmax(logits, axis=-1), config.clusters)
         else:
+            # Gumbel-softmax: a differentiable draw of a component.
             weights = nn.softmax((logits + noise.gumbel) / config.temperature, axis=-1)
         joint = jnp.concatenate([hidden, weights], axis=-1)
         # The released inference network is 512 wide whatever the latent size (autoencoders.py:200).
@@ -187,6 +190,7 @@ class Latent(nn.Module):
         prior_mean = dense(config.size, "prior_mean")(weights)
         prior_variance = nn.softplus(dense(config.size, "prior_variance")(weights))
         z = mean if noise is None else mean + noise.gaussian * jnp.sqrt(variance + 1e-10)
+        # One sample of the Gaussian term, not its closed form, as the released code has it: it can be negative.
         kl_latent = normal_log_density(z, mean, variance)
         kl_latent = kl_latent - normal_log_density(z, prior_mean, prior_variance)
         posterior = LatentOutput(z=z, mean=mean, variance=variance, kl_latent=kl_latent)
@@ -200,6 +204,7 @@ class Latent(nn.Module):
         prior_mean = self.param("prior_mean", nn.initializers.normal(1.0), shape)
         raw = self.param("prior_log_variance", nn.initializers.zeros, shape)
         prior_variance = jnp.exp(jnp.clip(raw, -5.0, 5.0)) + 1e-4
+        # q(y|z) of the paper: from the sample z, not from the mean.
         logits = dense(config.clusters, "cluster_logits")(z)
         weights = nn.softmax(logits, axis=-1)
         kl_latent = jnp.sum(weights * mixture_kl(mean, variance, prior_mean, prior_variance), -1)

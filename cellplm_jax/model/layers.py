@@ -141,12 +141,19 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch width"], *, deterministic: bool
+        self,
+        x: Float[Array, "*batch width"],
+        *,
+        deterministic: bool,
     ) -> Float[Array, "*batch width"]:
         """Drop entries, drawn from the ``"dropout"`` stream unless ``deterministic``."""
         if deterministic or self.rate == 0.0:
             return x
-        bits = kept_bits(self.make_rng("dropout"), (*x.shape[:-1], -(-x.shape[-1] // 8)), self.rate)
+        bits = kept_bits(
+            self.make_rng("dropout"),
+            (*x.shape[:-1], -(-x.shape[-1] // 8)),
+            self.rate,
+        )
         return dropped(x, bits, self.rate)
 
 
@@ -167,7 +174,10 @@ class Hidden(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch width"], *, train: bool
+        self,
+        x: Float[Array, "*batch width"],
+        *,
+        train: bool,
     ) -> Float[Array, "*batch features"]:
         """Apply the block to the last axis."""
         x = prelu("prelu")(dense(self.features, "linear")(x))

@@ -60,6 +60,7 @@ class ContextGroups(CellGroups):
 
     def _next(self, summed, *values):
         place = len(self.found)
+        # The layer asks for its sums in one order, so their number identifies them.
         self.found.append(self.known[place] if place < len(self.known) else summed(self, *values))
         return self.found[-1]
 
@@ -100,6 +101,7 @@ def chunk_layer(
 
 
 def _layer(params, hidden, cell_mask, known, config):
+    # The same layer as in training: no second implementation that could differ.
     groups = ContextGroups(cell_mask, known=known)
     layer = TransformerLayer(config, 0)
     return layer.apply({"params": params}, hidden, groups, False), groups

@@ -18,11 +18,15 @@ from cellplm_jax.model.layers import ENTRIES, constrain
 
 def _rank(noise: Array) -> Array:
     """Return int32 [..., cells]: the rank of each cell in increasing order of ``noise``."""
+    # The argsort of a permutation is its inverse, hence the rank.
     return jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1).astype(jnp.int32)
 
 
 def _rank_in_sample(
-    noise: Array, cell_mask: Array, segment: Array | None, segments: int
+    noise: Array,
+    cell_mask: Array,
+    segment: Array | None,
+    segments: int,
 ) -> tuple[Array, Array]:
     """Rank the cells of each sample by noise.
 
@@ -37,6 +41,7 @@ def _rank_in_sample(
     key = jnp.where(cell_mask, segment, segments) * noise.shape[-1] + rank
     place = _rank(key)
     label = jnp.where(cell_mask, segment, segments)
+    # Padding is one more segment, behind all others, so that it never takes a rank of a real one.
     size = jnp.sum(jax.nn.one_hot(label, segments + 1, dtype=jnp.int32), axis=-2)
     begin = jnp.cumsum(size, axis=-1) - size
     return (
@@ -65,6 +70,7 @@ def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> 
         the new position of each cell.
     """
     cells = batch.cell_mask.shape[1] // batch.pieces
+    # Shapes are per piece, so the limit of the row is shared equally by its pieces.
     limit = -(-config.maximum_cells // batch.pieces) if config.maximum_cells else cells
     # In float32 (1 - .3) * 10 is 7.0000005 or 6.9999995 depending on the path; the small term gives 7.
     keep_fraction = 1.0 - config.drop_cells
@@ -74,11 +80,14 @@ def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> 
     cell_mask = batch.fold(batch.cell_mask)
     segment = None if batch.segment is None else batch.fold(batch.segment)
     noise = jnp.where(
-        cell_mask, batch.fold(jax.random.uniform(key, batch.cell_mask.shape)), jnp.inf
+        cell_mask,
+        batch.fold(jax.random.uniform(key, batch.cell_mask.shape)),
+        jnp.inf,
     )
     rank, present = _rank_in_sample(noise, cell_mask, segment, batch.segments)
     kept = floor_of_fraction(present, keep_fraction)
     if segment is None:
+        # A sample alone in its row keeps at least one cell: attention and pooling over none are undefined.
         kept = jnp.clip(kept, jnp.minimum(1, present), width)
     keep = cell_mask & (rank < kept)
     if segment is not None:
@@ -88,7 +97,9 @@ def drop_cells(key: Key[Array, ""], batch: CellBatch, config: MaskingConfig) -> 
 
 
 def keep_cells(
-    batch: CellBatch, keep: Bool[Array, "samples cells"], width: int
+    batch: CellBatch,
+    keep: Bool[Array, "samples cells"],
+    width: int,
 ) -> tuple[CellBatch, Callable]:
     """Remove cells from a batch and shorten its ``cells`` axis; the others move to the front of their piece, in order.
 
@@ -108,11 +119,17 @@ def keep_cells(
     slot = jnp.minimum(place, width)
     if batch.slot is not None:
         # Cells were dropped before: compose with the previous positions.
+        # One more entry, for cells that were dropped the first time: they stay at the position past the end.
         gone = jnp.full((*slot.shape[:-1], 1), width, slot.dtype)
         now = jnp.minimum(batch.slot, cells)
-        moved = jnp.take_along_axis(jnp.concatenate([slot, gone], axis=-1), now, axis=-1)
+        moved = jnp.take_along_axis(
+            jnp.concatenate([slot, gone], axis=-1),
+            now,
+            axis=-1,
+        )
     else:
         moved = slot
+    # Kept cells have the smallest places, in their order; the rest fills up to the constant width.
     source = jnp.argsort(place, axis=-1)[..., :width]
     number = jnp.minimum(folded.sum(axis=-1, keepdims=True), width)
 
@@ -138,7 +155,10 @@ def keep_cells(
 
 
 def follow_cells(
-    values: Shaped[Array, "samples source_cells *rest"], batch: CellBatch, *, fill: float | bool = 0
+    values: Shaped[Array, "samples source_cells *rest"],
+    batch: CellBatch,
+    *,
+    fill: float | bool = 0,
 ) -> Shaped[Array, "samples cells *rest"]:
     """Reorder values per cell to the positions after :func:`drop_cells`.
 
@@ -161,6 +181,7 @@ def follow_cells(
     return jax.vmap(move)(batch.slot, values)
 
 
+# Cached as numpy, so that no array of one trace leaks into another.
 @lru_cache
 def _beta_quantiles(a: float, b: float) -> np.ndarray:
     """Return float32 [4097]: quantiles of Beta(a, b) at equal steps of probability."""
@@ -168,7 +189,9 @@ def _beta_quantiles(a: float, b: float) -> np.ndarray:
 
 
 def masking_rates(
-    key: Key[Array, ""], shape: Shape, config: MaskingConfig
+    key: Key[Array, ""],
+    shape: Shape,
+    config: MaskingConfig,
 ) -> Float32[Array, "*shape"]:
     """Draw each cell's masking rate.
 
@@ -183,8 +206,10 @@ def masking_rates(
         return jnp.full(shape, rate, jnp.float32)
     a = config.beta_concentration
     # By inversion: a rejection sampler would loop until the last cell on all devices is done.
+    # The mode is (a - 1) / 4 times the configured rate: the rate itself with a concentration of 5.
     table = jnp.asarray(_beta_quantiles(a, 4 / rate + 2 - a))
     place = jax.random.uniform(key, shape) * (len(table) - 1)
+    # Keeps the upper neighbour inside the table, even if a draw rounds to 1.
     below = jnp.minimum(place.astype(jnp.int32), len(table) - 2)
     drawn = table[below] + (place - below) * (table[below + 1] - table[below])
     return jnp.minimum(drawn, config.maximum_rate)
@@ -193,11 +218,17 @@ def masking_rates(
 def masked_width(batch: CellBatch, config: MaskingConfig) -> int:
     """Return the maximum number of cells per piece that :func:`sample_gene_mask` masks."""
     cells = batch.cell_mask.shape[1] // batch.pieces
+    # The same rounding as floor_of_fraction, or a mask could select one more cell than this.
     return max(1, min(cells, int(cells * config.cell_fraction * (1.0 + 2.5e-7))))
 
 
 def sample_gene_mask(
-    key: Key[Array, ""], batch: CellBatch, genes: int, config: MaskingConfig, *, chunk: int = 0
+    key: Key[Array, ""],
+    batch: CellBatch,
+    genes: int,
+    config: MaskingConfig,
+    *,
+    chunk: int = 0,
 ) -> Bool[Array, "samples cells {genes}"]:
     """Draw the mask of hidden entries: first the cells, then the genes of each of them.
 
@@ -229,15 +260,22 @@ def sample_gene_mask(
 
     def drawn(keys, threshold):
         words = jax.vmap(lambda key: jax.random.bits(key, (-(-genes // 2),), jnp.uint32))
-        words, limit = words(keys.ravel()).reshape(*keys.shape, -1), threshold[..., None]
+        # Low halves decide on the first half of the genes, high halves on the second; interleaving would cost a
+        # transposition.
+        words = words(keys.ravel()).reshape(*keys.shape, -1)
+        limit = threshold[..., None]
         return jnp.concatenate([words & 0xFFFF < limit, words >> 16 < limit], axis=-1)[..., :genes]
 
     if chunk:
-        keys, threshold = batch.fold(keys), batch.fold(threshold)
-        axis, cells = keys.ndim - 1, keys.shape[-1]
+        keys = batch.fold(keys)
+        threshold = batch.fold(threshold)
+        axis = keys.ndim - 1
+        cells = keys.shape[-1]
+        # A loop, so that the random words of one chunk only are in memory: they take twice the space of the mask.
         size = min(chunk, cells)
 
         def draw(index, mask):
+            # Each cell has its own key, so drawing the overlap of the last chunk twice gives the same bits.
             start = jnp.minimum(index * size, cells - size)
             part = (jax.lax.dynamic_slice_in_dim(x, start, size, axis) for x in (keys, threshold))
             return jax.lax.dynamic_update_slice_in_dim(mask, drawn(*part), start, axis)
@@ -274,8 +312,10 @@ def sample_visible(
     shape = (batch.cell_mask.shape[0], batch.segments)
     reduced = jax.random.bernoulli(reduced_key, config.panel_fraction, shape)
     low = jnp.log(config.panel_minimum)
+    # Uniform on a logarithmic scale, so that small panels are as frequent as large ones.
     share = jnp.exp(jax.random.uniform(share_key, shape, minval=low, maxval=0.0))
     share = jnp.where(reduced, share, 1.0)
+    # One draw per sample and gene, not per cell: all cells of a sample have the same panel.
     rank = jax.random.uniform(gene_key, (*shape, genes))
     panel = rank < share[..., None]  # [samples, segments, genes]
     cell = batch.cell_of_nonzero()

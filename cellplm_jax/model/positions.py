@@ -28,7 +28,9 @@ def grid_square(coordinates: Float[Array, "*batch 2"], grid: int) -> Int32[Array
 
 
 def sinusoidal_encoding(
-    coordinates: Float[Array, "*batch 2"], width: int, grid: int
+    coordinates: Float[Array, "*batch 2"],
+    width: int,
+    grid: int,
 ) -> Float32[Array, "*batch {width}"]:
     """Return the fixed 2-D sinusoidal encoding.
 
@@ -76,7 +78,8 @@ class Positions(nn.Module):
             eigenvectors: Used by kind ``"laplacian"`` instead of coordinates.
             train: Whether to flip the (arbitrary) signs of the eigenvectors at random, once per sample.
         """
-        config, hidden = self.config.positions, self.config.hidden
+        config = self.config.positions
+        hidden = self.config.hidden
         missing = self.param("missing", nn.initializers.normal(1e-2), (hidden,))
         source = eigenvectors if config.kind == "laplacian" else coordinates
         absent = source is None
@@ -87,14 +90,18 @@ class Positions(nn.Module):
             encoded = sinusoidal_encoding(source, hidden, config.grid)
         elif config.kind == "grid":
             table = self.param(
-                "table", nn.initializers.normal(1.0), (config.grid * config.grid, hidden)
+                "table",
+                nn.initializers.normal(1.0),
+                (config.grid * config.grid, hidden),
             )
             square = grid_square(source, config.grid)
             encoded = table[square[..., 0] * config.grid + square[..., 1]]
         else:
             if config.kind == "laplacian" and train:
                 signs = jax.random.rademacher(
-                    self.make_rng("dropout"), (source.shape[0], 1, source.shape[2]), source.dtype
+                    self.make_rng("dropout"),
+                    (source.shape[0], 1, source.shape[2]),
+                    source.dtype,
                 )
                 source = source * signs
             encoded = prelu("prelu")(dense(hidden, "linear")(source))

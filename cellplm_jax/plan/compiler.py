@@ -97,7 +97,8 @@ def describe_devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = dict(topology.chip.options)
-    name, chip = topology.name, topology.chip
+    name = topology.name
+    chip = topology.chip
     if chip.platform == "cuda":
         # Hosts, processes per host, GPUs per process.
         options |= {
@@ -110,7 +111,9 @@ def describe_devices(topology: Topology) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         description = topologies.get_topology_desc(
-            platform=chip.platform, topology_name=name, **options
+            platform=chip.platform,
+            topology_name=name,
+            **options,
         )
     except Exception as error:
         raise InputError(
@@ -149,13 +152,20 @@ def compile_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict
     from cellplm_jax.train.step import abstract_batch, abstract_state, compile_training_step
 
     mesh = make_mesh(config.mesh, devices=describe_devices(topology))
-    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    check_divides(
+        mesh,
+        rows=config.data.rows,
+        genes=config.model.genes,
+        cells=config.data.cells,
+    )
     start = time.monotonic()
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, nonzeros)
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(config, mesh, nonzeros)
     traced = compile_training_step(config, mesh).trace(state, batch)
     flops = product_flops(traced.jaxpr)
     lowered = traced.lower()
-    traced_at, processor = time.monotonic(), time.process_time()
+    traced_at = time.monotonic()
+    processor = time.process_time()
     result: dict[str, Any] = {
         "parameters": _size(state.params),
         "step_product_flops": flops,
@@ -243,7 +253,11 @@ def _size(tree: Any) -> int:
 
 
 def compile_apart(
-    config: TrainConfig, topology: Topology, nonzeros: int, *, timeout: float | None = None
+    config: TrainConfig,
+    topology: Topology,
+    nonzeros: int,
+    *,
+    timeout: float | None = None,
 ) -> dict[str, Any]:
     """Run :func:`compile_step` in a separate process.
 
@@ -270,7 +284,8 @@ def compile_apart(
     with scratch_folder("cellplm-plan-") as directory:
         # The compiler's temporary files are deleted with the folder, even if the compiler is stopped.
         environment["TMPDIR"] = str(directory)
-        request, answer = directory / "request.json", directory / "answer.json"
+        request = directory / "request.json"
+        answer = directory / "answer.json"
         request.write_text(
             json.dumps(
                 {"config": to_dict(config), "topology": topology.name, "nonzeros": nonzeros}
@@ -280,7 +295,11 @@ def compile_apart(
         command = [sys.executable, "-m", __name__, str(request), str(answer)]
         try:
             done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=timeout
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(

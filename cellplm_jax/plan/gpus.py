@@ -84,7 +84,8 @@ def parse_host(name: str) -> tuple[str, int] | None:
     match = re.fullmatch(r"([a-z]+\d+)(?:[:x-](\d+))?", name.strip().lower())
     if match is None or match.group(1) not in GPUS:
         return None
-    gpu, number = match.group(1), int(match.group(2) or 1)
+    gpu = match.group(1)
+    number = int(match.group(2) or 1)
     if number not in HOSTS:
         raise InputError(
             f"topology '{name}' has {number} GPUs",

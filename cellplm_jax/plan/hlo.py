@@ -295,9 +295,11 @@ def group_size(attributes: str, devices: int) -> int:
 def _sent(kind: str, group: int, payload: float) -> float:
     if group <= 1:
         return 0.0
+    # Ring algorithms: a reduce-scatter and an all-gather, each of which sends all but a device's own share.
     if kind == "all-reduce":
         return 2 * (group - 1) / group * payload
     if kind == "reduce-scatter":
+        # The payload is the output, a share of what each device has.
         return (group - 1) * payload
     if kind in ("collective-permute", "collective-broadcast"):
         return payload
@@ -340,6 +342,7 @@ def trip_count(program: Program, loop: Instruction) -> int | None:
     if "direction=LT" in compare.attributes:
         return max(0, int(limit.literal))
     if "direction=LE" in compare.attributes:
+        # `<=` includes the limit.
         return max(0, int(limit.literal) + 1)
     return None
 
@@ -388,6 +391,7 @@ def product_flops(instruction: Instruction, operands: tuple[Shape, Shape]) -> fl
     for dimension in range(spatial):
         label = str(dimension)
         output = np.arange(out.extents[outputs.index(label)])
+        # Pairs of output and kernel position whose input exists: not padding, and not between dilated entries.
         offset = np.arange(window["size"][dimension]) * window["dilation"][dimension]
         extent = left.extents[inputs.index(label)]
         place = output[:, None] * window["stride"][dimension] + offset - window["low"][dimension]
@@ -449,6 +453,7 @@ class _Reader:
             self.communication(entry, place)
             if not place.fused:
                 self.cost.memory_bytes += place.times * self.traffic(computation, entry)
+                # SparseCores run next to the matrix units, so their cycles do not add up.
                 cycles = None if place.sparse else _CYCLES.search(entry.attributes)
                 self.cost.cycles += place.times * int(cycles.group(1)) if cycles else 0
             for called, inner in self.within(entry, place):
@@ -458,6 +463,7 @@ class _Reader:
         """Yield the computations that an instruction runs, with their contexts."""
         if entry.opcode == "while":
             rounds = trip_count(self.program, entry)
+            # Counted once, and reported: the cost is then a lower bound.
             self.cost.unknown_loops += rounds is None
             inner = replace(
                 place,
@@ -488,7 +494,10 @@ class _Reader:
                 yield called
 
     def arithmetic(
-        self, computation: dict[str, Instruction], entry: Instruction, place: _Place
+        self,
+        computation: dict[str, Instruction],
+        entry: Instruction,
+        place: _Place,
     ) -> None:
         times = place.times
         if entry.opcode in ("dot", "convolution") and len(entry.operands) >= 2:
@@ -507,13 +516,16 @@ class _Reader:
                 self.cost.elements += times * count
 
     def accesses(
-        self, computation: dict[str, Instruction], entry: Instruction
+        self,
+        computation: dict[str, Instruction],
+        entry: Instruction,
     ) -> tuple[float, float]:
         """Return the number of positions that a gather or scatter accesses, and the number of elements at each."""
         if entry.opcode == "gather":
             match = re.search(r"slice_sizes=\{([\d,]*)\}", entry.attributes)
             width = math.prod(int(n) for n in match.group(1).split(",") if n) if match else 1
             return entry.shapes[0].elements / max(width, 1), width
+        # A scatter of n arrays has 2 n + 1 operands: arrays, indices, updates.
         arrays = len(entry.operands) // 2
         updates = self.shapes(computation, entry.operands[-1])
         if not updates:
@@ -548,6 +560,7 @@ class _Reader:
             return _main(made[:2])
         if entry.opcode == "slice-start":
             source, result = made[0], made[1]
+            # Only the slice moves, whatever the size of its source.
             return result.size * ((source.space == 0) + (result.space == 0))
         if entry.opcode.endswith("-start"):
             return _main(made)
@@ -573,7 +586,9 @@ class _Reader:
             number = int(inner.literal)
             if number >= len(read) or not any(shape.space == 0 for shape in read[number]):
                 continue
-            whole, part = _main(read[number]), self.taken(body, inner.name)
+            whole = _main(read[number])
+            part = self.taken(body, inner.name)
+            # A value that several instructions read stays on the chip after the first read.
             total += whole if part is None else min(whole, part)
         root = next((inner for inner in body.values() if inner.root), None)
         if root is None:
@@ -610,6 +625,7 @@ class _Reader:
             elif user.opcode == "gather" and first:
                 part = user.shapes[0].size
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
+                # Updated in place: the write is counted at the root of the fusion.
                 part = 0.0
             elif user.opcode in ("bitcast", "reshape"):
                 part = self.taken(body, user.name)

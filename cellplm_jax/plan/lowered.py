@@ -36,14 +36,23 @@ def lower_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict[s
         ConfigError: The mesh does not fit the topology or the run's sizes.
     """
     mesh = make_mesh(config.mesh, devices=jax.devices()[: topology.devices])
-    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    check_divides(
+        mesh,
+        rows=config.data.rows,
+        genes=config.model.genes,
+        cells=config.data.cells,
+    )
     start = time.monotonic()
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh, nonzeros)
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(config, mesh, nonzeros)
     traced = compile_training_step(config, mesh).trace(state, batch)
-    traced_at, processor = time.monotonic(), time.process_time()
+    traced_at = time.monotonic()
+    processor = time.process_time()
+    # Lowering checks that every operation exists for GPUs.
     traced.lower(lowering_platforms=("cuda",))
     flops = product_flops(traced.jaxpr)
-    held, given = _bytes(state), _bytes(batch)
+    held = _bytes(state)
+    given = _bytes(batch)
     products = sum(_operand_bytes(traced.jaxpr)) / topology.devices
     stored = config.accumulate * config.data.rows * config.mesh.cells * nonzeros / topology.devices
     cost = Cost(
@@ -53,7 +62,8 @@ def lower_step(config: TrainConfig, topology: Topology, nonzeros: int) -> dict[s
         elements=stored,
     )
     times = estimate(cost, topology)
-    total, available = held + given, topology.chip.memory
+    total = held + given
+    available = topology.chip.memory
     return {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "step_product_flops": flops,
@@ -94,6 +104,7 @@ def _operand_bytes(jaxpr: Any, times: int = 1) -> Iterator[float]:
             arrays = [part.aval for part in (*equation.invars, *equation.outvars)]
             yield times * float(sum(part.size * part.dtype.itemsize for part in arrays))
             continue
+        # Loops of unknown length count once, as in the compiled program.
         rounds = equation.params["length"] if equation.primitive.name == "scan" else 1
         for part in inner_jaxprs(equation.params.values()):
             yield from _operand_bytes(part, times * rounds)

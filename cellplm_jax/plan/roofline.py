@@ -51,6 +51,7 @@ class Estimate:
     @property
     def serial(self) -> float:
         """Time of a step in which nothing overlaps."""
+        # Without the compiler's schedule, the slower of both.
         on_chip = self.schedule or max(self.products, self.memory)
         return on_chip + self.interconnect + self.elements
 

@@ -111,6 +111,7 @@ def change(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
         place = values
         *parents, last = name.split(".")
         for parent in parents:
+            # An unknown name is created here, and from_dict rejects it with the nearest one.
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise ConfigError(
@@ -179,7 +180,11 @@ def parse_mesh(text: str, devices: int) -> MeshConfig:
             f"the {devices} of the topology",
             "Change one of the axes",
         )
-    return MeshConfig(data=data, cells=sizes.get("cells", 1), genes=sizes.get("genes", 1))
+    return MeshConfig(
+        data=data,
+        cells=sizes.get("cells", 1),
+        genes=sizes.get("genes", 1),
+    )
 
 
 def with_mesh(config: TrainConfig, mesh: MeshConfig, rows: int | None) -> TrainConfig:
@@ -215,10 +220,14 @@ class Candidate:
 
 def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> Candidate:
     """Estimate the cost of a mesh roughly, from the sizes of the large arrays."""
-    model, mesh, data = config.model, config.mesh, config.data
+    model = config.model
+    mesh = config.mesh
+    data = config.data
     rows = data.rows / mesh.data
     cells = data.cells * (1 - config.masking.drop_cells) / mesh.cells
-    genes, hidden = model.genes / mesh.genes, model.hidden
+    genes = model.genes / mesh.genes
+    hidden = model.hidden
+    # Per gene: its row of the embedding, its column of the output layer, and a few single parameters.
     by_gene = genes * (hidden + model.decoder.bottleneck + 3)
     layer = (4 + 2 * model.encoder.feedforward) * hidden**2
     tables = model.decoder.hidden * (
@@ -229,8 +238,10 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
     width = 1.0 if config.rematerialize else model.encoder.layers
     activations = rows * cells * hidden * 4 * (12 * width + 20)
     wire = rows * data.cells / mesh.cells * nonzeros_per_cell * (4 * config.accumulate + 16)
+    # 16 bytes per parameter: itself, its gradient and both moments, in float32.
     memory = 16 * (by_gene + others) + 10 * dense + activations + wire
     flops = 6 * rows * cells * (by_gene + model.encoder.layers * layer)
+    # One more forward pass on top of one forward and two backward.
     flops *= 4 / 3 if config.rematerialize else 1
     sent = 8 * (by_gene + others) + 16 * rows * cells * hidden * (mesh.genes > 1)
     chip = topology.chip
@@ -243,7 +254,11 @@ def _guess(config: TrainConfig, topology: Topology, nonzeros_per_cell: int) -> C
 
 
 def candidates(
-    config: TrainConfig, topology: Topology, nonzeros_per_cell: int, *, rows: int | None = None
+    config: TrainConfig,
+    topology: Topology,
+    nonzeros_per_cell: int,
+    *,
+    rows: int | None = None,
 ) -> list[Candidate]:
     """Return candidate meshes, the most promising first.
 
@@ -260,6 +275,7 @@ def candidates(
     """
     found = []
     devices = topology.devices
+    # All factorisations of the number of devices into three axes.
     for cells in (n for n in range(1, devices + 1) if devices % n == 0):
         if config.data.cells % cells or (cells > 1 and config.data.cells // cells < FEWEST_CELLS):
             continue
@@ -318,7 +334,9 @@ def plan(
     if mesh is not None:
         chosen = [
             _guess(
-                with_mesh(config, parse_mesh(mesh, place.devices), rows), place, nonzeros_per_cell
+                with_mesh(config, parse_mesh(mesh, place.devices), rows),
+                place,
+                nonzeros_per_cell,
             )
         ]
         spare: list[Candidate] = []
@@ -332,6 +350,7 @@ def plan(
                 "Change --rows, or data.cells",
             )
         chosen = possible[:tries]
+        # The smallest of the rest is compiled only if nothing fits, to answer whether anything can.
         spare = sorted(possible[tries:], key=lambda entry: entry.memory)[:1]
     tried: list[dict[str, Any]] = []
     for number, candidate in enumerate([*chosen, *spare], start=1):
@@ -459,7 +478,8 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
             f"{in_gibibytes(entry['shortage'])} too much",
             _compilation(entry),
         ]
-    device, seconds = entry["device"], entry["seconds"]
+    device = entry["device"]
+    seconds = entry["seconds"]
     parts = ("arguments", "outputs", "aliased", "temporaries", "code")
     sizes = ", ".join(f"{part} {_amount(memory[part], 'B')}" for part in parts)
     lines += [
@@ -468,7 +488,8 @@ def _entry_lines(entry: Mapping[str, Any]) -> list[str]:
     ]
     if not entry["fits"]:
         lines.append(f"  does not fit      {in_gibibytes(entry['shortage'])} too much")
-    stated, sparse = entry["compiler"]["flops"], device["sparse_elements"]
+    stated = entry["compiler"]["flops"]
+    sparse = device["sparse_elements"]
     lines += [
         f"  FLOPs a device    {_amount(device['flops'])} in products, loops counted as often as they run"
         + (f"; {_amount(stated)} in all by the compiler, loops once" if stated else ""),

@@ -9,9 +9,7 @@ so that figures can be printed in grey. This module computes no scores.
 
 from cellplm_jax.plot.cells import scale_of, spatial, umap
 from cellplm_jax.plot.charts import (
-    ablation_dots,
     agreement,
-    benchmark_lines,
     calibration,
     change_map,
     comparison_bars,
@@ -22,13 +20,9 @@ from cellplm_jax.plot.charts import (
 )
 from cellplm_jax.plot.curves import fitting_curves, run_picture, training_curves
 from cellplm_jax.plot.effects import effect_panels, values_by_group
-from cellplm_jax.plot.maps import (
-    cell_attention,
-    cell_panels,
-    gene_map,
-    panels,
-    spatial_comparison,
-)
+from cellplm_jax.plot.experiments import ablation_dots, benchmark_lines
+from cellplm_jax.plot.maps import cell_attention, gene_map
+from cellplm_jax.plot.rows import cell_panels, panels, spatial_comparison
 from cellplm_jax.plot.sections import heat_map, spatial_sections
 from cellplm_jax.plot.style import (
     PALETTE,

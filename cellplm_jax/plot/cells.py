@@ -86,14 +86,25 @@ def umap(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     options: dict[str, Any] = {
-        "color_label": color_label, "color_map": color_map, "color_limits": color_limits,
-        "point_size": point_size, "legend": legend, "label_groups": label_groups,
-        "axis_name": axis_name, "seed": seed,
-    }  # fmt: skip
+        "color_label": color_label,
+        "color_map": color_map,
+        "color_limits": color_limits,
+        "point_size": point_size,
+        "legend": legend,
+        "label_groups": label_groups,
+        "axis_name": axis_name,
+        "seed": seed,
+    }
     if not hasattr(coordinates, "obsm"):
         _check_arrays(labels, color)
         return embedding_map(
-            coordinates, labels, title=title, palette=palette, ax=ax, show=show, **options
+            coordinates,
+            labels,
+            title=title,
+            palette=palette,
+            ax=ax,
+            show=show,
+            **options,
         )
     adata = coordinates
     points = _layout(adata, basis, use_rep)
@@ -103,9 +114,13 @@ def umap(
         if name is None:
             options["legend"] = False
         return embedding_map(
-            points, values, palette=colors, ax=axes,
-            title=shown if title is None or axes is not ax else title, **options,
-        )  # fmt: skip
+            points,
+            values,
+            palette=colors,
+            ax=axes,
+            title=shown if title is None or axes is not ax else title,
+            **options,
+        )
 
     return _panels(color, draw, columns, (4.2, 3.8), ax, title, show)
 
@@ -170,16 +185,27 @@ def spatial(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     options: dict[str, Any] = {
-        "color_label": color_label, "color_map": color_map, "color_limits": color_limits,
-        "point_size": point_size, "legend": legend, "unit": unit, "image_origin": image_origin,
+        "color_label": color_label,
+        "color_map": color_map,
+        "color_limits": color_limits,
+        "point_size": point_size,
+        "legend": legend,
+        "unit": unit,
+        "image_origin": image_origin,
         "seed": seed,
-    }  # fmt: skip
+    }
     if not hasattr(coordinates, "obsm"):
         _check_arrays(values, color)
         return tissue_map(
-            coordinates, values, title=title, palette=palette, ax=ax, show=show,
-            micrometres_per_unit=micrometres_per_unit, **options,
-        )  # fmt: skip
+            coordinates,
+            values,
+            title=title,
+            palette=palette,
+            ax=ax,
+            show=show,
+            micrometres_per_unit=micrometres_per_unit,
+            **options,
+        )
     adata = coordinates
     points = _coordinates(adata, basis, "Store the tissue coordinates there, or pass basis=...")
     scale = micrometres_per_unit or scale_of(adata)
@@ -189,9 +215,14 @@ def spatial(
         if name is None:
             options["legend"] = False
         return tissue_map(
-            points, column, palette=colors, ax=axes, micrometres_per_unit=scale,
-            title=shown if title is None or axes is not ax else title, **options,
-        )  # fmt: skip
+            points,
+            column,
+            palette=colors,
+            ax=axes,
+            micrometres_per_unit=scale,
+            title=shown if title is None or axes is not ax else title,
+            **options,
+        )
 
     extent = np.maximum(np.ptp(points, axis=0), 1e-9)
     height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0)) + 0.4
@@ -247,7 +278,10 @@ def _layout(adata: Any, basis: str, use_rep: str) -> np.ndarray:
 
 
 def _values(
-    adata: Any, name: str | None, layer: str | None, palette: Any
+    adata: Any,
+    name: str | None,
+    layer: str | None,
+    palette: Any,
 ) -> tuple[Any, Any, str | None]:
     """Return values of a column or gene, their colours, and the title."""
     if name is None:
@@ -308,9 +342,12 @@ def _panels(
     with styled():
         # Room for a legend beside each panel.
         figure, grid = pyplot.subplots(
-            rows, columns, figsize=((size[0] + 1.6) * columns, size[1] * rows),
-            layout="constrained", squeeze=False,
-        )  # fmt: skip
+            rows,
+            columns,
+            figsize=((size[0] + 1.6) * columns, size[1] * rows),
+            layout="constrained",
+            squeeze=False,
+        )
         panels = grid.ravel()
         for panel in panels[len(names) :]:
             panel.remove()

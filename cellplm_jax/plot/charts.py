@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from cellplm_jax.errors import InputError, explain, nearest, require
+from cellplm_jax.errors import InputError, explain, require
 from cellplm_jax.plot.style import (
-    DASHES,
     HATCHES,
-    MARKERS,
     PALETTE,
     gene_labels,
     picture,
@@ -81,7 +79,11 @@ def comparison_bars(
     width = 0.84 / methods
     room = scores * (methods * 0.36 + 0.25) + 0.7
     with picture(
-        ax, (float(np.clip(room, 3.2, 12.0)), 3.4), title=title, show=show, beside=True
+        ax,
+        (float(np.clip(room, 3.2, 12.0)), 3.4),
+        title=title,
+        show=show,
+        beside=True,
     ) as axes:
         for place, (method, row) in enumerate(frame.iterrows()):
             left = np.arange(scores) + (place - (methods - 1) / 2) * width
@@ -131,7 +133,10 @@ def comparison_bars(
         axes.margins(y=0.1)
         if methods > 1:
             axes.legend(
-                frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
+                frameon=False,
+                loc="center left",
+                bbox_to_anchor=(1.01, 0.5),
+                borderaxespad=0.0,
             )
     return axes
 
@@ -164,18 +169,28 @@ def table_bars(
     """
     if not values:
         raise InputError(explain("no rows to draw", "at least one name and number", "Give some"))
-    names, heights = gene_labels(values), np.array([*values.values()], np.float64)
+    names = gene_labels(values)
+    heights = np.array([*values.values()], np.float64)
     whole = bool(np.all(heights == np.round(heights)))
-    with picture(ax, (5.6, 0.26 * len(names) + 0.8), title=title, show=show) as axes:
+    with picture(
+        ax,
+        (5.6, 0.26 * len(names) + 0.8),
+        title=title,
+        show=show,
+    ) as axes:
         places = np.arange(len(names))
         axes.barh(places, heights, color=color, height=0.72)
         for place, height in zip(places, heights, strict=True):
             text = f"{height:,.0f}" if whole else f"{height:.3g}"
             axes.annotate(
-                text.replace("-", "\N{MINUS SIGN}"), (height, place),
-                xytext=(3 if height >= 0 else -3, 0), textcoords="offset points", va="center",
-                ha="left" if height >= 0 else "right", fontsize=7.5,
-            )  # fmt: skip
+                text.replace("-", "\N{MINUS SIGN}"),
+                (height, place),
+                xytext=(3 if height >= 0 else -3, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if height >= 0 else "right",
+                fontsize=7.5,
+            )
         axes.set_yticks(places, names)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
@@ -215,7 +230,8 @@ def dot_plot(
         InputError: A table is empty, contains non-numeric values, or the two differ in shape.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    mean, share = _frame(means, "The table of means"), _frame(shares, "The table of shares")
+    mean = _frame(means, "The table of means")
+    share = _frame(shares, "The table of shares")
     if mean.shape != share.shape:
         raise InputError(
             f"{mean.shape} means and {share.shape} shares", "the same shape", "Pass the same genes"
@@ -224,12 +240,24 @@ def dot_plot(
     low = mean.min(axis=0)
     scaled = (mean - low) / np.maximum(mean.max(axis=0) - low, 1e-9)
     width = float(np.clip(0.24 * genes + 1.2, 2.4, 14.0))
-    with picture(ax, (width, 0.24 * groups + 1.1), title=title, show=show, beside=True) as axes:
+    with picture(
+        ax,
+        (width, 0.24 * groups + 1.1),
+        title=title,
+        show=show,
+        beside=True,
+    ) as axes:
         rows, columns = np.divmod(np.arange(groups * genes), genes)
         drawn = axes.scatter(
-            columns, rows, s=2 + 95 * share.to_numpy().ravel(), c=scaled.to_numpy().ravel(),
-            cmap="viridis", vmin=0, vmax=1, linewidths=0,
-        )  # fmt: skip
+            columns,
+            rows,
+            s=2 + 95 * share.to_numpy().ravel(),
+            c=scaled.to_numpy().ravel(),
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            linewidths=0,
+        )
         axes.set_xticks(range(genes), gene_labels(mean.columns), rotation=90)
         axes.set_yticks(range(groups), [str(name) for name in mean.index])
         axes.set_xlim(-0.7, genes - 0.3)
@@ -237,6 +265,7 @@ def dot_plot(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=14)
+        # Each gene is scaled by itself, so the bar has no numbers.
         bar.set_ticks([0, 1], labels=["lowest\ngroup", "highest\ngroup"])
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.set_label(value_label)
@@ -278,15 +307,23 @@ def confusion_matrix(
         names = [f"{name} ({n:,})" for name, n in zip(frame.index, totals, strict=True)]
         axes.set_yticks(np.arange(rows), names)
         axes.set_xticks(
-            np.arange(columns), [str(name) for name in frame.columns], rotation=45, ha="right",
+            np.arange(columns),
+            [str(name) for name in frame.columns],
+            rotation=45,
+            ha="right",
             rotation_mode="anchor",
-        )  # fmt: skip
+        )
         if max(rows, columns) <= 25:
             for row, column in zip(*np.nonzero(cells), strict=True):
                 axes.text(
-                    column, row, f"{100 * share[row, column]:.0f}", ha="center", va="center",
-                    fontsize=7, color="white" if share[row, column] > 0.55 else "#1A1A1A",
-                )  # fmt: skip
+                    column,
+                    row,
+                    f"{100 * share[row, column]:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if share[row, column] > 0.55 else "#1A1A1A",
+                )
         axes.set_ylabel("truth (cells)")
         axes.set_xlabel("predicted")
         axes.spines[:].set_visible(False)
@@ -326,7 +363,8 @@ def calibration(
         InputError: The lengths differ, or a confidence is not between 0 and 1.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    right, confidence = np.asarray(right, bool), np.asarray(confidence, np.float64)
+    right = np.asarray(right, bool)
+    confidence = np.asarray(confidence, np.float64)
     if right.shape != confidence.shape or right.ndim != 1 or not len(right):
         raise InputError(
             f"{right.shape} predictions and {confidence.shape} confidences",
@@ -335,21 +373,45 @@ def calibration(
         )
     if not ((confidence >= 0) & (confidence <= 1.0 + 1e-6)).all():
         raise InputError("a confidence outside of 0 to 1", "probabilities", "Normalise them")
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    # Bins are open below and closed above; 0 belongs to the first.
+    place = np.clip(
+        np.ceil(confidence * bins).astype(int) - 1,
+        0,
+        bins - 1,
+    )
     size = np.bincount(place, minlength=bins)
     filled = np.flatnonzero(size)
     x = np.bincount(place, weights=confidence, minlength=bins)[filled] / size[filled]
     y = np.bincount(place, weights=right, minlength=bins)[filled] / size[filled]
     with picture(ax, (4.0, 3.8), title=title, show=show) as axes:
-        axes.plot([0, 1], [0, 1], color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
+        axes.plot(
+            [0, 1],
+            [0, 1],
+            color="#8C8C8C",
+            linewidth=1.0,
+            linestyle=(0, (4, 2)),
+            zorder=1,
+        )
         axes.plot(x, y, color=PALETTE[0], linewidth=1.2, zorder=2)
         area = 18 + 130 * np.sqrt(size[filled] / size.max())
-        axes.scatter(x, y, s=area, color=PALETTE[0], edgecolors="white", linewidths=0.6, zorder=3)
+        axes.scatter(
+            x,
+            y,
+            s=area,
+            color=PALETTE[0],
+            edgecolors="white",
+            linewidths=0.6,
+            zorder=3,
+        )
         for left, up, number in zip(x, y, size[filled], strict=True):
             axes.annotate(
-                f"{number:,}", (left, up), xytext=(7, -9), textcoords="offset points",
-                fontsize=7.5, color="#4D4D4D",
-            )  # fmt: skip
+                f"{number:,}",
+                (left, up),
+                xytext=(7, -9),
+                textcoords="offset points",
+                fontsize=7.5,
+                color="#4D4D4D",
+            )
         axes.set_xlim(-0.02, 1.08)
         axes.set_ylim(-0.04, 1.04)
         axes.set_xlabel("mean confidence of a bin")
@@ -396,13 +458,21 @@ def histogram(
         raise InputError(explain("no finite value to draw", "at least one", "Check the values"))
     with picture(ax, (4.8, 2.8), title=title, show=show) as axes:
         axes.hist(
-            numbers, bins=bins, range=limits, color=PALETTE[0], edgecolor="white", linewidth=0.4
+            numbers,
+            bins=bins,
+            range=limits,
+            color=PALETTE[0],
+            edgecolor="white",
+            linewidth=0.4,
         )
         middle = float(np.median(numbers))
         axes.axvline(
-            middle, color=PALETTE[3], linewidth=1.2, linestyle=(0, (4, 1.5)),
+            middle,
+            color=PALETTE[3],
+            linewidth=1.2,
+            linestyle=(0, (4, 1.5)),
             label=f"median {middle:.3g}",
-        )  # fmt: skip
+        )
         axes.set_xlabel(value_label)
         axes.set_ylabel(counted)
         axes.yaxis.get_major_locator().set_params(integer=True)
@@ -441,7 +511,8 @@ def agreement(
         InputError: The lengths differ, or there is nothing to draw.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    x, y = np.asarray(measured, np.float64).ravel(), np.asarray(predicted, np.float64).ravel()
+    x = np.asarray(measured, np.float64).ravel()
+    y = np.asarray(predicted, np.float64).ravel()
     if x.shape != y.shape:
         raise InputError(
             f"{len(x)} measured and {len(y)} predicted numbers", "one of each", "Pair them first"
@@ -454,15 +525,28 @@ def agreement(
         raise InputError(explain("no pair of numbers to draw", "at least one", "Check the values"))
     with picture(ax, (4.2, 3.9), title=title, show=show) as axes:
         size = float(np.clip(9_000 / len(x), 2.0, 18.0))
-        axes.scatter(x, y, s=size, color=PALETTE[0], alpha=0.35, linewidths=0, rasterized=True)
+        axes.scatter(
+            x,
+            y,
+            s=size,
+            color=PALETTE[0],
+            alpha=0.35,
+            linewidths=0,
+            rasterized=True,
+        )
         if logarithmic:
             axes.set_xscale("log")
             axes.set_yscale("log")
-        low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+        low = float(min(x.min(), y.min()))
+        high = float(max(x.max(), y.max()))
         axes.axline(
-            (low, low), (high, high) if high > low else (low + 1, low + 1),
-            color="#4D4D4D", linewidth=1.0, linestyle=(0, (4, 2)), zorder=3,
-        )  # fmt: skip
+            (low, low),
+            (high, high) if high > low else (low + 1, low + 1),
+            color="#4D4D4D",
+            linewidth=1.0,
+            linestyle=(0, (4, 2)),
+            zorder=3,
+        )
         axes.set_xlabel(f"{value_label}, {names[0]}")
         axes.set_ylabel(f"{value_label}, {names[1]}")
         axes.spines[["top", "right"]].set_visible(False)
@@ -501,13 +585,20 @@ def change_map(
     rows, columns = frame.shape
     width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))
     with picture(
-        ax, (width, float(np.clip(0.26 * rows + 1.3, 1.9, 10.0))), title=title, show=show
+        ax,
+        (width, float(np.clip(0.26 * rows + 1.3, 1.9, 10.0))),
+        title=title,
+        show=show,
     ) as axes:
         drawn = axes.imshow(values, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
         axes.set_xticks(
-            np.arange(columns), gene_labels(frame.columns), rotation=60, ha="right",
-            rotation_mode="anchor", fontsize=7.5,
-        )  # fmt: skip
+            np.arange(columns),
+            gene_labels(frame.columns),
+            rotation=60,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=7.5,
+        )
         axes.set_yticks(np.arange(rows), gene_labels(frame.index))
         axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
@@ -517,123 +608,4 @@ def change_map(
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=18)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.set_label(value_label)
-    return axes
-
-
-def ablation_dots(
-    scores: Mapping[str, Sequence[float]],
-    *,
-    reference: str,
-    value_label: str = "score",
-    title: str | None = None,
-    ax: Axes | None = None,
-    show: bool = False,
-) -> Axes:
-    """Draw ablation scores: one row per variant, one dot per seed, a bar at the mean, the reference as a line.
-
-    Args:
-        scores: ``{variant: scores of its seeds}``, including the reference.
-        reference: Name of the complete model.
-        value_label: Name of the score; the plot does not assume that higher is better.
-        title: Title of the plot.
-        ax: Axes to draw on. None: a new figure, high enough for the rows.
-        show: Call ``matplotlib.pyplot.show()`` before returning.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        InputError: The reference is missing, or a variant has no finite score.
-        MissingDependencyError: The extra ``eval`` is not installed.
-    """
-    seeds = {str(name): np.asarray(values, np.float64).ravel() for name, values in scores.items()}
-    if reference not in seeds:
-        raise InputError(
-            f"no scores of the reference '{reference}'",
-            f"one of {', '.join(map(repr, seeds)) or 'no variants at all'}",
-            nearest(reference, seeds, "Name the complete model"),
-        )
-    for name, values in seeds.items():
-        if not values.size or not np.isfinite(values).all():
-            raise InputError(
-                f"variant '{name}' has no finite score", "one per seed", "Remove the variant"
-            )
-    with picture(ax, (5.6, 0.3 * len(seeds) + 0.9), title=title, show=show) as axes:
-        whole = seeds[reference].mean()
-        axes.axvline(whole, color="#8C8C8C", linewidth=1.0, linestyle=(0, (4, 2)), zorder=1)
-        for place, (name, values) in enumerate(seeds.items()):
-            color = PALETTE[3] if name == reference else PALETTE[0]
-            axes.plot(
-                values, np.full(len(values), place), "o", color=color, markersize=5.5, alpha=0.75,
-                markeredgewidth=0, zorder=2,
-            )  # fmt: skip
-            axes.plot(
-                [values.mean()] * 2, [place - 0.3, place + 0.3], color=color, linewidth=2, zorder=3
-            )
-            text = f"{values.mean():.3f}"
-            if name != reference:
-                text += f" ({values.mean() - whole:+.3f})"
-            axes.annotate(
-                text.replace("-", "\N{MINUS SIGN}"), (1.01, place), va="center", fontsize=7.5,
-                xycoords=axes.get_yaxis_transform(), annotation_clip=False,
-            )  # fmt: skip
-        axes.set_yticks(np.arange(len(seeds)), list(seeds))
-        axes.set_ylim(len(seeds) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(value_label)
-        axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    return axes
-
-
-def benchmark_lines(
-    curves: Mapping[str, Mapping[float, float]],
-    *,
-    size_label: str,
-    value_label: str,
-    title: str | None = None,
-    ax: Axes | None = None,
-    show: bool = False,
-) -> Axes:
-    """Draw cost against size with logarithmic axes, one line per method.
-
-    Args:
-        curves: ``{method: {size: value}}``; all numbers above 0.
-        size_label: Such as ``"cells"``.
-        value_label: Such as ``"seconds"``.
-        title: Title of the plot.
-        ax: Axes to draw on. None: a new figure.
-        show: Call ``matplotlib.pyplot.show()`` before returning.
-
-    Returns:
-        The Axes.
-
-    Raises:
-        InputError: There is nothing to draw, or a number is not above 0.
-        MissingDependencyError: The extra ``eval`` is not installed.
-    """
-    numbers = [n for curve in curves.values() for pair in curve.items() for n in pair]
-    if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise InputError(
-            "sizes and values that are not all above 0" if numbers else "no sizes and values",
-            "numbers above 0 for logarithmic axes",
-            "Remove the others",
-        )
-    with picture(ax, (4.8, 3.4), title=title, show=show, beside=True) as axes:
-        for place, (method, curve) in enumerate(curves.items()):
-            sizes = sorted(curve)
-            axes.plot(
-                sizes, [curve[size] for size in sizes], color=PALETTE[place % len(PALETTE)],
-                marker=MARKERS[place % len(MARKERS)], markersize=5, label=str(method),
-                linestyle=DASHES[place % len(DASHES)],
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel(size_label)
-        axes.set_ylabel(value_label)
-        axes.grid(color="#E8E8E8", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0)
     return axes

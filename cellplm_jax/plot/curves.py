@@ -48,6 +48,7 @@ def _read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             row = parse_json(line)
         except ValueError as error:
+            # A run may be writing this line.
             if number == len(lines):
                 break
             raise InputError(
@@ -78,7 +79,9 @@ def _metrics_rows(
 
 
 def _series(
-    rows: Sequence[Mapping[str, Any]], split: str, key: str
+    rows: Sequence[Mapping[str, Any]],
+    split: str,
+    key: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return steps and finite values of one metric; repeated steps (after a resume) keep the later value."""
     by_step: dict[float, float] = {}
@@ -100,7 +103,11 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _curve(
-    panel: Axes, split: str, steps: np.ndarray, values: np.ndarray, smoothing: int | None
+    panel: Axes,
+    split: str,
+    steps: np.ndarray,
+    values: np.ndarray,
+    smoothing: int | None,
 ) -> Any:
     """Draw one curve and return its line; training values are smoothed over faint raw values."""
     place = _SPLITS.index(split)
@@ -177,7 +184,8 @@ def training_curves(
     columns = max(1, min(columns, len(drawn)))
     shape = (math.ceil(len(drawn) / columns), columns)
     every_step = np.concatenate([steps for *_, curves in drawn for steps, _ in curves.values()])
-    first, last = float(every_step.min()), float(every_step.max())
+    first = float(every_step.min())
+    last = float(every_step.max())
     margin = 0.03 * (last - first) or 0.5
     with styled():
         figure, grid = pyplot.subplots(
@@ -331,7 +339,9 @@ _LINES = ("-", (0, (4, 1.2)), (0, (1, 1)))
 
 
 def run_picture(
-    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str], *, title: str | None = None
+    metrics: Sequence[Mapping[str, Any]] | str | os.PathLike[str],
+    *,
+    title: str | None = None,
 ) -> Any:
     """Draw a summary figure of a run, as saved in its work directory.
 
@@ -368,7 +378,8 @@ def run_picture(
     steps, skipped = _series(rows, "train", "skipped")
     skipped_at = steps[np.flatnonzero(np.diff(skipped, prepend=0.0) > 0)]
     every_step = np.concatenate([curve[1] for *_, curves in panels for curve in curves])
-    first, last = float(every_step.min()), float(every_step.max())
+    first = float(every_step.min())
+    last = float(every_step.max())
     margin = 0.03 * (last - first) or 0.5
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -402,7 +413,9 @@ def run_picture(
 
 
 def _run_panel(
-    panel: Axes, split: str, curves: Sequence[tuple[str, np.ndarray, np.ndarray]]
+    panel: Axes,
+    split: str,
+    curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
 ) -> None:
     """Draw the curves of one panel of the summary figure."""
     everything = np.concatenate([values for _, _, values in curves])

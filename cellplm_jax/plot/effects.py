@@ -48,26 +48,41 @@ def effect_panels(
     names = next(iter(columns))
     pyplot = pyplot_module()
     genes = max(len(table) for table in panels.values())
-    rows, wide = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
+    rows = -(-len(panels) // COLUMNS)
+    wide = min(COLUMNS, len(panels))
     with styled():
         figure, grid = pyplot.subplots(
-            rows, wide, figsize=(3.1 * wide + 0.4, (0.19 * genes + 1.0) * rows + 0.5),
-            layout="constrained", squeeze=False,
-        )  # fmt: skip
+            rows,
+            wide,
+            figsize=(3.1 * wide + 0.4, (0.19 * genes + 1.0) * rows + 0.5),
+            layout="constrained",
+            squeeze=False,
+        )
         flat = grid.ravel()
         for axes, (name, table) in zip(flat, panels.items(), strict=False):
-            place, values = np.arange(len(table))[::-1], table.to_numpy(np.float64)
+            place = np.arange(len(table))[::-1]
+            values = table.to_numpy(np.float64)
             axes.axvline(0.0, color="#4D4D4D", linewidth=0.8)
             if values.shape[1] > 1:
                 axes.hlines(
-                    place, values[:, :2].min(axis=1), values[:, :2].max(axis=1), color="#BDBDBD",
-                    linewidth=1.0, zorder=1,
-                )  # fmt: skip
+                    place,
+                    values[:, :2].min(axis=1),
+                    values[:, :2].max(axis=1),
+                    color="#BDBDBD",
+                    linewidth=1.0,
+                    zorder=1,
+                )
             for number, column in enumerate(names):
                 axes.scatter(
-                    values[:, number], place, s=22, color=PALETTE[number], label=column,
-                    marker=MARKERS[number], zorder=3 - 0.1 * number, linewidths=0,
-                )  # fmt: skip
+                    values[:, number],
+                    place,
+                    s=22,
+                    color=PALETTE[number],
+                    label=column,
+                    marker=MARKERS[number],
+                    zorder=3 - 0.1 * number,
+                    linewidths=0,
+                )
             axes.set_yticks(place, gene_labels(table.index), fontsize=7.5)
             axes.set_title(name, loc="left", fontsize=9)
             axes.set_xlabel(value_label)
@@ -141,12 +156,23 @@ def values_by_group(
             drawn = axes.boxplot(
                 [boxes[place].to_numpy() for place in shown],
                 positions=[place + 0.4 - width * (number + 0.5) for place in shown],
-                widths=width * 0.85, whis=(5, 95), showfliers=False, orientation="horizontal",
-                patch_artist=True, medianprops={"color": "black"}, manage_ticks=False,
-            )  # fmt: skip
+                widths=width * 0.85,
+                whis=(5, 95),
+                showfliers=False,
+                orientation="horizontal",
+                patch_artist=True,
+                medianprops={"color": "black"},
+                manage_ticks=False,
+            )
             for box in drawn["boxes"]:
                 box.set(facecolor=PALETTE[number % len(PALETTE)], alpha=0.8, linewidth=0.7)
-            axes.plot([], [], color=PALETTE[number % len(PALETTE)], linewidth=6, label=kind)
+            axes.plot(
+                [],
+                [],
+                color=PALETTE[number % len(PALETTE)],
+                linewidth=6,
+                label=kind,
+            )
         axes.axvline(0.0, color="#4D4D4D", linewidth=0.8, zorder=0)
         axes.set_yticks(np.arange(len(order)), list(order))
         axes.set_xlabel(value_label)

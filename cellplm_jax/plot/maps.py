@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,14 +21,13 @@ from cellplm_jax.plot.style import (
     gene_labels,
     picture,
     pyplot_module,
-    styled,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def _points(coordinates: Any) -> np.ndarray:
+def points_of(coordinates: Any) -> np.ndarray:
     """Return finite float coordinates [cells, 2]; other values raise an error."""
     points = np.asarray(coordinates)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
@@ -48,7 +46,7 @@ def _points(coordinates: Any) -> np.ndarray:
     return points
 
 
-def _values_of(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
+def drawn_values(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
     """Return (floats, None) for a continuous quantity or (None, categories) for other values."""
     column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
     if np.ndim(column) != 1 or len(column) != cells:
@@ -88,7 +86,7 @@ def _category_styles(
     return [(chosen[name], markers[name]) for name in names]
 
 
-def _limits(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float]:
+def limits_of(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[float, float]:
     """Return the colour limits: the given ones, or the 1st and 99th percentile, which are robust to outliers."""
     if limits is not None:
         return limits
@@ -117,7 +115,7 @@ def _scatter(
     seed: int,
 ) -> None:
     """Draw the points and their legend or colour bar."""
-    numbers, categories = _values_of(values, len(points))
+    numbers, categories = drawn_values(values, len(points))
     if point_size is None:
         # The points of all cells together cover about a third of a typical panel.
         point_size = float(np.clip(12_000 / len(points), 0.4, 30.0))
@@ -127,16 +125,25 @@ def _scatter(
         missing = ~np.isfinite(numbers)
         ax.scatter(*points[missing].T, c=UNKNOWN_COLOR, **options)
         order = order[~missing[order]]
-        low, high = _limits(numbers, color_limits)
+        low, high = limits_of(numbers, color_limits)
         drawn = ax.scatter(
-            *points[order].T, c=numbers[order], cmap=color_map, vmin=low, vmax=high, **options
+            *points[order].T,
+            c=numbers[order],
+            cmap=color_map,
+            vmin=low,
+            vmax=high,
+            **options,
         )
         if legend:
             finite = numbers[~missing]
             beyond = (bool((finite < low).any()), bool((finite > high).any()))
             extend = {(True, True): "both", (True, False): "min", (False, True): "max"}
             bar = ax.figure.colorbar(
-                drawn, ax=ax, shrink=0.7, aspect=22, extend=extend.get(beyond, "neither")
+                drawn,
+                ax=ax,
+                shrink=0.7,
+                aspect=22,
+                extend=extend.get(beyond, "neither"),
             )
             bar.outline.set_visible(False)  # type: ignore[operator]
             if color_label:
@@ -169,20 +176,28 @@ def _scatter(
             entries.append(("missing", UNKNOWN_COLOR, "o"))
         handles = [
             line(
-                [], [], linestyle="", marker=marker, markersize=6.5, color=color, markeredgewidth=0
+                [],
+                [],
+                linestyle="",
+                marker=marker,
+                markersize=6.5,
+                color=color,
+                markeredgewidth=0,
             )
             for _, color, marker in entries
         ]
         where: dict[str, Any] = {
-            "loc": "center left", "bbox_to_anchor": (1.01, 0.5),
+            "loc": "center left",
+            "bbox_to_anchor": (1.01, 0.5),
             "ncols": math.ceil(len(entries) / 18),
-        }  # fmt: skip
+        }
         if legend == "below":
             longest = max(len(name) for name, _, _ in entries)
             where = {
-                "loc": "upper left", "bbox_to_anchor": (0.0, -0.09),
+                "loc": "upper left",
+                "bbox_to_anchor": (0.0, -0.09),
                 "ncols": max(1, min(len(entries), 56 // (longest + 5))),
-            }  # fmt: skip
+            }
         ax.legend(
             handles,
             [name for name, _, _ in entries],
@@ -260,7 +275,7 @@ def embedding_map(
         InputError: Shapes do not match, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    points = _points(coordinates)
+    points = points_of(coordinates)
     with picture(ax, (4.6, 4.2), title=title, show=show, beside=True) as axes:
         _scatter(
             axes,
@@ -331,12 +346,18 @@ def tissue_map(
         InputError: Shapes do not match, coordinates are not finite, or the palette lacks a label.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    points = _points(coordinates)
+    points = points_of(coordinates)
     extent = np.ptp(points, axis=0)
     extent = np.where(extent > 0, extent, max(extent.max(), 1.0))
     long = 5.0 / max(extent)
     width, height = np.maximum(extent * long, (1.8, 1.5)) + np.array((0.2, 0.4))
-    with picture(ax, (float(width), float(height)), title=title, show=show, beside=True) as axes:
+    with picture(
+        ax,
+        (float(width), float(height)),
+        title=title,
+        show=show,
+        beside=True,
+    ) as axes:
         if point_size is None:
             box = axes.get_window_extent()
             scale = 72 / axes.figure.dpi * min(box.width / extent[0], box.height / extent[1])
@@ -388,7 +409,12 @@ def _scale_bar(axes: Axes, points: np.ndarray, scale: float, image_origin: bool)
     axes.plot([left, end], [y, y], gid="scale bar", **style)
     text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     axes.annotate(
-        text, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
+        text,
+        (end, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
     )
 
 
@@ -432,7 +458,7 @@ def cell_attention(
         InputError: Shapes do not match, or the cell does not exist.
         MissingDependencyError: The extra ``eval`` is not installed.
     """
-    points = _points(coordinates)
+    points = points_of(coordinates)
     if cell is not None and not 0 <= cell < len(points):
         raise InputError(
             f"there is no cell {cell}", f"a number from 0 to {len(points) - 1}", "Pass one of these"
@@ -453,175 +479,19 @@ def cell_attention(
     if cell is not None:
         x, y = points[cell]
         axes.plot(
-            [x], [y], marker="*", markersize=13, linestyle="", label="the cell that looks",
-            markerfacecolor="#D55E00", markeredgecolor="white", zorder=5,
-        )  # fmt: skip
+            [x],
+            [y],
+            marker="*",
+            markersize=13,
+            linestyle="",
+            label="the cell that looks",
+            markerfacecolor="#D55E00",
+            markeredgecolor="white",
+            zorder=5,
+        )
     if show:
         pyplot_module().show()
     return axes
-
-
-def spatial_comparison(
-    coordinates: Any,
-    truth: Any,
-    predicted: Any,
-    *,
-    title: str | None = None,
-    value_label: str = "log1p counts",
-    names: tuple[str, str] = ("measured", "imputed"),
-    color_map: str = "viridis",
-    point_size: float | None = None,
-    unit: str | None = None,
-    image_origin: bool = True,
-    show: bool = False,
-) -> np.ndarray:
-    """Draw a gene in the tissue three times: measured, predicted, and their difference.
-
-    The first two panels share their colours. The difference is predicted minus measured, white at 0, red if too high,
-    blue if too low.
-
-    Args:
-        coordinates: float [cells, 2], x and y.
-        truth: float [cells].
-        predicted: float [cells], on the same scale.
-        title: Title of the figure, for example the gene's name.
-        value_label: Label of the values.
-        names: Titles of the first two panels.
-        color_map: matplotlib colour map of the values.
-        point_size: See :func:`spatial`.
-        unit: See :func:`spatial`.
-        image_origin: See :func:`spatial`.
-        show: Call ``matplotlib.pyplot.show()`` before returning.
-
-    Returns:
-        Object array of the three Axes.
-
-    Raises:
-        InputError: Shapes do not match, or coordinates are not finite.
-        MissingDependencyError: The extra ``eval`` is not installed.
-    """
-    points = _points(coordinates)
-    values = [np.asarray(column, np.float64) for column in (truth, predicted)]
-    for column in values:
-        _values_of(column, len(points))
-    together = _limits(np.concatenate(values), None)
-    difference = values[1] - values[0]
-    finite = np.abs(difference[np.isfinite(difference)])
-    reach = float(np.percentile(finite, 99)) if finite.size and finite.max() > 0 else 1.0
-    with _side_by_side(points, 3, title=title, show=show) as axes:
-        drawn = (
-            (values[0], names[0], color_map, together, value_label),
-            (values[1], names[1], color_map, together, value_label),
-            (difference, "difference", "RdBu_r", (-reach, reach), f"{names[1]} \N{MINUS SIGN} {names[0]}"),
-        )  # fmt: skip
-        for ax, (column, name, colors, limits, label) in zip(axes, drawn, strict=True):
-            tissue_map(
-                points, column, title=name, color_label=label, color_map=colors,
-                color_limits=limits, point_size=point_size, unit=unit, image_origin=image_origin,
-                ax=ax,
-            )  # fmt: skip
-        # White points are invisible on a white background.
-        axes[2].set_facecolor("#E6E6E6")
-    return axes
-
-
-def cell_panels(
-    coordinates: Any,
-    panels: Mapping[str, Any],
-    *,
-    title: str | None = None,
-    color_label: str | None = None,
-    color_map: str = "viridis",
-    shared_colors: bool = False,
-    tissue: bool = False,
-    axis_name: str = "UMAP",
-    point_size: float | None = None,
-    unit: str | None = None,
-    image_origin: bool = True,
-    show: bool = False,
-) -> np.ndarray:
-    """Draw several quantities of the same cells in a row of panels, for example a gene before and after denoising.
-
-    Args:
-        coordinates: float [cells, 2].
-        panels: Title of each panel to float [cells].
-        title: Title of the figure.
-        color_label: Label of the values.
-        color_map: matplotlib colour map.
-        shared_colors: Whether all panels share the limits of all values; otherwise each has its own.
-        tissue: Whether the coordinates are tissue coordinates, see :func:`spatial`; otherwise see :func:`umap`.
-        axis_name: See :func:`umap`.
-        point_size: Area of a point in square points. None: chosen by the number of cells.
-        unit: See :func:`spatial`.
-        image_origin: See :func:`spatial`.
-        show: Call ``matplotlib.pyplot.show()`` before returning.
-
-    Returns:
-        Object array of the Axes.
-
-    Raises:
-        InputError: There is no panel, shapes do not match, or coordinates are not finite.
-        MissingDependencyError: The extra ``eval`` is not installed.
-    """
-    points = _points(coordinates)
-    columns = {str(name): np.asarray(values, np.float64) for name, values in panels.items()}
-    if not columns:
-        raise InputError("no panel to draw", "at least one", "Pass some panels")
-    for column in columns.values():
-        _values_of(column, len(points))
-    limits = _limits(np.concatenate(list(columns.values())), None) if shared_colors else None
-    with _side_by_side(points if tissue else None, len(columns), title=title, show=show) as axes:
-        for ax, (name, column) in zip(axes, columns.items(), strict=True):
-            options: dict[str, Any] = {
-                "title": name, "color_label": color_label, "color_map": color_map,
-                "color_limits": limits, "point_size": point_size, "ax": ax,
-            }  # fmt: skip
-            if tissue:
-                tissue_map(points, column, unit=unit, image_origin=image_origin, **options)
-            else:
-                embedding_map(points, column, axis_name=axis_name, **options)
-    return axes
-
-
-@contextlib.contextmanager
-def panels(tissues: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Context manager for a row of panels in the common style, as wide as these tissues at one height.
-
-    Args:
-        tissues: Coordinates of each panel, float [cells, 2].
-    """
-    pyplot = pyplot_module()
-    widths = []
-    for points in tissues:
-        extent = np.maximum(np.ptp(points, axis=0), 1e-9)
-        widths.append(float(np.clip(3.4 * extent[0] / extent[1], 1.5, 7.0)))
-    with styled():
-        grid = pyplot.subplots(
-            1, len(widths), figsize=(sum(widths) + 1.8, 3.8), layout="constrained", squeeze=False,
-            width_ratios=widths,
-        )[1]  # fmt: skip
-        yield grid[0]
-
-
-@contextlib.contextmanager
-def _side_by_side(
-    tissue: np.ndarray | None, number: int, *, title: str | None, show: bool
-) -> Iterator[np.ndarray]:
-    """Return a row of Axes with the aspect ratio of the tissue at these points; None: almost square ones."""
-    pyplot = pyplot_module()
-    height = 3.2
-    if tissue is not None:
-        extent = np.maximum(np.ptp(tissue, axis=0), 1e-9)
-        height = float(np.clip(3.2 * extent[1] / extent[0], 1.6, 5.0))
-    with styled():
-        figure, grid = pyplot.subplots(
-            1, number, figsize=(4.2 * number, height + 0.6), layout="constrained", squeeze=False
-        )
-        yield grid[0]
-        if title:
-            figure.suptitle(title, fontsize=11, x=0.01, ha="left", weight="bold")
-    if show:
-        pyplot.show()
 
 
 def gene_map(
@@ -656,9 +526,10 @@ def gene_map(
         MissingDependencyError: The extra ``eval`` is not installed.
     """
     effects = require("matplotlib.patheffects", "eval", "Plotting")
-    points = _points(coordinates)
-    names, labels = [str(gene) for gene in genes], gene_labels(genes)
-    _values_of(np.array(names, object), len(points))
+    points = points_of(coordinates)
+    names = [str(gene) for gene in genes]
+    labels = gene_labels(genes)
+    drawn_values(np.array(names, object), len(points))
     # By name or by symbol, in whatever form the genes are given.
     place = {name: row for row, name in enumerate(labels)}
     place |= {name: row for row, name in enumerate(names)}
@@ -672,21 +543,39 @@ def gene_map(
             )
     with picture(ax, (5.2, 4.6), title=title, show=show, beside=True) as axes:
         size = point_size or float(np.clip(8_000 / len(points), 0.6, 14.0))
-        axes.scatter(*points.T, s=size, c="#CFCFCF", linewidths=0, rasterized=True, zorder=1)
+        axes.scatter(
+            *points.T,
+            s=size,
+            c="#CFCFCF",
+            linewidths=0,
+            rasterized=True,
+            zorder=1,
+        )
         for number, (group, members) in enumerate(groups.items()):
             color = PALETTE[number % len(PALETTE)]
             marker = MARKERS[number % len(MARKERS)]
             rows = [place[name] for name in members]
             axes.scatter(
-                *points[rows].T, s=26, c=color, marker=marker, edgecolors="white", linewidths=0.5,
-                label=group, zorder=2,
-            )  # fmt: skip
+                *points[rows].T,
+                s=26,
+                c=color,
+                marker=marker,
+                edgecolors="white",
+                linewidths=0.5,
+                label=group,
+                zorder=2,
+            )
             for row in rows:
                 axes.annotate(
-                    labels[row], tuple(points[row]), xytext=(4, 3), textcoords="offset points",
-                    fontsize=7.5, color="#1A1A1A", zorder=3,
+                    labels[row],
+                    tuple(points[row]),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color="#1A1A1A",
+                    zorder=3,
                     path_effects=[effects.withStroke(linewidth=2.0, foreground="white")],
-                )  # fmt: skip
+                )
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -695,6 +584,9 @@ def gene_map(
         axes.margins(0.06)
         if any(groups):
             axes.legend(
-                frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0.0
+                frameon=False,
+                loc="center left",
+                bbox_to_anchor=(1.01, 0.5),
+                borderaxespad=0.0,
             )
     return axes

@@ -55,8 +55,15 @@ def spatial_sections(
     points = np.asarray(coordinates, np.float64)
     groups = pd.Categorical(values)
     if sections is None:
-        axes = spatial(points, groups, title=title, color_label=color_label, unit=unit,
-                       image_origin=image_origin, show=show)  # fmt: skip
+        axes = spatial(
+            points,
+            groups,
+            title=title,
+            color_label=color_label,
+            unit=unit,
+            image_origin=image_origin,
+            show=show,
+        )
         return np.array([axes], object)
     names = np.asarray(sections, object).astype(str)
     if not len(points) == len(groups) == len(names):
@@ -71,14 +78,26 @@ def spatial_sections(
     pyplot = pyplot_module()
     with styled():
         figure, grid = pyplot.subplots(
-            rows, columns, figsize=(3.0 * columns, 3.0 * rows), layout="constrained", squeeze=False
+            rows,
+            columns,
+            figsize=(3.0 * columns, 3.0 * rows),
+            layout="constrained",
+            squeeze=False,
         )
         panels = grid.ravel()
         for ax, name in zip(panels, shown, strict=False):
             own = names == name
             # All categories are kept, so that a niche has one colour in all panels.
-            spatial(points[own], groups[own].rename_categories(str), title=name, unit=unit, legend=False,
-                    palette=_colors(groups), image_origin=image_origin, ax=ax)  # fmt: skip
+            spatial(
+                points[own],
+                groups[own].rename_categories(str),
+                title=name,
+                unit=unit,
+                legend=False,
+                palette=_colors(groups),
+                image_origin=image_origin,
+                ax=ax,
+            )
         for ax in panels[len(shown) :]:
             ax.set_axis_off()
         _legend(panels[min(columns, len(shown)) - 1], groups, color_label)
@@ -100,14 +119,29 @@ def _legend(ax: Axes, groups: pd.Categorical, label: str | None) -> None:
     line = require("matplotlib.lines", "eval", "Plotting").Line2D
     colors = _colors(groups)
     handles = [
-        line([], [], linestyle="", marker="o", markersize=6.5, color=color, markeredgewidth=0)
+        line(
+            [],
+            [],
+            linestyle="",
+            marker="o",
+            markersize=6.5,
+            color=color,
+            markeredgewidth=0,
+        )
         for color in colors.values()
     ]
     ax.legend(
-        handles, list(colors), title=label, loc="upper left", bbox_to_anchor=(1.01, 1.0),
-        borderaxespad=0.0, frameon=False, ncols=math.ceil(len(colors) / 18), handletextpad=0.3,
+        handles,
+        list(colors),
+        title=label,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        ncols=math.ceil(len(colors) / 18),
+        handletextpad=0.3,
         alignment="left",
-    )  # fmt: skip
+    )
 
 
 def heat_map(
@@ -143,14 +177,21 @@ def heat_map(
     if not values.size:
         raise InputError(f"a table of shape {table.shape}", "numbers, at least one")
     rows, columns = values.shape
-    size = (float(np.clip(0.42 * columns + 2.4, 3.4, 12.0)), float(np.clip(0.3 * rows + 1.5, 1.9, 10.0)))  # fmt: skip
+    size = (
+        float(np.clip(0.42 * columns + 2.4, 3.4, 12.0)),
+        float(np.clip(0.3 * rows + 1.5, 1.9, 10.0)),
+    )
     with picture(ax, size, title=title, show=show) as axes:
         top = float(np.nanmax(values)) or 1.0
         drawn = axes.imshow(values, cmap=color_map, vmin=0, vmax=top, aspect="auto")
         axes.set_xticks(
-            np.arange(columns), gene_labels(table.columns), rotation=60, ha="right",
-            rotation_mode="anchor", fontsize=7.5,
-        )  # fmt: skip
+            np.arange(columns),
+            gene_labels(table.columns),
+            rotation=60,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=7.5,
+        )
         axes.set_yticks(np.arange(rows), gene_labels(table.index))
         axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
@@ -159,7 +200,13 @@ def heat_map(
                 value = values[row, column]
                 color = "white" if value > 0.6 * top else "#1A1A1A"
                 axes.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color
+                    column,
+                    row,
+                    f"{value:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=color,
                 )
         bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=18)
         bar.outline.set_visible(False)  # type: ignore[operator]

@@ -150,6 +150,7 @@ def category_colors(values: Any, stored: Sequence[str] | None = None) -> dict[st
     names = [str(name) for name in categories_of(values).categories]
     if stored is not None:
         column = pd.Categorical(values)
+        # Fewer colours than categories belong to an older state of the column.
         if len(stored) >= len(column.categories):
             kept = dict(zip(map(str, column.categories), map(str, stored), strict=False))
             return {name: kept[name] for name in names}
@@ -203,8 +204,10 @@ def dark_theme(figure: Any) -> Iterator[None]:
             *rgb, alpha = to_rgba(color)
         except (ValueError, TypeError):
             return None
+        # Coloured, or the grey of unknown cells: a colour of data.
         if np.ptp(rgb) > 0.06 or np.allclose(rgb, unknown, atol=0.01):
             return None
+        # White becomes the page, black the ink, greys in between.
         return (*(ink + (page - ink) * np.mean(rgb)), alpha)
 
     changes: list[tuple[Any, Any, Any]] = []

@@ -36,6 +36,7 @@ NAMES = {
     "shared_genes": "genes shared by panel and reference",
     "mean_confidence": "mean confidence (correlation)",
     "genes_with_confidence": "genes with a confidence",
+    "stretch": "factor of log-normalised deviations from the gene mean in the target",
     "interval_factor": "widening of the 90 % intervals",
     "validation_loss": "loss on validation cells (nats per cell, lower is better)",
     "validation_f1": "macro F1 on validation cells, network only",
@@ -81,30 +82,52 @@ DOTS = 36
 """Maximum number of genes of a dot plot, about."""
 
 TASKS = {
-    "annotation": "Cell types", "imputation": "Imputed genes", "denoising": "Denoising",
-    "integration": "Integration", "perturbation": "Perturbations", "samples": "Tissue samples",
-}  # fmt: skip
+    "annotation": "Cell types",
+    "imputation": "Imputed genes",
+    "denoising": "Denoising",
+    "integration": "Integration",
+    "perturbation": "Perturbations",
+    "samples": "Tissue samples",
+}
 """Names of the estimators' tasks in reports."""
 
 
 SCORES = {
     "accuracy": ("accuracy", "fraction of cells with the correct type"),
-    "macro_accuracy": ("macro accuracy", "fraction of each type's cells with the correct type, mean of the types"),
+    "macro_accuracy": (
+        "macro accuracy",
+        "fraction of each type's cells with the correct type, mean of the types",
+    ),
     "macro_f1": ("macro F1", "harmonic mean of precision and recall, mean of the types; 1 is best"),
     "weighted_f1": ("weighted F1", "the same, types weighted by their cells"),
-    "macro_precision": ("macro precision", "fraction of correct cells per predicted label, mean of the types"),
+    "macro_precision": (
+        "macro precision",
+        "fraction of correct cells per predicted label, mean of the types",
+    ),
     "weighted_precision": ("weighted precision", "the same, types weighted by their cells"),
-    "calibration_error": ("calibration error", "difference between confidence and accuracy; 0 is best"),
+    "calibration_error": (
+        "calibration error",
+        "difference between confidence and accuracy; 0 is best",
+    ),
     "ari": ("ARI", "agreement of clusters and types; 1: identical, 0: chance"),
     "nmi": ("NMI", "mutual information of clusters and types; 1: complete, 0: none"),
-    "knn_accuracy": ("kNN accuracy", "fraction of cells whose nearest cells are mostly of the same type"),
-    "label_silhouette": ("silhouette of types", "1: types are far from each other, 0: they touch, below: mixed"),
+    "knn_accuracy": (
+        "kNN accuracy",
+        "fraction of cells whose nearest cells are mostly of the same type",
+    ),
+    "label_silhouette": (
+        "silhouette of types",
+        "1: types are far from each other, 0: they touch, below: mixed",
+    ),
     "ilisi": ("iLISI", "batches around each cell; 1: evenly mixed, 0: one only"),
     "kbet": ("kBET", "fraction of cells around which batches are mixed as overall"),
-    "kbet_per_label": ("kBET within types", "the same among the cells of each type, mean of the types"),
+    "kbet_per_label": (
+        "kBET within types",
+        "the same among the cells of each type, mean of the types",
+    ),
     "batch_silhouette": ("overlap of batches", "within types; 1: complete overlap, 0: separated"),
     "clusters": ("clusters", "number of clusters"),
-}  # fmt: skip
+}
 """Display names and descriptions of scores."""
 
 SAME = ("micro_f1", "macro_recall", "weighted_recall")
@@ -219,9 +242,14 @@ def cell_map(
         palette = (palettes or {}).get(title)
         short = max(map(len, palette or ["long name"])) <= len("unknown")
         axes = plot.umap(
-            coordinates, values, title=title, axis_name=name, palette=palette, legend="below",
+            coordinates,
+            values,
+            title=title,
+            axis_name=name,
+            palette=palette,
+            legend="below",
             label_groups=short,
-        )  # fmt: skip
+        )
         alt = f"{name} of the cells, coloured by {title}"
         figures.append(Figure(axes, alt, caption, heading))
         caption, heading = "", ""
@@ -269,10 +297,14 @@ def tissue_maps(
         with plot.panels([points[own] for own in panels]) as grid:
             for place, (ax, own, name) in enumerate(zip(grid, panels, largest, strict=True)):
                 plot.spatial(
-                    points[own], values[own], ax=ax, palette=(palettes or {}).get(title),
-                    title=f"{title}, {name}" if name else title, micrometres_per_unit=scale,
+                    points[own],
+                    values[own],
+                    ax=ax,
+                    palette=(palettes or {}).get(title),
+                    title=f"{title}, {name}" if name else title,
+                    micrometres_per_unit=scale,
                     legend="below" if place == 0 else False,
-                )  # fmt: skip
+                )
         caption = ""
         if not figures and len(names) > len(largest):
             caption = f"The {len(largest)} largest of {len(names)} samples."
@@ -325,7 +357,10 @@ def columns_of(obs: Any, names: Sequence[str | None], cells: np.ndarray) -> dict
 
 
 def marker_sections(
-    counts: Any, genes: Sequence[str], groups: Any, what: str = "cluster"
+    counts: Any,
+    genes: Sequence[str],
+    groups: Any,
+    what: str = "cluster",
 ) -> list[Section]:
     """Return the marker genes of groups of cells: a table and a dot plot; no section for a single group.
 
@@ -348,7 +383,7 @@ def marker_sections(
         best = own.iloc[0]
         rows.append(
             (name, ", ".join(own["gene"]), f"{best['share']:.0%}", f"{best['share_elsewhere']:.0%}")
-        )  # fmt: skip
+        )
     groups_drawn = found["group"].nunique()
     each = max(1, min(3, DOTS // groups_drawn))
     first = found.groupby("group", sort=False, observed=True).head(each)
@@ -374,7 +409,9 @@ def marker_sections(
 
 
 def component_scores(
-    counts: Any, columns: Mapping[str, Any], resolution: float = 1.0
+    counts: Any,
+    columns: Mapping[str, Any],
+    resolution: float = 1.0,
 ) -> dict[str, float]:
     """Return the scores of principal components of the same cells, as the baseline of an embedding.
 
@@ -446,8 +483,11 @@ def input_table(facts: Mapping[str, Any]) -> list[Section]:
         ("cells", shown(read["cells"]) if "cells" in read else None),
         ("genes of the file in the vocabulary", _share(genes, "matched", "names")),
         ("genes of the vocabulary in the file", _share(genes, "genes_matched", "vocabulary")),
-        ("cells without counts", shown(read["cells_without_counts"]) if "cells_without_counts" in read else None),
-    ]  # fmt: skip
+        (
+            "cells without counts",
+            shown(read["cells_without_counts"]) if "cells_without_counts" in read else None,
+        ),
+    ]
     context = facts.get("context") or {}
     rows += [
         (f"context: {name.replace('_', ' ')}", shown(value))
@@ -462,7 +502,8 @@ def curve(estimator: Any) -> list[Section]:
     """Return the history of a fit: the loss, and the score if it is another quantity."""
     from cellplm_jax import plot
 
-    history, best = estimator.history, estimator.facts.get("best_epoch")
+    history = estimator.history
+    best = estimator.facts.get("best_epoch")
     names = {name for row in history for name in row}
     pictures: list[tuple[str, list[dict[str, float]], str]] = []
     if names & {"loss", "validation_loss"}:
@@ -471,8 +512,12 @@ def curve(estimator: Any) -> list[Section]:
             # Training and validation loss are over different entries: on one axis both would be flat.
             pictures = [
                 ("loss", _without(history, "validation_loss"), f"{note}, of the training cells."),
-                ("loss", _without(history, "loss"), f"{note}, of hidden entries of the validation cells."),
-            ]  # fmt: skip
+                (
+                    "loss",
+                    _without(history, "loss"),
+                    f"{note}, of hidden entries of the validation cells.",
+                ),
+            ]
         else:
             pictures = [("loss", list(history), f"{note}.")]
     mirrored = all(

@@ -99,15 +99,24 @@ def predictor(estimator: Any) -> Page:
                 )
         sections.append(
             Table(
-                ["perturbation", "group", "cells", "RMSE", "additive", "mean of the others",
-                 "no change", "correlation", "of the mean of the others"],
+                [
+                    "perturbation",
+                    "group",
+                    "cells",
+                    "RMSE",
+                    "additive",
+                    "mean of the others",
+                    "no change",
+                    "correlation",
+                    "of the mean of the others",
+                ],
                 rows,
                 "RMSE of the changes of all genes, and that of three baselines; correlation over genes. Additive: sum "
                 "of the measured targets of a combination."
                 + (f" The first {ROWS} of {len(table)}." if len(table) > ROWS else ""),
                 "Prediction and baselines",
             )
-        )  # fmt: skip
+        )
     sections += [facts_table(estimator.facts), *messages(estimator.messages)]
     number = estimator.facts.get("perturbations", len(estimator.perturbations))
     return Page(
@@ -123,7 +132,13 @@ def perturbed(found: Any, estimator: Any = None) -> Page:
     from cellplm_jax.data.genes import symbols_of
 
     change = found.change.iloc[:ROWS]
-    names = dict(zip(change.columns, symbols_of(list(map(str, change.columns))), strict=True))
+    names = dict(
+        zip(
+            change.columns,
+            symbols_of(list(map(str, change.columns))),
+            strict=True,
+        )
+    )
     largest = change.abs().max(axis=0).sort_values(ascending=False).index[:ROWS]
     mean = None if estimator is None else estimator.mean_change
     rows = []
@@ -160,13 +175,17 @@ def perturbed(found: Any, estimator: Any = None) -> Page:
                 rows,
                 "Known: whether it, or its targets, were in the training data. Size: root mean square of the changes "
                 "of all genes."
-                + (" A correlation of 1 with the mean change of the training perturbations (the baseline) means that "
-                   "nothing specific is predicted." if mean is not None else ""),
+                + (
+                    " A correlation of 1 with the mean change of the training perturbations (the baseline) means that "
+                    "nothing specific is predicted."
+                    if mean is not None
+                    else ""
+                ),
                 "Perturbations",
             ),
             *messages(found.messages),
         ],
-    )  # fmt: skip
+    )
 
 
 def integrated(path: str | os.PathLike, key: str, columns: Sequence[str]) -> Page:
@@ -176,11 +195,14 @@ def integrated(path: str | os.PathLike, key: str, columns: Sequence[str]) -> Pag
 
     before = ("X_cellplm", "X_pca")
     cells = read_annotations(
-        path, obsm=[key, *before], uns=["cellplm_integration", *color_keys(columns)]
+        path,
+        obsm=[key, *before],
+        uns=["cellplm_integration", *color_keys(columns)],
     )
     drawn = some(cells.n_obs)
     known = [name for name in columns if name in cells.obs.columns]
-    columns_drawn, palettes = columns_of(cells.obs, known, drawn), palettes_of(cells, known)
+    columns_drawn = columns_of(cells.obs, known, drawn)
+    palettes = palettes_of(cells, known)
     sections: list[Section] = []
     first = next((name for name in before if name in cells.obsm), None)
     read = read_counts(path, drawn, cells.uns.get("cellplm_integration", {}))
@@ -217,7 +239,10 @@ def integrated(path: str | os.PathLike, key: str, columns: Sequence[str]) -> Pag
 
 
 def _compared(
-    embeddings: Mapping[str, tuple[str, Any]], batches: Any, labels: Any, number: str
+    embeddings: Mapping[str, tuple[str, Any]],
+    batches: Any,
+    labels: Any,
+    number: str,
 ) -> list[Section]:
     """Return the scores of the embeddings of the same cells as a table, and those of Harmony on their components."""
     from cellplm_jax.errors import MissingDependencyError
@@ -273,14 +298,22 @@ def _shifts(estimator: Any) -> list[Section]:
     ]
     return [
         Table(
-            ["type", "cells", "samples", "p, corrected", "p, expression", "p, latent", "genes that differ most"],
+            [
+                "type",
+                "cells",
+                "samples",
+                "p, corrected",
+                "p, expression",
+                "p, latent",
+                "genes that differ most",
+            ],
             rows,
             "Shift of the mean expression of each type between the labels (pseudobulk): p by permuting the labels of "
             "the samples; corrected for the number of types. Differences in the proportions of types do not count. The "
             "latent of a type also shifts when other cells of its sample do, so its p is for comparison.",
             "Shifts of cell types between labels",
         )
-    ]  # fmt: skip
+    ]
 
 
 def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
@@ -313,9 +346,11 @@ def samples(path: str | os.PathLike, table: Any, estimator: Any) -> Page:
     heading = "Contributions of the cells"
     if TYPE in cells.obs:
         drawn = plot.values_by_group(
-            cells.obs[CONTRIBUTION], cells.obs[TYPE], cells.obs[LABEL],
+            cells.obs[CONTRIBUTION],
+            cells.obs[TYPE],
+            cells.obs[LABEL],
             value_label="contribution to the label (log-odds)",
-        )  # fmt: skip
+        )
         sections.append(
             Figure(drawn, "Contributions of the cells by type and label", caption, heading)
         )

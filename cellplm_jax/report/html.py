@@ -278,9 +278,13 @@ def _drawn(figure: Any, ground: str) -> bytes:
     """Return a matplotlib figure as a PNG file on this ground."""
     buffer = io.BytesIO()
     figure.savefig(
-        buffer, format="png", dpi=_FIGURE_DPI, bbox_inches="tight", pad_inches=0.06,
+        buffer,
+        format="png",
+        dpi=_FIGURE_DPI,
+        bbox_inches="tight",
+        pad_inches=0.06,
         facecolor=ground,
-    )  # fmt: skip
+    )
     return buffer.getvalue()
 
 
@@ -313,10 +317,8 @@ def _figure(figure: Figure) -> str:
     data = base64.b64encode(image).decode("ascii")
     caption = f"<figcaption>{_escape(figure.caption)}</figcaption>" if figure.caption else ""
     # On small screens a wide image keeps a legible size and scrolls; the style above defines the width limit.
-    wide, hint = (
-        ' class="wide"',
-        '<div class="hint" aria-hidden="true">Scroll sideways to see all of it.</div>',
-    )
+    wide = ' class="wide"'
+    hint = '<div class="hint" aria-hidden="true">Scroll sideways to see all of it.</div>'
     if width < _WIDE:
         wide = hint = ""
     shown = f'<img src="data:{kind};base64,{data}" alt="{_escape(figure.alt)}"{size}>'
@@ -386,7 +388,11 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
 
 
 def write_report(
-    path: str | os.PathLike[str], *, title: str, summary: str, sections: Sequence[Section]
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    summary: str,
+    sections: Sequence[Section],
 ) -> Path:
     """Write a report as one self-contained HTML file, atomically.
 

@@ -31,8 +31,10 @@ def niches(path: str | os.PathLike) -> Page:
     facts = read_annotations(path, uns=[FACTS]).uns[FACTS]
     params = facts["params"]
     cells = read_annotations(path, obsm=[key for key in [params["spatial_key"]] if key])
-    kinds, names = list(map(str, facts["types"])), list(map(str, facts["niches"]))
-    shares, sizes = np.asarray(facts["composition"]), np.asarray(facts["cells"])
+    kinds = list(map(str, facts["types"]))
+    names = list(map(str, facts["niches"]))
+    shares = np.asarray(facts["composition"])
+    sizes = np.asarray(facts["cells"])
     rows = []
     for name, size, share in zip(names, sizes, shares, strict=True):
         order = [place for place in np.argsort(-share)[:3] if share[place] >= 0.05]
@@ -47,7 +49,11 @@ def niches(path: str | os.PathLike) -> Page:
             "Niches",
         ),
         *_composition(shares, names, kinds),
-        *_meetings(np.asarray(facts["meeting_zscore"]), np.asarray(facts["meeting_count"]), kinds),
+        *_meetings(
+            np.asarray(facts["meeting_zscore"]),
+            np.asarray(facts["meeting_count"]),
+            kinds,
+        ),
     ]
     known = [(name.replace("_", " "), str(value)) for name, value in params.items() if value != ""]
     known.append(("model", str(facts["model"]) or "none"))
@@ -89,7 +95,11 @@ def _composition(shares: np.ndarray, names: list[str], kinds: list[str]) -> list
 
     table = pd.DataFrame(100 * shares, [f"niche {name}" for name in names], kinds)
     axes = plot.heat_map(table, value_label="% of the niche's cells")
-    return [Figure(axes, "Heat map of the composition of the niches", "Rows sum to 100 %.", "Composition")]  # fmt: skip
+    return [
+        Figure(
+            axes, "Heat map of the composition of the niches", "Rows sum to 100 %.", "Composition"
+        )
+    ]
 
 
 def _meetings(score: np.ndarray, count: np.ndarray, kinds: list[str]) -> list[Section]:
@@ -112,7 +122,9 @@ def _meetings(score: np.ndarray, count: np.ndarray, kinds: list[str]) -> list[Se
             "Meetings of cell types",
         ),
         Table(
-            ["cell type", "neighbour", "edges", "z-score"], rows, "Most and least frequent pairs."
+            ["cell type", "neighbour", "edges", "z-score"],
+            rows,
+            "Most and least frequent pairs.",
         ),
     ]
 

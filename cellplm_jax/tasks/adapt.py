@@ -62,6 +62,7 @@ def start_model(
         return Pretrained(config, unflatten_dict(fresh), genes, card, "scratch"), [
             "everything (no pretrained model)"
         ]
+    # Rows by name: the genes of a fit are a subset, in another order.
     position = {gene: row for row, gene in enumerate(base.genes)}
     rows = np.array([position[gene] for gene in genes], int)
     old = flatten_dict(base.params)
@@ -78,6 +79,7 @@ def start_model(
         axis = _gene_axis(path)
         value = old[source]
         loaded[path] = value if axis is None else np.take(value, rows, axis=axis)
+    # New batches start at the mean of the known ones, which is how an unknown batch was decoded before.
     grown = flatten_dict(grow_rows(unflatten_dict(loaded), initial))
     for path, leaf in fresh.items():
         shape = np.shape(grown[path])
@@ -88,10 +90,15 @@ def start_model(
     return Pretrained(config, params, genes, dict(base.card), base.source, base.step), new
 
 
-def _source(path: Path, old: dict[Path, Any], shape: tuple[int, ...]) -> Path | None:
+def _source(
+    path: Path,
+    old: dict[Path, Any],
+    shape: tuple[int, ...],
+) -> Path | None:
     """Return the path of the pretrained parameter for a parameter, or None."""
     if path in old:
         return path
+    # A deterministic latent continues the mean of q(z|x); its variance has no counterpart.
     if path[:2] == ("latent", "linear"):
         mean = ("latent", "mean", *path[2:])
         if mean in old and np.shape(old[mean]) == shape:

@@ -104,6 +104,7 @@ class Alignment:
             batch_of: int [cells], number of the batch; batches need not be those of the fit.
         """
         expression, depth = _read(source, self.genes)
+        # Centred as in the fit: the mean of the fit is used for batches that are too small for their own.
         scaled, plain = (
             np.concatenate([block @ basis for block in blocks()])
             for basis, blocks in (
@@ -129,6 +130,7 @@ class Alignment:
             return components
         corrected = components
         references = self.references.astype(np.float64)
+        # Clusters and offsets depend on each other; a few rounds converge.
         for _ in range(ROUNDS):
             weight = self._soft(corrected)
             moved = np.zeros_like(components)
@@ -136,6 +138,7 @@ class Alignment:
                 rows = batch_of == batch
                 own = weight[rows]
                 mass = own.sum(axis=0)[:, None]
+                # Offsets of clusters with few cells of the batch are shrunk towards 0.
                 offset = (own.T @ components[rows] - mass * references) / (mass + RIDGE)
                 moved[rows] = components[rows] - own @ offset
             if np.abs(moved - corrected).max() < 1e-5:
@@ -145,6 +148,7 @@ class Alignment:
 
     def _soft(self, components: np.ndarray) -> np.ndarray:
         """Return the soft assignment of cells to clusters, float64 [cells, clusters]."""
+        # Harmony's distance is 2 (1 - cosine); its constant part cancels in the softmax.
         logits = 2.0 / SIGMA * (unit_length(components) @ self.centroids.T.astype(np.float64))
         weight = np.exp(logits - logits.max(axis=1, keepdims=True))
         return weight / weight.sum(axis=1, keepdims=True)
@@ -191,6 +195,7 @@ def fit_alignment(
     bases, components = [], []
     for scale in (deviation, None):
         values = standardized(expression, batch_of, scale, mean=mean)
+        # Two scales: with the deviation every gene counts the same, without it strong genes count more.
         bases.append(principal_components(values, len(genes), number, passes=6)[0])
         components.append(np.concatenate([block @ bases[-1] for block in values()]))
     centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
@@ -200,6 +205,7 @@ def fit_alignment(
     components, centre, loadings = reduced(joined)
     number = components.shape[1]
     centroids = references = np.zeros((0, number))
+    # Strength 0 is the joined embedding itself, without clusters to move to.
     if strength > 0:
         on_progress("alignment of the batches")
         corrected, weight = _harmony(components, batch_of, strength)
@@ -208,18 +214,35 @@ def fit_alignment(
         centroids = unit_length(weight.T @ unit_length(corrected))
     none = np.zeros(0)
     alignment = Alignment(
-        genes, mean, deviation, bases[0], bases[1], centres, np.array(length), centre, loadings, centroids,
-        references, none, np.array(depth.mean()), none, none, none,
-    )  # fmt: skip
+        genes,
+        mean,
+        deviation,
+        bases[0],
+        bases[1],
+        centres,
+        np.array(length),
+        centre,
+        loadings,
+        centroids,
+        references,
+        none,
+        np.array(depth.mean()),
+        none,
+        none,
+        none,
+    )
     aligned = alignment.aligned(components, batch_of)
     middle = aligned.mean(axis=0)
     unit = unit_length(aligned - middle).astype(np.float32)
-    slopes, directions = np.zeros(number), np.zeros((number, 0))
+    slopes = np.zeros(number)
+    directions = np.zeros((number, 0))
+    # Fewer cells than neighbours have no graph to cluster.
     if len(unit) > NEIGHBORS:
         on_progress("clusters of the cells")
         unit, slopes, directions = separate(unit, depth)
         separated = (unit - unit.mean(axis=0)) @ directions
         lengths = [np.square(values).sum(axis=1).mean() for values in (unit, separated)]
+        # The discriminants get the same length as the rest, so that distances weigh both equally.
         directions = directions * np.sqrt(lengths[0] / max(lengths[1], 1e-12))
     arrays = alignment.arrays() | {
         "corrected_centre": middle,
@@ -241,7 +264,11 @@ def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
 
 
 def _joined(
-    latent: np.ndarray, scaled: np.ndarray, plain: np.ndarray, centres: np.ndarray, length: float
+    latent: np.ndarray,
+    scaled: np.ndarray,
+    plain: np.ndarray,
+    centres: np.ndarray,
+    length: float,
 ) -> np.ndarray:
     """Return centred latent and components side by side, float32 [cells, latent + 2 x components]."""
     widths = np.cumsum([latent.shape[1], scaled.shape[1]])
@@ -264,7 +291,9 @@ def harmony(components: np.ndarray, batch_of: np.ndarray) -> np.ndarray:
 
 
 def _harmony(
-    components: np.ndarray, batch_of: np.ndarray, strength: float
+    components: np.ndarray,
+    batch_of: np.ndarray,
+    strength: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return corrected components and the soft assignment, float64; see :func:`run_harmony`."""
     corrected, weight = run_harmony(components, batch_of, theta=THETA * strength, sigma=SIGMA)

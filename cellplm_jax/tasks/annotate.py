@@ -262,6 +262,7 @@ class CellTypeAnnotator(AnnotatorFit):
                     "Select the cells to score instead: score(adata[...])",
                 )
             parts = parts_of(np.asarray(data.obs[key].astype(object)))
+            # The same normalisation of names on both sides.
             scored &= parts == parts_of(np.array([split]))[0]
         unseen = sorted(set(named[scored]) - set(self.labels))
         if unseen and unseen_labels == "error":
@@ -280,19 +281,24 @@ class CellTypeAnnotator(AnnotatorFit):
                 "Check the label column and the split",
             )
         found = self._classify(data, reading)
-        probabilities, truth = found.probabilities, named[scored]
+        probabilities = found.probabilities
+        truth = named[scored]
         written = np.asarray(self._decide(found)[0], object)[scored]
         open_set = bool(unseen) and unseen_labels == "wrong"
         predicted = written
         if not open_set:
+            # Known cells are scored by their most probable type, to be comparable with methods that label every cell.
             predicted = np.asarray(self._decide(found, detect=False)[0], object)[scored]
         detects = found.unknown is not None or self.unknown_threshold is not None
         new = np.isin(truth, unseen)
+        # For an annotator that detects, "unknown" is the right answer for a new type.
         known = np.where(new, UNKNOWN, truth) if detects else truth
         scores = {
             **annotation_scores(known, predicted),
             "calibration_error": expected_calibration_error(
-                known, probabilities[scored], self.labels
+                known,
+                probabilities[scored],
+                self.labels,
             ),
             "brier": brier_score(known, probabilities[scored], self.labels),
             "unknown_fraction": float(np.mean(written == UNKNOWN)),
@@ -316,6 +322,7 @@ class CellTypeAnnotator(AnnotatorFit):
         else:
             logits = self._head(z)
             if gene_logits is not None:
+                # The exact head is linear in latent and genes, so its two terms are added.
                 logits = logits + gene_logits
             logits = np.asarray(logits / self.temperature, np.float64)
             parts["network"] = softmax(logits, axis=1)
@@ -349,7 +356,9 @@ class CellTypeAnnotator(AnnotatorFit):
         return _Predicted(probabilities.astype(np.float32), parts, unknown, facts, messages, z)
 
     def _of_counts(
-        self, data: Any, reading: Reading
+        self,
+        data: Any,
+        reading: Reading,
     ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Return log-probabilities of the logistic regression, the term of the genes and the detector's coordinates.
 
@@ -391,7 +400,10 @@ class CellTypeAnnotator(AnnotatorFit):
         return votes / votes.sum(axis=1, keepdims=True)
 
     def _decide(
-        self, found: _Predicted, *, detect: bool = True
+        self,
+        found: _Predicted,
+        *,
+        detect: bool = True,
     ) -> tuple[pd.Categorical, np.ndarray]:
         """Return the label of each cell and its confidence; ``detect``: with detection of unknown types."""
         confidence = found.probabilities.max(axis=1)
@@ -403,6 +415,7 @@ class CellTypeAnnotator(AnnotatorFit):
         if detect and found.unknown is not None:
             unknown |= found.unknown.flagged
         names[unknown] = UNKNOWN
+        # Files without unknown cells keep the categories of the fit.
         if self.unknown_threshold is not None or unknown.any():
             known = list(dict.fromkeys([*known, UNKNOWN]))
         return pd.Categorical(names, categories=known), confidence
@@ -433,7 +446,11 @@ class CellTypeAnnotator(AnnotatorFit):
             arrays[_DETECTOR_GENES] = self._detector_genes.astype(np.int32)
         return state, arrays
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         # Annotators of older versions detect no unknown types.
         super()._restore({"unknown_rate": None, **state}, arrays)
         if self.method == "neighbors":

@@ -57,8 +57,17 @@ class AnnotatorFit(Estimator):
     """
 
     task: ClassVar[str] = "annotation"
-    saved: ClassVar[Sequence[str]] = ("method", "labels", "temperature", "unknown_rate", "unknown_threshold",
-                                      "class_weights", "neighbors", "linear", "pool")  # fmt: skip
+    saved: ClassVar[Sequence[str]] = (
+        "method",
+        "labels",
+        "temperature",
+        "unknown_rate",
+        "unknown_threshold",
+        "class_weights",
+        "neighbors",
+        "linear",
+        "pool",
+    )
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         masking=MaskingConfig(cell_fraction=0.75, gene_fraction=0.25, drop_cells=0.3)
     )
@@ -145,6 +154,7 @@ class AnnotatorFit(Estimator):
             InputError: Keys, counts, genes or labels cannot be used; the message states the remedy.
         """
         reading = self._reading(keys, split_key=None if transductive else split_key)
+        # The fit is timed as a whole; the seconds of the fine-tuning are kept under another name.
         start = time.monotonic()
         with stage(f"{self.task}: reading", quiet=self.quiet):
             table = self._read(adata, reading)
@@ -178,6 +188,7 @@ class AnnotatorFit(Estimator):
             )
         self._check_unseen(named, usable, label_key, unseen_labels)
         codes = self._codes(named)
+        # A validation label that no training cell has cannot be scored.
         valid = valid[codes[valid] >= 0]
         if transductive:
             _require_training_cells(table, train)
@@ -206,6 +217,7 @@ class AnnotatorFit(Estimator):
         """Fit the detector of unknown types, and the neighbours' label transfer that serves as a baseline."""
         model = self._fitted()
         place = {gene: column for column, gene in enumerate(model.genes)}
+        # The fit may have restricted the genes; the detector is saved in the columns of the model.
         own = np.array([column for column, gene in enumerate(table.genes) if gene in place], int)
         table = table.restrict(own)
         self._detector_genes = np.array([place[gene] for gene in table.genes], int)
@@ -216,12 +228,16 @@ class AnnotatorFit(Estimator):
         cells = np.sort(np.concatenate([train, valid]))
         with stage(f"{self.task}: comparing labelled cells", quiet=self.quiet):
             self._detector = UnknownDetector.fit(
-                table.counts[cells], codes[cells], len(self.labels), latent=latent,
+                table.counts[cells],
+                codes[cells],
+                len(self.labels),
+                latent=latent,
                 seed=self.training.seed,
-            )  # fmt: skip
+            )
             if self._detector is None:
                 self.messages.append("Too few labelled cells to detect unknown cell types.")
             elif len(valid):
+                # The baseline uses training cells only, unlike the stored detector.
                 near = self._detector.project(table.counts[train])
                 votes = neighbor_votes(
                     near,
@@ -266,8 +282,10 @@ class AnnotatorFit(Estimator):
     ) -> None:
         table = self._choose_genes(table, train)
         start = self._begin(table, self._configuration())
+        # Transductive: unlabelled cells are in the contexts, without a loss.
         shown = np.arange(len(table)) if transductive else train
         labels = np.full(len(table), -1, np.int32)
+        # -1 for all others: no loss, also for validation cells in the same contexts.
         labels[train] = codes[train]
         weights = self._weights(codes[train])
         self._gene_head = None
@@ -280,6 +298,8 @@ class AnnotatorFit(Estimator):
                 features, scale = self._head_features(start, table, shown, valid)
                 width = start.config.latent_size
                 tuned = self._solve(features[:, :width], train, codes, weights)
+                # Two solutions: on latent and genes for a decision without fine-tuning, on the latent alone as the
+                # start of it.
                 exact = self._solve(features, train, codes, weights) if self.linear else tuned
                 start.params = _with_head(start, tuned, scale)
         examples = self._examples(table, shown, start, targets={"label": labels})
@@ -356,6 +376,7 @@ class AnnotatorFit(Estimator):
         outputs = [embed(params, layout.example.batch) for layout in layouts]
         latents = gather(layouts, jax.device_get(outputs), len(table)).astype(np.float64)
         lengths = np.linalg.norm(latents[shown], axis=1)
+        # One penalty for latent and genes needs comparable scales; models differ in the length of their latents.
         scale = LATENT_LENGTH / max(float(np.median(lengths)), 1e-6)
         features = sparse.csr_matrix(latents * scale)
         if self.linear:

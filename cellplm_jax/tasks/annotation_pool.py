@@ -83,7 +83,10 @@ def choose_pool(
         prior = POOL if name == "pooled" else (1.0,)
         weights = np.zeros(2)
         weights[rows] = pool_log_probabilities(
-            both[rows][:, cells], labels[cells], prior=prior, prior_cells=POOL_CELLS
+            both[rows][:, cells],
+            labels[cells],
+            prior=prior,
+            prior_cells=POOL_CELLS,
         )
         return weights
 
@@ -93,17 +96,25 @@ def choose_pool(
     losses = {name: np.zeros(len(labels)) for name in parts}
     for number in range(POOL_FOLDS):
         out = np.flatnonzero(every % POOL_FOLDS == number)
+        # With fewer cells than folds.
         if not len(out) or len(out) == len(labels):
             continue
         for name in parts:
-            mixed = np.tensordot(fit(name, np.delete(every, out)), both[:, out], axes=1)
+            mixed = np.tensordot(
+                fit(name, np.delete(every, out)),
+                both[:, out],
+                axes=1,
+            )
             losses[name][out] = -log_softmax(mixed, axis=1)[np.arange(len(out)), labels[out]]
     chosen = "linear" if _lower(losses["linear"], losses["pooled"]) else "pooled"
     return fit(chosen, every).tolist(), chosen
 
 
 def neighbor_votes(
-    reference: np.ndarray, codes: np.ndarray, cells: np.ndarray, classes: int
+    reference: np.ndarray,
+    codes: np.ndarray,
+    cells: np.ndarray,
+    classes: int,
 ) -> np.ndarray:
     """Return the shares of the classes among the nearest labelled cells, float64 [cells, classes].
 
@@ -114,9 +125,11 @@ def neighbor_votes(
         classes: Number of classes.
     """
     voters = min(NEIGHBORS, len(reference))
-    square, votes = (reference**2).sum(axis=1), np.zeros((len(cells), classes))
+    square = (reference**2).sum(axis=1)
+    votes = np.zeros((len(cells), classes))
     for start in range(0, len(cells), 1024):
         piece = cells[start : start + 1024]
+        # The squared norm of the cell itself is omitted: it does not change the order.
         squared = square[None] - 2.0 * piece @ reference.T
         nearest = np.argpartition(squared, voters - 1, axis=1)[:, :voters]
         for place in range(voters):
@@ -150,6 +163,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         fit = cross_entropy(logits, labels, float(np.exp(log)))
         return fit + 0.5 * log**2 / len(labels)
 
+    # A temperature outside 1/20 to 20 means that the cells do not determine it.
     bound = np.log(20.0)
     optimum: Any = minimize_scalar(objective, bounds=(-bound, bound), method="bounded")
     return float(np.exp(optimum.x))

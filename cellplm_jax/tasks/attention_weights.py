@@ -79,8 +79,11 @@ def cell_attention(
             "Use another model",
         )
     read: dict[str, Any] = {
-        "layer": layer, "gene_key": gene_key, "values": values, "minimum_genes": minimum_genes,
-    }  # fmt: skip
+        "layer": layer,
+        "gene_key": gene_key,
+        "values": values,
+        "minimum_genes": minimum_genes,
+    }
     encoder = model.config.encoder
     with open_counts(adata, model.genes, **read) as source:
         names = pd.Index([str(name) for name in source.obs.index])
@@ -106,7 +109,9 @@ def cell_attention(
             names=["layer", "head", "cell"],
         )
     return pd.DataFrame(
-        weights.reshape(-1, len(names)), index=rows, columns=names.rename("attended")
+        weights.reshape(-1, len(names)),
+        index=rows,
+        columns=names.rename("attended"),
     )
 
 
@@ -124,9 +129,13 @@ def _fill(
     if not here:
         return
     hidden, mask = express_padded(
-        source, model, context, None if placed is None else placed[context]
+        source,
+        model,
+        context,
+        None if placed is None else placed[context],
     )
-    hidden, mask = jax.device_put(hidden), jax.device_put(mask)
+    hidden = jax.device_put(hidden)
+    mask = jax.device_put(mask)
     for start in range(0, len(here), CHOSEN_CELLS):
         part = here[start : start + CHOSEN_CELLS]
         rows = np.zeros(min(CHOSEN_CELLS, 1 << (len(here) - 1).bit_length()), np.int32)

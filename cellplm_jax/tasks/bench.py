@@ -89,6 +89,7 @@ def peak_memory() -> float:
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**20
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -102,6 +103,7 @@ def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
+    # The median: single runs are disturbed by other processes.
     median = statistics.median(seconds)
     return {
         "seconds": [round(value, 4) for value in seconds],
@@ -112,7 +114,11 @@ def _timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
 
 
 def _rates(
-    cells: int, timed: dict[str, Any], flops: float, precision: str, devices: int = 1
+    cells: int,
+    timed: dict[str, Any],
+    flops: float,
+    precision: str,
+    devices: int = 1,
 ) -> dict[str, Any]:
     peak, source = peak_flops(precision)
     share = flops / timed["median_seconds"] / (devices * peak)
@@ -170,7 +176,11 @@ def bench_embedding(
 
 
 def bench_training(
-    config: TrainConfig, *, genes: int = 19_374, nonzeros: int = 1500, repeats: int = 5
+    config: TrainConfig,
+    *,
+    genes: int = 19_374,
+    nonzeros: int = 1500,
+    repeats: int = 5,
 ) -> dict[str, Any]:
     """Benchmark the compiled training step on random cells: masks, forward, backward, AdamW.
 
@@ -188,7 +198,8 @@ def bench_training(
     """
     model = dataclasses.replace(config.model, genes=genes)
     config = dataclasses.replace(config, model=model, accumulate=1)
-    rows, cells = config.data.rows, config.data.cells
+    rows = config.data.rows
+    cells = config.data.cells
     samples = [
         Sample(f"row {row}", made_up_counts(cells, genes, min(nonzeros, genes), seed=row))
         for row in range(rows)
@@ -203,7 +214,8 @@ def bench_training(
     batch = pad_batch(samples, cells=cells, nonzeros=max(s.counts.nnz for s in samples))
     batch = jax.tree.map(lambda leaf: leaf[None], batch)
     stored = sum(sample.counts.nnz for sample in samples)
-    step, state = compile_training_step(config, mesh), create_sharded_state(config, mesh)
+    step = compile_training_step(config, mesh)
+    state = create_sharded_state(config, mesh)
 
     def run() -> None:
         nonlocal state
@@ -246,7 +258,8 @@ def bench_loading(
     Returns:
         Facts of the machine, seconds of the passes, cells/s and stored counts/s.
     """
-    path, in_corpus = Path(data).expanduser(), is_corpus(data)
+    path = Path(data).expanduser()
+    in_corpus = is_corpus(data)
     seen = {"cells": 0, "nonzeros": 0}
 
     def read_corpus() -> None:

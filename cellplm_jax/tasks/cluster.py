@@ -95,9 +95,15 @@ def cluster(
             **keys,
         )
     results = _clustered(
-        np.asarray(data.obsm[use_rep]), use_rep, resolution, neighbors, key_added, seed, metric,
+        np.asarray(data.obsm[use_rep]),
+        use_rep,
+        resolution,
+        neighbors,
+        key_added,
+        seed,
+        metric,
         quiet=quiet,
-    )  # fmt: skip
+    )
     for part in ("obs", "obsp", "uns"):
         for name, value in results[part].items():
             getattr(data, part)[name] = value
@@ -142,7 +148,8 @@ def cluster_file(
     import anndata
     from anndata.io import read_elem
 
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
     check_copy(path, out)
     _check(key_added, use_rep, resolution)
     read, context = options_of(keys, adapt=adapt, require_coordinates=require_coordinates)
@@ -161,9 +168,16 @@ def cluster_file(
         there, facts, messages = read_and_embed(path, embedder, read, context, use_rep, quiet)
         obsm[use_rep], uns["cellplm"] = there, facts
     results = _clustered(
-        np.asarray(there), use_rep, resolution, neighbors, key_added, seed, metric, umap=umap,
+        np.asarray(there),
+        use_rep,
+        resolution,
+        neighbors,
+        key_added,
+        seed,
+        metric,
+        umap=umap,
         quiet=quiet,
-    )  # fmt: skip
+    )
     obsm |= results["obsm"]
     write_copy(
         path,
@@ -208,7 +222,11 @@ def draw_clusters(cells: AnnData, columns: Sequence[str], out: str | os.PathLike
 
     out = Path(out).expanduser()
     figure, axes = pyplot.subplots(
-        1, len(columns), figsize=(6.4 * len(columns), 4.2), squeeze=False, layout="constrained"
+        1,
+        len(columns),
+        figsize=(6.4 * len(columns), 4.2),
+        squeeze=False,
+        layout="constrained",
     )
     for ax, column in zip(axes[0], columns, strict=True):
         plot.umap(cells, color=column, ax=ax)
@@ -233,12 +251,20 @@ def _clustered(
 ) -> dict[str, dict[str, Any]]:
     """Return the new entries of ``obs``, ``obsm``, ``obsp`` and ``uns``."""
     progress = ProgressReport(
-        "clustering", 2 + umap, unit="stages", quiet=quiet, first="finding neighbours"
+        "clustering",
+        2 + umap,
+        unit="stages",
+        quiet=quiet,
+        first="finding neighbours",
     )
     laid_out = {}
     try:
         graph = neighbor_graph(
-            embedding, neighbors=neighbors, seed=seed, metric=metric, name=use_rep
+            embedding,
+            neighbors=neighbors,
+            seed=seed,
+            metric=metric,
+            name=use_rep,
         )
         progress.update(1, "Leiden")
         clusters = leiden_of_graph(graph, resolution=resolution, seed=seed)
@@ -278,7 +304,9 @@ def _check(key_added: str, use_rep: str, resolution: float) -> None:
 
 
 def _model(
-    model: Pretrained | str | os.PathLike | None, use_rep: str, keys: list[str]
+    model: Pretrained | str | os.PathLike | None,
+    use_rep: str,
+    keys: list[str],
 ) -> Pretrained:
     """Return the model for embedding; a missing model raises an error."""
     if model is None:

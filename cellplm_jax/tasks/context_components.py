@@ -75,6 +75,7 @@ def join_context(
     libraries: list[np.ndarray] = []
 
     def blocks():
+        # The blocks are read twice.
         libraries.clear()
         for block in source.blocks(BLOCK):
             libraries.append(np.asarray(block.sum(axis=1)).ravel())
@@ -88,6 +89,7 @@ def join_context(
             PLAIN * _centred(own_components(expression, sample_of)),
         ]
     )
+    # Clusters of so few cells are noise, and their discriminants would amplify it.
     if len(joined) < MINIMUM_CELLS:
         return joined
     if len(samples) > 1:
@@ -121,6 +123,7 @@ def separate(embedding: np.ndarray, depth: np.ndarray) -> tuple[np.ndarray, np.n
     clusters = leiden_clusters(embedding[::every], resolution=DEPTH_RESOLUTION)
     slopes = depth_slopes(embedding[::every], depth[::every], clusters)
     embedding = embedding - np.outer(depth - depth.mean(), slopes)
+    # Again, because clusters of different depth may now be one.
     clusters = leiden_clusters(embedding[::every], resolution=RESOLUTION)
     pooled = Discriminants(embedding.shape[1], shrinkage=SHRINKAGE)
     pooled.add(embedding[::every], clusters)
@@ -136,6 +139,7 @@ def depth_slopes(embedding: np.ndarray, depth: np.ndarray, clusters: np.ndarray)
         clusters: [cells].
     """
     _, codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    # Least squares within clusters: only the deviations from the mean of the cluster enter.
     inside = depth - (np.bincount(codes, depth) / sizes)[codes]
     return (inside @ embedding / max(float(inside @ inside), 1e-9)).astype(np.float32)
 
@@ -152,13 +156,16 @@ def reduced(joined: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         joined: float32 [cells, dimensions].
     """
     centre = joined.mean(axis=0)
+    # A centred matrix of n cells has at most n - 1 components.
     number = min(ALIGNED_COMPONENTS, min(joined.shape) - 1)
     loadings, _ = principal_components(lambda: [joined - centre], joined.shape[1], number, passes=6)
     return ((joined - centre) @ loadings).astype(np.float64), centre, loadings
 
 
 def run_harmony(
-    components: np.ndarray, sample_of: np.ndarray, **options: Any
+    components: np.ndarray,
+    sample_of: np.ndarray,
+    **options: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct components by Harmony (Korsunsky et al. 2019).
 
@@ -178,7 +185,12 @@ def run_harmony(
     harmonypy = require("harmonypy", "eval", "Alignment of samples")
     table = pd.DataFrame({"sample": sample_of.astype(str)})
     result = harmonypy.run_harmony(
-        components, table, "sample", random_state=0, verbose=False, **options
+        components,
+        table,
+        "sample",
+        random_state=0,
+        verbose=False,
+        **options,
     )
     # Releases differ in the orientation of the result.
     values = (np.asarray(result.Z_corr), np.asarray(result.R))

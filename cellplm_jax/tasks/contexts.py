@@ -85,6 +85,7 @@ class CellTable:
         """
         placed = vectors = None
         if self.coordinates is not None and config.positions.kind != "none":
+            # Scaled per context: coordinates of different sections have no common origin.
             placed = scale_coordinates(self.coordinates[index])
             present = np.isfinite(placed).all(axis=1)
             if config.positions.kind == "laplacian":
@@ -156,6 +157,7 @@ def read_cells(
             batch = source.column(batch_key)
         coordinates = None
         if spatial_key is not None:
+            # The default key is used if it exists; a key that the user named must exist.
             coordinates = source.coordinates(spatial_key, required=spatial_key != "spatial")
         counts = source.read(0, source.cells)
         return CellTable(
@@ -190,14 +192,19 @@ def own_vocabulary(
         values: See :func:`read_cells`.
         feature_type: See :func:`read_cells`.
     """
+    # Sorted, so that the vocabulary does not depend on the order of genes in the file.
     human = sorted(load_human_table().symbols)
     read: dict[str, Any] = {
-        "layer": layer, "gene_key": gene_key, "values": values, "feature_type": feature_type,
-    }  # fmt: skip
+        "layer": layer,
+        "gene_key": gene_key,
+        "values": values,
+        "feature_type": feature_type,
+    }
     with open_counts(data, human, minimum_genes=0, **read) as source:
         mapping = source.report.genes
         # Mouse genes keep their own names when training from scratch: no orthologues needed, no genes lost.
         human_names = mapping.matched - mapping.by_rule.get(ORTHOLOGUE, 0)
+        # Files contain transgenes and spike-ins; half of the names decides.
         if 2 * human_names >= mapping.matched + mapping.unmatched:
             return [gene for gene, there in zip(human, source.measured, strict=True) if there]
         names = source.gene_names
@@ -221,6 +228,7 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     scaled = counts.astype(np.float64).multiply(1e4 / np.maximum(library, 1)[:, None]).tocsr()
     cells = counts.shape[0]
     mean = np.asarray(scaled.mean(axis=0)).ravel()
+    # Float64: the variance is a difference of squares.
     square = np.asarray(scaled.multiply(scaled).mean(axis=0)).ravel()
     variance = (square - mean**2) * cells / max(cells - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -228,12 +236,14 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     ratio[~np.isfinite(ratio)] = np.nan
     frame = pd.DataFrame({"ratio": ratio, "bin": pd.cut(np.log1p(mean), bins=20)})
     groups = frame.groupby("bin", observed=True)["ratio"]
-    centre, spread = groups.transform("mean"), groups.transform("std")
+    centre = groups.transform("mean")
+    spread = groups.transform("std")
     # A single gene in its bin has no standard deviation; it counts as variable.
     alone = spread.isna()
     spread[alone], centre[alone] = centre[alone], 0.0
     standardised = ((frame["ratio"] - centre) / spread.replace(0.0, 1.0)).to_numpy()
     dispersion = np.where(mean > 0, np.nan_to_num(standardised, nan=-1e30), -np.inf)
+    # Stable: genes of equal dispersion are chosen by position, the same on every machine.
     order = np.argsort(-dispersion, kind="stable")[: min(number, int((mean > 0).sum()))]
     return np.sort(order)
 
@@ -246,6 +256,7 @@ def deal(cells: np.ndarray, limit: int | None) -> list[np.ndarray]:
         limit: Maximum number of cells per context; None or 0: one context.
     """
     count = -(-len(cells) // limit) if limit else 1
+    # Round-robin: cells of a file are often sorted by type or position.
     return [cells[start::count] for start in range(count)] if len(cells) else []
 
 
@@ -331,7 +342,8 @@ def make_examples(
     Returns:
         The examples, longest first.
     """
-    targets, context_targets = targets or {}, context_targets or {}
+    targets = targets or {}
+    context_targets = context_targets or {}
     numbers = [number for number, context in enumerate(contexts) if len(context)]
     if not numbers:
         return []
@@ -339,6 +351,7 @@ def make_examples(
     groups: dict[int, list[int]] = {}
     for number in numbers:
         length = longest
+        # Few lengths mean few compilations; padding to four times the length is cheap for small contexts.
         while length % 4 == 0 and length // 4 >= max(len(contexts[number]), shortest):
             length //= 4
         groups.setdefault(length, []).append(number)
@@ -346,6 +359,7 @@ def make_examples(
     for length in sorted(groups, reverse=True):
         members = groups[length]
         steps = -(-len(members) // max(1, cells_per_step // length))
+        # Contexts are spread evenly over the steps; rows that some lack are padded below.
         parts = [members[start::steps] for start in range(steps)]
         rows = max(map(len, parts))
         stored = np.diff(table.counts.indptr)
@@ -360,6 +374,7 @@ def make_examples(
                 batch_row = -1 if batch_rows is None else batch_rows.get(name, -1)
                 samples.append(table.sample(context, config, batch_row=batch_row))
             empty = table.sample(np.zeros(0, int), config)
+            # Empty rows, up to the shape that all steps of a length share.
             samples += [replace(empty, coordinates=None, eigenvectors=None)] * (rows - len(part))
             laplacian = config.positions.kind == "laplacian"
             batch = pad_batch(
@@ -398,7 +413,11 @@ def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int)
     Returns:
         float32 [cells, ...]; NaN for cells of no example.
     """
-    result = np.full((cells, *np.shape(outputs[0])[2:]), np.nan, np.float32)
+    result = np.full(
+        (cells, *np.shape(outputs[0])[2:]),
+        np.nan,
+        np.float32,
+    )
     for layout, values in zip(layouts, outputs, strict=True):
         here = layout.cells >= 0
         result[layout.cells[here]] = np.asarray(values)[here]
@@ -406,7 +425,9 @@ def gather(layouts: Sequence[Layout], outputs: Sequence[np.ndarray], cells: int)
 
 
 def source_groups(
-    source: CountSource, batch_key: str | None, part: np.ndarray | None = None
+    source: CountSource,
+    batch_key: str | None,
+    part: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Return the cells of each batch (and part) of an opened source, in order of first appearance.
 

@@ -23,7 +23,7 @@ from cellplm_jax.evaluate.denoising import (
     marker_scores,
 )
 from cellplm_jax.progress import ProgressReport
-from cellplm_jax.tasks.contexts import CellTable, labels_of, read_cells, require_same_cells
+from cellplm_jax.tasks.contexts import CellTable, labels_of, require_same_cells
 from cellplm_jax.tasks.denoise_counts import (
     LAYER,
     LayerWriter,
@@ -151,6 +151,7 @@ class Denoiser(Estimator):
         # Validation cells are denoised too, so genes that only they express are included in the fit.
         table = self._choose_genes(table, np.union1d(train, valid))
         kept, held = thin(table.counts, seed=self.training.seed)
+        # The network never sees the molecules that the weights of the pool are fitted to.
         table = dataclasses.replace(table, counts=kept)
         start = self._begin(
             table,
@@ -163,6 +164,7 @@ class Denoiser(Estimator):
             "training_cells": len(train),
             "validation_cells": len(valid),
         }
+        # The same contexts in every epoch, so that losses are comparable.
         judged = self._examples(table, valid, start)
         self._finetune(
             start,
@@ -187,6 +189,7 @@ class Denoiser(Estimator):
         if self.model is None and self.base is not None:
             require_counts_decoder(self.base)
             self.model = self.base
+            # Replaced, not appended: a second prediction must not repeat it.
             self.messages = ["Not fitted: using the pretrained model zero-shot."]
             self.facts = {"zero_shot": True}
         return super()._fitted()
@@ -241,9 +244,14 @@ class Denoiser(Estimator):
                 used.
         """
         return super().predict(
-            adata, log_normalized=log_normalized, detected=detected, own_counts=own_counts, storage=storage,
-            key_added=key_added, **keys,
-        )  # fmt: skip
+            adata,
+            log_normalized=log_normalized,
+            detected=detected,
+            own_counts=own_counts,
+            storage=storage,
+            key_added=key_added,
+            **keys,
+        )
 
     def score(
         self,
@@ -286,6 +294,7 @@ class Denoiser(Estimator):
             known = self._table(truth, reading)
             require_same_cells(known, list(seen.obs.index.astype(str)))
             visible, true = seen.counts, known.counts
+            # For booleans "greater" means true and not: stored in truth, hidden in adata.
             hidden = sparse.csr_matrix((true != 0) > (visible != 0))
         if not hidden.nnz:
             raise InputError(
@@ -301,6 +310,7 @@ class Denoiser(Estimator):
         weights = {"": pool.weights} | {f"{name}_": alone(name, len(table.genes)) for name in names}
         scores: dict[str, float] = {}
         for prefix, given in weights.items():
+            # Parts alone are scored without the correction of clusters, which belongs to the pool.
             shares = combine(parts, given, correct=not prefix)
             found = denoising_scores(true_logs, np.log1p(1e4 * shares), hidden)
             kept = ("rmse", "mae", "pearson") if prefix else tuple(found)
@@ -311,6 +321,7 @@ class Denoiser(Estimator):
                 scores |= {f"{prefix}{key}": value for key, value in markers.items()}
         output = Reconstruction(combine(parts, pool.weights), pool.dispersion)  # type: ignore[arg-type]
         totals, every = _totals(visible), np.ones(len(table.genes), bool)
+        # Hidden entries are known to be non-zero, so the fair prediction is conditional on that.
         counts = expected_counts(output, totals, every, True)
         logs = expected_logs(output, totals, every, counts)
         mean = gene_means(log_normalize(visible), detected=True)
@@ -321,12 +332,7 @@ class Denoiser(Estimator):
 
     def _table(self, data: Any, reading: Reading) -> CellTable:
         """Return the cells over the measured genes of the model."""
-        table = read_cells(
-            data,
-            self._fitted().genes,
-            **reading.cells,
-            one_batch=reading.batch_key == self.reading.batch_key,
-        )
+        table = self._read_more(data, reading)
         return table.restrict(table.measured)
 
     def _parts(self, table: CellTable, z: np.ndarray) -> list[Parts]:
@@ -337,31 +343,19 @@ class Denoiser(Estimator):
             mean, present = np.asarray(output.mean)[:, places], 1.0
             if output.zero_logits is not None:
                 present = 1.0 / (1.0 + np.exp(np.asarray(output.zero_logits)[:, places]))
+            # The mean of a zero-inflated distribution includes its structural zeros.
             network[piece] = mean * present
         means = None if self.pool is None else self.pool.gene_means[places]
-        with self._progress("nearest cells", len(table)) as advance:
+        with _counted(f"{self.task}: nearest cells", len(table), self.quiet) as advance:
             return make_parts(
-                table.counts, z, network, table.batch, means,
-                seed=self.training.seed, advance=advance,
-            )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _progress(self, what: str, cells: int) -> Iterator[Callable[[int], None]]:
-        """Report the progress of a stage over cells; yields a function to call with the number of finished cells."""
-        report = ProgressReport(
-            f"{self.task}: {what}", cells, unit="cells", quiet=self.quiet, first="reading counts"
-        )
-        done = 0
-
-        def advance(number: int) -> None:
-            nonlocal done
-            done += number
-            report.update(done)
-
-        try:
-            yield advance
-        finally:
-            report.close()
+                table.counts,
+                z,
+                network,
+                table.batch,
+                means,
+                seed=self.training.seed,
+                advance=advance,
+            )
 
     def _places(self, table: CellTable) -> np.ndarray:
         """Return int [genes of the table], their positions in the model."""
@@ -373,8 +367,13 @@ class Denoiser(Estimator):
         reading = _own_reading(self.reading, kept)
         z, *_ = self._embed(_cells_of(kept), reading)
         if len(rows) < len(kept):
-            kept = dataclasses.replace(kept, counts=kept.counts[rows], batch=kept.batch[rows],
-                                       coordinates=None, obs=kept.obs.iloc[rows])  # fmt: skip
+            kept = dataclasses.replace(
+                kept,
+                counts=kept.counts[rows],
+                batch=kept.batch[rows],
+                coordinates=None,
+                obs=kept.obs.iloc[rows],
+            )
             z, held = z[rows], held[rows]
         return fit_pool(self._parts(kept, z), held, seed=self.training.seed)
 
@@ -384,10 +383,13 @@ class Denoiser(Estimator):
             places = self._places(table)
             pool = self.pool
             return dataclasses.replace(
-                pool, weights=pool.weights[places], dispersion=pool.dispersion[places],
+                pool,
+                weights=pool.weights[places],
+                dispersion=pool.dispersion[places],
                 gene_means=pool.gene_means[places],
-            )  # fmt: skip
+            )
         kept, held = thin(table.counts, seed=self.training.seed)
+        # The pool of a zero-shot prediction is fitted with the options of that call.
         before, self.reading = self.reading, reading
         try:
             thinned = dataclasses.replace(table, counts=kept)
@@ -408,7 +410,7 @@ class Denoiser(Estimator):
         table = self._table(data, reading)
         pool = self._pool_for(table, reading)
         parts = self._parts(table, z)
-        with self._progress("pooling", len(table)) as advance:
+        with _counted(f"{self.task}: pooling", len(table), self.quiet) as advance:
             shares = combine(parts, pool.weights, advance=advance)
         totals, every = _totals(table.counts), np.ones(len(table.genes), bool)
 
@@ -430,6 +432,7 @@ class Denoiser(Estimator):
         return blocks(), table, facts, [*messages, pool.message()]
 
     def _predict(self, data: Any, reading: Reading, **given: Any) -> Prediction:
+        # A file is compressed, which rounding makes far smaller; in memory float32 is expected.
         if given.get("storage") is None:
             given["storage"] = "rounded" if isinstance(data, str | os.PathLike) else "float32"
         options = Options(**given)
@@ -439,6 +442,7 @@ class Denoiser(Estimator):
         blocks, table, facts, messages = self._expected(data, reading, options)
         column = np.asarray(table.report.genes.column, int)
         matrix = facts["input"]["matrix"]
+        # A layer has the columns of X, so predictions for other genes have no place.
         if matrix == "raw.X" or getattr(data, "n_vars", len(column)) != len(column):
             raise InputError(
                 f"the counts are in {matrix}, whose genes differ from those of the layers",
@@ -462,6 +466,7 @@ class Denoiser(Estimator):
             chosen = [values[:, gene] * share]
             if logs is not None:
                 logs = logs[:, gene]
+                # Without repeated names the logarithms stay bit for bit as they are.
                 chosen.append(np.log1p(np.expm1(logs) * share) if (share < 1.0).any() else logs)
             for writer, block in zip(writers, chosen, strict=True):
                 writer.add(piece, block)
@@ -497,6 +502,23 @@ class Denoiser(Estimator):
 
 POOL_ARRAYS = ("weights", "dispersion", "gene_means")
 """Arrays of a pool that are saved."""
+
+
+@contextlib.contextmanager
+def _counted(title: str, cells: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Report the progress of a stage over cells; yields a function to call with the number of finished cells."""
+    report = ProgressReport(title, cells, unit="cells", quiet=quiet, first="reading counts")
+    done = 0
+
+    def advance(number: int) -> None:
+        nonlocal done
+        done += number
+        report.update(done)
+
+    try:
+        yield advance
+    finally:
+        report.close()
 
 
 def _cells_of(table: CellTable) -> AnnData:

@@ -72,7 +72,11 @@ class LayerWriter:
         nonzeros: int,
         logs: bool = False,
     ):
-        self.shape, self.known, self.storage, self.logs = shape, known, storage, logs
+        self.shape = shape
+        self.known = known
+        self.storage = storage
+        self.logs = logs
+        # About as many entries as the counts had, so that the layer needs about as much memory.
         self.density = SPARSE_ENTRIES * nonzeros / max(shape[0] * len(known), 1)
         self.dense, self.blocks = None, []
         # A sparse entry takes the memory of two dense ones.
@@ -104,6 +108,7 @@ class LayerWriter:
         kept = values > 0
         if self.storage == "sparse":
             number = min(values.size, max(1, round(self.density * values.size)))
+            # The largest entries of the block, before rounding: rounding makes ties.
             kept &= given >= np.partition(given.ravel(), values.size - number)[-number]
         indices = np.tile(self.known.astype(np.int32), len(values))[kept.ravel()]
         indptr = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
@@ -126,15 +131,20 @@ def rounded(values: np.ndarray) -> np.ndarray:
     """
     values = np.ascontiguousarray(values, np.float32)
     dropped = 23 - DIGITS
+    # Adding half of the last kept bit rounds to nearest; a carry moves into the exponent, as it should.
     bits = values.view(np.int32) + (1 << (dropped - 1))
     relative = (bits & ~((1 << dropped) - 1)).view(np.float32)
+    # Relative to the row's sum, so that deep and shallow cells lose the same share.
     sums = values.sum(axis=1, keepdims=True, dtype=np.float64)
     step = np.exp2(np.floor(np.log2(np.maximum(STEP * sums, 1e-30)))).astype(np.float32)
     return np.where(values < step * 2**DIGITS, np.rint(values / step) * step, relative)
 
 
 def expected_counts(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray, detected: bool = False
+    output: Reconstruction,
+    totals: np.ndarray,
+    measured: np.ndarray,
+    detected: bool = False,
 ) -> np.ndarray:
     """Convert a decoder's output to counts: scaled so that the measured genes of each cell sum to its total.
 
@@ -157,7 +167,9 @@ def expected_counts(
 
 
 def _scaled_means(
-    output: Reconstruction, totals: np.ndarray, measured: np.ndarray
+    output: Reconstruction,
+    totals: np.ndarray,
+    measured: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the scaled means of the negative binomials, and the probabilities that a zero is not structural."""
     mean = np.asarray(output.mean, np.float64)
@@ -199,9 +211,11 @@ def expected_logs(
     ratio = mean / (mean + theta)
     few = mean <= EXPLICIT_MEAN
     ratio_few = np.where(few, ratio, 0.0)
-    weight, chance = np.ones_like(mean), np.ones_like(mean)
+    weight = np.ones_like(mean)
+    chance = np.ones_like(mean)
     total = np.broadcast_to(np.log1p(scale), mean.shape).copy()
     for count in range(2, EXPLICIT_COUNTS + 1):
+        # In place: these arrays are [cells, genes], and the loop runs for every count up to 48.
         weight *= (count - 1 + theta) / count * ratio_few
         chance += weight
         total += weight * np.log1p(count * scale)
@@ -211,7 +225,9 @@ def expected_logs(
 
 
 def posterior_counts(
-    expected: np.ndarray, dispersion: np.ndarray, counts: sparse.csr_matrix
+    expected: np.ndarray,
+    dispersion: np.ndarray,
+    counts: sparse.csr_matrix,
 ) -> np.ndarray:
     """Return the posterior means of rates with a gamma prior, given Poisson counts; rows keep their sums.
 
@@ -220,6 +236,7 @@ def posterior_counts(
         dispersion: float [genes], inverse dispersion.
         counts: CSR [cells, genes].
     """
+    # Conjugate update of gamma(theta, theta / mu) by a count: (theta + x) / (theta / mu + 1).
     mean = expected * (dispersion + counts.toarray()) / (dispersion + expected)
     sums = np.maximum(mean.sum(axis=1, keepdims=True), 1e-12)
     return (mean * (expected.sum(axis=1, keepdims=True) / sums)).astype(np.float32)

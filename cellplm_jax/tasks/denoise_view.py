@@ -83,7 +83,8 @@ def before_and_after(
     """
     from anndata.io import sparse_dataset
 
-    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    model = denoiser._fitted()
+    reading = denoiser.reading.changed(**keys)
     cells = read_cells(
         path,
         model.genes,
@@ -100,6 +101,7 @@ def before_and_after(
         values: Any = file[f"layers/{layer_written}"]
         if not hasattr(values, "shape"):
             values = sparse_dataset(values)
+        # In blocks: a layer on disk is read by chunks of cells.
         blocks = [values[part][:, known] for part in np.array_split(rows, len(rows) // 1024 + 1)]
         after = np.concatenate(
             [block.toarray() if sparse.issparse(block) else block for block in blocks]
@@ -117,6 +119,7 @@ def before_and_after(
     stored = sparse.csr_matrix(
         (np.ones(counts.nnz, bool), counts.indices, counts.indptr), counts.shape
     )
+    # An expected count of half rounds to one: the zeros that are predicted to be none.
     half = after >= 0.5
     both = stored.multiply(half).sum()
     empty = half.size - counts.nnz
@@ -151,7 +154,10 @@ def _known_columns(column: np.ndarray) -> np.ndarray:
 
 
 def check_genes(
-    denoiser: Denoiser, path: str | os.PathLike, genes: Sequence[str], **keys: Any
+    denoiser: Denoiser,
+    path: str | os.PathLike,
+    genes: Sequence[str],
+    **keys: Any,
 ) -> None:
     """Check the genes of :func:`before_and_after` before any work is done.
 
@@ -164,7 +170,8 @@ def check_genes(
     Raises:
         InputError: A gene will not be denoised, or the file cannot be read.
     """
-    model, reading = denoiser._fitted(), denoiser.reading.changed(**keys)
+    model = denoiser._fitted()
+    reading = denoiser.reading.changed(**keys)
     read = {
         "layer": reading.layer,
         "gene_key": reading.gene_key,
@@ -182,6 +189,7 @@ def _telling_genes(logs: np.ndarray, number: int) -> np.ndarray:
     if len(order) < 3:
         return order[:number]
     first = np.broadcast_to(logs[:, order[:1]], (len(logs), len(order) - 1))
+    # Two genes that vary together would show the same picture twice.
     like = np.nan_to_num(pearson_per_gene(logs[:, order[1:]], first), nan=1.0)
     second = order[1 + int(like.argmin())]
     others = [place for place in order[1:] if place != second]

@@ -118,14 +118,25 @@ def embed(
     """
     check_key(key_added)
     keys: EmbeddingKeys = {
-        "batch_key": batch_key, "spatial_key": spatial_key, "layer": layer, "gene_key": gene_key, "values": values,
-        "cells_per_context": cells_per_context, "minimum_genes": minimum_genes, "feature_type": feature_type,
-    }  # fmt: skip
+        "batch_key": batch_key,
+        "spatial_key": spatial_key,
+        "layer": layer,
+        "gene_key": gene_key,
+        "values": values,
+        "cells_per_context": cells_per_context,
+        "minimum_genes": minimum_genes,
+        "feature_type": feature_type,
+    }
     read, context = options_of(keys, adapt=adapt)
     check_adapt(adapt)
     data = as_anndata(adata)
     embedding, provenance, _ = read_and_embed(
-        data, as_pretrained(model), read, context, key_added, quiet
+        data,
+        as_pretrained(model),
+        read,
+        context,
+        key_added,
+        quiet,
     )
     if few := few_matched(provenance["input"]["genes"]):
         warnings.warn(few, stacklevel=2)
@@ -161,7 +172,8 @@ def embed_file(
     Raises:
         InputError: As :func:`embed`; also if ``out`` cannot be written.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
     check_copy(path, out)
     check_key(key_added)
     read, context = options_of(keys, adapt=adapt, require_coordinates=require_coordinates)
@@ -216,12 +228,21 @@ class Context(NamedTuple):
     join: Callable[..., np.ndarray] = join_context
 
 
-_READ = {"layer": None, "gene_key": None, "values": "counts", "minimum_genes": None, "feature_type": None}  # fmt: skip
+_READ = {
+    "layer": None,
+    "gene_key": None,
+    "values": "counts",
+    "minimum_genes": None,
+    "feature_type": None,
+}
 _CONTEXT = {"batch_key": None, "spatial_key": "spatial", "cells_per_context": None}
 
 
 def options_of(
-    keys: Mapping[str, Any], *, adapt: Adapt = "none", require_coordinates: bool = False
+    keys: Mapping[str, Any],
+    *,
+    adapt: Adapt = "none",
+    require_coordinates: bool = False,
 ) -> tuple[dict[str, Any], Context]:
     """Return the options for reading and for contexts, checked before any work is done.
 
@@ -267,6 +288,7 @@ def read_and_embed(
     Returns:
         float32 [cells, latent]; facts for ``uns``; sentences about the input.
     """
+    # Before the counts are read: a missing extra must not be found after an hour.
     check_adapt(context.adapt)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(open_counts(data, model.genes, **read))
@@ -371,9 +393,15 @@ def embed_source(
             placed = None if coordinates is None else scale_coordinates(coordinates[cells])
             for index in _contexts(len(cells), cells_per_context):
                 here = None if placed is None else placed[index]
+                # `n=done` binds the current value.
                 on_progress = lambda text, n=done: update(n, text)  # noqa: E731
                 embedding[cells[index]] = embed_context(
-                    source, model, cells[index], here, waiting, on_progress
+                    source,
+                    model,
+                    cells[index],
+                    here,
+                    waiting,
+                    on_progress,
                 )
                 done += len(index)
                 update(done)
@@ -393,6 +421,7 @@ def _tissue_samples(source: CountSource, batch_key: str | None) -> list[np.ndarr
 def _contexts(cells: int, limit: int | None) -> Iterator[np.ndarray]:
     count = 1 if limit is None else -(-cells // limit)
     for start in range(count):
+        # Round-robin, so that every context is a cross-section of the sample.
         yield np.arange(start, cells, count)
 
 
@@ -437,14 +466,24 @@ def embed_context(
     large = len(cells) > long_context.STREAM_CELLS and StreamedEncoder.supports(model.config)
     if large and not fits_at_once(len(cells), model.config, model.embeds_on[0]):
         hidden = express_context(
-            source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+            source,
+            model,
+            cells,
+            coordinates,
+            waiting=waiting,
+            on_progress=on_progress,
         )
         embedding = np.empty((len(cells), model.config.latent_size), np.float32)
         params, *others = model.weight_copies
         model.encode_streamed(params, hidden, embedding, others=others, on_progress=on_progress)
         return embedding
     hidden, mask = express_padded(
-        source, model, cells, coordinates, waiting=waiting, on_progress=on_progress
+        source,
+        model,
+        cells,
+        coordinates,
+        waiting=waiting,
+        on_progress=on_progress,
     )
     return np.asarray(model.encode_context(hidden, mask))[0, : len(cells)]
 
@@ -497,8 +536,10 @@ def express_context(
     Returns:
         float32 [padded, hidden], before any attention, 0 past the cells; in memory, or on disk if it is large.
     """
+    # In host memory: a context can be larger than the device's.
     hidden = host_array((padded or len(cells), model.config.hidden))
     devices = len(model.embeds_on)
+    # One batch per device in computation, and one that is read.
     batches = Prefetcher(_chunks_of_context(source, model, cells, coordinates), depth=1 + devices)
     started = time.perf_counter()
     chunks = (
@@ -516,11 +557,15 @@ def express_context(
 
 
 def _chunks_of_context(
-    source: RowSource, model: Pretrained, cells: np.ndarray, coordinates: np.ndarray | None
+    source: RowSource,
+    model: Pretrained,
+    cells: np.ndarray,
+    coordinates: np.ndarray | None,
 ) -> Iterator[tuple[slice, int, CellBatch]]:
     """Yield a context as batches of one shape: rows of the context, number of the device, the batch on that device."""
     turns = itertools.cycle(range(len(model.embeds_on)))
     rows = min(CHUNK_CELLS, bucket(len(cells)))
+    # One shape for all chunks of a context, hence one compilation; any single cell fits.
     capacity = max(rows * min(CHUNK_NONZEROS, len(model.genes)), len(model.genes))
     positions = model.config.positions
     vectors = None

@@ -169,7 +169,13 @@ def embed_corpus(
         mine = deal(cells, count)[index]
         left = [sample for sample in mine if not done[sample]]
         title = "embedding" if count == 1 else f"embedding ({index + 1} of {count})"
-        progress = ProgressReport(title, sum(cells[s] for s in left), unit="cells", quiet=quiet)
+        # Counts this process's cells only; the others report their own.
+        progress = ProgressReport(
+            title,
+            sum(cells[s] for s in left),
+            unit="cells",
+            quiet=quiet,
+        )
         if len(left) < len(mine):
             progress.say(f"{len(mine) - len(left)} of {len(mine)} samples were done already")
         try:
@@ -178,7 +184,14 @@ def embed_corpus(
             progress.close()
         complete = _complete(folder)
     messages += waiting.messages()
-    return CorpusEmbedding(folder.path, sum(cells), len(cells), len(left), complete, messages)
+    return CorpusEmbedding(
+        folder.path,
+        sum(cells),
+        len(cells),
+        len(left),
+        complete,
+        messages,
+    )
 
 
 def deal(cells: Sequence[int], processes: int) -> list[list[int]]:
@@ -209,9 +222,11 @@ def wait_until_complete(out: str | os.PathLike) -> None:
     Args:
         out: The store.
     """
-    folder, pause = Folder(out), POLL_SECONDS
+    folder = Folder(out)
+    pause = POLL_SECONDS
     while not _complete(folder):
         time.sleep(pause)
+        # Each poll of a store at gs:// is a request.
         pause = min(2 * pause, 30 * POLL_SECONDS)
 
 
@@ -221,11 +236,16 @@ def weights_fingerprint(model: Pretrained) -> str:
     Args:
         model: The model.
     """
-    facts = json.dumps([dataclasses.asdict(model.config), model.genes], sort_keys=True, default=str)
+    facts = json.dumps(
+        [dataclasses.asdict(model.config), model.genes],
+        sort_keys=True,
+        default=str,
+    )
     digest = hashlib.sha256(facts.encode())
     for path, leaf in sorted(flatten_dict(model.params).items()):
         if path[0] in EMBEDDING_PARTS:
             digest.update("/".join(path).encode())
+            # Decoder and head are not hashed: they do not change an embedding.
             digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:16]
 
@@ -240,7 +260,9 @@ class SampleRows:
     """
 
     def __init__(self, corpus: Corpus, sample: int, mapping: GeneMapping):
-        self._corpus, self._sample, self._mapping = corpus, sample, mapping
+        self._corpus = corpus
+        self._sample = sample
+        self._mapping = mapping
         self.cells = corpus.samples[sample].cells
 
     def read_rows(self, indices: np.ndarray) -> sparse.csr_matrix:
@@ -294,7 +316,8 @@ def _embed_samples(
     """Embed samples, write their rows and mark them."""
     if not left:
         return
-    rows, done = _open(folder, _ROWS), _open(folder, _DONE)
+    rows = _open(folder, _ROWS)
+    done = _open(folder, _DONE)
     cells = [sample.cells for sample in corpus.samples]
     first = np.concatenate([[0], np.cumsum(cells)])
     embedded = 0
@@ -337,7 +360,11 @@ def _read_state(folder: Folder) -> dict[str, Any]:
     return state
 
 
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], path: str) -> None:
+def _check_same(
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    path: str,
+) -> None:
     """Raise an error if the store belongs to other work."""
     for name, what in (
         ("corpus", "of the corpus"),
@@ -393,6 +420,7 @@ def _complete(folder: Folder) -> bool:
         return False
     root = parse_json(folder.read(_ROOT) or b"")
     root["attributes"][_STATE]["complete"] = True
+    # Completed before the marks are removed: in between, a reader sees both.
     folder.write(_ROOT, json.dumps(root, indent=2).encode())
     folder.remove(_DONE)
     return True
@@ -440,7 +468,11 @@ def _create(
 
 
 def _build(
-    target: Path, corpus: Corpus, model: Pretrained, mapping: GeneMapping, state: dict[str, Any]
+    target: Path,
+    corpus: Corpus,
+    model: Pretrained,
+    mapping: GeneMapping,
+    state: dict[str, Any],
 ) -> None:
     import pandas as pd
     import zarr
@@ -451,18 +483,32 @@ def _build(
     root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", _STATE: state})
     with anndata_settings():
         write_elem(root, "obs", table)
-        write_elem(root, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
+        write_elem(
+            root,
+            "var",
+            pd.DataFrame(index=pd.Index([], dtype=object)),
+        )
         for name in ("obsm", "varm", "obsp", "varp", "layers"):
             write_elem(root, name, {})
         write_elem(root, "uns", {"cellplm": _provenance(corpus, model, mapping)})
     latent = model.config.latent_size
     rows = max(1, CHUNK_VALUES // latent)
-    _create_array(target / _ROWS, "float32", [len(table), latent], [rows, latent], "NaN")
+    _create_array(
+        target / _ROWS,
+        "float32",
+        [len(table), latent],
+        [rows, latent],
+        "NaN",
+    )
     _create_array(target / _DONE, "uint8", [len(corpus.samples)], [1], 0)
 
 
 def _create_array(
-    path: Path, dtype: str, shape: list[int], chunks: list[int], missing: int | str
+    path: Path,
+    dtype: str,
+    shape: list[int],
+    chunks: list[int],
+    missing: int | str,
 ) -> None:
     """Write the metadata of an array; missing chunks read as ``missing``."""
     spec = {

@@ -73,7 +73,9 @@ def embed_on_device(
         InputError: A value is not a count.
     """
     hidden, sound, empty = express_on_device(source, rows, model, cells, coordinates, on_progress)
-    sound, empty = np.asarray(sound)[: len(cells)], np.asarray(empty)[: len(cells)]
+    sound = np.asarray(sound)[: len(cells)]
+    empty = np.asarray(empty)[: len(cells)]
+    # Only now, on the host: a compiled function cannot raise.
     for cell in cells[~sound][:1]:
         source.read(int(cell), int(cell) + 1)  # raises, and names the value
     source.note_empty(cells, empty)
@@ -117,10 +119,12 @@ def express_on_device(
     put = partial(jax.device_put, device=rows.device)
     column = put(source.vocabulary_column.astype(np.int32))
     table = params["embedder"]["gene_embedding"]
+    # Dense rows have all columns of the file: the table is brought into their order once, not the counts per chunk.
     weights = gather(table, column) if dense else table
     parts: list[tuple[jax.Array, jax.Array, jax.Array]] = []
     begin = 0
     while begin < len(cells):
+        # Sparse rows: as many cells as their stored counts allow.
         number = rows.fits(cells[begin : begin + size], capacity)
         part = slice(begin, begin + number)
         index = np.zeros(size, np.int32)
@@ -129,9 +133,12 @@ def express_on_device(
         if coordinates is not None:
             place[0, :number] = coordinates[part]
         result = run(
-            params, rows.arguments(), *put((index, column, weights, place, np.int32(number))),
-            values=source.report.values, capacity=capacity,
-        )  # fmt: skip
+            params,
+            rows.arguments(),
+            *put((index, column, weights, place, np.int32(number))),
+            values=source.report.values,
+            capacity=capacity,
+        )
         # A chunk with many counts has fewer cells than the others.
         parts.append(result if number == size else _first(result, number))
         begin += number
@@ -147,6 +154,7 @@ def _first(result: tuple[jax.Array, ...], number: int) -> tuple[Any, ...]:
 
 
 _compiled: WeakKeyDictionary[Pretrained, dict[bool, tuple[Callable, Callable]]]
+# Weak keys, so that a model that is no longer used frees its compiled functions and its copies of weights.
 _compiled = WeakKeyDictionary()
 
 
@@ -162,11 +170,25 @@ def _functions(model: Pretrained, dense: bool) -> tuple[Callable, Callable]:
 
 def _weights(table: jax.Array, column: jax.Array) -> jax.Array:
     """Return the rows of a table [genes, width] for the columns of a file: 0 for genes outside the vocabulary."""
-    return jnp.where((column >= 0)[:, None], table[jnp.maximum(column, 0)], 0)
+    return jnp.where(
+        (column >= 0)[:, None],
+        table[jnp.maximum(column, 0)],
+        0,
+    )
 
 
 def _dense_chunk(
-    params, arrays, index, column, weights, place, number, *, values, capacity, config: ModelConfig
+    params,
+    arrays,
+    index,
+    column,
+    weights,
+    place,
+    number,
+    *,
+    values,
+    capacity,
+    config: ModelConfig,
 ):
     block = DeviceRows.take(arrays, index, capacity)
     count, sound = _counts(block, values)
@@ -189,7 +211,17 @@ def _dense_chunk(
 
 
 def _sparse_chunk(
-    params, arrays, index, column, weights, place, number, *, values, capacity, config: ModelConfig
+    params,
+    arrays,
+    index,
+    column,
+    weights,
+    place,
+    number,
+    *,
+    values,
+    capacity,
+    config: ModelConfig,
 ):
     data, columns, offsets = DeviceSparseRows.take(arrays, index, capacity)
     size = index.shape[0]
@@ -198,8 +230,13 @@ def _sparse_chunk(
     count, sound = _counts(data, values)
     gene = column[columns]
     stored = jnp.arange(capacity) < offsets[-1]
+    # The library size is that of genes in the vocabulary, as on the host.
     known = jnp.where(stored & (gene >= 0), count, 0)
-    cell = jnp.repeat(jnp.arange(size), offsets[1:] - offsets[:-1], total_repeat_length=capacity)
+    cell = jnp.repeat(
+        jnp.arange(size),
+        offsets[1:] - offsets[:-1],
+        total_repeat_length=capacity,
+    )
     batch = CellBatch(
         indptr=offsets[None],
         gene=jnp.maximum(gene, 0)[None],
@@ -218,6 +255,7 @@ def _counts(found: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
     lowest = -INTEGER_TOLERANCE if values == "counts" else 0.0
     sound = (found >= lowest) & (found <= HIGHEST[values])
     if values == "counts":
+        # Counts stored as floating point may be off by rounding; they become integers, as on the host.
         integers = jnp.rint(found)
         return integers, sound & (jnp.abs(found - integers) <= INTEGER_TOLERANCE)
     return (jnp.expm1(found) if values == "log1p" else found), sound
@@ -235,7 +273,10 @@ def _of_cells(place: jax.Array, number: jax.Array) -> dict[str, jax.Array]:
 
 def _apply(params, batch, gene_sum, config):
     return CellPLM(config).apply(
-        {"params": params}, batch, gene_sum=gene_sum, method=CellPLM.embed_expression
+        {"params": params},
+        batch,
+        gene_sum=gene_sum,
+        method=CellPLM.embed_expression,
     )[0]
 
 
@@ -270,6 +311,7 @@ def fits_at_once(cells: int, config: ModelConfig, device: jax.Device | None) -> 
         device: The device; None: JAX's default one.
     """
     memory = (device or jax.local_devices()[0]).memory_stats() or {}
+    # CPUs report no limit: their memory is shared with everything else.
     if "bytes_limit" not in memory:
         return False
     free = memory["bytes_limit"] - memory.get("bytes_in_use", 0)

@@ -101,29 +101,7 @@ class Estimator(SavedEstimator, abc.ABC):
     def __init_subclass__(cls, **options: Any):
         """Name all arguments of the constructor, so that ``help`` and the completion of notebooks show them."""
         super().__init_subclass__(**options)
-        keyword, named = inspect.Parameter.KEYWORD_ONLY, {}
-        for function in (cls.__init__, Estimator.__init__):
-            for name, argument in inspect.signature(function).parameters.items():
-                if name != "self" and argument.kind is not inspect.Parameter.VAR_KEYWORD:
-                    named.setdefault(name, argument)
-        for name in cls.recipe_fields:
-            named[name] = inspect.Parameter(
-                name,
-                keyword,
-                default=getattr(cls.recipe, name),
-                annotation=FinetuneConfig.__annotations__[name],
-            )
-        cls.__signature__ = inspect.Signature(list(named.values()))
-        # Those that are not defined by the task get its options and keys in their signatures.
-        written = set(vars(cls))
-        predict = cls.predict if "predict" in written else cls._predict
-        options = keyword_options(predict)
-        for name in ("predict", "predict_file") if "_predict" in written else ():
-            if name not in written:
-                setattr(cls, name, _copy(getattr(cls, name)))
-        for name, function in vars(cls).items():
-            if inspect.isfunction(function) and not name.startswith("_"):
-                name_keys(function, cls.keys, {} if name in written else options)
+        _name_arguments(cls)
 
     def __init__(
         self,
@@ -142,6 +120,7 @@ class Estimator(SavedEstimator, abc.ABC):
         base = self.base
         if base is not None and (base.precision, base.devices) != (self.precision, self.devices):
             self.base = dataclasses.replace(base, precision=self.precision, devices=self.devices)
+        # "default" instead of None, because None means all genes.
         if isinstance(genes, str):
             genes = 3000 if self.base is None else None
         self.genes: int | None = genes
@@ -162,6 +141,7 @@ class Estimator(SavedEstimator, abc.ABC):
         if self.model is None:
             return {"start_model": start, "fitted": "no, call fit"}
         facts = {k: v for k, v in self.facts.items() if isinstance(v, int | float | str)}
+        # Scores come first in the display.
         scores = {k: v for k, v in facts.items() if isinstance(v, float) and k != "seconds"}
         return {
             "start_model": self.model.card.get("fine_tuned_from", start),
@@ -219,11 +199,18 @@ class Estimator(SavedEstimator, abc.ABC):
         self._fit_genes = fitted_names(table)
         return table.restrict(table.measured)
 
+    def _read_more(self, data: Any, reading: Reading) -> CellTable:
+        """Return other cells over the genes of the fitted model."""
+        # A file without the batch column of the fit is one batch; a batch_key that is passed here must exist.
+        one_batch = reading.batch_key == self.reading.batch_key
+        return read_cells(data, self._fitted().genes, **reading.cells, one_batch=one_batch)
+
     def _choose_genes(self, table: CellTable, train: np.ndarray) -> CellTable:
         """Restrict the table to the genes of the fit, selected using the cells ``train`` only."""
         if self.genes is None:
             if self.base is not None:
                 return table
+            # From scratch, an embedding of a gene without counts would never be trained.
             kept = np.flatnonzero(np.diff(table.counts[train].tocsc().indptr) > 0)
             return table.restrict(kept)
         chosen = variable_genes(table.counts[train], self.genes)
@@ -252,6 +239,7 @@ class Estimator(SavedEstimator, abc.ABC):
         """
         self.batch_rows = {}
         if config.head.kind == "none":
+            # Pretrained rows stay in place, so that zero-shot decoding still has them.
             first = config.decoder.batches if self.base is not None else 0
             names = list(dict.fromkeys(table.batch))
             self.batch_rows = {name: first + row for row, name in enumerate(names)}
@@ -308,6 +296,7 @@ class Estimator(SavedEstimator, abc.ABC):
             of_epoch = examples
         else:
             fixed = [layout.example for layout in examples]
+            # The same arrays in every epoch: they are on the device already.
             of_epoch = lambda epoch: fixed  # noqa: E731
         result = finetune(
             start.params,
@@ -337,6 +326,7 @@ class Estimator(SavedEstimator, abc.ABC):
     def _keep(self, start: Pretrained, params: dict[str, Any]) -> Pretrained:
         """Set the fitted model, ``start`` of :meth:`_begin` with other parameters, and return it."""
         card = {
+            # The card of the start model stays, with its data and licence.
             **start.card,
             "kind": "fine-tuned",
             "task": self.task,
@@ -344,9 +334,15 @@ class Estimator(SavedEstimator, abc.ABC):
             "made_by": f"cellplm-jax {__version__}",
         }
         self.model = Pretrained(
-            start.config, params, start.genes, card, start.source, start.step,
-            precision=self.precision, devices=self.devices,
-        )  # fmt: skip
+            start.config,
+            params,
+            start.genes,
+            card,
+            start.source,
+            start.step,
+            precision=self.precision,
+            devices=self.devices,
+        )
         return self.model
 
     def _log_messages(self) -> None:
@@ -400,6 +396,7 @@ class Estimator(SavedEstimator, abc.ABC):
     def _predicted(self, data: Any, keys: Mapping[str, Any]) -> Prediction:
         """Predict with reading keys and options of the task."""
         read = {name: value for name, value in keys.items() if name in self.keys}
+        # Whatever is no reading key is an option; an unknown one raises in `_predict`.
         options = {name: value for name, value in keys.items() if name not in self.keys}
         return self._predict(data, self._as_fitted(read), **options)
 
@@ -426,6 +423,7 @@ class Estimator(SavedEstimator, abc.ABC):
         with open_counts(data, model.genes, **reading.counts) as source:
             reading, remarks = self.with_batches(reading, source.obs.columns)
             key = reading.split_key
+            # Training and test cells of a fit were in separate contexts, and stay separate.
             if part is None and key is not None and key in source.obs.columns:
                 part = parts_of(source.column(key, missing=""))
             z = embed_source(
@@ -473,6 +471,7 @@ class Estimator(SavedEstimator, abc.ABC):
 
         ``batch`` names the batch of each cell; new ones and None use the mean of all rows.
         """
+        # -1: the mean of all rows.
         rows_of = np.full(len(z), -1, np.int32)
         if batch is not None:
             rows_of = np.array([self.batch_rows.get(name, -1) for name in batch], np.int32)
@@ -498,6 +497,35 @@ class Estimator(SavedEstimator, abc.ABC):
 
         best = self.facts.get("best_epoch")
         return fitting_curves(self.history, key=key, best_epoch=best, ax=ax, show=show)
+
+
+def _name_arguments(cls: type[Estimator]) -> None:
+    """Give the constructor and the methods of a task signatures that name every option and reading key."""
+    keyword, named = inspect.Parameter.KEYWORD_ONLY, {}
+    for function in (cls.__init__, Estimator.__init__):
+        for name, argument in inspect.signature(function).parameters.items():
+            if name != "self" and argument.kind is not inspect.Parameter.VAR_KEYWORD:
+                # The task's own arguments come first; those of the base class fill in.
+                named.setdefault(name, argument)
+    for name in cls.recipe_fields:
+        named[name] = inspect.Parameter(
+            name,
+            keyword,
+            default=getattr(cls.recipe, name),
+            annotation=FinetuneConfig.__annotations__[name],
+        )
+    cls.__signature__ = inspect.Signature(list(named.values()))
+    # Those that are not defined by the task get its options and keys in their signatures.
+    written = set(vars(cls))
+    predict = cls.predict if "predict" in written else cls._predict
+    options = keyword_options(predict)
+    for name in ("predict", "predict_file") if "_predict" in written else ():
+        # A copy per class: the signature of the inherited function would be that of all tasks.
+        if name not in written:
+            setattr(cls, name, _copy(getattr(cls, name)))
+    for name, function in vars(cls).items():
+        if inspect.isfunction(function) and not name.startswith("_"):
+            name_keys(function, cls.keys, {} if name in written else options)
 
 
 def _where(

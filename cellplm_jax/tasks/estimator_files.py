@@ -62,12 +62,19 @@ class SavedEstimator(Displayed):
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the state of the task other than the model: plain values for JSON, and arrays."""
+        # Names in the file are part of the format, and do not show which attributes are private.
         return {name.lstrip("_"): getattr(self, name) for name in self.saved}, {}
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         """Restore the state returned by :meth:`_state`."""
         for name in self.saved:
-            value, initial = state[name.lstrip("_")], getattr(self, name)
+            value = state[name.lstrip("_")]
+            initial = getattr(self, name)
+            # The file may come from a stranger: a wrong type would fail later, and far from here.
             if isinstance(initial, list | dict) and not isinstance(value, type(initial)):
                 msg = f"'{name}' is a {type(value).__name__}"
                 raise TypeError(msg)
@@ -221,9 +228,13 @@ class SavedEstimator(Displayed):
         make: Any = cls
         try:
             estimator = make(
-                None, genes=content["genes"], quiet=quiet, precision=model.precision, devices=devices,
+                None,
+                genes=content["genes"],
+                quiet=quiet,
+                precision=model.precision,
+                devices=devices,
                 **content["training"],
-            )  # fmt: skip
+            )
             estimator._restore_all(content, model, arrays)
         except CheckpointError:
             raise
@@ -232,18 +243,25 @@ class SavedEstimator(Displayed):
         return estimator
 
     def _restore_all(
-        self, content: dict[str, Any], model: Pretrained, arrays: dict[str, np.ndarray]
+        self,
+        content: dict[str, Any],
+        model: Pretrained,
+        arrays: dict[str, np.ndarray],
     ) -> None:
         """Set the state of a new estimator from the contents of its files."""
         if "names" in content:
             named = content["names"]
             model.genes = FittedGenes(
-                model.genes, named["others"], named["matrix"], named["gene_key"]
+                model.genes,
+                named["others"],
+                named["matrix"],
+                named["gene_key"],
             )
         self.model = model
         self.reading = Reading(**content["reading"])
         self.batch_rows = dict(content["batch_rows"])
-        self.history, self.facts = list(content["history"]), dict(content["facts"])
+        self.history = list(content["history"])
+        self.facts = dict(content["facts"])
         self.messages = list(content["messages"])
         self._restore(content["state"], arrays)
         _check_labels(getattr(self, "labels", None), model.config, arrays)

@@ -78,6 +78,7 @@ def export_model(model: Pretrained | str | os.PathLike, out: str | os.PathLike) 
         "jax": jax.__version__,
         "cellplm_jax": __version__,
     }
+    # Uncompressed: weights hardly compress, and readers can map them.
     with atomic_write(out) as partial, zipfile.ZipFile(partial, "w") as archive:
         archive.writestr(PROGRAM, program.serialize())
         archive.writestr(GENES, "".join(f"{gene}\n" for gene in model.genes))
@@ -90,8 +91,12 @@ def _export(model: Pretrained) -> jax.export.Exported:
     params = {name: model.params[name] for name in EMBEDDING_PARTS if name in model.params}
 
     def embed(
-        indptr: jax.Array, gene: jax.Array, count: jax.Array, coordinates: jax.Array
+        indptr: jax.Array,
+        gene: jax.Array,
+        count: jax.Array,
+        coordinates: jax.Array,
     ) -> jax.Array:
+        # NaN marks cells without coordinates: an artifact has no optional arguments.
         located = jnp.isfinite(coordinates).all(axis=-1)
         batch = CellBatch(
             indptr=indptr[None],
@@ -105,6 +110,7 @@ def _export(model: Pretrained) -> jax.export.Exported:
         latent: Any = CellPLM(config).apply({"params": params}, hidden, method=CellPLM.infer)
         return latent.mean[0]
 
+    # Symbolic sizes: one program for any number of cells.
     cells, nonzeros = jax.export.symbolic_shape("cells, nonzeros")
 
     def array(shape: tuple, kind: Any) -> jax.ShapeDtypeStruct:

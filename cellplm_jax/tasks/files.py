@@ -240,6 +240,7 @@ def write_copy(
             shutil.copytree(path, partial)
         else:
             shutil.copyfile(path, partial)
+            # Readable by others, whatever the mask of the process.
             os.chmod(partial, 0o644)
             reserve(partial, room)
         with open_store(partial, "r+") as file, nullable_strings():
@@ -254,12 +255,14 @@ def write_copy(
             added = (("obsm", obsm), ("obsp", obsp), ("layers", layers), ("uns", uns))
             for group, values in added:
                 for name, value in (values or {}).items():
+                    # Files of other tools may lack a group.
                     if group not in file:
                         write_elem(file, group, {})
                     options: Any = {}
                     if not path.is_dir() and _compresses(value):
                         options = {"compression": "gzip", "shuffle": True}
                         if isinstance(value, np.ndarray):
+                            # Few columns per chunk: readers of a layer take single genes.
                             options["chunks"] = tuple(
                                 map(min, zip((1024, 16), value.shape, strict=True))
                             )
@@ -281,6 +284,7 @@ def _compresses(value: Any) -> bool:
         return True
     if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.ndim != 2:
         return False
+    # A sample of the rows decides: rounding applies to all or to none.
     some = np.ascontiguousarray(value[:: -(-len(value) // 512) or 1])
     return value.nbytes > 2**16 and not (some.view(np.uint32) & 0xFFFF).any()
 
@@ -310,7 +314,10 @@ def _reject_links(file: Any, path: Path, names: Sequence[str]) -> None:
 
 
 def read_annotations(
-    path: str | os.PathLike, *, obsm: Sequence[str] = (), uns: Sequence[str] = ()
+    path: str | os.PathLike,
+    *,
+    obsm: Sequence[str] = (),
+    uns: Sequence[str] = (),
 ) -> AnnData:
     """Read the annotations of the cells of an ``.h5ad`` file or a ``.zarr`` store, without their counts.
 
@@ -326,8 +333,14 @@ def read_annotations(
     from anndata.io import read_elem
 
     with open_store(path) as file:
-        for name in ("obs", *(f"{group}/{name}" for group, names in (("obsm", obsm), ("uns", uns))
-                              for name in names)):  # fmt: skip
+        for name in (
+            "obs",
+            *(
+                f"{group}/{name}"
+                for group, names in (("obsm", obsm), ("uns", uns))
+                for name in names
+            ),
+        ):
             if name in file:
                 check_tree(file[name], Path(path))
         obs: Any = read_elem(file["obs"])

@@ -12,7 +12,9 @@ from cellplm_jax.tasks.pretrained import Pretrained, as_pretrained
 
 
 def gene_embeddings(
-    model: Pretrained | str | os.PathLike, *, symbols: bool = False
+    model: Pretrained | str | os.PathLike,
+    *,
+    symbols: bool = False,
 ) -> pd.DataFrame:
     """Return the embedding of every gene; a cell's expression token is a weighted sum of them (paper equation 1).
 

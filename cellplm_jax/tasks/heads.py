@@ -27,6 +27,7 @@ def apply_head(model: Pretrained, z: np.ndarray, condition: np.ndarray | None) -
     """
     parts = []
     for piece in _pieces(len(z), HEAD_CELLS):
+        # The last piece is padded to one of few sizes, which are compiled once.
         rows = bucket(piece.stop - piece.start)
         mask = np.arange(rows)[None] < piece.stop - piece.start
         given = None if condition is None else _padded(condition[piece], rows)
@@ -36,7 +37,9 @@ def apply_head(model: Pretrained, z: np.ndarray, condition: np.ndarray | None) -
 
 
 def decoded(
-    model: Pretrained, z: np.ndarray, rows_of: np.ndarray
+    model: Pretrained,
+    z: np.ndarray,
+    rows_of: np.ndarray,
 ) -> Iterator[tuple[slice, Reconstruction]]:
     """Decode latents in chunks of cells, without an array of all cells by genes.
 
@@ -51,6 +54,7 @@ def decoded(
     for piece in _pieces(len(z), HEAD_CELLS // 8):
         count = piece.stop - piece.start
         rows = bucket(count)
+        # -1, also for padding: the mean of all rows.
         index = np.full((1, rows), -1, np.int32)
         index[0, :count] = rows_of[piece]
         given = CellBatch(

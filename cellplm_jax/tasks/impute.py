@@ -12,15 +12,15 @@ import pandas as pd
 from scipy import sparse
 
 from cellplm_jax.data.anndata_io import open_counts
-from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
-from cellplm_jax.tasks.contexts import read_cells, require_same_cells
+from cellplm_jax.tasks.contexts import CellTable, read_cells, require_same_cells
 from cellplm_jax.tasks.denoise import expected_counts
 from cellplm_jax.tasks.files import check_copy, write_copy
 from cellplm_jax.tasks.impute_fit import DECODED_AS, ImputerFit
-from cellplm_jax.tasks.impute_genes import find_genes
-from cellplm_jax.tasks.impute_intervals import FEWEST, LEVELS, Intervals
+from cellplm_jax.tasks.impute_genes import imputed_places, layer_columns
+from cellplm_jax.tasks.impute_intervals import Intervals, require_intervals
 from cellplm_jax.tasks.impute_measured import BesideMeasured, beside_measured
 from cellplm_jax.tasks.impute_network import panel_model
 from cellplm_jax.tasks.impute_ridge import (
@@ -30,8 +30,9 @@ from cellplm_jax.tasks.impute_ridge import (
     NETWORK,
     RIDGE,
     Ridge,
+    around,
+    deviations,
     method_scores,
-    pooled,
 )
 from cellplm_jax.tasks.reading import Reading, ReadingKeys
 
@@ -132,7 +133,9 @@ class GeneImputer(ImputerFit):
         places = self._places(genes)
         column = None
         if layer_added is not None:
-            column = self._layer_columns(adata, layer_added, reading, places)
+            column = layer_columns(
+                adata, layer_added, self._fitted().genes, self._columns[places], reading.counts
+            )
         frame, _, facts, _ = self._imputed(adata, reading, places, log_normalized)
         if column is not None:
             data: Any = adata
@@ -172,20 +175,10 @@ class GeneImputer(ImputerFit):
                 validation cells.
         """
         places = self._places(genes)
-        self._require_intervals(coverage)
+        require_intervals(self._intervals, coverage)
+        # Intervals are calibrated on log-normalised values, so these are predicted whatever is returned.
         frame, total, _, _ = self._imputed(adata, self._as_fitted(keys), places, True)
         return self._ends(frame, total, coverage, places, log_normalized)
-
-    def _require_intervals(self, coverage: float) -> Intervals:
-        if coverage not in LEVELS:
-            raise InputError(f"coverage = {coverage}", f"one of {', '.join(map(str, LEVELS))}")
-        if self._intervals is None:
-            raise InputError(
-                "this imputer has no intervals",
-                f"one that was fitted with at least {FEWEST} validation cells, by a version with intervals",
-                "Fit again with a larger reference or validation_fraction",
-            )
-        return self._intervals
 
     def _ends(
         self,
@@ -196,7 +189,7 @@ class GeneImputer(ImputerFit):
         log_normalized: bool,
     ) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return both ends around log-normalised predictions, as tables like ``frame``."""
-        intervals = self._require_intervals(coverage)
+        intervals = require_intervals(self._intervals, coverage)
         ends = intervals.around(frame.to_numpy(np.float64), coverage, places)
         if not log_normalized:
             ends = tuple(np.expm1(end) * (total[:, None] / 1e4) for end in ends)
@@ -242,12 +235,13 @@ class GeneImputer(ImputerFit):
         check_copy(path, out)
         reading, places = self._as_fitted(keys), self._places(genes)
         if coverage is not None:
-            self._require_intervals(coverage)
+            require_intervals(self._intervals, coverage)
         frame, total, facts, messages = self._imputed(path, reading, places, log_normalized)
         tables = {key_added: frame}
         if coverage is not None:
             logs = frame
             if not log_normalized:
+                # Logarithms and counts are averaged with different weights, so neither follows from the other.
                 logs = self._imputed(path, reading, places, True)[0]
             low, high = self._ends(logs, total, coverage, places, log_normalized)
             tables |= {f"{key_added}_low": low, f"{key_added}_high": high}
@@ -290,6 +284,7 @@ class GeneImputer(ImputerFit):
         """Return whether log-normalised values [cells, genes] are inside their 90 % intervals."""
         places = self._places(list(predicted.columns))
         low, high = self._ends(predicted, np.zeros(len(true)), 0.9, places, True)
+        # The ends are float32: a value at an end must count as inside.
         return (true >= low.to_numpy() - 1e-5) & (true <= high.to_numpy() + 1e-5)
 
     def score_genes(
@@ -349,38 +344,27 @@ class GeneImputer(ImputerFit):
         Raises:
             InputError: The cells cannot be read, or do not match the prediction.
         """
-        model = self._fitted()
-        reading = self._as_fitted(keys)
-        table = read_cells(
-            adata,
-            model.genes,
-            **reading.counts,
-            spatial_key=None,
-            minimum_genes=0,
-        )
         return beside_measured(
-            table,
+            self._measured(adata, self._as_fitted(keys)),
             imputed,
             self._columns[self._places(list(imputed.columns))],
-            np.isin(model.genes, self.panel),
+            np.isin(self._fitted().genes, self.panel),
             self.confidence,
             log_normalized=log_normalized,
             pairs=pairs,
         )
 
+    def _measured(self, data: Any, reading: Reading) -> CellTable:
+        """Return the counts of all genes of the model that the cells measure."""
+        genes = self._fitted().genes
+        return read_cells(data, genes, **reading.counts, spatial_key=None, minimum_genes=0)
+
     def _compared(
         self, adata: Any, truth: Any, keys: ReadingKeys
     ) -> tuple[np.ndarray, pd.DataFrame, dict[str, np.ndarray]]:
         """Return log-normalised truth [cells, genes], prediction and its parts, over the measured genes of truth."""
-        model = self._fitted()
         reading = self._as_fitted(keys)
-        known = read_cells(
-            adata if truth is None else truth,
-            model.genes,
-            **reading.counts,
-            spatial_key=None,
-            minimum_genes=0,
-        )
+        known = self._measured(adata if truth is None else truth, reading)
         places = np.flatnonzero(known.measured[self._columns])
         if not len(places):
             raise InputError(
@@ -396,25 +380,7 @@ class GeneImputer(ImputerFit):
 
     def _places(self, genes: Sequence[str] | None) -> np.ndarray:
         """Return int: positions of the requested genes in ``imputed``."""
-        model = self._fitted()
-        if genes is None:
-            return np.arange(len(self.imputed))
-        by_name = {name: place for place, name in enumerate(self.imputed)}
-        by_column = {int(column): place for place, column in enumerate(self._columns)}
-        found = find_genes(genes, model.genes)
-        places = [
-            by_name.get(str(g), by_column.get(int(c), -1))
-            for g, c in zip(genes, found, strict=True)
-        ]
-        missing = [str(g) for g, place in zip(genes, places, strict=True) if place < 0]
-        if missing:
-            shown = ", ".join(map(repr, missing[:5])) + (" and more" if missing[5:] else "")
-            raise InputError(
-                f"{len(missing)} of {len(genes)} requested genes are not imputed: {shown}",
-                f"some of the {len(self.imputed)} genes in .imputed, such as {self.imputed[0]!r}",
-                nearest(missing[0], by_name, "Remove them, or fit again with genes=[...]"),
-            )
-        return np.array(places, int)
+        return imputed_places(genes, self._fitted().genes, self.imputed, self._columns)
 
     def _imputed(
         self,
@@ -430,6 +396,7 @@ class GeneImputer(ImputerFit):
         """
         model = self._fitted()
         if self._seen is None:
+            # Kept, because it is compiled on first use.
             self._seen = panel_model(model, self.panel)
         z, facts, messages = self._embed(data, reading, model=self._seen)
         scale = LOG if log_normalized else COUNTS
@@ -449,6 +416,7 @@ class GeneImputer(ImputerFit):
         if parts is not None and ridge is not None:
             parts[RIDGE], parts[NETWORK] = values.copy(), np.zeros_like(values)
             parts[MEAN] = ridge.regression.bias[places]
+        # A file may lack panel genes: the scale comes from those that it measures.
         over = np.isin(model.genes, np.array(self.panel, object)[measured].astype(str))
         row = np.full(len(z), DECODED_AS, object)
         for piece, output in self._decode(z, batch=row):
@@ -458,14 +426,17 @@ class GeneImputer(ImputerFit):
             if parts:
                 parts[NETWORK][piece] = own
             if ridge is not None:
+                # Weights of counts were fitted to counts per 10,000, the scale on which cells are comparable.
                 size = 1.0 if log_normalized else total[piece, None] / 1e4
-                own = size * pooled(
+                mean = ridge.regression.bias[places]
+                deviation = deviations(
                     own / np.maximum(size, 1e-12),
                     values[piece],
                     ridge.network_mean[places],
-                    ridge.regression.bias[places],
+                    mean,
                     self.pool[scale],
                 )
+                own = size * around(mean, deviation)
             values[piece] = own
         columns = [self.imputed[place] for place in places]
         frame = pd.DataFrame(
@@ -493,32 +464,13 @@ class GeneImputer(ImputerFit):
         features[:, unknown] = ridge.regression.centre[unknown]
         return ridge.regression.predict(features)
 
-    def _layer_columns(
-        self, adata: Any, layer_added: str, reading: Reading, places: np.ndarray
-    ) -> np.ndarray:
-        """Return int [n_vars]: position of each gene of ``var`` among ``places``; -1: none."""
-        if not layer_added or "/" in layer_added:
-            raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
-        key = reading.gene_key or "var_names"
-        with open_counts(adata, self._fitted().genes, minimum_genes=0, **reading.counts) as source:
-            column = source.report.genes.column
-            key = source.report.gene_key
-        where = {int(self._columns[place]): number for number, place in enumerate(places)}
-        positions = np.array([where.get(int(gene), -1) for gene in column], int)
-        if len(positions) != getattr(adata, "n_vars", -1) or (positions < 0).all():
-            raise InputError(
-                f"layer_added='{layer_added}', and no gene of var ({key}) is imputed",
-                "an AnnData with (empty) columns for imputed genes",
-                "Omit layer_added and use the table that predict returns",
-            )
-        return positions
-
     # -- saving ---------------------------------------------------------------------------------
 
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         state, _ = super()._state()
         arrays = {
             "columns": self._columns,
+            # JSON has no NaN, so this is saved as an array.
             "confidence": self.confidence.to_numpy(np.float64),
         }
         if self._intervals is not None:

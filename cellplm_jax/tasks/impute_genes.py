@@ -12,7 +12,7 @@ from scipy import sparse
 
 from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.data.genes import map_genes
-from cellplm_jax.errors import InputError
+from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.tasks.contexts import CellTable
 
 if TYPE_CHECKING:
@@ -35,6 +35,79 @@ def find_genes(genes: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
     if isinstance(genes, str) or not len(genes):
         raise InputError(f"genes={genes!r}", "a list of gene names", "Pass genes=['NAME', ...]")
     return np.asarray(map_genes([str(gene) for gene in genes], vocabulary, minimum=0).column, int)
+
+
+def imputed_places(
+    genes: Sequence[str] | None,
+    vocabulary: Sequence[str],
+    imputed: Sequence[str],
+    columns: np.ndarray,
+) -> np.ndarray:
+    """Return int: positions of the requested genes among the imputed ones; None: all.
+
+    Args:
+        genes: The request.
+        vocabulary: Genes of the model.
+        imputed: Names of the imputed genes.
+        columns: int, their positions in the vocabulary.
+
+    Raises:
+        InputError: A requested gene is not imputed.
+    """
+    if genes is None:
+        return np.arange(len(imputed))
+    by_name = {name: place for place, name in enumerate(imputed)}
+    by_column = {int(column): place for place, column in enumerate(columns)}
+    found = find_genes(genes, vocabulary)
+    # The name of the reference comes first: two names can map to one gene of the vocabulary.
+    places = [
+        by_name.get(str(g), by_column.get(int(c), -1)) for g, c in zip(genes, found, strict=True)
+    ]
+    missing = [str(g) for g, place in zip(genes, places, strict=True) if place < 0]
+    if missing:
+        shown = ", ".join(map(repr, missing[:5])) + (" and more" if missing[5:] else "")
+        raise InputError(
+            f"{len(missing)} of {len(genes)} requested genes are not imputed: {shown}",
+            f"some of the {len(imputed)} genes in .imputed, such as {imputed[0]!r}",
+            nearest(missing[0], by_name, "Remove them, or fit again with genes=[...]"),
+        )
+    return np.array(places, int)
+
+
+def layer_columns(
+    adata: Any,
+    layer_added: str,
+    vocabulary: Sequence[str],
+    columns: np.ndarray,
+    read: dict[str, Any],
+) -> np.ndarray:
+    """Return int [n_vars]: position of each gene of ``var`` among ``columns``; -1: none.
+
+    Args:
+        adata: The cells.
+        layer_added: Name of the layer to write.
+        vocabulary: Genes of the model.
+        columns: int, positions of predicted genes in the vocabulary.
+        read: ``layer`` and ``gene_key``.
+
+    Raises:
+        InputError: The name is invalid, or no gene of ``var`` is predicted.
+    """
+    # "/" would create a group inside the .h5ad file.
+    if not layer_added or "/" in layer_added:
+        raise InputError(f"layer_added={layer_added!r}", "a name without '/'", "Choose another")
+    with open_counts(adata, list(vocabulary), minimum_genes=0, **read) as source:
+        column = source.report.genes.column
+        key = source.report.gene_key
+    where = {int(column): number for number, column in enumerate(columns)}
+    positions = np.array([where.get(int(gene), -1) for gene in column], int)
+    if len(positions) != getattr(adata, "n_vars", -1) or (positions < 0).all():
+        raise InputError(
+            f"layer_added='{layer_added}', and no gene of var ({key}) is imputed",
+            "an AnnData with (empty) columns for imputed genes",
+            "Omit layer_added and use the table that predict returns",
+        )
+    return positions
 
 
 def split_by_panel(table: CellTable) -> tuple[CellTable, CellTable, str]:
@@ -66,7 +139,10 @@ def split_by_panel(table: CellTable) -> tuple[CellTable, CellTable, str]:
 
 
 def requested_genes(
-    genes: Sequence[str], target: CellTable, source: CellTable, lacking: np.ndarray
+    genes: Sequence[str],
+    target: CellTable,
+    source: CellTable,
+    lacking: np.ndarray,
 ) -> tuple[list[str], np.ndarray]:
     """Return the names of requested genes and their columns, int, increasing.
 
@@ -104,7 +180,9 @@ def requested_genes(
 
 
 def own_names(
-    data: AnnData | str | os.PathLike, vocabulary: Sequence[str], read: dict[str, Any]
+    data: AnnData | str | os.PathLike,
+    vocabulary: Sequence[str],
+    read: dict[str, Any],
 ) -> list[str]:
     """Return the name of every gene of a vocabulary: as in ``var_names`` of a file, else as in the vocabulary.
 
@@ -114,7 +192,8 @@ def own_names(
         read: ``layer`` and ``gene_key``.
     """
     with open_counts(data, list(vocabulary), minimum_genes=0, **read) as source:
-        unused, found = set(source.var_names), {}
+        unused = set(source.var_names)
+        found = {}
         for name, column in zip(source.var_names, source.report.genes.column, strict=True):
             # Each name belongs to one gene, the first one.
             if column >= 0 and int(column) not in found and name in unused:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellplm_jax.errors import InputError
+
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Coverages for which intervals are stored."""
 
@@ -38,7 +40,10 @@ class Intervals:
     factor: np.ndarray
 
     def around(
-        self, predicted: np.ndarray, level: float, genes: np.ndarray
+        self,
+        predicted: np.ndarray,
+        level: float,
+        genes: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return both ends for predictions [cells, genes].
 
@@ -55,6 +60,23 @@ class Intervals:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays to save."""
         return {"lower": self.lower, "upper": self.upper, "factor": self.factor}
+
+
+def require_intervals(intervals: Intervals | None, coverage: float) -> Intervals:
+    """Return the intervals of an imputer.
+
+    Raises:
+        InputError: The coverage is not one of :data:`LEVELS`, or the imputer has no intervals.
+    """
+    if coverage not in LEVELS:
+        raise InputError(f"coverage = {coverage}", f"one of {', '.join(map(str, LEVELS))}")
+    if intervals is None:
+        raise InputError(
+            "this imputer has no intervals",
+            f"one that was fitted with at least {FEWEST} validation cells, by a version with intervals",
+            "Fit again with a larger reference or validation_fraction",
+        )
+    return intervals
 
 
 def error_scale(predicted: np.ndarray) -> np.ndarray:
@@ -80,7 +102,9 @@ def error_quantiles(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarra
 
 
 def widening(
-    truth: np.ndarray, predicted: np.ndarray, quantiles: tuple[np.ndarray, np.ndarray]
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    quantiles: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Return for each level the factor by which intervals must be widened to cover that fraction, float32 [levels].
 
@@ -92,7 +116,8 @@ def widening(
     errors = (truth - predicted) / error_scale(predicted)
     found = []
     for row, level in enumerate(LEVELS):
-        lower, upper = quantiles[0][row], quantiles[1][row]
+        lower = quantiles[0][row]
+        upper = quantiles[1][row]
         scores = np.where(errors < 0, errors / lower, errors / upper)
         rank = min(1.0, level * (1 + 1 / scores.size))
         found.append(np.quantile(scores, rank, method="higher"))

@@ -78,6 +78,7 @@ def beside_measured(
             "Pass the result of predict for them",
         )
     total = panel_totals(table, shown, np.arange(len(table)))
+    # Unknown confidence goes last: correlations are at least -1.
     order = np.argsort(-confidence.reindex(imputed.columns).fillna(-2.0), kind="stable")
     counted = np.bincount(table.counts.indices, minlength=len(table.genes)) > 0
 
@@ -90,21 +91,39 @@ def beside_measured(
 
     there = np.array([place for place in order if counted[columns[place]]], int)
     if len(there):
-        truth, values = logs(columns[there]), predicted(there)
+        truth = logs(columns[there])
+        values = predicted(there)
         pearson = pearson_per_gene(truth, values)
+        # From the most to the least confident gene, evenly.
         chosen = np.unique(np.linspace(0, len(there) - 1, min(pairs, len(there))).round())
         found = [
-            Beside(name := str(imputed.columns[there[n]]), values[:, n], name, truth[:, n])
+            Beside(
+                name := str(imputed.columns[there[n]]),
+                values[:, n],
+                name,
+                truth[:, n],
+            )
             for n in chosen.astype(int)
         ]
         return BesideMeasured(pd.Series(pearson, index=imputed.columns[there]), found)
-    places, panel = np.asarray(order[:pairs], int), np.flatnonzero(shown & counted)
+    # None of the imputed genes is measured.
+    places = np.asarray(order[:pairs], int)
+    panel = np.flatnonzero(shown & counted)
     found = []
     if len(panel):
-        values, measured = predicted(places), logs(panel)
+        values = predicted(places)
+        measured = logs(panel)
         for number, place in enumerate(places):
             own = np.broadcast_to(values[:, [number]], measured.shape)
+            # Constant genes have no correlation and are never chosen.
             close = np.nan_to_num(pearson_per_gene(measured, own), nan=-2.0).argmax()
             name = str(table.genes[panel[close]])
-            found.append(Beside(str(imputed.columns[place]), own[:, 0], name, measured[:, close]))
+            found.append(
+                Beside(
+                    str(imputed.columns[place]),
+                    own[:, 0],
+                    name,
+                    measured[:, close],
+                )
+            )
     return BesideMeasured(pd.Series(dtype=float), found)

@@ -103,6 +103,7 @@ def seen_through(table: CellTable, shown: np.ndarray) -> CellTable:
         table: The cells.
         shown: bool [genes].
     """
+    # Counts of 0 stay stored after the product.
     counts = sparse.csr_matrix(table.counts @ sparse.diags(shown.astype(np.float32)))
     counts.eliminate_zeros()
     return dataclasses.replace(table, counts=counts)
@@ -120,12 +121,19 @@ def panel_model(model: Pretrained, panel: Sequence[str]) -> Pretrained:
     path = ("embedder", "gene_embedding")
     flat[path] = flat[path][[rows[gene] for gene in panel]]
     config = dataclasses.replace(model.config, genes=len(panel))
-    card, source = dict(model.card), model.source
+    card = dict(model.card)
+    source = model.source
     genes = model.genes.subset(panel) if isinstance(model.genes, FittedGenes) else list(panel)
     return Pretrained(
-        config, unflatten_dict(flat), genes, card, source, model.step,
-        precision=model.precision, devices=model.devices,
-    )  # fmt: skip
+        config,
+        unflatten_dict(flat),
+        genes,
+        card,
+        source,
+        model.step,
+        precision=model.precision,
+        devices=model.devices,
+    )
 
 
 def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = False) -> Pretrained:
@@ -139,16 +147,24 @@ def with_mean_row(model: Pretrained, rows: Sequence[int], *, replace: bool = Fal
     flat = flatten_dict(model.params)
     for path, leaf in flat.items():
         if path[0] in ("decoder", "embedder") and _is_batch_table(path):
+            # Sorted: the sum of floats depends on the order, and a set has none.
             mean = np.asarray(leaf)[sorted(rows)].mean(axis=0, keepdims=True)
+            # After fine-tuning the mean is computed again, because the rows it averages were trained.
             flat[path] = np.concatenate([leaf[:-1] if replace else leaf, mean])
     config = model.config
     if not replace:
         decoder = dataclasses.replace(config.decoder, batches=config.decoder.batches + 1)
         config = dataclasses.replace(config, decoder=decoder)
     return Pretrained(
-        config, unflatten_dict(flat), model.genes, dict(model.card), model.source, model.step,
-        precision=model.precision, devices=model.devices,
-    )  # fmt: skip
+        config,
+        unflatten_dict(flat),
+        model.genes,
+        dict(model.card),
+        model.source,
+        model.step,
+        precision=model.precision,
+        devices=model.devices,
+    )
 
 
 def _is_batch_table(path: tuple[str, ...]) -> bool:
@@ -207,6 +223,7 @@ def validation_of(config: ModelConfig, judged: list[Layout]) -> Any:
 
     def validate(params: Any) -> dict[str, float]:
         sums = [judge(params, layout.example) for layout in judged]
+        # Weighted by cells, because contexts differ in size.
         values, weights = np.array(jax.device_get(sums)).T
         nll = float((values * weights).sum() / weights.sum())
         return {SCORE: -nll, LOSS: nll}

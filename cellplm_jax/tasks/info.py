@@ -145,7 +145,10 @@ def _table_lines(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def describe_corpus(
-    path: str | os.PathLike, *, verify: bool = False, quiet: bool = False
+    path: str | os.PathLike,
+    *,
+    verify: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Collect the facts about a corpus.
 
@@ -213,7 +216,8 @@ def describe_corpus_text(facts: dict[str, Any]) -> str:
     Args:
         facts: From :func:`describe_corpus`.
     """
-    totals, chosen = facts["totals"], facts["vocabulary"].get("chosen") or {"mode": "given"}
+    totals = facts["totals"]
+    chosen = facts["vocabulary"].get("chosen") or {"mode": "given"}
     how = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
     lines = [
         f"{'corpus':<12} {facts['path']}",

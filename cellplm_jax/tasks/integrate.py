@@ -127,6 +127,7 @@ class BatchIntegrator(Estimator):
             )
         require_choice("method", method, ("default", "align", "finetune"))
         seeded = dataclasses.replace(self.recipe, seed=self.training.seed)
+        # Training options only make sense with training, so any of them selects "finetune".
         plain = self.base is not None and self.training == seeded and self.genes is None
         if method == "align" and not plain:
             raise InputError(
@@ -181,10 +182,12 @@ class BatchIntegrator(Estimator):
             "strength": self.strength,
             "method": self.method,
         }
+        # A few assignments, made once and kept on the device: the company of a cell changes between epochs.
         draws = [self._deal(table, cells, start, draw) for draw in range(DRAWS)]
         ramp_epochs = max(1.0, self.training.epochs / 2)
 
         def examples(epoch: int) -> list[Any]:
+            # An array of constant shape and type, so that a new weight needs no new compilation.
             weight = jnp.float32(self.strength * min(1.0, (epoch + 1) / ramp_epochs))
             return [
                 layout.example.replace(targets={**layout.example.targets, "weight": weight})
@@ -194,7 +197,9 @@ class BatchIntegrator(Estimator):
         self._finetune(
             start,
             loss=integration_loss(
-                start.config, self.training.masking, batches=len(self.batch_rows)
+                start.config,
+                self.training.masking,
+                batches=len(self.batch_rows),
             ),
             examples=examples,
             validate=None,
@@ -204,7 +209,10 @@ class BatchIntegrator(Estimator):
 
     def _align(self, data: Any, reading: Reading, base: Pretrained) -> BatchIntegrator:
         """Fit without training: keep the clusters of the aligned batches."""
-        self.reading, self.history, self.facts, self.batch_rows = reading, [], {}, {}
+        self.reading = reading
+        self.history = []
+        self.facts = {}
+        self.batch_rows = {}
         with open_counts(data, base.genes, **reading.counts) as source:
             batches = source.column(str(reading.batch_key))
             counted = source.cells
@@ -214,7 +222,11 @@ class BatchIntegrator(Estimator):
         start = time.monotonic()
         with open_counts(data, base.genes, **reading.counts) as source:
             self._alignment = fit_alignment(
-                z, source, numbers_of(batches), strength=self.strength, on_progress=report.say
+                z,
+                source,
+                numbers_of(batches),
+                strength=self.strength,
+                on_progress=report.say,
             )
         report.close()
         self._keep(base, base.params)
@@ -233,11 +245,16 @@ class BatchIntegrator(Estimator):
         return self
 
     def _deal(
-        self, table: CellTable, cells: np.ndarray, start: Pretrained, draw: int
+        self,
+        table: CellTable,
+        cells: np.ndarray,
+        start: Pretrained,
+        draw: int,
     ) -> list[Layout]:
         """Assign cells randomly to contexts with all batches in proportion; a new assignment for every ``draw``."""
         rows = np.array([self.batch_rows[name] for name in table.batch], np.int32)
         shuffled = np.random.default_rng([self.training.seed, draw]).permutation(cells)
+        # Sorted by batch and then assigned round-robin: every context has all batches in proportion.
         by_batch = shuffled[np.argsort(rows[shuffled], kind="stable")]
         limit = self.training.cells_per_context or len(cells)
         count = -(-len(cells) // limit)
@@ -318,6 +335,7 @@ class BatchIntegrator(Estimator):
         check_key(key_added)
         model = self._fitted()
         if self._alignment is None:
+            # One context of all batches, as in training.
             z, facts, messages = self._embed(data, reading.changed(batch_key=None))
         else:
             with open_counts(data, model.genes, **reading.counts) as source:
@@ -348,7 +366,11 @@ class BatchIntegrator(Estimator):
         state, _ = super()._state()
         return state, {} if self._alignment is None else self._alignment.arrays()
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         # Integrators saved without a method were fine-tuned.
         super()._restore({"method": "finetune", **state}, arrays)
         self._alignment = Alignment(**arrays) if self.method == "align" else None
@@ -388,8 +410,12 @@ def integration_loss(config: ModelConfig, masking: MaskingConfig, *, batches: in
         terms = reconstruction_loss(reconstruction, kept, objective, gene_mask=gene_mask)
         latent = latent_loss(output.latent, kept.cell_mask, config.latent, batch=kept.batch)
         mixing = batch_mixing_loss(
-            output.latent.mean, example.targets["batch"], kept.cell_mask, batches=batches
+            output.latent.mean,
+            example.targets["batch"],
+            kept.cell_mask,
+            batches=batches,
         )
+        # The gradient of a logarithm is relative, so one weight fits every panel.
         nats = jnp.log(terms["reconstruction"] + latent["latent"])
         return nats + WEIGHT * example.targets["weight"] * mixing, {
             "reconstruction": terms["reconstruction"],

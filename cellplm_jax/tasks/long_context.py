@@ -50,12 +50,14 @@ class Prefetcher(Generic[Item]):
     """
 
     def __init__(self, items: Iterable[Item], depth: int = 2):
-        self._items, self._depth = iter(items), depth
+        self._items = iter(items)
+        self._depth = depth
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Item]:
         end = object()
         first = True
+        # One thread: the items come from one iterator, and HDF5 reads under a global lock.
         with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
             ready = deque(pool.submit(next, self._items, end) for _ in range(self._depth))
             try:
@@ -63,6 +65,7 @@ class Prefetcher(Generic[Item]):
                     started = time.perf_counter()
                     item = ready.popleft().result()
                     if not first:
+                        # Without the first item, which nothing could overlap.
                         self.waited += time.perf_counter() - started
                     first = False
                     if item is end:
@@ -88,7 +91,8 @@ class IOWait:
 
     def add(self, seconds: float, total: float) -> None:
         """Add the times of some work."""
-        self.seconds, self.total = self.seconds + seconds, self.total + total
+        self.seconds = self.seconds + seconds
+        self.total = self.total + total
 
     @property
     def share(self) -> float:
@@ -132,6 +136,7 @@ def host_array(shape: tuple[int, ...]) -> np.ndarray:
         InputError: Neither memory nor disk has enough space.
     """
     size = int(np.prod(shape)) * 4
+    # Half: the rest is for the chunks, the embedding and the file cache.
     if 2 * size <= available_memory():
         return np.zeros(shape, np.float32)
     directory = tempfile.gettempdir()
@@ -191,19 +196,23 @@ class StreamedEncoder:
     """
 
     def __init__(self, config: ModelConfig, at_once: Callable[..., jax.Array]):
-        self.config, self._at_once = config, at_once
+        self.config = config
+        self._at_once = at_once
         model = CellPLM(config)
         self._sums = jax.jit(partial(chunk_sums, config=config))
         self._layer = jax.jit(partial(chunk_layer, config=config))
         self._conclude = jax.jit(
             lambda params, hidden: model.apply(
-                {"params": params}, hidden, method=CellPLM.embed_encoded
+                {"params": params},
+                hidden,
+                method=CellPLM.embed_encoded,
             )
         )
 
     @staticmethod
     def supports(config: ModelConfig) -> bool:
         """Return whether contexts of this architecture can be encoded in chunks."""
+        # With a projection, a chunk that is encoded by itself would be centred at the chunk.
         local = LOCAL_KINDS if config.trunk == "none" else ()
         return config.encoder.kind in ("flow", *local)
 
@@ -239,7 +248,10 @@ class StreamedEncoder:
                 title = f"layer {number + 1} of {layers}, pass {turn + 1} of 4"
                 total = None
                 for _, found in self._chunks(
-                    hidden, chunk, weights, lambda w, h, mask, k=known: self._sums(w, h, mask, k)
+                    hidden,
+                    chunk,
+                    weights,
+                    lambda w, h, mask, k=known: self._sums(w, h, mask, k),
                 ):
                     # Sum chunks in float64, so that their number does not matter.
                     found = [np.asarray(value, np.float64) for value in found]
@@ -247,8 +259,12 @@ class StreamedEncoder:
                     on_progress(title)
                 known += tuple(np.asarray(value, np.float32) for value in total or ())
             for cells, found in self._chunks(
-                hidden, chunk, weights, lambda w, h, mask, k=known: self._layer(w, h, mask, k)
+                hidden,
+                chunk,
+                weights,
+                lambda w, h, mask, k=known: self._layer(w, h, mask, k),
             ):
+                # In place: the sums of the layer are complete, so its input is not needed again.
                 hidden[cells] = np.asarray(found)[0, : cells.stop - cells.start]
                 on_progress(f"layer {number + 1} of {layers}, pass 4 of 4")
 
@@ -262,6 +278,7 @@ class StreamedEncoder:
     def _centre(self, prior: Any, hidden: np.ndarray, chunk: int) -> None:
         """Centre a context in place, as :class:`cellplm_jax.model.encoder.Centre` does."""
         starts = range(0, len(hidden), chunk)
+        # In chunks: `hidden` may be a file larger than memory.
         total = sum(hidden[start : start + chunk].sum(axis=0, dtype=np.float64) for start in starts)
         weight = self.config.centre_cells
         centre = context_centre(total, len(hidden), np.asarray(prior, np.float64), weight)
@@ -270,7 +287,10 @@ class StreamedEncoder:
 
     @staticmethod
     def _chunks(
-        hidden: np.ndarray, chunk: int, weights: Sequence[Any], work: Callable
+        hidden: np.ndarray,
+        chunk: int,
+        weights: Sequence[Any],
+        work: Callable,
     ) -> Iterator[tuple[slice, Any]]:
         """Yield ``work(weights, chunk, mask)`` of every chunk, on the devices of the weights round-robin."""
 

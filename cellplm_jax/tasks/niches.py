@@ -187,7 +187,8 @@ def niches_file(
     Raises:
         InputError: As in :func:`cellplm_jax.niches`; also if ``out`` cannot be written.
     """
-    path, out = Path(path).expanduser(), Path(out).expanduser()
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
     check_copy(path, out)
     results = _find(path, model, _Options(**options))
     write_copy(path, out, **results.entries())
@@ -279,13 +280,16 @@ def _parts(data: AnnData | Path, wanted: list[str]) -> _Parts:
 
 
 def _find(
-    data: AnnData | Path, model: Pretrained | str | os.PathLike | None, options: _Options
+    data: AnnData | Path,
+    model: Pretrained | str | os.PathLike | None,
+    options: _Options,
 ) -> _Results:
     """Embed the cells, gather the embeddings over the graph, cluster, and describe the clusters."""
     parts = _parts(data, [key for key in (options.spatial_key, options.use_rep) if key])
     cells = len(parts.obs)
     samples = np.zeros(cells, int)
     if options.batch_key is not None:
+        # No edges between sections, whose coordinates may overlap.
         samples = labels_of(parts.obs, options.batch_key)
         gaps = sum(label is None for label in samples)
         if gaps:
@@ -316,9 +320,13 @@ def _find(
         codes = np.asarray(types.codes, np.int64)
         kinds = list(map(str, types.categories))
         score, count = meetings(
-            graph, codes, samples,
-            number=len(kinds), permutations=options.permutations, seed=options.seed,
-        )  # fmt: skip
+            graph,
+            codes,
+            samples,
+            number=len(kinds),
+            permutations=options.permutations,
+            seed=options.seed,
+        )
         progress.update(4)
     finally:
         progress.close()
@@ -349,7 +357,9 @@ def _find(
 
 
 def _graph(
-    parts: _Parts, samples: np.ndarray, options: _Options
+    parts: _Parts,
+    samples: np.ndarray,
+    options: _Options,
 ) -> tuple[sparse.csr_matrix, dict[str, Any], dict[str, Any], list[str]]:
     """Return the graph, its new entries of ``obsp`` and ``uns``, and messages."""
     obsp, uns, messages = {}, {}, []
@@ -364,9 +374,13 @@ def _graph(
         uns[GRAPH] = {
             "connectivities_key": CONNECTIVITIES,
             "distances_key": DISTANCES,
-            "params": {"n_neighbors": options.neighbors, "coord_type": "generic", "radius": "",
-                       "transform": ""},
-        }  # fmt: skip
+            "params": {
+                "n_neighbors": options.neighbors,
+                "coord_type": "generic",
+                "radius": "",
+                "transform": "",
+            },
+        }
         messages.append(
             f"Connected every cell with its {options.neighbors} nearest cells in obsm['{options.spatial_key}'], "
             f"{graph.nnz / max(len(samples), 1):.1f} neighbours per cell on average."
@@ -435,10 +449,13 @@ def _latent(
         raise InputError(
             "neither a model nor use_rep was passed", "one of them", "Pass model='small'"
         )
+    # A file with a graph needs no coordinates.
     key = options.spatial_key if options.spatial_key in parts.keys else None
     read = {
-        "layer": options.layer, "gene_key": options.gene_key, "feature_type": options.feature_type,
-    }  # fmt: skip
+        "layer": options.layer,
+        "gene_key": options.gene_key,
+        "feature_type": options.feature_type,
+    }
     context = Context(options.batch_key, key, None, adapt=options.adapt, join=join_sections)
     return read_and_embed(data, as_pretrained(model), read, context, "", options.quiet)
 
@@ -476,6 +493,7 @@ def join_sections(
     )
     latent = np.array(latent, np.float32)
     for members in samples:
+        # Per section, as the components are.
         latent[members] -= latent[members].mean(axis=0)
     parts = [
         latent,
@@ -491,7 +509,11 @@ def join_sections(
 
 
 def niche_embedding(
-    latent: np.ndarray, graph: sparse.csr_matrix, number: int = 3, *, own_weight: float = OWN
+    latent: np.ndarray,
+    graph: sparse.csr_matrix,
+    number: int = 3,
+    *,
+    own_weight: float = OWN,
 ) -> np.ndarray:
     """Embed every cell with its neighbourhood.
 
@@ -506,6 +528,7 @@ def niche_embedding(
         neighbours, and the mean over each further shell, side by side, with weights .2, 1, .7, .49...
     """
     around = shells(graph, number)
+    # The first mean includes the cell itself.
     own = sparse.csr_matrix(around[0] + sparse.eye(len(latent), dtype=bool, format="csr"))
     values = _reduced(latent, PRINCIPAL)
     means = [
@@ -523,11 +546,15 @@ def _reduced(values: np.ndarray, number: int) -> np.ndarray:
 
 
 def _clusters(
-    embedding: np.ndarray, latent: np.ndarray, graph: sparse.csr_matrix, options: _Options
+    embedding: np.ndarray,
+    latent: np.ndarray,
+    graph: sparse.csr_matrix,
+    options: _Options,
 ) -> np.ndarray:
     """Return the niches, int32 [cells]: a vote of Gaussian mixtures; without ``n_niches`` Leiden counts them."""
     niches = options.n_niches
     if niches is None:
+        # Leiden gives the number only; the mixtures, which vote, give the niches.
         niches = int(_leiden(embedding, SIMILAR_NICHES, options.resolution, options.seed).max()) + 1
         if niches == 1:
             return np.zeros(len(embedding), np.int32)
@@ -550,5 +577,6 @@ def _leiden(embedding: np.ndarray, similar: int, resolution: float, seed: int) -
     voters = require("sklearn.neighbors", "eval", "Clustering many cells")
     vote = voters.KNeighborsClassifier(VOTES).fit(embedding[::every], found)
     assigned = vote.predict(embedding).astype(np.int32)
+    # Clustered cells keep their cluster whatever their neighbours vote.
     assigned[::every] = found
     return assigned

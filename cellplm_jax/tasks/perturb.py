@@ -11,12 +11,16 @@ import pandas as pd
 
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.perturbation import additive_change, change_scores, mean_scores, no_change
-from cellplm_jax.tasks.contexts import CellTable, read_cells
-from cellplm_jax.tasks.perturb_fit import PredictorFit, values_of
+from cellplm_jax.tasks.perturb_fit import PredictorFit
 from cellplm_jax.tasks.perturbation_head import PerturbationPrediction
 from cellplm_jax.tasks.perturbation_names import PerturbationNames
 from cellplm_jax.tasks.perturbation_ridge import LeftOut
-from cellplm_jax.tasks.perturbation_screen import MINIMUM_CELLS, log_normalize
+from cellplm_jax.tasks.perturbation_screen import (
+    MINIMUM_CELLS,
+    log_normalize,
+    screen_labels,
+    values_of,
+)
 from cellplm_jax.tasks.reading import AS_FITTED, Reading, ReadingKeys
 
 if TYPE_CHECKING:
@@ -109,14 +113,20 @@ class PerturbationPredictor(PredictorFit):
         if controls is not None:
             if group is not None:
                 raise InputError("both group and controls", "one of them", "Omit one")
+            # New control cells give both the latent and the expression that the change is added to.
             z, control = self._of_controls(controls, self._as_fitted(keys))
         else:
             z, control = self._of_group(group)
         canonical = [self._names.canonical(name) for name in names]
-        change = self._change(canonical, np.tile(z, (len(names), 1)), [group or ""] * len(names))
+        change = self._change(
+            canonical,
+            np.tile(z, (len(names), 1)),
+            [group or ""] * len(names),
+        )
         known = [self._known(name) for name in canonical]
         index = pd.Index(names, name="perturbation")
         columns = pd.Index(model.genes, name="gene")
+        # Log-normalised expression has no negative values.
         expression = np.maximum(control + change, 0.0).astype(np.float32)
         return PerturbationPrediction(
             change=pd.DataFrame(change, index=index, columns=columns),
@@ -143,6 +153,7 @@ class PerturbationPredictor(PredictorFit):
         """Return mean latent and mean expression of other control cells."""
         model = self._fitted()
         table = self._read_more(data, reading)
+        # Without the column of the fit, all cells are taken for control cells.
         cells = np.arange(len(table))
         key = self.facts["perturbation_key"]
         if key in table.obs.columns:
@@ -157,14 +168,6 @@ class PerturbationPredictor(PredictorFit):
         z = self._latents(model, self._lay_out(table, cells, model), len(table))[cells]
         expression = log_normalize(table.counts[cells])
         return z.mean(axis=0), np.asarray(expression.mean(axis=0), np.float32).ravel()
-
-    def _read_more(self, data: Any, reading: Reading) -> CellTable:
-        return read_cells(
-            data,
-            self._fitted().genes,
-            **reading.cells,
-            one_batch=reading.batch_key == self.reading.batch_key,
-        )
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return warnings about predictions of these kinds."""
@@ -191,7 +194,12 @@ class PerturbationPredictor(PredictorFit):
             return "unseen"
         return "combination of seen" if seen == len(parts) else "partly seen"
 
-    def _change(self, names: Sequence[str], z: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    def _change(
+        self,
+        names: Sequence[str],
+        z: np.ndarray,
+        groups: Sequence[str],
+    ) -> np.ndarray:
         """Return float32 [names, genes] for canonical names, latents [names, latent] and groups ("": a new group)."""
         size = self._arrays["features"].shape[1] + len(self.conditions) + 1
         blank = np.zeros(size, np.float32)
@@ -201,8 +209,10 @@ class PerturbationPredictor(PredictorFit):
         pair_of = {tuple(pair): row for row, pair in enumerate(self._pair_names)}
         for place, (name, group) in enumerate(zip(names, groups, strict=True)):
             if name == self.control:
+                # The head has a bias, so its output for no condition is not exactly 0.
                 change[place] = 0.0
                 continue
+            # A measured combination has a residual of its own; otherwise those of its targets are added.
             for part in [name] if name in row_of else self._names.parts(name):
                 if part in row_of:
                     change[place] += self._arrays["residual"][row_of[part]]
@@ -245,7 +255,7 @@ class PerturbationPredictor(PredictorFit):
         if covariate_key is not AS_FITTED:
             covariate = covariate_key
         table = self._read_more(adata, reading)
-        named, groups, usable = self._labels(table, key, covariate)
+        named, groups, usable = screen_labels(table, self._names, key, covariate)
         expression = log_normalize(table.counts)
         changes = self._measure(expression, table, named, groups, usable)
         if perturbations is not None:
@@ -266,7 +276,9 @@ class PerturbationPredictor(PredictorFit):
         latent = np.stack([mean_of[group] for group in changes.groups])
         predicted = self._change(list(changes.names), latent, list(changes.groups))
         seen = dict(zip(self._residual_names, self._arrays["seen_change"], strict=True))
-        usual, parts = self._arrays["mean_change"], list(map(self._names.parts, changes.names))
+        usual = self._arrays["mean_change"]
+        parts = list(map(self._names.parts, changes.names))
+        # The change was measured per target, so a combination has a multiple of it.
         mean = [seen.get(n, usual * len(p)) for n, p in zip(changes.names, parts, strict=True)]
         added = [additive_change([seen.get(part, usual) for part in own]) for own in parts]
         truth = changes.values
@@ -285,13 +297,18 @@ class PerturbationPredictor(PredictorFit):
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         state, _ = super()._state()
         state["names"] = {**self._names.as_dict(), "vocabulary": None}
+        # Usually both are the genes of the model, which are saved once.
         if list(self._names.vocabulary) != self._vocabulary:
             state["names"]["vocabulary"] = list(self._names.vocabulary)
         if self.left_out is not None:
             state["left_out"] = self.left_out.as_dict()
         return state, {name: array for name, array in self._arrays.items() if array.size}
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         super()._restore(state, arrays)
         # Predictors saved without rules of names keep the simple ones.
         rules = state.get("names", {"control": self.control, "plain": True})

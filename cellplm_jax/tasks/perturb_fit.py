@@ -15,7 +15,7 @@ from scipy import sparse
 
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.genes import find_gene, symbols_of
-from cellplm_jax.errors import InputError, explain, nearest, require_choice
+from cellplm_jax.errors import InputError, explain, require_choice
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -23,7 +23,6 @@ from cellplm_jax.tasks.contexts import (
     Layout,
     contexts_of,
     gather,
-    labels_of,
     make_examples,
 )
 from cellplm_jax.tasks.estimator import Estimator
@@ -31,18 +30,23 @@ from cellplm_jax.tasks.perturbation_head import perturbation_loss, with_head
 from cellplm_jax.tasks.perturbation_names import (
     PerturbationNames,
     fold,
-    labels_with_numbers,
     message_of,
     read_names,
 )
-from cellplm_jax.tasks.perturbation_ridge import LeftOut, Ridge, target_features
+from cellplm_jax.tasks.perturbation_ridge import (
+    LeftOut,
+    Ridge,
+    left_out_messages,
+    target_features,
+)
 from cellplm_jax.tasks.perturbation_screen import (
-    EVERYTHING,
     MINIMUM_CELLS,
     Changes,
     log_normalize,
     measure,
+    screen_labels,
     shrinkage,
+    values_of,
 )
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import KEYS, ReadingKeys
@@ -69,9 +73,17 @@ class PredictorFit(Estimator):
     task: ClassVar[str] = "perturbation"
     keys: ClassVar[Sequence[str]] = tuple(key for key in KEYS if key != "cells_per_context")
     saved: ClassVar[Sequence[str]] = (
-        "method", "gene_features", "perturbations", "conditions", "control", "strengths", "_groups",
-        "_residual_names", "_pair_names", "_vocabulary",
-    )  # fmt: skip
+        "method",
+        "gene_features",
+        "perturbations",
+        "conditions",
+        "control",
+        "strengths",
+        "_groups",
+        "_residual_names",
+        "_pair_names",
+        "_vocabulary",
+    )
     recipe: ClassVar[FinetuneConfig] = FinetuneConfig(
         epochs=60,
         patience=15,
@@ -156,14 +168,16 @@ class PredictorFit(Estimator):
         raw = values_of(table, perturbation_key)
         genes = table.genes if self.base is None else self.base.genes
         names = read_names(raw, control, tuple(genes), key=perturbation_key, targets=targets)
-        self._names, self.control = names, names.control
-        named, groups, usable = self._labels(table, perturbation_key, covariate_key)
+        self._names = names
+        self.control = names.control
+        named, groups, usable = screen_labels(table, names, perturbation_key, covariate_key)
         self.messages.append(message_of(names, raw, control, perturbation_key))
         if not usable.all():
             self.messages.append(
                 f"{int((~usable).sum())} of {len(table)} cells have no perturbation or group and were omitted."
             )
         controls = np.flatnonzero(usable & (named == self.control))
+        # After the labels: which genes vary is decided by the cells that are used.
         table = self._choose_genes(table, np.flatnonzero(usable))
         self.facts = {
             "perturbation_key": perturbation_key,
@@ -191,6 +205,7 @@ class PredictorFit(Estimator):
         embedding = None
         if kind != "data" and self.base is not None:
             embedding = np.asarray(self.base.params["embedder"]["gene_embedding"], np.float64)
+        # Covariation needs a dense [cells, genes] array, hence a sample of the cells.
         cells = np.random.default_rng(self.training.seed).permutation(len(table))[:FEATURE_CELLS]
         place = {gene: row for row, gene in enumerate(self._vocabulary)}
         self._arrays = {
@@ -207,13 +222,19 @@ class PredictorFit(Estimator):
         if len(controls) > CONTROL_CELLS:
             generator = np.random.default_rng(self.training.seed)
             controls = np.sort(generator.choice(controls, CONTROL_CELLS, replace=False))
+        # Sorted after sampling: a group without sampled controls has no latent.
         self._groups = sorted(set(groups[controls]))
         layouts = self._lay_out(table, controls, start)
         z = self._latents(start, layouts, len(table))
         held = (
             self._hold_out(changes) if self.method == "finetune" else np.zeros(len(changes), bool)
         )
-        head = self._solve(changes.at(~held), condition[~held], self._group_means(z, groups))
+        # Fine-tuning starts from the ridge solution, of the perturbations that are not held out.
+        head = self._solve(
+            changes.at(~held),
+            condition[~held],
+            self._group_means(z, groups),
+        )
         start = with_head(start, *head)
         if self.method == "finetune":
             self._train(start, layouts, changes, condition, held, groups)
@@ -225,6 +246,7 @@ class PredictorFit(Estimator):
             expression[usable & (named == self.control) & (groups == g)] for g in self._groups
         ]
         means = [np.asarray(part.mean(axis=0)).ravel() for part in control_rows]
+        # The last row is for predictions without a group: all control cells.
         means.append(np.asarray(expression[usable & (named == self.control)].mean(axis=0)).ravel())
         self._arrays["control"] = np.stack(means).astype(np.float32)
         single = np.array([len(names.parts(name)) for name in changes.names])
@@ -235,61 +257,9 @@ class PredictorFit(Estimator):
             "groups": len(self._groups),
             "genes": len(table.genes),
         }
-        self._log_left_out_errors()
+        self.messages.extend(left_out_messages(self.facts, self.strengths))
         self._log_messages()
         return self
-
-    def _log_left_out_errors(self) -> None:
-        """Log the benefit of the head on left-out perturbations or groups."""
-        for what, plain in (
-            ("perturbations", "left_out_perturbations_rmse_of_mean_change"),
-            ("groups", "left_out_groups_rmse_without_latent"),
-        ):
-            if plain not in self.facts:
-                continue
-            error, other = self.facts[f"left_out_{what}_rmse"], self.facts[plain]
-            used = self.strengths["condition" if what == "perturbations" else "latent"] > 0
-            source = "the condition" if what == "perturbations" else "the latent of control cells"
-            self.messages.append(
-                f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
-                if used
-                else f"Left-out {what}: RMSE {other:.4f}; {source} does not improve it and is not used."
-            )
-
-    def _labels(
-        self, table: CellTable, key: str, covariate_key: str | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return canonical perturbation [cells], group [cells], and the mask of usable cells."""
-        raw = values_of(table, key)
-        usable = np.array([name is not None for name in raw], bool)
-        canonical = {name: self._names.canonical(name) for name in set(raw[usable])}
-        named = np.array([canonical.get(name, "") for name in raw], object)
-        if self.control not in canonical.values():
-            known = sorted(canonical)
-            raise InputError(
-                f"no cell has the control '{self.control}' in obs['{key}']",
-                f"one of its values: {', '.join(map(repr, known[:8])) or 'none, all are missing'}",
-                nearest(self.control, known, "Add control cells"),
-            )
-        if len(set(canonical.values())) < 2:
-            raise InputError(
-                f"all cells with a value in obs['{key}'] are control cells",
-                "perturbed cells too",
-                "Check the column, or add more cells",
-            )
-        groups = np.full(len(table), EVERYTHING, object)
-        if covariate_key is not None:
-            covariates = labels_of(table.obs, covariate_key)
-            usable &= np.array([name is not None for name in covariates], bool)
-            groups = np.where(usable, covariates, "")
-        for group in dict.fromkeys(groups[usable]):
-            if not (usable & (groups == group) & (named == self.control)).any():
-                raise InputError(
-                    f"group '{group}' of obs['{covariate_key}'] has no control cells",
-                    f"cells with '{self.control}' in obs['{key}'] in every group",
-                    "Remove the cells of that group, or use another covariate_key",
-                )
-        return named, groups, usable
 
     def _measure(
         self,
@@ -303,8 +273,13 @@ class PredictorFit(Estimator):
         return measure(expression, table.batch, named, groups, usable, self.control, order)
 
     def _log_omitted(
-        self, named: np.ndarray, groups: np.ndarray, usable: np.ndarray, changes: Changes
+        self,
+        named: np.ndarray,
+        groups: np.ndarray,
+        usable: np.ndarray,
+        changes: Changes,
     ) -> None:
+        # A perturbation can be measured in one group and be too rare in another.
         kept = set(zip(changes.names, changes.groups, strict=True))
         there = set(zip(named[usable], groups[usable], strict=True))
         lost = sorted(pair for pair in there - kept if pair[0] != self.control)
@@ -343,13 +318,15 @@ class PredictorFit(Estimator):
         """Return the message for an unknown target, with the closest names."""
         candidates = {symbol: symbol for symbol in symbols_of(self._vocabulary)}
         candidates |= {gene: gene for gene in [*self._vocabulary, *self.conditions]}
+        # Screens mix upper and lower case; the closest names are searched without it.
         upper = {text.upper(): text for text in candidates}
         near = [upper[n] for n in difflib.get_close_matches(name.upper(), list(upper), n=3)]
         return explain(
             f"'{name}' is neither a gene of the model's vocabulary nor a training condition",
-            "a gene symbol or id" + (f", one of {', '.join(self.conditions)}" if self.conditions else ""),
+            "a gene symbol or id"
+            + (f", one of {', '.join(self.conditions)}" if self.conditions else ""),
             f"The closest names are {', '.join(map(repr, near))}" if near else "Check the name",
-        )  # fmt: skip
+        )
 
     def _condition(self, name: str) -> np.ndarray:
         """Return float32 [condition] of a perturbation: features of its genes, its conditions, number of targets."""
@@ -377,10 +354,13 @@ class PredictorFit(Estimator):
 
     def _lay_out(self, table: CellTable, cells: np.ndarray, model: Pretrained) -> list[Layout]:
         """Give every cell a context of its own, so that its latent does not depend on the other cells of a file."""
-        contexts, shortest = list(cells[:, None]), 1
+        contexts = list(cells[:, None])
+        shortest = 1
+        # Predictors fitted with shared contexts must go on with them, or their latents would shift.
         if "contexts" not in self.facts:  # saved before 0.2
             limit = self.training.cells_per_context or None
-            contexts, shortest = contexts_of(table.batch, cells, limit=limit), 32
+            contexts = contexts_of(table.batch, cells, limit=limit)
+            shortest = 32
         return make_examples(
             table,
             contexts,
@@ -391,14 +371,13 @@ class PredictorFit(Estimator):
 
     def _latents(self, model: Pretrained, layouts: Sequence[Layout], cells: int) -> np.ndarray:
         """Return float32 [cells, latent]; NaN for cells of no layout."""
-        run = jax.jit(
-            lambda params, batch: clean_forward(params, batch, model.config).latent.mean
-        )  # fmt: skip
+        run = jax.jit(lambda params, batch: clean_forward(params, batch, model.config).latent.mean)
         params = jax.device_put(model.params)
         return gather(layouts, [run(params, layout.example.batch) for layout in layouts], cells)  # type: ignore[misc]
 
     def _group_means(self, z: np.ndarray, groups: np.ndarray) -> np.ndarray:
         """Return float64 [groups + 1, latent]: the mean latent of each group's control cells, and of all."""
+        # Cells without a layout, all but the control cells, have NaN.
         there = np.isfinite(z).all(axis=1)
         means = [
             z[there & (groups == group)].mean(axis=0, dtype=np.float64) for group in self._groups
@@ -406,7 +385,10 @@ class PredictorFit(Estimator):
         return np.stack([*means, z[there].mean(axis=0, dtype=np.float64)])
 
     def _solve(
-        self, changes: Changes, condition: np.ndarray, z: np.ndarray
+        self,
+        changes: Changes,
+        condition: np.ndarray,
+        z: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return kernel [latent + condition, genes] and bias [genes] of the head, solved exactly."""
         place = {group: row for row, group in enumerate(self._groups)}
@@ -417,6 +399,7 @@ class PredictorFit(Estimator):
         latent = (latent - centre) / scale
         number = condition[:, -1].astype(np.float64)
         features = condition[:, :-1].astype(np.float64)
+        # The mean feature per target, by least squares through the origin: two targets have twice the features.
         usual = number @ features / np.square(number).sum()
         problem = Ridge(changes, features - number[:, None] * usual, latent, number)
         chosen, errors = problem.choose()
@@ -429,7 +412,9 @@ class PredictorFit(Estimator):
             self.facts |= {f"left_out_{name}": float(value) for name, value in means.items()}
         mean, by_condition, by_latent = problem.solve(np.arange(len(changes)), *chosen)
         kernel = np.concatenate(
-            [by_latent / scale, by_condition, (mean - usual @ by_condition)[None]], axis=0
+            # The last row multiplies the number of targets; centring and scaling are folded into the kernel.
+            [by_latent / scale, by_condition, (mean - usual @ by_condition)[None]],
+            axis=0,
         )
         return kernel.astype(np.float32), (-(centre / scale) @ by_latent).astype(np.float32)
 
@@ -440,6 +425,7 @@ class PredictorFit(Estimator):
         number = round(self.training.validation_fraction * len(names))
         if len(names) < 3 or number < 1:
             return np.zeros(len(changes), bool)
+        # Streams of one seed: 1 for the held-out set, 2 for the pairs of each epoch.
         generator = np.random.default_rng([self.training.seed, 1])
         return np.isin(units, generator.permutation(names)[:number])
 
@@ -453,6 +439,7 @@ class PredictorFit(Estimator):
         groups: np.ndarray,
     ) -> None:
         """Continue by gradient descent, with every control cell paired with a random perturbation per epoch."""
+        # Within its group: a control cell must not be paired with the change of another cell type.
         rows_of = {g: np.flatnonzero(~held & (changes.groups == g)) for g in self._groups}
 
         def examples(epoch: int) -> list[Example]:
@@ -467,7 +454,8 @@ class PredictorFit(Estimator):
                 found.append(Example(layout.example.batch, {"row": jnp.asarray(row)}))
             return found
 
-        truth, place = changes.values[held], {g: row for row, g in enumerate(self._groups)}
+        truth = changes.values[held]
+        place = {g: row for row, g in enumerate(self._groups)}
         group_of = [place[group] for group in changes.groups[held]]
 
         def validate(params: Any) -> dict[str, float]:
@@ -477,12 +465,17 @@ class PredictorFit(Estimator):
             bias = np.asarray(params["head"]["mlp"]["linear_0"]["bias"], np.float64)
             found = np.concatenate([z, condition[held]], axis=1) @ kernel + bias
             scores = mean_scores(change_scores(truth, found))
+            # The score is maximised.
             return {SCORE: -scores["rmse"], LOSS: scores["rmse"], "pearson": scores["pearson"]}
 
         self._finetune(
             start,
             loss=perturbation_loss(
-                start.config, self.training.masking, condition, changes.values, changes.noise
+                start.config,
+                self.training.masking,
+                condition,
+                changes.values,
+                changes.noise,
             ),
             examples=examples,
             validate=validate if held.any() else None,
@@ -496,6 +489,7 @@ class PredictorFit(Estimator):
         names, kept, measured = [], [], []
         for name in self.perturbations:
             rows = np.flatnonzero(changes.names == name)
+            # Groups with more cells weigh more, but none dominates: the mean noise is added.
             share = 1.0 / (changes.noise[rows] + changes.noise[rows].mean())
             share /= share.sum()
             whole = share @ left[rows]
@@ -503,6 +497,7 @@ class PredictorFit(Estimator):
             names.append(name)
             kept.append(whole)
             measured.append(share @ changes.values[rows])
+            # What remains is specific to the group.
             left[rows] -= whole
         self._residual_names = names
         self._arrays["residual"] = np.stack(kept).astype(np.float32)
@@ -516,9 +511,3 @@ class PredictorFit(Estimator):
         self._arrays["pair_residual"] = (np.stack(pairs) if pairs else np.zeros((0, genes))).astype(
             np.float32
         )
-
-
-def values_of(table: CellTable, key: str) -> np.ndarray:
-    """Return a column of perturbations as strings, None for missing ones."""
-    labels = labels_of(table.obs, key)
-    return labels_with_numbers(labels, table.obs[key])

@@ -85,17 +85,26 @@ def perturbation_loss(
         example's target ``"row"`` is int32 [samples, cells], -1 for none.
     """
     signal = float(np.square(changes).mean())
+    # The weight of a change is its reliability: the signal as a share of signal and noise.
     weights = jnp.asarray(signal / (signal + noise), jnp.float32)
-    conditions, truth = jnp.asarray(condition), jnp.asarray(changes, jnp.float32)
+    conditions = jnp.asarray(condition)
+    truth = jnp.asarray(changes, jnp.float32)
 
     def loss(params, example, key):
         row = example.targets["row"]
+        # Row -1, a cell without a pair, reads row 0 and has weight 0.
         at = jnp.maximum(row, 0)
         output, _, _ = corrupted_forward(
-            params, example.batch, key, config, masking, condition=conditions[at]
+            params,
+            example.batch,
+            key,
+            config,
+            masking,
+            condition=conditions[at],
         )
         error = jnp.square(output.prediction - truth[at]).mean(axis=-1)
         weight = jnp.where((row >= 0) & example.batch.cell_mask, weights[at], 0.0)
+        # Relative to the signal, so that learning rates do not depend on the strength of a screen.
         return (error * weight).sum() / jnp.maximum(weight.sum(), 1e-12) / signal, {}
 
     return loss

@@ -80,6 +80,7 @@ class PerturbationNames:
             return name or ""
         if name not in self._read:
             parts = self._plain_parts(name) if self.plain else self._targets(name.strip())
+            # Without targets only the control was in the name.
             self._read[name] = SEPARATOR.join(self.sort(parts)) or self.control
         return self._read[name]
 
@@ -91,6 +92,7 @@ class PerturbationNames:
         """
         if not canonical or canonical == self.control:
             return []
+        # A condition can contain the separator ("IFN+").
         whole = not self.plain and self.conditions.get(fold(canonical)) == canonical
         return [canonical] if whole else self._plain_parts(canonical)
 
@@ -141,7 +143,9 @@ class PerturbationNames:
         if separator not in name or separator in self.rejected:
             return []
         texts = [text for text in (part.strip() for part in name.split(separator)) if text]
+        # A number after a separator is that of a guide.
         parts = [None if text.isdigit() else self.single(text) for text in texts]
+        # "+" separates also unknown targets; both sides must look like names ("CD3+" and "(a+b)" do not).
         if separator == SEPARATOR and len(texts) > 1 and all(map(_is_name, texts)):
             return [part or text for part, text in zip(parts, texts, strict=True)]
         return [part for part in parts if part] if None not in parts else []
@@ -190,6 +194,7 @@ class PerturbationNames:
         if self.genes == "none":
             return ""
         gene = resolve_gene(name, self.vocabulary)
+        # In a screen of drugs, abbreviations are often previous symbols of genes.
         if self.genes == "current" and not (is_ensembl(name) or gene == name):
             return ""
         return gene
@@ -232,15 +237,20 @@ def read_names(
         if is_control_word(name) and not _same_word(name, chosen)
     }
     names = PerturbationNames(
-        chosen, vocabulary, "none" if targets == "conditions" else "any", others
+        chosen,
+        vocabulary,
+        "none" if targets == "conditions" else "any",
+        others,
     )
     if targets == "auto":
+        # Decided on all names of the file before any of them is split.
         names = replace(names, genes=_gene_reading(spellings, names))
     combined = {name for name in spellings if any(s in name for s in SEPARATORS)}
     names = _with_conditions(names, [name for name in spellings if name not in combined])
     for separator in SEPARATORS[1:]:
         left = [name for name in spellings if separator in name and names.single(name) is None]
         earlier = SEPARATORS[: SEPARATORS.index(separator)]
+        # Names that an earlier separator splits say nothing about this one.
         left = [name for name in left if not any(names.split_at(s, name) for s in earlier)]
         split = [name for name in left if names.split_at(separator, name)]
         if 2 * len(split) < len(left):
@@ -260,7 +270,8 @@ def message_of(names: PerturbationNames, values: Iterable[str | None], given: An
     spellings = sorted({value for value in values if value is not None})
     read = {name: names.canonical(name) for name in spellings}
     control = [name for name in spellings if read[name] == names.control]
-    number, targets = len(spellings) - len(control), set(read.values()) - {names.control}
+    number = len(spellings) - len(control)
+    targets = set(read.values()) - {names.control}
     text = (
         f"Read {len(targets)} perturbation{'s' * (len(targets) != 1)} from {number} "
         f"spelling{'s' * (number != 1)} in obs['{key}']; control: '{names.control}'"
@@ -269,8 +280,11 @@ def message_of(names: PerturbationNames, values: Iterable[str | None], given: An
         text += ", a well-known name"
     if len(control) > 1:
         text += f", in {len(control)} spellings"
-    changed = [f"'{name}' is '{read[name]}'" for name in spellings
-               if read[name] not in (name, names.control)]  # fmt: skip
+    changed = [
+        f"'{name}' is '{read[name]}'"
+        for name in spellings
+        if read[name] not in (name, names.control)
+    ]
     if changed:
         text += f". {', '.join(changed[:3])}" + (" and others" if len(changed) > 3 else "")
     return text + "."
@@ -343,6 +357,7 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
         # CTRL is also a gene: the control only if there is no other.
         words = [name for name in words if name != "CTRL"] or words
         words = words or [name for name in known if _control_stem(name)]
+        # Synonyms are one control; words of different groups (untreated and DMSO) need a decision.
         if words and len({CONTROL_WORDS[_letters(_control_stem(name))] for name in words}) == 1:
             most = max(words, key=lambda name: (counts[name], name))
             return most if is_control_word(most) else _control_stem(most)
@@ -355,6 +370,7 @@ def _control_of(counts: Counter[str], control: Any, key: str) -> str:
         )
     number = isinstance(control, int | float | np.number) and not isinstance(control, bool)
     text = format(float(control), "g") if number else str(control).strip()
+    # A boolean column whose control was named by its number.
     if text not in counts and text in ("0", "1") and set(known) <= {"True", "False"}:
         text = str(text == "1")
     same = [name for name in known if fold(name) == fold(text)]
@@ -380,7 +396,8 @@ def _gene_reading(spellings: Sequence[str], names: PerturbationNames) -> GeneRea
         texts += [part.strip() for s in SEPARATORS if s in name for part in name.split(s)]
         texts = [stem for text in texts for stem in (text, *_stems(text))]
         current = any(_is_current(text, names.gene(text)) for text in texts)
-        genes, others = genes + current, others + (not current)
+        genes = genes + current
+        others = others + (not current)
     return "any" if genes and genes >= others else "current"
 
 
@@ -412,7 +429,12 @@ def _letters(name: str) -> str:
 
 def _stem(name: str) -> str:
     """Return a name without the number of a guide."""
-    return re.sub(_NUMBER, "", re.sub(_PREFIX, "", name, flags=re.I), flags=re.I)
+    return re.sub(
+        _NUMBER,
+        "",
+        re.sub(_PREFIX, "", name, flags=re.I),
+        flags=re.I,
+    )
 
 
 def _control_stem(name: str) -> str:

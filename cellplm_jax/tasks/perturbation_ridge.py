@@ -51,14 +51,19 @@ class LeftOut:
 
     @classmethod
     def of(
-        cls, changes: Changes, predicted: np.ndarray, baselines: Mapping[str, np.ndarray]
+        cls,
+        changes: Changes,
+        predicted: np.ndarray,
+        baselines: Mapping[str, np.ndarray],
     ) -> LeftOut:
         """Score predictions and baselines, float [rows, genes] each."""
         truth, scores = changes.values, {}
+        # The suffix of a score names the method; that of the prediction itself is empty.
         given = {"": predicted, **{f"_{name}": b for name, b in baselines.items()}}
         for suffix, values in {**given, "_no_change": np.zeros_like(truth)}.items():
             all_scores = change_scores(truth, values)
             scores |= {f"{name}{suffix}": all_scores[name].tolist() for name in ("rmse", "pearson")}
+        # A constant prediction has no correlation.
         scores.pop("pearson_no_change")
         top = np.argsort(-np.abs(truth), axis=1, kind="stable")[:, :TOP_GENES]
         taken = [
@@ -95,30 +100,51 @@ class Ridge:
     """Changes as mean plus linear functions of condition and latent, with known noise per row (kernel ridge)."""
 
     def __init__(
-        self, changes: Changes, condition: np.ndarray, latent: np.ndarray, number: np.ndarray
+        self,
+        changes: Changes,
+        condition: np.ndarray,
+        latent: np.ndarray,
+        number: np.ndarray,
     ):
-        self.changes, self.number = changes, number
-        self.condition, self.latent = condition, latent
+        self.changes = changes
+        self.number = number
+        self.condition = condition
+        self.latent = latent
+        # The mean noise bounds the ratio of weights, because the noise of a few cells is itself uncertain.
         self.weight = 1.0 / (changes.noise + changes.noise.mean())
         mean = self.mean(np.arange(len(changes)))
+        # Method of moments: the variance between perturbations is what the noise does not explain, at least 5 % of
+        # all.
         left = np.square(changes.values - number[:, None] * mean).mean(axis=1)
-        self.signal = max(float((left - changes.noise).mean()), 0.05 * float(left.mean()), 1e-12)
+        self.signal = max(
+            float((left - changes.noise).mean()),
+            0.05 * float(left.mean()),
+            1e-12,
+        )
 
     def mean(self, rows: np.ndarray) -> np.ndarray:
         """Return float64 [genes], the mean change per target, by least squares."""
-        number, weight = self.number[rows], self.weight[rows]
+        number = self.number[rows]
+        weight = self.weight[rows]
         return (number * weight) @ self.changes.values[rows] / (np.square(number) @ weight)
 
     def solve(
-        self, rows: np.ndarray, by_condition: float, by_latent: float
+        self,
+        rows: np.ndarray,
+        by_condition: float,
+        by_latent: float,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return mean [genes], and the maps of condition and latent to changes, fitted to a subset of the rows."""
-        condition, latent = self.condition[rows], self.latent[rows]
+        condition = self.condition[rows]
+        latent = self.latent[rows]
         mean = self.mean(rows)
         left = self.changes.values[rows] - self.number[rows][:, None] * mean
+        # Kernel form, because perturbations are fewer than features.
         kernel = by_condition * condition @ condition.T + by_latent * latent @ latent.T
         dual = np.linalg.solve(
-            self.signal * kernel + np.diag(self.changes.noise[rows] + 0.1 * self.signal), left
+            # A tenth of the signal as additional noise: effects that no linear function explains.
+            self.signal * kernel + np.diag(self.changes.noise[rows] + 0.1 * self.signal),
+            left,
         )
         scale = self.signal
         return mean, scale * by_condition * condition.T @ dual, scale * by_latent * latent.T @ dual
@@ -142,17 +168,20 @@ class Ridge:
         Returns:
             float64 [rows, genes].
         """
-        changes, predicted = self.changes, np.zeros_like(self.changes.values)
+        changes = self.changes
+        predicted = np.zeros_like(self.changes.values)
         names = list(dict.fromkeys(units))
         fold_of = {unit: number % MAXIMUM_FOLDS for number, unit in enumerate(names)}
         folds = np.array([fold_of[unit] for unit in units])
         for number in dict.fromkeys(folds):
             out = folds == number
             mean, conditions, latents = self.solve(np.flatnonzero(~out), by_condition, by_latent)
+            # The same sum as in a prediction: mean per target, condition, latent.
             own = self.number[:, None] * mean + self.condition @ conditions + self.latent @ latents
             predicted[out] = own[out]
             for row in np.flatnonzero(out) if parts else ():
                 targets = parts[changes.names[row]]  # type: ignore[index]
+                # Residuals of the targets that stay in the fit, in the same group.
                 same = ~out & (changes.groups == changes.groups[row])
                 for one in np.flatnonzero(same & np.isin(changes.names, targets)):
                     residual = changes.values[one] - own[one]
@@ -166,7 +195,10 @@ class Ridge:
         return np.array([squared[units == unit].mean() for unit in dict.fromkeys(units)])
 
     def left_out_table(
-        self, parts: Mapping[str, Sequence[str]], by_condition: float, by_latent: float
+        self,
+        parts: Mapping[str, Sequence[str]],
+        by_condition: float,
+        by_latent: float,
     ) -> LeftOut | None:
         """Compare left-out predictions and baselines; perturbations are left out, or groups if there are too few.
 
@@ -197,12 +229,14 @@ class Ridge:
 
         For the condition, the weakest strength within one standard error of the best one.
         """
-        names, groups = self.changes.names, self.changes.groups
+        names = self.changes.names
+        groups = self.changes.groups
         condition = latent = 0.0
         facts: dict[str, float] = {}
         if len(set(names)) >= 4:
             errors = np.stack([self.errors(names, strength, 0.0) for strength in STRENGTHS])
             worse = errors - errors[errors.mean(axis=1).argmin()]
+            # Standard errors of paired differences: units differ far more than strengths do.
             doubt = worse.std(axis=1, ddof=1) / np.sqrt(worse.shape[1])
             chosen = int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])
             condition = STRENGTHS[chosen]
@@ -214,6 +248,7 @@ class Ridge:
                 ),
             }
         if len(set(groups)) >= 3:
+            # No standard error here: groups are too few to estimate one.
             errors = np.stack([self.errors(groups, condition, strength) for strength in STRENGTHS])
             chosen = int(errors.mean(axis=1).argmin())
             latent = STRENGTHS[chosen]
@@ -222,6 +257,28 @@ class Ridge:
                 "left_out_groups_rmse_without_latent": float(np.sqrt(errors[0].mean())),
             }
         return (condition, latent), facts
+
+
+def left_out_messages(facts: Mapping[str, Any], strengths: Mapping[str, float]) -> list[str]:
+    """Return messages about the benefit of condition and latent for left-out perturbations and groups."""
+    messages = []
+    for what, term, source, without in (
+        ("perturbations", "condition", "the condition", "rmse_of_mean_change"),
+        ("groups", "latent", "the latent of control cells", "rmse_without_latent"),
+    ):
+        if f"left_out_{what}_{without}" not in facts:
+            continue
+        error = facts[f"left_out_{what}_rmse"]
+        other = facts[f"left_out_{what}_{without}"]
+        if strengths[term] > 0:
+            messages.append(
+                f"Left-out {what}: RMSE {error:.4f} with {source}, {other:.4f} without."
+            )
+        else:
+            messages.append(
+                f"Left-out {what}: RMSE {other:.4f}; {source} does not improve it and is not used."
+            )
+    return messages
 
 
 def target_features(
@@ -243,6 +300,7 @@ def target_features(
     """
     blocks = []
     if embedding is not None:
+        # Dimensions of the embedding have different scales, which say nothing about their relevance.
         spread = np.maximum(embedding.std(axis=0), 1e-12)
         blocks.append(_unit(_reduce((embedding - embedding.mean(axis=0)) / spread)))
     if expression is not None:
@@ -269,6 +327,7 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
     dense = np.asarray(expression.todense(), np.float64)
     dense -= dense.mean(axis=0)
     dense /= np.maximum(dense.std(axis=0), 1e-3)
+    # The smaller of the two Gram matrices has the same eigenvalues.
     gram = dense.T @ dense / len(dense) if dense.shape[1] <= dense.shape[0] else None
     if gram is not None:
         value, vector = np.linalg.eigh(gram)
@@ -283,4 +342,5 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
 
 def _unit(values: np.ndarray) -> np.ndarray:
     """Scale all rows by one factor to a mean squared norm of 1."""
+    # One factor, not one per gene: the relative lengths of the rows are kept.
     return values / np.sqrt(max(float(np.square(values).sum(axis=1).mean()), 1e-30))

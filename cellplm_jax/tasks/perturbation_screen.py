@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.tasks.contexts import CellTable, labels_of
+from cellplm_jax.tasks.perturbation_names import PerturbationNames, labels_with_numbers
+
 TARGET_SUM = 1e4
 """Counts per cell before the logarithm."""
 
@@ -46,8 +50,67 @@ class Changes:
     def at(self, rows: np.ndarray) -> Changes:
         """Return a subset of the rows."""
         return Changes(
-            self.names[rows], self.groups[rows], self.values[rows], self.noise[rows], self.cells[rows]
-        )  # fmt: skip
+            self.names[rows],
+            self.groups[rows],
+            self.values[rows],
+            self.noise[rows],
+            self.cells[rows],
+        )
+
+
+def values_of(table: CellTable, key: str) -> np.ndarray:
+    """Return a column of perturbations as strings, None for missing ones."""
+    labels = labels_of(table.obs, key)
+    return labels_with_numbers(labels, table.obs[key])
+
+
+def screen_labels(
+    table: CellTable,
+    names: PerturbationNames,
+    key: str,
+    covariate_key: str | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return canonical perturbation [cells], group [cells], and the mask of usable cells.
+
+    Args:
+        table: Perturbed and control cells.
+        names: Their names.
+        key: Column of ``obs`` with the perturbations.
+        covariate_key: Column of ``obs`` with the groups; None: one group.
+
+    Raises:
+        InputError: Control cells of a group, or perturbed cells, are missing.
+    """
+    raw = values_of(table, key)
+    usable = np.array([name is not None for name in raw], bool)
+    canonical = {name: names.canonical(name) for name in set(raw[usable])}
+    named = np.array([canonical.get(name, "") for name in raw], object)
+    if names.control not in canonical.values():
+        known = sorted(canonical)
+        raise InputError(
+            f"no cell has the control '{names.control}' in obs['{key}']",
+            f"one of its values: {', '.join(map(repr, known[:8])) or 'none, all are missing'}",
+            nearest(names.control, known, "Add control cells"),
+        )
+    if len(set(canonical.values())) < 2:
+        raise InputError(
+            f"all cells with a value in obs['{key}'] are control cells",
+            "perturbed cells too",
+            "Check the column, or add more cells",
+        )
+    groups = np.full(len(table), EVERYTHING, object)
+    if covariate_key is not None:
+        covariates = labels_of(table.obs, covariate_key)
+        usable &= np.array([name is not None for name in covariates], bool)
+        groups = np.where(usable, covariates, "")
+    for group in dict.fromkeys(groups[usable]):
+        if not (usable & (groups == group) & (named == names.control)).any():
+            raise InputError(
+                f"group '{group}' of obs['{covariate_key}'] has no control cells",
+                f"cells with '{names.control}' in obs['{key}'] in every group",
+                "Remove the cells of that group, or use another covariate_key",
+            )
+    return named, groups, usable
 
 
 def measure(
@@ -77,10 +140,12 @@ def measure(
         own = expression[inside & is_control]
         mean = np.asarray(own.mean(axis=0), np.float64).ravel()
         square = np.asarray(own.multiply(own).mean(axis=0), np.float64).ravel()
+        # One variance for all genes and perturbations of a group: those of a few cells would be too uncertain.
         variance = float((square - mean**2).mean()) * own.shape[0] / max(own.shape[0] - 1, 1)
         controls: dict[str, tuple[np.ndarray, int]] = {}
         for one in dict.fromkeys(batch[inside]):
             cells = np.flatnonzero(inside & is_control & (batch == one))
+            # Otherwise the control cells of all batches, with the batch effect that they bring.
             enough = len(cells) >= MINIMUM_CONTROLS
             controls[one] = (
                 (np.asarray(expression[cells].mean(axis=0), np.float64).ravel(), len(cells))
@@ -97,6 +162,8 @@ def measure(
             for one, size in zip(batches, sizes, strict=True):
                 share = size / len(cells)
                 change -= share * controls[one][0]
+                # The mean of the control cells is uncertain too, and its noise is shared by all perturbations of the
+                # batch.
                 noise += share**2 * variance / controls[one][1]
             for key, value in zip(rows, (name, group, change, noise, len(cells)), strict=True):
                 rows[key].append(value)
@@ -114,6 +181,7 @@ def log_normalize(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     """Scale every cell to :data:`TARGET_SUM` counts over its genes, then log1p; float32 CSR [cells, genes]."""
     counts = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
     total = np.asarray(counts.sum(axis=1)).ravel()
+    # In place on the copy above: expression of a screen is its largest array.
     counts.data *= np.repeat(TARGET_SUM / np.maximum(total, 1.0), np.diff(counts.indptr))
     np.log1p(counts.data, out=counts.data)
     return counts

@@ -97,10 +97,17 @@ def prepare(
     files = find_inputs([inputs] if isinstance(inputs, str | os.PathLike) else inputs)
     folder = _local_folder(out)
     require_options(
-        {"sample_key": sample_key, "dataset_key": dataset_key, "platform_key": platform_key,
-         "spatial_key": spatial_key, "label_key": label_key, "layer": layer, "gene_key": gene_key,
-         "feature_type": feature_type}
-    )  # fmt: skip
+        {
+            "sample_key": sample_key,
+            "dataset_key": dataset_key,
+            "platform_key": platform_key,
+            "spatial_key": spatial_key,
+            "label_key": label_key,
+            "layer": layer,
+            "gene_key": gene_key,
+            "feature_type": feature_type,
+        }
+    )
     keys = Keys(
         sample=sample_key,
         dataset=dataset_key,
@@ -113,19 +120,38 @@ def prepare(
     )
     wanted = wanted_vocabulary(genes, vocabulary, minimum_cells, minimum_prevalence)
     with contextlib.ExitStack() as stack:
+        # Locked before anything is read: two commands would choose two vocabularies.
         state = stack.enter_context(_locked(folder))
         wanted = settle_vocabulary(wanted, state, folder)
         run = stack.enter_context(open_runner(scheduler, workers, len(files)))
         sources = {name: describe_source(path) for name, path in files.items()}
+        # All files are opened before the hours of work begin.
         facts = _check(run, files, keys, wanted, quiet)
         _check_keys(facts, keys, required_spatial=spatial_key is not None)
         vocabulary_genes, chosen = make_vocabulary(
-            run, files, sources, facts, keys, wanted, state, folder, quiet
+            run,
+            files,
+            sources,
+            facts,
+            keys,
+            wanted,
+            state,
+            folder,
+            quiet,
         )
         made = write_parts(
-            run, files, sources, facts, keys, vocabulary_genes, folder, nonzeros_in_memory, quiet
+            run,
+            files,
+            sources,
+            facts,
+            keys,
+            vocabulary_genes,
+            folder,
+            nonzeros_in_memory,
+            quiet,
         )
         before = [entry["name"] for entry in state.get("parts", [])]
+        # Existing parts keep their place: the number of a sample is that of its batch embedding.
         order = [*before, *(name for name in files if name not in before)]
         index = write_index(folder, order, vocabulary=chosen)
         _clean(folder)
@@ -203,6 +229,7 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, lock)
         try:
+            # The lock ends with the process, also if it is killed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
@@ -210,6 +237,7 @@ def _locked(folder: Path) -> Iterator[dict[str, Any]]:
                 "one at a time",
                 "Wait for it, or stop it",
             ) from error
+        # Marks the folder as a corpus, so that an interrupted first run can resume.
         if not index.exists():
             with explain_corpus_errors(f"the corpus '{folder}'"):
                 atomic_write_text(index, json.dumps({"format": FORMAT, "complete": False}) + "\n")
@@ -255,6 +283,7 @@ def describe_source(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         digest.update(str(size).encode())
         with path.open("rb") as file:
+            # A megabyte of a file that may have a terabyte: enough to notice another file of the same size.
             for start in np.linspace(0, max(0, size - 2**16), 16).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(2**16))
@@ -262,12 +291,22 @@ def describe_source(path: Path) -> dict[str, Any]:
 
 
 def _check(
-    run: Runner, files: Mapping[str, Path], keys: Keys, wanted: Mapping[str, Any], quiet: bool
+    run: Runner,
+    files: Mapping[str, Path],
+    keys: Keys,
+    wanted: Mapping[str, Any],
+    quiet: bool,
 ) -> dict[str, Facts]:
     genes = wanted.get("genes")
     tasks = {name: (path, keys, genes) for name, path in files.items()}
     return run_stage(
-        run, "checking files", _check_file, tasks, dict.fromkeys(files, 1), "files", quiet
+        run,
+        "checking files",
+        _check_file,
+        tasks,
+        dict.fromkeys(files, 1),
+        "files",
+        quiet,
     )
 
 
@@ -311,7 +350,10 @@ def _clean(folder: Path) -> None:
 
 
 def _summary(
-    folder: Path, index: Mapping[str, Any], made: Mapping[str, Any], seconds: float
+    folder: Path,
+    index: Mapping[str, Any],
+    made: Mapping[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
     parts = []
     for entry in index["parts"]:
@@ -352,7 +394,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         )
         if part["made_now"]:
             lines += [f"  {note}" for note in part["notes"]]
-    totals, chosen = summary["totals"], summary["vocabulary"]["chosen"]
+    totals = summary["totals"]
+    chosen = summary["vocabulary"]["chosen"]
     lines.append(
         f"{totals['samples']:,} samples ({totals['spatial_samples']:,} spatial), "
         f"{totals['cells']:,} cells, {totals['nonzeros']:,} stored counts"

@@ -105,6 +105,7 @@ def count_blocks(source: CountSource) -> Iterator[tuple[int, sparse.csr_matrix]]
         block = source.read(start, stop)
         yield stop, block
         density = max(1.0, block.nnz / (stop - start))
+        # Follows the density of the last block, with growth limited, because files are sorted by sample.
         rows = int(np.clip(BLOCK_NONZEROS / density, 64, 4 * rows))
         start = stop
 
@@ -182,6 +183,7 @@ def _write_file(
             spool.append(block.indices, counts, np.diff(block.indptr))
             advance(stop)
         per_cell = spool.cell_nonzeros()
+        # Needs the counts per cell: cells without counts are omitted.
         layout = _lay_out(source, name, keys, per_cell)
         notes = [*source.report.notes, *layout.notes]
         if clipped:
@@ -251,7 +253,8 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
         dataset = _single(source, keys.dataset, source.column(keys.dataset, missing=""), "file")
     elif keys.dataset is not None:
         notes.append(f"No column '{keys.dataset}' in obs: the data set is called '{name}'.")
-    codes, names = np.zeros(source.cells, np.int64), [name]
+    codes = np.zeros(source.cells, np.int64)
+    names = [name]
     if keys.sample is not None and keys.sample in columns:
         codes, values = pd.factorize(source.column(keys.sample))
         names = [str(value) for value in values]
@@ -269,9 +272,13 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
     full = np.flatnonzero(per_cell > 0)
     if len(full) < source.cells:
         notes.append(f"{source.cells - len(full)} cells without counts were omitted.")
+    # Cells of a sample become contiguous.
     grouped = full[np.argsort(codes[full], kind="stable")]
     sizes = np.bincount(codes[full], minlength=len(names))
-    samples, order, placed, empty = [], [], [], []
+    samples = []
+    order = []
+    placed = []
+    empty = []
     for number, cells in enumerate(np.split(grouped, np.cumsum(sizes)[:-1])):
         if not len(cells):
             empty.append(names[number])
@@ -341,7 +348,9 @@ class Spool:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, limit: int):
-        self.path, self.dtype, self.limit = path, dtype, limit
+        self.path = path
+        self.dtype = dtype
+        self.limit = limit
         self.count_blocks: list[tuple[np.ndarray, np.ndarray]] = []
         self._sizes: list[np.ndarray] = []
         self._held = 0
@@ -359,6 +368,7 @@ class Spool:
         self._sizes.append(np.asarray(cell_nonzeros, np.int64))
         self._held += len(gene)
         if self._file is None and self._held > self.limit:
+            # Unbuffered: np.fromfile reads at the position of the descriptor, and a failed write raises here.
             self._file = self.path.open("w+b", buffering=0)
             for held in self.count_blocks:
                 self._store(held)
@@ -393,6 +403,7 @@ class Spool:
         Returns:
             Gene indices and counts [nonzeros].
         """
+        # Blocks are read in their order, and each row is copied to its place in the result.
         first = np.concatenate([[0], np.cumsum([len(sizes) for sizes in self._sizes])])
         sizes = self.cell_nonzeros()[rows]
         targets = np.cumsum(sizes) - sizes
@@ -430,6 +441,7 @@ class Spool:
         for array in block:
             data = memoryview(array.tobytes())
             while data:
+                # A raw write may write less than requested.
                 data = data[self._file.write(data) :]  # type: ignore[union-attr]
 
     def _load(self, number: int, offset: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ def open_runner(scheduler: str | None, workers: int | None, files: int) -> Itera
         InputError: No dask scheduler answers.
     """
     processes = min(files, os.cpu_count() or 1) if workers is None else workers
+    # A cluster takes seconds to start, which one file does not repay.
     if scheduler is None and (processes == 0 or (workers is None and processes == 1)):
         yield _run_here
         return
@@ -40,6 +41,7 @@ def open_runner(scheduler: str | None, workers: int | None, files: int) -> Itera
     with contextlib.ExitStack() as stack:
         if scheduler is None:
             settings = require("dask.config", "train", "Preparing files on several processes")
+            # The profiler interrupts the worker a hundred times per second.
             stack.enter_context(settings.set({"distributed.worker.profile.enabled": False}))
             # The task bounds its memory; dask's own limits would count the file cache.
             cluster = stack.enter_context(
@@ -86,6 +88,7 @@ def _run_on_dask(
     client.subscribe_topic(_TOPIC, lambda event: on_progress(*event[1]))
     names = {}
     for name, arguments in tasks.items():
+        # Not pure: dask must run a task again that it has seen in an earlier call.
         future = client.submit(_remote, function, name, arguments, pure=False)
         names[future] = name
     try:
@@ -93,6 +96,7 @@ def _run_on_dask(
             error = future.exception()
             if error is None:
                 yield names[future], future.result()
+            # By name, because dask is an optional dependency.
             elif type(error).__name__ == "KilledWorker":
                 msg = explain(
                     f"the processes that worked on '{names[future]}' died, most often because of insufficient memory",
@@ -112,9 +116,11 @@ def _remote(function: Callable[..., Any], name: str, arguments: tuple) -> Any:
     """Run a task on a worker and send its progress once per second; errors of this package are returned, not raised."""
     from dask.distributed import get_worker
 
-    worker, last = get_worker(), [time.monotonic()]
+    worker = get_worker()
+    last = [time.monotonic()]
 
     def advance(done: int) -> None:
+        # Each report is a message through the scheduler.
         if time.monotonic() - last[0] >= 1:
             last[0] = time.monotonic()
             worker.log_event(_TOPIC, (name, done))
@@ -151,6 +157,7 @@ def run_stage(
 
     def on_progress(name: str, value: int) -> None:
         with lock:
+            # A late report must not lower the progress of a finished file.
             if name not in results and name not in errors:
                 done[name] = value
                 report.update(sum(done.values()), name)
@@ -167,6 +174,7 @@ def run_stage(
     finally:
         report.close()
     if errors:
+        # The same error of all files is shown once.
         messages = dict.fromkeys(_named(name, error) for name, error in errors.items())
         text = "\n  ".join(messages)
         if len(errors) > 1:

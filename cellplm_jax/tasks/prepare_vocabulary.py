@@ -95,7 +95,9 @@ def read_genes(path: str | os.PathLike) -> list[str]:
 
 
 def settle_vocabulary(
-    wanted: dict[str, Any], state: Mapping[str, Any], folder: Path
+    wanted: dict[str, Any],
+    state: Mapping[str, Any],
+    folder: Path,
 ) -> dict[str, Any]:
     """Combine the options with those of an existing corpus.
 
@@ -104,6 +106,7 @@ def settle_vocabulary(
     """
     if not state.get("complete"):
         defaults = {"mode": "union", "minimum_cells": MINIMUM_CELLS, "minimum_prevalence": 0.0}
+        # Only explicit options are compared with those of an existing corpus, so defaults are filled in here.
         return wanted if wanted.get("mode") == "given" else {**defaults, **wanted}
     held = state["vocabulary"]
     if wanted.get("mode") == "given":
@@ -161,7 +164,8 @@ def make_vocabulary(
             )
         return genes, chosen
     if wanted["mode"] == "given":
-        genes, chosen = wanted["genes"], {"mode": "given"}
+        genes = wanted["genes"]
+        chosen = {"mode": "given"}
     else:
         tasks = {
             name: (path, keys, folder / "parts", name, sources[name])
@@ -212,6 +216,7 @@ def choose_genes(
     """
     table = np.asarray(measured, bool)
     total = np.sum(expressed, axis=0)
+    # The cells of the files that measure a gene: a panel must not lower the prevalence of genes outside it.
     tested = np.asarray(cells, np.int64) @ table
     kept = table.any(axis=0) if mode == "union" else table.all(axis=0)
     kept &= (total >= minimum_cells) & (total >= minimum_prevalence * tested)
@@ -227,7 +232,12 @@ def choose_genes(
 
 
 def _count_file(
-    path: Path, keys: Keys, parts: Path, name: str, source: Mapping[str, Any], advance: Advance
+    path: Path,
+    keys: Keys,
+    parts: Path,
+    name: str,
+    source: Mapping[str, Any],
+    advance: Advance,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Count the cells of a file that express each known human gene, or read the result of an earlier run.
 
@@ -238,6 +248,7 @@ def _count_file(
     key = json.dumps([source, keys.settings(), vocabulary_hash(candidates)])
     kept = parts / f".{name}.genes.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(kept) as stored:
+        # Counted by an earlier run, of the same file with the same options.
         if str(stored["key"]) == key:
             return stored["expressed"], stored["measured"]
     expressed = np.zeros(len(candidates), np.int64)

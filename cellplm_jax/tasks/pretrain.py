@@ -88,7 +88,13 @@ def pretrain(
     model = dataclasses.replace(config.model, genes=len(store.genes))
     config = dataclasses.replace(config, model=model)
     return loop.pretrain(
-        config, store, workdir, card=card, quiet=quiet, preempted=preempted, devices=devices
+        config,
+        store,
+        workdir,
+        card=card,
+        quiet=quiet,
+        preempted=preempted,
+        devices=devices,
     )
 
 
@@ -140,6 +146,7 @@ def read_samples(
             samples += _samples_of(source, name, dataset, len(samples), batch_key, spatial_key)
     if genes is not None:
         return samples, wide
+    # Cells with a count, over all samples together.
     expressed = sum(np.bincount(s.counts.indices, minlength=len(wide)) for s in samples)
     kept = np.flatnonzero(np.asarray(expressed) >= minimum_gene_cells)
     if kept.size == 0:

@@ -137,7 +137,13 @@ class Pretrained(Displayed):
         """
         params = jax.jit(lambda: init_params(config, jax.random.key(seed)))()
         card = {"kind": "untrained", "seed": seed}
-        return cls(config, jax.tree.map(np.asarray, params), list(genes), card, "untrained")
+        return cls(
+            config,
+            jax.tree.map(np.asarray, params),
+            list(genes),
+            card,
+            "untrained",
+        )
 
     def save(
         self,
@@ -242,7 +248,10 @@ class Pretrained(Displayed):
         model = CellPLM(self.config)
         return jax.jit(
             lambda params, batch, gene_sum=None: model.apply(
-                {"params": params}, batch, gene_sum=gene_sum, method=CellPLM.embed_expression
+                {"params": params},
+                batch,
+                gene_sum=gene_sum,
+                method=CellPLM.embed_expression,
             )
         )
 
@@ -271,7 +280,8 @@ class Pretrained(Displayed):
         return jax.jit(self._encode)
 
     def _encode(self, params: Any, hidden: jax.Array, cell_mask: jax.Array) -> jax.Array:
-        model, variables = CellPLM(self.config), {"params": params}
+        model = CellPLM(self.config)
+        variables = {"params": params}
         hidden = model.apply(variables, hidden, cell_mask, method=CellPLM.encode)
         return model.apply(variables, hidden, method=CellPLM.infer).mean
 
@@ -281,7 +291,8 @@ class Pretrained(Displayed):
         devices: Any = self.embeds_on
         mesh = make_mesh(MeshConfig(cells=len(devices)), devices)
         run = MeshFunction(self._encode, mesh)
-        params, shared = joined_copies(mesh, self.weight_copies), over_cells(mesh)
+        params = joined_copies(mesh, self.weight_copies)
+        shared = over_cells(mesh)
 
         def encode(hidden: np.ndarray, cell_mask: np.ndarray) -> jax.Array:
             return run(params, *jax.device_put((hidden, cell_mask), shared))
@@ -317,7 +328,11 @@ class Pretrained(Displayed):
         """Jitted ``(params, hidden, cell_mask, rows) -> attention weights [layers, heads, rows, cells]``."""
         return jax.jit(
             lambda params, hidden, cell_mask, rows: attention_rows(
-                params, hidden, cell_mask, rows, self.config
+                params,
+                hidden,
+                cell_mask,
+                rows,
+                self.config,
             )
         )
 
@@ -333,7 +348,11 @@ class Pretrained(Displayed):
         model = CellPLM(self.config)
         return jax.jit(
             lambda params, z, cell_mask, condition: model.apply(
-                {"params": params}, z, cell_mask, condition=condition, method=CellPLM.predict
+                {"params": params},
+                z,
+                cell_mask,
+                condition=condition,
+                method=CellPLM.predict,
             )
         )
 
@@ -343,14 +362,18 @@ class Pretrained(Displayed):
         model = CellPLM(self.config)
         return jax.jit(
             lambda params, z, batch: model.apply(
-                {"params": params}, z, batch, method=CellPLM.decode
+                {"params": params},
+                z,
+                batch,
+                method=CellPLM.decode,
             )
         )
 
 
 def trained_on(card: Mapping[str, Any]) -> str | None:
     """Return the training data of a model card as a phrase; None if the card does not state them."""
-    data, cells = card.get("training_data"), card.get("training_cells")
+    data = card.get("training_data")
+    cells = card.get("training_cells")
     if isinstance(data, list) and cells:
         return f"{cells:,} cells of {len(data)} data sets"
     stated = data or card.get("data")
@@ -374,7 +397,8 @@ def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | 
 
 def _own_devices(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     """Validate the devices given by the user."""
-    devices, index = tuple(devices), jax.process_index()
+    devices = tuple(devices)
+    index = jax.process_index()
     if not devices or len(set(devices)) < len(devices):
         found = "no devices" if not devices else "repeated devices"
     elif any(device.process_index != index for device in devices):
@@ -442,7 +466,9 @@ def publish(
 
 
 def resolve_source(
-    source: str | os.PathLike, *, extra_files: Iterable[str] = ()
+    source: str | os.PathLike,
+    *,
+    extra_files: Iterable[str] = (),
 ) -> tuple[str, str]:
     """Resolve a model source; the only function that handles all kinds of sources.
 

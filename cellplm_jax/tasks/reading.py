@@ -109,6 +109,7 @@ COUNT_KEYS = tuple(key for key in KEYS if key != "values")
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Reading)}
 _ENTRY = r"^    {}: .*\n?(?:     +.*\n?)*"
+# The text of each key is written once, in the docstring of Reading, and copied from there.
 _DOCSTRING = inspect.cleandoc(Reading.__doc__ or "")
 _TEXTS = {name: "".join(re.findall(_ENTRY.format(name), _DOCSTRING, re.M)) for name in _FIELDS}
 
@@ -132,7 +133,8 @@ def name_keys(
     named = dict(signature.parameters)
     if named.pop("keys", None) is None:
         return
-    fits, text = function.__name__ == "fit", ""
+    fits = function.__name__ == "fit"
+    text = ""
     described = inspect.cleandoc(function.__doc__ or "")
     for name, parameter in (options or {}).items():
         named.setdefault(name, parameter)
@@ -140,11 +142,16 @@ def name_keys(
             text += f"    {name}: See {source}.\n"
     for name in keys:
         if name not in named:
+            # A sentinel, because None is a value of its own.
             default = _FIELDS[name].default if fits else AS_FITTED
             named[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_FIELDS[name].type
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=_FIELDS[name].type,
             )
             text += _TEXTS[name].rstrip() + "\n" if fits else f"    {name}: As in :meth:`fit`.\n"
+    # Only what `help` and editors show; calls still pass through `**keys`.
     function.__signature__ = signature.replace(parameters=list(named.values()))  # type: ignore[attr-defined]
     function.__doc__ = re.sub(_ENTRY.format(r"\*\*keys"), lambda _: text, described, flags=re.M)
 
@@ -156,7 +163,9 @@ def keyword_options(function: Callable[..., Any]) -> dict[str, inspect.Parameter
 
 
 def keys_of(
-    other: Callable[..., Any], address: str, omitted: Sequence[str] = ()
+    other: Callable[..., Any],
+    address: str,
+    omitted: Sequence[str] = (),
 ) -> Callable[[Function], Function]:
     """Return a decorator that names the options of another function, which ``**keys`` stands for.
 

@@ -104,7 +104,8 @@ class TypeShifts:
         Returns:
             float32 [cells]; 0 for types without a shift.
         """
-        result, start = np.zeros(len(types), np.float32), 0
+        result = np.zeros(len(types), np.float32)
+        start = 0
         for block in blocks():
             rows = np.arange(start, start + block.shape[0])
             start += block.shape[0]
@@ -127,7 +128,10 @@ class TypeShifts:
 
     @classmethod
     def restore(
-        cls, plain: dict[str, Any], arrays: dict[str, np.ndarray], labels: Sequence[str]
+        cls,
+        plain: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        labels: Sequence[str],
     ) -> TypeShifts:
         """Return the object of :meth:`state`."""
         kept: dict[str, Any] = {
@@ -180,6 +184,7 @@ def fit_shifts(
         the rank correlation over types of the shifts in the latent and in pseudobulk.
     """
     shape = (len(names), len(codes))
+    # The first row is the true assignment, so that a p-value can never be 0.
     permuted = arrangements(codes, seed=seed)
     used = np.flatnonzero(samples >= 0)
     group = types[used] * shape[1] + samples[used]
@@ -188,6 +193,7 @@ def fit_shifts(
     )
     cells = np.bincount(group, minlength=shape[0] * shape[1])
     share = sparse.diags(1.0 / np.maximum(cells, 1)) @ gather
+    # One mean per group with cells was estimated.
     freedom = max(len(used) - int((cells > 0).sum()), 1)
 
     latent = z[used].astype(np.float64)
@@ -197,6 +203,8 @@ def fit_shifts(
     profiles = np.asarray((share @ expression).todense(), np.float64)
     within = np.asarray(expression.multiply(expression).sum(axis=0), np.float64).ravel()
     within = np.maximum(within - cells @ np.square(profiles), 0.0) / freedom
+    # Genes are chosen by the variance between samples, without labels: a choice by labels would make the test
+    # invalid.
     usual = _by_type(profiles, shape, cells)
     between = cells @ np.square(profiles - usual)
     positive = within[within > 0]
@@ -207,6 +215,7 @@ def fit_shifts(
     symbols = symbols_of(compared)
 
     number = cells.reshape(shape)
+    # For the test every sample has as many cells of a type as the smallest one.
     kept_cells = _equal_cells(group, number, np.random.default_rng(seed))
     even = sparse.csr_matrix(
         (np.ones(len(kept_cells)), (group[kept_cells], kept_cells)), gather.shape
@@ -235,6 +244,7 @@ def fit_shifts(
         table.append(row)
         for space, values in zip(kept, means, strict=True):
             space[code] = np.average(values[code], axis=0, weights=number[code] + 1e-9)
+        # One sample per label has no variance to compare a difference with.
         if min(np.count_nonzero(weight[codes == label]) for label in range(len(labels))) < 2:
             continue
         valid = np.flatnonzero(weight)
@@ -247,7 +257,12 @@ def fit_shifts(
         p = [permutation_p(one) for one in statistics]
         row |= {"p_latent": p[0], "p_pseudobulk": p[1]}
         moved = [
-            _label_means(values[code][valid], codes[valid], weight[valid], len(labels))
+            _label_means(
+                values[code][valid],
+                codes[valid],
+                weight[valid],
+                len(labels),
+            )
             for values in means
         ]
         reach = np.ptp(moved[1], axis=0)
@@ -258,6 +273,7 @@ def fit_shifts(
     corrected = adjusted_p(np.array([own[1] for _, own in tests])) if tests else []
     for (row, _), p in zip(tests, corrected, strict=True):
         row["p"] = float(p)
+        # Few samples cannot reach a small p-value; then the smallest possible one counts, with a margin for rounding.
         shifted[table.index(row)] = p <= max(UNCERTAIN, 1.01 * smallest_p(codes))
 
     shifts = TypeShifts(
@@ -272,8 +288,10 @@ def fit_shifts(
         table=table,
     )
     facts: dict[str, float] = {"arrangements": float(len(permuted))}
+    # Baselines that ignore types.
     whole, _ = pseudobulk(counts, samples, np.zeros_like(types), (shape[1], 1))
     wide = np.argsort(-whole[0].var(axis=0), kind="stable")[:GENES]
+    # A pseudo-count, because a type can be absent from a sample.
     amount = number.T + 0.5
     pooled = (number[:, :, None] * centres.reshape(*shape, -1)).sum(axis=0)
     for name, values in (
@@ -302,13 +320,17 @@ def _equal_cells(group: np.ndarray, number: np.ndarray, random: np.random.Genera
     """
     enough = np.where(number >= MINIMUM_CELLS, number, np.iinfo(np.int64).max)
     most = np.repeat(enough.min(axis=1), number.shape[1])
+    # A random subset per group without a loop over groups: rank within the group in random order.
     order = random.permutation(len(group))
     rank = pd.Series(group[order]).groupby(group[order]).cumcount().to_numpy()
     return np.sort(order[rank < most[group[order]]])
 
 
 def _label_means(
-    values: np.ndarray, codes: np.ndarray, weight: np.ndarray, labels: int
+    values: np.ndarray,
+    codes: np.ndarray,
+    weight: np.ndarray,
+    labels: int,
 ) -> np.ndarray:
     """Return means of samples by label [labels, features], with their differences shrunk by feature."""
     own = [weight * (codes == label) for label in range(labels)]

@@ -203,12 +203,14 @@ class SampleClassifier(Estimator):
             types = sorted({name for name in given if name is not None})
             if not types:
                 raise InputError(
-                    f"obs['{type_key}'] is missing for all cells", "the type of the cells",
+                    f"obs['{type_key}'] is missing for all cells",
+                    "the type of the cells",
                     "Use another column, or omit type_key",
-                )  # fmt: skip
+                )
             place = {name: code for code, name in enumerate(types)}
             type_codes = np.array([place.get(name, 0) for name in given])
         else:
+            # A regular stride: the same cells for the same file.
             every = -(-len(z) // CLUSTERED_CELLS)
             usable = np.arange(len(z)) % every == 0
             try:
@@ -228,17 +230,26 @@ class SampleClassifier(Estimator):
             types = [f"cluster {code}" for code in range(number)] if number > 1 else [ONE_TYPE]
         place = {name: code for code, name in enumerate(names)}
         samples = np.array([place.get(name, -1) for name in table.batch])
+        # Cells outside the stride, or without a type, do not enter the estimate.
         samples[~usable] = -1
         self._shifts, facts = fit_shifts(
-            z, table.counts, table.genes, samples, type_codes, types, codes, self.labels,
+            z,
+            table.counts,
+            table.genes,
+            samples,
+            type_codes,
+            types,
+            codes,
+            self.labels,
             seed=self.training.seed,
-        )  # fmt: skip
+        )
         return facts
 
     def _log_tests(self) -> None:
         """Append the p-values, and what the number of samples allows."""
         facts = self.facts
-        smallest, labels = facts["smallest_p"], len(self.labels)
+        smallest = facts["smallest_p"]
+        labels = len(self.labels)
         if smallest > SIGNIFICANT:
             self.messages.append(
                 f"Warning: {facts['samples']} samples allow no p-value below {smallest:.2g}: a difference between the "
@@ -312,7 +323,9 @@ class SampleClassifier(Estimator):
             wanted = [place[gene] for gene in self._shifts.genes]
             with open_counts(data, model.genes, **reading.counts) as source:
                 columns[CONTRIBUTION] = self._shifts.contributions(
-                    lambda: expression_of(source.blocks(CHUNK), wanted), types, of_cell
+                    lambda: expression_of(source.blocks(CHUNK), wanted),
+                    types,
+                    of_cell,
                 )
             columns[TYPE] = pd.Categorical.from_codes(types, categories=self._shifts.types)  # type: ignore[arg-type]
         table = pd.DataFrame(
@@ -335,7 +348,8 @@ class SampleClassifier(Estimator):
 
     def _types_of(self, z: np.ndarray, obs: pd.DataFrame, shifts: TypeShifts) -> np.ndarray:
         """Return the type of each cell: that of its column, else the nearest."""
-        types, key = shifts.assign(z), self.facts.get("type_key")
+        types = shifts.assign(z)
+        key = self.facts.get("type_key")
         if key and key in obs.columns:
             place = {name: code for code, name in enumerate(shifts.types)}
             named = np.array([place.get(name, -1) for name in labels_of(obs, key)])
@@ -411,7 +425,10 @@ class SampleClassifier(Estimator):
                 out = fold == number
                 penalty, _ = choose_penalty(pooled[~out], codes[~out], seed=self.training.seed)
                 kernel, bias = logistic_regression(
-                    pooled[~out], codes[~out], penalty, classes=len(self.labels)
+                    pooled[~out],
+                    codes[~out],
+                    penalty,
+                    classes=len(self.labels),
                 )
                 logits[out] = pooled[out] @ kernel + bias
         predicted = logits.argmax(axis=1)
@@ -438,7 +455,11 @@ class SampleClassifier(Estimator):
             arrays |= own
         return state, arrays
 
-    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    def _restore(
+        self,
+        state: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+    ) -> None:
         super()._restore(state, arrays)
         self._centre = arrays["centre"]
         self._shifts = None
@@ -447,7 +468,11 @@ class SampleClassifier(Estimator):
 
 
 def logistic_regression(
-    features: np.ndarray, codes: np.ndarray, penalty: float, *, classes: int | None = None
+    features: np.ndarray,
+    codes: np.ndarray,
+    penalty: float,
+    *,
+    classes: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit multinomial logistic regression to standardised features.
 
@@ -466,8 +491,11 @@ def logistic_regression(
     from scipy.optimize import minimize
 
     classes = int(codes.max()) + 1 if classes is None else classes
-    centre, spread = features.mean(axis=0), features.std(axis=0)
+    centre = features.mean(axis=0)
+    spread = features.std(axis=0)
+    # Dimensions that hardly vary between samples would otherwise be blown up to the scale of the others.
     spread = np.maximum(spread, 0.05 * np.sqrt(np.square(spread).mean()) + 1e-12)
+    # Divided by the root of the width, so that the penalty means the same for any latent size.
     scaled = (features - centre) / spread / np.sqrt(features.shape[1])
     wanted = np.eye(classes)[codes]
     shape = (features.shape[1] + 1, classes)
@@ -512,11 +540,15 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
         out = fold == number
         for row, penalty in enumerate(PENALTIES):
             kernel, bias = logistic_regression(
-                features[~out], codes[~out], penalty, classes=classes
+                features[~out],
+                codes[~out],
+                penalty,
+                classes=classes,
             )
             errors[row, out] = _cross_entropies(features[out] @ kernel + bias, codes[out])
     worse = errors - errors[errors.mean(axis=1).argmin()]
     doubt = worse.std(axis=1) / np.sqrt(len(codes))
+    # Penalties are ordered from strong to weak, so the first one within the error is the strongest.
     chosen = int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])
     return PENALTIES[chosen], float(errors[chosen].mean())
 
@@ -524,6 +556,7 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
 def _folds(codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return int [samples], the fold of each: samples in random order, class by class, assigned round-robin."""
     order = np.random.default_rng(seed).permutation(len(codes))
+    # Sorted by class and then assigned round-robin: every fold has about the same classes.
     order = order[np.argsort(codes[order], kind="stable")]
     fold = np.empty(len(codes), int)
     fold[order] = np.arange(len(codes)) % folds
@@ -536,7 +569,9 @@ def _pool(z: np.ndarray, samples: np.ndarray, names: np.ndarray) -> np.ndarray:
 
 
 def _labels_of_samples(
-    samples: np.ndarray, labels: np.ndarray, label_key: str
+    samples: np.ndarray,
+    labels: np.ndarray,
+    label_key: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return names of samples in order of first appearance, and their labels (None: none)."""
     names = list(dict.fromkeys(samples))

@@ -66,7 +66,9 @@ def split_cells(
     held = []
     for stratum in dict.fromkeys(strata[train]):
         cells = train[strata[train] == stratum]
+        # A stratum of three cells cannot spare one.
         number = max(1, round(fraction * len(cells))) if len(cells) >= 4 else 0
+        # One permutation per stratum, in order of first appearance: the draw depends on no other option.
         held.append(generator.permutation(cells)[:number])
     valid = np.sort(np.concatenate(held)) if held else valid
     return np.setdiff1d(train, valid), valid

@@ -37,7 +37,12 @@ def check_table(path: str | os.PathLike) -> Path:
     return path
 
 
-def write_table(table: pd.DataFrame, path: str | os.PathLike, *, index: bool = False) -> None:
+def write_table(
+    table: pd.DataFrame,
+    path: str | os.PathLike,
+    *,
+    index: bool = False,
+) -> None:
     """Write a table atomically. Numbers have six digits.
 
     Args:
@@ -69,6 +74,7 @@ def read_names(text: str, *, separator: str | None = ",") -> list[str]:
     Raises:
         InputError: The file is not a text file.
     """
+    # A file of this name wins over a gene of this name.
     path = Path(text)
     if path.is_file():
         try:

@@ -167,7 +167,8 @@ class UnknownDetector:
         Returns:
             Scores, flags and reasons, in the order of the cells.
         """
-        score, reason = np.zeros(len(cells), np.float32), np.full(len(cells), "", object)
+        score = np.zeros(len(cells), np.float32)
+        reason = np.full(len(cells), "", object)
         groups = -(-len(cells) // REFERENCE_CELLS)
         for number in range(groups):
             part = slice(number, None, groups)
@@ -182,7 +183,8 @@ class UnknownDetector:
         """Return scores and their relative spreads, distances [labelled cells and cells], and logits of cells."""
         # The classifiers of the folds, whose energies of cells outside their folds are the standard.
         each = np.stack([_logits(found, cells) for found in self._classifiers])
-        logits, known = each.mean(axis=0), len(self._codes)
+        logits = each.mean(axis=0)
+        known = len(self._codes)
         total, wider, distance, _ = _totals(
             np.concatenate([self._reference, np.asarray(cells, np.float32)]),
             known,
@@ -193,9 +195,13 @@ class UnknownDetector:
         return total, wider, distance, logits
 
     def _compare(
-        self, cells: np.ndarray, labels: list[str], rate: float
+        self,
+        cells: np.ndarray,
+        labels: list[str],
+        rate: float,
     ) -> tuple[np.ndarray, np.ndarray]:
-        codes, known = self._codes, len(self._codes)
+        codes = self._codes
+        known = len(self._codes)
         total, wider, distance, logits = self._scores(cells)
         middle, limit = np.quantile(self.arrays["null"], [0.5, 1.0 - rate])
         threshold = float(middle + RAISE * max(0.0, limit - middle))
@@ -237,7 +243,8 @@ def _fit_state(
         return None
     state, reference = space
     fold = _folds(codes, generator)
-    energy, guess = np.zeros(len(codes)), np.zeros(len(codes), np.int64)
+    energy = np.zeros(len(codes))
+    guess = np.zeros(len(codes), np.int64)
     classifiers = []
     for number in range(FOLDS):
         out = fold == number
@@ -279,7 +286,8 @@ def _fit_space(
     number = min(COMPONENTS, max(2, cells // CELLS_PER_COMPONENT), len(genes) - 1)
     # Labelled cells are projected on components that other labelled cells fix, as new cells are: otherwise components
     # that are noise set them apart from all new cells.
-    own, rotated = np.zeros((cells, number), np.float32), []
+    own = np.zeros((cells, number), np.float32)
+    rotated = []
     for part in range(COMPONENT_FOLDS):
         out = np.arange(cells) % COMPONENT_FOLDS == part
         rest = standard[~out]
@@ -311,7 +319,11 @@ def _project(logs: sparse.csr_matrix, state: dict[str, np.ndarray]) -> np.ndarra
     return _joined(own, hidden, state)
 
 
-def _joined(own: np.ndarray, hidden: np.ndarray | None, state: dict[str, np.ndarray]) -> np.ndarray:
+def _joined(
+    own: np.ndarray,
+    hidden: np.ndarray | None,
+    state: dict[str, np.ndarray],
+) -> np.ndarray:
     """Return components and latent side by side, centred and scaled per cell."""
     own = unit_length(own - state["component_centre"])
     if hidden is None:
@@ -401,7 +413,8 @@ def _totals(
     def smooth(values: np.ndarray) -> np.ndarray:
         return (values[around] * same).sum(axis=1) / same.sum(axis=1)
 
-    total, wider = np.zeros(len(every) - known), np.zeros(len(every) - known)
+    total = np.zeros(len(every) - known)
+    wider = np.zeros(len(every) - known)
     for name, values in (("energy", energy), ("distance", distance)):
         smoothed = smooth(values)
         total += WEIGHTS[name] * _standardized(smoothed, predicted, known)
@@ -411,7 +424,11 @@ def _totals(
     # A file with fewer cells than neighbours cannot fill a neighbourhood, and a single cell is no neighbour of itself.
     evidence = min(1.0, max(0, len(total) - 1) / NEIGHBORS)
     total += (evidence * WEIGHTS["share"]) * _standardized(
-        share, predicted, known, shifted=True, spread_of=share_spread
+        share,
+        predicted,
+        known,
+        shifted=True,
+        spread_of=share_spread,
     )
     return total, wider, distance, share
 
@@ -423,7 +440,8 @@ def _neighbors(every: np.ndarray, known: int) -> tuple[np.ndarray, np.ndarray]:
         every: float32 [cells, dimensions], the labelled cells first.
         known: Number of labelled cells.
     """
-    near, closest = min(NEIGHBORS, len(every) - 1), min(NEAREST, known - 1)
+    near = min(NEIGHBORS, len(every) - 1)
+    closest = min(NEAREST, known - 1)
     square = np.einsum("ij,ij->i", every, every)
     nearest = np.zeros((len(every), near), np.int64)
     distance = np.zeros(len(every))
@@ -463,8 +481,10 @@ def _standardized(
     result = np.zeros(len(values) - known)
     for code in np.unique(predicted[known:]):
         members = predicted == code
-        labelled, others = members[:known], members[known:]
-        own, rest = reference[labelled], values[known:][others]
+        labelled = members[:known]
+        others = members[known:]
+        own = reference[labelled]
+        rest = values[known:][others]
         centre = float(np.median(own)) if len(own) >= OWN_CENTRE_CELLS else middle
         scale = _spread(reference, labelled)
         if spread_of is not None:
@@ -494,9 +514,11 @@ def _wider(
     Returns:
         From 1, for as many values as those of the labelled cells, to the ratio of both spreads, for one value.
     """
-    part, result = 1.0 / averaged, np.ones(len(single) - known)
+    part = 1.0 / averaged
+    result = np.ones(len(single) - known)
     for code in np.unique(predicted[known:]):
-        labelled, others = predicted[:known] == code, predicted[known:] == code
+        labelled = predicted[:known] == code
+        others = predicted[known:] == code
         typical = float(part[:known][labelled if labelled.any() else slice(None)].mean())
         more = np.maximum(part[known:][others] - typical, 0.0) / max(1.0 - typical, 1e-9)
         ratio = max(1.0, _spread(single[:known], labelled) / _spread(smoothed[:known], labelled))

@@ -270,8 +270,10 @@ class RunCheckpoints:
             self._manager = _manager(self.directory, keep=keep, on_saved=self._add_checksums)
         self._last = self._manager.latest_step()
         self._described = (self.directory / CONFIG_FILE).exists()
+        # Scores decide which step is kept, so damage must not go unnoticed until one is deleted.
         for step in self._manager.all_steps():
             _verify_step(self.directory, step, ["metrics"])
+        # Only now: a damaged folder must be reported before anything in it is removed.
         self._remove_unfinished()
 
     def latest_step(self) -> int | None:

@@ -19,7 +19,9 @@ _ROWS = (("batch", "batches"), ("dataset", "datasets"), ("platform", "platforms"
 
 
 def with_covariates(
-    config: TrainConfig, store: CellStore, old: TrainConfig | None = None
+    config: TrainConfig,
+    store: CellStore,
+    old: TrainConfig | None = None,
 ) -> TrainConfig:
     """Set the numbers of covariate rows of the decoder from the data; larger configured sizes are kept.
 
@@ -40,6 +42,7 @@ def with_covariates(
     sizes = {}
     for name, rows in _ROWS:
         highest = max((getattr(sample, name) for sample in store.samples), default=-1)
+        # Rows never become fewer: a checkpoint with more of them could not be restored.
         before = 0 if old is None else getattr(old.model.decoder, rows)
         sizes[rows] = max(getattr(config.model.decoder, rows), highest + 1, before)
     return with_rows(config, sizes)
@@ -79,7 +82,8 @@ def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
 
     def grown(path: tuple, leaf: Any, wanted: Any) -> Any:
         names = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-        old, shape = np.shape(leaf), np.shape(wanted)
+        old = np.shape(leaf)
+        shape = np.shape(wanted)
         if old == shape or len(old) != len(shape) or not _COVARIATE.search(names):
             return leaf
         axes = [axis for axis in range(len(old)) if old[axis] != shape[axis]]
@@ -87,6 +91,7 @@ def grow_rows(tree: Any, shapes: Any, *, new: str = "mean") -> Any:
             return leaf
         (axis,) = axes
         numpy = np if isinstance(leaf, np.ndarray) else jnp
+        # Times 0 instead of zeros: the result keeps type, device and sharding.
         row = leaf.mean(axis=axis, keepdims=True) * (1 if new == "mean" else 0)
         return numpy.concatenate([leaf, row.repeat(shape[axis] - old[axis], axis=axis)], axis=axis)
 

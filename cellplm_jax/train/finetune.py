@@ -163,7 +163,9 @@ def adapted_paths(params: Mapping[str, Any]) -> list[Path]:
 
 
 def init_adapters(
-    params: Mapping[str, Any], rank: int, key: Key[Array, ""]
+    params: Mapping[str, Any],
+    rank: int,
+    key: Key[Array, ""],
 ) -> dict[Path, dict[str, Float[Array, "_ _"]]]:
     """Return adapters without initial effect: ``down`` random, ``up`` zero.
 
@@ -182,7 +184,9 @@ def init_adapters(
 
 
 def merge(
-    trainable: Trainable, frozen: Mapping[Path, Float[Array, "*any"]], scale: float
+    trainable: Trainable,
+    frozen: Mapping[Path, Float[Array, "*any"]],
+    scale: float,
 ) -> dict[str, Any]:
     """Combine trained and frozen parameters: ``params = base + scale * down @ up`` for adapted matrices.
 
@@ -228,7 +232,9 @@ class _LearningRate:
 
     def __init__(self, config: FinetuneConfig):
         self._config = config
-        self._factor, self._lowest, self._waited = 1.0, math.inf, 0
+        self._factor = 1.0
+        self._lowest = math.inf
+        self._waited = 0
 
     def at(self, epoch: int) -> float:
         """Return the rate of an epoch, counted from 0."""
@@ -305,13 +311,14 @@ def finetune(
     narrow = jax.jit(lambda params: in_precision(params, precision))
 
     blend = jax.jit(
-        lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
+        lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new),
     )
 
     rates = _LearningRate(config)
     history: list[dict[str, float]] = []
     averaged = best = trainable
-    best_rank, best_epoch = (-math.inf, -math.inf), 0
+    best_rank = (-math.inf, -math.inf)
+    best_epoch = 0
     start_scores: dict[str, float] = {}
     if start_counts and validate is not None:
         start_scores = dict(validate(joined(trainable, frozen)))
@@ -328,7 +335,12 @@ def finetune(
             for place in order:
                 key = jax.random.fold_in(jax.random.fold_in(root, 1), number)
                 trainable, optimizer_state, metrics = step(
-                    trainable, optimizer_state, frozen, parts[place], key, rate
+                    trainable,
+                    optimizer_state,
+                    frozen,
+                    parts[place],
+                    key,
+                    rate,
                 )
                 steps.append(metrics)
                 number += 1
@@ -346,7 +358,9 @@ def finetune(
             rates.see(row.get(LOSS, row["loss"]))
             rank = (row.get(SCORE, float(epoch)), -row.get(LOSS, 0.0))
             if rank > best_rank:
-                best, best_rank, best_epoch = averaged, rank, epoch + 1
+                best = averaged
+                best_rank = rank
+                best_epoch = epoch + 1
             note = f"loss {row['loss']:.4g}"
             if SCORE in row:
                 note += f", validation {row[SCORE]:.4g}, best {best_rank[0]:.4g}"
@@ -370,7 +384,11 @@ def finetune(
 
 
 def _compile_step(
-    config: FinetuneConfig, loss: Loss, layers: int, precision: str, mesh: Any
+    config: FinetuneConfig,
+    loss: Loss,
+    layers: int,
+    precision: str,
+    mesh: Any,
 ) -> tuple[Callable, optax.GradientTransformation]:
     """Return the jitted step ``(trainable, state, frozen, example, key, rate)`` and its optimizer."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()

@@ -42,7 +42,9 @@ def heldout_key(config: TrainConfig, number: int) -> Key[Array, ""]:
 
 
 def heldout_masks(
-    config: TrainConfig, store: CellStore, ranges: Sequence[SampleRange]
+    config: TrainConfig,
+    store: CellStore,
+    ranges: Sequence[SampleRange],
 ) -> Iterator[tuple[CellBatch, Bool[Array, "samples cells genes"]]]:
     """Yield the fixed held-out batches and their masks, which are the same for every model and baseline.
 
@@ -72,7 +74,11 @@ class HeldoutEvaluation:
     """
 
     def __init__(
-        self, config: TrainConfig, store: CellStore, ranges: Sequence[SampleRange], mesh: Any = None
+        self,
+        config: TrainConfig,
+        store: CellStore,
+        ranges: Sequence[SampleRange],
+        mesh: Any = None,
     ):
         self._config = config
         self._mesh = make_mesh(config.mesh, rows=config.data.rows) if mesh is None else mesh
@@ -113,6 +119,7 @@ class HeldoutEvaluation:
             (np.asarray(self._embed(params, self._place(batch))), labels, sample)
             for batch, labels, sample in self._labelled()
         ]
+        # The embedding is a collective operation, so all processes run it; the scores need one.
         if jax.process_index() != 0 or self.labelled_cells <= PROBE_NEIGHBORS + 1:
             return {}
         known = [labels >= 0 for _, labels, _ in parts]
@@ -121,7 +128,9 @@ class HeldoutEvaluation:
         samples = np.concatenate([part[2][k] for part, k in zip(parts, known, strict=True)])
         number = min(len(labels), PROBE_CELLS)
         chosen = np.linspace(0, len(labels) - 1, number).round().astype(int)
-        embedding, labels, samples = embedding[chosen], labels[chosen], samples[chosen]
+        embedding = embedding[chosen]
+        labels = labels[chosen]
+        samples = samples[chosen]
         scores: dict[str, float] = {}
         try:
             scores["knn_accuracy"] = knn_accuracy(embedding, labels, neighbors=PROBE_NEIGHBORS)
@@ -151,6 +160,7 @@ class HeldoutEvaluation:
         first, count = local_rows(self._mesh, rows)
 
         def mine(leaf: np.ndarray) -> np.ndarray:
+            # Leading axes can be several entries per row.
             fold = leaf.shape[0] // rows
             return leaf[first * fold : (first + count) * fold]
 

@@ -57,7 +57,8 @@ def fit_linear_classifier(
         weights: Weight of each cell by its class; None: 1.
         iterations: Maximum number of L-BFGS iterations.
     """
-    cells, width = features.shape[0], features.shape[1]
+    cells = features.shape[0]
+    width = features.shape[1]
     features = sparse.csr_matrix(features, dtype=np.float64)
     transposed = features.T.tocsr()
     truth = np.zeros((cells, classes))
@@ -67,7 +68,8 @@ def fit_linear_classifier(
     total = max(float(weight.sum()), 1e-12)
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        kernel, bias = flat[: width * classes].reshape(width, classes), flat[width * classes :]
+        kernel = flat[: width * classes].reshape(width, classes)
+        bias = flat[width * classes :]
         scores = log_softmax(features @ kernel + bias, axis=1)
         value = -(weight * scores[np.arange(cells), labels]).sum() + 0.5 * penalty * np.sum(
             kernel**2
@@ -166,7 +168,8 @@ class RidgeProblem:
     """
 
     def __init__(self, features: Float[np.ndarray, "cells features"]):
-        cells, width = features.shape[0], features.shape[1]
+        cells = features.shape[0]
+        width = features.shape[1]
         self.centre = features.mean(axis=0)
         self.scale = np.maximum(features.std(axis=0), 1e-3)
         self._standard = ((features - self.centre) / self.scale).astype(np.float64)
@@ -182,7 +185,9 @@ class RidgeProblem:
         self._values = np.maximum(values, 0.0)
 
     def fit(
-        self, targets: Float[np.ndarray, "cells targets"], penalty: float | None = None
+        self,
+        targets: Float[np.ndarray, "cells targets"],
+        penalty: float | None = None,
     ) -> LinearRegression:
         """Fit the regression.
 

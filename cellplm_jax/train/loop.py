@@ -117,10 +117,12 @@ def pretrain(
     """
     began = time.monotonic()
     require("grain", "train", "Pretraining")
-    folder, first_process = epath.Path(workdir), jax.process_index() == 0
+    folder = epath.Path(workdir)
+    first_process = jax.process_index() == 0
     progress = ProgressReport("pretraining", config.steps, quiet=quiet or not first_process)
 
     # Data, held-out split, mesh and compiled step.
+    # Before any work: a directory of another run must fail in the first second.
     found = open_workdir(folder, config, store)
     config = with_covariates(config, store, found.train if found else None)
     train, heldout = split_heldout(store, config.data, config.seed)
@@ -132,6 +134,7 @@ def pretrain(
     # Work directory: check that it is writable, has enough space, and belongs to this run.
     check_room(folder, abstract_state(config, mesh), keep=config.keep_checkpoints)
     _describe_run(folder, found, config, store, run_card(config, store, train, heldout, card))
+    # A resumed run may have a larger corpus.
     if added := added_samples(found, store):
         progress.say(f"the data has {added} new samples; their batch embeddings start at the mean")
     checkpoints = RunCheckpoints(folder, keep=config.keep_checkpoints)
@@ -144,11 +147,13 @@ def pretrain(
         start_of_trunk = None
         if config.model.trunk == "projection":
             start_of_trunk = _shared_projection(config, store, train, progress.say)
+        # Created by a compiled function in its final sharding: no device ever holds all of a large model.
         state = create_sharded_state(config, mesh, gene_means(store, train), start_of_trunk)
         facts = {"evaluated": False, "probed": False}
     facts |= {"seed": config.seed, "rows": rows_of(config), "samples": len(store.samples)}
 
     log = _StepLog(config, batches, folder if first_process else None, start, progress)
+    # From `start`: batches are functions of the step, so nothing is skipped over.
     rows = batches.iterate(start, config.steps, *local_rows(mesh, config.data.rows))
     feed = _placed_ahead(rows, mesh, config.data.rows)
     scores: dict[str, float] = {}
@@ -172,6 +177,7 @@ def pretrain(
             probing = bool(config.probe_every) and _due(step, config.probe_every, last, stopped)
             saving = _due(step, config.checkpoint_every, last, False) or stopped
             if evaluating or probing or saving:
+                # The decision below needs the metrics of this step, not of the one before.
                 log.settle()
             if log.skipped_in_a_row >= config.maximum_skipped:
                 raise _diverged(log, batches, state)
@@ -186,20 +192,24 @@ def pretrain(
                     progress.say(message)
             if saving:
                 log.flush()
+                # A step without scores, or with NaN, must not be kept as the best one.
                 usable = evaluating and all(map(math.isfinite, scores.values()))
                 facts |= {"evaluated": evaluating, "probed": probing}
                 checkpoints.save(state, metrics=scores if usable else None, facts=facts)
             if evaluating or probing or saving:
+                # Rates exclude evaluation and saving.
                 log.resume()
             if on_step is not None:
                 on_step(step)
     finally:
+        # All are closed even if one raises; callbacks run in reverse order, the feed first.
         with contextlib.ExitStack() as closing:
             closing.callback(checkpoints.close)
             closing.callback(log.close)
             closing.callback(progress.close)
             closing.callback(feed.close)
 
+    # A finished run that is called again trains nothing, but returns its scores.
     if start >= config.steps:
         scores = evaluate(state.params)
     if first_process:
@@ -221,12 +231,15 @@ def _shared_projection(
         return fit_projection(store, train, config, on_progress=on_progress)
     from jax.experimental import multihost_utils
 
-    recipe, genes = config.projection, config.model.genes
+    recipe = config.projection
+    genes = config.model.genes
     if jax.process_index() == 0:
         projection = fit_projection(store, train, config, on_progress=on_progress)
         sizes = np.array([projection.table.shape[1], projection.discriminants.shape[1]])
     else:
-        projection, sizes = None, np.array([recipe.components, recipe.discriminants])
+        projection = None
+        sizes = np.array([recipe.components, recipe.discriminants])
+    # Shapes first: all processes must call the second broadcast with equal ones.
     components, discriminants = map(int, multihost_utils.broadcast_one_to_all(sizes))
     if projection is None:
         empty = (genes, components), (components,), (components, discriminants)
@@ -270,7 +283,10 @@ def _describe_run(
 
 
 def _restored_state(
-    checkpoints: RunCheckpoints, step: int, config: TrainConfig, mesh: Any
+    checkpoints: RunCheckpoints,
+    step: int,
+    config: TrainConfig,
+    mesh: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Restore a checkpoint onto this run's mesh, with additional covariate rows if samples were added.
 
@@ -278,6 +294,7 @@ def _restored_state(
         The state, and its saved facts.
     """
     facts = checkpoints.run_facts(step)
+    # Restored in the shapes that it was saved with, then grown.
     state = checkpoints.restore(abstract_state(with_rows(config, facts["rows"]), mesh), step)
     if facts["rows"] == rows_of(config):
         return state, facts
@@ -298,6 +315,7 @@ def _placed_ahead(local_batches: Any, mesh: Any, rows: int) -> Generator[CellBat
     ahead = None
     with contextlib.closing(local_batches):
         for local in local_batches:
+            # Starts the transfer; it runs while the caller computes with the batch before.
             placed = to_global(mesh, local, rows)
             if ahead is not None:
                 yield ahead
@@ -325,13 +343,17 @@ class _StepLog:
         start: int,
         progress: ProgressReport,
     ):
-        self._config, self._batches, self._progress = config, batches, progress
+        self._config = config
+        self._batches = batches
+        self._progress = progress
         self._first = start + 1
         self._pending: tuple[int, Any, float] | None = None
         self._writer = None if workdir is None else MetricsWriter(workdir, resume_step=start)
         self.peak, self.peak_source = (math.nan, "unknown") if workdir is None else peak_flops()
         self.rates = StepRates(config, self.peak)
-        self.step, self.skipped_in_a_row, self.note = start, 0, ""
+        self.step = start
+        self.skipped_in_a_row = 0
+        self.note = ""
         self.metrics: dict[str, float] = {}
 
     def timed(self, feed: Iterator[CellBatch]) -> tuple[CellBatch, float]:
@@ -341,19 +363,22 @@ class _StepLog:
         """
         began = time.monotonic()
         batch = next(feed)
+        # Asked after the batch arrived: only then was waiting for data the reason.
         idle = self._pending is None or self._pending[1]["loss"].is_ready()
         return batch, time.monotonic() - began if idle else 0.0
 
     def push(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
         """Record that a step was started, and read the previous one."""
-        before, self._pending = self._pending, (step, metrics, late)
+        before = self._pending
+        self._pending = (step, metrics, late)
         if before is not None:
             self._read(*before)
 
     def settle(self) -> None:
         """Read the last started step."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
+            pending = self._pending
+            self._pending = None
             self._read(*pending)
 
     def _read(self, step: int, metrics: dict[str, jax.Array], late: float) -> None:
@@ -361,17 +386,23 @@ class _StepLog:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self.rates.step(values, late)
         self.step, self.metrics = step, values
-        skipped, self.skipped_in_a_row = self.skipped_in_a_row, int(values["skipped_in_a_row"])
+        skipped = self.skipped_in_a_row
+        self.skipped_in_a_row = int(values["skipped_in_a_row"])
         if self.skipped_in_a_row > 0:
             self._progress.say(
                 f"step {step} skipped: {_not_finite(values)} not finite ({self.skipped_in_a_row} in a row)"
             )
+        # The first step shows at once whether a run is sane.
         due = step % config.log_every == 0 or step in (1, config.steps)
         if due or self.skipped_in_a_row > skipped:
             values["padding"] = 1.0 - values["read_cells"] / max(values["slots"], 1.0)
             rows = config.data.rows * config.accumulate
             values["epoch"] = step * rows / self._batches.rows_per_epoch
-            self.write(step, "train", {**values, **self.rates.lap(config.steps - step)})
+            self.write(
+                step,
+                "train",
+                {**values, **self.rates.lap(config.steps - step)},
+            )
         note = f"loss {values['loss']:.1f}"
         self._progress.update(step, f"{note}, {self.note}" if self.note else note)
 
@@ -442,6 +473,7 @@ def _complete_card(
     """Add a summary of the run to the model card."""
     card = read_root(workdir).card
     before = card.get("training", {})
+    # Nothing was trained, so the card stays that of the finished run.
     if before.get("steps") == step and start == step:
         return
     heldout = [row for row in read_metrics(workdir / METRICS_FILE) if row["split"] == "heldout"]

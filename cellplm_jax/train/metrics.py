@@ -100,8 +100,10 @@ def _forward_flops(config: ModelConfig, context: int, parts: tuple[str, ...] = (
         for path, leaf in flatten_dict(shapes).items()
         if path[-1] == "kernel" and (not parts or path[0] in parts)
     )
-    encoder, hidden = config.encoder, config.hidden
+    encoder = config.encoder
+    hidden = config.hidden
     width = hidden // encoder.heads
+    # The same default as in model/attention.py.
     features = encoder.random_features or int(width * math.log(max(width, 2)))
     attention = {
         "flow": 4.0 * hidden * width,
@@ -125,6 +127,7 @@ def peak_flops(precision: str = "float32") -> tuple[float, str]:
     device = jax.local_devices()[0]
     kind = device.device_kind.lower()
     for name, peak in PEAK_FLOPS:
+        # More specific names come first in the table: "h100 pcie" before "h100".
         if name in kind:
             return peak * jax.device_count(), "table"
     if device.platform != "cpu":
@@ -213,9 +216,11 @@ class StepRates:
             ``model_flop_utilisation``, and ``eta_seconds``, including evaluation and saving in the usual proportion.
             Empty before the second step.
         """
-        lap, seconds = self._lap, self._lap["seconds"]
+        lap = self._lap
+        seconds = self._lap["seconds"]
         if seconds <= 0:
             return {}
+        # Per lap, so that a change during the run is visible; the remaining time is from the mean over the run.
         rates = {
             "cells_per_second": lap["cells"] / seconds,
             "nonzeros_per_second": _seen(lap) / seconds,
@@ -248,6 +253,7 @@ def heldout_scores(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     total: dict[str, np.ndarray] = {}
     for part in sums:
         for name, value in part.items():
+            # Sums of squares in float64: the covariance below is a difference of large numbers.
             total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
     if not total or float(total["entries"]) == 0:
         return dict.fromkeys(
@@ -334,12 +340,14 @@ class MetricsWriter:
         for name, value in values.items():
             whole = isinstance(value, int) or float(value).is_integer()
             number = int(value) if whole else float(f"{value:.7g}")
+            # NaN is not JSON; null keeps the key.
             row[name] = number if math.isfinite(value) else None
         with self._explained():
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 self._tensorboard.write(step, split, values)
+        # Each flush uploads the complete file.
         if self._remote is not None and time.monotonic() - self._copied > 60:
             self.flush()
 
@@ -361,6 +369,7 @@ class MetricsWriter:
         """Flush and close every sink."""
         with contextlib.ExitStack() as closing:
             if self._scratch is not None:
+                # Callbacks run in reverse order: flush, close, then remove the local copy.
                 closing.callback(self._scratch.cleanup)
             closing.enter_context(self._explained())
             if self._tensorboard is not None:
@@ -370,7 +379,9 @@ class MetricsWriter:
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
         return explain_write_errors(
-            f"'{self.path.parent}'", again="it continues from the last checkpoint", catch=OSError
+            f"'{self.path.parent}'",
+            again="it continues from the last checkpoint",
+            catch=OSError,
         )
 
 
@@ -382,7 +393,8 @@ class _EventFile:
 
     def __init__(self, folder: Path, writer: Any, event: Any, summary: Any):
         self._writer = writer(str(folder / "events"))
-        self._event, self._summary = event, summary
+        self._event = event
+        self._summary = summary
 
     @classmethod
     def open(cls, folder: Path) -> _EventFile | None:

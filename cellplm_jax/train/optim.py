@@ -14,6 +14,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         config: Peak, warm-up and final fraction.
         steps: Length of the run.
     """
+    # A test run can have fewer steps than the configured warm-up.
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,

@@ -90,7 +90,8 @@ def fit_projection(
         InputError: No gene is measured and detected in enough cells.
         MissingDependencyError: Discriminants need the clustering of the extra ``eval``, which is not installed.
     """
-    recipe, target = config.projection, config.model.embedder.target_sum
+    recipe = config.projection
+    target = config.model.embedder.target_sum
     if recipe.discriminants:
         # Before the work that comes first.
         purpose = "projection.discriminants > 0, which clusters the datasets,"
@@ -98,6 +99,7 @@ def fit_projection(
         require("igraph", "eval", purpose)
     on_progress("reading cells for the projection of the corpus")
     groups = list(_read_groups(store, ranges, recipe.maximum_cells, target))
+    # Genes that few samples measure would give components that separate panels instead of cells.
     mean, deviation, usable = _gene_statistics(groups, len(store.genes))
     chosen = variable_genes(mean, deviation**2, recipe.genes, usable)
     if len(chosen) < 2:
@@ -108,7 +110,11 @@ def fit_projection(
         )
     on_progress(f"principal components of {len(chosen):,} genes")
     view = _Standardized(
-        groups, chosen, mean, np.maximum(deviation, 0.1), config.model.centre_cells
+        groups,
+        chosen,
+        mean,
+        np.maximum(deviation, 0.1),
+        config.model.centre_cells,
     )
     loadings, strength = principal_components(
         lambda: (block for _, _, block in view.blocks(weighted=True)),
@@ -119,10 +125,12 @@ def fit_projection(
     )
     map_ = loadings / np.sqrt(np.maximum(strength, 1e-9)).astype(np.float32)
     embeddings = view.project(map_)
+    # Unit mean square over cells and components, whatever the corpus.
     scale = 1 / np.sqrt(np.mean([np.mean(rows**2) for rows in embeddings]) + 1e-12)
     embeddings = [rows * np.float32(scale) for rows in embeddings]
 
     table = np.zeros((len(store.genes), map_.shape[1]), np.float32)
+    # The division by the deviation is part of the table, so that the embedder only multiplies log counts.
     table[chosen] = map_ * scale / view.deviation[:, None]
     context_mean = mean.astype(np.float32) @ table
     discriminants = np.zeros((map_.shape[1], 0), np.float32)
@@ -133,7 +141,9 @@ def fit_projection(
 
 
 def start_from(
-    params: dict[str, Any], projection: Projection, config: ModelConfig
+    params: dict[str, Any],
+    projection: Projection,
+    config: ModelConfig,
 ) -> dict[str, Any]:
     """Write a projection into freshly initialised parameters; a pure function that can be traced.
 
@@ -146,6 +156,7 @@ def start_from(
     embedder = dict(params["embedder"])
     embedder["gene_embedding"] = _padded(projection.table, (config.genes, config.hidden))
     if "position_scale" in embedder:
+        # Coordinates must not add noise to the components of a model that was never trained.
         embedder["position_scale"] = (jnp.arange(config.hidden) >= components).astype(jnp.float32)
     kernel = jnp.concatenate([jnp.eye(components), projection.discriminants], axis=1)
     latent = dict(params["latent"])
@@ -156,10 +167,12 @@ def start_from(
     }
     if "log_variance" in latent:
         layer = latent["log_variance"]
+        # The same variance for all cells at the start; the bias keeps its initial value.
         latent["log_variance"] = {**layer, "kernel": jnp.zeros_like(layer["kernel"])}
     encoder = {}
     for layer, parts in params.get("encoder", {}).items():
         if "attention" in parts:
+            # With the last layer of both residual branches at 0, a layer is the identity.
             attention = {**parts["attention"], "out": _zeroed(parts["attention"]["out"])}
             last = {"attention": attention, "feedforward_out": _zeroed(parts["feedforward_out"])}
         else:  # an MLP, whose last module is its norm
@@ -186,12 +199,16 @@ def _zeroed(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_groups(
-    store: CellStore, ranges: Sequence[SampleRange], maximum: int, target: float
+    store: CellStore,
+    ranges: Sequence[SampleRange],
+    maximum: int,
+    target: float,
 ) -> Iterator[_Group]:
     """Read the same share of every range, from its start: stored cells are in random or spatial order."""
     total = sum(part.cells for part in ranges)
     share = min(1.0, maximum / max(total, 1))
     for part in ranges:
+        # Two cells of even the smallest sample, so that no sample is missing.
         stop = part.start + max(min(part.cells, 2), int(part.cells * share))
         run = store.read(part.sample, part.start, stop)
         shape = (run.cells, len(store.genes))
@@ -239,6 +256,7 @@ class _Standardized:
             centre = context_centre(total, part.shape[0], mean[chosen], centre_cells)
             measured = None if group.measured is None else group.measured[chosen]
             # The weight of a dataset is the square root of its number of cells.
+            # Applied to rows, so it enters the Gram matrix squared: n / sqrt(n).
             weight = cells[group.dataset] ** -0.25
             self._parts.append((part, centre.astype(np.float32), measured, weight))
 
@@ -251,6 +269,8 @@ class _Standardized:
                 if measured is not None:
                     block[:, ~measured] = 0
                 if weighted:
+                    # Rare genes have standardised values of hundreds; a few cells would define components by
+                    # themselves.
                     np.clip(block, -CLIP, CLIP, out=block)
                     block *= np.float32(weight)
                 yield number, cells, block
@@ -276,7 +296,9 @@ def _discriminants(
     for place, dataset in enumerate(datasets):
         members = [n for n, group in enumerate(groups) if group.dataset == dataset]
         projected = unit_length(np.concatenate([embeddings[n] for n in members]))
+        # A regular stride instead of a draw: stored cells are in random or spatial order.
         every = max(1, -(-len(projected) // CLUSTERED_CELLS))
+        # Clusters of fewer cells are noise, and their directions would be shared by all data sets.
         if len(projected[::every]) < 50:
             continue
         on_progress(f"clusters of {dataset} ({place + 1} of {len(datasets)})")
@@ -301,6 +323,7 @@ def _own_components(groups: Sequence[_Group], every: int) -> np.ndarray:
     """Return float32 [cells, components] of a subset of a dataset: one cell in ``every``."""
     parts, sample_of, start = [], [], 0
     for number, group in enumerate(groups):
+        # The stride continues over sample boundaries, so the rows agree with those of `projected[::every]`.
         take = np.arange(-start % every, group.expression.shape[0], every)
         parts.append(group.expression[take])
         sample_of.append(np.full(len(take), number))

@@ -161,7 +161,9 @@ def joined_copies(mesh: Mesh, copies: Sequence[Any]) -> Any:
 
     def join(*leaves: jax.Array) -> jax.Array:
         return jax.make_array_from_single_device_arrays(
-            leaves[0].shape, replicated(mesh), list(leaves)
+            leaves[0].shape,
+            replicated(mesh),
+            list(leaves),
         )
 
     return jax.tree.map(join, *copies)

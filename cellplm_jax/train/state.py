@@ -53,6 +53,7 @@ def create_state(
     params = init_params(config.model, jax.random.key(config.seed))
     if gene_means is not None and "log_mean" in params.get("decoder", {}):
         means = jnp.asarray(gene_means, jnp.float32)
+        # The decoder starts at the mean count of each gene instead of at 1 for all.
         params["decoder"]["log_mean"]["bias"] = jnp.log(means + 1e-4)
     if projection is not None:
         params = start_from(params, projection, config.model)

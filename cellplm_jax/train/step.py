@@ -98,27 +98,45 @@ def loss_terms(
     given, hide = batch, gene_mask
     if visible is not None:
         # Hidden counts become zero, so that the library size is the sum of the visible ones.
-        given, hide = batch.replace(count=jnp.where(visible, batch.count, 0)), None
+        # The hidden counts are gone from the input, so the embedder needs no mask on top.
+        given = batch.replace(count=jnp.where(visible, batch.count, 0))
+        hide = None
     hidden = model.apply(
-        variables, given, gene_mask=hide, train=True, rngs=rngs, method=CellPLM.represent
+        variables,
+        given,
+        gene_mask=hide,
+        train=True,
+        rngs=rngs,
+        method=CellPLM.represent,
     )
     inferred = model.apply(
-        variables, hidden, noise=noise, train=True, rngs=rngs, method=CellPLM.infer
+        variables,
+        hidden,
+        noise=noise,
+        train=True,
+        rngs=rngs,
+        method=CellPLM.infer,
     )
 
     chunked = config.chunk_cells > 0 and config.objective.kind != "mean_squared_error"
+    # Cells without a masked entry have no loss: only the masked ones are decoded, which are the largest arrays.
     decoded, z = batch, inferred.z
     if masked is not None and gene_mask is not None and config.objective.kind in MASKED_CELLS_ONLY:
         scored = batch.cell_mask & gene_mask.any(axis=-1)
         decoded, follow = keep_cells(batch, scored, masked)
-        z, gene_mask = follow(z), follow(gene_mask)
+        z = follow(z)
+        gene_mask = follow(gene_mask)
 
     def decode_and_score(variables, z, gene_mask):
         if chunked:
             hidden = model.apply(
-                variables, _narrow(z, config), decoded, train=True, rngs=rngs,
+                variables,
+                _narrow(z, config),
+                decoded,
+                train=True,
+                rngs=rngs,
                 method=CellPLM.decode_hidden,
-            )  # fmt: skip
+            )
             return chunked_count_loss(
                 partial(_output_layer, model),
                 variables["params"]["decoder"],
@@ -129,18 +147,29 @@ def loss_terms(
                 gene_mask=gene_mask,
             )
         reconstruction = model.apply(
-            variables, _narrow(z, config), decoded, train=True, rngs=rngs, method=CellPLM.decode
+            variables,
+            _narrow(z, config),
+            decoded,
+            train=True,
+            rngs=rngs,
+            method=CellPLM.decode,
         )
         return reconstruction_loss(reconstruction, decoded, config.objective, gene_mask=gene_mask)
 
+    # The chunked loss computes its gradient in the forward pass, so there is nothing to compute again.
     if config.rematerialize and not chunked:
         decode_and_score = jax.checkpoint(decode_and_score)
     terms = decode_and_score(variables, z, gene_mask)
     latent = latent_loss(
-        inferred, batch.cell_mask, config.model.latent, batch=batch.batch, warmup=warmup
+        inferred,
+        batch.cell_mask,
+        config.model.latent,
+        batch=batch.batch,
+        warmup=warmup,
     )
     loss = terms["reconstruction"] + latent["latent"]
     if config.objective.restoration_weight:
+        # The projection of the complete counts is a target, not something that may move towards the prediction.
         target = jax.lax.stop_gradient(model.apply(variables, batch, method=CellPLM.trunk))
         distance = restoration_loss(inferred.mean, target, batch.cell_mask)
         terms = {**terms, "restoration": distance}
@@ -158,7 +187,9 @@ def _narrow(z: Array, config: TrainConfig) -> Array:
 
 
 def training_step(
-    state: TrainState, batch: CellBatch, config: TrainConfig
+    state: TrainState,
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> tuple[TrainState, Metrics]:
     """Perform one optimizer step: drop cells, mask, forward, backward, AdamW.
 
@@ -174,13 +205,18 @@ def training_step(
         (cells in the loss), ``read_cells`` (before dropping), ``slots`` (cells and padding), ``nonzeros``, ``skipped``,
         ``skipped_in_a_row``, and ``batch_checksum`` (uint32), see :func:`batch_checksum`.
     """
+    # A function of (seed, step): a resumed run draws what the uninterrupted one would have drawn.
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
     warmup = warmup_factor(state.step, config.model.latent)
     gradient = jax.value_and_grad(_masked_loss, has_aux=True)
 
     if config.accumulate == 1:
         (_, metrics), gradients = gradient(
-            state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+            state.params,
+            jax.tree.map(lambda leaf: leaf[0], batch),
+            key,
+            warmup,
+            config,
         )
     else:
         # The first batch defines the shapes of the sums; a scan then adds one batch at a time.
@@ -192,7 +228,11 @@ def training_step(
 
         shapes = jax.eval_shape(
             lambda: gradient(
-                state.params, jax.tree.map(lambda leaf: leaf[0], batch), key, warmup, config
+                state.params,
+                jax.tree.map(lambda leaf: leaf[0], batch),
+                key,
+                warmup,
+                config,
             )
         )
         (_, metrics), gradients = jax.tree.map(
@@ -202,9 +242,11 @@ def training_step(
         (metrics, gradients), _ = jax.lax.scan(add, (metrics, gradients), (numbers, batch))
         average = lambda leaf: leaf / config.accumulate  # noqa: E731
         gradients = jax.tree.map(average, gradients)
+        # A number of cells is summed over accumulated batches; losses and scores are averaged.
         metrics = {k: v if k == "cells" else average(v) for k, v in metrics.items()}
 
     if config.optimizer.freeze_trunk:
+        # Before the norm, so that clipping and the reported norm concern trained parameters only.
         gradients = without_trunk(gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     norm = optax.tree.norm(gradients)
@@ -213,13 +255,18 @@ def training_step(
     def updated(params, moments):
         updates, moments = optimizer.update(gradients, moments, params)
         if config.optimizer.freeze_trunk:
+            # Again after the optimizer: weight decay moves parameters whose gradient is 0.
             updates = without_trunk(updates)
         return optax.apply_updates(params, updates), moments
 
     # A branch, not a selection per entry: for the latter, a CPU copies both moments at the start of the step and
     # keeps the copies until its end (551 MiB at 72 M parameters).
     params, moments = jax.lax.cond(
-        finite, updated, lambda *state: state, state.params, state.optimizer
+        finite,
+        updated,
+        lambda *state: state,
+        state.params,
+        state.optimizer,
     )
     skipped = jnp.where(finite, 0, 1).astype(jnp.int32)
     state = TrainState(
@@ -255,21 +302,34 @@ def without_trunk(tree: Any) -> Any:
 
 
 def _masked_loss(
-    params: Any, batch: CellBatch, key: Array, warmup: Array, config: TrainConfig
+    params: Any,
+    batch: CellBatch,
+    key: Array,
+    warmup: Array,
+    config: TrainConfig,
 ) -> tuple[Array, Metrics]:
     """Drop cells, draw masks, and compute the loss."""
+    # The order of these four is part of the format of a run: changing it changes every later draw.
     drop_key, mask_key, dropout_key, latent_key = jax.random.split(key, 4)
     batch = drop_cells(drop_key, batch, config.masking)
     gene_mask, masked = None, None
     if config.masking.cell_fraction > 0 and config.masking.gene_fraction > 0:
         masked = masked_width(batch, config.masking)
         gene_mask = sample_gene_mask(
-            mask_key, batch, config.model.genes, config.masking, chunk=config.chunk_cells
+            mask_key,
+            batch,
+            config.model.genes,
+            config.masking,
+            chunk=config.chunk_cells,
         )
     visible = None
     if config.masking.library_of_visible:
         visible = sample_visible(
-            jax.random.fold_in(mask_key, 1), batch, gene_mask, config.masking, config.model.genes
+            jax.random.fold_in(mask_key, 1),
+            batch,
+            gene_mask,
+            config.masking,
+            config.model.genes,
         )
     loss, metrics = loss_terms(
         params,
@@ -297,6 +357,7 @@ def batch_checksum(batch: CellBatch) -> UInt32[Array, ""]:
     def numbered(shape):
         return jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape) * jnp.uint32(2) + 1
 
+    # Odd multipliers are invertible modulo 2^32, so no position is lost.
     rows = numbered((*batch.gene.shape[:-1], 1)) * jnp.uint32(0x9E3779B1)
     place = numbered((batch.gene.shape[-1],)) * jnp.uint32(0x85EBCA77)
     entry = (batch.gene.astype(jnp.uint32) + 1) * (batch.count.astype(jnp.uint32) + 7)
@@ -307,7 +368,9 @@ def batch_checksum(batch: CellBatch) -> UInt32[Array, ""]:
 
 
 def heldout_gene_mask(
-    key: Key[Array, ""], batch: CellBatch, config: TrainConfig
+    key: Key[Array, ""],
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> Bool[Array, "samples cells genes"]:
     """Hide ``masking.gene_fraction`` of the genes (a quarter if it is 0) in every held-out cell.
 
@@ -320,7 +383,10 @@ def heldout_gene_mask(
         True is hidden.
     """
     masking = MaskingConfig(
-        cell_fraction=1.0, gene_fraction=heldout_rate(config), beta=False, drop_cells=0.0
+        cell_fraction=1.0,
+        gene_fraction=heldout_rate(config),
+        beta=False,
+        drop_cells=0.0,
     )
     return sample_gene_mask(key, batch, config.model.genes, masking, chunk=config.chunk_cells)
 
@@ -351,22 +417,29 @@ def evaluation_step(
         ``n, x, y, xx, yy, xy`` of log1p truth ``x`` and log1p prediction ``y``; see
         :func:`cellplm_jax.train.metrics.heldout_scores`.
     """
-    rate, genes = heldout_rate(config), config.model.genes
-    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    rate = heldout_rate(config)
+    genes = config.model.genes
+    model = CellPLM(config.model)
+    variables = {"params": compute_params(params, config)}
     hidden = model.apply(variables, batch, gene_mask=gene_mask, method=CellPLM.represent)
     z = model.apply(variables, hidden, method=CellPLM.infer).z
     reconstruction: Reconstruction = model.apply(
-        variables, _narrow(z, config), batch, method=CellPLM.decode
+        variables,
+        _narrow(z, config),
+        batch,
+        method=CellPLM.decode,
     )
     counts = batch.dense_counts(genes)
     usable = jnp.broadcast_to(batch.cell_mask[..., None], gene_mask.shape)
     measured = batch.measured_entries()
     if measured is not None:
         usable = usable & measured
-    hidden, visible = usable & gene_mask, usable & ~gene_mask
+    hidden = usable & gene_mask
+    visible = usable & ~gene_mask
     mean = reconstruction.mean
     if reconstruction.dispersion is None:
         # A Gaussian decoder predicts log-normalised expression; convert to counts with the visible library size.
+        # Visible genes are a random share of all, so their counts are that share of the library.
         library = jnp.where(visible, counts, 0.0).sum(-1, keepdims=True) / (1.0 - rate)
         mean = jnp.maximum(jnp.expm1(jnp.minimum(mean, 10.0)), 1e-5) * library / 1e4
         nll = jnp.zeros_like(mean)
@@ -379,10 +452,15 @@ def evaluation_step(
             nll = negative_binomial_nll(counts, mean, reconstruction.dispersion)
         else:
             nll = zero_inflated_negative_binomial_nll(
-                counts, mean, reconstruction.dispersion, reconstruction.zero_logits
+                counts,
+                mean,
+                reconstruction.dispersion,
+                reconstruction.zero_logits,
             )
     weight = hidden.astype(jnp.float32)
-    x, y = jnp.log1p(counts) * weight, jnp.log1p(mean) * weight
+    x = jnp.log1p(counts) * weight
+    y = jnp.log1p(mean) * weight
+    # Sums add up over batches and processes; correlations do not.
     sums = {"n": weight, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}
     result = {name: value.sum(axis=(0, 1)) for name, value in sums.items()}
     result["nll"] = jnp.sum(jnp.where(hidden, nll, 0.0))
@@ -391,10 +469,13 @@ def evaluation_step(
 
 
 def embedding_step(
-    params: Any, batch: CellBatch, config: TrainConfig
+    params: Any,
+    batch: CellBatch,
+    config: TrainConfig,
 ) -> Float32[Array, "samples cells latent"]:
     """Embed cells as inference does, without masks or random numbers."""
-    model, variables = CellPLM(config.model), {"params": compute_params(params, config)}
+    model = CellPLM(config.model)
+    variables = {"params": compute_params(params, config)}
     hidden = model.apply(variables, batch, method=CellPLM.represent)
     return model.apply(variables, hidden, method=CellPLM.infer).mean
 
@@ -418,7 +499,10 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
         mesh: Its mesh.
         nonzeros: Maximum number of stored counts per piece.
     """
-    data, pieces, genes = config.data, config.mesh.cells, config.model.genes
+    data = config.data
+    pieces = config.mesh.cells
+    genes = config.model.genes
+    # Must agree with `_Rows.empty` in data/pipeline.py, or the step is compiled a second time.
     index = np.uint16 if genes <= 65_536 else np.uint32
     cells = (data.rows, data.cells)
     folded = (data.rows, pieces) if pieces > 1 else (data.rows,)
@@ -435,6 +519,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, nonzeros: int) -> CellBatch:
         "dataset": (cells, np.int32),
         "platform": (cells, np.int32),
     }
+    # Fields that a run never has are None in the batch; an array here would be another program.
     if data.segments > 1:
         fields["segment"] = (cells, np.int32)
     if positions.kind == "laplacian":
@@ -490,7 +575,12 @@ def compile_training_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     Raises:
         ConfigError: The run's shapes cannot be split over the mesh.
     """
-    check_divides(mesh, rows=config.data.rows, genes=config.model.genes, cells=config.data.cells)
+    check_divides(
+        mesh,
+        rows=config.data.rows,
+        genes=config.model.genes,
+        cells=config.data.cells,
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return MeshFunction(
         lambda state, batch: training_step(state, batch, config),
@@ -507,6 +597,7 @@ def compile_evaluation_step(config: TrainConfig, mesh: Mesh) -> MeshFunction:
     def run(params, batch, key):
         return evaluation_step(params, batch, heldout_gene_mask(key, batch, config), config)
 
+    # Mask and prediction in one program, so that the mask [samples, cells, genes] never leaves the device.
     return MeshFunction(run, mesh, out_shardings=replicated(mesh))
 
 

@@ -36,6 +36,7 @@ def write_tensors(path: Path, arrays: Mapping[str, Any], *, step: int) -> None:
     """
     library = require("safetensors.numpy", EXTRA, "Writing weights as safetensors")
     # safetensors writes memory without strides, so views and transposed arrays are copied first.
+    # np.ascontiguousarray would make a scalar an array of one dimension.
     plain = {name: np.array(array, order="C") for name, array in arrays.items()}
     about = {"format": "cellplm-jax", "step": str(step), "sha256": _checksum(plain)}
     library.save_file(plain, path, metadata=about)
@@ -79,6 +80,7 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, Shaped[np.ndarray, "*any"]
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the numbers, in the order of their names."""
     digest = hashlib.sha256()
+    # The order of a file is not that of the dictionary that was written.
     for name in sorted(arrays):
         digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -52,6 +52,7 @@ def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
         samples: Use only this number of first samples; None: all.
     """
     records = store.samples[:samples]
+    # The fingerprint covers all samples; this hash of the first ones shows whether a corpus has only grown.
     table = [dataclasses.astuple(record) for record in records]
     return {
         "fingerprint": store.fingerprint(),
@@ -62,7 +63,9 @@ def store_facts(store: CellStore, samples: int | None = None) -> dict[str, Any]:
 
 
 def open_workdir(
-    workdir: str | os.PathLike, config: TrainConfig, store: CellStore
+    workdir: str | os.PathLike,
+    config: TrainConfig,
+    store: CellStore,
 ) -> ModelFiles | None:
     """Read the root files of a resumed run, and check that they match. Writes nothing.
 
@@ -129,6 +132,7 @@ def _other_data(old: Mapping[str, Any], store: CellStore) -> str | None:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     """Return a configuration as read from JSON, without the changeable keys."""
+    # Tuples become lists, as they are in the file.
     plain = json.loads(json.dumps(to_dict(config)))
     for key in CHANGEABLE:
         *parents, name = key.split(".")
@@ -150,7 +154,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(set(old) | set(new)):
             inner = first_difference(
-                old.get(name), new.get(name), f"{path}.{name}" if path else name
+                old.get(name),
+                new.get(name),
+                f"{path}.{name}" if path else name,
             )
             if inner:
                 return inner
@@ -182,6 +188,7 @@ def check_room(workdir: str | os.PathLike, state: Any, *, keep: int) -> None:
         InputError: The directory is not writable, or has not enough space for the checkpoints.
     """
     folder = epath.Path(workdir)
+    # A real write: permissions alone do not show quotas and read-only mounts.
     probe = folder / f".writable-{jax.process_index()}"
     with explain_workdir_errors(workdir):
         folder.mkdir(parents=True, exist_ok=True)
