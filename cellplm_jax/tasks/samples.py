@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -536,21 +537,34 @@ def choose_penalty(features: np.ndarray, codes: np.ndarray, *, seed: int) -> tup
     folds = min(MAXIMUM_FOLDS, len(codes))
     fold = _folds(codes, folds, seed)
     errors = np.zeros((len(PENALTIES), len(codes)))
-    for number in range(folds):
-        out = fold == number
-        for row, penalty in enumerate(PENALTIES):
-            kernel, bias = logistic_regression(
-                features[~out],
-                codes[~out],
-                penalty,
-                classes=classes,
-            )
-            errors[row, out] = _cross_entropies(features[out] @ kernel + bias, codes[out])
+    with _one_blas_thread():
+        for number in range(folds):
+            out = fold == number
+            for row, penalty in enumerate(PENALTIES):
+                kernel, bias = logistic_regression(
+                    features[~out],
+                    codes[~out],
+                    penalty,
+                    classes=classes,
+                )
+                errors[row, out] = _cross_entropies(features[out] @ kernel + bias, codes[out])
     worse = errors - errors[errors.mean(axis=1).argmin()]
     doubt = worse.std(axis=1) / np.sqrt(len(codes))
     # Penalties are ordered from strong to weak, so the first one within the error is the strongest.
     chosen = int(np.flatnonzero(worse.mean(axis=1) <= doubt)[0])
     return PENALTIES[chosen], float(errors[chosen].mean())
+
+
+def _one_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Limit BLAS to one thread if threadpoolctl, which scikit-learn requires, is installed.
+
+    Hundreds of fits of a few numbers wake the other threads thousands of times, and each wait spins.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ModuleNotFoundError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1, "blas")
 
 
 def _folds(codes: np.ndarray, folds: int, seed: int) -> np.ndarray:

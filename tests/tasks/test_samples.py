@@ -14,6 +14,7 @@ from scipy import sparse
 
 import cellplm_jax
 from cellplm_jax.errors import InputError
+from cellplm_jax.tasks import samples
 from cellplm_jax.tasks.samples import SampleClassifier, choose_penalty, logistic_regression
 from tests.conftest import ROOT, VOCABULARY
 
@@ -212,6 +213,31 @@ def test_logistic_regression_against_scikit_learn():
     found = np.exp(logits - logits.max(axis=1, keepdims=True))
     np.testing.assert_allclose(found / found.sum(axis=1, keepdims=True), wanted, atol=2e-3)
     assert choose_penalty(random.normal(size=(20, 5)), np.arange(20) % 2, seed=0)[0] >= 3.0
+
+
+def test_small_fits_use_one_thread_of_blas(monkeypatch):
+    control = pytest.importorskip("threadpoolctl", reason="needs the extra 'eval'")
+    random = np.random.default_rng(0)
+    features, codes, threads = random.normal(size=(8, 5)), np.arange(8) % 2, []
+
+    def numbers():
+        return {
+            pool["num_threads"] for pool in control.threadpool_info() if pool["user_api"] == "blas"
+        }
+
+    def recording(*arguments, **options):
+        threads.append(numbers())
+        return logistic_regression(*arguments, **options)
+
+    monkeypatch.setattr(samples, "logistic_regression", recording)
+    with control.threadpool_limits(2, "blas"):
+        if numbers() != {2}:
+            pytest.skip("this BLAS does not take a number of threads")
+        limited = choose_penalty(features, codes, seed=0)
+        assert threads
+        assert all(found == {1} for found in threads)
+        assert numbers() == {2}
+    assert limited == choose_penalty(features, codes, seed=0)
 
 
 def test_a_new_process_predicts_the_same(fitted, tmp_path):
