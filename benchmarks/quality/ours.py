@@ -49,7 +49,7 @@ def impute(model: str | None, **options: Any) -> Method:
         cells, reference = _read(problem), _read(problem, "reference")
         genes = np.load(problem / "asked.npy").tolist()
         found = cellplm.GeneImputer(model, seed=seed, quiet=True, **options)
-        found.fit(cells, reference=reference, genes=genes, reference_batch_key="batch", quiet=True)
+        found.fit(cells, reference=reference, genes=genes, reference_batch_key="batch")
         values = found.predict(cells, log_normalized=True)
         return {
             "values": values[genes].to_numpy(np.float32),
