@@ -33,3 +33,18 @@ def one_axis(labels: Labels, name: str) -> Any:
             "Pass one column, for example adata.obs['cell_type']",
         )
     return values
+
+
+def row_sums(matrix: Any, dtype: Any = None) -> np.ndarray:
+    """Return the sum of each row of a dense or sparse matrix, whose own sums are matrices."""
+    return np.asarray(matrix.sum(axis=1), dtype).ravel()
+
+
+def column_sums(matrix: Any, dtype: Any = None) -> np.ndarray:
+    """Return the sum of each column; see :func:`row_sums`."""
+    return np.asarray(matrix.sum(axis=0), dtype).ravel()
+
+
+def column_means(matrix: Any, dtype: Any = None) -> np.ndarray:
+    """Return the mean of each column; see :func:`row_sums`."""
+    return np.asarray(matrix.mean(axis=0), dtype).ravel()

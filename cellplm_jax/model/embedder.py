@@ -69,7 +69,8 @@ def transform_stored(
     if config.embedder.input_transform == "log1p":
         return np.log1p(count)
     # Differences of cumulative sums at the cell boundaries; float64 keeps integers exact.
-    library = np.diff(np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])[indptr])
+    running = np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])
+    library = np.diff(running[indptr])
     size = np.maximum(library, 1.0).astype(np.float32)
     per_count = np.repeat(size, np.diff(indptr))
     return np.log1p(count / per_count * np.float32(config.embedder.target_sum))

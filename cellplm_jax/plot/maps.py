@@ -214,7 +214,8 @@ def _scatter(
         for place in known:
             own = points[codes == place]
             # The cell nearest to the median is inside the group even if the group is not convex.
-            middle = own[np.argmin(np.square(own - np.median(own, axis=0)).sum(axis=1))]
+            from_median = np.square(own - np.median(own, axis=0)).sum(axis=1)
+            middle = own[np.argmin(from_median)]
             ax.text(
                 *middle,
                 names[place],

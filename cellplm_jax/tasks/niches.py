@@ -500,8 +500,9 @@ def join_sections(
         own_components(expression, section, deviation),
         own_components(expression, section),
     ]
+    lengths = [np.sqrt(np.mean(np.sum(part**2, axis=1))) for part in parts]
     joined = np.hstack(
-        [part / max(np.sqrt(np.mean(np.sum(part**2, axis=1))), 1e-9) for part in parts]
+        [part / max(length, 1e-9) for part, length in zip(parts, lengths, strict=True)]
     )
     if len(samples) > 1 and len(joined) >= MINIMUM_CELLS:
         return aligned_components(joined, section).astype(np.float32)

@@ -30,6 +30,7 @@ from cellplm_jax.evaluate.components import (
     principal_components,
     unit_length,
 )
+from cellplm_jax.evaluate.inputs import column_means
 from cellplm_jax.tasks.annotation_pool import neighbor_votes
 from cellplm_jax.train.linear import LinearClassifier, fit_linear_classifier
 
@@ -269,8 +270,10 @@ def _fit_space(
     cells = logs.shape[0]
     level = logs.copy()
     level.data = np.expm1(level.data)
-    mean, square = (np.asarray(m.mean(axis=0)).ravel() for m in (logs, logs.multiply(logs)))
-    height, power = (np.asarray(m.mean(axis=0)).ravel() for m in (level, level.multiply(level)))
+    mean = column_means(logs)
+    square = column_means(logs.multiply(logs))
+    height = column_means(level)
+    power = column_means(level.multiply(level))
     variance = np.maximum(square - mean**2, 0)
     scatter = np.maximum(power - height**2, 0) * cells / max(cells - 1, 1)
     genes = dispersed_genes(height, np.where(variance > 1e-12, scatter, 0), GENES)

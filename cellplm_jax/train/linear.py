@@ -241,5 +241,6 @@ def pool_predictions(
         ((values - values.mean(axis=0)) / np.where(there, spread, 1.0))[:, there].ravel()
         for values in (truth, *predictions)
     ]
-    weights, _ = nnls(np.stack(parts[1:], axis=1).astype(np.float64), parts[0].astype(np.float64))
+    columns = np.stack(parts[1:], axis=1).astype(np.float64)
+    weights, _ = nnls(columns, parts[0].astype(np.float64))
     return [float(weight) for weight in weights]
