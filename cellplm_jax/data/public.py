@@ -171,6 +171,7 @@ def _kang() -> AnnData:
     raised = [gene for gene in INTERFERON if gene in adata.var_names]
     often[[adata.var_names.get_loc(gene) for gene in raised]] = 1.0
     most = np.argsort(-often, kind="stable")[: PUBLIC["kang"].genes]
+    # In the order of the file.
     adata = adata[:, np.sort(most)].copy()
     sample = random.permutation(np.arange(adata.n_obs) % 4)
     counts: Any = adata.X.toarray()

@@ -104,6 +104,7 @@ def marker_genes(
 
     def moments(parts: list[np.ndarray], n: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mean = parts[0] / n
+        # Unbiased variance from sums.
         return mean, (parts[1] / n - mean**2) * n / max(n - 1, 1), parts[2] / n
 
     allowed = np.array([housekeeping or not HOUSEKEEPING.match(str(gene)) for gene in genes])

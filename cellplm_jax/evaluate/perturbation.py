@@ -61,6 +61,7 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     scale = [np.abs(values).max(axis=1) * np.sqrt(values.shape[1]) for values in (true, predicted)]
     constant = (lengths[0] <= 1e-13 * scale[0]) | (lengths[1] <= 1e-13 * scale[1])
     with np.errstate(invalid="ignore", divide="ignore"):
+        # Divided twice: the product of two norms can overflow or underflow.
         correlation = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
     return np.where(constant, np.nan, np.clip(correlation, -1.0, 1.0))
 
