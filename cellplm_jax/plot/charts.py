@@ -298,6 +298,7 @@ def confusion_matrix(
     """
     frame = _frame(counts, "The table of confusions")
     cells = frame.to_numpy()
+    # A row without cells stays 0.
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1.0)
     rows, columns = frame.shape
     side = float(np.clip(0.34 * max(rows, columns), 1.8, 9.0))
@@ -581,6 +582,7 @@ def change_map(
     """
     frame = _frame(change, "The table of changes")
     values = frame.to_numpy()
+    # Symmetric limits: white is no change.
     reach = float(np.nanmax(np.abs(values))) or 1.0
     rows, columns = frame.shape
     width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))

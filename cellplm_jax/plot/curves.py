@@ -99,6 +99,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     half = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    # A running mean from cumulative sums, symmetric at the ends too.
     return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
