@@ -224,12 +224,12 @@ def test_denoise(command, tiny_run, tmp_path):
     status, printed, err = command(*fit, "--epochs", "1")
     assert (status, err) == (0, "")
     assert printed.startswith(f"wrote {saved}: 40 genes, 22 training cells, epoch 1 of 1 kept")
-    assert printed.splitlines()[-1].startswith("Log-likelihood per held-out molecule")
+    assert printed.splitlines()[-1].startswith("Log-likelihood of held-out counts")
     predict = ["denoise", "predict", tmp_path / "cells.h5ad", "--model", saved, "--out", out]
     status, printed, _ = command(*predict, "--log-normalized", "--quiet")
     wrote, scores = printed.splitlines()
     assert (status, wrote) == (0, f"wrote {out}: layers['cellplm_denoised']")
-    assert scores.startswith("Log-likelihood per held-out molecule")
+    assert scores.startswith("Log-likelihood of held-out counts")
     assert set(ad.read_h5ad(out).layers) == {"cellplm_denoised", "cellplm_denoised_log1p"}
     predict[4] = tiny_run
     assert "has no estimator.json" in command(*predict, "--quiet")[2]

@@ -34,7 +34,7 @@ class Problem:
         path: ``.h5ad`` with the visible counts and nothing else.
         counts: CSR [cells, genes], all counts.
         hidden: CSR bool [cells, genes].
-        labels: str [cells], cell types.
+        labels: str [cells], cell types; names of the cells if the file has none.
     """
 
     path: Path
@@ -48,15 +48,16 @@ def make_problem(data: Path, dataset: str, seed: int, directory: Path) -> Proble
 
     Args:
         data: Directory with the files.
-        dataset: One of :data:`DATASETS`.
+        dataset: One of :data:`DATASETS`, or a file without ``.h5ad``.
         seed: Seed of the hidden entries.
         directory: For ``cells.h5ad``.
     """
     vocabulary = sorted(load("small").genes)
-    with open_counts(data / f"{DATASETS[dataset]}.h5ad", vocabulary) as source:
+    with open_counts(data / f"{DATASETS.get(dataset, dataset)}.h5ad", vocabulary) as source:
         measured = np.flatnonzero(source.measured)
         counts = sparse.csr_matrix(source.read(0, source.cells)[:, measured], dtype=np.float32)
-        labels = source.obs["cell_type"].astype(str).to_numpy(object)
+        column = source.obs.get("cell_type", source.obs.index.to_series())
+        labels = column.astype(str).to_numpy(object)
         cells = source.obs.index.to_numpy(object)
     genes = np.array(vocabulary, object)[measured]
     chosen = variable_genes(counts, GENES)

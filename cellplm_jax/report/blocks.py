@@ -36,6 +36,7 @@ NAMES = {
     "shared_genes": "genes shared by panel and reference",
     "mean_confidence": "mean confidence (correlation)",
     "genes_with_confidence": "genes with a confidence",
+    "stretch": "factor of log-normalised deviations from the gene mean in the target",
     "interval_factor": "widening of the 90 % intervals",
     "validation_loss": "loss on validation cells (nats per cell, lower is better)",
     "validation_f1": "macro F1 on validation cells, network only",

@@ -78,8 +78,8 @@ def _pool(facts: Mapping[str, Any]) -> list[Section]:
             ["prediction", "RMSE", "log-likelihood", "weight"],
             rows,
             "A tenth of the molecules was held out. RMSE: log1p of counts per 10,000 at entries without another "
-            "molecule; lower is better. Log-likelihood: per held-out molecule; higher is better. Weight: mean over the "
-            f"held-out molecules. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
+            "molecule; lower is better. Log-likelihood: of held-out counts; higher is better. Weight: mean over "
+            f"held-out counts. Calibration error of the pool: {float(pool['calibration_error']):.3f}; 0 is best.",
             "Held-out counts",
         )
     ]

@@ -2,7 +2,8 @@
 
 The parts do not read the count that they predict. Their weights are fitted by molecular cross-validation (Batson et
 al. 2019): a tenth of the molecules is held out by binomial thinning, the parts are computed from the others, and the
-weights maximise the likelihood of the held-out ones.
+weights maximise the likelihood of the held-out ones. A held-out count enters with its square root: the molecules of a
+gene in one cell are not independent, and otherwise a few deep counts decide for all (`benchmarks/denoise/evidence.md`).
 """
 
 from __future__ import annotations
@@ -45,13 +46,16 @@ CLUSTER_PRIOR = 30.0
 """Molecules of a gene in a cluster at which its own mean and the prediction weigh the same."""
 
 WEIGHT_PRIOR, MEAN_PRIOR = 100.0, 50.0
-"""Strength of the common weights in molecules of a gene, and of the fitted gene means in cells of mean depth."""
+"""Strength of the common weights in root counts of a gene, and of the fitted gene means in cells of mean depth."""
 
 ROWS = 512
 """Cells whose parts are dense at once."""
 
+EVIDENCE = 0.5
+"""Power of a held-out count in the fit; 1: every molecule weighs the same, 0: every count."""
+
 MARGIN = 0.002
-"""Smallest change of the log-likelihood per molecule that counts as a difference."""
+"""Smallest change of the log-likelihood that counts as a difference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +67,9 @@ class Pool:
         dispersion: float32 [genes], inverse dispersion of counts around the pooled prediction.
         gene_means: float32 [genes], share of each gene in the counts.
         scores: ``rmse`` by method on held-out entries whose count was thinned to 0 (log1p of counts per 10,000),
-            ``log_likelihood`` per held-out molecule, ``calibration_error``, mean ``weights``, and ``alone``, the name
-            of the part that the pool fell back to, or "".
+            ``log_likelihood`` of held-out counts (mean log share, weighted by the square root of the count),
+            ``calibration_error``, mean ``weights``, and ``alone``, the name of the part that the pool fell back to,
+            or "".
     """
 
     weights: np.ndarray
@@ -81,7 +86,7 @@ class Pool:
             f"the network raises it by {gain:.3f}" if gain > MARGIN else "the network adds nothing"
         )
         return (
-            f"Log-likelihood per held-out molecule (higher is better): pooled {score['pooled']:.3f} ({listed}); "
+            f"Log-likelihood of held-out counts (higher is better): pooled {score['pooled']:.3f} ({listed}); "
             f"{network}"
         )
 
@@ -257,12 +262,19 @@ def thin(counts: sparse.csr_matrix, *, seed: int) -> tuple[sparse.csr_matrix, sp
     return pair[0], pair[1]
 
 
-def fit_pool(parts: Sequence[Parts], held: sparse.csr_matrix, *, seed: int = 0) -> Pool:
+def fit_pool(
+    parts: Sequence[Parts],
+    held: sparse.csr_matrix,
+    *,
+    evidence: float = EVIDENCE,
+    seed: int = 0,
+) -> Pool:
     """Fit the weights to held-out molecules.
 
     Args:
         parts: From :func:`make_parts` with the kept counts.
         held: CSR [cells, genes], the held-out counts.
+        evidence: See :data:`EVIDENCE`.
         seed: Seed of the halves that decide between the pool and a part alone.
 
     Returns:
@@ -280,17 +292,18 @@ def fit_pool(parts: Sequence[Parts], held: sparse.csr_matrix, *, seed: int = 0) 
     found = np.concatenate(values)
     gene = np.concatenate([entry[1] for entry in entries])
     count = np.concatenate([entry[2] for entry in entries]).astype(np.float64)
+    weight = count**evidence
     if not len(gene):
         weights, fallback = np.full((genes, len(PARTS)), 1 / len(PARTS), np.float32), ""
     else:
         half = np.random.default_rng(seed).random(len(gene)) < 0.5
-        trial = _fit_weights(found[half], gene[half], count[half], genes)
+        trial = _fit_weights(found[half], gene[half], weight[half], genes)
         other = ~half
-        pooled = _likelihood((found * trial[gene]).sum(axis=1)[other], count[other])
-        single = [_likelihood(found[other, part], count[other]) for part in range(len(PARTS))]
+        pooled = _likelihood((found * trial[gene]).sum(axis=1)[other], weight[other])
+        single = [_likelihood(found[other, part], weight[other]) for part in range(len(PARTS))]
         fallback = PARTS[int(np.argmax(single))] if max(single) > pooled else ""
-        weights = alone(fallback, genes) if fallback else _fit_weights(found, gene, count, genes)
-    without = _fit_weights(found[:, :2], gene, count, genes)
+        weights = alone(fallback, genes) if fallback else _fit_weights(found, gene, weight, genes)
+    without = _fit_weights(found[:, :2], gene, weight, genes)
     corrected, power, excess = [], np.zeros(genes), np.zeros(genes)
     bins = np.zeros((2, CALIBRATION_BINS))
     for part, (row, column, _) in zip(parts, entries, strict=True):
@@ -316,9 +329,9 @@ def fit_pool(parts: Sequence[Parts], held: sparse.csr_matrix, *, seed: int = 0) 
     truth = np.log1p(count[gone] * 1e4 / np.maximum(total[gone] / (1 - HELD_OUT), 1))
     scores = {
         "rmse": {name: _rmse(truth, np.log1p(1e4 * p[gone])) for name, p in predictions.items()},
-        "log_likelihood": {name: _likelihood(p, count) for name, p in predictions.items()},
+        "log_likelihood": {name: _likelihood(p, weight) for name, p in predictions.items()},
         "calibration_error": float(np.abs(bins[0] - bins[1]).sum() / max(bins[1].sum(), 1)),
-        "weights": dict(zip(PARTS, _mean_weights(weights, gene, count), strict=True)),
+        "weights": dict(zip(PARTS, _mean_weights(weights, gene, weight), strict=True)),
         "alone": fallback,
     }
     means = sum(np.asarray(part.counts.sum(axis=0), np.float64).ravel() for part in parts)
@@ -431,19 +444,21 @@ def _closest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return (np.square(centres).sum(axis=1) - 2 * points @ centres.T).argmin(axis=1)
 
 
-def _fit_weights(values: np.ndarray, gene: np.ndarray, count: np.ndarray, genes: int) -> np.ndarray:
-    """Return float32 [genes, parts]: weights that maximise the likelihood of molecules, by expectation maximisation.
+def _fit_weights(
+    values: np.ndarray, gene: np.ndarray, weight: np.ndarray, genes: int
+) -> np.ndarray:
+    """Return float32 [genes, parts]: weights that maximise the likelihood, by expectation maximisation.
 
-    The weights of a gene with few molecules are close to the common ones.
+    The weights of a gene with few counts are close to the common ones.
     """
     parts = values.shape[1]
     common = np.full(parts, 1 / parts)
     weights = np.tile(common, (genes, 1))
     for step in range(120):
         share = values * (common if step < 60 else weights[gene])
-        share *= (count / np.maximum(share.sum(axis=1), 1e-30))[:, None]
+        share *= (weight / np.maximum(share.sum(axis=1), 1e-30))[:, None]
         if step < 60:
-            common = share.sum(axis=0) / max(count.sum(), 1) if len(count) else common
+            common = share.sum(axis=0) / max(weight.sum(), 1) if len(weight) else common
             weights = np.tile(common, (genes, 1))
             continue
         sums = np.stack([np.bincount(gene, share[:, part], genes) for part in range(parts)], 1)
@@ -452,17 +467,17 @@ def _fit_weights(values: np.ndarray, gene: np.ndarray, count: np.ndarray, genes:
     return weights.astype(np.float32)
 
 
-def _mean_weights(weights: np.ndarray, gene: np.ndarray, count: np.ndarray) -> list[float]:
-    """Return the mean weights of the held-out molecules."""
+def _mean_weights(weights: np.ndarray, gene: np.ndarray, weight: np.ndarray) -> list[float]:
+    """Return the mean weights over the held-out counts."""
     if not len(gene):
         return [float(value) for value in weights.mean(axis=0)]
-    return [float(value) for value in np.average(weights[gene], axis=0, weights=count)]
+    return [float(value) for value in np.average(weights[gene], axis=0, weights=weight)]
 
 
-def _likelihood(shares: np.ndarray, count: np.ndarray) -> float:
-    """Return the mean log share of the held-out molecules."""
+def _likelihood(shares: np.ndarray, weight: np.ndarray) -> float:
+    """Return the mean log share of the held-out counts."""
     logs = np.log(np.maximum(shares, 1e-12))
-    return float((count * logs).sum() / max(count.sum(), 1))
+    return float((weight * logs).sum() / max(weight.sum(), 1))
 
 
 def _rmse(truth: np.ndarray, prediction: np.ndarray) -> float:

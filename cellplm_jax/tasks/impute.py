@@ -31,8 +31,9 @@ from cellplm_jax.tasks.impute_ridge import (
     NETWORK,
     RIDGE,
     Ridge,
+    around,
+    deviations,
     method_scores,
-    pooled,
 )
 from cellplm_jax.tasks.reading import Reading, ReadingKeys
 
@@ -428,13 +429,15 @@ class GeneImputer(ImputerFit):
             if ridge is not None:
                 # Weights of counts were fitted to counts per 10,000, the scale on which cells are comparable.
                 size = 1.0 if log_normalized else total[piece, None] / 1e4
-                own = size * pooled(
+                mean = ridge.regression.bias[places]
+                deviation = deviations(
                     own / np.maximum(size, 1e-12),
                     values[piece],
                     ridge.network_mean[places],
-                    ridge.regression.bias[places],
+                    mean,
                     self.pool[scale],
                 )
+                own = size * around(mean, deviation)
             values[piece] = own
         columns = [self.imputed[place] for place in places]
         frame = pd.DataFrame(

@@ -38,9 +38,11 @@ from cellplm_jax.tasks.impute_ridge import (
     SCALES,
     Ridge,
     RidgeData,
+    around,
     choose_pool,
+    choose_stretch,
+    deviations,
     method_scores,
-    pooled,
 )
 from cellplm_jax.tasks.pretrained import Pretrained
 from cellplm_jax.tasks.reading import COUNT_KEYS, ReadingKeys
@@ -208,13 +210,13 @@ class ImputerFit(Estimator):
         )
         data = RidgeData(source, target, shown, train, own, self.training.seed)
         network = self._network(source, judged, valid, shown, self._columns) if len(valid) else None
-        predicted = network
         self.pool, self._ridges, self._intervals = {}, {}, None
+        mean, deviation = 0.0, network
         if self.linear:
-            predicted = self._fit_ridge(data, train, valid, network)
-        self._judge(data, valid, predicted)
-        if predicted is not None and len(valid) >= FEWEST:
-            self._fit_intervals(data, train, valid, own, predicted)
+            mean, deviation = self._fit_ridge(data, train, valid, network)
+        self._judge(data, valid, None if deviation is None else around(mean, deviation))
+        if deviation is not None and len(valid) >= FEWEST:
+            self._fit_target(data, train, valid, own, mean, deviation)
         if self.history and LOSS in self.history[0]:
             self.facts["validation_loss"] = self.history[self.facts["best_epoch"] - 1][LOSS]
         self._log_messages()
@@ -315,7 +317,7 @@ class ImputerFit(Estimator):
 
     def _fit_ridge(
         self, data: RidgeData, train: np.ndarray, valid: np.ndarray, network: np.ndarray | None
-    ) -> np.ndarray | None:
+    ) -> tuple[np.ndarray | float, np.ndarray | None]:
         """Fit the ridge regressions, choose their weights on validation cells, and refit them with those cells.
 
         Args:
@@ -325,13 +327,14 @@ class ImputerFit(Estimator):
             network: Log-normalised predictions for them; None: there are no validation cells.
 
         Returns:
-            The prediction for the validation cells: log-normalised, float [cells, imputed genes]; None without them.
+            The prediction for the validation cells, log-normalised: mean [imputed genes] and deviation from it [cells,
+            imputed genes]; 0 and None without them.
         """
         everything = data.some(np.sort(np.concatenate([train, valid])))
         truth = data.values(data.source, everything, self._columns)
         fitted_on = np.isin(everything, train)
         # One decomposition of the features serves both scales.
-        whole, validated = data.problem(everything), None
+        whole, validated = data.problem(everything), (0.0, None)
         part = None if network is None else data.problem(everything[fitted_on])
         for scale, forward in SCALES:
             wanted = forward(truth)
@@ -344,9 +347,10 @@ class ImputerFit(Estimator):
                 true = forward(data.values(data.source, valid, self._columns))
                 pool, chosen = choose_pool(true, own_values, linear, seed=self.training.seed)
                 network_mean = own_values.mean(axis=0)
-                both = pooled(own_values, linear, network_mean, first.bias, pool)
                 if scale == LOG:
-                    validated = both
+                    deviation = deviations(own_values, linear, network_mean, first.bias, pool)
+                    validated = first.bias, deviation
+                    both = around(*validated)
                     methods = {POOLED: both, NETWORK: own_values, RIDGE: linear, MEAN: first.bias}
                     self._compare(method_scores(true, methods), chosen, pool, len(true))
             self.pool[scale] = pool
@@ -382,31 +386,34 @@ class ImputerFit(Estimator):
                 f"The network adds nothing here: correlation {gain:+.3f} relative to ridge regression alone."
             )
 
-    def _fit_intervals(
+    def _fit_target(
         self,
         data: RidgeData,
         train: np.ndarray,
         valid: np.ndarray,
         own: np.ndarray,
-        predicted: np.ndarray,
+        mean: np.ndarray | float,
+        deviation: np.ndarray,
     ) -> None:
-        """Calibrate prediction intervals; see :mod:`cellplm_jax.tasks.impute_intervals`.
+        """Calibrate predictions and their intervals on panel genes that are hidden in the target.
+
+        See :func:`choose_stretch` and :mod:`cellplm_jax.tasks.impute_intervals`.
 
         Args:
             data: Reference and target.
             train: Training cells of the reference.
             valid: Validation cells of the reference.
             own: Cells of the target with counts.
-            predicted: Log-normalised predictions for ``valid`` [cells, imputed genes].
+            mean: Log-normalised predictions for ``valid``: mean [imputed genes],
+            deviation: and deviation from it [cells, imputed genes].
         """
-        lower, upper = error_quantiles(data.values(data.source, valid, self._columns), predicted)
         # Each group of hidden genes needs a prediction of these cells, hence a limit.
         cells = data.some(own, HIDDEN_CELLS)
         counted = np.bincount(data.source.counts[train].indices, minlength=len(data.shown)) > 0
         panel = np.random.default_rng(self.training.seed).permutation(
             np.flatnonzero(data.shown & counted)
         )
-        truth, guess, below, above = [], [], [], []
+        references, targets = [], []
         for number in range(HIDDEN_GROUPS):
             hidden = panel[number::HIDDEN_GROUPS]
             shown = data.shown.copy()
@@ -414,14 +421,29 @@ class ImputerFit(Estimator):
             if not len(hidden) or not shown.any():
                 continue
             reference, target = self._predict_hidden(data, shown, hidden, train, valid, cells)
-            low, high = error_quantiles(*reference)
-            truth.append(target[0])
-            guess.append(target[1])
-            below.append(low)
-            above.append(high)
-        factor = widening(np.hstack(truth), np.hstack(guess), (np.hstack(below), np.hstack(above)))
+            references.append(reference)
+            targets.append(target)
+        # The weights of counts are not changed: hidden genes are predicted on the log scale only.
+        stretch = choose_stretch(targets) if self.linear else 1.0
+        if stretch != 1.0:
+            self.pool[LOG] = [stretch * weight for weight in self.pool[LOG]]
+            self.messages.append(
+                f"Log-normalised predictions are stretched by {stretch:.2f}: hidden panel genes of the target vary "
+                f"{'more' if stretch > 1 else 'less'} than predicted from the reference."
+            )
+        truth = data.values(data.source, valid, self._columns)
+        lower, upper = error_quantiles(truth, around(mean, stretch * deviation))
+        quantiles = [error_quantiles(t, around(m, stretch * each)) for t, m, each in references]
+        factor = widening(
+            np.hstack([true for true, *_ in targets]),
+            np.hstack([around(m, stretch * each) for _, m, each in targets]),
+            (np.hstack([low for low, _ in quantiles]), np.hstack([high for _, high in quantiles])),
+        )
         self._intervals = Intervals(lower, upper, factor)
-        self.facts["interval_factor"] = float(factor[LEVELS.index(0.9)])
+        self.facts |= {
+            "stretch": stretch,
+            "interval_factor": float(factor[LEVELS.index(0.9)]),
+        }
 
     def _predict_hidden(
         self,
@@ -431,8 +453,12 @@ class ImputerFit(Estimator):
         train: np.ndarray,
         valid: np.ndarray,
         cells: np.ndarray,
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return truth and prediction of hidden panel genes [cells, hidden], for validation and for target cells."""
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Predict hidden panel genes for validation and for target cells.
+
+        Returns:
+            For both: truth [cells, hidden], mean of the prediction [hidden], and deviation from it [cells, hidden].
+        """
         group = RidgeData(data.source, data.target, shown, train, cells, self.training.seed)
         fitted_on = group.some(train)
         pool = self.pool.get(LOG, [1.0, 0.0])
@@ -448,15 +474,15 @@ class ImputerFit(Estimator):
                 predicted = self._network(table, layouts, chosen, shown, hidden)
             if network_mean is None:
                 network_mean = predicted.mean(axis=0)
+            mean, deviation = np.zeros(len(hidden)), predicted
             if regression is not None:
-                features = group.values(table, chosen, group.panel)
-                predicted = pooled(
-                    predicted, regression.predict(features), network_mean, regression.bias, pool
-                )
+                linear = regression.predict(group.values(table, chosen, group.panel))
+                mean = regression.bias
+                deviation = deviations(predicted, linear, network_mean, mean, pool)
                 # Validation cells are of the reference and keep its mean; only the target's cells get the mean of the
                 # panel.
                 regression = dataclasses.replace(regression, centre=group.centre)
-            found.append((group.values(table, chosen, hidden), predicted))
+            found.append((group.values(table, chosen, hidden), mean, deviation))
         return found
 
     def _judge(self, data: RidgeData, valid: np.ndarray, predicted: np.ndarray | None) -> None:

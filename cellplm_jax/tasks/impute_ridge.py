@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,12 @@ SCALES = ((LOG, np.asarray), (COUNTS, np.expm1))
 
 RIDGE_CELLS, RIDGE_GENES = 8192, 2000
 """Maximum number of reference cells and panel genes for fitting the ridge regression."""
+
+STRETCHES = np.linspace(0.5, 2.0, 31)
+"""Factors that predicted deviations from the mean are multiplied with."""
+
+GAIN = 0.001
+"""Smallest relative fall of the squared error at which they are."""
 
 FOLDS = 5
 """Folds of the cross-validation of the weights."""
@@ -57,11 +63,34 @@ class Ridge:
         return cls(arrays["genes"], regression, arrays["network_mean"])
 
 
-def pooled(
+def deviations(
     network: np.ndarray, linear: np.ndarray, network_mean: np.ndarray, mean: np.ndarray, pool: Any
 ) -> np.ndarray:
-    """Return the gene's mean plus the weighted deviations of both predictions, clipped at 0."""
-    return np.maximum(mean + pool[0] * (network - network_mean) + pool[1] * (linear - mean), 0.0)
+    """Return the weighted deviations of both predictions from the gene's mean [cells, genes]."""
+    return pool[0] * (network - network_mean) + pool[1] * (linear - mean)
+
+
+def around(mean: np.ndarray | float, deviation: np.ndarray) -> np.ndarray:
+    """Return the prediction for deviations from the gene's mean: at least 0."""
+    return np.maximum(mean + deviation, 0.0)
+
+
+def choose_stretch(groups: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """Return the factor of the deviations at which hidden genes of the target are predicted best.
+
+    Weights are chosen on the reference. In the target, genes may vary more or less.
+
+    Args:
+        groups: Truth [cells, genes], mean [genes] and deviation [cells, genes] of each group of hidden genes. Means of
+            truth and prediction may differ; they are not compared.
+    """
+    errors = np.zeros(len(STRETCHES))
+    for truth, mean, deviation in groups:
+        for number, factor in enumerate(STRETCHES):
+            error = truth - around(mean, factor * deviation)
+            errors[number] += np.square(error - error.mean(axis=0)).sum()
+    unchanged = errors[np.abs(STRETCHES - 1).argmin()]
+    return float(STRETCHES[errors.argmin()]) if errors.min() < (1 - GAIN) * unchanged else 1.0
 
 
 def choose_pool(

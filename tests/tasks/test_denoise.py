@@ -174,7 +174,7 @@ def test_the_scores_of_the_parts_are_told(fitted):
     pool = fitted.facts["pool"]
     assert sum(pool["weights"].values()) == pytest.approx(1, abs=1e-4)
     assert set(pool["rmse"]) == {"pooled", "without_correction", "without_network", *PARTS}
-    assert fitted.messages[-1].startswith("Log-likelihood per held-out molecule")
+    assert fitted.messages[-1].startswith("Log-likelihood of held-out counts")
     assert "network" in fitted.messages[-1].split(";")[1]
     scores = fitted.score(make_adata(60, seed=9), seed=1)
     for part in ("", "network_", "neighbours_", "gene_mean_"):
@@ -189,7 +189,7 @@ def test_an_old_denoiser_opens_and_is_pooled():
     assert np.isfinite(layer).all()
     np.testing.assert_allclose(layer.sum(axis=1), adata.X.toarray().sum(axis=1), rtol=1e-4)
     messages = found._predict(adata, found.reading).messages
-    assert "Log-likelihood per held-out molecule" in messages[-1]
+    assert "Log-likelihood of held-out counts" in messages[-1]
 
 
 def test_one_cell_is_denoised(fitted):

@@ -87,6 +87,23 @@ def test_never_below_the_better_part():
             assert pooled >= max(scores["log_likelihood"][part] for part in PARTS) - 0.002
 
 
+def test_a_few_deep_counts_do_not_outvote_many():
+    counts, shares, types, latent = planted(cells=300)
+    random = np.random.default_rng(0)
+    held = sparse.csr_matrix((random.random(counts.shape) < 0.1).astype(np.float32))
+    deep = held.copy()
+    row, column = deep.nonzero()
+    chosen = random.choice(len(row), 20, replace=False)
+    deep.data[chosen] = 400
+    network = shares.astype(np.float32)
+    network[row[chosen], column[chosen]] *= 100  # right for the deep counts, too low for all others
+    parts = make_parts(counts, latent, network, np.zeros(len(types), int))
+    weights = [
+        fit_pool(parts, deep, evidence=power).scores["weights"]["network"] for power in (1, 0.5, 0)
+    ]
+    assert weights[0] > weights[1] + 0.1 > weights[2]
+
+
 def test_expected_counts_are_calibrated():
     pool = fitted(lambda shares, counts: shares)[0]
     assert pool.scores["calibration_error"] < 0.1

@@ -20,7 +20,7 @@ from cellplm_jax.tasks import estimator as estimator_module
 from cellplm_jax.tasks.impute import GeneImputer
 from cellplm_jax.tasks.impute_genes import find_genes
 from cellplm_jax.tasks.impute_network import panel_model, with_mean_row
-from cellplm_jax.tasks.impute_ridge import choose_pool, mean_pearson
+from cellplm_jax.tasks.impute_ridge import around, choose_pool, choose_stretch, mean_pearson
 from tests.conftest import ROOT, VOCABULARY, make_adata
 
 FAST = {"epochs": 30, "warmup_epochs": 1, "learning_rate": 1e-2, "quiet": True}
@@ -301,6 +301,19 @@ def test_never_below_the_better_part(network, linear, seed):
     if network == linear:
         assert method == "pooled"
         assert mean_pearson(truth[rest], mixed[rest]) > better + 0.03
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+def test_the_target_decides_how_far_predictions_deviate_from_the_mean(factor):
+    random = np.random.default_rng(0)
+    groups = []
+    for genes in (8, 5):
+        mean, deviation = random.uniform(0, 2, genes), random.standard_normal((200, genes))
+        # Another mean in the target is not compared.
+        truth = around(mean, factor * deviation) + 0.3 + 0.1 * random.standard_normal((200, genes))
+        groups.append((truth, mean, deviation))
+    assert choose_stretch(groups) == pytest.approx(factor, abs=0.05)
+    assert choose_stretch([(truth, mean, 0 * deviation) for truth, mean, deviation in groups]) == 1
 
 
 def test_a_useless_network_is_left_out():
