@@ -236,7 +236,7 @@ def standardized(
         mean: Centre of samples with fewer than 20 cells; None: the mean of all cells.
     """
     if mean is None:
-        mean = column_means(expression, np.float32)
+        mean = column_means(expression, "float32")
     names, codes = np.unique(sample_of, return_inverse=True)
     centre = np.tile(mean, (len(names), 1))
     for sample in range(len(names)):

@@ -113,7 +113,7 @@ def gene_means(
         values: Dense or sparse.
         detected: Average over the cells in which the gene is not zero; 0 for a gene that is zero everywhere.
     """
-    total = column_sums(values, np.float64)
+    total = column_sums(values, "float64")
     if not detected:
         return total / max(values.shape[0], 1)
     present = column_sums(values != 0)

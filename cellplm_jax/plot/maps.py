@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 
 def points_of(coordinates: Any) -> np.ndarray:
-    """Return finite float coordinates [cells, 2]; other values raise an error."""
+    """Return finite float coordinates [cells, 2].
+
+    Raises:
+        InputError: The values are not finite coordinates.
+    """
     points = np.asarray(coordinates)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise InputError(
@@ -47,7 +51,11 @@ def points_of(coordinates: Any) -> np.ndarray:
 
 
 def drawn_values(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
-    """Return (floats, None) for a continuous quantity or (None, categories) for other values."""
+    """Return (floats, None) for a continuous quantity or (None, categories) for other values.
+
+    Raises:
+        InputError: There is not one value per cell.
+    """
     column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
     if np.ndim(column) != 1 or len(column) != cells:
         raise InputError(

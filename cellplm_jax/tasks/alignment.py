@@ -191,7 +191,7 @@ def fit_alignment(
 
     genes, deviation = variable_columns(blocks)
     expression, depth = _read(source, genes)
-    mean = column_means(expression, np.float32)
+    mean = column_means(expression, "float32")
     number = min(COMPONENTS, expression.shape[0] - 1, len(genes) - 1)
     bases, components = [], []
     for scale in (deviation, None):

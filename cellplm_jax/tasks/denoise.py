@@ -539,7 +539,7 @@ def _own_reading(reading: Reading, table: CellTable) -> Reading:
 
 
 def _totals(counts: sparse.csr_matrix) -> np.ndarray:
-    return row_sums(counts, np.float64)
+    return row_sums(counts, "float64")
 
 
 def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.ndarray) -> None:

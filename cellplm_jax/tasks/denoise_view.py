@@ -97,7 +97,7 @@ def before_and_after(
     )
     column = np.asarray(cells.report.genes.column, int)
     known = _known_columns(column)
-    total = row_sums(cells.counts, np.float64)[rows]
+    total = row_sums(cells.counts, "float64")[rows]
     with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
         if not hasattr(values, "shape"):

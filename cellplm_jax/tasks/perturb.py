@@ -168,7 +168,7 @@ class PerturbationPredictor(PredictorFit):
             )
         z = self._latents(model, self._lay_out(table, cells, model), len(table))[cells]
         expression = log_normalize(table.counts[cells])
-        return z.mean(axis=0), column_means(expression, np.float32)
+        return z.mean(axis=0), column_means(expression, "float32")
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return warnings about predictions of these kinds."""

@@ -139,8 +139,8 @@ def measure(
     for group in dict.fromkeys(groups[usable]):
         inside = usable & (groups == group)
         own = expression[inside & is_control]
-        mean = column_means(own, np.float64)
-        square = column_means(own.multiply(own), np.float64)
+        mean = column_means(own, "float64")
+        square = column_means(own.multiply(own), "float64")
         # One variance for all genes and perturbations of a group: those of a few cells would be too uncertain.
         size = own.shape[0]
         variance = float((square - mean**2).mean()) * size / max(size - 1, 1)
@@ -150,7 +150,7 @@ def measure(
             # Otherwise the control cells of all batches, with the batch effect that they bring.
             enough = len(cells) >= MINIMUM_CONTROLS
             controls[one] = (
-                (column_means(expression[cells], np.float64), len(cells))
+                (column_means(expression[cells], "float64"), len(cells))
                 if enough
                 else (mean, own.shape[0])
             )
@@ -158,7 +158,7 @@ def measure(
             cells = np.flatnonzero(inside & (named == name))
             if len(cells) < MINIMUM_CELLS:
                 continue
-            change = column_means(expression[cells], np.float64)
+            change = column_means(expression[cells], "float64")
             noise = variance / len(cells)
             batches, sizes = np.unique(batch[cells].astype(str), return_counts=True)
             for one, size in zip(batches, sizes, strict=True):

@@ -202,7 +202,7 @@ def fit_shifts(
     whitening = _whitening(latent - centres[group], freedom)
     expression = log_normalized(sparse.csr_matrix(counts[used]))
     profiles = np.asarray((share @ expression).todense(), np.float64)
-    within = column_sums(expression.multiply(expression), np.float64)
+    within = column_sums(expression.multiply(expression), "float64")
     within = np.maximum(within - cells @ np.square(profiles), 0.0) / freedom
     # Genes are chosen by the variance between samples, without labels: a choice by labels would make the test
     # invalid.
