@@ -135,6 +135,7 @@ def score(adata: Any, embeddings: dict[str, np.ndarray]) -> dict[str, dict[str, 
     table = {}
     for method, embedding in embeddings.items():
         runs = []
+        # Leiden is random: one seed would compare luck.
         for seed in range(CLUSTERINGS):
             clusters = leiden_clusters(embedding, resolution=RESOLUTION, seed=seed)
             found = clustering_scores(labels[known], clusters[known])
@@ -158,6 +159,7 @@ def verdict(table: dict[str, dict[str, float]]) -> str:
     for key, name in (("ari", "ARI"), ("nmi", "NMI"), ("knn_accuracy", "neighbours' accuracy")):
         ours = table[CONTEXT][key]
         rival = table[COMPONENTS][key]
+        # Computed from the numbers, so that the text is right whatever comes out.
         relation = "above" if ours > rival else "level with" if ours == rival else "below"
         parts.append(f"{name} {ours:.3f}, {relation} the components ({rival:.3f})")
     return f"{CONTEXT}: {'; '.join(parts)}."
@@ -172,6 +174,7 @@ def _draw(
     """Draw the UMAPs, write umap.png, and return the figure, which the report draws again for the dark theme."""
     import matplotlib
 
+    # No display is needed.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -87,6 +87,7 @@ def run_from_scratch(
     store = MemoryStore(samples, genes, seed=seed)
     config = preset("demo", len(genes))
     config = dataclasses.replace(config, seed=seed, steps=steps or config.steps)
+    # One checkpoint, at the end.
     config = dataclasses.replace(config, checkpoint_every=config.steps)
     say(f"pretraining on {adata.n_obs} cells, {len(genes)} genes, {config.steps} steps")
     trained_at = time.monotonic()
@@ -224,6 +225,7 @@ def _prediction_sums(
     from scipy.special import gammaln
 
     truth = _counts(store, train)
+    # Dispersion by the method of moments: variance beyond that of a Poisson distribution.
     spread = ((truth - predict_train) ** 2 - predict_train).sum(axis=0)
     theta = np.clip(
         (predict_train**2).sum(axis=0) / np.maximum(spread, 1e-8),
@@ -237,6 +239,7 @@ def _prediction_sums(
         counts = np.asarray(dense(batch))[cells].astype(np.float64)
         measured = np.broadcast_to(np.asarray(batch.measured_entries()), np.shape(mask))
         hidden = (np.asarray(mask) & measured)[cells]
+        # A mean of 0 would make any count impossible.
         mean = np.maximum(predict(np.where(hidden, 0.0, counts), hidden), 1e-4)
         nll = (
             gammaln(theta)
@@ -265,6 +268,7 @@ def _mean_predictions(
     share = truth.sum(axis=0) / truth.sum()
 
     def predict(visible: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        # The share of the visible genes, to which the visible counts belong.
         seen = np.where(hidden, 0.0, share[None, :]).sum(axis=1)
         return share[None, :] * (visible.sum(axis=1) / seen)[:, None]
 
@@ -309,6 +313,7 @@ def _component_predictions(
     model = PCA(n_components=min(50, len(truth) - 1), random_state=seed)
     scores = model.fit_transform(scaled(expression))
     design = np.column_stack([np.ones(len(scores)), scores])
+    # All genes from the components, not only the variable ones: all hidden entries are scored.
     weights, *_ = np.linalg.lstsq(design, expression, rcond=None)
 
     def to_counts(scores: np.ndarray, library: np.ndarray) -> np.ndarray:
@@ -318,6 +323,7 @@ def _component_predictions(
     rate = heldout_rate(config)
 
     def predict(visible: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+        # Hidden genes are a random share of all, so the library follows from the visible counts.
         estimated = visible.sum(axis=1) / (1 - rate)
         values = scaled(_log_normalised(visible, estimated))
         return to_counts(model.transform(np.where(hidden[:, variable], 0.0, values)), estimated)
@@ -413,6 +419,7 @@ def _write_report(
     rows = []
     for method, scores in table.items():
         values: list[Any] = [scores.get(key) for key in columns.values()]
+        # Clusters are a number, not a score.
         values[2] = None if values[2] is None else int(values[2])
         rows.append([method, *values])
     device = jax.devices()[0]

@@ -101,6 +101,7 @@ class _Report:
         remedy: str = "",
     ) -> None:
         """Add an entry to the section."""
+        # A plain dictionary: the same entry is printed and written as JSON.
         entry = {"name": name, "state": state, "text": text}
         self._sections[-1]["entries"].append(entry | ({"remedy": remedy} if remedy else {}))
         if state == "bad":
@@ -159,11 +160,13 @@ def _requirements() -> Iterator[tuple[str, str]]:
     yield "python", declared[0]
     for text in metadata.get_all("Requires-Dist") or []:
         requirement = Requirement(text)
+        # Requirements with a marker belong to extras, or to other platforms.
         if requirement.marker is None:
             yield requirement.name, str(requirement.specifier)
 
 
 def _devices(report: _Report) -> None:
+    # What this process may use, which is less than the machine has in a container.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = cores or 1
     report.add("CPU", f"{cores} cores, {platform.machine()}", "good" if cores > 2 else "poor")
@@ -204,6 +207,7 @@ def _devices(report: _Report) -> None:
     if kind == "gpu":
         for name, text, state in platforms.gpu_facts(jax.local_devices()):
             report.add(name, text, state)
+    # GPUs are listed above; a CPU has no memory of its own.
     for device in devices if kind not in ("cpu", "gpu") else ():
         memory = (device.memory_stats() or {}).get("bytes_limit")
         if memory:
@@ -213,6 +217,7 @@ def _devices(report: _Report) -> None:
     report.slow.append(
         "Fitting and pretraining: JAX has the CPU alone. Embedding a few thousand cells is fine there."
     )
+    # A hidden accelerator needs another remedy than a missing plugin.
     hidden = os.environ.get("JAX_PLATFORMS", "").lower() == "cpu"
     for there, name, extra in (
         (platforms.has_nvidia(), "NVIDIA GPU", "cuda12"),
@@ -328,6 +333,7 @@ def _extras(report: _Report) -> None:
 def _there(module: str) -> bool:
     """Return whether a module can be imported, without importing it."""
     try:
+        # find_spec raises for some modules that are loaded already.
         return module in sys.modules or importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False

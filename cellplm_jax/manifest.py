@@ -53,7 +53,8 @@ def add_to_manifest(folder: str | os.PathLike, names: Iterable[str]) -> None:
     if entries is None:
         write_manifest(root)
         return
-    new = {n: [_digest(root / n)] for n in names if n not in entries and (root / n).is_file()}
+    lacking = [name for name in names if name not in entries and (root / name).is_file()]
+    new = {name: [_digest(root / name)] for name in lacking}
     if new:
         _write(root, entries | new)
 

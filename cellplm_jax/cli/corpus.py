@@ -64,6 +64,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     else:
         from cellplm_jax.demo import run_demo, verdict
 
+        # Without training --steps would be ignored, and its user would expect an effect.
         reject_options(arguments, ("steps",), "a demo without training", "--from-scratch")
         model = "small"
         table = run_demo(arguments.out, **options)
@@ -117,6 +118,7 @@ def add_prepare(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from cellplm_jax.tasks.prepare import prepare, summary_text
 
+    # Before the conversion: an invalid name of the report would otherwise be found after hours.
     check_report(arguments)
     summary = prepare(
         arguments.inputs,
@@ -193,5 +195,6 @@ def _plan(arguments: argparse.Namespace) -> int:
     print_result(arguments, [search.plan_text(report)], report)
     if report["best"] is None:
         fail("cellplm plan", report["reason"])
+        # Not 2, the status of an error: a script can then tell "does not fit" from "could not be planned".
         return 3
     return 0

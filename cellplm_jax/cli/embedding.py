@@ -129,6 +129,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _is_corpus(path: str) -> bool:
     """Return whether the input is a corpus, without importing the reader of corpora for files."""
+    # An .h5ad file cannot be streamed from there, so it must be a corpus.
     if path.startswith("gs://"):
         return True
     if not Path(path).expanduser().is_dir():
@@ -232,6 +233,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
 
     check_new_file(arguments)
     if arguments.picture:
+        # Before the cells are embedded, which takes long.
         check_output(Path(arguments.picture))
     columns = [key for key in (arguments.label_key, arguments.batch_key) if key]
     known_columns(arguments.input, columns)
@@ -255,6 +257,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
         from cellplm_jax.tasks.contexts import labels_of
 
         labels = labels_of(cells.obs, arguments.label_key)
+        # Scores are those of the labelled cells.
         known = [label is not None for label in labels]
         labels = labels[known].astype(str)
         embedding = cells.obsm[arguments.use_rep][known]
@@ -273,6 +276,7 @@ def _cluster(arguments: argparse.Namespace) -> None:
         facts["scores"] |= scores
     shown = [arguments.key_added, *columns]
     stored = [arguments.key_added, *(f"{name}_colors" for name in shown)]
+    # The colours stored in the file, so that the figures have those of later plots.
     cells.uns.update(read_annotations(arguments.out, uns=stored).uns)
     if arguments.picture:
         draw_clusters(cells, shown, arguments.picture)

@@ -53,6 +53,7 @@ class Annotate(Task):
     def fitted(self, arguments: argparse.Namespace, estimator: Any) -> Result:
         """Return the scores on validation cells."""
         what = f"{len(estimator.labels)} cell types"
+        # Absent without validation cells, such as with few labelled cells.
         if scores := estimator.validation_scores:
             first, *rest = (f"{name} {score:.3f}" for name, score in scores.items())
             what += f", validation macro F1 {first}" + (f" ({', '.join(rest)})" if rest else "")
@@ -60,6 +61,7 @@ class Annotate(Task):
 
     def check(self, arguments: argparse.Namespace) -> None:
         """Add a UMAP to the file if the report shows it."""
+        # The report draws it; stored in the file as well, it is computed once.
         arguments.umap = arguments.report is not None
 
     def predicted(self, arguments: argparse.Namespace, estimator: Any, result: Any) -> None:
@@ -193,6 +195,7 @@ class Denoise(Task):
 
     def fitted(self, arguments: argparse.Namespace, estimator: Any) -> Result:
         """Return the scores of the pool."""
+        # The message that the fit added last compares the parts of the pool.
         (line,), facts = super().fitted(arguments, estimator)
         return [line, estimator.messages[-1]], facts
 
@@ -211,6 +214,7 @@ class Denoise(Task):
         """Print the scores of the pool."""
         from cellplm_jax.tasks.denoise import LAYER
 
+        # The scores come last; they are printed with the output, and the rest as warnings.
         *messages, scores = result
         reading = passed_options(arguments, READING)
         write_page(arguments, "denoised", arguments.out, estimator, reading, arguments.show)
@@ -287,6 +291,7 @@ class Perturb(Task):
         check_table(arguments.out)
         check_report(arguments)
         reading = passed_options(arguments, READING)
+        # Without a file of controls nothing is read, and these options would be ignored.
         if reading and arguments.controls is None:
             option = f"--{next(iter(reading)).replace('_', '-')}"
             raise InputError(
@@ -297,9 +302,12 @@ class Perturb(Task):
         predictor = self.open(arguments)
         names = predictor.perturbations
         if arguments.perturbation is not None:
+            # No separator: a comma can be part of the name of a condition.
             names = [n for text in arguments.perturbation for n in read_names(text, separator=None)]
         prediction = predictor.predict(
-            list(dict.fromkeys(names)), **passed_to(self.kind.predict, arguments)
+            # Repeated names once, in the order they were given.
+            list(dict.fromkeys(names)),
+            **passed_to(self.kind.predict, arguments),
         )
         write_table(prediction.tidy(), arguments.out)
         counts = prediction.known.value_counts().items()
@@ -463,6 +471,7 @@ class Integrate(Task):
         if arguments.label_key:
             scores = estimator.score(arguments.input, **passed_to(self.kind.score, arguments))
             lines.append(scores_line(scores))
+        # The batch column first: the report computes the mixing of the first one.
         columns = [arguments.batch_key or estimator.reading.batch_key, arguments.label_key]
         shown = [key for key in columns if key]
         write_page(arguments, "effects.integrated", arguments.out, KEY, shown)

@@ -197,6 +197,7 @@ def open_hdf5(path: Path, mode: str = "r") -> tuple[h5py.File, Callable[[], None
         raise InputError(unreadable(path, error)) from error
     try:
         _check_links(file, path)
+    # Also for an interrupt: an open handle keeps HDF5's lock, and no other program could write the file.
     except BaseException:
         file.close()
         raise
@@ -221,6 +222,7 @@ def _check_links(file: h5py.File, path: Path) -> None:
         return True if bad else None
 
     try:
+        # Links, not objects: visiting an object follows an external link and opens the other file.
         file.id.links.visit(visit, info=True)
     except READ_ERRORS as error:
         raise InputError(unreadable(path, error)) from error
@@ -285,6 +287,7 @@ def _excess(array: Any) -> str:
         missing = _missing_filter(array)
         if missing:
             return missing
+    # numpy uses 4 bytes per character of a text of fixed length.
     if dtype.kind in "SUV" and dtype.itemsize > 4 * LONGEST_TEXT and dtype.names is None:
         return f"its entries have {dtype.itemsize:,} bytes each"
     if chunks:
@@ -458,6 +461,7 @@ def _open_store(store: Any, path: Path, close: Callable[[], None]) -> Opened:
     layers = tuple(store["layers"].keys()) if hasattr(store.get("layers"), "keys") else ()
     for key in layers:
         places[f"layers['{key}']"] = stored(f"layers['{key}']", f"layers/{key}", "var")
+    # Read now: a damaged table is then reported when the file is opened, not in the middle of the work.
     frame("var")
     return Opened(
         label=f"'{path}'",

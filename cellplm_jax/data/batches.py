@@ -113,7 +113,8 @@ def laplacian_eigenvectors(
     )
     # Nearest neighbours are not mutual, and the Laplacian must be symmetric.
     graph = graph.maximum(graph.T)
-    scale = sparse.diags(1.0 / np.sqrt(np.maximum(np.asarray(graph.sum(axis=1)).ravel(), 1e-12)))
+    degree = np.asarray(graph.sum(axis=1)).ravel()
+    scale = sparse.diags(1.0 / np.sqrt(np.maximum(degree, 1e-12)))
     similarity = scale @ graph @ scale
     wanted = min(count + 1, cells - 1)
     # ARPACK needs more cells than requested vectors.

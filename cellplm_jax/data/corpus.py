@@ -255,7 +255,9 @@ class Corpus(Displayed):
         gene = arrays["X/indices"]
         count = arrays["X/data"]
         # A missing shard reads as impossible values.
-        if count.size and (int(count.min()) == 0 or int(gene.max()) >= len(self.genes)):
+        missing = count.size and int(count.min()) == 0
+        outside = count.size and int(gene.max()) >= len(self.genes)
+        if missing or outside:
             what = f"counts of sample '{row.name}' are missing or out of range"
             raise InputError(self._damaged(number, what))
         labels = None

@@ -192,7 +192,8 @@ class Source:
         shortest = int(lengths.min())
         longest = int(lengths.max())
         # The n fullest blocks together: no n blocks of a permutation have more.
-        fullest = np.concatenate([[0], np.cumsum(np.sort(np.diff(offsets[edges]))[::-1])])
+        per_block = np.sort(np.diff(offsets[edges]))[::-1]
+        fullest = np.concatenate([[0], np.cumsum(per_block)])
         reach = np.arange(longest + 1)
         from_start = offsets[np.minimum(edges[:-1, None] + reach, edges[1:, None])]
         from_start = (from_start - offsets[edges[:-1], None]).max(axis=0)

@@ -170,7 +170,9 @@ def _kang() -> AnnData:
     often = np.asarray((adata.X > 0).mean(axis=0)).ravel()
     raised = [gene for gene in INTERFERON if gene in adata.var_names]
     often[[adata.var_names.get_loc(gene) for gene in raised]] = 1.0
-    adata = adata[:, np.sort(np.argsort(-often, kind="stable")[: PUBLIC["kang"].genes])].copy()
+    most = np.argsort(-often, kind="stable")[: PUBLIC["kang"].genes]
+    # In the order of the file.
+    adata = adata[:, np.sort(most)].copy()
     sample = random.permutation(np.arange(adata.n_obs) % 4)
     counts: Any = adata.X.toarray()
     # A batch effect per sample: genes are thinned by different rates.

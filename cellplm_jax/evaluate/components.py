@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int, Integer, Real, Shaped
 from scipy import linalg, sparse
 
 from cellplm_jax.errors import InputError
+from cellplm_jax.evaluate.inputs import column_means, row_sums
 
 OVERSAMPLING = 20
 """Extra directions of the randomized decomposition."""
@@ -151,7 +152,7 @@ def log_normalized(
     counts: Real[sparse.csr_matrix, "cells genes"], target_sum: float = 1e4
 ) -> Float32[sparse.csr_matrix, "cells genes"]:
     """Return log1p of counts scaled to ``target_sum`` per cell."""
-    total = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
+    total = np.maximum(row_sums(counts), 1)
     data = np.log1p(counts.data * np.repeat(target_sum / total, np.diff(counts.indptr)))
     return sparse.csr_matrix(
         (data.astype(np.float32), counts.indices, counts.indptr), shape=counts.shape
@@ -235,14 +236,14 @@ def standardized(
         mean: Centre of samples with fewer than 20 cells; None: the mean of all cells.
     """
     if mean is None:
-        mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+        mean = column_means(expression, "float32")
     names, codes = np.unique(sample_of, return_inverse=True)
     centre = np.tile(mean, (len(names), 1))
     for sample in range(len(names)):
         members = np.flatnonzero(codes == sample)
         # The mean of a few cells is mostly noise, and centring would remove what distinguishes them.
         if len(members) >= CENTRED_CELLS:
-            centre[sample] = np.asarray(expression[members].mean(axis=0)).ravel()
+            centre[sample] = column_means(expression[members])
 
     def blocks() -> Iterable[np.ndarray]:
         for start in range(0, expression.shape[0], BLOCK):

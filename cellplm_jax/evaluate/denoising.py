@@ -17,7 +17,14 @@ from jaxtyping import Bool, Float64, Int, Real, Shaped
 from scipy import sparse
 
 from cellplm_jax.errors import InputError
-from cellplm_jax.evaluate.inputs import Labels, Matrix, one_axis
+from cellplm_jax.evaluate.inputs import (
+    Labels,
+    Matrix,
+    column_means,
+    column_sums,
+    one_axis,
+    row_sums,
+)
 from cellplm_jax.evaluate.reconstruction import (
     mean_absolute_error,
     pearson_per_gene,
@@ -85,7 +92,7 @@ def log_normalize(
         Natural logarithms of the same type (CSR for sparse input).
     """
     if total is None:
-        total = np.asarray(counts.sum(axis=1)).ravel()
+        total = row_sums(counts)
     total = np.asarray(total, np.float64)
     factor = np.where(total > 0, target_sum / np.where(total > 0, total, 1.0), 0.0)
     if sparse.issparse(counts):
@@ -106,10 +113,10 @@ def gene_means(
         values: Dense or sparse.
         detected: Average over the cells in which the gene is not zero; 0 for a gene that is zero everywhere.
     """
-    total = np.asarray(values.sum(axis=0), np.float64).ravel()
+    total = column_sums(values, "float64")
     if not detected:
         return total / max(values.shape[0], 1)
-    present = np.asarray((values != 0).sum(axis=0)).ravel()
+    present = column_sums(values != 0)
     return total / np.maximum(present, 1)
 
 
@@ -180,10 +187,10 @@ def type_profiles(
         rows = np.flatnonzero(labels == name)
         some = sparse.csr_matrix(values[rows], dtype=np.float64)
         # Profiles per 10,000 counts, because predictions can be shares instead of counts.
-        total = np.maximum(np.asarray(some.sum(axis=1)).ravel(), 1e-12)
+        total = np.maximum(row_sums(some), 1e-12)
         some = sparse.csr_matrix(sparse.diags(1e4 / total) @ some)
-        mean = np.asarray(some.mean(axis=0)).ravel()
-        square = np.asarray(some.multiply(some).mean(axis=0)).ravel()
+        mean = column_means(some)
+        square = column_means(some.multiply(some))
         means.append(mean)
         errors.append(np.maximum(square - mean**2, 0) / max(len(rows) - 1, 1))
     return np.array(means), np.array(errors)
@@ -225,7 +232,7 @@ def clear_markers(
         )
     mean, error = type_profiles(counts, labels, types)
     # A type without a count of a gene has no variance: one count in one of its cells is the resolution.
-    depth = float(np.median(np.asarray(counts.sum(axis=1)).ravel()))
+    depth = float(np.median(row_sums(counts)))
     members = np.array([(labels == name).sum() for name in types])
     error += (1e4 / max(depth, 1.0) / members[:, None]) ** 2
     gene = np.arange(mean.shape[1])

@@ -428,7 +428,8 @@ def _acceptance(
     search = require("sklearn.neighbors", _EXTRA, "Finding nearest cells")
     finder = search.NearestNeighbors(n_neighbors=neighbors, metric=metric).fit(array)
     near = codes[finder.kneighbors(array, return_distance=False)]
-    observed = np.stack([(near == code).sum(axis=1) for code in np.unique(codes)], axis=1)
+    counted = [(near == code).sum(axis=1) for code in np.unique(codes)]
+    observed = np.stack(counted, axis=1)
     expected = neighbors * size / size.sum()
     statistic = ((observed - expected) ** 2 / expected).sum(axis=1)
     return float(np.mean(special.chdtrc(len(size) - 1, statistic) >= alpha))
@@ -592,7 +593,8 @@ def pca_baseline(
     scanpy = require("scanpy", _EXTRA, "The PCA baseline")
     matrix = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
     stored = matrix.data
-    if not np.isfinite(stored).all() or (stored < 0).any() or (stored != np.rint(stored)).any():
+    counts_only = np.isfinite(stored) & (stored >= 0) & (stored == np.rint(stored))
+    if not counts_only.all():
         raise InputError(
             "The matrix contains values that are negative, fractional or not finite",
             "raw counts (integers)",

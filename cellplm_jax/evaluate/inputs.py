@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Shaped
 
 from cellplm_jax.errors import InputError
 
@@ -33,3 +34,27 @@ def one_axis(labels: Labels, name: str) -> Any:
             "Pass one column, for example adata.obs['cell_type']",
         )
     return values
+
+
+def row_sums(
+    matrix: Shaped[Any, "rows columns"],
+    dtype: Literal["float32", "float64"] | None = None,
+) -> Shaped[np.ndarray, " rows"]:
+    """Return the sum of each row of a dense or sparse matrix, whose own sums are matrices."""
+    return np.asarray(matrix.sum(axis=1), dtype).ravel()
+
+
+def column_sums(
+    matrix: Shaped[Any, "rows columns"],
+    dtype: Literal["float32", "float64"] | None = None,
+) -> Shaped[np.ndarray, " columns"]:
+    """Return the sum of each column; see :func:`row_sums`."""
+    return np.asarray(matrix.sum(axis=0), dtype).ravel()
+
+
+def column_means(
+    matrix: Shaped[Any, "rows columns"],
+    dtype: Literal["float32", "float64"] | None = None,
+) -> Shaped[np.ndarray, " columns"]:
+    """Return the mean of each column; see :func:`row_sums`."""
+    return np.asarray(matrix.mean(axis=0), dtype).ravel()

@@ -99,11 +99,13 @@ def marker_genes(
     squares.data = squares.data**2
     stored.data = (stored.data > 0).astype(np.float32)
     products: list[Any] = [member @ part for part in (logs, squares, stored)]
+    # float64 from here: the variance is a difference of two sums of similar size.
     sums = [part.toarray().astype(np.float64) for part in products]
     size = np.asarray(member.sum(axis=1), np.float64)
 
     def moments(parts: list[np.ndarray], n: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         mean = parts[0] / n
+        # Unbiased variance from sums.
         return mean, (parts[1] / n - mean**2) * n / max(n - 1, 1), parts[2] / n
 
     allowed = np.array([housekeeping or not HOUSEKEEPING.match(str(gene)) for gene in genes])
@@ -116,12 +118,16 @@ def marker_genes(
             continue
         own = [part[place] for part in sums]
         mean, variance, share = moments(own, n)
+        # All other cells by subtraction: one pass over the counts serves every group.
         others = [all_ - part for all_, part in zip(total, own, strict=True)]
         rest, spread, elsewhere = moments(others, cells - n)
+        # The floor keeps the score finite for a gene that is constant in both groups.
         error = np.sqrt(np.maximum(variance / n + spread / (cells - n), 1e-12))
         score = (mean - rest) / error
+        # The mean of logs is transformed back, as scanpy does; it is not the log of the mean count.
         fold = np.log2((np.expm1(mean) + 1e-9) / (np.expm1(rest) + 1e-9))
         usable = allowed & (fold >= np.log2(MINIMUM_FOLD)) & (share >= MINIMUM_SHARE)
+        # Stable: equal scores keep the order of the genes on every platform.
         order = np.argsort(-np.where(usable, score, -np.inf), kind="stable")[:number]
         rows += [
             (name, genes[g], score[g], fold[g], share[g], elsewhere[g]) for g in order if usable[g]
@@ -137,12 +143,14 @@ def _groups(groups: Labels, cells: int) -> tuple[np.ndarray, list[str]]:
         raise InputError(
             f"{len(column)} labels for {cells} cells", "one per cell", "Use the same selection"
         )
+    # A selection of cells keeps the categories of the whole table; a group of 0 cells would divide by zero.
     column = column.remove_unused_categories()
     return np.asarray(column.codes), [str(name) for name in column.categories]
 
 
 def _members(codes: np.ndarray, groups: int) -> sparse.csr_matrix:
     """Return which cells belong to which group, float32 [groups, cells]."""
+    # Cells without a group belong to no row, neither to a group nor to the others.
     cells = np.flatnonzero(codes >= 0)
     return sparse.csr_matrix(
         (np.ones(len(cells), np.float32), (codes[cells], cells)), shape=(groups, len(codes))

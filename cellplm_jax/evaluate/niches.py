@@ -163,7 +163,8 @@ def composition(
         shape: Number of groups and of types.
     """
     known = types >= 0
-    counts = np.bincount(groups[known] * shape[1] + types[known], minlength=shape[0] * shape[1])
+    pair = groups[known] * shape[1] + types[known]
+    counts = np.bincount(pair, minlength=shape[0] * shape[1])
     counts = counts.reshape(shape).astype(np.float64)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
@@ -290,7 +291,8 @@ def consensus_clusters(
     for _ in range(MATCHINGS):
         # Groups have no names in common: the assignment with the largest overlap matches them.
         orders = [linear_sum_assignment(mean.T @ one, maximize=True)[1] for one in each]
-        mean = np.mean([one[:, order] for one, order in zip(each, orders, strict=True)], axis=0)
+        matched = [one[:, order] for one, order in zip(each, orders, strict=True)]
+        mean = np.mean(matched, axis=0)
     if graph is not None:
         identity = sparse.eye(len(mean), dtype=bool, format="csr")
         # Memberships are averaged over neighbours: a niche is a connected region.

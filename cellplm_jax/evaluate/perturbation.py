@@ -59,8 +59,10 @@ def _pearson(true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     centred = [values - values.mean(axis=1, keepdims=True) for values in (true, predicted)]
     lengths = [np.sqrt(np.square(values).sum(axis=1)) for values in centred]
     scale = [np.abs(values).max(axis=1) * np.sqrt(values.shape[1]) for values in (true, predicted)]
+    # Relative to the values: centring a constant row leaves rounding errors, whose correlation means nothing.
     constant = (lengths[0] <= 1e-13 * scale[0]) | (lengths[1] <= 1e-13 * scale[1])
     with np.errstate(invalid="ignore", divide="ignore"):
+        # Divided twice: the product of two norms can overflow or underflow.
         correlation = (centred[0] * centred[1]).sum(axis=1) / lengths[0] / lengths[1]
     return np.where(constant, np.nan, np.clip(correlation, -1.0, 1.0))
 
@@ -86,8 +88,10 @@ def change_scores(
         InputError: Shapes differ, a value is not finite, or ``top`` is below 2.
     """
     true, predicted = _pair(truth, prediction)
+    # A correlation over one gene is undefined.
     if top < 2:
         raise InputError(f"top = {top}", "at least 2 genes", "Raise it")
+    # Selected by the truth only, so every method is scored on the same genes.
     order = np.argsort(-np.abs(true), axis=1, kind="stable")[:, :top]
     scores = {}
     for name, one, other in (
@@ -130,6 +134,7 @@ def mean_change(
             "Pass the changes of the training perturbations",
         )
     number = np.ones(len(values)) if targets is None else np.asarray(targets, np.float64)
+    # Least squares for changes that are proportional to the number of targets; with one target each it is the mean.
     return number @ values / np.square(number).sum()
 
 

@@ -93,6 +93,7 @@ def model_config(published: Mapping[str, Any]) -> ModelConfig:
         _check_types(values)
         _refuse_inexact(values)
         return _translate(values)
+    # Already explained; it is a ValueError, so the next clause would wrap it.
     except CheckpointError:
         raise
     except (ConfigError, TypeError, ValueError, KeyError, OverflowError) as error:
@@ -107,6 +108,7 @@ def _check_types(values: Mapping[str, Any]) -> None:
     """Raise a TypeError or ValueError for sizes, rates, names and genes of the wrong type."""
     for name in _SIZES:
         value = values[name]
+        # A bool is an int in Python; `true` as a width would pass as 1.
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             msg = f"{name} = {shorten(repr(value))} is not a size"
             raise TypeError(msg)
@@ -127,6 +129,7 @@ def _check_types(values: Mapping[str, Any]) -> None:
     if not isinstance(genes, list):
         msg = f"gene_list is a {type(genes).__name__}"
         raise TypeError(msg)
+    # An overlong name would be repeated in every message and table.
     wrong = [g for g in genes if not isinstance(g, str) or not 0 < len(g) <= 1000]
     if wrong:
         msg = f"gene_list contains {shorten(repr(wrong[0]))}, which is not the name of a gene"

@@ -497,6 +497,7 @@ def elastic_cell_similarity(
         cell_mask: True for cells, False for padding.
         threshold: Cosine similarity from which pairs are repelled.
     """
+    # The small term keeps the gradient of the norm finite at 0.
     unit = z / jnp.maximum(jnp.linalg.norm(z + 1e-12, axis=-1, keepdims=True), 1e-12)
     cosine = jnp.einsum("bid,bjd->bij", unit, unit)
     cosine = jnp.maximum(cosine * (1.0 - jnp.eye(z.shape[1])), 0.0)
@@ -535,12 +536,14 @@ def batch_mixing_loss(
     mask = cell_mask.reshape(-1)
     cells = len(z)
     square = jnp.sum(z * z, axis=-1)
+    # Rounding can make the expanded square negative.
     distance = jnp.maximum(square[:, None] + square[None, :] - 2.0 * z @ z.T, 0.0)
     other = mask[:, None] & mask[None, :] & ~jnp.eye(cells, dtype=bool)
     nearest, _ = jax.lax.top_k(
         jnp.where(other, -jax.lax.stop_gradient(distance), -jnp.inf), min(neighbors, cells)
     )
     there = jnp.isfinite(nearest)
+    # The mean distance to the neighbours sets the width of each cell's kernel, as a perplexity would.
     width = -jnp.where(there, nearest, 0.0).sum(-1) / jnp.maximum(there.sum(-1), 1)
     scaled = -2.0 * distance / jnp.maximum(width, 1e-6)[:, None]
     weights = jax.nn.softmax(jnp.where(other, scaled, -1e9), axis=-1)

@@ -49,6 +49,7 @@ class CellPLM(nn.Module):
         self.encoder = Encoder(self.config, self.rematerialize)
         if self.config.trunk == "projection":
             self.centre = Centre(self.config)
+        # RMSNorm subtracts no mean: the components of a projection keep their proportions.
         kind = "layernorm" if self.config.trunk == "none" else "rmsnorm"
         self.pre_latent_norm = Norm(kind, name="pre_latent_norm")
         self.latent = Latent(self.config)
@@ -208,6 +209,7 @@ def in_precision(params: Any, precision: str) -> Any:
 
     def cast(path, leaf):
         names = [entry.key for entry in path]
+        # The exponential of the dispersion magnifies rounding.
         if names[0] not in NARROW_PARTS or names[-1] == "log_dispersion":
             return leaf
         # The output layer's bias is the log of each gene's mean: added in float32, after the product.

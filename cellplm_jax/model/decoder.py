@@ -43,6 +43,7 @@ def exponential_within(
 def _exponential_tangent(bounds, primals, tangents):
     (x,), (tangent,) = primals, tangents
     value = exponential_within(x, bounds)
+    # A clipped entry must not move, or its parameter would drift further out.
     inside = (value > bounds[0]) & (value < bounds[1])
     return value, jnp.where(inside, value, 0.0) * tangent
 
@@ -111,6 +112,7 @@ class Decoder(nn.Module):
         """
         if part == "output":
             return self._output(z)
+        # Split in two, so that the loss can apply the output layer chunk by chunk.
         hidden = self._hidden(z, batch, train)  # type: ignore[arg-type]
         return hidden if part == "hidden" else self._output(hidden)
 
@@ -138,6 +140,7 @@ class Decoder(nn.Module):
             history.append(x)
         if decoder.kind == "gaussian":
             return x
+        # The output layer sees every hidden layer.
         if decoder.kind == "residual":
             return jnp.concatenate(history, -1)
         return nn.relu(dense(decoder.bottleneck, "bottleneck")(x))

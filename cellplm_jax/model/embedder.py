@@ -51,6 +51,7 @@ def transform_counts(
     if config.embedder.input_transform == "log1p":
         return jnp.log1p(count)
     library = batch.fold(batch.sum_over_nonzeros(count))
+    # Padding has a cell past the end; its value is dropped by the scatter.
     cell = jnp.minimum(batch.cell_of_nonzero(), library.shape[-1] - 1)
     size = batch.over_pieces(lambda table, index: table[index])(library, cell)
     return jnp.log1p(count / jnp.maximum(size, 1.0) * config.embedder.target_sum)
@@ -69,7 +70,9 @@ def transform_stored(
     if config.embedder.input_transform == "log1p":
         return np.log1p(count)
     # Differences of cumulative sums at the cell boundaries; float64 keeps integers exact.
-    library = np.diff(np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])[indptr])
+    running = np.concatenate([[0.0], np.cumsum(count, dtype=np.float64)])
+    library = np.diff(running[indptr])
+    # A cell without visible counts.
     size = np.maximum(library, 1.0).astype(np.float32)
     per_count = np.repeat(size, np.diff(indptr))
     return np.log1p(count / per_count * np.float32(config.embedder.target_sum))
@@ -150,6 +153,7 @@ class ExpressionEmbedder(nn.Module):
         config = self.config
         # Products use the parameters' type (bfloat16 if configured), logarithms do not.
         values = transform_counts(batch, config).astype(table.dtype)
+        # In training: dense counts of a chunk of cells at a time.
         if self.chunk:
             chunks = CountChunks.of(batch, self.chunk, config.genes)
             masked = None if gene_mask is None else batch.fold(gene_mask)

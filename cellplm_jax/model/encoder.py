@@ -73,6 +73,7 @@ class Centre(nn.Module):
     ) -> Float32[Array, "samples cells hidden"]:
         """Centre the cells of each context."""
         prior = self.param("context_mean", nn.initializers.zeros, (self.config.hidden,))
+        # The centre is a sum over thousands of cells.
         hidden = hidden.astype(jnp.float32)
         members = groups.one_hot()
         total = jnp.einsum("bcs,bch->bsh", members, hidden)
@@ -130,6 +131,7 @@ class Encoder(nn.Module):
         elif encoder.kind == "mlp":
             for layer in range(encoder.layers):
                 hidden = hidden + block(f"layer_{layer}")(hidden, train=train)
+        # The last block sees the outputs of all others.
         elif encoder.kind == "residual_mlp":
             history = []
             for layer in range(encoder.layers - 1):

@@ -70,10 +70,12 @@ class Head(nn.Module):
         head = self.config.head
         if head.kind == "sample_classification":
             weight = cell_mask[..., None].astype(z.dtype)
+            # Without padding, whose latents are not 0.
             pooled = (z * weight).sum(axis=1) / jnp.maximum(weight.sum(axis=1), 1.0)
             return dense(head.outputs, "linear")(pooled)
         if head.kind == "perturbation" and head.condition > 0:
             if condition is None:
+                # Without a condition: initialisation, and control cells.
                 condition = jnp.zeros((*z.shape[:2], head.condition), z.dtype)
             z = jnp.concatenate([z, condition], axis=-1)
         return MultilayerHead(self.config, name="mlp")(z, train=train)

@@ -95,8 +95,10 @@ class Positions(nn.Module):
                 (config.grid * config.grid, hidden),
             )
             square = grid_square(source, config.grid)
+            # Row-major; the order is part of the parameters.
             encoded = table[square[..., 0] * config.grid + square[..., 1]]
         else:
+            # The sign of an eigenvector is arbitrary: random signs in training, one per sample and vector.
             if config.kind == "laplacian" and train:
                 signs = jax.random.rademacher(
                     self.make_rng("dropout"),

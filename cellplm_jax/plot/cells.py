@@ -293,6 +293,7 @@ def _values(
         colors = palette or store_colors(adata, name)
         return adata.obs[name], colors, name
     symbols = own_symbols(adata.var)
+    # The name as written comes before a symbol of another gene.
     places = [*np.flatnonzero(adata.var_names == name)]
     places += [place for place, symbol in enumerate(symbols) if symbol == name]
     if not places:
@@ -305,6 +306,7 @@ def _values(
     place = int(places[0])
     matrix: Any = adata.X if layer is None else adata.layers[layer]
     one = matrix[:, [place]]
+    # One column at a time: the matrix may be backed by a file.
     values = np.asarray(one.toarray() if sparse.issparse(one) else one, np.float64).ravel()
     if np.array_equal(values, np.rint(values)):  # counts: normalise, as scanpy's recipes do
         total = np.maximum(np.asarray(matrix.sum(axis=1), np.float64).ravel(), 1.0)
@@ -349,6 +351,7 @@ def _panels(
             squeeze=False,
         )
         panels = grid.ravel()
+        # The grid can have more places than names.
         for panel in panels[len(names) :]:
             panel.remove()
         for name, panel in zip(names, panels, strict=False):

@@ -90,6 +90,7 @@ def comparison_bars(
             height = row.to_numpy()
             axes.bar(
                 left,
+                # A missing score has no bar; "n/a" is written in its place below.
                 np.nan_to_num(height),
                 width * 0.92,
                 color=PALETTE[place % len(PALETTE)],
@@ -195,6 +196,7 @@ def table_bars(
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(value_label)
+        # Ticks of five digits and more would overlap.
         if np.abs(heights).max() >= 1e4:
             ticker = require("matplotlib.ticker", "eval", "Plotting")
             axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -238,6 +240,7 @@ def dot_plot(
         )
     groups, genes = mean.shape
     low = mean.min(axis=0)
+    # A gene without differences between groups has the lowest colour everywhere.
     scaled = (mean - low) / np.maximum(mean.max(axis=0) - low, 1e-9)
     width = float(np.clip(0.24 * genes + 1.2, 2.4, 14.0))
     with picture(
@@ -298,6 +301,7 @@ def confusion_matrix(
     """
     frame = _frame(counts, "The table of confusions")
     cells = frame.to_numpy()
+    # A row without cells stays 0.
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1.0)
     rows, columns = frame.shape
     side = float(np.clip(0.34 * max(rows, columns), 1.8, 9.0))
@@ -313,6 +317,7 @@ def confusion_matrix(
             ha="right",
             rotation_mode="anchor",
         )
+        # The squares of a larger matrix are too small for text.
         if max(rows, columns) <= 25:
             for row, column in zip(*np.nonzero(cells), strict=True):
                 axes.text(
@@ -322,6 +327,7 @@ def confusion_matrix(
                     ha="center",
                     va="center",
                     fontsize=7,
+                    # Dark text cannot be read on the dark half of the colours.
                     color="white" if share[row, column] > 0.55 else "#1A1A1A",
                 )
         axes.set_ylabel("truth (cells)")
@@ -371,6 +377,7 @@ def calibration(
             "one of each per cell",
             "Apply the same selection of cells to both",
         )
+    # A sum of float32 probabilities can exceed 1 by rounding.
     if not ((confidence >= 0) & (confidence <= 1.0 + 1e-6)).all():
         raise InputError("a confidence outside of 0 to 1", "probabilities", "Normalise them")
     # Bins are open below and closed above; 0 belongs to the first.
@@ -581,6 +588,7 @@ def change_map(
     """
     frame = _frame(change, "The table of changes")
     values = frame.to_numpy()
+    # Symmetric limits: white is no change.
     reach = float(np.nanmax(np.abs(values))) or 1.0
     rows, columns = frame.shape
     width = float(np.clip(0.24 * columns + 2.2, 3.4, 12.0))

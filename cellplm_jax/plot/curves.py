@@ -99,6 +99,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     half = np.minimum(window // 2, np.minimum(index, len(values) - 1 - index))
+    # A running mean from cumulative sums, symmetric at the ends too.
     return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
 
 
@@ -122,6 +123,7 @@ def _curve(
             markersize=4.5,
             markeredgecolor="white",
             markeredgewidth=0.5,
+            # About 25 markers at most; more would cover the line.
             markevery=max(1, len(values) // 25),
         )[0]
     window = smoothing or 2 * (len(values) // 80) + 1
@@ -255,6 +257,7 @@ def fitting_curves(
     """
     rows = [{**row, "step": row["epoch"]} for row in history]
     names = {"train": key, "heldout": f"validation_{key}"}
+    # Both values of an epoch are in one row without a split, and such rows count as "train".
     curves = {split: _series(rows, "train", name) for split, name in names.items()}
     curves = {split: curve for split, curve in curves.items() if len(curve[0])}
     if not curves:
@@ -280,6 +283,7 @@ def fitting_curves(
         if everything.min() > 0 and everything.max() > 50 * everything.min():
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
+        # Ticks between two epochs would have no meaning.
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(key.replace("_", " "))
         axes.spines[["top", "right"]].set_visible(False)
@@ -376,6 +380,7 @@ def run_picture(
             "Check that this is the metrics file of a training run",
         )
     steps, skipped = _series(rows, "train", "skipped")
+    # The metric counts from the start of the run, so an increase marks a skipped step.
     skipped_at = steps[np.flatnonzero(np.diff(skipped, prepend=0.0) > 0)]
     every_step = np.concatenate([curve[1] for *_, curves in panels for curve in curves])
     first = float(every_step.min())
@@ -384,6 +389,7 @@ def run_picture(
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
+        # Without pyplot, which keeps every figure until it is closed and may open a window.
         figure = figures.Figure(figsize=(4.0 * columns, 2.5 * lines + 0.4), layout="constrained")
         grid = np.asarray(figure.subplots(lines, columns, squeeze=False)).ravel()
         for panel in grid[len(panels) :]:
@@ -419,6 +425,7 @@ def _run_panel(
 ) -> None:
     """Draw the curves of one panel of the summary figure."""
     everything = np.concatenate([values for _, _, values in curves])
+    # Correlations and shares: a linear axis from 0, on which a small difference looks small.
     scores = everything.min() >= 0 and everything.max() <= 1
     logarithmic = not scores and everything.min() > 0 and everything.max() > 50 * everything.min()
     for place, (name, steps, values) in enumerate(curves):

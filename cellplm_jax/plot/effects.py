@@ -139,6 +139,7 @@ def values_by_group(
             "label": frame[2].astype(str),
         }
     )
+    # The largest effects on top.
     order = table["value"].abs().groupby(table["group"]).mean().sort_values().index
     kinds = sorted(table["label"].unique())
     pyplot = pyplot_module()
@@ -152,6 +153,7 @@ def values_by_group(
             boxes = [
                 table["value"][(table["group"] == g) & (table["label"] == kind)] for g in order
             ]
+            # A box without values would shift the others.
             shown = [place for place, box in enumerate(boxes) if len(box)]
             drawn = axes.boxplot(
                 [boxes[place].to_numpy() for place in shown],

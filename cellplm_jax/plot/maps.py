@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 
 def points_of(coordinates: Any) -> np.ndarray:
-    """Return finite float coordinates [cells, 2]; other values raise an error."""
+    """Return finite float coordinates [cells, 2].
+
+    Raises:
+        InputError: The values are not finite coordinates.
+    """
     points = np.asarray(coordinates)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise InputError(
@@ -47,7 +51,11 @@ def points_of(coordinates: Any) -> np.ndarray:
 
 
 def drawn_values(values: Any, cells: int) -> tuple[np.ndarray | None, pd.Categorical | None]:
-    """Return (floats, None) for a continuous quantity or (None, categories) for other values."""
+    """Return (floats, None) for a continuous quantity or (None, categories) for other values.
+
+    Raises:
+        InputError: There is not one value per cell.
+    """
     column = values if isinstance(values, pd.Series | pd.Categorical) else np.asarray(values)
     if np.ndim(column) != 1 or len(column) != cells:
         raise InputError(
@@ -75,6 +83,7 @@ def _category_styles(
         chosen = {name: palette.get(name, UNKNOWN_COLOR) for name in names}
     else:
         colors = itertools.cycle(palette or PALETTE)
+        # Unknown labels use up no colour, so the others keep theirs without them.
         chosen = {name: UNKNOWN_COLOR if name in UNKNOWN_LABELS else next(colors) for name in names}
     # Over the complete palette, so that labels of a subset have the markers of the whole.
     seen: Counter[str] = Counter()
@@ -93,8 +102,10 @@ def limits_of(values: np.ndarray, limits: tuple[float, float] | None) -> tuple[f
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
+    # Observed values, not interpolated ones: a sparse gene keeps a limit of 0.
     low = np.percentile(finite, 1, method="higher")
     high = np.percentile(finite, 99, method="lower")
+    # Nearly all values are equal: the full range shows the others.
     if low == high:
         low, high = finite.min(), finite.max()
     return float(low), float(high)
@@ -124,6 +135,7 @@ def _scatter(
     if numbers is not None:
         missing = ~np.isfinite(numbers)
         ax.scatter(*points[missing].T, c=UNKNOWN_COLOR, **options)
+        # Missing values are drawn first, in the background.
         order = order[~missing[order]]
         low, high = limits_of(numbers, color_limits)
         drawn = ax.scatter(
@@ -157,9 +169,11 @@ def _scatter(
     styles = _category_styles(names, palette)
     known = [place for place, name in enumerate(names) if name not in UNKNOWN_LABELS]
     unknown = [place for place, name in enumerate(names) if name in UNKNOWN_LABELS]
+    # -1: a missing label.
     behind = np.isin(codes, [-1, *unknown])
     ax.scatter(*points[behind].T, c=UNKNOWN_COLOR, zorder=1, **options)
     front = order[~behind[order]]
+    # One scatter per marker, because matplotlib draws one marker at a time.
     for marker in dict.fromkeys(styles[place][1] for place in known):
         chosen = front[[styles[code][1] == marker for code in codes[front]]]
         ax.scatter(
@@ -214,7 +228,8 @@ def _scatter(
         for place in known:
             own = points[codes == place]
             # The cell nearest to the median is inside the group even if the group is not convex.
-            middle = own[np.argmin(np.square(own - np.median(own, axis=0)).sum(axis=1))]
+            from_median = np.square(own - np.median(own, axis=0)).sum(axis=1)
+            middle = own[np.argmin(from_median)]
             ax.text(
                 *middle,
                 names[place],
@@ -402,6 +417,7 @@ def _scale_bar(axes: Axes, points: np.ndarray, scale: float, image_origin: bool)
     (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
     wanted = max(right - left, 1e-9) * scale / 5
     power = 10.0 ** math.floor(math.log10(wanted))
+    # A round number of the series 1, 2, 5.
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     y = bottom + 0.05 * (bottom - top) if image_origin else top - 0.05 * (bottom - top)
     end = left + length / scale

@@ -56,9 +56,11 @@ def spatial_comparison(
     values = [np.asarray(column, np.float64) for column in (truth, predicted)]
     for column in values:
         drawn_values(column, len(points))
+    # Common limits, so that the same colour means the same value in both panels.
     together = limits_of(np.concatenate(values), None)
     difference = values[1] - values[0]
     finite = np.abs(difference[np.isfinite(difference)])
+    # Symmetric around 0, which is then white.
     reach = float(np.percentile(finite, 99)) if finite.size and finite.max() > 0 else 1.0
     with _side_by_side(points, 3, title=title, show=show) as axes:
         drawn = (

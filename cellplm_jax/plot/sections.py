@@ -196,6 +196,7 @@ def heat_map(
         axes.tick_params(which="both", length=0)
         axes.spines[:].set_visible(False)
         if values.size <= WRITTEN:
+            # Values that would be written as 0 are left out.
             for row, column in zip(*np.nonzero(values >= 0.5), strict=True):
                 value = values[row, column]
                 color = "white" if value > 0.6 * top else "#1A1A1A"

@@ -49,6 +49,7 @@ def predictor(estimator: Any) -> Page:
     if left_out is not None:
         symbols = symbols_of(estimator.model.genes)
         table = left_out.table()
+        # By the measured change: a prediction must not choose what is shown of it.
         largest = np.argsort([-abs(np.array(row)).mean() for row in left_out.measured])[:DRAWN]
         several = len(set(left_out.groups)) > 1
         title = [
@@ -148,6 +149,7 @@ def perturbed(found: Any, estimator: Any = None) -> Page:
         listed = listed.replace(" -", " \N{MINUS SIGN}")
         row = [perturbation, found.known.iloc[number], float(np.sqrt((values**2).mean())), listed]
         if mean is not None:
+            # A correlation with a constant is undefined, and numpy would warn.
             constant = values.std() == 0 or mean.std() == 0
             row.insert(3, "" if constant else float(np.corrcoef(values, mean)[0, 1]))
         rows.append(tuple(row))
@@ -249,6 +251,7 @@ def _compared(
     from cellplm_jax.evaluate.embedding import integration_scores
     from cellplm_jax.tasks.alignment import harmony, numbers_of
 
+    # Scores of mixing are undefined for one batch.
     if len(set(batches)) < 2:
         return []
     named = {
@@ -257,6 +260,7 @@ def _compared(
         else ("before: " + what if what else "components"): values
         for heading, (what, values) in embeddings.items()
     }
+    # Harmony needs components as its input: it is defined on them, not on the model's latent.
     components = next((v for name, v in named.items() if "components" in name), None)
     if components is not None:
         with contextlib.suppress(MissingDependencyError):
@@ -293,6 +297,7 @@ def _shifts(estimator: Any) -> list[Section]:
         return []
     columns = ["type", "cells", "samples", "p", "p_pseudobulk", "p_latent", "genes"]
     rows = [
+        # Only NaN differs from itself: a type that could not be tested has no p-value.
         tuple("" if value != value else value for value in row)
         for row in table.sort_values("p")[columns].itertuples(index=False, name=None)
     ]

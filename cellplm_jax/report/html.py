@@ -167,13 +167,16 @@ def _is_missing(value: Any) -> bool:
 def _format_numbers(values: Sequence[Any], digits: int) -> list[str]:
     """Return one column of numbers as text with the same number of decimals, or in short form if they differ widely."""
     present = [value for value in values if not _is_missing(value)]
+    # Only columns of integers are shown without decimals.
     whole = all(isinstance(value, numbers.Integral) for value in present)
     finite = [abs(float(value)) for value in present if math.isfinite(value)]
     largest = max(finite, default=0.0)
     smallest = min((value for value in finite if value > 0), default=largest)
     decimals = digits
     if largest >= 1:
+        # Significant digits, by the largest number of the column.
         decimals = max(0, digits - math.floor(math.log10(largest)))
+    # With fixed decimals the smallest number must not become 0.
     fixed = largest < 1e9 and (smallest == 0 or smallest >= 10.0**-decimals)
 
     def one(value: Any) -> str:
@@ -248,11 +251,14 @@ def _png_size(image: bytes) -> tuple[int, int]:
         (length,) = struct.unpack(">I", image[position : position + 4])
         kind = image[position + 4 : position + 8]
         if kind == b"pHYs":
+            # Pixels per metre, if the unit is 1.
             per_unit, _, unit = struct.unpack(">IIB", image[position + 8 : position + 17])
             if unit == 1 and per_unit:
                 scale = 96 / (per_unit * 0.0254)
+        # pHYs precedes the image data, by the PNG standard.
         if kind == b"IDAT":
             break
+        # Length, kind and checksum have four bytes each.
         position += 12 + length
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -375,6 +381,7 @@ def render_report(*, title: str, summary: str, sections: Sequence[Section]) -> s
         InputError: A section has another type, a table row has a wrong length, or an image cannot be shown.
     """
     body = "".join(_section(section) for section in sections)
+    # A report is opened from a mail or a disk: it must request nothing and run nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

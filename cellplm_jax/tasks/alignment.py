@@ -19,6 +19,7 @@ from cellplm_jax.evaluate.components import (
     unit_length,
     variable_columns,
 )
+from cellplm_jax.evaluate.inputs import column_means, row_sums
 from cellplm_jax.tasks.context_components import (
     LATENT,
     PLAIN,
@@ -190,7 +191,7 @@ def fit_alignment(
 
     genes, deviation = variable_columns(blocks)
     expression, depth = _read(source, genes)
-    mean = np.asarray(expression.mean(axis=0), np.float32).ravel()
+    mean = column_means(expression, "float32")
     number = min(COMPONENTS, expression.shape[0] - 1, len(genes) - 1)
     bases, components = [], []
     for scale in (deviation, None):
@@ -199,7 +200,8 @@ def fit_alignment(
         bases.append(principal_components(values, len(genes), number, passes=6)[0])
         components.append(np.concatenate([block @ bases[-1] for block in values()]))
     centres = np.concatenate([values.mean(axis=0) for values in (latent, *components)])
-    length = np.sqrt(np.square(components[1] - components[1].mean(axis=0)).sum(axis=1).mean())
+    plain_centred = components[1] - components[1].mean(axis=0)
+    length = np.sqrt(np.square(plain_centred).sum(axis=1).mean())
     scaled, plain = components
     joined = _joined(latent, scaled, plain, centres, float(length))
     components, centre, loadings = reduced(joined)
@@ -258,7 +260,7 @@ def _read(source: CountSource, genes: np.ndarray) -> tuple[Any, np.ndarray]:
     """Return log-normalized expression of some genes, CSR [cells, genes], and the log library sizes [cells]."""
     expression, depth = [], []
     for block in source.blocks(BLOCK):
-        depth.append(np.log1p(np.asarray(block.sum(axis=1)).ravel()))
+        depth.append(np.log1p(row_sums(block)))
         expression.append(log_normalized(block)[:, genes])
     return sparse.vstack(expression).tocsr(), np.concatenate(depth).astype(np.float32)
 

@@ -105,7 +105,8 @@ def choose_pool(
                 both[:, out],
                 axes=1,
             )
-            losses[name][out] = -log_softmax(mixed, axis=1)[np.arange(len(out)), labels[out]]
+            scores = log_softmax(mixed, axis=1)
+            losses[name][out] = -scores[np.arange(len(out)), labels[out]]
     chosen = "linear" if _lower(losses["linear"], losses["pooled"]) else "pooled"
     return fit(chosen, every).tolist(), chosen
 

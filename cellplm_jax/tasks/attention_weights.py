@@ -138,6 +138,7 @@ def _fill(
     mask = jax.device_put(mask)
     for start in range(0, len(here), CHOSEN_CELLS):
         part = here[start : start + CHOSEN_CELLS]
+        # A power of two: few shapes to compile.
         rows = np.zeros(min(CHOSEN_CELLS, 1 << (len(here) - 1).bit_length()), np.int32)
         rows[: len(part)] = [place_of[chosen[number]] for number in part]
         weights = model.attend(model.device_params, hidden, mask, jnp.asarray(rows))

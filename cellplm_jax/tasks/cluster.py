@@ -201,6 +201,7 @@ def known_columns(path: str | os.PathLike, columns: Sequence[str]) -> None:
     Raises:
         InputError: A column does not exist.
     """
+    # A missing file is reported when it is opened, with its own message.
     if not columns or not Path(path).exists():
         return
     with open_store(path) as file:
@@ -280,6 +281,7 @@ def _clustered(
         )
     finally:
         progress.close()
+    # The names that scanpy writes, so its functions read the entry.
     params = {"resolution": resolution, "random_state": seed, "n_iterations": 2}
     return {
         "obs": {key_added: pd.Categorical.from_codes(clusters, names)},  # type: ignore[arg-type]
@@ -288,6 +290,7 @@ def _clustered(
         "uns": {
             "neighbors": dict(graph.uns["neighbors"]),
             key_added: {"params": params},
+            # Scanpy and this package then draw the clusters in the same colours.
             f"{key_added}_colors": list(category_colors(pd.Categorical(names, names)).values()),
         },
     }

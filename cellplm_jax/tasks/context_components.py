@@ -19,6 +19,7 @@ from cellplm_jax.evaluate.components import (
     variable_expression,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
+from cellplm_jax.evaluate.inputs import row_sums
 
 CLUSTERED_CELLS = 10_000
 """Maximum number of cells that are clustered; the discriminants of the clusters are applied to all."""
@@ -78,7 +79,7 @@ def join_context(
         # The blocks are read twice.
         libraries.clear()
         for block in source.blocks(BLOCK):
-            libraries.append(np.asarray(block.sum(axis=1)).ravel())
+            libraries.append(row_sums(block))
             yield log_normalized(block, target_sum)
 
     expression, deviation = variable_expression(blocks)
@@ -102,7 +103,9 @@ def join_context(
         return joined
     separated = joined @ directions.astype(np.float32)
     separated -= separated.mean(axis=0)
-    length = np.sqrt(np.mean(np.sum(joined**2, axis=1)) / np.mean(np.sum(separated**2, axis=1)))
+    joined_square = np.mean(np.sum(joined**2, axis=1))
+    separated_square = np.mean(np.sum(separated**2, axis=1))
+    length = np.sqrt(joined_square / separated_square)
     return np.hstack([joined, separated * np.float32(length)])
 
 
@@ -205,4 +208,5 @@ def _centred_unit(values: np.ndarray) -> np.ndarray:
 def _centred(values: np.ndarray) -> np.ndarray:
     """Centre cells and scale them together to a root mean square length of 1."""
     values = values - values.mean(axis=0)
-    return values / np.float32(max(np.sqrt(np.mean(np.sum(values**2, axis=1))), 1e-9))
+    length = np.sqrt(np.mean(np.sum(values**2, axis=1)))
+    return values / np.float32(max(length, 1e-9))

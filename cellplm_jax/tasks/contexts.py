@@ -25,6 +25,7 @@ from cellplm_jax.data.batches import (
 )
 from cellplm_jax.data.genes import ORTHOLOGUE, load_human_table
 from cellplm_jax.errors import InputError, require_column
+from cellplm_jax.evaluate.inputs import column_means, row_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -224,12 +225,13 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     Returns:
         int, increasing: the selected columns; fewer if fewer genes are expressed.
     """
-    library = np.asarray(counts.sum(axis=1)).ravel()
-    scaled = counts.astype(np.float64).multiply(1e4 / np.maximum(library, 1)[:, None]).tocsr()
+    library = row_sums(counts)
+    factor = 1e4 / np.maximum(library, 1)[:, None]
+    scaled = counts.astype(np.float64).multiply(factor).tocsr()
     cells = counts.shape[0]
-    mean = np.asarray(scaled.mean(axis=0)).ravel()
+    mean = column_means(scaled)
     # Float64: the variance is a difference of squares.
-    square = np.asarray(scaled.multiply(scaled).mean(axis=0)).ravel()
+    square = column_means(scaled.multiply(scaled))
     variance = (square - mean**2) * cells / max(cells - 1, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(variance / mean)
@@ -244,7 +246,8 @@ def variable_genes(counts: sparse.csr_matrix, number: int) -> np.ndarray:
     standardised = ((frame["ratio"] - centre) / spread.replace(0.0, 1.0)).to_numpy()
     dispersion = np.where(mean > 0, np.nan_to_num(standardised, nan=-1e30), -np.inf)
     # Stable: genes of equal dispersion are chosen by position, the same on every machine.
-    order = np.argsort(-dispersion, kind="stable")[: min(number, int((mean > 0).sum()))]
+    expressed = int((mean > 0).sum())
+    order = np.argsort(-dispersion, kind="stable")[: min(number, expressed)]
     return np.sort(order)
 
 

@@ -22,6 +22,7 @@ from cellplm_jax.evaluate.denoising import (
     log_normalize,
     marker_scores,
 )
+from cellplm_jax.evaluate.inputs import row_sums
 from cellplm_jax.progress import ProgressReport
 from cellplm_jax.tasks.contexts import CellTable, labels_of, require_same_cells
 from cellplm_jax.tasks.denoise_counts import (
@@ -538,7 +539,7 @@ def _own_reading(reading: Reading, table: CellTable) -> Reading:
 
 
 def _totals(counts: sparse.csr_matrix) -> np.ndarray:
-    return np.asarray(counts.sum(axis=1), np.float64).ravel()
+    return row_sums(counts, "float64")
 
 
 def require_training_cells(table: CellTable, train: np.ndarray, *, among: np.ndarray) -> None:

@@ -136,7 +136,8 @@ def rounded(values: np.ndarray) -> np.ndarray:
     relative = (bits & ~((1 << dropped) - 1)).view(np.float32)
     # Relative to the row's sum, so that deep and shallow cells lose the same share.
     sums = values.sum(axis=1, keepdims=True, dtype=np.float64)
-    step = np.exp2(np.floor(np.log2(np.maximum(STEP * sums, 1e-30)))).astype(np.float32)
+    exponent = np.floor(np.log2(np.maximum(STEP * sums, 1e-30)))
+    step = np.exp2(exponent).astype(np.float32)
     return np.where(values < step * 2**DIGITS, np.rint(values / step) * step, relative)
 
 

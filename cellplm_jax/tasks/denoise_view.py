@@ -17,6 +17,7 @@ from cellplm_jax.data.genes import map_genes, symbols_of
 from cellplm_jax.display import Displayed
 from cellplm_jax.errors import InputError, nearest
 from cellplm_jax.evaluate.denoising import log_normalize
+from cellplm_jax.evaluate.inputs import column_means, row_sums
 from cellplm_jax.evaluate.reconstruction import pearson_per_gene
 from cellplm_jax.tasks.contexts import read_cells
 from cellplm_jax.tasks.denoise import LAYER, Denoiser
@@ -96,7 +97,7 @@ def before_and_after(
     )
     column = np.asarray(cells.report.genes.column, int)
     known = _known_columns(column)
-    total = np.asarray(cells.counts.sum(axis=1), np.float64).ravel()[rows]
+    total = row_sums(cells.counts, "float64")[rows]
     with open_store(path) as file:
         values: Any = file[f"layers/{layer_written}"]
         if not hasattr(values, "shape"):
@@ -129,14 +130,14 @@ def before_and_after(
         after=logs[:, places].astype(np.float64),
         table=pd.DataFrame(
             {
-                "share_counted": np.asarray(nonzero.mean(axis=0)).ravel(),
-                "mean_before": np.asarray(counts[:, places].mean(axis=0)).ravel(),
+                "share_counted": column_means(nonzero),
+                "mean_before": column_means(counts[:, places]),
                 "mean_after": after[:, places].mean(axis=0),
                 "pearson": correlation,
             },
             index=pd.Index([names[place] for place in places], dtype=object),
         ),
-        means_before=np.asarray(counts.mean(axis=0)).ravel(),
+        means_before=column_means(counts),
         means_after=after.mean(axis=0),
         zeros=empty / max(half.size, 1),
         expected_zeros=float((half.sum() - both) / max(empty, 1)),

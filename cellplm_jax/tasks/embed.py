@@ -258,7 +258,8 @@ def options_of(
         InputError: A value has another type.
         TypeError: A key is unknown.
     """
-    read, own = ({**d, **{n: keys[n] for n in d if n in keys}} for d in (_READ, _CONTEXT))
+    read = {name: keys.get(name, default) for name, default in _READ.items()}
+    own = {name: keys.get(name, default) for name, default in _CONTEXT.items()}
     for name in keys:
         if name not in read and name not in own:
             msg = f"an embedding has no keyword argument {name!r}"

@@ -275,7 +275,10 @@ class SampleRows:
             float32 CSR [n, genes of the model], canonical.
         """
         indices = np.asarray(indices, np.int64)
-        low, high = (int(indices.min()), int(indices.max()) + 1) if len(indices) else (0, 0)
+        low = high = 0
+        if len(indices):
+            low = int(indices.min())
+            high = int(indices.max()) + 1
         run = self._corpus.read(self._sample, low, high)
         rows = in_vocabulary(
             run.count.astype(np.float32),

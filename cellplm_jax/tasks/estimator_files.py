@@ -306,6 +306,7 @@ def read_estimator(directory: str | os.PathLike, name: str | None = None) -> dic
         if not is_remote(path):
             require_regular(path.parent, raises=CheckpointError)
         content = parse_json(Manifest(path.parent, f"'{name}'").read(ESTIMATOR_FILE))
+        # Raises an AttributeError below if the class is not a text.
         content["class"].strip()
         if content["format"] != 1:
             msg = f"format {shorten(str(content['format']))}, this version reads format 1"
@@ -340,6 +341,7 @@ def _check_labels(labels: Any, config: ModelConfig, arrays: Mapping[str, np.ndar
     wanted = (
         config.head.outputs if config.head.kind in ("annotation", "sample_classification") else None
     )
+    # These predict instead of the model's head.
     if "bias" in arrays and "kernel" in arrays:
         wanted = int(arrays["bias"].shape[-1])
     codes = arrays.get("label")

@@ -15,6 +15,7 @@ from cellplm_jax.data.anndata_io import open_counts
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import log_normalize
 from cellplm_jax.evaluate.imputation import imputation_scores, imputation_table
+from cellplm_jax.evaluate.inputs import row_sums
 from cellplm_jax.tasks.contexts import CellTable, read_cells, require_same_cells
 from cellplm_jax.tasks.denoise import expected_counts
 from cellplm_jax.tasks.files import check_copy, write_copy
@@ -408,7 +409,7 @@ class GeneImputer(ImputerFit):
             start = 0
             for block in source.blocks(4096):
                 piece = slice(start, start + block.shape[0])
-                total[piece] = np.asarray(block.sum(axis=1)).ravel()
+                total[piece] = row_sums(block)
                 if ridge is not None:
                     linear = self._linear_prediction(ridge, block, total[piece], measured)
                     values[piece] = linear[:, places]

@@ -95,7 +95,8 @@ def beside_measured(
         values = predicted(there)
         pearson = pearson_per_gene(truth, values)
         # From the most to the least confident gene, evenly.
-        chosen = np.unique(np.linspace(0, len(there) - 1, min(pairs, len(there))).round())
+        number = min(pairs, len(there))
+        chosen = np.unique(np.linspace(0, len(there) - 1, number).round())
         found = [
             Beside(
                 name := str(imputed.columns[there[n]]),

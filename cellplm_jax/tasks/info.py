@@ -43,6 +43,7 @@ def describe(source: str | os.PathLike) -> dict[str, Any]:
     metrics = epath.Path(where) / "metrics.jsonl"
     if metrics.is_file():
         for row in read_metrics(metrics):
+            # First and last line per split, in one pass over a long file.
             split = training.setdefault(str(row.get("split", "train")), {"first": row})
             split["last"] = row
     facts: dict[str, Any] = {}

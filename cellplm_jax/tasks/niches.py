@@ -222,8 +222,10 @@ class _Options:
         lowest = {"shells": 1, "neighbors": 1, "permutations": 2, "n_niches": 2}
         for name, least in lowest.items():
             value = getattr(self, name)
+            # None lets Leiden determine the number.
             if value is None and name == "n_niches":
                 continue
+            # A bool is an int in Python.
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise InputError(f"{name} = {value!r}", f"an integer, at least {least}")
         if not self.resolution > 0:
@@ -311,6 +313,7 @@ def _find(
         obs = {options.key_added: pd.Categorical.from_codes(found, names)}  # type: ignore[arg-type]
         if types is None and CLUSTERS in parts.obs:
             types = _types(parts.obs, CLUSTERS)
+        # No cell types at all: clusters of the cells' own embeddings replace them.
         elif types is None:
             progress.update(3, "clustering the cells")
             own = _leiden(unit_length(latent), SIMILAR_CELLS, 1.0, options.seed)
@@ -385,6 +388,7 @@ def _graph(
             f"Connected every cell with its {options.neighbors} nearest cells in obsm['{options.spatial_key}'], "
             f"{graph.nnz / max(len(samples), 1):.1f} neighbours per cell on average."
         )
+    # Rows of a CSR matrix without an entry.
     alone = int((np.diff(graph.indptr) == 0).sum())
     if alone == len(samples):
         raise InputError(
@@ -410,6 +414,7 @@ def _coordinates(parts: _Parts, key: str) -> np.ndarray:
         raise InputError(
             f"obsm['{key}'] has shape {np.shape(parts.obsm[key])}", f"numbers [{len(parts.obs)}, 2]"
         )
+    # Further coordinates, such as the number of the section, are not distances in the tissue.
     return points[:, :2]
 
 
@@ -418,6 +423,7 @@ def _types(obs: pd.DataFrame, key: str) -> pd.Categorical:
     known = sorted({label for label in labels if label is not None})
     column: Any = obs[key]
     if isinstance(column.dtype, pd.CategoricalDtype):
+        # The order that the user gave to the categories, for tables and heatmaps.
         known = [str(name) for name in column.cat.categories if str(name) in known]
     if not known:
         raise InputError(f"obs['{key}'] has no value", "the cell types of the cells")
@@ -500,8 +506,10 @@ def join_sections(
         own_components(expression, section, deviation),
         own_components(expression, section),
     ]
+    # One factor per part, not per cell: the parts count the same, and lengths of cells within a part remain.
+    lengths = [np.sqrt(np.mean(np.sum(part**2, axis=1))) for part in parts]
     joined = np.hstack(
-        [part / max(np.sqrt(np.mean(np.sum(part**2, axis=1))), 1e-9) for part in parts]
+        [part / max(length, 1e-9) for part, length in zip(parts, lengths, strict=True)]
     )
     if len(samples) > 1 and len(joined) >= MINIMUM_CELLS:
         return aligned_components(joined, section).astype(np.float32)

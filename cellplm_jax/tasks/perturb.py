@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.evaluate.inputs import column_means
 from cellplm_jax.evaluate.perturbation import additive_change, change_scores, mean_scores, no_change
 from cellplm_jax.tasks.perturb_fit import PredictorFit
 from cellplm_jax.tasks.perturbation_head import PerturbationPrediction
@@ -167,7 +168,7 @@ class PerturbationPredictor(PredictorFit):
             )
         z = self._latents(model, self._lay_out(table, cells, model), len(table))[cells]
         expression = log_normalize(table.counts[cells])
-        return z.mean(axis=0), np.asarray(expression.mean(axis=0), np.float32).ravel()
+        return z.mean(axis=0), column_means(expression, "float32")
 
     def _doubts(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return warnings about predictions of these kinds."""

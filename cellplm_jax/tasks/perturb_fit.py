@@ -16,6 +16,7 @@ from scipy import sparse
 from cellplm_jax.config import FinetuneConfig, HeadConfig, MaskingConfig, ModelConfig
 from cellplm_jax.data.genes import find_gene, symbols_of
 from cellplm_jax.errors import InputError, explain, require_choice
+from cellplm_jax.evaluate.inputs import column_means
 from cellplm_jax.evaluate.perturbation import change_scores, mean_change, mean_scores
 from cellplm_jax.tasks.contexts import (
     CellTable,
@@ -245,9 +246,9 @@ class PredictorFit(Estimator):
         control_rows = [
             expression[usable & (named == self.control) & (groups == g)] for g in self._groups
         ]
-        means = [np.asarray(part.mean(axis=0)).ravel() for part in control_rows]
+        means = [column_means(part) for part in control_rows]
         # The last row is for predictions without a group: all control cells.
-        means.append(np.asarray(expression[usable & (named == self.control)].mean(axis=0)).ravel())
+        means.append(column_means(expression[usable & (named == self.control)]))
         self._arrays["control"] = np.stack(means).astype(np.float32)
         single = np.array([len(names.parts(name)) for name in changes.names])
         self._arrays["mean_change"] = mean_change(changes.values, targets=single).astype(np.float32)
@@ -395,7 +396,8 @@ class PredictorFit(Estimator):
         latent = z[[place[group] for group in changes.groups]]
         centre = latent.mean(axis=0)
         # Scale the latent with one factor: scaling each dimension would amplify small differences between groups.
-        scale = max(float(np.sqrt(np.square(latent - centre).sum(axis=1).mean())), 1e-6)
+        mean_square = np.square(latent - centre).sum(axis=1).mean()
+        scale = max(float(np.sqrt(mean_square)), 1e-6)
         latent = (latent - centre) / scale
         number = condition[:, -1].astype(np.float64)
         features = condition[:, :-1].astype(np.float64)

@@ -86,13 +86,19 @@ class LeftOut:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the attributes as JSON; missing correlations are None."""
-        scores = {n: [v if np.isfinite(v) else None for v in s] for n, s in self.scores.items()}
+        scores = {
+            name: [value if np.isfinite(value) else None for value in values]
+            for name, values in self.scores.items()
+        }
         return {**asdict(self), "scores": scores}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LeftOut:
         """Return the object of :meth:`as_dict`."""
-        scores = {n: [np.nan if v is None else v for v in s] for n, s in content["scores"].items()}
+        scores = {
+            name: [np.nan if value is None else value for value in values]
+            for name, values in content["scores"].items()
+        }
         return cls(**{**content, "scores": scores})
 
 
@@ -337,10 +343,12 @@ def _loadings(expression: sparse.csr_matrix, size: int = CONDITION_SIZE // 2) ->
         value, vector = np.linalg.eigh(dense @ dense.T / len(dense))
         order = np.argsort(value)[::-1][:size]
         found = dense.T @ vector[:, order] / np.sqrt(len(dense))
-    return found * np.sign(found[np.abs(found).argmax(axis=0), np.arange(found.shape[1])])
+    largest = found[np.abs(found).argmax(axis=0), np.arange(found.shape[1])]
+    return found * np.sign(largest)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
     """Scale all rows by one factor to a mean squared norm of 1."""
     # One factor, not one per gene: the relative lengths of the rows are kept.
-    return values / np.sqrt(max(float(np.square(values).sum(axis=1).mean()), 1e-30))
+    mean_square = float(np.square(values).sum(axis=1).mean())
+    return values / np.sqrt(max(mean_square, 1e-30))

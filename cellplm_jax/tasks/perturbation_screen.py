@@ -10,6 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from cellplm_jax.errors import InputError, nearest
+from cellplm_jax.evaluate.inputs import column_means, row_sums
 from cellplm_jax.tasks.contexts import CellTable, labels_of
 from cellplm_jax.tasks.perturbation_names import PerturbationNames, labels_with_numbers
 
@@ -138,17 +139,18 @@ def measure(
     for group in dict.fromkeys(groups[usable]):
         inside = usable & (groups == group)
         own = expression[inside & is_control]
-        mean = np.asarray(own.mean(axis=0), np.float64).ravel()
-        square = np.asarray(own.multiply(own).mean(axis=0), np.float64).ravel()
+        mean = column_means(own, "float64")
+        square = column_means(own.multiply(own), "float64")
         # One variance for all genes and perturbations of a group: those of a few cells would be too uncertain.
-        variance = float((square - mean**2).mean()) * own.shape[0] / max(own.shape[0] - 1, 1)
+        size = own.shape[0]
+        variance = float((square - mean**2).mean()) * size / max(size - 1, 1)
         controls: dict[str, tuple[np.ndarray, int]] = {}
         for one in dict.fromkeys(batch[inside]):
             cells = np.flatnonzero(inside & is_control & (batch == one))
             # Otherwise the control cells of all batches, with the batch effect that they bring.
             enough = len(cells) >= MINIMUM_CONTROLS
             controls[one] = (
-                (np.asarray(expression[cells].mean(axis=0), np.float64).ravel(), len(cells))
+                (column_means(expression[cells], "float64"), len(cells))
                 if enough
                 else (mean, own.shape[0])
             )
@@ -156,7 +158,7 @@ def measure(
             cells = np.flatnonzero(inside & (named == name))
             if len(cells) < MINIMUM_CELLS:
                 continue
-            change = np.asarray(expression[cells].mean(axis=0), np.float64).ravel()
+            change = column_means(expression[cells], "float64")
             noise = variance / len(cells)
             batches, sizes = np.unique(batch[cells].astype(str), return_counts=True)
             for one, size in zip(batches, sizes, strict=True):
@@ -180,7 +182,7 @@ def measure(
 def log_normalize(counts: sparse.csr_matrix) -> sparse.csr_matrix:
     """Scale every cell to :data:`TARGET_SUM` counts over its genes, then log1p; float32 CSR [cells, genes]."""
     counts = sparse.csr_matrix(counts, dtype=np.float32, copy=True)
-    total = np.asarray(counts.sum(axis=1)).ravel()
+    total = row_sums(counts)
     # In place on the copy above: expression of a screen is its largest array.
     counts.data *= np.repeat(TARGET_SUM / np.maximum(total, 1.0), np.diff(counts.indptr))
     np.log1p(counts.data, out=counts.data)

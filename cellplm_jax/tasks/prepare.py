@@ -284,7 +284,8 @@ def describe_source(path: Path) -> dict[str, Any]:
         digest.update(str(size).encode())
         with path.open("rb") as file:
             # A megabyte of a file that may have a terabyte: enough to notice another file of the same size.
-            for start in np.linspace(0, max(0, size - 2**16), 16).astype(np.int64).tolist():
+            last = max(0, size - 2**16)
+            for start in np.linspace(0, last, 16).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(2**16))
     return {"name": path.name, "size": size, "signature": digest.hexdigest()[:32]}

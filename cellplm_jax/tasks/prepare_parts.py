@@ -307,6 +307,7 @@ def _lay_out(source: CountSource, name: str, keys: Keys, per_cell: np.ndarray) -
     labels, unlabelled = None, 0
     if keys.label is not None and keys.label in columns:
         texts = source.column(keys.label, missing="")[rows]
+        # An empty label is none: it was read with missing="".
         labels = [text or None for text in texts.tolist()]
         unlabelled = sum(label is None for label in labels)
     spatial = any(sample.spatial for sample in samples)

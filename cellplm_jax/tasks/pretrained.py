@@ -92,6 +92,7 @@ class Pretrained(Displayed):
     @property
     def id(self) -> str:
         """Name, step, task of a fine-tuned model, and start of :attr:`digest`; recorded with each embedding."""
+        # Without the revision: the digest identifies the weights already.
         source = self.source.partition("@")[0] if hub.is_hub_address(self.source) else self.source
         name = self.card.get("name") or Path(source).name
         task = f"-{self.card['task']}" if self.card.get("kind") == "fine-tuned" else ""
@@ -104,6 +105,7 @@ class Pretrained(Displayed):
         digest = hashlib.sha256(facts.encode())
         for path, leaf in sorted(flatten_dict(self.params).items()):
             array = np.ascontiguousarray(leaf)
+            # The type and shape too: the same bytes in another shape are another model.
             digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}".encode())
             digest.update(array.data if array.ndim else array.tobytes())
         return digest.hexdigest()
@@ -135,6 +137,7 @@ class Pretrained(Displayed):
             genes: Gene vocabulary.
             seed: Seed of the initialisation.
         """
+        # One program; otherwise each operation of the initialisation is compiled by itself.
         params = jax.jit(lambda: init_params(config, jax.random.key(seed)))()
         card = {"kind": "untrained", "seed": seed}
         return cls(
@@ -223,6 +226,7 @@ class Pretrained(Displayed):
     @cached_property
     def weight_copies(self) -> tuple[dict[str, Any], ...]:
         """The weights used for embedding, on each of the embedding devices."""
+        # Decoder and head are not copied: an embedding does not use them, and they would take memory on each device.
         needed = {name: self.params[name] for name in EMBEDDING_PARTS if name in self.params}
         return tuple(
             in_precision(jax.device_put(needed, device), self.precision)
@@ -390,6 +394,7 @@ def working_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device | 
     if devices is not None:
         return tuple(devices)
     local = jax.local_devices()
+    # Who sets a default device reserves the others, so they are not used.
     if len(local) == 1 or local[0].platform == "cpu" or jax.config.jax_default_device is not None:
         return (None,)
     return tuple(local)
@@ -494,6 +499,7 @@ def resolve_source(
             "a local directory, a gs:// or an hf:// address",
             "Download it first",
         )
+    # A folder of that name was made by the user, so it comes before the bundled model.
     if text in BUNDLED and not Path(text).exists():
         text = str(bundled_path(text))
     if text.startswith("~"):
@@ -565,9 +571,11 @@ def load_located(
     check_platforms()
     files = read_root(directory)
     params, found_step = restore_item(directory, step=step)
+    # Half-precision files are widened: the model computes and is fine-tuned in float32.
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
     # A step that was saved before data was added has fewer covariate rows than the run has now.
     shapes = jax.eval_shape(lambda: init_params(files.model, jax.random.key(0)))
+    # A different structure is reported by `check_params`, which names the parameter.
     if jax.tree.structure(shapes) == jax.tree.structure(params):
         params = grow_rows(params, shapes)
     check_params(files.model, params, name)

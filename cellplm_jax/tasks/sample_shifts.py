@@ -21,6 +21,7 @@ from cellplm_jax.evaluate.cohorts import (
     smallest_p,
 )
 from cellplm_jax.evaluate.components import log_normalized
+from cellplm_jax.evaluate.inputs import column_sums, row_sums
 
 MINIMUM_CELLS = 5
 """Minimum number of cells of a type in a sample; samples with fewer do not count for the type."""
@@ -201,7 +202,7 @@ def fit_shifts(
     whitening = _whitening(latent - centres[group], freedom)
     expression = log_normalized(sparse.csr_matrix(counts[used]))
     profiles = np.asarray((share @ expression).todense(), np.float64)
-    within = np.asarray(expression.multiply(expression).sum(axis=0), np.float64).ravel()
+    within = column_sums(expression.multiply(expression), "float64")
     within = np.maximum(within - cells @ np.square(profiles), 0.0) / freedom
     # Genes are chosen by the variance between samples, without labels: a choice by labels would make the test
     # invalid.
@@ -220,7 +221,7 @@ def fit_shifts(
     even = sparse.csr_matrix(
         (np.ones(len(kept_cells)), (group[kept_cells], kept_cells)), gather.shape
     )
-    even = sparse.diags(1.0 / np.maximum(np.asarray(even.sum(axis=1)).ravel(), 1)) @ even
+    even = sparse.diags(1.0 / np.maximum(row_sums(even), 1)) @ even
     tested_means: list[Any] = [
         np.asarray(even @ latent).reshape(*shape, -1),
         np.asarray((even @ expression[:, chosen]).todense(), np.float64).reshape(*shape, -1),
@@ -253,7 +254,8 @@ def fit_shifts(
             separation(_standardised(values[code][valid]), permuted[:, valid])
             for values in tested_means
         ]
-        tests.append((row, [(one - one.mean()) / max(one.std(), 1e-30) for one in statistics]))
+        standardised = [(one - one.mean()) / max(one.std(), 1e-30) for one in statistics]
+        tests.append((row, standardised))
         p = [permutation_p(one) for one in statistics]
         row |= {"p_latent": p[0], "p_pseudobulk": p[1]}
         moved = [
@@ -304,7 +306,8 @@ def fit_shifts(
         facts[f"p_{name}"] = permutation_p(-errors)
     if tests:
         facts["p_shift"] = min(row["p"] for row, _ in tests)
-    ranks = [pd.Series([own[space][0] for _, own in tests]).rank() for space in (0, 1)]
+    observed = [[own[space][0] for _, own in tests] for space in (0, 1)]
+    ranks = [pd.Series(values).rank() for values in observed]
     if len(tests) > 2:
         facts["shift_agreement_with_pseudobulk"] = float(np.corrcoef(*ranks)[0, 1])
     return shifts, facts
@@ -347,7 +350,8 @@ def _label_means(
 
 def _by_type(profiles: np.ndarray, shape: tuple[int, int], cells: np.ndarray) -> np.ndarray:
     """Return the mean of each type in every row of its samples, [types x samples, genes]."""
-    weight = cells.reshape(shape) / np.maximum(cells.reshape(shape).sum(axis=1, keepdims=True), 1)
+    number = cells.reshape(shape)
+    weight = number / np.maximum(number.sum(axis=1, keepdims=True), 1)
     usual = np.einsum("ts,tsg->tg", weight, profiles.reshape(*shape, -1))
     return np.repeat(usual, shape[1], axis=0)
 

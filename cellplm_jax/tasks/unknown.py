@@ -30,6 +30,7 @@ from cellplm_jax.evaluate.components import (
     principal_components,
     unit_length,
 )
+from cellplm_jax.evaluate.inputs import column_means
 from cellplm_jax.tasks.annotation_pool import neighbor_votes
 from cellplm_jax.train.linear import LinearClassifier, fit_linear_classifier
 
@@ -134,6 +135,7 @@ class UnknownDetector:
             The detector; None with too few cells or genes that vary.
         """
         generator = np.random.default_rng(seed)
+        # Comparisons are quadratic in the cells, hence a limit that keeps rare types.
         chosen = _stratified(codes, REFERENCE_CELLS, generator)
         if len(chosen) < MINIMUM_CELLS:
             return None
@@ -148,6 +150,7 @@ class UnknownDetector:
             part = _fit_state(logs[half], codes[half], classes, latent, generator)
             if part is None:
                 return None
+            # Scores of known cells that the detector has not seen, space included.
             null[~half] = cls(part)._scores(_project(logs[~half], part))[0]
         return cls(state | {"null": null})
 
@@ -269,8 +272,10 @@ def _fit_space(
     cells = logs.shape[0]
     level = logs.copy()
     level.data = np.expm1(level.data)
-    mean, square = (np.asarray(m.mean(axis=0)).ravel() for m in (logs, logs.multiply(logs)))
-    height, power = (np.asarray(m.mean(axis=0)).ravel() for m in (level, level.multiply(level)))
+    mean = column_means(logs)
+    square = column_means(logs.multiply(logs))
+    height = column_means(level)
+    power = column_means(level.multiply(level))
     variance = np.maximum(square - mean**2, 0)
     scatter = np.maximum(power - height**2, 0) * cells / max(cells - 1, 1)
     genes = dispersed_genes(height, np.where(variance > 1e-12, scatter, 0), GENES)
@@ -293,6 +298,7 @@ def _fit_space(
         rest = standard[~out]
         loadings, _ = principal_components(lambda rest=rest: [rest], len(genes), number, passes=4)
         if rotated:
+            # Procrustes: components of the folds are rotated onto those of the first, so that they can be averaged.
             left, _, right = np.linalg.svd((standard @ loadings).T @ (standard @ rotated[0]))
             loadings = loadings @ (left @ right)
         rotated.append(loadings)
@@ -301,6 +307,7 @@ def _fit_space(
     state["component_centre"] = own.mean(axis=0)
     hidden = None
     if latent is not None:
+        # Half the size when saved.
         state["latent"] = np.asarray(latent, np.float16)
         hidden = logs @ state["latent"].astype(np.float32)
         state["latent_centre"] = hidden.mean(axis=0).astype(np.float32)
@@ -337,6 +344,7 @@ def _stratified(codes: np.ndarray, limit: int, generator: np.random.Generator) -
     sizes = np.bincount(codes)
     quota = int(sizes.max())
     if len(codes) > limit:
+        # The largest number per class with which the total stays within the limit.
         options = np.arange(1, quota + 1)
         totals = np.minimum(sizes[None], options[:, None]).sum(axis=1)
         quota = max(1, int((totals <= limit).sum()))
@@ -445,9 +453,11 @@ def _neighbors(every: np.ndarray, known: int) -> tuple[np.ndarray, np.ndarray]:
     square = np.einsum("ij,ij->i", every, every)
     nearest = np.zeros((len(every), near), np.int64)
     distance = np.zeros(len(every))
+    # In blocks: the matrix of all distances would have 64 million entries.
     for start in range(0, len(every), 1024):
         rows = np.arange(start, min(start + 1024, len(every)))
         squared = square[rows, None] + square[None] - 2.0 * every[rows] @ every.T
+        # A cell is not its own neighbour.
         squared[np.arange(len(rows)), rows] = np.inf
         nearest[rows] = np.argpartition(squared, near - 1, axis=1)[:, :near]
         labelled = np.partition(squared[:, :known], closest - 1, axis=1)[:, :closest]
@@ -490,6 +500,7 @@ def _standardized(
         if spread_of is not None:
             scale = float(spread_of[code]) * 2 * np.sqrt(np.clip(centre * (1 - centre), 0.01, 0.25))
         if shifted and len(rest) >= SHIFT_CELLS and len(own):
+            # Only upwards: a file whose cells are closer than the labelled ones is no reason to flag more of them.
             centre += max(0.0, float(np.quantile(rest, SHIFT)) - float(np.quantile(own, SHIFT)))
         result[others] = (rest - centre) / scale
     return result

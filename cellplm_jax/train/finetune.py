@@ -179,6 +179,7 @@ def init_adapters(
     for number, path in enumerate(adapted_paths(params) if rank else []):
         rows, columns = np.shape(flat[path])
         down = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) / math.sqrt(rows)
+        # With `up` at 0 the model starts as it is, and `down` gives `up` a gradient.
         adapters[path] = {"down": down, "up": jnp.zeros((rank, columns))}
     return adapters
 
@@ -213,6 +214,7 @@ def learning_rate_factor(path: Path, config: FinetuneConfig, layers: int) -> flo
             the parameter and the output: latent, decoder and head are the last layer, the embedder the first.
         layers: Number of encoder layers.
     """
+    # Depth 0 is the input; rates decay from the output towards it.
     depth = layers + 2  # of latent, decoder, head
     if path[0] in ("embedder", "centre"):
         depth = 0
@@ -296,6 +298,7 @@ def finetune(
     mesh = None
     if devices is not None and len(devices) > 1:
         mesh = make_mesh(MeshConfig(cells=len(devices)), devices)
+        # Several devices share the cells of a step; weights are on all of them.
         params = jax.device_put(dict(params), replicated(mesh))
     elif devices is not None and devices[0] is not None:
         params = jax.device_put(dict(params), devices[0])
@@ -310,6 +313,7 @@ def finetune(
     joined = jax.jit(lambda trainable, frozen: merge(trainable, frozen, config.adapter_scale))
     narrow = jax.jit(lambda params: in_precision(params, precision))
 
+    # The average of the last epochs is what is validated and kept.
     blend = jax.jit(
         lambda old, new, decay: jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new),
     )
@@ -322,6 +326,7 @@ def finetune(
     start_scores: dict[str, float] = {}
     if start_counts and validate is not None:
         start_scores = dict(validate(joined(trainable, frozen)))
+        # The start model is epoch 0: fine-tuning must be better to replace it.
         best_rank = (start_scores[SCORE], -start_scores.get(LOSS, 0.0))
     number = skipped = 0
     stopped_early = False
@@ -329,6 +334,7 @@ def finetune(
     try:
         for epoch in range(config.epochs):
             parts = list(examples(epoch))
+            # On the host, from (seed, epoch): the same order with any number of devices.
             order = np.random.default_rng([config.seed, epoch]).permutation(len(parts))
             rate = rates.at(epoch)
             steps = []
@@ -344,6 +350,7 @@ def finetune(
                 )
                 steps.append(metrics)
                 number += 1
+            # Read once per epoch, so that the device never waits for the host within one.
             row, skipped = _epoch_row(jax.device_get(steps), skipped)
             if skipped >= MAXIMUM_SKIPPED:
                 raise CellPLMError(_diverged(epoch, rate))
@@ -355,6 +362,7 @@ def finetune(
                 row.update(validate(narrow(joined(averaged, frozen))))
             row["seconds"] = time.monotonic() - start
             history.append(row)
+            # Without validation the plateau schedule follows the training loss.
             rates.see(row.get(LOSS, row["loss"]))
             rank = (row.get(SCORE, float(epoch)), -row.get(LOSS, 0.0))
             if rank > best_rank:
@@ -365,6 +373,7 @@ def finetune(
             if SCORE in row:
                 note += f", validation {row[SCORE]:.4g}, best {best_rank[0]:.4g}"
             progress.update(epoch + 1, note)
+            # A patience of 0 disables stopping.
             if validate and config.patience and epoch + 1 - best_epoch >= config.patience:
                 stopped_early = epoch + 1 < config.epochs
                 break
@@ -392,6 +401,7 @@ def _compile_step(
 ) -> tuple[Callable, optax.GradientTransformation]:
     """Return the jitted step ``(trainable, state, frozen, example, key, rate)`` and its optimizer."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
+    # Without a learning rate: rates and decays differ by parameter and are applied in `moved`.
     optimizer = optax.chain(clip, optax.scale_by_adam())
 
     def recipe(path: Path) -> tuple[float, float]:
@@ -430,6 +440,7 @@ def _compile_step(
         )
 
         def chosen(new, old):
+            # A non-finite step changes neither parameters nor moments.
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
         metrics = {"loss": value, **metrics, "gradient_norm": norm}

@@ -127,6 +127,7 @@ class HeldoutEvaluation:
         labels = np.concatenate([part[1][k] for part, k in zip(parts, known, strict=True)])
         samples = np.concatenate([part[2][k] for part, k in zip(parts, known, strict=True)])
         number = min(len(labels), PROBE_CELLS)
+        # Evenly over all batches, and the same cells for every state of the run.
         chosen = np.linspace(0, len(labels) - 1, number).round().astype(int)
         embedding = embedding[chosen]
         labels = labels[chosen]

@@ -59,7 +59,9 @@ def fit_linear_classifier(
     """
     cells = features.shape[0]
     width = features.shape[1]
+    # L-BFGS compares values that differ in the last digits; float32 would end it early.
     features = sparse.csr_matrix(features, dtype=np.float64)
+    # Made once: the gradient needs the transposed product in every step.
     transposed = features.T.tocsr()
     truth = np.zeros((cells, classes))
     truth[np.arange(cells), labels] = 1.0
@@ -132,6 +134,7 @@ def pool_log_probabilities(
         centre,
         jac=True,
         method="L-BFGS-B",
+        # A negative weight would turn a classifier's opinion around.
         bounds=[(0.0, None)] * number,
     )
     return optimum.x
@@ -171,6 +174,7 @@ class RidgeProblem:
         cells = features.shape[0]
         width = features.shape[1]
         self.centre = features.mean(axis=0)
+        # Nearly constant features would be blown up to unit variance.
         self.scale = np.maximum(features.std(axis=0), 1e-3)
         self._standard = ((features - self.centre) / self.scale).astype(np.float64)
         # Eigenvectors of the smaller of the two Gram matrices.
@@ -179,6 +183,7 @@ class RidgeProblem:
         else:
             _, right = np.linalg.eigh(self._standard.T @ self._standard)
             lengths = np.linalg.norm(self._standard @ right, axis=0)
+            # Directions without variance have no left vector.
             there = lengths > 1e-8 * max(lengths.max(), 1e-12)
             values = lengths[there] ** 2
             self._vectors = (self._standard @ right[:, there]) / lengths[there]
@@ -214,9 +219,12 @@ class RidgeProblem:
     def _error(self, centred: np.ndarray, rotated: np.ndarray, penalty: float) -> float:
         """Return the mean squared leave-one-out error of the standardised targets."""
         shrink = self._values / (self._values + penalty)
+        # The last term is that of the intercept.
         leverage = np.square(self._vectors) @ shrink + 1.0 / len(centred)
         residual = centred - self._vectors @ (shrink[:, None] * rotated)
+        # The left-out residual of a linear smoother, without a refit for each cell.
         residual /= np.maximum(1.0 - leverage, 1e-6)[:, None]
+        # Each target counts the same, whatever its variance.
         weight = 1.0 / np.maximum(centred.var(axis=0), 1e-12)
         return float((np.square(residual).mean(axis=0) * weight).mean())
 
@@ -241,5 +249,6 @@ def pool_predictions(
         ((values - values.mean(axis=0)) / np.where(there, spread, 1.0))[:, there].ravel()
         for values in (truth, *predictions)
     ]
-    weights, _ = nnls(np.stack(parts[1:], axis=1).astype(np.float64), parts[0].astype(np.float64))
+    columns = np.stack(parts[1:], axis=1).astype(np.float64)
+    weights, _ = nnls(columns, parts[0].astype(np.float64))
     return [float(weight) for weight in weights]

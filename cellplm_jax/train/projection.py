@@ -33,6 +33,7 @@ from cellplm_jax.evaluate.components import (
     variable_genes,
 )
 from cellplm_jax.evaluate.embedding import leiden_clusters
+from cellplm_jax.evaluate.inputs import column_sums
 from cellplm_jax.model.encoder import context_centre
 
 CLUSTERED_CELLS = 3000
@@ -252,7 +253,7 @@ class _Standardized:
         self._parts = []
         for group in groups:
             part = group.expression[:, chosen]
-            total = np.asarray(part.sum(axis=0)).ravel()
+            total = column_sums(part)
             centre = context_centre(total, part.shape[0], mean[chosen], centre_cells)
             measured = None if group.measured is None else group.measured[chosen]
             # The weight of a dataset is the square root of its number of cells.
@@ -310,7 +311,8 @@ def _discriminants(
     if not directions.shape[1]:
         return directions.astype(np.float32)
     # Scaled to the mean length of the components.
-    length = np.mean([np.mean(((z - z.mean(axis=0)) @ directions) ** 2) for z in lengths])
+    centred = [z - z.mean(axis=0) for z in lengths]
+    length = np.mean([np.mean((z @ directions) ** 2) for z in centred])
     length *= directions.shape[1]
     return (directions / np.sqrt(length)).astype(np.float32)
 

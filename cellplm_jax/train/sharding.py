@@ -89,6 +89,7 @@ def make_mesh(
     inner = config.cells * config.genes
     data = config.data or len(devices) // inner
     if rows and not config.data and jax.process_count() == 1:
+        # On one machine, fewer devices than there are rather than an error: rows must divide evenly.
         data = max((n for n in range(1, data + 1) if rows % n == 0), default=data)
         devices = devices[: data * inner] if len(devices) % inner == 0 else devices
     if data * inner != len(devices):
@@ -98,6 +99,7 @@ def make_mesh(
             "a product equal to the number of devices",
             "Change config.mesh; mesh.data = 0 uses all devices that the other two axes leave",
         )
+    # The inner axes communicate more, between neighbouring devices.
     grid = np.array(devices).reshape(data, config.cells, config.genes)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -249,6 +251,7 @@ def to_global(mesh: Mesh, batch: CellBatch, rows: int, *, accumulated: bool = Tr
     shardings = batch_shardings(mesh, batch, accumulated=accumulated)
     first, count = local_rows(mesh, rows)
     axis = 1 if accumulated else 0
+    # One process has all rows, so device_put can distribute them.
     if count == rows:
         return jax.device_put(batch, shardings)
 
@@ -286,6 +289,7 @@ class MeshFunction:
 
     def __init__(self, function: Callable, mesh: Mesh, **options: Any):
         def with_axes(*arguments):
+            # Within the traced function: the rules are needed while it is traced, not while it runs.
             with nn.logical_axis_rules(LOGICAL_AXES):
                 return function(*arguments)
 
@@ -297,6 +301,8 @@ class MeshFunction:
         """Run the function."""
         with jax.set_mesh(self.mesh):
             if not self._compiled:
+                # Compiled before the first call, so that freed memory is returned before the arrays of the step are
+                # allocated.
                 self.jitted.lower(*arguments).compile()
                 return_freed_memory()
                 self._compiled = True

@@ -60,6 +60,7 @@ def read_tensors(path: epath.Path) -> tuple[dict[str, Shaped[np.ndarray, "*any"]
         with tempfile.TemporaryDirectory() as folder:
             local = path
             if is_remote(path):
+                # safetensors maps a local file.
                 local = path.copy(Path(folder) / path.name)
             with library.safe_open(os.fspath(local), framework="numpy") as opened:
                 about = opened.metadata() or {}
