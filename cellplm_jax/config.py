@@ -17,6 +17,7 @@ from cellplm_jax.config_fields import (
     at_least,
     at_most,
     check,
+    check_objective,
     fraction,
     positive,
 )
@@ -583,6 +584,7 @@ class TrainConfig(DisplayedConfig):
         at_least(self, "", 1, "keep_checkpoints", "accumulate", "maximum_skipped")
         at_least(self, "", 0, "chunk_cells")
         at_least(self, "", 0, "probe_every")
+        check_objective(self.objective.kind, self.model.decoder.kind)
         trunk = self.model.trunk == "projection"
         for name, used in (
             ("objective.restoration_weight", self.objective.restoration_weight > 0),

@@ -300,6 +300,12 @@ def test_impossible_values_are_errors(kind, values, message):
         (OptimizerConfig, {"warmup_steps": -1}),
         (OptimizerConfig, {"clip_norm": -1.0}),
         (DataConfig, {"minimum_cells": 0}),
+        # The objective needs an output that the decoder lacks.
+        (TrainConfig, {"model": {"genes": 5, "decoder": {"kind": "residual"}}}),
+        (
+            TrainConfig,
+            {"model": {"genes": 5}, "objective": {"kind": "zero_inflated_negative_binomial"}},
+        ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value)[:60],
 )

@@ -218,7 +218,8 @@ def reject_options(
     """
     for name in names:
         value = getattr(arguments, name, None)
-        if value is not None and value != DEFAULTS.get(name):
+        # A flag that was not passed is False.
+        if value is not None and value is not False and value != DEFAULTS.get(name):
             option = f"--{name.replace('_', '-')}"
             raise InputError(
                 f"{given_to} does not support {option}", expected, f"Omit {option}{instead}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import pytest
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.embedding import clustering_scores, leiden_clusters
 from cellplm_jax.tasks.cluster import cluster, cluster_file
+from cellplm_jax.tasks.embed import options_of
 from tests.conftest import make_adata
 
 scanpy = pytest.importorskip("scanpy", reason="needs the extra 'eval'")
@@ -24,6 +27,19 @@ def groups(cells=90):
     adata.obsm["X_cellplm"] = (8 * np.eye(3, 4)[kind] + 0.5 * noise).astype(np.float32)
     adata.obs["kind"] = kind
     return adata
+
+
+@pytest.mark.parametrize("function", [cluster, cluster_file])
+def test_the_options_of_the_embedding_that_help_names_are_accepted(function):
+    code = function.__code__
+    own = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    named = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in own and parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert {"batch_key", "layer"} <= set(named)
+    options_of(named)  # an argument that only embed has must be in `omitted` of keys_of
 
 
 def test_finds_groups_and_writes_what_scanpy_reads():

@@ -142,6 +142,7 @@ def choices(part, field="kind"):
 
 
 def test_the_combinations_hold_every_kind():
+    # A new kind needs a row in KINDS, and one in OBJECTIVES if it has its own loss.
     encoders, latents, inferences, decoders, positions = map(set, zip(*KINDS, strict=True))
     assert encoders == choices(EncoderConfig)
     assert latents == choices(LatentConfig)
