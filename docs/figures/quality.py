@@ -115,7 +115,7 @@ def figure(plt, theme):
             ("", theme.text, (0, (3, 2)), "simple baseline"),
         )
     ]
-    drawn.legend(handles=marks, loc="outside upper center", ncols=4, fontsize=9.5)
+    drawn.legend(handles=marks, loc="outside upper center", ncols=2, fontsize=9.5)
     return drawn
 
 
