@@ -121,18 +121,18 @@ def from_config_dict(kind: type[ConfigType], config: Any) -> ConfigType:
     return from_dict(kind, config.to_dict())
 
 
-LOG_NORMALIZED_DECODERS = ("gaussian", "residual")
-"""Kinds of decoder that predict log-normalised expression; the others predict means of counts."""
+COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
+"""Kinds of decoder that predict means of counts; the others predict log-normalised expression."""
 
 
 def check_objective(objective: str, decoder: str) -> None:
     """Raise ConfigError if a kind of objective needs an output that a kind of decoder lacks."""
     inflated = "zero_inflated_negative_binomial"
-    fits = decoder == inflated if objective == inflated else decoder not in LOG_NORMALIZED_DECODERS
+    possible = (inflated,) if objective == inflated else COUNT_DECODERS
     check(
-        fits or objective == "mean_squared_error",
+        decoder in possible or objective == "mean_squared_error",
         f"objective.kind = '{objective}' with decoder.kind = '{decoder}'",
-        f"decoder.kind = '{inflated if objective == inflated else 'negative_binomial'}'",
+        f"decoder.kind = {' or '.join(map(repr, possible))}",
         "Change one of them; objective.kind = 'mean_squared_error' fits every decoder",
     )
 

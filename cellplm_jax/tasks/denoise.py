@@ -14,6 +14,7 @@ from scipy import sparse
 
 from cellplm_jax.batch import Reconstruction
 from cellplm_jax.config import FinetuneConfig
+from cellplm_jax.config_fields import COUNT_DECODERS
 from cellplm_jax.errors import InputError
 from cellplm_jax.evaluate.denoising import (
     denoising_scores,
@@ -59,9 +60,6 @@ if TYPE_CHECKING:
 
 FACTS = "cellplm_denoising"
 """Key written to ``uns``."""
-
-COUNT_DECODERS = ("negative_binomial", "zero_inflated_negative_binomial")
-"""Decoders that predict counts."""
 
 
 class Denoiser(Estimator):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Key, Shaped, UInt32
 
 from cellplm_jax.batch import Array, CellBatch, LatentNoise, Reconstruction
 from cellplm_jax.config import MaskingConfig, TrainConfig
-from cellplm_jax.config_fields import LOG_NORMALIZED_DECODERS
+from cellplm_jax.config_fields import COUNT_DECODERS
 from cellplm_jax.losses.likelihoods import (
     negative_binomial_nll,
     zero_inflated_negative_binomial_nll,
@@ -438,7 +438,7 @@ def evaluation_step(
     hidden = usable & gene_mask
     visible = usable & ~gene_mask
     mean = reconstruction.mean
-    if config.model.decoder.kind in LOG_NORMALIZED_DECODERS:
+    if config.model.decoder.kind not in COUNT_DECODERS:
         # A Gaussian decoder predicts log-normalised expression; convert to counts with the visible library size.
         # Visible genes are a random share of all, so their counts are that share of the library.
         library = jnp.where(visible, counts, 0.0).sum(-1, keepdims=True) / (1.0 - rate)
